@@ -1,0 +1,53 @@
+"""mini_tfm: the minimal Transformer whose memory is a plugin.
+
+    import mini_tfm as mt
+
+The names below are imported when first used, so that `import mini_tfm` costs next to nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "attention": "kernels",
+    "softmax": "kernels",
+    "sinusoidal_positions": "kernels",
+    "set_num_threads": "kernels",
+    "get_num_threads": "kernels",
+    "show_config": "kernels",
+    "Config": "config",
+    "Transformer": "model",
+    "load": "checkpoint.models",
+    "memory": "memory.manager",
+    "list_memories": "memory.manager",
+    "register_memory": "memory.manager",
+    "Pipeline": "pipeline",
+    "Trainer": "train",
+    "MiniTfmError": "errors",
+}
+
+__all__ = [*_WHERE, "__version__"]
+
+if TYPE_CHECKING:
+    from .checkpoint.models import load
+    from .config import Config
+    from .errors import MiniTfmError
+    from .kernels import attention, get_num_threads, set_num_threads, show_config, sinusoidal_positions, softmax
+    from .memory.manager import list_memories, memory, register_memory
+    from .model import Transformer
+    from .pipeline import Pipeline
+    from .train import Trainer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'mini_tfm' has no attribute {name!r}")
+    if name == "memory":  # the package itself, which can be called: see memory/__init__.py
+        return import_module(".memory", __name__)
+    return getattr(import_module("." + _WHERE[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,104 @@
+"""The one door to the compiled layer: `from mini_tfm import _core`.
+
+The contract. Every function here takes and returns C-contiguous NumPy arrays, float32 or float64, all of one dtype in
+one call, with int64 integers and bool masks. Strided reals are copied; a wrong type, rank, shape or range is refused
+with `InvalidType` or `InvalidValue` before a pointer is taken. No input changes, other than those that a name or a
+docstring calls in place. Zero-sized arrays are legal. A result has the same bits for any number of threads, and a batch
+row the same bits in any company. The same functions in NumPy are `mini_tfm.reference`; they say what is computed.
+
+    core.h            what C offers: one table of kernels for each instruction set and real
+    families/         the kernels, one family a file, written once
+    simd.h            vectors, exp and erf for one instruction set
+    instances/        one translation unit for each instruction set and real; all.h includes the families
+    dispatch.c        which instances this processor runs
+    threads.c         OpenMP, behind one helper; threads.py: how many to start with
+    kernels.pyx       checks, pointers, GIL
+
+`MINI_TFM_ISA` forces an instruction set (`baseline`, `avx2`), or `reference` for the NumPy twins in place of C.
+"""
+
+import os
+
+from mini_tfm.errors import InvalidValue
+from mini_tfm.reference import Block, BlockGrad
+
+__all__ = [
+    "Block",
+    "BlockGrad",
+    "activation",
+    "activation_backward",
+    "adamw",
+    "attention",
+    "attention_backward",
+    "cross_entropy",
+    "cross_entropy_backward",
+    "dropout",
+    "embedding",
+    "embedding_backward",
+    "gemm",
+    "get_num_threads",
+    "layer_norm",
+    "layer_norm_backward",
+    "log_softmax",
+    "rms_norm",
+    "rms_norm_backward",
+    "rotary",
+    "search",
+    "set_num_threads",
+    "show_config",
+    "sinusoidal_positions",
+    "softmax",
+    "softmax_backward",
+    "sum_of_squares",
+]
+
+_isa = os.environ.get("MINI_TFM_ISA") or None
+
+if _isa == "reference":
+    from mini_tfm.reference import *  # noqa: F403
+else:
+    try:
+        from mini_tfm._core import kernels as _kernels
+    except ModuleNotFoundError as error:
+        if error.name != "mini_tfm._core.kernels":
+            raise
+        raise ImportError(
+            "mini_tfm: the compiled kernels are not built. In a checkout: pip install -e . "
+            "(MINI_TFM_ISA=reference runs the slow NumPy twins without them)"
+        ) from error
+    from mini_tfm._core.kernels import (
+        activation,
+        activation_backward,
+        adamw,
+        attention,
+        attention_backward,
+        cross_entropy,
+        cross_entropy_backward,
+        dropout,
+        embedding,
+        embedding_backward,
+        gemm,
+        get_num_threads,
+        layer_norm,
+        layer_norm_backward,
+        log_softmax,
+        rms_norm,
+        rms_norm_backward,
+        rotary,
+        search,
+        set_num_threads,
+        show_config,
+        sinusoidal_positions,
+        softmax,
+        softmax_backward,
+        sum_of_squares,
+    )
+    from mini_tfm._core.threads import default_num_threads as _default_num_threads
+
+    if not _kernels._choose_isa(_isa):
+        raise InvalidValue(
+            f"MINI_TFM_ISA: expected reference or one that this processor runs ({', '.join(show_config()['isas'])}), got {_isa!r}"
+        )
+    _kernels._set_default_threads(_default_num_threads())
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_kernels._after_fork)

@@ -1,0 +1,96 @@
+/* What the C side offers to kernels.pyx: one table of kernels for each (instruction set, real) and nothing else.
+ *
+ * Contract: every pointer was checked by the caller (rank, dtype, shape, C-contiguous unless strides are passed); sizes
+ * are never negative and may be zero; outputs do not overlap inputs. Kernels that need workspace return 0, or -1 when it
+ * cannot be had, before anything was written; the others cannot fail. None touches Python, so the GIL is released.
+ * `void *` stands for the real of the table: float or double.
+ *
+ * Letters: B batch, H heads, T queries, S keys, D head size, N rows, d row length, V vocabulary. */
+#ifndef MINI_TFM_CORE_H
+#define MINI_TFM_CORE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum mt_activation { MT_RELU, MT_GELU, MT_GELU_TANH, MT_SILU };
+
+/* One block of keys and values, reference/attention.py's Block flattened. */
+struct mt_block {
+    const void *k, *v;        /* (B, Hkv, S, D) */
+    ptrdiff_t kv_heads;       /* Hkv, divides H */
+    ptrdiff_t source;         /* S */
+    const uint8_t *valid;     /* (B, S) or NULL: all */
+    const int64_t *lengths;   /* (B,) or NULL: all */
+    const int64_t *index;     /* (B, H, T, width) or NULL; -1 = none */
+    ptrdiff_t width;          /* scores a query has here: S, or the index's K */
+    const void *bias;         /* (B, H, T, width) through strides, or NULL */
+    ptrdiff_t bias_stride[4]; /* in elements, any sign, may be 0 */
+    int64_t offset;           /* query i's own key is i + offset */
+    int64_t window;           /* 0: none */
+    int causal;
+    void *dk, *dv;            /* backward: (B, Hkv, S, D) written, or NULL: not needed */
+    void *dbias;              /* backward: accumulated through strides, or NULL */
+    ptrdiff_t dbias_stride[4];
+};
+
+struct mt_attention_sizes {
+    ptrdiff_t batch, heads, length, d; /* B, H, T, D */
+    ptrdiff_t n_blocks;
+    double scale;
+};
+
+struct mt_kernels {
+    const char *isa;
+
+    int (*gemm)(const void *a, const void *b, void *c, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, int trans_a, int trans_b,
+                int accumulate);
+
+    void (*softmax)(const void *x, void *y, ptrdiff_t n, ptrdiff_t d);
+    void (*softmax_backward)(const void *y, const void *dy, void *dx, ptrdiff_t n, ptrdiff_t d);
+    void (*log_softmax)(const void *x, void *y, ptrdiff_t n, ptrdiff_t d);
+
+    void (*layer_norm)(const void *x, const void *weight, const void *bias, double eps, void *y, void *mean, void *rstd,
+                       ptrdiff_t n, ptrdiff_t d);
+    int (*layer_norm_backward)(const void *dy, const void *x, const void *weight, const void *mean, const void *rstd, void *dx,
+                               void *dweight, void *dbias, ptrdiff_t n, ptrdiff_t d);
+    void (*rms_norm)(const void *x, const void *weight, double eps, void *y, void *rstd, ptrdiff_t n, ptrdiff_t d);
+    int (*rms_norm_backward)(const void *dy, const void *x, const void *weight, const void *rstd, void *dx, void *dweight,
+                             ptrdiff_t n, ptrdiff_t d);
+
+    void (*activation)(const void *x, void *y, ptrdiff_t n, int kind);
+    void (*activation_backward)(const void *x, const void *dy, void *dx, ptrdiff_t n, int kind);
+    void (*dropout)(const void *x, void *y, ptrdiff_t n, double p, uint64_t seed);
+
+    void (*embedding)(const void *table, const int64_t *ids, void *out, ptrdiff_t n, ptrdiff_t d);
+    void (*embedding_backward)(const int64_t *ids, const void *dout, void *dtable, ptrdiff_t n, ptrdiff_t d);
+    void (*sinusoidal_positions)(void *out, ptrdiff_t n, ptrdiff_t d_model);
+    int (*rotary)(const void *x, const int64_t *positions, int positions_per_row, double base, int inverse, void *y,
+                  ptrdiff_t batch, ptrdiff_t heads, ptrdiff_t length, ptrdiff_t d);
+
+    void (*cross_entropy)(const void *logits, const int64_t *targets, int64_t ignore_index, double label_smoothing, void *losses,
+                          void *lse, ptrdiff_t n, ptrdiff_t vocab);
+    void (*cross_entropy_backward)(const void *logits, const int64_t *targets, const void *lse, const void *dlosses,
+                                   int64_t ignore_index, double label_smoothing, void *dlogits, ptrdiff_t n, ptrdiff_t vocab);
+
+    void (*adamw)(void *param, const void *grad, void *m, void *v, ptrdiff_t n, double lr, double beta1, double beta2, double eps,
+                  double weight_decay, int64_t step, double grad_scale);
+    int (*sum_of_squares)(const void *x, ptrdiff_t n, double *sum);
+
+    int (*search)(const void *queries, const void *bank, const uint8_t *valid, void *scores, int64_t *index, ptrdiff_t batch,
+                  ptrdiff_t n, ptrdiff_t m, ptrdiff_t d, ptrdiff_t k);
+
+    int (*attention)(const void *q, const struct mt_block *blocks, const struct mt_attention_sizes *sizes, void *out, void *lse);
+    int (*attention_backward)(const void *dout, const void *out, const void *lse, const void *q, const struct mt_block *blocks,
+                              const struct mt_attention_sizes *sizes, void *dq);
+};
+
+/* The table for float (is_double 0) or double (1) of the instruction set chosen by mt_choose_isa. */
+const struct mt_kernels *mt_kernels(int is_double);
+
+/* Chooses by name, or the best that this processor runs when name is NULL. -1: unknown, or the processor cannot run it. */
+int mt_choose_isa(const char *name);
+
+/* Name of the i-th instruction set that is built in and that this processor runs, best first; NULL past the end. */
+const char *mt_isa_name(int i);
+
+#endif

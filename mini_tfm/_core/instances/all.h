@@ -1,0 +1,51 @@
+/* Every kernel for one instruction set and one real, and the table of them. Each instance is a translation unit of its own
+ * in which every function is static, so the families need no name mangling. */
+#include "simd.h"
+
+#include "families/gemm.c"
+#include "families/softmax.c"
+#include "families/norm.c"
+#include "families/elementwise.c"
+#include "families/embedding.c"
+#include "families/loss.c"
+#include "families/optimizer.c"
+#include "families/search.c"
+#include "families/attention.c"
+#include "families/attention_backward.c"
+
+#define PASTE(isa, suffix) mt_kernels_##isa##_##suffix
+#define TABLE(isa, suffix) PASTE(isa, suffix)
+#define TEXT(isa) #isa
+#define NAME(isa) TEXT(isa)
+#if REAL_IS_DOUBLE
+#define SUFFIX f64
+#else
+#define SUFFIX f32
+#endif
+
+extern const struct mt_kernels TABLE(ISA, SUFFIX);
+const struct mt_kernels TABLE(ISA, SUFFIX) = {
+    .isa = NAME(ISA),
+    .gemm = gemm,
+    .softmax = softmax,
+    .softmax_backward = softmax_backward,
+    .log_softmax = log_softmax,
+    .layer_norm = layer_norm,
+    .layer_norm_backward = layer_norm_backward,
+    .rms_norm = rms_norm,
+    .rms_norm_backward = rms_norm_backward,
+    .activation = activation,
+    .activation_backward = activation_backward,
+    .dropout = dropout,
+    .embedding = embedding,
+    .embedding_backward = embedding_backward,
+    .sinusoidal_positions = sinusoidal_positions,
+    .rotary = rotary,
+    .cross_entropy = cross_entropy,
+    .cross_entropy_backward = cross_entropy_backward,
+    .adamw = adamw,
+    .sum_of_squares = sum_of_squares,
+    .search = search,
+    .attention = attention,
+    .attention_backward = attention_backward,
+};

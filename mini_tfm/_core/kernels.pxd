@@ -1,0 +1,75 @@
+"""The C side, as core.h and threads.h declare it."""
+
+from libc.stddef cimport ptrdiff_t
+from libc.stdint cimport int64_t, uint8_t, uint64_t
+
+
+cdef extern from "core.h" nogil:
+    struct mt_block:
+        const void *k
+        const void *v
+        ptrdiff_t kv_heads, source
+        const uint8_t *valid
+        const int64_t *lengths
+        const int64_t *index
+        ptrdiff_t width
+        const void *bias
+        ptrdiff_t[4] bias_stride
+        int64_t offset, window
+        int causal
+        void *dk
+        void *dv
+        void *dbias
+        ptrdiff_t[4] dbias_stride
+
+    struct mt_attention_sizes:
+        ptrdiff_t batch, heads, length, d, n_blocks
+        double scale
+
+    # The members are function pointers in C; to Cython they are calls.
+    struct mt_kernels_table "mt_kernels":
+        const char *isa
+        int (*gemm)(const void *a, const void *b, void *c, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, int trans_a, int trans_b,
+                    int accumulate) noexcept nogil
+        void (*softmax)(const void *x, void *y, ptrdiff_t n, ptrdiff_t d) noexcept nogil
+        void (*softmax_backward)(const void *y, const void *dy, void *dx, ptrdiff_t n, ptrdiff_t d) noexcept nogil
+        void (*log_softmax)(const void *x, void *y, ptrdiff_t n, ptrdiff_t d) noexcept nogil
+        void (*layer_norm)(const void *x, const void *weight, const void *bias, double eps, void *y, void *mean, void *rstd,
+                           ptrdiff_t n, ptrdiff_t d) noexcept nogil
+        int (*layer_norm_backward)(const void *dy, const void *x, const void *weight, const void *mean, const void *rstd,
+                                   void *dx, void *dweight, void *dbias, ptrdiff_t n, ptrdiff_t d) noexcept nogil
+        void (*rms_norm)(const void *x, const void *weight, double eps, void *y, void *rstd, ptrdiff_t n, ptrdiff_t d) noexcept nogil
+        int (*rms_norm_backward)(const void *dy, const void *x, const void *weight, const void *rstd, void *dx, void *dweight,
+                                 ptrdiff_t n, ptrdiff_t d) noexcept nogil
+        void (*activation)(const void *x, void *y, ptrdiff_t n, int kind) noexcept nogil
+        void (*activation_backward)(const void *x, const void *dy, void *dx, ptrdiff_t n, int kind) noexcept nogil
+        void (*dropout)(const void *x, void *y, ptrdiff_t n, double p, uint64_t seed) noexcept nogil
+        void (*embedding)(const void *table, const int64_t *ids, void *out, ptrdiff_t n, ptrdiff_t d) noexcept nogil
+        void (*embedding_backward)(const int64_t *ids, const void *dout, void *dtable, ptrdiff_t n, ptrdiff_t d) noexcept nogil
+        void (*sinusoidal_positions)(void *out, ptrdiff_t n, ptrdiff_t d_model) noexcept nogil
+        int (*rotary)(const void *x, const int64_t *positions, int positions_per_row, double base, int inverse, void *y,
+                      ptrdiff_t batch, ptrdiff_t heads, ptrdiff_t length, ptrdiff_t d) noexcept nogil
+        void (*cross_entropy)(const void *logits, const int64_t *targets, int64_t ignore_index, double label_smoothing,
+                              void *losses, void *lse, ptrdiff_t n, ptrdiff_t vocab) noexcept nogil
+        void (*cross_entropy_backward)(const void *logits, const int64_t *targets, const void *lse, const void *dlosses,
+                                       int64_t ignore_index, double label_smoothing, void *dlogits, ptrdiff_t n,
+                                       ptrdiff_t vocab) noexcept nogil
+        void (*adamw)(void *param, const void *grad, void *m, void *v, ptrdiff_t n, double lr, double beta1, double beta2,
+                      double eps, double weight_decay, int64_t step, double grad_scale) noexcept nogil
+        int (*sum_of_squares)(const void *x, ptrdiff_t n, double *sum) noexcept nogil
+        int (*search)(const void *queries, const void *bank, const uint8_t *valid, void *scores, int64_t *index,
+                      ptrdiff_t batch, ptrdiff_t n, ptrdiff_t m, ptrdiff_t d, ptrdiff_t k) noexcept nogil
+        int (*attention)(const void *q, const mt_block *blocks, const mt_attention_sizes *sizes, void *out, void *lse) noexcept nogil
+        int (*attention_backward)(const void *dout, const void *out, const void *lse, const void *q, const mt_block *blocks,
+                                  const mt_attention_sizes *sizes, void *dq) noexcept nogil
+
+    const mt_kernels_table *mt_kernels(int is_double)
+    int mt_choose_isa(const char *name)
+    const char *mt_isa_name(int i)
+
+
+cdef extern from "threads.h" nogil:
+    int mt_has_openmp()
+    void mt_set_threads(int n, int honour_limit)
+    int mt_get_threads()
+    void mt_after_fork()

@@ -1,0 +1,328 @@
+"""The memory contract: what a strategy may do, and the few shapes it speaks in.
+
+A strategy declares WHICH rows a query may see besides the current segment. The library projects them,
+attends to them together with the segment in compiled code, merges, and differentiates. A strategy never
+sees another strategy, and calls nothing of the library but what is in this module.
+
+Legend: B batch, S source length, T target length, H heads, D head size, d model size, M rows of a bank.
+
+What happens in a segment, at each site ("encoder" self-attention, "decoder" self-attention, "cross"):
+
+    begin(state, segment)              rows that join the sequence itself: memory tokens
+      for each layer:
+        view(state, site, layer, ...)  rows that do not depend on the query
+        read(state, site, layer, q)    rows chosen by the query; only if "query" is in spec.needs
+        --- the library attends ---
+        write(state, site, layer, new) what the segment computed; returns what is dropped
+    end(state, rows)                   outputs at the rows that begin() put in
+    --- next segment ---
+
+A query never sees what its own segment writes. At "cross" the rows are the encoder's outputs: `write` is
+called once a segment, after the decoder is done, with layer 0; `view` and `read` once a decoder layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from ..autodiff import Var
+
+Array = np.ndarray | Var
+Site = Literal["encoder", "decoder", "cross"]
+SITES = ("encoder", "decoder", "cross")
+MERGES = ("joint", "gate", "add", "replace")
+NEEDS = ("query", "hidden", "mass", "tokens", "text")
+CONTRACT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class MemorySpec:
+    """What a strategy uses, so that the library prepares nothing else.
+
+    sites: where it takes part. layers: which layers there, counted from 0, negative from the top; None
+    for all. needs: "query" (calls `read`), "mass" (attention each new row received), "tokens" (ids in
+    `New`); "hidden" rows always come. merge: how rows join the segment, unless a View says otherwise:
+    "joint" one softmax with it, "gate" own softmax mixed by a gate, "add" own softmax added, "replace"
+    instead of it. gradient: "none" rows are detached when written, "rows"/"state" gradients flow through
+    segments. capacity: rows at most, None without limit. version: of the contract it was written for.
+    """
+
+    sites: frozenset[str] = frozenset(SITES)
+    layers: tuple[int, ...] | None = None
+    needs: frozenset[str] = frozenset()
+    merge: str = "joint"
+    gradient: Literal["none", "rows", "state"] = "none"
+    capacity: int | None = None
+    version: int = CONTRACT_VERSION
+
+
+@dataclass(frozen=True)
+class Dims:
+    """The model a memory is started for. `layers` counts the attention layers of each site."""
+
+    d_model: int
+    n_heads: int
+    n_kv_heads: int
+    d_head: int
+    layers: Mapping[str, int]
+    dtype: np.dtype
+    segment_length: int | None = None
+    training: bool = False
+    params: Mapping[str, Array] = field(default_factory=dict)  # this strategy's trained parameters
+    fingerprint: Callable[[], str] = lambda: ""  # names the weights: rows of other weights mean nothing here
+
+    @property
+    def reading_site(self) -> str:
+        """Where the model meets earlier text by default: what a strategy's `site=None` stands for."""
+        if self.layers["cross"]:
+            return "cross"
+        return "encoder" if self.layers["encoder"] else "decoder"
+
+
+@dataclass(frozen=True)
+class Param:
+    """A trainable parameter of a strategy: (shape, init), with its own learning rate factor and decay.
+
+    init: a float is the standard deviation of a normal distribution around 0; an array is the value.
+    """
+
+    shape: tuple[int, ...]
+    init: float | np.ndarray = 0.02
+    lr_factor: float = 1.0
+    weight_decay: bool = True
+
+
+class State(dict):
+    """What a memory holds: arrays (or Vars), batch first. `params` and `dims` come with it.
+
+    The library owns it: it selects, resets, reorders, detaches and saves rows of every array alike, so
+    assign new arrays (`state["rows"] = ...`) and never write into one. Axis 1 may grow; new slots of
+    other batch rows are filled with zeros, so keep a mask of what is valid.
+    """
+
+    def __init__(self, arrays: Mapping[str, Array], dims: Dims):
+        super().__init__(arrays)
+        self.dims = dims
+
+    @property
+    def params(self) -> Mapping[str, Array]:
+        return self.dims.params
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The segment being read. start: (B,) tokens of the stream before it; length: (B,) its own tokens."""
+
+    number: int
+    site: str
+    start: np.ndarray
+    length: np.ndarray
+    tokens: np.ndarray | None = None  # (B, S) ids, where "tokens" is needed
+
+    @property
+    def active(self) -> np.ndarray:
+        """(B,) bool: rows that have anything in this segment; the others keep their state."""
+        return self.length > 0
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows that join the sequence: values (B, m, d). where: "front", or "around" (decoder only): the same
+    rows before the text, to be read, and after it, to be written; `end` gets the latter."""
+
+    values: Array
+    where: Literal["front", "around"] = "front"
+
+
+@dataclass(frozen=True)
+class New:
+    """What a segment computed at a site and layer: the rows offered to `write`.
+
+    hidden: (B, S, d) what the layer projects to keys and values. valid: (B, S) bool. positions: (B, S)
+    tokens since the start of the stream. tokens: ids, if needed. mass: (B, S) attention received, summed
+    over heads and queries, if needed; view_mass: (B, M) the same for the rows of the strategy's own view.
+    """
+
+    site: str
+    layer: int
+    hidden: Array
+    valid: np.ndarray
+    positions: np.ndarray
+    tokens: np.ndarray | None = None
+    mass: np.ndarray | None = None
+    view_mass: np.ndarray | None = None
+
+
+Evicted = New  # dropped rows have the same fields: what one memory drops is what the next is offered
+
+
+@dataclass(frozen=True)
+class Query:
+    """What asks: heads (B, H, T, D), without position, and `hidden()`, the same queries in the space of
+    hidden rows, (B, H, T, d): heads W_k^T, so that `hidden . row` orders rows as their scores do
+    (arXiv 2305.01625, section 2.3). positions: (B, T) tokens since the start of the stream."""
+
+    heads: np.ndarray
+    hidden: Callable[[], np.ndarray]
+    positions: np.ndarray
+
+
+@dataclass(frozen=True)
+class View:
+    """Rows to attend to.
+
+    bank: ("hidden", X (B, M, d)), projected by the layer's own W_k and W_v; or ("kv", K, V), each
+    (B, Hkv, M, D), without position. index: None for all, (B, K) or (B, H, T, K) rows of the bank, -1 for
+    none. positions: (B, M) tokens since the start of the stream, or None if they have none. valid: (B, M)
+    bool, never optional: no row is "empty because it is zero". bias: broadcastable to (B, H, T, M), added
+    to the scores. merge: see MemorySpec; gate: (H,) logits, with merge="gate".
+    """
+
+    bank: tuple[Any, ...]
+    valid: np.ndarray
+    index: np.ndarray | None = None
+    positions: np.ndarray | None = None
+    bias: Array | None = None
+    merge: str | None = None
+    gate: Array | None = None
+
+
+@dataclass(frozen=True)
+class Side:
+    """A strategy's own maths instead of rows: output (B, H, T, D); write it in NumPy and it is
+    differentiated. merge: "add", "gate" (with gate (H,) logits) or "replace"."""
+
+    output: Array
+    merge: str = "add"
+    gate: Array | None = None
+
+
+class Memory:
+    """Base of every strategy; every method is optional. Options are keyword arguments of `__init__`."""
+
+    name: str = ""  # set by the library: the name it was asked for by
+    text: str | None = None  # and the text that makes it again, as in "window:size=512"
+    spec: MemorySpec = MemorySpec()
+
+    def parameters(self, dims: Dims) -> dict[str, Param]:
+        """Trainable parameters by name; read them as `state.params[name]` (`dims.params` in `start`)."""
+        return {}
+
+    def start(self, batch: int, dims: Dims) -> Mapping[str, Array]:
+        """The state of `batch` empty memories."""
+        return {}
+
+    def begin(self, state: State, segment: Segment) -> Rows | None:
+        """Rows put into the sequence at `segment.site`: "encoder" or "decoder"."""
+
+    def view(self, state: State, site: str, layer: int, segment: Segment) -> View | None:
+        """Rows that do not depend on the query."""
+
+    def read(self, state: State, site: str, layer: int, query: Query) -> View | Side | None:
+        """Rows chosen by the query, or a result of the strategy's own."""
+
+    def write(self, state: State, site: str, layer: int, new: New) -> Evicted | None:
+        """Takes what the segment computed; returns what is dropped for it."""
+
+    def absorb(self, state: State, evicted: Evicted) -> Evicted | None:
+        """Takes what the memory before this one in a stack dropped; by default as if it were new."""
+        return self.write(state, evicted.site, evicted.layer, evicted)
+
+    def end(self, state: State, rows: Array) -> None:
+        """Outputs (B, m, d) at the rows that `begin` put in."""
+
+    def logits(self, state: State, hidden: np.ndarray, log_probs: np.ndarray) -> np.ndarray | None:
+        """Changes the output distribution (B, V), given the decoder's outputs (B, d). Generation and scoring."""
+
+    def flush(self, state: State) -> None:
+        """Makes durable what the state holds. Called while a pipeline reads; never in training or generation."""
+
+    def documents(self) -> dict[str, int]:
+        """Named documents this memory holds outside the process, and the rows of each."""
+        return {}
+
+    def reset(self, document: str) -> None:
+        """Forgets a document named by `documents`."""
+
+
+class RowMemory(Memory):
+    """Short way for working memories: a bounded set of rows at every (site, layer).
+
+    A subclass says which stay: `keep` gives each row a priority, and the `size` highest stay, in order of
+    position. What goes is returned as evicted. Options: `size` rows, `site` (None: the model's reading
+    site; "all": every site).
+    """
+
+    def __init__(self, *, size: int, site: str | None = None):
+        from ..errors import InvalidValue
+
+        if not isinstance(size, int) or size < 1:
+            raise InvalidValue(f"size: expected a number of rows of at least 1, got {size!r}")
+        if site not in (None, "all", *SITES):
+            raise InvalidValue(f"site: expected one of {', '.join(SITES)}, all, got {site!r}")
+        self.size, self.site = size, site
+        self.spec = MemorySpec(capacity=size)
+
+    def keep(self, scores: np.ndarray | None, positions: np.ndarray) -> np.ndarray:
+        """(B, N) priorities from positions (B, N) and the attention received so far (B, N), if needed."""
+        raise NotImplementedError
+
+    def takes(self, site: str, dims: Dims) -> bool:
+        return self.site in ("all", site) or (self.site is None and site == dims.reading_site)
+
+    def start(self, batch: int, dims: Dims) -> dict[str, Array]:
+        state: dict[str, Array] = {}
+        for site, count in dims.layers.items():
+            for layer in range(count if site != "cross" else min(count, 1)) if self.takes(site, dims) else ():
+                key = bank_key(site, layer)
+                state[key + "hidden"] = np.zeros((batch, 0, dims.d_model), dims.dtype)
+                state[key + "valid"] = np.zeros((batch, 0), bool)
+                state[key + "positions"] = np.zeros((batch, 0), np.int64)
+                if "mass" in self.spec.needs:
+                    state[key + "mass"] = np.zeros((batch, 0), dims.dtype)
+        return state
+
+    def view(self, state: State, site: str, layer: int, segment: Segment) -> View | None:
+        key = bank_key(site, layer)
+        if key + "valid" not in state or not state[key + "valid"].shape[1]:
+            return None
+        return View(("hidden", state[key + "hidden"]), state[key + "valid"], positions=state[key + "positions"])
+
+    def write(self, state: State, site: str, layer: int, new: New) -> Evicted | None:
+        key = bank_key(site, layer)
+        if key + "valid" not in state:
+            return None
+        rows = {"hidden": new.hidden, "valid": new.valid, "positions": new.positions}
+        if "mass" in self.spec.needs:
+            rows["mass"] = new.mass
+            if new.view_mass is not None:
+                state[key + "mass"] = state[key + "mass"] + new.view_mass
+        rows = {name: np.concatenate([state[key + name], value], axis=1) for name, value in rows.items()}
+        valid, positions = rows["valid"], rows["positions"]
+        priority = np.where(valid, self.keep(rows.get("mass"), positions), -np.inf)
+        # Of each batch row the `size` best, then back in order of position (invalid ones first).
+        best = np.argsort(-priority, axis=1, kind="stable")
+        stay, go = (_in_order(part, positions, valid) for part in (best[:, : self.size], best[:, self.size :]))
+        for name, value in rows.items():
+            state[key + name] = _pick(value, stay)
+        if not go.shape[1]:
+            return None
+        return Evicted(site, layer, _pick(rows["hidden"], go), _pick(valid, go), _pick(positions, go))
+
+
+def bank_key(site: str, layer: int) -> str:
+    """The prefix of a bank's arrays in a state; the cross site has one bank for every layer."""
+    return "cross." if site == "cross" else f"{site}.{layer}."
+
+
+def _in_order(rows: np.ndarray, positions: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    place = np.where(np.take_along_axis(valid, rows, 1), np.take_along_axis(positions, rows, 1), -1)
+    return np.take_along_axis(rows, np.argsort(place, axis=1, kind="stable"), 1)
+
+
+def _pick(values: Array, rows: np.ndarray) -> Array:
+    return values[np.arange(len(rows))[:, None], rows]

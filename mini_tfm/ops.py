@@ -1,0 +1,238 @@
+"""Fused, differentiable operations: one compiled forward, one compiled backward for all inputs.
+
+Each takes arrays or Vars. With plain arrays it just computes; with a Var among its inputs it records itself
+(see autodiff.py). Legend: B batch, H heads, T queries, S keys, D head size, d model size, N tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from . import _core
+from ._core import Block
+from .autodiff import Var, add_grad, is_traced, record, value_of
+
+Array = np.ndarray | Var
+
+
+def _flat(x: np.ndarray) -> np.ndarray:
+    return x.reshape(-1, x.shape[-1])
+
+
+def linear(x: Array, weight: Array, bias: Array | None = None, *, transposed: bool = False) -> Array:
+    """x (..., d_in) weight (d_in, d_out) + bias (d_out,) -> (..., d_out); transposed: weight is (d_out, d_in)."""
+    vx, vw, vb = value_of(x), value_of(weight), value_of(bias)
+    rows = _flat(vx)
+    out = np.empty((len(rows), vw.shape[0 if transposed else 1]), vx.dtype)
+    if vb is not None:
+        out[:] = vb
+    _core.gemm(rows, vw, trans_b=transposed, out=out, accumulate=vb is not None)
+    y = out.reshape(*vx.shape[:-1], out.shape[1])
+    if not is_traced(x, weight, bias):
+        return y
+
+    def vjp(dy: np.ndarray) -> tuple[Any, ...]:
+        d_out = np.ascontiguousarray(_flat(dy))
+        dx = _core.gemm(d_out, vw, trans_b=not transposed).reshape(vx.shape) if isinstance(x, Var) else None
+        if isinstance(weight, Var):
+            a, b = (d_out, rows) if transposed else (rows, d_out)
+            if weight.grad is not None and weight._owns_grad:  # a parameter: straight into the arena
+                _core.gemm(a, b, trans_a=True, out=weight.grad, accumulate=True)
+            else:
+                add_grad(weight, _core.gemm(a, b, trans_a=True))
+        return dx, None, d_out.sum(axis=0) if isinstance(bias, Var) else None
+
+    return record(y, (x, weight, bias), vjp)
+
+
+def softmax(x: Array) -> Array:
+    """Softmax over the last axis."""
+    y = _core.softmax(value_of(x))
+    return record(y, (x,), lambda dy: (_core.softmax_backward(y, dy),)) if is_traced(x) else y
+
+
+def sigmoid(x: Array) -> Array:
+    """1 / (1 + exp(-x)), without overflow: through tanh."""
+    return np.tanh(x * 0.5) * 0.5 + 0.5
+
+
+def norm(x: Array, weight: Array, bias: Array | None, eps: float, kind: str) -> Array:
+    """Layer norm (arXiv 1607.06450) or, with kind "rms", RMS norm (arXiv 1910.07467) over the last axis."""
+    vx, vw = value_of(x), value_of(weight)
+    if kind == "rms":
+        y, rstd = _core.rms_norm(vx, vw, eps)
+    else:
+        y, mean, rstd = _core.layer_norm(vx, vw, value_of(bias), eps)
+    if not is_traced(x, weight, bias):
+        return y
+
+    def vjp(dy: np.ndarray) -> tuple[Any, ...]:
+        if kind == "rms":
+            return (*_core.rms_norm_backward(dy, vx, vw, rstd), None)
+        dx, dweight, dbias = _core.layer_norm_backward(dy, vx, vw, mean, rstd)
+        return dx, dweight, dbias
+
+    return record(y, (x, weight, bias), vjp)
+
+
+def activation(x: Array, kind: str) -> Array:
+    """relu, gelu (exact), gelu_tanh or silu."""
+    vx = value_of(x)
+    y = _core.activation(vx, kind)
+    return record(y, (x,), lambda dy: (_core.activation_backward(vx, dy, kind),)) if is_traced(x) else y
+
+
+def embedding(table: Array, ids: np.ndarray) -> Array:
+    """Rows of table (V, d) for ids (...) -> (..., d)."""
+    vt = value_of(table)
+    y = _core.embedding(vt, ids)
+    if not is_traced(table):
+        return y
+
+    def vjp(dy: np.ndarray) -> tuple[None]:
+        if table.grad is None or not table._owns_grad:
+            fresh = np.zeros_like(vt)
+            _core.embedding_backward(ids, dy, fresh)
+            add_grad(table, fresh)
+        else:
+            _core.embedding_backward(ids, dy, table.grad)
+        return (None,)
+
+    return record(y, (table,), vjp)
+
+
+def cross_entropy(logits: Array, targets: np.ndarray, weights: np.ndarray | None = None, label_smoothing: float = 0.0) -> Array:
+    """Weighted mean of the negative log-likelihood in nats: logits (N, V), targets (N,), weights (N,) -> scalar.
+
+    A target of weight 0 does not count; its id may be anything in range.
+    """
+    vl = value_of(logits)
+    weights = np.ones(len(targets), vl.dtype) if weights is None else np.asarray(weights, vl.dtype)
+    total = weights.sum(dtype=np.float64)
+    share = (weights / (total or 1.0)).astype(vl.dtype)
+    losses, lse = _core.cross_entropy(vl, targets, label_smoothing=label_smoothing)
+    loss = np.asarray(np.dot(losses.astype(np.float64), share.astype(np.float64)), vl.dtype)
+    if not is_traced(logits):
+        return loss
+
+    def vjp(dy: np.ndarray) -> tuple[np.ndarray]:
+        return (_core.cross_entropy_backward(vl, targets, lse, share * dy, label_smoothing=label_smoothing),)
+
+    return record(loss, (logits,), vjp)
+
+
+def dropout(x: Array, p: float, seed: int) -> Array:
+    """Zeroes each element with probability p and scales the rest by 1 / (1 - p); the mask is a function of the seed."""
+    if p == 0:
+        return x
+    y = _core.dropout(value_of(x), p, seed)
+    return record(y, (x,), lambda dy: (_core.dropout(dy, p, seed),)) if is_traced(x) else y
+
+
+def rotary(x: Array, positions: np.ndarray, base: float) -> Array:
+    """Rotary positions (arXiv 2104.09864, eq. 34): x (B, H, T, D), positions (T,) or (B, T)."""
+    y = _core.rotary(value_of(x), positions, base)
+    return record(y, (x,), lambda dy: (_core.rotary(dy, positions, base, inverse=True),)) if is_traced(x) else y
+
+
+@dataclasses.dataclass(frozen=True)
+class DistanceBias:
+    """A bias that depends on key - query alone: table (H, T + S - 1), entry [h, j - i + T - 1] for query i, key j.
+
+    The kernel reads it through strides, so the (H, T, S) array never exists, nor does its gradient.
+    """
+
+    table: Array
+    n_queries: int
+    n_keys: int
+
+    def strided(self, table: np.ndarray) -> np.ndarray:
+        h, j = table.strides
+        return np.lib.stride_tricks.as_strided(
+            table[:, self.n_queries - 1 :], (1, len(table), self.n_queries, self.n_keys), (0, h, -j, j)
+        )
+
+
+def relative_buckets(distance: np.ndarray, n_buckets: int, max_distance: int, bidirectional: bool) -> np.ndarray:
+    """Bucket of each distance = key - query (arXiv 1910.10683, section 2.1): exact when near, logarithmic when far."""
+    bucket = np.zeros(distance.shape, np.int64)
+    if bidirectional:
+        n_buckets //= 2
+        bucket += (distance > 0) * n_buckets
+        far = np.abs(distance)
+    else:
+        far = np.maximum(-distance, 0)
+    exact = n_buckets // 2
+    scaled = np.log(np.maximum(far, exact) / exact) / np.log(max_distance / exact) * (n_buckets - exact)
+    return bucket + np.where(far < exact, far, np.minimum(exact + scaled.astype(np.int64), n_buckets - 1))
+
+
+def attention(q: Array, blocks: Sequence[Block], scale: float) -> Array:
+    """softmax(scale q k^T + bias) v over the rows of all blocks together: q (B, H, T, D) -> (B, H, T, D).
+
+    k, v and bias of a Block may be Vars; bias may be a DistanceBias.
+    """
+    return attention_with_lse(q, blocks, scale)[0]
+
+
+def attention_with_lse(q: Array, blocks: Sequence[Block], scale: float) -> tuple[Array, np.ndarray]:
+    """`attention`, and the log-sum-exp of each query's scores (B, H, T), which carries no gradient."""
+    tables = [block.bias.table if isinstance(block.bias, DistanceBias) else block.bias for block in blocks]
+    plain = [
+        dataclasses.replace(block, k=value_of(block.k), v=value_of(block.v), bias=_bias_view(block.bias, value_of(table)))
+        for block, table in zip(blocks, tables, strict=True)
+    ]
+    vq = value_of(q)
+    out, lse = _core.attention(vq, plain, scale)
+    parents = [q, *(x for block, table in zip(blocks, tables, strict=True) for x in (block.k, block.v, table))]
+    if not is_traced(*parents):
+        return out, lse
+
+    def vjp(dy: np.ndarray) -> list[np.ndarray | None]:
+        dtables = [np.zeros_like(table.value) if isinstance(table, Var) else None for table in tables]
+        asked = [
+            block if d is None else dataclasses.replace(block, dbias=_bias_view(original.bias, d), needs_dbias=True)
+            for block, original, d in zip(plain, blocks, dtables, strict=True)
+        ]
+        dq, grads = _core.attention_backward(dy, out, lse, vq, asked, scale)
+        return [dq, *(x for grad, d in zip(grads, dtables, strict=True) for x in (grad.dk, grad.dv, d))]
+
+    return record(out, parents, vjp), lse
+
+
+def _bias_view(bias: Any, table: np.ndarray | None) -> np.ndarray | None:
+    return bias.strided(table) if isinstance(bias, DistanceBias) else table
+
+
+def attention_mass(q: Array, block: Block, lse: np.ndarray, scale: float) -> np.ndarray:
+    """Attention each row of `block` received, summed over heads and queries: (B, S). No gradient.
+
+    In NumPy, 64 queries at a time: only strategies that ask for it pay.
+    """
+    vq, k = value_of(q), value_of(block.k)
+    k = np.repeat(k, vq.shape[1] // k.shape[1], axis=1)
+    n_queries, n_keys = vq.shape[2], k.shape[2]
+    bias = block.bias
+    bias = _bias_view(bias, value_of(bias.table if isinstance(bias, DistanceBias) else bias))
+    if bias is not None:
+        bias = np.broadcast_to(bias, (*vq.shape[:3], n_keys))
+    seen = np.ones((len(vq), n_keys), bool) if block.valid is None else block.valid.copy()
+    if block.lengths is not None:
+        seen &= np.arange(n_keys) < block.lengths[:, None]
+    offset = n_keys - n_queries if block.offset is None else block.offset
+    mass = np.zeros((len(vq), n_keys), vq.dtype)
+    for first in range(0, n_queries, 64):
+        part = slice(first, min(first + 64, n_queries))
+        scores = vq[:, :, part] @ np.swapaxes(k, -1, -2) * scale
+        if bias is not None:
+            scores = scores + bias[:, :, part]
+        shown = seen[:, None, None, :]
+        if block.causal:
+            shown = shown & (np.arange(n_keys) <= np.arange(n_queries)[part, None] + offset)
+        total = np.where(np.isfinite(lse[:, :, part]), lse[:, :, part], 0)[..., None]
+        mass += np.where(shown, np.exp(np.where(shown, scores - total, 0)), 0).sum(axis=(1, 2))
+    return mass

@@ -1,0 +1,345 @@
+"""What every kernel checks before it computes, shared by the compiled door and its NumPy twins.
+
+A fact about an argument is stated once, here, so that the two implementations refuse the same inputs with the
+same words. Every function returns the value in the form the kernels want (C-contiguous, plain ndarray) or raises
+`InvalidType` (not an array, wrong dtype) or `InvalidValue` (rank, shape, range), naming the argument, what was
+expected and what came.
+"""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+
+import numpy as np
+
+from mini_tfm.errors import InvalidType, InvalidValue
+
+FLOAT32, FLOAT64, INT64, BOOL = np.dtype("float32"), np.dtype("float64"), np.dtype("int64"), np.dtype("bool")
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
+
+
+def _shape_text(shape) -> str:
+    """(2, None) -> '(2, any)'."""
+    return "(" + ", ".join("any" if n is None else str(n) for n in shape) + ("," if len(shape) == 1 else "") + ")"
+
+
+def _array(name, x, dtypes, shape, ndim, min_ndim):
+    if not isinstance(x, np.ndarray):
+        raise InvalidType(f"{name}: expected a NumPy array of {' or '.join(map(str, dtypes))}, got {type(x).__name__}")
+    if x.dtype not in dtypes:
+        raise InvalidType(f"{name}: expected dtype {' or '.join(map(str, dtypes))}, got {x.dtype}")
+    if shape is not None:
+        if len(shape) != x.ndim or any(n is not None and n != m for n, m in zip(shape, x.shape, strict=True)):
+            raise InvalidValue(f"{name}: expected shape {_shape_text(shape)}, got {x.shape}")
+    elif ndim is not None and x.ndim != ndim:
+        raise InvalidValue(f"{name}: expected {ndim} dimensions, got {x.ndim} (shape {x.shape})")
+    elif x.ndim < min_ndim:
+        raise InvalidValue(f"{name}: expected at least {min_ndim} dimensions, got {x.ndim} (shape {x.shape})")
+
+
+def _contiguous(x):
+    """A plain C-contiguous, aligned array with the same values: `x` itself when it is one already."""
+    return np.require(np.asarray(x), requirements="CA")
+
+
+def real(name, x, *, like=None, shape=None, ndim=None, min_ndim=0):
+    """A float32 or float64 array; of `like`'s dtype when given. Strided input is copied to contiguous."""
+    _array(name, x, (FLOAT32, FLOAT64) if like is None else (like.dtype,), shape, ndim, min_ndim)
+    flags = x.flags
+    return x if type(x) is np.ndarray and flags.c_contiguous and flags.aligned else _contiguous(x)
+
+
+def strided_real(name, x, *, like):
+    """A real array whose strides are kept, whatever they are (zero, negative, overlapping)."""
+    _array(name, x, (like.dtype,), None, None, 0)
+    if any(stride % x.itemsize for stride in x.strides) or not x.flags.aligned:
+        raise InvalidValue(f"{name}: expected strides that are multiples of {x.itemsize} bytes, got {x.strides}")
+    return np.asarray(x)
+
+
+def output(name, x, *, like, shape=None, ndim=None, apart_from=()):
+    """An array written in place: it must be writeable, contiguous and apart from the inputs, for a copy would lose the result."""
+    _array(name, x, (like.dtype,), shape, ndim, 0)
+    if not (x.flags.c_contiguous and x.flags.aligned):
+        raise InvalidValue(f"{name}: expected a C-contiguous array (it is written in place), got strides {x.strides}")
+    if not x.flags.writeable:
+        raise InvalidValue(f"{name}: expected a writeable array, got a read-only one")
+    for other_name, other in apart_from:
+        # For contiguous arrays the bounds test is exact.
+        if np.may_share_memory(x, other):
+            raise InvalidValue(f"{name}: expected memory of its own, got an array that overlaps {other_name}")
+    return x
+
+
+def integers(name, x, *, shape=None, ndim=None, low=None, high=None, also=None):
+    """An int64 array with every value in [low, high), or equal to `also`."""
+    _array(name, x, (INT64,), shape, ndim, 0)
+    x = _contiguous(x)
+    if x.size and low is not None:
+        smallest, largest = int(x.min()), int(x.max())
+        if smallest < low or largest >= high:
+            bad = (x < low) | (x >= high)
+            if also is not None:
+                bad &= x != also
+            if bad.any():
+                where = tuple(int(i) for i in np.argwhere(bad)[0])
+                but = "" if also is None else f" (or {also})"
+                raise InvalidValue(f"{name}: expected values from {low} to {high - 1}{but}, got {int(x[where])} at {where}")
+    return x
+
+
+def mask(name, x, *, shape):
+    """A bool array."""
+    _array(name, x, (BOOL,), shape, None, 0)
+    return _contiguous(x)
+
+
+def integer(name, x, *, low, high=None):
+    """A Python int in [low, high]; booleans and floats are refused."""
+    if isinstance(x, (bool, np.bool_)) or not isinstance(x, Integral):
+        raise InvalidType(f"{name}: expected an integer, got {type(x).__name__}")
+    x = int(x)
+    if x < low or (high is not None and x > high):
+        raise InvalidValue(f"{name}: expected an integer {f'from {low} to {high}' if high is not None else f'>= {low}'}, got {x}")
+    return x
+
+
+def number(name, x, *, low=-math.inf, high=math.inf, open_low=False, open_high=False):
+    """A finite Python float in the interval."""
+    if isinstance(x, (bool, np.bool_)) or not isinstance(x, Real):
+        raise InvalidType(f"{name}: expected a number, got {type(x).__name__}")
+    x = float(x)
+    inside = (x > low if open_low else x >= low) and (x < high if open_high else x <= high)
+    if not (math.isfinite(x) and inside):
+        bounds = f"{'(' if open_low or low == -math.inf else '['}{low}, {high}{')' if open_high or high == math.inf else ']'}"
+        raise InvalidValue(f"{name}: expected a finite number in {bounds}, got {x}")
+    return x
+
+
+def flag(name, x):
+    """True or False, not something that happens to be truthy."""
+    if not isinstance(x, (bool, np.bool_)):
+        raise InvalidType(f"{name}: expected True or False, got {type(x).__name__}")
+    return bool(x)
+
+
+# One function a kernel: everything it takes, checked, in its own order.
+
+
+def gemm(a, b, trans_a, trans_b, out, accumulate):
+    trans_a, trans_b, accumulate = flag("trans_a", trans_a), flag("trans_b", trans_b), flag("accumulate", accumulate)
+    a = real("a", a, ndim=2)
+    b = real("b", b, like=a, ndim=2)
+    m, k = a.shape[::-1] if trans_a else a.shape
+    k_b, n = b.shape[::-1] if trans_b else b.shape
+    if k != k_b:
+        raise InvalidValue(
+            f"b: expected {k} {'columns' if trans_b else 'rows'} to match a of shape {a.shape} (trans_a={trans_a}), "
+            f"got shape {b.shape} (trans_b={trans_b})"
+        )
+    if out is None:
+        if accumulate:
+            raise InvalidValue("out: expected an array to accumulate into (accumulate=True), got None")
+    else:
+        output("out", out, like=a, shape=(m, n), apart_from=(("a", a), ("b", b)))
+    return a, b, trans_a, trans_b, accumulate, m, n, k
+
+
+def rows(x):
+    """The last axis and how many rows of it: (N, d)."""
+    return math.prod(x.shape[:-1]), x.shape[-1]
+
+
+def layer_norm(x, weight, bias, eps):
+    x = real("x", x, min_ndim=1)
+    weight = real("weight", weight, like=x, shape=(x.shape[-1],))
+    bias = None if bias is None else real("bias", bias, like=x, shape=(x.shape[-1],))
+    return x, weight, bias, number("eps", eps, low=0.0)
+
+
+def rms_norm(x, weight, eps):
+    x = real("x", x, min_ndim=1)
+    return x, real("weight", weight, like=x, shape=(x.shape[-1],)), number("eps", eps, low=0.0)
+
+
+def norm_backward(dy, x, weight, mean, rstd):
+    """Both norms; `mean` is None for the one that has none."""
+    x = real("x", x, min_ndim=1)
+    dy = real("dy", dy, like=x, shape=x.shape)
+    n, d = rows(x)
+    weight = real("weight", weight, like=x, shape=(d,))
+    mean = None if mean is None else real("mean", mean, like=x, shape=(n,))
+    return dy, x, weight, mean, real("rstd", rstd, like=x, shape=(n,))
+
+
+def activation_kind(kind) -> int:
+    """The number the C side knows `kind` by."""
+    if not isinstance(kind, str):
+        raise InvalidType(f"kind: expected one of {', '.join(ACTIVATIONS)}, got {type(kind).__name__}")
+    if kind not in ACTIVATIONS:
+        raise InvalidValue(f"kind: expected one of {', '.join(ACTIVATIONS)}, got {kind!r}")
+    return ACTIVATIONS.index(kind)
+
+
+def embedding(table, ids):
+    table = real("table", table, ndim=2)
+    return table, integers("ids", ids, low=0, high=table.shape[0])
+
+
+def embedding_backward(ids, dout, dtable):
+    dout = real("dout", dout, min_ndim=1)
+    output("dtable", dtable, like=dout, ndim=2, apart_from=(("dout", dout),))
+    ids = integers("ids", ids, low=0, high=dtable.shape[0])
+    return ids, real("dout", dout, shape=(*ids.shape, dtable.shape[1]))
+
+
+def cross_entropy(logits, targets, ignore_index, label_smoothing):
+    logits = real("logits", logits, ndim=2)
+    ignore_index = integer("ignore_index", ignore_index, low=-(2**63), high=2**63 - 1)
+    label_smoothing = number("label_smoothing", label_smoothing, low=0.0, high=1.0)
+    n, vocab = logits.shape
+    targets = integers("targets", targets, shape=(n,), low=0, high=vocab, also=ignore_index)
+    return logits, targets, ignore_index, label_smoothing
+
+
+def adamw(param, grad, m, v, lr, beta1, beta2, eps, weight_decay, step, grad_scale):
+    param_ = real("param", param, ndim=1)  # the dtype of all four
+    output("param", param, like=param_)
+    grad = real("grad", grad, like=param_, shape=param.shape)
+    output("param", param, like=param_, apart_from=(("grad", grad),))
+    output("m", m, like=param_, shape=param.shape, apart_from=(("param", param), ("grad", grad)))
+    output("v", v, like=param_, shape=param.shape, apart_from=(("param", param), ("grad", grad), ("m", m)))
+    return (
+        grad,
+        number("lr", lr, low=0.0),
+        number("beta1", beta1, low=0.0, high=1.0, open_high=True),
+        number("beta2", beta2, low=0.0, high=1.0, open_high=True),
+        number("eps", eps, low=0.0),
+        number("weight_decay", weight_decay, low=0.0),
+        integer("step", step, low=1),
+        number("grad_scale", grad_scale),
+    )
+
+
+def real_dtype(dtype):
+    try:
+        dtype = np.dtype(dtype)
+    except TypeError as error:
+        raise InvalidType(f"dtype: expected float32 or float64, got {dtype!r}") from error
+    if dtype not in (FLOAT32, FLOAT64):
+        raise InvalidType(f"dtype: expected float32 or float64, got {dtype}")
+    return dtype
+
+
+def sinusoidal_positions(n, d_model, dtype):
+    return integer("n", n, low=0), integer("d_model", d_model, low=0), real_dtype(dtype)
+
+
+def rotary(x, positions, base, inverse):
+    x = real("x", x, ndim=4)
+    batch, _, length, d = x.shape
+    if d % 2:
+        raise InvalidValue(f"x: expected an even last dimension (pairs i, i + D/2), got shape {x.shape}")
+    per_row = isinstance(positions, np.ndarray) and positions.ndim == 2
+    positions = integers("positions", positions, shape=(batch, length) if per_row else (length,))
+    return x, positions, number("base", base, low=0.0, open_low=True), flag("inverse", inverse)
+
+
+def dropout(x, p, seed):
+    return real("x", x), number("p", p, low=0.0, high=1.0, open_high=True), integer("seed", seed, low=0, high=2**64 - 1)
+
+
+def search(queries, bank, k, valid):
+    queries = real("queries", queries, ndim=3)
+    batch, _, d = queries.shape
+    bank = real("bank", bank, like=queries, shape=(batch, None, d))
+    k = integer("k", k, low=0, high=2**31 - 1)
+    return queries, bank, k, None if valid is None else mask("valid", valid, shape=(batch, bank.shape[1]))
+
+
+def attention_block(block, at, q):
+    """One checked copy of `block` for queries of q's shape (B, H, T, D); `at` names it in messages."""
+    from mini_tfm.reference.attention import Block
+
+    if not isinstance(block, Block):
+        raise InvalidType(f"{at}: expected a Block, got {type(block).__name__}")
+    batch, heads, length, d = q.shape
+    k = real(f"{at}.k", block.k, like=q, ndim=4)
+    kv_heads, source = k.shape[1], k.shape[2]
+    if k.shape[0] != batch or k.shape[3] != d or (kv_heads == 0) != (heads == 0) or (kv_heads and heads % kv_heads):
+        raise InvalidValue(
+            f"{at}.k: expected shape ({batch}, Hkv, S, {d}) with Hkv dividing {heads} to match q of shape {q.shape}, got {k.shape}"
+        )
+    v = real(f"{at}.v", block.v, like=q, shape=k.shape)
+    valid = None if block.valid is None else mask(f"{at}.valid", block.valid, shape=(batch, source))
+    lengths = None
+    if block.lengths is not None:
+        lengths = integers(f"{at}.lengths", block.lengths, shape=(batch,), low=0, high=source + 1)
+    causal = flag(f"{at}.causal", block.causal)
+    window = None if block.window is None else integer(f"{at}.window", block.window, low=1, high=2**62)
+    offset = source - length
+    if block.offset is not None:
+        offset = integer(f"{at}.offset", block.offset, low=-(2**62), high=2**62)
+    index, width = None, source
+    if block.index is not None:
+        if causal or window is not None:
+            raise InvalidValue(f"{at}.index: expected no causal mask and no window beside an index, got both")
+        index = integers(f"{at}.index", block.index, shape=(batch, heads, length, None), low=-1, high=source)
+        width = index.shape[3]
+    scores = (batch, heads, length, width)
+    bias = None if block.bias is None else _broadcast(f"{at}.bias", strided_real(f"{at}.bias", block.bias, like=q), scores)
+    needs_dbias = flag(f"{at}.needs_dbias", block.needs_dbias)
+    if (needs_dbias or block.dbias is not None) and bias is None:
+        raise InvalidValue(f"{at}.bias: expected an array because its gradient is asked for, got None")
+    dbias = None
+    if block.dbias is not None:
+        dbias = strided_real(f"{at}.dbias", block.dbias, like=q)
+        if not dbias.flags.writeable:
+            raise InvalidValue(f"{at}.dbias: expected a writeable array, got a read-only one")
+        _broadcast(f"{at}.dbias", dbias, scores)
+        needs_dbias = True
+    return Block(k, v, valid=valid, lengths=lengths, index=index, bias=bias, dbias=dbias, needs_dbias=needs_dbias,
+                 causal=causal, offset=offset, window=window)  # fmt: skip
+
+
+def _broadcast(name, x, shape):
+    try:
+        return np.broadcast_to(x, shape)
+    except ValueError:
+        raise InvalidValue(f"{name}: expected an array broadcastable to {shape}, got shape {x.shape}") from None
+
+
+def writeable_view(dbias, shape):
+    """`dbias` broadcast to `shape`, writeable: several elements of the view may be one in memory."""
+    strides = np.broadcast_to(dbias, shape).strides
+    return np.lib.stride_tricks.as_strided(dbias, shape, strides)
+
+
+def attention(q, blocks, scale):
+    q = real("q", q, ndim=4)
+    if not isinstance(blocks, (list, tuple)):
+        raise InvalidType(f"blocks: expected a list of Block, got {type(blocks).__name__}")
+    scale = number("scale", scale)
+    return q, [attention_block(block, f"blocks[{i}]", q) for i, block in enumerate(blocks)], scale
+
+
+def attention_backward(dout, out, lse, q, blocks, scale, needs):
+    q, checked, scale = attention(q, blocks, scale)
+    dout = real("dout", dout, like=q, shape=q.shape)
+    out = real("out", out, like=q, shape=q.shape)
+    lse = real("lse", lse, like=q, shape=q.shape[:3])
+    if needs is None:
+        needs = [True] * len(checked)
+    elif not isinstance(needs, (list, tuple)) or len(needs) != len(checked):
+        raise InvalidValue(f"needs: expected None or one True or False for each of {len(checked)} blocks, got {needs!r}")
+    needs = [flag(f"needs[{i}]", need) for i, need in enumerate(needs)]
+    for given, block in zip(blocks, checked, strict=True):
+        if block.needs_dbias and block.dbias is None:
+            # The bias's own layout cannot be guessed from its strides; an expanded or overlapping bias comes with its dbias.
+            block.dbias = np.zeros(given.bias.shape, q.dtype)
+    return dout, out, lse, q, checked, scale, needs
+
+
+def thread_count(n):
+    return integer("n", n, low=1, high=4096)

@@ -1,0 +1,183 @@
+"""Scaled dot-product attention over several key/value blocks in one softmax (arXiv 1706.03762, eq. 1).
+
+Written for reading: one head at a time, the whole (T, S) matrix at once. `Block` and `BlockGrad` are shared with the
+compiled kernel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mini_tfm.reference import _checks
+
+
+@dataclass
+class Block:
+    """Keys and values that queries (B, H, T, D) attend to, and who sees what.
+
+    k, v         (B, Hkv, S, D); Hkv divides H, head h reads kv head h // (H // Hkv).
+    valid        (B, S) bool, or None: all rows.
+    lengths      (B,) int64, rows at and after it are hidden; or None.
+    index        (B, H, T, K) int64, each query's own rows of this bank, -1 = none; or None: every row.
+                 Not together with causal or window; a bias then broadcasts to (B, H, T, K).
+    bias         added to the scores: broadcastable to (B, H, T, S) with any strides, read where it lies; -inf hides.
+    dbias        in backward: where the bias's gradient is accumulated, broadcastable like the bias, any strides: for a
+                 view of a table, the same view of a table of zeros.
+    needs_dbias  ask for the gradient without giving `dbias`: a dense one of the bias's shape is made.
+    causal       query i sees key j only if j <= i + offset.
+    offset       None: S - T, the last query sees the last key.
+    window       w >= 1 or None: only j > i + offset - w, and if not causal also only j < i + offset + w.
+    """
+
+    k: Any
+    v: Any
+    valid: Any = None
+    lengths: Any = None
+    index: Any = None
+    bias: Any = None
+    dbias: Any = None
+    needs_dbias: bool = False
+    causal: bool = False
+    offset: int | None = None
+    window: int | None = None
+
+
+class BlockGrad(NamedTuple):
+    """Gradients of one Block: dk, dv (B, Hkv, S, D), None if not needed; dbias, None unless asked for."""
+
+    dk: np.ndarray | None
+    dv: np.ndarray | None
+    dbias: np.ndarray | None
+
+
+def _visible(block, b, h, length):
+    """(T, S or K) bool: which scores of head h in batch row b exist."""
+    source = block.k.shape[2]
+    rows = np.ones(source, bool) if block.valid is None else block.valid[b].copy()
+    if block.lengths is not None:
+        rows[block.lengths[b] :] = False
+    if block.index is not None:
+        index = block.index[b, h]
+        if source == 0:
+            return np.zeros(index.shape, bool)
+        return (index >= 0) & rows[index]
+    seen = np.broadcast_to(rows, (length, source)).copy()
+    distance = np.arange(source)[None, :] - np.arange(length)[:, None] - block.offset  # 0: the query's own key
+    if block.causal:
+        seen &= distance <= 0
+    if block.window is not None:
+        seen &= distance > -block.window
+        if not block.causal:
+            seen &= distance < block.window
+    return seen
+
+
+def _rows(bank, block, b, h, heads):
+    """The bank's rows in double: (S, D), or (T, K, D) where an index picks them (anything where it is -1)."""
+    rows = bank[b, h // (heads // bank.shape[1])].astype(np.float64)
+    if block.index is None:
+        return rows
+    index = block.index[b, h]
+    return rows[np.maximum(index, 0)] if len(rows) else np.zeros((*index.shape, bank.shape[3]))
+
+
+def _scores(q, block, b, h, scale):
+    """(T, S or K): scale * q k^T + bias, -inf where hidden; and which are not hidden."""
+    heads, length = q.shape[1], q.shape[2]
+    seen = _visible(block, b, h, length)
+    keys = _rows(block.k, block, b, h, heads)
+    scores = q[b, h].astype(np.float64) @ keys.T if block.index is None else np.einsum("td,tkd->tk", q[b, h].astype(np.float64), keys)
+    scores = scores * scale
+    if block.bias is not None:
+        scores = scores + block.bias[b, h]
+    scores = np.where(seen, scores, -np.inf)
+    return scores, scores != -np.inf
+
+
+def _product(weights, rows, seen):
+    """sum_j weights[i, j] rows[j] over the j that i sees, so that 0 * NaN of a hidden row does not get in."""
+    if rows.ndim == 3:
+        return np.einsum("tk,tkd->td", weights, np.where(seen[:, :, None], rows, 0.0))
+    if np.isfinite(rows).all():
+        return weights @ rows
+    return np.array([weights[i, seen[i]] @ rows[seen[i]] for i in range(len(weights))]).reshape(len(weights), rows.shape[1])
+
+
+def attention(q, blocks, scale):
+    """out (B, H, T, D), lse (B, H, T) of queries q (B, H, T, D) over all blocks in one softmax.
+
+    lse is the log of the sum of exponentials of the scores, what the backward needs. A query that sees no key gets a
+    zero row and lse -inf.
+    """
+    q, blocks, scale = _checks.attention(q, blocks, scale)
+    out, lse = np.zeros_like(q), np.full(q.shape[:3], -np.inf, q.dtype)
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        for b, h in np.ndindex(q.shape[:2]):
+            pairs = [_scores(q, block, b, h, scale) for block in blocks]
+            if not pairs:
+                continue
+            every = np.concatenate([scores for scores, _ in pairs], axis=-1)
+            top = every.max(-1, initial=-np.inf, keepdims=True)
+            top = np.where(top == -np.inf, 0.0, top)
+            total = np.exp(every - top).sum(-1, keepdims=True)
+            lse[b, h] = (top + np.log(total))[:, 0]
+            for block, (scores, seen) in zip(blocks, pairs, strict=True):
+                weights = np.exp(scores - top) / np.where(total == 0.0, 1.0, total)
+                out[b, h] += _product(weights, _rows(block.v, block, b, h, q.shape[1]), seen).astype(q.dtype)
+    return out, lse
+
+
+def attention_backward(dout, out, lse, q, blocks, scale, needs=None):
+    """dq (B, H, T, D) and one `BlockGrad` a block, from what `attention` took and returned.
+
+    needs: one bool a block; where False, dk and dv are not computed (None). None: all are.
+    """
+    dout, out, lse, q, blocks, scale, needs = _checks.attention_backward(dout, out, lse, q, blocks, scale, needs)
+    heads, length = q.shape[1], q.shape[2]
+    dq = np.zeros(q.shape)
+    dks = [np.zeros(block.k.shape) if need else None for block, need in zip(blocks, needs, strict=True)]
+    dvs = [np.zeros(block.k.shape) if need else None for block, need in zip(blocks, needs, strict=True)]
+    with np.errstate(invalid="ignore", over="ignore"):
+        for (b, h), (block, dk, dv) in ((bh, x) for bh in np.ndindex(q.shape[:2]) for x in zip(blocks, dks, dvs, strict=True)):
+            q_h, dout_h = q[b, h].astype(np.float64), dout[b, h].astype(np.float64)
+            row_lse = lse[b, h].astype(np.float64)[:, None]
+            delta = (dout_h * out[b, h]).sum(-1, keepdims=True)
+            scores, seen = _scores(q, block, b, h, scale)
+            seen = seen & (row_lse != -np.inf)
+            weights = np.where(seen, np.exp(scores - row_lse), 0.0)
+            keys, values = _rows(block.k, block, b, h, heads), _rows(block.v, block, b, h, heads)
+            dweights = dout_h @ values.T if block.index is None else np.einsum("td,tkd->tk", dout_h, values)
+            dscores = np.where(seen, weights * (dweights - delta), 0.0)
+            dq[b, h] += _product(dscores, keys, seen) * scale
+            if block.dbias is not None:
+                _add_through_strides(_checks.writeable_view(block.dbias, (*q.shape[:2], *scores.shape))[b, h], dscores)
+            if dk is None:
+                continue
+            kv = h // (heads // block.k.shape[1])
+            if block.index is None:
+                dk[b, kv] += _product(dscores.T, q_h, seen.T) * scale
+                dv[b, kv] += _product(weights.T, dout_h, seen.T)
+            else:
+                i, j = np.nonzero(seen)
+                np.add.at(dk[b, kv], block.index[b, h][i, j], dscores[i, j, None] * q_h[i] * scale)
+                np.add.at(dv[b, kv], block.index[b, h][i, j], weights[i, j, None] * dout_h[i])
+        grads = [
+            BlockGrad(None if dk is None else dk.astype(q.dtype), None if dv is None else dv.astype(q.dtype), block.dbias)
+            for block, dk, dv in zip(blocks, dks, dvs, strict=True)
+        ]
+        return dq.astype(q.dtype), grads
+
+
+def _add_through_strides(view, values):
+    """view += values where several elements of `view` may be the same memory: each of them adds."""
+    if not view.size:
+        return
+    strides = [stride // view.itemsize for stride in view.strides]
+    lowest = sum(stride * (n - 1) for stride, n in zip(strides, view.shape, strict=True) if stride < 0)
+    offset = sum(np.arange(n).reshape(-1, *[1] * (view.ndim - 1 - axis)) * strides[axis] for axis, n in enumerate(view.shape)) - lowest
+    corner = view[tuple(slice(n - 1, None) if stride < 0 else slice(0, 1) for stride, n in zip(strides, view.shape, strict=True))]
+    memory = np.lib.stride_tricks.as_strided(corner, (int(offset.max()) + 1,), (view.itemsize,))
+    memory += np.bincount(offset.reshape(-1), values.reshape(-1), len(memory)).astype(view.dtype)

@@ -1,0 +1,96 @@
+"""Activations and dropout."""
+
+import numpy as np
+
+from mini_tfm.reference import _checks
+
+
+def _sigmoid(x):
+    return 1.0 / (1.0 + np.exp(-x))
+
+
+def _gelu_tanh_argument(x):
+    """2 u of gelu_tanh, and d(2 u)/dx: 0.5 (1 + tanh u) = sigmoid(2 u), u = sqrt(2/pi) (x + 0.044715 x^3)."""
+    c = 2.0 * np.sqrt(2.0 / np.pi)
+    return c * (x + 0.044715 * x**3), c * (1.0 + 3.0 * 0.044715 * x * x)
+
+
+def activation(x, kind):
+    """y = kind(x): "relu", "gelu" (exact, by erf), "gelu_tanh" (arXiv 1606.08415), "silu"."""
+    x = _checks.real("x", x)
+    _checks.activation_kind(kind)
+    x64 = x.astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        if kind == "relu":
+            y = np.where(x64 <= 0.0, 0.0, x64)
+        elif kind == "gelu":
+            from scipy.special import erf
+
+            y = 0.5 * x64 * (1.0 + erf(x64 / np.sqrt(2.0)))
+        elif kind == "gelu_tanh":
+            y = x64 * _sigmoid(_gelu_tanh_argument(x64)[0])
+        else:
+            y = x64 * _sigmoid(x64)
+        return y.astype(x.dtype)
+
+
+def activation_backward(x, dy, kind):
+    """dx = dy * kind'(x), from the activation's input."""
+    x = _checks.real("x", x)
+    dy = _checks.real("dy", dy, like=x, shape=x.shape)
+    _checks.activation_kind(kind)
+    x64, dy64 = x.astype(np.float64), dy.astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        if kind == "relu":
+            return np.where(x64 > 0.0, dy64, 0.0).astype(x.dtype)
+        if kind == "gelu":
+            from scipy.special import erf
+
+            slope = 0.5 * (1.0 + erf(x64 / np.sqrt(2.0))) + x64 * np.exp(-0.5 * x64 * x64) / np.sqrt(2.0 * np.pi)
+        elif kind == "gelu_tanh":
+            argument, d_argument = _gelu_tanh_argument(x64)
+            s = _sigmoid(argument)
+            slope = s + x64 * s * (1.0 - s) * d_argument
+        else:
+            s = _sigmoid(x64)
+            slope = s + x64 * s * (1.0 - s)
+        return (dy64 * slope).astype(x.dtype)
+
+
+def _mix32(x):
+    """A bijection of uint32 that spreads every input bit over the word (two multiply-xorshift rounds)."""
+    x = x ^ (x >> np.uint32(16))
+    x = x * np.uint32(0x21F0AAAD)
+    x = x ^ (x >> np.uint32(15))
+    x = x * np.uint32(0xD35A2D97)
+    return x ^ (x >> np.uint32(15))
+
+
+def _mix64(x: int) -> int:
+    """The finaliser of splitmix64, on Python ints."""
+    whole = 2**64 - 1
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & whole
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & whole
+    return x ^ (x >> 31)
+
+
+def dropout(x, p, seed):
+    """y = x / (1 - p) where the hash of (seed, flat index) keeps the element, else 0; 0 <= p < 1, 0 <= seed < 2**64.
+
+    The mask depends on nothing else, so the same call on dy is the backward and nothing has to be stored. Two
+    32-bit keys are drawn from the seed for every 2**32 elements; element i of these is kept when
+    mix(mix(i + key0) ^ key1) >= floor(p * 2**32).
+    """
+    x, p, seed = _checks.dropout(x, p, seed)
+    flat = x.reshape(-1)
+    y = np.zeros_like(flat)
+    scale = x.dtype.type(1.0 / (1.0 - p))
+    for block, start in enumerate(range(0, flat.size, 2**32)):
+        key = _mix64((seed + (block + 1) * 0x9E3779B97F4A7C15) % 2**64)
+        index = np.arange(min(2**32, flat.size - start), dtype=np.uint32)
+        drawn = _mix32(_mix32(index + np.uint32(key & 0xFFFFFFFF)) ^ np.uint32(key >> 32))
+        keep = drawn >= np.uint32(int(p * 2**32))
+        part = slice(start, start + index.size)
+        with np.errstate(invalid="ignore", over="ignore"):
+            y[part][keep] = flat[part][keep] * scale
+    return y.reshape(x.shape)

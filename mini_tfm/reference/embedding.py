@@ -1,0 +1,46 @@
+"""Token embedding and the two positional encodings that need no parameters."""
+
+import numpy as np
+
+from mini_tfm.reference import _checks
+
+
+def embedding(table, ids):
+    """Rows of table (V, d) at ids (...): (..., d)."""
+    table, ids = _checks.embedding(table, ids)
+    return table[ids]
+
+
+def embedding_backward(ids, dout, dtable):
+    """dtable (V, d)[ids] += dout (..., d), in place; repeated ids add up. Returns dtable."""
+    ids, dout = _checks.embedding_backward(ids, dout, dtable)
+    total = dtable.astype(np.float64)
+    np.add.at(total, ids.reshape(-1), dout.reshape(ids.size, dtable.shape[1]).astype(np.float64))
+    dtable[...] = total
+    return dtable
+
+
+def sinusoidal_positions(n, d_model, dtype=np.float32):
+    """The table of arXiv 1706.03762 section 3.5, (n, d_model): sin at even columns, cos at odd, computed in double."""
+    n, d_model, dtype = _checks.sinusoidal_positions(n, d_model, dtype)
+    column = np.arange(d_model)
+    angle = np.arange(n)[:, None] * 10000.0 ** (-(column - column % 2) / max(d_model, 1))
+    return np.where(column % 2 == 0, np.sin(angle), np.cos(angle)).astype(dtype)
+
+
+def rotary(x, positions, base=10000.0, inverse=False):
+    """Rotary encoding (arXiv 2104.09864) of x (B, H, T, D) at positions (T,) or (B, T).
+
+    The pair (x[i], x[i + D/2]) turns by position * base ** (-2 i / D), the layout of GPT-NeoX and LLaMA, not the
+    paper's interleaved one. `inverse` turns back, which is also the backward.
+    """
+    x, positions, base, inverse = _checks.rotary(x, positions, base, inverse)
+    d = x.shape[3]
+    half = d // 2
+    angle = positions[..., None].astype(np.float64) * base ** (-2.0 * np.arange(half) / max(d, 1))
+    cos, sin = np.cos(angle), np.sin(-angle if inverse else angle)
+    if positions.ndim == 2:
+        cos, sin = cos[:, None], sin[:, None]
+    a, b = x[..., :half].astype(np.float64), x[..., half:].astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)

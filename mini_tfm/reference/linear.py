@@ -1,0 +1,16 @@
+"""Matrix product."""
+
+import numpy as np
+
+from mini_tfm.reference import _checks
+
+
+def gemm(a, b, *, trans_a=False, trans_b=False, out=None, accumulate=False):
+    """out (M, N) = op(a) (M, K) @ op(b) (K, N), or out += ... when `accumulate`. Returns `out`, made when None."""
+    a, b, trans_a, trans_b, accumulate, m, n, _ = _checks.gemm(a, b, trans_a, trans_b, out, accumulate)
+    a64 = (a.T if trans_a else a).astype(np.float64)
+    b64 = (b.T if trans_b else b).astype(np.float64)
+    if out is None:
+        out = np.empty((m, n), a.dtype)
+    out[...] = a64 @ b64 + (out if accumulate else 0.0)
+    return out

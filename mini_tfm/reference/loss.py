@@ -1,0 +1,43 @@
+"""Cross entropy with label smoothing (arXiv 1512.00567, section 7)."""
+
+import numpy as np
+
+from mini_tfm.reference import _checks
+from mini_tfm.reference.softmax import _max_and_log_sum
+
+
+def cross_entropy(logits, targets, ignore_index=-100, label_smoothing=0.0):
+    """losses (N,), lse (N,) of logits (N, V) against targets (N,).
+
+    loss = lse - (1 - label_smoothing) * logits[target] - label_smoothing * mean(logits), lse = log sum exp(logits).
+    Rows whose target is `ignore_index` get loss 0 and lse 0. A target at -inf costs +inf.
+    """
+    logits, targets, ignore_index, smoothing = _checks.cross_entropy(logits, targets, ignore_index, label_smoothing)
+    counted = targets != ignore_index
+    x = logits[counted].astype(np.float64)
+    at_target = x[np.arange(len(x)), targets[counted]]
+    with np.errstate(invalid="ignore", over="ignore"):
+        row_lse = _max_and_log_sum(x)[1][:, 0]
+        loss = row_lse - (1.0 - smoothing) * at_target
+        if smoothing:
+            loss = loss - smoothing * x.mean(-1)
+        loss = np.where(at_target == -np.inf, np.inf, loss)
+    losses, lse = np.zeros(len(logits), logits.dtype), np.zeros(len(logits), logits.dtype)
+    with np.errstate(over="ignore"):
+        losses[counted], lse[counted] = loss, row_lse
+    return losses, lse
+
+
+def cross_entropy_backward(logits, targets, lse, dlosses, ignore_index=-100, label_smoothing=0.0):
+    """dlogits (N, V) = (softmax(logits) - smoothed one-hot) * dlosses, from the lse that `cross_entropy` returned."""
+    logits, targets, ignore_index, smoothing = _checks.cross_entropy(logits, targets, ignore_index, label_smoothing)
+    lse = _checks.real("lse", lse, like=logits, shape=targets.shape)
+    dlosses = _checks.real("dlosses", dlosses, like=logits, shape=targets.shape)
+    counted = targets != ignore_index
+    dlogits = np.zeros_like(logits)
+    x, row_lse = logits[counted].astype(np.float64), lse[counted].astype(np.float64)[:, None]
+    with np.errstate(invalid="ignore", over="ignore"):
+        p = np.where(row_lse == -np.inf, 0.0, np.exp(x - row_lse)) - smoothing / max(logits.shape[1], 1)
+        p[np.arange(len(x)), targets[counted]] -= 1.0 - smoothing
+        dlogits[counted] = p * dlosses[counted].astype(np.float64)[:, None]
+    return dlogits

@@ -1,0 +1,59 @@
+"""Layer normalisation (arXiv 1607.06450) and root-mean-square normalisation (arXiv 1910.07467), over the last axis.
+
+mean and rstd have one value a row, (N,), N the product of the leading dimensions.
+"""
+
+import numpy as np
+
+from mini_tfm.reference import _checks
+
+
+def _mean(x):
+    """Mean over the last axis; of nothing, 0."""
+    return x.sum(-1) / max(x.shape[-1], 1)
+
+
+def layer_norm(x, weight, bias, eps):
+    """y = (x - mean) * rstd * weight + bias, rstd = 1 / sqrt(var + eps), var biased. Returns y, mean, rstd."""
+    x, weight, bias, eps = _checks.layer_norm(x, weight, bias, eps)
+    x_nd = x.reshape(_checks.rows(x)).astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        mean = _mean(x_nd)
+        centred = x_nd - mean[:, None]
+        rstd = 1.0 / np.sqrt(_mean(centred * centred) + eps)
+        y = centred * rstd[:, None] * weight + (0.0 if bias is None else bias)
+        return y.reshape(x.shape).astype(x.dtype), mean.astype(x.dtype), rstd.astype(x.dtype)
+
+
+def layer_norm_backward(dy, x, weight, mean, rstd):
+    """dx, dweight, dbias of `layer_norm`, from what it returned."""
+    dy, x, weight, mean, rstd = _checks.norm_backward(dy, x, weight, mean, rstd)
+    shape, dtype = x.shape, x.dtype
+    x, dy = (a.reshape(_checks.rows(a)).astype(np.float64) for a in (x, dy))
+    with np.errstate(invalid="ignore", over="ignore"):
+        normed = (x - mean.astype(np.float64)[:, None]) * rstd.astype(np.float64)[:, None]
+        g = dy * weight
+        dx = (g - _mean(g)[:, None] - normed * _mean(g * normed)[:, None]) * rstd.astype(np.float64)[:, None]
+        return dx.reshape(shape).astype(dtype), (dy * normed).sum(0).astype(dtype), dy.sum(0).astype(dtype)
+
+
+def rms_norm(x, weight, eps):
+    """y = x * rstd * weight, rstd = 1 / sqrt(mean(x * x) + eps). Returns y, rstd."""
+    x, weight, eps = _checks.rms_norm(x, weight, eps)
+    x_nd = x.reshape(_checks.rows(x)).astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        rstd = 1.0 / np.sqrt(_mean(x_nd * x_nd) + eps)
+        y = x_nd * rstd[:, None] * weight
+        return y.reshape(x.shape).astype(x.dtype), rstd.astype(x.dtype)
+
+
+def rms_norm_backward(dy, x, weight, rstd):
+    """dx, dweight of `rms_norm`, from what it returned."""
+    dy, x, weight, _, rstd = _checks.norm_backward(dy, x, weight, None, rstd)
+    shape, dtype = x.shape, x.dtype
+    x, dy = (a.reshape(_checks.rows(a)).astype(np.float64) for a in (x, dy))
+    with np.errstate(invalid="ignore", over="ignore"):
+        normed = x * rstd.astype(np.float64)[:, None]
+        g = dy * weight
+        dx = (g - normed * _mean(g * normed)[:, None]) * rstd.astype(np.float64)[:, None]
+        return dx.reshape(shape).astype(dtype), (dy * normed).sum(0).astype(dtype)

@@ -1,0 +1,44 @@
+"""Softmax over the last axis (arXiv 1706.03762, eq. 1) and its backward."""
+
+import numpy as np
+
+from mini_tfm.reference import _checks
+
+
+def _max_and_log_sum(x):
+    """Row maximum with -inf replaced by 0, so that the subtraction is defined, and log sum exp. x is float64."""
+    if x.shape[-1] == 0:
+        return np.zeros((*x.shape[:-1], 1)), np.full((*x.shape[:-1], 1), -np.inf)
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        top = x.max(-1, keepdims=True)
+        top = np.where(top == -np.inf, 0.0, top)
+        return top, top + np.log(np.exp(x - top).sum(-1, keepdims=True))
+
+
+def softmax(x):
+    """exp(x) / sum exp(x) over the last axis. A row of -inf gives zeros; a row with NaN or +inf gives NaN."""
+    x = _checks.real("x", x, min_ndim=1)
+    x64 = x.astype(np.float64)
+    top, _ = _max_and_log_sum(x64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        p = np.exp(x64 - top)
+        total = p.sum(-1, keepdims=True)
+        return (p / np.where(total == 0.0, 1.0, total)).astype(x.dtype)
+
+
+def softmax_backward(y, dy):
+    """dx = y * (dy - sum(y * dy)), from softmax's own output."""
+    y = _checks.real("y", y, min_ndim=1)
+    dy = _checks.real("dy", dy, like=y, shape=y.shape)
+    y64, dy64 = y.astype(np.float64), dy.astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        return (y64 * (dy64 - (y64 * dy64).sum(-1, keepdims=True))).astype(y.dtype)
+
+
+def log_softmax(x):
+    """x - log sum exp(x) over the last axis. A row of -inf stays -inf."""
+    x = _checks.real("x", x, min_ndim=1)
+    x64 = x.astype(np.float64)
+    _, lse = _max_and_log_sum(x64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        return np.where(lse == -np.inf, -np.inf, x64 - lse).astype(x.dtype)

@@ -1,0 +1,106 @@
+"""Batches for training: long texts as streams of segments.
+
+At step t of a stream the encoder reads segment t and the decoder predicts segment t + 1. Before a document's
+first segment stands a segment of one `bos` token, so that the first is predicted too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import InvalidType, InvalidValue
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids in segments: source (B, n, L) or None (decoder-only), target (B, n, L), and their lengths (B, n).
+
+    weights: (B, n, L) of each target token in the loss, or None for 1. Lengths mask what is past them.
+    """
+
+    source: np.ndarray | None
+    target: np.ndarray
+    source_lengths: np.ndarray | None = None
+    target_lengths: np.ndarray | None = None
+    weights: np.ndarray | None = None
+
+    @property
+    def n_tokens(self) -> int:
+        """Target tokens that count."""
+        return self.target.size if self.target_lengths is None else int(self.target_lengths.sum())
+
+
+class TextStreams:
+    """Draws `batch_size` streams of `n_segments` segments of `segment_length` tokens from documents.
+
+    Each stream starts at a random place of a document drawn by its length, or at its beginning (one in eight).
+    `batch(step)` is a pure function of (seed, step).
+    """
+
+    def __init__(
+        self,
+        documents: Mapping[str, np.ndarray] | Sequence[np.ndarray],
+        *,
+        segment_length: int,
+        n_segments: int,
+        batch_size: int,
+        bos_id: int = 1,
+        pad_id: int = 0,
+        seed: int = 0,
+        has_encoder: bool = True,
+    ):
+        arrays = list(documents.values()) if isinstance(documents, Mapping) else list(documents)
+        for name, value in (("segment_length", segment_length), ("n_segments", n_segments), ("batch_size", batch_size)):
+            if not isinstance(value, int) or value < 1:
+                raise InvalidValue(f"{name}: expected an integer of at least 1, got {value!r}")
+        if any(np.asarray(a).dtype.kind not in "iu" for a in arrays):
+            raise InvalidType("documents: expected arrays of token ids; encode the text first")
+        self.documents = [np.asarray(a, np.int64) for a in arrays if len(a) > segment_length]
+        if not self.documents:
+            longest = max((len(a) for a in arrays), default=0)
+            raise InvalidValue(
+                f"documents: expected at least one longer than a segment ({segment_length} tokens), the longest has {longest} tokens;"
+                " give more text or a smaller segment_length"
+            )
+        self.segment_length, self.n_segments, self.batch_size = segment_length, n_segments, batch_size
+        self.bos_id, self.pad_id, self.seed, self.has_encoder = bos_id, pad_id, seed, has_encoder
+        lengths = np.array([len(a) for a in self.documents], np.float64)
+        self._share = lengths / lengths.sum()
+
+    def batch(self, step: int, n_segments: int | None = None) -> Batch:
+        rng = np.random.default_rng([self.seed, step])
+        n = n_segments or self.n_segments
+        chosen = rng.choice(len(self.documents), self.batch_size, p=self._share)
+        streams = []
+        for document in (self.documents[i] for i in chosen):
+            room = len(document) - self.segment_length
+            start = 0 if rng.random() < 0.125 else int(rng.integers(0, room))
+            streams.append((document, start))
+        return self.cut(streams, n)
+
+    def cut(self, streams: Sequence[tuple[np.ndarray, int]], n_segments: int) -> Batch:
+        """The batch of given streams: (document, first token); a start of 0 begins with the `bos` segment."""
+        length, size = self.segment_length, (len(streams), n_segments, self.segment_length)
+        source, target = np.full(size, self.pad_id, np.int64), np.full(size, self.pad_id, np.int64)
+        source_lengths, target_lengths = np.zeros(size[:2], np.int64), np.zeros(size[:2], np.int64)
+        for b, (document, start) in enumerate(streams):
+            at = start
+            for t in range(n_segments):
+                if t == 0 and start == 0 and self.has_encoder:
+                    piece, following = np.array([self.bos_id]), document[:length]
+                elif self.has_encoder:
+                    piece, following = document[at : at + length], document[at + length : at + 2 * length]
+                    at += length
+                else:
+                    piece, following = document[:0], document[at : at + length]
+                    at += length
+                if not len(following):
+                    break
+                source[b, t, : len(piece)], source_lengths[b, t] = piece, len(piece)
+                target[b, t, : len(following)], target_lengths[b, t] = following, len(following)
+        if not self.has_encoder:
+            return Batch(None, target, None, target_lengths)
+        return Batch(source, target, source_lengths, target_lengths)

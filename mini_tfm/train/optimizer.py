@@ -1,0 +1,104 @@
+"""AdamW on flat arenas: all parameters, gradients and moments each lie in one array, in groups of equal treatment."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from .. import _core
+from ..autodiff import Var
+from ..errors import InvalidValue
+from ..memory.base import Param
+
+SCHEDULES = ("cosine", "constant")
+
+
+def schedule_factor(schedule: str, step: int, warmup_steps: int, total_steps: int | None) -> float:
+    """What the learning rate is multiplied by at `step` (counted from 0): linear warm-up, then the schedule.
+
+    "cosine" decays to 0 at `total_steps` (arXiv 1608.03983, eq. 5, without restarts).
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule == "constant" or total_steps is None:
+        return 1.0
+    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+class AdamW:
+    """AdamW with decoupled weight decay (arXiv 1711.05101) and gradient clipping by the global norm.
+
+    weights: arrays by name; they are moved into the arena, `self.weights` has views of it. Norms, biases and
+    tables of positions do not decay; `params` says how the strategies' own parameters are treated.
+    """
+
+    def __init__(
+        self, weights: Mapping[str, np.ndarray], params: Mapping[str, Param], *, betas: tuple[float, float], eps: float, weight_decay: float
+    ):
+        self.betas, self.eps, self.step_count = betas, eps, 0
+        treated: dict[tuple[float, float], list[str]] = {}
+        for name, weight in weights.items():
+            param = params.get(name)
+            decays = param.weight_decay if param else weight.ndim > 1 and "position" not in name and "relative" not in name
+            factor = param.lr_factor if param else 1.0
+            treated.setdefault((factor, weight_decay if decays else 0.0), []).append(name)
+        size = sum(w.size for w in weights.values())
+        dtype = next(iter(weights.values())).dtype
+        self.arena, self.grad, self.m, self.v = (np.zeros(size, dtype) for _ in range(4))
+        self.weights: dict[str, np.ndarray] = {}
+        self.grads: dict[str, np.ndarray] = {}
+        self.groups: list[tuple[slice, float, float]] = []
+        start = 0
+        for (factor, decay), names in sorted(treated.items()):
+            first = start
+            for name in names:
+                part = slice(start, start + weights[name].size)
+                self.arena[part] = weights[name].ravel()
+                self.weights[name] = self.arena[part].reshape(weights[name].shape)
+                self.grads[name] = self.grad[part].reshape(weights[name].shape)
+                start = part.stop
+            self.groups.append((slice(first, start), factor, decay))
+
+    def leaves(self) -> dict[str, Var]:
+        """The weights as Vars whose gradients are added into the arena."""
+        return {name: Var(weight, self.grads[name]) for name, weight in self.weights.items()}
+
+    def zero_grad(self) -> None:
+        self.grad[:] = 0
+
+    def grad_norm(self) -> float:
+        return math.sqrt(_core.sum_of_squares(self.grad))
+
+    def step(self, learning_rate: float, clip: float | None) -> float:
+        """One update; returns the norm of the gradient before clipping."""
+        norm = self.grad_norm()
+        scale = clip / norm if clip is not None and norm > clip else 1.0
+        self.step_count += 1
+        for part, factor, decay in self.groups:
+            _core.adamw(
+                self.arena[part],
+                self.grad[part],
+                self.m[part],
+                self.v[part],
+                lr=learning_rate * factor,
+                beta1=self.betas[0],
+                beta2=self.betas[1],
+                eps=self.eps,
+                weight_decay=decay,
+                step=self.step_count,
+                grad_scale=scale,
+            )
+        return norm
+
+    def state(self) -> dict[str, np.ndarray]:
+        return {"m": self.m, "v": self.v}
+
+    def load_state(self, state: Mapping[str, np.ndarray], step_count: int) -> None:
+        for name, own in self.state().items():
+            if name not in state or state[name].shape != own.shape:
+                raise InvalidValue(f"optimizer state {name!r}: expected {own.size} numbers, got {getattr(state.get(name), 'shape', None)}")
+            own[:] = state[name]
+        self.step_count = step_count

@@ -1,0 +1,76 @@
+"""The extension, and the OpenMP probe. Everything else is in pyproject.toml.
+
+MINI_TFM_OPENMP=auto (default) uses OpenMP where a program built with it runs, 0 builds without, 1 refuses to build without.
+"""
+
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy
+from Cython.Build import cythonize
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+SOURCE = "mini_tfm/_core"
+HELLO = "#include <stdio.h>\nint main(void) { printf(\"%d\", 1); return 0; }\n"
+HELLO_OPENMP = "#include <stdio.h>\n#include <omp.h>\nint main(void) { int n = 0;\n#pragma omp parallel for reduction(+:n)\n" \
+               "for (int i = 0; i < 9; i++) n += omp_get_max_threads() > 0;\nprintf(\"%d\", n); return n != 9; }\n"  # fmt: skip
+NO_COMPILER = """mini_tfm needs a C compiler (gcc or clang) and Python's headers, and a trial program did not build: {}
+  Debian, Ubuntu: apt install gcc python3-dev    Fedora: dnf install gcc python3-devel
+  Alpine: apk add gcc musl-dev python3-dev       macOS: xcode-select --install"""
+
+
+class BuildWithOpenMP(build_ext):
+    def build_extensions(self):
+        wanted = os.environ.get("MINI_TFM_OPENMP", "auto")
+        if wanted not in ("auto", "0", "1"):
+            sys.exit(f"MINI_TFM_OPENMP: expected auto, 0 or 1, got {wanted!r}")
+        problem = self.trial(HELLO, [])
+        if problem:
+            sys.exit(NO_COMPILER.format(problem))
+        problem = "MINI_TFM_OPENMP=0" if wanted == "0" else self.trial(HELLO_OPENMP, ["-fopenmp"])
+        if problem and wanted == "1":
+            sys.exit(f"MINI_TFM_OPENMP=1, but a program with -fopenmp did not build and run: {problem}")
+        print(f"mini_tfm: building {f'without OpenMP ({problem})' if problem else 'with OpenMP (-fopenmp)'}")
+        for extension in self.extensions:
+            extension.extra_compile_args += [] if problem else ["-fopenmp"]
+            extension.extra_link_args += [] if problem else ["-fopenmp"]
+        super().build_extensions()
+
+    def trial(self, program, flags):
+        """Compiles, links and runs the program: None, or what went wrong. Only running tells that the library is there."""
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "trial.c")
+            source.write_text(program)
+            try:
+                objects = self.compiler.compile([str(source)], output_dir=folder, extra_postargs=flags)
+                self.compiler.link_executable(objects, "trial", output_dir=folder, extra_postargs=flags)
+                subprocess.run([str(Path(folder, "trial"))], check=True, capture_output=True, timeout=60)
+            except Exception as error:  # distutils, the compiler and the program each raise their own
+                return str(error) or type(error).__name__
+        return None
+
+
+on_x86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
+kernels = Extension(
+    "mini_tfm._core.kernels",
+    [f"{SOURCE}/{name}" for name in ["kernels.pyx", "dispatch.c", "threads.c"]]
+    + [f"{SOURCE}/instances/{isa}_{real}.c" for isa in ["baseline", *["avx2"] * on_x86] for real in ["f32", "f64"]],
+    depends=[str(path) for path in Path(SOURCE).rglob("*.[ch]")],
+    include_dirs=[numpy.get_include(), SOURCE],
+    define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
+    # Fused multiply-add is wanted where the instruction set has it; reassociation (-ffast-math) never is.
+    extra_compile_args=["-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-unknown-pragmas"],
+)
+directives = {"language_level": 3, "boundscheck": False, "wraparound": False, "embedsignature": True}
+setup(
+    packages=[*find_packages(".", include=["mini_tfm", "mini_tfm.*"]), "mini_tfm_plugins"],
+    package_dir={"mini_tfm": "mini_tfm", "mini_tfm_plugins": "plugins"},
+    package_data={"mini_tfm": ["py.typed", "**/*.pyi"], "mini_tfm_plugins": ["py.typed", "template/**/*"]},
+    ext_modules=cythonize([kernels], compiler_directives=directives, build_dir="build/cython"),
+    cmdclass={"build_ext": BuildWithOpenMP},
+)

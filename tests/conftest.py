@@ -1,0 +1,19 @@
+"""Hypothesis gives the same examples on every run; MINI_TFM_TEST_EXAMPLES=10 gives ten times as many."""
+
+import os
+import sys
+from pathlib import Path
+
+from hypothesis import HealthCheck, settings
+
+sys.path.insert(0, str(Path(__file__).parent))  # `import helpers` from any test, whatever the folder pytest is started in
+
+# What does not depend on the data is stated in the profile; a test that is dear asks `helpers.examples` for fewer.
+settings.register_profile(
+    "mini_tfm",
+    derandomize=True,
+    deadline=None,
+    max_examples=max(1, int(20 * float(os.environ.get("MINI_TFM_TEST_EXAMPLES", "1")))),
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("mini_tfm")

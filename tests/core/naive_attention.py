@@ -1,0 +1,106 @@
+"""Attention with everything written out: each query gets its own copy of every key of every block, and a dense mask.
+
+A bank row that no query may name stands at the end of each bank, so that an index of -1 names it.
+"""
+
+from types import SimpleNamespace
+
+import numpy as np
+
+
+def rows_and_seen(q, block):
+    """(B, H, T, N) each: which row of the bank stands at place n of a query's list, and whether the query sees it."""
+    batch, heads, length, _ = q.shape
+    source = block.k.shape[2]
+    if block.index is not None:
+        rows = block.index
+    else:
+        rows = np.broadcast_to(np.arange(source), (batch, heads, length, source))
+    seen = rows >= 0
+    for b in range(batch):
+        if block.lengths is not None:
+            seen[b] &= rows[b] < block.lengths[b]
+        if block.valid is not None:
+            seen[b] &= np.append(block.valid[b], False)[rows[b]]
+    i, offset = np.arange(length)[:, None], source - length if block.offset is None else block.offset
+    if block.causal:
+        seen &= rows <= i + offset
+    if block.window is not None:
+        seen &= rows > i + offset - block.window
+        if not block.causal:
+            seen &= rows < i + offset + block.window
+    return rows, seen
+
+
+def every_querys_own(bank, rows, heads):
+    """(B, Hkv, S, D) -> (B, H, T, N, D), float64."""
+    padded = np.pad(bank.astype(np.float64), ((0, 0), (0, 0), (0, 1), (0, 0)))
+    b, h = np.arange(len(bank))[:, None, None, None], np.arange(heads)[None, :, None, None]
+    return padded[b, h // max(heads // max(bank.shape[1], 1), 1), rows]
+
+
+def back_to_the_bank(d_own, bank, rows, heads):
+    """The reverse: what every query's own copies receive, added up in the bank's rows."""
+    d_bank = np.zeros((bank.shape[0], bank.shape[1], bank.shape[2] + 1, bank.shape[3]))
+    if d_own.size:
+        b, h = np.arange(len(bank))[:, None, None, None], np.arange(heads)[None, :, None, None]
+        np.add.at(d_bank, (b, h // (heads // bank.shape[1]), rows), d_own)
+    return d_bank[:, :, :-1]
+
+
+def attention(q, blocks, scale):
+    """A namespace: out, lse; p, keys, values, rows, seen as the backward wants them; `largest` terms for the bounds."""
+    batch, heads, length, d = q.shape
+    lists = [rows_and_seen(q, block) for block in blocks]
+    keys = np.concatenate(
+        [every_querys_own(block.k, rows, heads) for block, (rows, _) in zip(blocks, lists, strict=True)]
+        or [np.zeros((batch, heads, length, 0, d))], axis=3)  # fmt: skip
+    values = np.concatenate(
+        [every_querys_own(block.v, rows, heads) for block, (rows, _) in zip(blocks, lists, strict=True)]
+        or [np.zeros((batch, heads, length, 0, d))], axis=3)  # fmt: skip
+    nothing = np.zeros((batch, heads, length, 0))
+    bias = [np.broadcast_to(0.0 if b.bias is None else b.bias, rows.shape) for b, (rows, _) in zip(blocks, lists, strict=True)]
+    bias = np.concatenate([*bias, nothing], axis=3)
+    seen = np.concatenate([*(seen for _, seen in lists), nothing], axis=3) > 0
+    seen &= bias != -np.inf
+    bias = np.where(seen, bias, 0.0)
+    products = np.einsum("bhtd,bhtnd->bhtn", q.astype(np.float64), keys) * scale
+    scores = np.where(seen, products + bias, -np.inf)
+    top = np.where(seen.any(-1, keepdims=True), scores.max(-1, keepdims=True, initial=-np.inf), 0.0)
+    total = np.exp(scores - top).sum(-1, keepdims=True)
+    some = total > 0
+    p = np.exp(scores - top) / np.where(some, total, 1.0)
+    with np.errstate(divide="ignore"):
+        lse = np.where(some, top + np.log(total), -np.inf)[..., 0]
+    # A rounding error of a score is as large as its largest term, and multiplies what the score weighs.
+    terms = d * np.abs(q).max(initial=0.0) * np.abs(keys).max(initial=0.0) * abs(scale) / max(d, 1) ** 0.5 + np.abs(bias).max(initial=0.0)
+    return SimpleNamespace(
+        out=np.einsum("bhtn,bhtnd->bhtd", p, values), lse=lse, p=p, keys=keys, values=values, seen=seen, lists=lists,
+        k=keys.shape[3] + d, terms_lse=1.0 + terms, terms_out=(1.0 + terms) * np.abs(values).max(initial=0.0),
+    )  # fmt: skip
+
+
+def attention_backward(dout, q, blocks, scale):
+    """A namespace: dq; dk, dv, and dscores (the dense gradient of the bias), one a block; k_* and terms_* for the bounds."""
+    heads, length = q.shape[1:3]
+    forward = attention(q, blocks, scale)
+    dp = np.einsum("bhtd,bhtnd->bhtn", dout.astype(np.float64), forward.values)
+    ds = forward.p * (dp - (forward.p * dp).sum(-1, keepdims=True))
+    dkeys = ds[..., None] * q[:, :, :, None, :] * scale
+    dvalues = forward.p[..., None] * dout[:, :, :, None, :]
+    ends = np.cumsum([rows.shape[3] for rows, _ in forward.lists])[:-1]
+    back = [
+        [back_to_the_bank(part, block.k, rows, heads)
+         for part, block, (rows, _) in zip(np.split(d_own, ends, axis=3), blocks, forward.lists, strict=True)]
+        for d_own in (dkeys, dvalues)
+    ] if blocks else [[], []]  # fmt: skip
+    d = q.shape[3]
+    dp_max = d**0.5 * np.abs(dout).max(initial=0.0) * np.abs(forward.values).max(initial=0.0)
+    return SimpleNamespace(
+        dq=np.einsum("bhtn,bhtnd->bhtd", ds, forward.keys) * scale, dk=back[0], dv=back[1],
+        dscores=np.split(ds, ends, axis=3) if blocks else [],
+        k_dq=forward.k, k_dkv=length * heads + forward.k, k_dbias=forward.k,
+        terms_dq=forward.terms_lse * dp_max * np.abs(forward.keys).max(initial=0.0) * abs(scale),
+        terms_dk=forward.terms_lse * dp_max * np.abs(q).max(initial=0.0) * abs(scale),
+        terms_dv=forward.terms_lse * np.abs(dout).max(initial=0.0), terms_dbias=forward.terms_lse * dp_max,
+    )  # fmt: skip

@@ -1,0 +1,48 @@
+"""gemm against the sum written out."""
+
+import numpy as np
+import pytest
+from core import naive
+from core.cases import Values, layouts, scales, seeds, sizes_or_none
+from helpers import assert_close, laid_out
+from hypothesis import given
+
+
+@pytest.mark.parametrize("trans_b", [False, True])
+@pytest.mark.parametrize("trans_a", [False, True])
+@given(seed=seeds, m=sizes_or_none, k=sizes_or_none, n=sizes_or_none, layout=layouts, scale=scales)
+def test_a_product(core, dtype, trans_a, trans_b, seed, m, k, n, layout, scale):
+    values = Values(seed, dtype)
+    a, b = values.real(m, k, scale=scale), values.real(k, n)
+    stored_a, stored_b = (laid_out(x.T if trans else x, layout) for x, trans in ((a, trans_a), (b, trans_b)))
+    out = core.gemm(stored_a, stored_b, trans_a=trans_a, trans_b=trans_b)
+    terms = np.abs(a).max(1, initial=0)[:, None] * np.abs(b).max(0, initial=0).astype(np.float64)
+    assert_close(out, naive.gemm(a, b), "gemm", k=k, terms=terms, dtype=dtype)
+
+
+@given(seed=seeds, m=sizes_or_none, k=sizes_or_none, n=sizes_or_none)
+def test_out_is_written_and_returned(core, dtype, seed, m, k, n):
+    values = Values(seed, dtype)
+    a, b, out = values.real(m, k), values.real(k, n), np.full((m, n), np.nan, dtype)
+    assert core.gemm(a, b, out=out) is out
+    np.testing.assert_array_equal(out, core.gemm(a, b))
+
+
+@given(seed=seeds, m=sizes_or_none, k=sizes_or_none, n=sizes_or_none)
+def test_accumulate_adds_to_what_was_there(core, dtype, seed, m, k, n):
+    values = Values(seed, dtype)
+    a, b, before = values.real(m, k), values.real(k, n), values.real(m, n)
+    out = core.gemm(a, b, out=before.copy(), accumulate=True)
+    terms = np.abs(before) + np.abs(a).max(1, initial=0)[:, None] * np.abs(b).max(0, initial=0).astype(np.float64)
+    assert_close(out, before + naive.gemm(a, b), "gemm", k=k + 1, terms=terms)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 700, 300), (300, 1, 257), (257, 513, 1), (385, 260, 270), (3, 2049, 5)])
+def test_past_the_edges_of_panels(core, dtype, shape):
+    """Whole numbers, so that every order of summation gives the same bits."""
+    m, k, n = shape
+    values = Values(0, dtype)
+    a, b = values.whole(m, k), values.whole(k, n)
+    for trans_a, trans_b in np.ndindex(2, 2):
+        out = core.gemm(a.T.copy() if trans_a else a, b.T.copy() if trans_b else b, trans_a=bool(trans_a), trans_b=bool(trans_b))
+        np.testing.assert_array_equal(out, a.astype(np.int64) @ b.astype(np.int64))

@@ -1,0 +1,100 @@
+"""What the tests share: the one measure of closeness, the numbers it rests on, and arrays in every memory layout."""
+
+import numpy as np
+from hypothesis import settings
+
+# c of the bound c * sqrt(k) * eps * max|terms|, for each operation: about twice the largest seen over 100 times the
+# usual number of examples, in float32 and float64, with every instruction set. A kernel that needs a larger one has
+# become less accurate: find out why before changing the number.
+C = {
+    "activation": 4.0,
+    "activation_backward": 6.0,
+    "adamw": 4.0,
+    "attention": 4.0,
+    "attention_backward": 6.0,
+    "cross_entropy": 4.0,
+    "cross_entropy_backward": 4.0,
+    "dropout": 1.0,
+    "embedding_backward": 2.0,
+    "gemm": 2.0,
+    "layer_norm": 4.0,
+    "layer_norm_backward": 6.0,
+    "log_softmax": 4.0,
+    "lse": 4.0,
+    "rms_norm": 4.0,
+    "rms_norm_backward": 6.0,
+    "rotary": 2.0,
+    "search": 2.0,
+    "sinusoidal_positions": 1.0,
+    "softmax": 4.0,
+    "softmax_backward": 4.0,
+    "sum_of_squares": 2.0,
+}
+
+
+def assert_close(actual, expected, operation, *, k=1, terms=None, dtype=None):
+    """|actual - expected| <= C[operation] * sqrt(k) * eps * max|terms|, and the same NaN and infinities.
+
+    actual    an array of the kernel's dtype, whose eps counts; a Python float is float64
+    expected  float64, of the same shape
+    k         how many rounded terms enter one element (a number, or an array that broadcasts)
+    terms     their largest magnitude (the same); None: |expected|
+    dtype     of `actual`, when the test knows it
+    """
+    actual, expected = np.asarray(actual), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape, f"shape {actual.shape}, expected {expected.shape}"
+    assert dtype is None or actual.dtype == dtype, f"dtype {actual.dtype}, expected {dtype}"
+    info = np.finfo(actual.dtype)
+    with np.errstate(over="ignore"):
+        rounded = expected.astype(actual.dtype)
+    finite = np.isfinite(rounded)
+    np.testing.assert_array_equal(np.where(finite, 0, actual), np.where(finite, 0, rounded), err_msg="NaN and infinities")
+    assert np.isfinite(actual[finite]).all(), "not finite where it should be"
+    terms = np.abs(expected) if terms is None else np.asarray(terms, np.float64)
+    unit = np.broadcast_to(np.sqrt(k) * info.eps * terms, expected.shape)[finite]
+    error = np.abs(actual[finite].astype(np.float64) - expected[finite])
+    # A result below the smallest normal number may be flushed to zero.
+    wrong = error > C[operation] * unit + info.tiny
+    if wrong.any():
+        needed = np.max(error[wrong] / np.maximum(unit[wrong], info.tiny))
+        raise AssertionError(f"{operation}: {wrong.sum()} of {wrong.size} out of bounds: c would be {needed:.3g}, it is {C[operation]}")
+
+
+def assert_same_bits(actual, expected):
+    """The same shapes, dtypes and bytes, through nested lists and tuples; NaN equals a NaN of the same bits."""
+    if isinstance(expected, (list, tuple)):
+        assert len(actual) == len(expected)
+        for a, e in zip(actual, expected, strict=True):
+            assert_same_bits(a, e)
+    elif isinstance(expected, np.ndarray):
+        assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
+        assert actual.tobytes() == expected.tobytes(), f"{(actual != expected).sum()} of {actual.size} values differ"
+    else:
+        assert actual == expected or (actual != actual and expected != expected)
+
+
+def examples(share=1.0):
+    """Hypothesis settings with a share of the profile's examples, at least one."""
+    return settings(max_examples=max(1, int(settings.default.max_examples * share)))
+
+
+LAYOUTS = ("contiguous", "transposed", "sliced", "reversed", "unaligned")
+
+
+def laid_out(x, layout):
+    """An array equal to `x`, lying in memory as `layout` says."""
+    if layout == "transposed":
+        return x.T.copy().T
+    if layout == "sliced":
+        wide = np.zeros((*x.shape[:-1], 2 * x.shape[-1] + 1), x.dtype) if x.ndim else x.copy()
+        if x.ndim:
+            wide[..., 1::2] = x
+            wide = wide[..., 1::2]
+        return wide
+    if layout == "reversed":
+        return np.flip(np.flip(x).copy()) if x.ndim else x.copy()
+    if layout == "unaligned":
+        shifted = np.zeros(x.nbytes + 1, np.uint8)[1:].view(x.dtype).reshape(x.shape)
+        shifted[...] = x
+        return shifted
+    return x.copy()
