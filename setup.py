@@ -16,7 +16,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCE = "mini_tfm/_core"
-HELLO = "#include <stdio.h>\nint main(void) { printf(\"%d\", 1); return 0; }\n"
+HELLO = '#include <stdio.h>\nint main(void) { printf("%d", 1); return 0; }\n'
 HELLO_OPENMP = "#include <stdio.h>\n#include <omp.h>\nint main(void) { int n = 0;\n#pragma omp parallel for reduction(+:n)\n" \
                "for (int i = 0; i < 9; i++) n += omp_get_max_threads() > 0;\nprintf(\"%d\", n); return n != 9; }\n"  # fmt: skip
 NO_COMPILER = """mini_tfm needs a C compiler (gcc or clang) and Python's headers, and a trial program did not build: {}
@@ -64,7 +64,7 @@ kernels = Extension(
     include_dirs=[numpy.get_include(), SOURCE],
     define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
     # Fused multiply-add is wanted where the instruction set has it; reassociation (-ffast-math) never is.
-    extra_compile_args=["-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-unknown-pragmas"],
+    extra_compile_args=["-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-g0", "-Wno-unknown-pragmas"],
 )
 directives = {"language_level": 3, "boundscheck": False, "wraparound": False, "embedsignature": True}
 setup(

@@ -115,10 +115,11 @@ class Var(NDArrayOperatorsMixin):
         if method == "reduce" and ufunc in (np.add, np.maximum):
             return (np.sum if ufunc is np.add else np.max)(*inputs, **kwargs)
         rules = _UFUNC_VJPS.get(ufunc)
-        if method != "__call__" or kwargs.get("out") is not None:
-            raise InvalidType(f"np.{ufunc.__name__}: {method} with out= is not differentiable; write a new array instead")
+        if method != "__call__" or kwargs:
+            given = f"{method} " + ", ".join(f"{name}=" for name in kwargs)
+            raise InvalidType(f"np.{ufunc.__name__}: {given.strip()} is not differentiable; call it plainly, for a new array")
         values = [value_of(x) for x in inputs]
-        y = ufunc(*values, **kwargs)
+        y = ufunc(*values)
         if rules == ():  # comparisons and the like: no gradient, plain result
             return y
         if rules is None:
@@ -229,7 +230,7 @@ def _matmul_da(dy: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def _matmul_db(dy: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     if a.ndim == 1:
-        return a[:, None] * (dy[..., None, :] if b.ndim > 1 else dy)
+        return a[:, None] * dy[..., None, :] if b.ndim > 1 else a * dy
     if b.ndim == 1:
         return np.sum(a * dy[..., None], axis=tuple(range(a.ndim - 1)))
     return np.swapaxes(a, -1, -2) @ dy
@@ -254,7 +255,14 @@ def _has_array(index: Any) -> bool:
 # Rules for functions.
 
 
-def _sum(x: Var, axis: Any = None, keepdims: bool = False, dtype: Any = None, out: Any = None, **_: Any) -> Var:
+def _plainly(function: str, options: dict[str, Any]) -> None:
+    """Refuses options that would change the result unseen by its gradient. NumPy's own methods give defaults."""
+    if named := [name for name, value in options.items() if value is not None and value is not np._NoValue]:
+        raise InvalidType(f"np.{function}: {named[0]}= is not differentiable; call it with axis and keepdims alone")
+
+
+def _sum(x: Var, axis: Any = None, keepdims: bool = False, **options: Any) -> Var:
+    _plainly("sum", options)
     shape = x.value.shape
 
     def vjp(dy: np.ndarray) -> tuple[np.ndarray]:
@@ -264,12 +272,14 @@ def _sum(x: Var, axis: Any = None, keepdims: bool = False, dtype: Any = None, ou
     return record(np.sum(x.value, axis=axis, keepdims=keepdims), (x,), vjp)
 
 
-def _mean(x: Var, axis: Any = None, keepdims: bool = False, **_: Any) -> Var:
+def _mean(x: Var, axis: Any = None, keepdims: bool = False, **options: Any) -> Var:
+    _plainly("mean", options)
     total = _sum(x, axis, keepdims)
     return total * x.dtype.type(total.size / x.size)
 
 
-def _max(x: Var, axis: Any = None, keepdims: bool = False, **_: Any) -> Var:
+def _max(x: Var, axis: Any = None, keepdims: bool = False, **options: Any) -> Var:
+    _plainly("max", options)
     full = np.max(x.value, axis=axis, keepdims=True)
     chosen = x.value == full
     share = chosen / chosen.sum(axis=axis, keepdims=True, dtype=x.dtype)  # ties share the gradient
@@ -293,6 +303,12 @@ def _moved(function: Callable, inverse: Callable) -> Callable:
 
 def _reshaped(function: Callable) -> Callable:
     return _moved(function, lambda dy, shape, *args, **kwargs: dy.reshape(shape))
+
+
+def _cumsum(x: Var, axis: int | None = None) -> Var:
+    if axis is None:
+        return _cumsum(np.ravel(x), 0)
+    return record(np.cumsum(x.value, axis), (x,), lambda dy: (np.flip(np.cumsum(np.flip(dy, axis), axis), axis),))
 
 
 def _concatenate(xs: Sequence[Any], axis: int = 0) -> Var:
@@ -333,7 +349,7 @@ def _take(x: Var, indices: Any, axis: int | None = None, **_: Any) -> Var:
 
 
 def _take_along_axis(x: Var, indices: np.ndarray, axis: int = -1) -> Var:
-    grid = list(np.ogrid[tuple(slice(n) for n in indices.shape)])
+    grid = list(np.ogrid[tuple(slice(n) for n in x.shape)])  # the other axes of indices broadcast
     grid[axis % x.ndim] = indices
     return x[tuple(np.broadcast_arrays(*grid))]
 
@@ -379,12 +395,12 @@ _FUNCTIONS: dict[Any, Callable] = {
     np.expand_dims: _reshaped(np.expand_dims),
     np.squeeze: _reshaped(np.squeeze),
     np.transpose: _moved(
-        np.transpose, lambda dy, shape, axes=None: np.transpose(dy, None if axes is None else np.argsort(axes))
+        np.transpose, lambda dy, shape, axes=None: np.transpose(dy, None if axes is None else np.argsort(np.mod(axes, dy.ndim)))
     ),
     np.swapaxes: _moved(np.swapaxes, lambda dy, shape, a, b: np.swapaxes(dy, a, b)),
     np.moveaxis: _moved(np.moveaxis, lambda dy, shape, a, b: np.moveaxis(dy, b, a)),
     np.broadcast_to: _moved(np.broadcast_to, lambda dy, shape, *args, **kwargs: _unbroadcast(dy, shape)),
-    np.cumsum: _moved(np.cumsum, lambda dy, shape, axis: np.flip(np.cumsum(np.flip(dy, axis), axis), axis)),
+    np.cumsum: _cumsum,
     np.concatenate: _concatenate,
     np.stack: _stack,
     np.split: _split,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,7 +131,7 @@ def _type_faults(config: Config) -> list[str]:
         elif kind.startswith("int"):
             good = isinstance(value, int) and not isinstance(value, bool)
         elif kind.startswith("float"):
-            good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+            good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
         else:
             good = isinstance(value, str)
         if not good:
@@ -178,7 +179,8 @@ def _relation_faults(config: Config) -> list[str]:
         if not 0 <= getattr(config, name) < config.vocab_size:
             faults.append(f"{name}: expected 0 to vocab_size - 1 = {config.vocab_size - 1}, got {getattr(config, name)}")
     layer = config.d_model * (4 * config.n_heads * config.d_head + 2 * config.d_ff)  # type: ignore[operator]
-    count = config.vocab_size * config.d_model + layer * (config.n_encoder_layers + 2 * config.n_decoder_layers)
+    tables = config.vocab_size * (1 if config.tie_embeddings else 2) + (2 * config.max_positions if config.positions == "learned" else 0)
+    count = tables * config.d_model + layer * (config.n_encoder_layers + 2 * config.n_decoder_layers)
     if count > MAX_WEIGHT_COUNT:
-        faults.append(f"vocab_size, d_model, d_ff, layers: expected at most {MAX_WEIGHT_COUNT} weights together, got {count}")
+        faults.append(f"vocab_size, d_model, d_ff, max_positions, layers: expected at most {MAX_WEIGHT_COUNT} weights, got {count}")
     return faults

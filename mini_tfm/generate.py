@@ -48,6 +48,9 @@ class GenerationOptions:
             if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
                 wanted = f"{low}, the only one so far" if high is not None else f"an integer of at least {low}"
                 faults.append(f"{name}: expected {wanted}, got {value!r}")
+        for name in ("do_sample", "stop_at_eos"):
+            if not isinstance(getattr(self, name), bool):
+                faults.append(f"{name}: expected True or False, got {getattr(self, name)!r}")
         if not isinstance(self.temperature, int | float) or not 0 < self.temperature < float("inf"):
             faults.append(f"temperature: expected a number above 0 (do_sample=False takes the likeliest), got {self.temperature!r}")
         if not isinstance(self.top_p, int | float) or not 0 < self.top_p <= 1:
@@ -150,10 +153,12 @@ def token_steps(
     rows: np.ndarray | None = None,
     limit: int | None = None,
     done: np.ndarray | None = None,
+    n_ids: int | None = None,
 ) -> Iterator[np.ndarray]:
     """Yields the next token (B,) of each row, -1 for rows that have ended, at most max_new_tokens (or `limit`) times.
 
-    prompt: (B, n) the decoder's first inputs. rows: numbers of the rows, by which their draws differ.
+    prompt: (B, n) the decoder's first inputs. rows: numbers of the rows, by which their draws differ. n_ids: only ids
+    below it are chosen, where the model has more than its tokenizer can say.
     """
     cache = KVCache()
     size = len(prompt)
@@ -165,8 +170,8 @@ def token_steps(
         hidden = value_of(model.decode_segment(tokens, np.full(size, tokens.shape[1]), encoded, run, cache=cache))[:, -1]
         scores = value_of(model.output_logits(hidden))
         if run.members:
-            scores = run.logits(hidden, _core.log_softmax(scores))
-        chosen = choose_tokens(scores, options, draws)
+            scores = run.logits(hidden[:, None], _core.log_softmax(scores)[:, None])[:, 0]
+        chosen = choose_tokens(scores[:, :n_ids], options, draws)
         if options.stop_at_eos:
             done = done | (chosen == model.config.eos_id)
         yield np.where(done, -1, chosen)

@@ -74,9 +74,11 @@ class Transformer:
         if not isinstance(config, Config):
             raise InvalidType(f"config: expected a Config, got {type(config).__name__}")
         self.config = config
+        if dtype not in (np.float32, np.float64, "float32", "float64"):
+            raise InvalidType(f"dtype: expected float32 or float64, got {dtype}")
+        if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or seed < 0:
+            raise InvalidValue(f"seed: expected an integer of at least 0, got {seed!r}")
         self.dtype = np.dtype(dtype)
-        if self.dtype not in (np.float32, np.float64):
-            raise InvalidType(f"dtype: expected float32 or float64, got {self.dtype}")
         self.weights = initial_weights(config, seed, self.dtype) if weights is None else weights
 
     # What users call
@@ -134,12 +136,12 @@ class Transformer:
         """The encoder over (B, S) tokens with the memory of `run`."""
         w = self.weights if w is None else w
         x = dropout(self._embed(w, "encoder", tokens))
-        rows = [r.values for r in run.begin("encoder")]
+        rows = [r.values for r in run.begin("encoder", tokens)]
         ends = np.cumsum([r.shape[1] for r in rows], dtype=int).tolist()
         m = ends[-1] if ends else 0
         x = np.concatenate([*rows, x], axis=1) if rows else x
         valid = np.concatenate([np.ones((len(tokens), m), bool), np.arange(tokens.shape[1]) < lengths[:, None]], axis=1)
-        sight = _Sight(valid, first=-m, rows=m)
+        sight = _Sight(valid, np.arange(-m, tokens.shape[1]), rows=m)
         for i in range(self.config.n_encoder_layers):
             name = f"encoder.{i}."
             attend = functools.partial(self._self_attention, w, name + "attention", site="encoder", layer=i, sight=sight, run=run)
@@ -166,17 +168,21 @@ class Transformer:
         w = self.weights if w is None else w
         done = cache.length if cache else 0
         x = dropout(self._embed(w, "decoder", tokens, done))
-        given = run.begin("decoder") if done == 0 else []
+        given = run.begin("decoder", tokens) if done == 0 else []
         front = [r.values for r in given]
         back = [r.values for r in given if r.where == "around"] if cache is None else []
         x = np.concatenate([*front, x, *back], axis=1) if front else x
         m, n_back = sum(r.shape[1] for r in front), sum(r.shape[1] for r in back)
+        at = np.arange(done - m if done == 0 else done, done + tokens.shape[1] + n_back)
+        if n_back and (lengths < tokens.shape[1]).any():  # rows behind the text stand right behind it, whatever the batch's length
+            at = np.tile(at, (len(tokens), 1))
+            at[:, -n_back:] += (lengths - tokens.shape[1])[:, None]
         text = np.arange(tokens.shape[1]) < lengths[:, None] if cache is None else np.ones(tokens.shape, bool)
         always = functools.partial(np.ones, dtype=bool)
         valid = np.concatenate([always((len(tokens), m)), text, always((len(tokens), n_back))], axis=1)
         if cache:
             m, valid = cache.extend(m, valid)
-        sight = _Sight(valid, first=done - m if done == 0 else done, rows=m, causal=True, written=text)
+        sight = _Sight(valid, at, rows=m, causal=True, written=text)
         for i in range(self.config.n_decoder_layers):
             name = f"decoder.{i}."
             attend = functools.partial(
@@ -184,14 +190,19 @@ class Transformer:
             )
             x = self._sublayer(w, name + "attention", x, attend, dropout)
             if encoded is not None:
-                attend = functools.partial(self._cross_attention, w, name + "cross", encoded=encoded, layer=i, run=run, cache=cache)
+                attend = functools.partial(
+                    self._cross_attention, w, name + "cross", encoded=encoded, layer=i, sight=sight, run=run, cache=cache
+                )
                 x = self._sublayer(w, name + "cross", x, attend, dropout)
             x = self._sublayer(w, name + "feed_forward", x, functools.partial(self._feed_forward, w, name + "feed_forward"), dropout)
         x = self._last_norm(w, "decoder", x)
         first = x.shape[1] - n_back - tokens.shape[1]
         if given and cache is None:
             run.end("decoder", _decoder_row_outputs(x, given, first, tokens.shape[1]))
-        return x[:, first : first + tokens.shape[1]] if x.shape[1] > tokens.shape[1] else x
+        x = x[:, first : first + tokens.shape[1]] if x.shape[1] > tokens.shape[1] else x
+        if cache is None:
+            run.finished(x, text)
+        return x
 
     def finish_segment(self, encoded: Encoded | None, run: MemoryRun) -> None:
         """Offers the encoder's outputs to the memory at the cross site, and closes the segment."""
@@ -254,26 +265,26 @@ class Transformer:
         cache: KVCache | None = None,
     ) -> Array:
         q, k, v = (self._heads(w, f"{name}.{part}", x) for part in "qkv")
-        at = np.arange(sight.first, sight.first + x.shape[1])
+        at = sight.at
         free_q, q, k = q, self._rotate(q, at), self._rotate(k, at)
         if cache:
             k, v = cache.append(layer, k, v)
         blocks = self._own_blocks(w, site, q, k, v, sight)
-        out = self._with_memory(w, name, site, layer, q, free_q, at, blocks, run)
+        text, asking = slice(sight.rows, sight.rows + sight.text.shape[1]), sight.valid[:, -x.shape[1] :]
+        out = self._with_memory(w, name, site, layer, q, free_q, at, blocks, run, asking, None if cache else text)
         if cache is None:
-            text = x[:, sight.rows : sight.rows + sight.text.shape[1]] if sight.rows else x
-            run.wrote(site, layer, text, sight.text)
+            project = lambda rows: (self._heads(w, name + ".k", rows), self._heads(w, name + ".v", rows))  # noqa: E731
+            run.wrote(site, layer, x if x.shape[1] == sight.text.shape[1] else x[:, text], sight.text, project)
         return self._linear(w, name + ".o", _merge_heads(out))
 
     def _cross_attention(
-        self, w: Weights, name: str, x: Array, *, encoded: Encoded, layer: int, run: MemoryRun, cache: KVCache | None = None
+        self, w: Weights, name: str, x: Array, *, encoded: Encoded, layer: int, sight: _Sight, run: MemoryRun, cache: KVCache | None = None
     ) -> Array:
         q = self._heads(w, name + ".q", x)
         project = lambda: tuple(self._heads(w, f"{name}.{part}", encoded.hidden) for part in "kv")  # noqa: E731
         k, v = cache.cross(layer, project) if cache else project()
-        at = np.arange(x.shape[1])
-        blocks = [Block(k, v, valid=encoded.valid)]
-        out = self._with_memory(w, name, "cross", layer, q, q, at, blocks, run, n_rows=encoded.n_rows)
+        blocks, asking = [Block(k, v, valid=encoded.valid)], sight.valid[:, -x.shape[1] :]
+        out = self._with_memory(w, name, "cross", layer, q, q, sight.at, blocks, run, asking, slice(encoded.n_rows, None))
         return self._linear(w, name + ".o", _merge_heads(out))
 
     def _own_blocks(self, w: Weights, site: str, q: Array, k: Array, v: Array, sight: _Sight) -> list[Block]:
@@ -281,6 +292,7 @@ class Transformer:
         n_queries, n_keys, m = q.shape[2], k.shape[2], sight.rows
         if not sight.causal:
             return [Block(k, v, valid=sight.valid, bias=self._distance_bias(w, site, n_queries, n_keys, n_keys - n_queries))]
+        ragged = sight.at.ndim > 1 and self.config.positions == "relative"
         cuts = [(0, m), (m, n_keys)] if m else [(0, n_keys)]
         blocks = []
         for start, stop in cuts:
@@ -291,7 +303,9 @@ class Transformer:
                     k if whole else k[:, :, part],
                     v if whole else v[:, :, part],
                     valid=np.ascontiguousarray(sight.valid[:, part]),
-                    bias=self._distance_bias(w, site, n_queries, stop - start, n_keys - n_queries - start),
+                    bias=self._dense_bias(w, site, sight.at[:, part], sight.at, None)
+                    if ragged
+                    else self._distance_bias(w, site, n_queries, stop - start, n_keys - n_queries - start),
                     causal=start == m,
                     offset=n_keys - n_queries - start,
                 )
@@ -309,34 +323,41 @@ class Transformer:
         at: np.ndarray,
         blocks: list[Block],
         run: MemoryRun,
-        n_rows: int = 0,
+        asking: np.ndarray,
+        text: slice | None,
     ) -> Array:
-        """Attention over the segment's own blocks and what the memory shows: joint, gated, added or instead."""
+        """Attention over the segment's own blocks and what the memory shows: joint, gated, added or instead.
+
+        asking: (B, T) queries that count. text: which of the segment's keys are text, where the attention they
+        receive is to be told.
+        """
         scale = self.config.attention_scale
         make_query = lambda: self._query(w, name, free_q, run.site_start(site)[:, None] + at)  # noqa: E731
-        shown = run.views(site, layer, make_query) if run.members else []
+        shown = run.views(site, layer, make_query, q.shape[2]) if run.members else []
         own = len(blocks)
         joint = [(i, v) for i, v in shown if isinstance(v, View) and run.merge(i, v) == "joint"]
         blocks = blocks + [self._view_block(w, name, site, view, at, run) for _, view in joint]
         out, lse = ops.attention_with_lse(q, blocks, scale)
-        if run.wants_mass():
-            mass = np.concatenate([ops.attention_mass(q, block, lse, scale) for block in blocks[:own]], axis=1)
-            run.received(site, layer, None, mass[:, n_rows:])
-            for (i, _), block in zip(joint, blocks[own:], strict=True):
-                if run.wants_mass(i) and block.index is None:
-                    run.received(site, layer, i, ops.attention_mass(q, block, lse, scale))
+        if text is not None and run.wants_mass():
+            mass = np.concatenate([ops.attention_mass(q, block, lse, scale, asking) for block in blocks[:own]], axis=1)
+            run.received(site, layer, None, mass[:, text])
+            told: set[int] = set()  # a member that shows two views is told of the first
+            for (i, view), block in zip(joint, blocks[own:], strict=True):
+                if run.wants_mass(i) and view.index is None and i not in told:
+                    told.add(i)
+                    run.received(site, layer, i, ops.attention_mass(q, block, lse, scale, asking))
         for i, view in shown:
             merge = run.merge(i, view)
             if merge == "joint":
                 continue
-            has = np.ones(len(at), bool)
             if isinstance(view, Side):
                 other = view.output
+                has = np.ones(1, bool) if view.valid is None else view.valid
             else:
                 other = ops.attention(q, [self._view_block(w, name, site, view, at, run)], scale)
                 has = view.valid.any(axis=1)
             if merge == "add":
-                out = out + other
+                out = out + (other if has.all() else np.where(has[:, None, None, None], other, 0))
                 continue
             if merge == "gate":
                 open_ = ops.sigmoid(view.gate)[:, None, None]
@@ -355,7 +376,9 @@ class Transformer:
             bank = tuple(x[rows, pick] if view.bank[0] == "hidden" else np.moveaxis(np.moveaxis(x, 1, 2)[rows, pick], 2, 1) for x in bank)
             valid = valid[rows, pick] & (index >= 0)
             positions = positions[rows, pick] if positions is not None else None
-            bias = bias[np.arange(len(index))[:, None, None, None], :, :, pick[:, None, None]] if bias is not None else None
+            if bias is not None and bias.shape[-1] > 1:
+                bias = np.broadcast_to(bias, (len(index), self.config.n_heads, len(at), bias.shape[-1]))
+                bias = np.take_along_axis(bias, np.broadcast_to(pick[:, None, None], (*bias.shape[:3], pick.shape[1])), -1)
             index = None
         if view.bank[0] == "hidden":
             k, v = self._heads(w, name + ".k", bank[0]), self._heads(w, name + ".v", bank[0])
@@ -378,12 +401,12 @@ class Transformer:
             grouped = heads.reshape(b, groups, h // groups, t, config.d_head)
             return np.einsum("bghtx,dgx->bghtd", grouped, wk, optimize=True).reshape(b, h, t, config.d_model)
 
-        return Query(heads, hidden, np.broadcast_to(positions, (len(heads), heads.shape[2])))
+        return Query(q, hidden, np.broadcast_to(positions, (len(heads), heads.shape[2])))
 
     def _heads(self, w: Weights, name: str, x: Array) -> Array:
         """x W + b, (B, T, d) -> (B, heads, T, D)."""
         y = self._linear(w, name, x)
-        y = np.reshape(y, (x.shape[0], x.shape[1], -1, self.config.d_head))
+        y = np.reshape(y, (x.shape[0], x.shape[1], y.shape[2] // self.config.d_head, self.config.d_head))
         return np.transpose(y, (0, 2, 1, 3))
 
     def _rotate(self, x: Array, positions: np.ndarray) -> Array:
@@ -398,14 +421,16 @@ class Transformer:
         return ops.DistanceBias(np.transpose(table), n_queries, n_keys)
 
     def _dense_bias(self, w: Weights, site: str, key_at: np.ndarray, query_at: np.ndarray, index: np.ndarray | None) -> Array:
-        """The same for rows at any positions: (B, H, T, M), or (B, H, T, K) for rows chosen by `index`."""
+        """The same for rows at any positions key_at (B, M), query_at (T,) or (B, T): (B, H, T, M), or (B, H, T, K) for
+        rows chosen by `index`."""
         table = w[site + ".relative_bias.weight"]
         if index is None:
-            distance = key_at[:, None, :] - query_at[:, None]
+            distance = key_at[:, None, :] - query_at[..., None]
             return np.transpose(table[self._buckets(site, distance)], (0, 3, 1, 2))
         chosen = key_at[np.arange(len(index))[:, None, None, None], np.maximum(index, 0)]
         heads = np.arange(index.shape[1])[:, None, None]
-        return table[self._buckets(site, chosen - query_at[:, None]), np.broadcast_to(heads, index.shape)]
+        asked_at = query_at[:, None] if query_at.ndim == 1 else query_at[:, None, :, None]
+        return table[self._buckets(site, chosen - asked_at), np.broadcast_to(heads, index.shape)]
 
     def _buckets(self, site: str, distance: np.ndarray) -> np.ndarray:
         config = self.config
@@ -433,7 +458,7 @@ class Transformer:
     def shift_right(self, target: np.ndarray, first: np.ndarray | None = None) -> np.ndarray:
         """The decoder's inputs for `target` (B, T): `first` (B,) or bos_id, then all but the last token."""
         start = np.full(len(target), self.config.bos_id) if first is None else first
-        return np.concatenate([start[:, None], target[:, :-1]], axis=1).astype(np.int64)
+        return np.concatenate([start[:, None], target[:, :-1]], axis=1)[:, : target.shape[1]].astype(np.int64)
 
     def fingerprint(self) -> str:
         """Names these weights: rows computed with others must not be mixed with theirs."""
@@ -449,11 +474,11 @@ class Transformer:
 
 @dataclasses.dataclass(frozen=True)
 class _Sight:
-    """What self-attention sees: valid (B, keys); `first` position of the first query; `rows` memory rows in
-    front; `written` (B, T) marks the text that a memory is offered (default: all but the rows)."""
+    """What self-attention sees: valid (B, keys); the queries' positions `at` (n,), or (B, n) where rows differ; `rows`
+    memory rows in front; `written` (B, T) marks the text that a memory is offered (default: all but the rows)."""
 
     valid: np.ndarray
-    first: int
+    at: np.ndarray
     rows: int
     causal: bool = False
     written: np.ndarray | None = None
@@ -464,8 +489,8 @@ class _Sight:
 
 
 def _merge_heads(x: Array) -> Array:
-    b, _, t, _ = x.shape
-    return np.reshape(np.transpose(x, (0, 2, 1, 3)), (b, t, -1))
+    b, h, t, d = x.shape
+    return np.reshape(np.transpose(x, (0, 2, 1, 3)), (b, t, h * d))
 
 
 def _cut(x: Array, ends: Sequence[int]) -> list[Array]:
@@ -540,7 +565,10 @@ def weight_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
 def check_tokens(name: str, tokens: Any, vocab_size: int, lengths: Any = None) -> tuple[np.ndarray, np.ndarray]:
     """(B, S) ids as int64 and their (B,) lengths, or InvalidValue / InvalidType that names the argument."""
-    array = np.asarray(tokens)
+    try:
+        array = np.asarray(tokens)
+    except ValueError as error:  # rows of different lengths
+        raise InvalidValue(f"{name}: expected rows of one length; fill short ones with pad_id and give their lengths") from error
     if array.dtype.kind not in "iu" and array.size:
         raise InvalidType(f"{name}: expected integer token ids, got {array.dtype}")
     if array.ndim != 2:
@@ -550,7 +578,10 @@ def check_tokens(name: str, tokens: Any, vocab_size: int, lengths: Any = None) -
         raise InvalidValue(f"{name}: expected ids from 0 to vocab_size - 1 = {vocab_size - 1}, got {bad}; is it the model's own tokenizer?")
     if lengths is None:
         return array.astype(np.int64), np.full(len(array), array.shape[1], np.int64)
-    lengths = np.asarray(lengths)
+    try:
+        lengths = np.asarray(lengths)
+    except ValueError as error:
+        raise InvalidValue(f"{name} lengths: expected {len(array)} integers, got lists of different lengths") from error
     if lengths.dtype.kind not in "iu" or lengths.shape != (len(array),):
         raise InvalidValue(f"{name} lengths: expected {len(array)} integers, got {lengths.dtype} of shape {lengths.shape}")
     if len(lengths) and not (0 <= lengths.min() and lengths.max() <= array.shape[1]):

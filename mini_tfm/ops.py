@@ -208,8 +208,8 @@ def _bias_view(bias: Any, table: np.ndarray | None) -> np.ndarray | None:
     return bias.strided(table) if isinstance(bias, DistanceBias) else table
 
 
-def attention_mass(q: Array, block: Block, lse: np.ndarray, scale: float) -> np.ndarray:
-    """Attention each row of `block` received, summed over heads and queries: (B, S). No gradient.
+def attention_mass(q: Array, block: Block, lse: np.ndarray, scale: float, asking: np.ndarray) -> np.ndarray:
+    """Attention each row of `block` received, summed over heads and the queries `asking` (B, T): (B, S). No gradient.
 
     In NumPy, 64 queries at a time: only strategies that ask for it pay.
     """
@@ -230,7 +230,7 @@ def attention_mass(q: Array, block: Block, lse: np.ndarray, scale: float) -> np.
         scores = vq[:, :, part] @ np.swapaxes(k, -1, -2) * scale
         if bias is not None:
             scores = scores + bias[:, :, part]
-        shown = seen[:, None, None, :]
+        shown = seen[:, None, None, :] & asking[:, None, part, None]
         if block.causal:
             shown = shown & (np.arange(n_keys) <= np.arange(n_queries)[part, None] + offset)
         total = np.where(np.isfinite(lse[:, :, part]), lse[:, :, part], 0)[..., None]

@@ -46,8 +46,10 @@ class Pipeline:
         if memory is not None and not isinstance(memory, Memory):
             raise InvalidType(f"memory: expected a Memory, its text or None, got {type(memory).__name__}")
         self.model, self.tokenizer, self.memory = model, tokenizer, memory
-        self.segment_length = segment_length or model.config.segment_length or DEFAULT_SEGMENT_TOKENS
-        if not isinstance(self.segment_length, int) or self.segment_length < 1:
+        if segment_length is None:
+            segment_length = model.config.segment_length or DEFAULT_SEGMENT_TOKENS
+        self.segment_length = segment_length
+        if not isinstance(segment_length, int) or isinstance(segment_length, bool) or segment_length < 1:
             raise InvalidValue(f"segment_length: expected a number of tokens of at least 1, got {segment_length!r}")
         model.add_memory_weights(memory)
         self.reset()
@@ -93,7 +95,7 @@ class Pipeline:
         """
         chosen = GenerationOptions.of(options)
         self.model._needs("decoder")
-        pieces = self._generate(self._encode(text), chosen)
+        pieces = self._generate(self._encode(text), chosen, self._run.copy(), self._last)
         return pieces if stream else "".join(pieces)
 
     def score(self, text: str | Iterable[str]) -> dict[str, float]:
@@ -123,6 +125,8 @@ class Pipeline:
     def embed(self, texts: str | Iterable[str]) -> np.ndarray:
         """One vector a text, the mean of the encoder's outputs over its tokens (at most a segment) -> (N, d_model)."""
         self.model._needs("encoder")
+        if not isinstance(texts, Iterable):
+            raise InvalidType(f"text: expected str or an iterable of str, got {type(texts).__name__}")
         many = [self._encode(text)[: self.segment_length] for text in ([texts] if isinstance(texts, str) else texts)]
         lengths = np.array([len(ids) for ids in many], np.int64)
         if not len(many):
@@ -170,25 +174,28 @@ class Pipeline:
     def _score_segment(self, run: Any, before: np.ndarray, segment: np.ndarray, last: int | None) -> float:
         """Bits of `segment`, given the one before it, which is read."""
         model, lengths = self.model, np.array([len(segment)])
-        encoded = self._open(run, before if model.config.has_encoder else segment)
+        encoded = self._open(run, before if model.config.has_encoder else segment, segment)
         first = None if encoded is not None or last is None else np.array([last])
         hidden = model.decode_segment(model.shift_right(segment[None], first), lengths, encoded, run)
         scores = _core.log_softmax(value_of(model.output_logits(hidden))[0])
-        log_probs = run.logits(value_of(hidden)[0], scores)
+        log_probs = run.logits(value_of(hidden), scores[None])[0]
         model.finish_segment(encoded, run)
         return float(-log_probs[np.arange(len(segment)), segment].sum(dtype=np.float64) / math.log(2))
 
-    def _open(self, run: Any, source: np.ndarray) -> Encoded | None:
+    def _open(self, run: Any, source: np.ndarray, target: np.ndarray | None = None) -> Encoded | None:
         lengths = np.array([len(source)])
-        run.open(lengths, source[None])
+        run.open(lengths, None if target is None else target[None])
         return self.model.encode_segment(source[None], lengths, run) if self.model.config.has_encoder else None
 
-    def _generate(self, tokens: np.ndarray, options: GenerationOptions) -> Iterator[str]:
-        run, last, length = self._run.copy(), self._last, self.segment_length
+    def _generate(self, tokens: np.ndarray, options: GenerationOptions, run: Any, last: int | None) -> Iterator[str]:
+        """Pieces of text; `run` is a copy of the memory as it was when they were asked for."""
+        length, n_ids = self.segment_length, self.tokenizer.vocab_size
         decoder = self.tokenizer.decode_stream()
         # Whole segments from the end backwards: the last one, which is continued, is full if there is enough text.
         head = (len(tokens) - 1) % length + 1 if len(tokens) else 0
-        segments = [tokens[:head], *tokens[head:].reshape(-1, length)] if head else [np.array([self.model.config.bos_id])]
+        # An encoder needs something to read; a decoder begins with bos anyway.
+        nothing = np.array([self.model.config.bos_id] if self.model.config.has_encoder else [], np.int64)
+        segments = [tokens[:head], *tokens[head:].reshape(-1, length)] if head else [nothing]
         for segment in segments[:-1]:
             run, last = self._read_segment(run, segment, last)
         source, left, done = segments[-1], options.max_new_tokens, np.zeros(1, bool)
@@ -204,9 +211,8 @@ class Pipeline:
                 start = self.model.config.bos_id if last is None else last
                 prompt = np.concatenate([[start], source])[None] if number == 0 else np.array([[start]])
             seed = None if options.seed is None else options.seed * 1_000_003 + number
-
-
-            steps = token_steps(self.model, encoded, run, prompt, dataclasses.replace(options, seed=seed), limit=limit, done=done)
+            here = dataclasses.replace(options, seed=seed)
+            steps = token_steps(self.model, encoded, run, prompt, here, limit=limit, done=done, n_ids=n_ids)
             made = []
             for step in steps:
                 if step[0] < 0:
@@ -231,9 +237,7 @@ class Pipeline:
 def _pieces(texts: Iterable[str]) -> Iterator[str]:
     """The same text cut where no tokenizer's word goes across: before white space that follows a word."""
     waiting = ""
-    for text in texts:
-        if not isinstance(text, str):
-            raise InvalidType(f"text: expected str or an iterable of str, got {type(text).__name__}")
+    for text in _slices(texts):
         waiting += text
         while len(waiting) > PIECE_CHARACTERS:
             cut = _last_cut(waiting, PIECE_CHARACTERS)
@@ -247,6 +251,17 @@ def _pieces(texts: Iterable[str]) -> Iterator[str]:
         yield waiting
 
 
+def _slices(texts: Iterable[str]) -> Iterator[str]:
+    """The texts, long ones in slices: cutting a piece from the front of a whole book at a time would copy it each time."""
+    if not isinstance(texts, Iterable):
+        raise InvalidType(f"text: expected str or an iterable of str, got {type(texts).__name__}")
+    for text in texts:
+        if not isinstance(text, str):
+            raise InvalidType(f"text: expected str or an iterable of str, got {type(text).__name__}")
+        for start in range(0, len(text), PIECE_CHARACTERS):
+            yield text[start : start + PIECE_CHARACTERS]
+
+
 def _last_cut(text: str, before: int) -> int | None:
     """Where to cut `text`: the last start of white space up to `before`, else the first after it.
 
@@ -256,5 +271,5 @@ def _last_cut(text: str, before: int) -> int | None:
     inside = [m.start() for m in starts.finditer(text, max(0, before - 4096), before)]
     if inside:
         return inside[-1]
-    after = starts.search(text, before)
+    after = starts.search(text, before, LONGEST_WORD_CHARACTERS)  # what else is there must not matter
     return after.start() if after else None

@@ -8,53 +8,72 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 
-def _bar(*columns: Any) -> Any:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        *columns,
-        console=Console(file=sys.stderr),
-        transient=True,
-        disable=not sys.stderr.isatty(),
-    )
+@contextlib.contextmanager
+def progress_bar(what: str, total: float | None = None, unit: str = "it") -> Iterator[Callable[[float], None]]:
+    """A bar; gives the function to call with how many `unit`s more are done. unit "bytes": shown as kB and MB."""
+    if not sys.stderr.isatty():
+        yield lambda n: None
+        return
+    with _bar(unit) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda n: bar.update(task, advance=n)
 
 
 def track(items: Iterable[Any], what: str, total: int | None = None, unit: str = "it") -> Iterator[Any]:
     """The items, with a bar that shows how many of `total` are done and `unit`s a second."""
-    with _bar() as bar:
-        task = bar.add_task(what, total=total, rate="")
+    with progress_bar(what, total, unit) as advance:
         for item in items:
             yield item
-            bar.advance(task)
-            bar.update(task, rate=_rate(bar, task, unit))
+            advance(1)
 
 
 @contextlib.contextmanager
 def training_progress(shown: bool, steps: int | None, done: int) -> Iterator[Callable[[float, float | None], None]]:
     """A bar for training; gives the function to call after each step with its loss and the last validation loss."""
-    if not shown:
+    if not shown or not sys.stderr.isatty():
         yield lambda loss, validation: None
         return
     from rich.progress import TextColumn
 
-    with _bar(TextColumn("{task.fields[loss]}")) as bar:
-        task = bar.add_task("training", total=steps, completed=done, rate="", loss="")
+    with _bar("steps", TextColumn("{task.fields[loss]}")) as bar:
+        task = bar.add_task("training", total=steps, completed=done, loss="")
 
         def tell(loss: float, validation: float | None) -> None:
             told = f"loss {loss:.3f}" + ("" if validation is None else f", validation {validation:.3f}")
             bar.update(task, advance=1, loss=told)
-            bar.update(task, rate=_rate(bar, task, "steps"))
 
         yield tell
 
 
-def _rate(bar: Any, task: Any, unit: str) -> str:
-    speed = bar.tasks[task].speed
-    return "" if speed is None else f"{speed:.1f} {unit}/s"
+def _bar(unit: str, *columns: Any) -> Any:
+    """A rich Progress that is gone when it is done."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text("" if task.speed is None else f"{task.speed:,.1f} {unit}/s", style="progress.data.speed")
+
+    in_bytes = unit == "bytes"
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(24),  # room for rate and time left in 80 columns
+        DownloadColumn() if in_bytes else MofNCompleteColumn(),
+        TransferSpeedColumn() if in_bytes else Rate(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("left"),
+        *columns,
+        console=Console(file=sys.stderr),
+        transient=True,
+    )

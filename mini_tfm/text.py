@@ -80,6 +80,33 @@ def python_topics() -> dict[str, str]:
     return dict(sorted(topics.items()))
 
 
+def in_parts(documents: dict[str, str], least: int = 10) -> dict[str, str]:
+    """The documents as they are where there are `least` or more; else each cut into `least` parts, so that some can
+    be held out. A cut is moved on to the next paragraph, line or space; parts that would be empty are left out.
+    """
+    if len(documents) >= least:
+        return documents
+    parts: dict[str, str] = {}
+    for name, text in documents.items():
+        start = 0
+        for number in range(1, least + 1):
+            wanted = len(text) * number // least
+            stop = len(text) if number == least else max(start, _cut_after(text, wanted))
+            if text[start:stop].strip():
+                parts[f"{name} (part {number} of {least})"] = text[start:stop]
+            start = stop
+    return parts
+
+
+def _cut_after(text: str, place: int) -> int:
+    """The first good place to cut at or after `place`, no more than 2,000 characters on."""
+    for mark in ("\n\n", "\n", " "):
+        found = text.find(mark, place, place + 2000)
+        if found >= 0:
+            return found + len(mark)
+    return place
+
+
 def split_documents(documents: dict[str, str], held_out_fraction: float, seed: int) -> tuple[dict[str, str], dict[str, str]]:
     """(train, held_out), both sorted by name: whole documents, at least one on each side.
 

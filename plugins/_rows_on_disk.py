@@ -28,7 +28,7 @@ FORMAT = 1
 CHUNK_ROWS = 1024
 FIRST_MAP_BYTES = 1 << 28  # virtual, not disk: the map is doubled when full
 
-_open: dict[str, tuple[int, Any]] = {}  # path -> (process, environment): LMDB allows one a process
+_open: dict[str, tuple[Any, Any]] = {}  # path -> (process and inode, environment): LMDB allows one a process
 _lock = threading.RLock()
 
 
@@ -36,7 +36,7 @@ class RowsOnDisk:
     """The file at `path`; made when first written to. Raises InvalidValue or FileProblem naming the path."""
 
     def __init__(self, path: str):
-        self.path = os.path.abspath(path)
+        self.path = os.path.realpath(path)  # LMDB must not open a file twice, under whatever name
         self.given = path
 
     def open(self, d_model: int, model: str) -> None:
@@ -144,8 +144,12 @@ class RowsOnDisk:
     def _environment(self) -> Any:
         lmdb = self._lmdb()
         with _lock:
-            process, environment = _open.get(self.path, (0, None))
-            if environment is None or process != os.getpid():  # a forked child must open its own
+            opened, environment = _open.get(self.path, (None, None))
+            # A forked child must open its own; and where the file was deleted, what is written to it would be lost.
+            if environment is None or opened != self._identity():
+                if environment is not None:
+                    environment.close()
+                    del _open[self.path]
                 if os.path.isdir(self.path):
                     raise InvalidValue(f"path: expected a file, {self.given} is a folder")
                 try:
@@ -155,8 +159,15 @@ class RowsOnDisk:
                     raise FileProblem(
                         f"path: cannot open the store {self.given}: {error}; expected an LMDB file or a new path in a folder you can write"
                     ) from error
-                _open[self.path] = (os.getpid(), environment)
+                _open[self.path] = (self._identity(), environment)
             return environment
+
+    def _identity(self) -> tuple[int, int, int] | None:
+        try:
+            status = os.stat(self.path)
+        except OSError:
+            return None
+        return os.getpid(), status.st_dev, status.st_ino
 
     @contextlib.contextmanager
     def _transaction(self, **options: Any) -> Iterator[Any]:

@@ -14,11 +14,11 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+from mini_tfm_plugins._rows_on_disk import RowsOnDisk
 
 from mini_tfm import _core
 from mini_tfm.errors import InvalidValue
 from mini_tfm.memory import Dims, Memory, MemorySpec, New, Param, Query, State, View, bank_key, hookimpl
-from mini_tfm_plugins._rows_on_disk import RowsOnDisk
 
 CHUNK = 1024  # rows sealed together: appending to a long memory copies at most so many
 
@@ -77,7 +77,7 @@ class Store(Memory):
             return
         key, rows = bank_key(site, layer), {"hidden": new.hidden, "valid": new.valid}
         # Positions go on where an earlier process stopped.
-        rows["positions"] = new.positions + (state["next_position"] if self._durable(state) else np.zeros(len(new.valid), np.int64))[:, None]
+        rows["positions"] = new.positions + state["next_position"][:, None] if self._durable(state) else new.positions
         last = len(self._chunks(state, key)) - 1
         if last >= 0 and state[f"{key}{last}.valid"].shape[1] < CHUNK:
             rows = {name: np.concatenate([state[f"{key}{last}.{name}"], value], axis=1) for name, value in rows.items()}
@@ -102,15 +102,18 @@ class Store(Memory):
         for hidden, valid, positions in parts:
             found.offer(*_core.search(asked, hidden, min(self.top_k, hidden.shape[1]), valid), hidden, positions)
         if on_disk:
-            assert self.disk is not None  # noqa: S101
+            assert self.disk is not None
             with self.disk.reading(self.document, key, on_disk) as chunks:
-                for hidden, positions in chunks:
+                for stored, positions in chunks:
+                    hidden = stored.astype(asked.dtype, copy=False)  # a float64 model is for checks: it may pay for a copy
                     everyone = np.broadcast_to(hidden, (batch, *hidden.shape))
                     k = min(self.top_k, len(hidden))
                     # One bank for the whole batch: its queries are searched as one row of the batch.
                     scores, index = _core.search(asked.reshape(1, -1, asked.shape[-1]), hidden[None], k, None)
                     shape = (batch, heads * length, k)
                     found.offer(scores.reshape(shape), index.reshape(shape), everyone, np.broadcast_to(positions, (batch, len(positions))))
+        if found.scores is None:  # the document was deleted by someone else
+            return None
         view = found.view(heads, length, state["next_position"] if self._durable(state) else None)
         return dataclasses.replace(view, gate=state.params.get("gate"))
 
@@ -118,7 +121,7 @@ class Store(Memory):
         """Appends the rows held in RAM to the document on disk: durable when this returns."""
         if not self._durable(state):
             return
-        assert self.disk is not None  # noqa: S101
+        assert self.disk is not None
         if len(state["on_disk"]) != 1:
             raise InvalidValue(f"path: a store on disk is written by one stream at a time, got a batch of {len(state['on_disk'])}")
         fresh = {}
@@ -129,7 +132,8 @@ class Store(Memory):
                 fresh.setdefault(bank, []).append((hidden[valid], positions[valid]))
         if not fresh:
             return
-        counts = self.disk.append(self.document, {bank: [np.concatenate(x) for x in zip(*rows, strict=True)] for bank, rows in fresh.items()})
+        joined = {bank: [np.concatenate(x) for x in zip(*rows, strict=True)] for bank, rows in fresh.items()}
+        counts = self.disk.append(self.document, joined)
         state["on_disk"] = np.array([[counts.get(name, 0) for name in self._banks(state.dims)]], np.int64)
 
     def documents(self) -> dict[str, int]:
@@ -193,7 +197,7 @@ class _Best:
         self.scores, self.index = np.take_along_axis(scores, best, 2), np.take_along_axis(index, best, 2)
 
     def view(self, heads: int, length: int, base: np.ndarray | None) -> View:
-        assert self.scores is not None  # noqa: S101
+        assert self.scores is not None
         index = self.index.reshape(len(self.index), heads, length, -1)
         positions = self.positions if base is None else self.positions - base[:, None]
         return View(("hidden", self.hidden), self.valid, index=np.ascontiguousarray(index), positions=positions)

@@ -57,8 +57,15 @@ _isa = os.environ.get("MINI_TFM_ISA") or None
 if _isa == "reference":
     from mini_tfm.reference import *  # noqa: F403
 else:
+    # libgomp's waiting threads spin for milliseconds by default. On a machine with anything else to do they keep the
+    # processor from the very thread they wait for (a training step of 27 ms took 190 ms and more beside one busy
+    # process), so they sleep instead, and threads.c asks for more work before it forks. libgomp reads the setting when
+    # it is loaded; other libraries that bring their own OpenMP keep theirs.
+    _quiet = "OMP_WAIT_POLICY" not in os.environ and "GOMP_SPINCOUNT" not in os.environ
+    if _quiet:
+        os.environ["OMP_WAIT_POLICY"] = "passive"
     try:
-        from mini_tfm._core import kernels as _kernels
+        import mini_tfm._core.kernels as _kernels
     except ModuleNotFoundError as error:
         if error.name != "mini_tfm._core.kernels":
             raise
@@ -66,6 +73,9 @@ else:
             "mini_tfm: the compiled kernels are not built. In a checkout: pip install -e . "
             "(MINI_TFM_ISA=reference runs the slow NumPy twins without them)"
         ) from error
+    finally:
+        if _quiet:
+            del os.environ["OMP_WAIT_POLICY"]
     from mini_tfm._core.kernels import (
         activation,
         activation_backward,

@@ -128,9 +128,8 @@ def layer_norm(x, weight, bias, eps):
 def layer_norm_backward(dy, x, weight, mean, rstd):
     """dx, dweight (d,), dbias (d,)."""
     cdef int failed
-    # None is how the shared check is told that a norm has no mean; here it has.
-    mean = _checks.real("mean", mean)
-    dy, x, weight, mean, rstd = _checks.norm_backward(dy, x, weight, mean, rstd)
+    dy, x, weight, rstd = _checks.norm_backward(dy, x, weight, rstd)
+    mean = _checks.real("mean", mean, like=x, shape=rstd.shape)
     cdef ptrdiff_t n, d
     n, d = _checks.rows(x)
     dx, dweight, dbias = np.empty_like(x), np.empty_like(weight), np.empty_like(weight)
@@ -169,7 +168,7 @@ def rms_norm(x, weight, eps):
 def rms_norm_backward(dy, x, weight, rstd):
     """dx, dweight (d,)."""
     cdef int failed
-    dy, x, weight, _, rstd = _checks.norm_backward(dy, x, weight, None, rstd)
+    dy, x, weight, rstd = _checks.norm_backward(dy, x, weight, rstd)
     cdef ptrdiff_t n, d
     n, d = _checks.rows(x)
     dx, dweight = np.empty_like(x), np.empty_like(weight)

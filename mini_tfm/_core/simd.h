@@ -78,20 +78,40 @@ INLINE vec min_vec(vec a, vec b) {
 #endif
 }
 
-/* Pairwise: lane i with lane i + VL/2, and so on down. */
-INLINE real sum_lanes(vec x) {
-    real lanes[VL];
-    store(lanes, x);
-    for (ptrdiff_t half = VL / 2; half; half /= 2)
-        for (ptrdiff_t i = 0; i < half; i++) lanes[i] += lanes[i + half];
-    return lanes[0];
-}
-
-INLINE real max_lanes(vec x) {
-    real top = x[0];
-    for (ptrdiff_t i = 1; i < VL; i++) top = x[i] > top ? x[i] : top;
-    return top;
-}
+/* Halves onto each other: lane i with lane i + VL/2, and so on down to one. In registers where it matters, for attention
+ * does it twice in every 64 scores; the array says the same. */
+#if ISA_AVX2 && REAL_IS_DOUBLE
+#define FOLD(name, op128, opscalar, plain)                                                                      \
+    INLINE real name(vec x) {                                                                                   \
+        __m128d half = op128(_mm256_castpd256_pd128((__m256d)x), _mm256_extractf128_pd((__m256d)x, 1));         \
+        return _mm_cvtsd_f64(opscalar(half, _mm_unpackhi_pd(half, half)));                                      \
+    }
+FOLD(sum_lanes, _mm_add_pd, _mm_add_sd, )
+FOLD(max_lanes, _mm_max_pd, _mm_max_sd, )
+#elif ISA_AVX2
+#define FOLD(name, op128, opscalar, plain)                                                                      \
+    INLINE real name(vec x) {                                                                                   \
+        __m128 half = op128(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));            \
+        half = op128(half, _mm_movehl_ps(half, half));                                                          \
+        return _mm_cvtss_f32(opscalar(half, _mm_shuffle_ps(half, half, 1)));                                    \
+    }
+FOLD(sum_lanes, _mm_add_ps, _mm_add_ss, )
+FOLD(max_lanes, _mm_max_ps, _mm_max_ss, )
+#else
+#define FOLD(name, op128, opscalar, plain)                                                                      \
+    INLINE real name(vec x) {                                                                                   \
+        real lanes[VL];                                                                                         \
+        store(lanes, x);                                                                                        \
+        for (ptrdiff_t half = VL / 2; half; half /= 2)                                                          \
+            for (ptrdiff_t i = 0; i < half; i++) {                                                              \
+                real a = lanes[i], b = lanes[i + half];                                                         \
+                lanes[i] = plain;                                                                               \
+            }                                                                                                   \
+        return lanes[0];                                                                                        \
+    }
+FOLD(sum_lanes, , , a + b)
+FOLD(max_lanes, , , a > b ? a : b)
+#endif
 
 INLINE int any_lane(ivec mask) {
 #if ISA_AVX2
@@ -103,20 +123,26 @@ INLINE int any_lane(ivec mask) {
 #endif
 }
 
-/* exp to about 1.5 units in the last place: exp(-inf) = 0, exp(+inf) = inf, NaN stays NaN, denormal results are right.
- * x = n ln 2 + r with |r| <= ln(2)/2: adding 1.5 * 2^(mantissa bits) rounds x / ln 2 to the integer n and leaves it in the
- * low bits; ln 2 is split so that n * ln2_high is exact. 2^n is applied in two halves, for it alone may be out of range. */
-INLINE vec exp_vec(vec x) {
 #if REAL_IS_DOUBLE
-    enum { MANTISSA = 52, BIAS = 1023 };
-    const real magic = 0x1.8p52, lowest = -760.0, highest = 720.0;
-    const real ln2_high = 0x1.62e42fee00000p-1, ln2_low = 0x1.a39ef35793c76p-33;
+enum { MANTISSA = 52, BIAS = 1023 };
+#define EXP_LOWEST (-760.0)         /* exp is 0 below */
+#define EXP_LOWEST_NORMAL (-708.0)  /* exp is a normal number above */
+#define EXP_HIGHEST 720.0           /* exp is inf above */
 #else
-    enum { MANTISSA = 23, BIAS = 127 };
-    const real magic = 0x1.8p23f, lowest = -105.0f, highest = 89.0f;
-    const real ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+enum { MANTISSA = 23, BIAS = 127 };
+#define EXP_LOWEST (-105.0f)
+#define EXP_LOWEST_NORMAL (-87.0f)
+#define EXP_HIGHEST 89.0f
 #endif
-    x = min_vec(all(highest), max_vec(all(lowest), x)); /* bounds first: NaN passes */
+
+/* x = n ln 2 + r with |r| <= ln(2)/2; returns exp(r) and n. Adding 1.5 * 2^MANTISSA rounds x / ln 2 to the integer n and
+ * leaves it in the low bits; ln 2 is split so that n * ln2_high is exact. About 1.5 units in the last place. */
+INLINE vec exp_reduced(vec x, ivec *n_whole) {
+#if REAL_IS_DOUBLE
+    const real magic = 0x1.8p52, ln2_high = 0x1.62e42fee00000p-1, ln2_low = 0x1.a39ef35793c76p-33;
+#else
+    const real magic = 0x1.8p23f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+#endif
     vec shifted = x * (real)1.44269504088896340736 + magic;
     vec n = shifted - magic;
     vec r = (x - n * ln2_high) - n * ln2_low;
@@ -139,12 +165,26 @@ INLINE vec exp_vec(vec x) {
     p = p * r + 0.166671141982f;
     p = p * r + 0.499992311001f;
 #endif
-    p = (p * r) * r + r + 1;
-    ivec whole = (ivec)shifted - (ivec)all(magic);
-    ivec half = whole >> 1;
-    vec scale_a = (vec)((half + BIAS) << MANTISSA);
-    vec scale_b = (vec)((whole - half + BIAS) << MANTISSA);
-    return p * scale_a * scale_b;
+    *n_whole = (ivec)shifted - (ivec)all(magic);
+    return (p * r) * r + r + 1;
+}
+
+/* exp over its whole range: exp(-inf) = 0, exp(+inf) = inf, NaN stays NaN, denormal results are right. 2^n is applied in
+ * two halves, for it alone may be out of range. */
+INLINE vec exp_vec(vec x) {
+    ivec n, half;
+    vec p = exp_reduced(min_vec(all(EXP_HIGHEST), max_vec(all(EXP_LOWEST), x)), &n); /* bounds first: NaN passes */
+    half = n >> 1;
+    return p * (vec)((half + BIAS) << MANTISSA) * (vec)((n - half + BIAS) << MANTISSA);
+}
+
+/* exp for the weights of a softmax, x at most a rounding above 0: the same but for results below the normal numbers, which
+ * are 0. Cheaper, and no denormal slows down what follows. */
+INLINE vec exp_weight(vec x) {
+    ivec n;
+    vec p = exp_reduced(max_vec(all(EXP_LOWEST_NORMAL), x), &n);
+    p = (vec)((ivec)p + (n << MANTISSA)); /* times 2^n: p is in [0.7, 1.5], the product is normal */
+    return (vec)((ivec)p & ~(x < EXP_LOWEST_NORMAL));
 }
 
 INLINE real exp_real(real x) { return exp_vec(all(x))[0]; }

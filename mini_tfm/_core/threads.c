@@ -1,7 +1,7 @@
 #include "threads.h"
 
-/* In units of 0.1 ns: 20 us. A fork and join takes 2 to 5 us while libgomp's pool spins and some 50 us once it sleeps. */
-static const double WORTH_A_FORK = 2e5;
+/* In units of 0.1 ns: 20 us, several times what a fork and join costs while libgomp's threads are awake. */
+static const double WORTH_A_FORK = 1e6;
 
 static int n_threads = 1, within_limit = 1, forked = 0;
 

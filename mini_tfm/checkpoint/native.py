@@ -11,8 +11,8 @@ names in one system call. A crash at any moment leaves the old folder or the new
     .model.old-<token>      only where the system cannot exchange two folders (see `_swap`)
 
 A saver holds a lock on its staging folder, so the next save can tell what a killed process left from what a live
-one is writing, and removes the former; the swap itself is made under a lock on the parent folder. Files in the old folder that a save does not write (a user's notes) are in
-the new one too, as hard links.
+one is writing, and removes the former; the swap itself is made under a lock on the parent folder. Files in the old
+folder that a save does not write (a user's notes) are in the new one too, as hard links.
 """
 
 import contextlib
@@ -28,10 +28,11 @@ import stat
 import struct
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from mmap import ACCESS_READ
 from mmap import mmap as map_file
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -54,7 +55,7 @@ LOCK_SECONDS = 5.0  # how long a saver waits for another one to swap
 # NumPy has no bfloat16. A field of its own, rather than bare uint16, so that no arithmetic is done on the bits.
 BFLOAT16 = np.dtype([("bfloat16", "<u2")])
 
-DTYPES = {
+DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype("<f8"),
     "I64": np.dtype("<i8"),
     "F32": np.dtype("<f4"),
@@ -129,30 +130,7 @@ def load_folder(folder: str | os.PathLike, *, mmap: bool = False) -> tuple[dict[
             return config, _read_tensors(tensors_file, mmap)
 
 
-def open_regular(path: str | os.PathLike, name: str | None = None, folder_fd: int | None = None) -> BinaryIO:
-    """Open a regular file for reading: a device, a FIFO or a folder is refused, and never waited for.
-
-    With `name`, opens that entry of the folder `path` (through `folder_fd` if given) and refuses a link, which could
-    lead out of the folder. Raises FileProblem.
-    """
-    path = as_path(path)
-    shown = os.path.join(path, name) if name else path
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (os.O_NOFOLLOW if name else 0)
-    try:
-        fd = os.open(shown if folder_fd is None else name, flags, dir_fd=folder_fd)
-    except FileNotFoundError as error:
-        raise FileProblem(f"{shown}: there is no such file; check the path") from error
-    except (OSError, ValueError) as error:
-        is_link = isinstance(error, OSError) and error.errno == errno.ELOOP
-        hint = "it is a link; put the file itself in the folder" if is_link else _reason(error)
-        raise FileProblem(f"{shown}: cannot be opened: {hint}") from error
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise FileProblem(f"{shown}: expected a regular file, found a folder, a device or a pipe")
-    return _NamedFile(fd, shown)
-
-
-class _NamedFile(contextlib.AbstractContextManager):
+class NamedFile(contextlib.AbstractContextManager["NamedFile"]):
     """A binary file that knows the path to name in errors, even when it was opened relative to a folder."""
 
     def __init__(self, fd: int, name: str) -> None:
@@ -165,6 +143,29 @@ class _NamedFile(contextlib.AbstractContextManager):
 
     def __exit__(self, *exception: object) -> None:
         self._file.close()
+
+
+def open_regular(path: str | os.PathLike, name: str | None = None, folder_fd: int | None = None) -> NamedFile:
+    """Open a regular file for reading: a device, a FIFO or a folder is refused, and never waited for.
+
+    With `name`, opens that entry of the folder `path` (through `folder_fd` if given) and refuses a link, which could
+    lead out of the folder. Raises FileProblem.
+    """
+    path = as_path(path)
+    shown = os.path.join(path, name) if name else path
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (os.O_NOFOLLOW if name else 0)
+    try:
+        fd = os.open(shown if name is None or folder_fd is None else name, flags, dir_fd=folder_fd)
+    except FileNotFoundError as error:
+        raise FileProblem(f"{shown}: there is no such file; check the path") from error
+    except (OSError, ValueError) as error:
+        is_link = isinstance(error, OSError) and error.errno == errno.ELOOP
+        hint = "it is a link; put the file itself in the folder" if is_link else _reason(error)
+        raise FileProblem(f"{shown}: cannot be opened: {hint}") from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise FileProblem(f"{shown}: expected a regular file, found a folder, a device or a pipe")
+    return NamedFile(fd, shown)
 
 
 def as_path(path: str | os.PathLike) -> str:
@@ -188,7 +189,7 @@ def _was_replaced(folder: str, folder_fd: int) -> bool:
         return False
 
 
-def _read_all(file: BinaryIO, max_bytes: int) -> bytes:
+def _read_all(file: NamedFile, max_bytes: int) -> bytes:
     try:
         data = file.read(max_bytes + 1)
     except OSError as error:
@@ -234,8 +235,7 @@ def parse_json_strict(data: bytes, source: str) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+            twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
             raise ValueError(f"the key {twice[:80]!r} appears twice")
         return found
 
@@ -338,7 +338,7 @@ def read_safetensors(path: str | os.PathLike, *, mmap: bool = False) -> dict[str
         return _read_tensors(file, mmap)
 
 
-def _read_tensors(file: BinaryIO, mmap: bool) -> dict[str, np.ndarray]:
+def _read_tensors(file: NamedFile, mmap: bool) -> dict[str, np.ndarray]:
     try:
         data_start, entries = _read_header(file)
         if mmap:
@@ -362,7 +362,7 @@ def _map_tensor(data: np.ndarray, entry: _Entry) -> np.ndarray:
     return _check_booleans(array, entry)
 
 
-def _copy_tensor(file: BinaryIO, data_start: int, entry: _Entry) -> np.ndarray:
+def _copy_tensor(file: NamedFile, data_start: int, entry: _Entry) -> np.ndarray:
     array = np.empty(entry.shape, entry.dtype)
     file.seek(data_start + entry.begin)
     if file.readinto(array.reshape(-1).view(np.uint8).data) != array.nbytes:
@@ -377,7 +377,7 @@ def _check_booleans(array: np.ndarray, entry: _Entry) -> np.ndarray:
     return array
 
 
-def _read_header(file: BinaryIO) -> tuple[int, list[_Entry]]:
+def _read_header(file: NamedFile) -> tuple[int, list[_Entry]]:
     """Where the data starts, in bytes, and every tensor in the order of the data. All checks, no allocation."""
     size = os.fstat(file.fileno()).st_size
     if size < 8:

@@ -30,11 +30,12 @@ from typing import Any, Literal
 import numpy as np
 
 from ..autodiff import Var
+from ..errors import InvalidValue
 
 Array = np.ndarray | Var
 Site = Literal["encoder", "decoder", "cross"]
 SITES = ("encoder", "decoder", "cross")
-MERGES = ("joint", "gate", "add", "replace")
+MERGES: tuple[str, ...] = ("joint", "gate", "add", "replace")
 NEEDS = ("query", "hidden", "mass", "tokens", "text")
 CONTRACT_VERSION = 1
 
@@ -45,10 +46,12 @@ class MemorySpec:
 
     sites: where it takes part. layers: which layers there, counted from 0, negative from the top; None
     for all. needs: "query" (calls `read`), "mass" (attention each new row received), "tokens" (ids in
-    `New`); "hidden" rows always come. merge: how rows join the segment, unless a View says otherwise:
-    "joint" one softmax with it, "gate" own softmax mixed by a gate, "add" own softmax added, "replace"
-    instead of it. gradient: "none" rows are detached when written, "rows"/"state" gradients flow through
-    segments. capacity: rows at most, None without limit. version: of the contract it was written for.
+    `Segment` and `New`), "hidden" (`write` also gets the decoder's outputs, as one layer more: `layer` is
+    the number of layers, rows are what `logits` is asked with). "text" is kept for later. merge: how rows
+    join the segment, unless a View says otherwise: "joint" one softmax with it, "gate" own softmax mixed
+    by a gate, "add" own softmax added, "replace" instead of it. gradient: "none" rows are detached when
+    written, "rows"/"state" gradients flow through segments. capacity: rows at most, None without limit.
+    version: of the contract it was written for.
     """
 
     sites: frozenset[str] = frozenset(SITES)
@@ -121,7 +124,7 @@ class Segment:
     site: str
     start: np.ndarray
     length: np.ndarray
-    tokens: np.ndarray | None = None  # (B, S) ids, where "tokens" is needed
+    tokens: np.ndarray | None = None  # (B, S) ids that the site's stack reads, where "tokens" is needed
 
     @property
     def active(self) -> np.ndarray:
@@ -143,8 +146,11 @@ class New:
     """What a segment computed at a site and layer: the rows offered to `write`.
 
     hidden: (B, S, d) what the layer projects to keys and values. valid: (B, S) bool. positions: (B, S)
-    tokens since the start of the stream. tokens: ids, if needed. mass: (B, S) attention received, summed
-    over heads and queries, if needed; view_mass: (B, M) the same for the rows of the strategy's own view.
+    tokens since the start of the stream. tokens: (B, S) the id each row was made from, if needed; targets:
+    (B, S) the id each row of a decoder predicts, if needed and known. mass: (B, S) attention received,
+    summed over heads and queries, if needed; view_mass: (B, M) the same for the rows of the strategy's own
+    view (a joint one, without index). project: rows (B, M, d) to the layer's own keys and values, each
+    (B, Hkv, M, D), without position; None at "cross", where every layer has its own.
     """
 
     site: str
@@ -155,6 +161,8 @@ class New:
     tokens: np.ndarray | None = None
     mass: np.ndarray | None = None
     view_mass: np.ndarray | None = None
+    targets: np.ndarray | None = None
+    project: Callable[[Array], tuple[Array, Array]] | None = None
 
 
 Evicted = New  # dropped rows have the same fields: what one memory drops is what the next is offered
@@ -162,11 +170,12 @@ Evicted = New  # dropped rows have the same fields: what one memory drops is wha
 
 @dataclass(frozen=True)
 class Query:
-    """What asks: heads (B, H, T, D), without position, and `hidden()`, the same queries in the space of
-    hidden rows, (B, H, T, d): heads W_k^T, so that `hidden . row` orders rows as their scores do
-    (arXiv 2305.01625, section 2.3). positions: (B, T) tokens since the start of the stream."""
+    """What asks: heads (B, H, T, D), without position, a Var in training; and `hidden()`, the same queries
+    in the space of hidden rows, (B, H, T, d), for choosing rows: heads W_k^T, so that `hidden . row` orders
+    rows as their scores do (arXiv 2305.01625, section 2.3), a plain array always. positions: (B, T) tokens
+    since the start of the stream."""
 
-    heads: np.ndarray
+    heads: Array
     hidden: Callable[[], np.ndarray]
     positions: np.ndarray
 
@@ -178,8 +187,9 @@ class View:
     bank: ("hidden", X (B, M, d)), projected by the layer's own W_k and W_v; or ("kv", K, V), each
     (B, Hkv, M, D), without position. index: None for all, (B, K) or (B, H, T, K) rows of the bank, -1 for
     none. positions: (B, M) tokens since the start of the stream, or None if they have none. valid: (B, M)
-    bool, never optional: no row is "empty because it is zero". bias: broadcastable to (B, H, T, M), added
-    to the scores. merge: see MemorySpec; gate: (H,) logits, with merge="gate".
+    bool, never optional: no row is "empty because it is zero". bias: added to the scores, broadcastable to
+    (B, H, T, M), or (B, H, T, K) with an index of four axes. merge: see MemorySpec; gate: (H,) logits, with
+    merge="gate".
     """
 
     bank: tuple[Any, ...]
@@ -194,11 +204,13 @@ class View:
 @dataclass(frozen=True)
 class Side:
     """A strategy's own maths instead of rows: output (B, H, T, D); write it in NumPy and it is
-    differentiated. merge: "add", "gate" (with gate (H,) logits) or "replace"."""
+    differentiated. merge: "add", "gate" (with gate (H,) logits) or "replace". valid: (B,) bool, the batch
+    rows whose memory holds anything; the others attend as if there were none. None: all."""
 
     output: Array
     merge: str = "add"
     gate: Array | None = None
+    valid: np.ndarray | None = None
 
 
 class Memory:
@@ -236,7 +248,7 @@ class Memory:
         """Outputs (B, m, d) at the rows that `begin` put in."""
 
     def logits(self, state: State, hidden: np.ndarray, log_probs: np.ndarray) -> np.ndarray | None:
-        """Changes the output distribution (B, V), given the decoder's outputs (B, d). Generation and scoring."""
+        """Changes the log-probabilities (B, T, V), given the decoder's outputs (B, T, d). Generation and scoring."""
 
     def flush(self, state: State) -> None:
         """Makes durable what the state holds. Called while a pipeline reads; never in training or generation."""
@@ -258,8 +270,6 @@ class RowMemory(Memory):
     """
 
     def __init__(self, *, size: int, site: str | None = None):
-        from ..errors import InvalidValue
-
         if not isinstance(size, int) or size < 1:
             raise InvalidValue(f"size: expected a number of rows of at least 1, got {size!r}")
         if site not in (None, "all", *SITES):
@@ -268,7 +278,8 @@ class RowMemory(Memory):
         self.spec = MemorySpec(capacity=size)
 
     def keep(self, scores: np.ndarray | None, positions: np.ndarray) -> np.ndarray:
-        """(B, N) priorities from positions (B, N) and the attention received so far (B, N), if needed."""
+        """(B, N) priorities from positions (B, N), -1 where there is no row, and the attention received so far
+        (B, N), if needed. What is said of no row does not count."""
         raise NotImplementedError
 
     def takes(self, site: str, dims: Dims) -> bool:
@@ -303,7 +314,11 @@ class RowMemory(Memory):
                 state[key + "mass"] = state[key + "mass"] + new.view_mass
         rows = {name: np.concatenate([state[key + name], value], axis=1) for name, value in rows.items()}
         valid, positions = rows["valid"], rows["positions"]
-        priority = np.where(valid, self.keep(rows.get("mass"), positions), -np.inf)
+        priority = np.asarray(self.keep(rows.get("mass"), np.where(valid, positions, -1)))
+        if priority.shape != valid.shape or np.isnan(priority).any():
+            got = "NaN" if priority.shape == valid.shape else f"shape {priority.shape}"
+            raise InvalidValue(f"keep: expected a priority for each of {valid.shape} rows, got {got}")
+        priority = np.where(valid, np.maximum(priority, np.finfo(np.float64).min), -np.inf)  # invalid rows go first
         # Of each batch row the `size` best, then back in order of position (invalid ones first).
         best = np.argsort(-priority, axis=1, kind="stable")
         stay, go = (_in_order(part, positions, valid) for part in (best[:, : self.size], best[:, self.size :]))

@@ -12,7 +12,7 @@ import difflib
 import inspect
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from typing import Any
 
@@ -23,6 +23,9 @@ from ..errors import InvalidType, InvalidValue, MiniTfmError, PluginError
 from . import hookspecs
 from .base import CONTRACT_VERSION, MERGES, NEEDS, SITES, Memory, MemorySpec
 from .stack import Stack
+
+BUILT_IN = "mini_tfm_plugins."
+GRADIENTS: tuple[str, ...] = ("none", "rows", "state")
 
 
 class PluginWarning(UserWarning):
@@ -40,22 +43,38 @@ class _Registry:
         self.failed: dict[str, str] = {}
 
     def entry_points(self) -> dict[str, metadata.EntryPoint]:
-        return {point.name: point for point in metadata.entry_points(group=hookspecs.ENTRY_POINT_GROUP)}
+        """By name; of two with one name the built-in counts, else the first distribution by name."""
+        found: dict[str, metadata.EntryPoint] = {}
+        for point in self._all_points():
+            found.setdefault(point.name, point)
+        return found
+
+    def _all_points(self) -> list[metadata.EntryPoint]:
+        points = set(metadata.entry_points(group=hookspecs.ENTRY_POINT_GROUP))
+        return sorted(points, key=lambda point: (not point.value.startswith(BUILT_IN), _distribution(point), point.value))
 
     def load(self, name: str) -> None:
         """Imports the plugin of entry point `name` and runs its hook, once."""
-        point = self.entry_points()[name]
         if name in self.failed or self.plugins.get_plugin(name) is not None:
             return
+        point, *others_of_name = [point for point in self._all_points() if point.name == name]
         owner = f"{name} ({_distribution(point)})"
+        for other in others_of_name:
+            told = f"memory plugin {name} ({_distribution(other)}) is left out: {owner} has that name"
+            warnings.warn(told, PluginWarning, stacklevel=2)
         found: dict[str, Callable[..., Memory]] = {}
+
+        def register(strategy: str, factory: Callable[..., Memory]) -> None:
+            _check_registration(strategy, factory)
+            found[strategy] = factory
+
         try:
             module = point.load()
             self.plugins.register(module, name)
             others = [plugin for plugin in self.plugins.get_plugins() if plugin is not module]
-            self.plugins.subset_hook_caller("register_memories", others)(register=found.__setitem__)
+            self.plugins.subset_hook_caller("register_memories", others)(register=register)
             if not found:
-                raise InvalidValue("it registers no strategy: no function marked @hookimpl is called register_memories")
+                raise InvalidValue("it registers no strategy: a function register_memories(register) marked @hookimpl must call register")
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # SystemExit and all: somebody else's module must not stop ours
@@ -78,6 +97,7 @@ class _Registry:
         self.factories[name], self.owners[name] = factory, owner
 
     def factory(self, name: str) -> Callable[..., Memory]:
+        points: Mapping[str, metadata.EntryPoint] = {}
         if name not in self.factories:
             points = self.entry_points()
             for point in [name] if name in points else points:
@@ -86,12 +106,26 @@ class _Registry:
             return self.factories[name]
         if name in self.failed:
             raise PluginError(f"memory {name!r}: its plugin could not be loaded: {self.failed[name]}")
+        if name in points:
+            for point in points:
+                self.load(point)
+            if name in self.factories:
+                return self.factories[name]
+            offered = sorted(strategy for strategy, owner in self.owners.items() if owner.startswith(f"{name} ("))
+            raise PluginError(f"memory {name!r}: the plugin of that name offers only {', '.join(offered)}")
         known = list_memories()
         close = difflib.get_close_matches(name, known, 1)
         raise InvalidValue(
             f"memory: expected an installed strategy ({', '.join(known)}), got {name!r}"
             + (f"; did you mean {close[0]!r}?" if close else "; `mini-tfm plugins list` shows what is installed")
         )
+
+
+def _check_registration(name: Any, factory: Any) -> None:
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][\w-]*", name):
+        raise InvalidValue(f"name: expected letters, digits, _ and -, a letter first, got {name!r}")
+    if not callable(factory):
+        raise InvalidType(f"factory: expected a Memory class or a callable that gives one, got {factory!r}")
 
 
 def _distribution(point: metadata.EntryPoint) -> str:
@@ -103,8 +137,7 @@ _registry = _Registry()
 
 def register_memory(name: str, factory: Callable[..., Memory]) -> None:
     """Registers a strategy for this process, without a package: notebooks, tests, experiments."""
-    if not callable(factory):
-        raise InvalidType(f"factory: expected a Memory class or a callable that gives one, got {factory!r}")
+    _check_registration(name, factory)
     _registry.factories[name], _registry.owners[name] = factory, "registered in this process"
 
 
@@ -136,21 +169,22 @@ def memory(name: str, **options: Any) -> Memory:
     """
     if not isinstance(name, str):
         raise InvalidType(f"memory: expected the name of a strategy, got {type(name).__name__}")
-    parts = re.split(r"\+(?=[A-Za-z_][\w-]*(?:[:+]|$))", name)
+    parts = _split(name, r"\+(?=[A-Za-z_][\w-]*(?:[:+]|$))")
     if len(parts) > 1:
         if options:
             raise InvalidValue(f"memory: give the options of a stack inside its text, got {name!r} and {sorted(options)}")
         return Stack([memory(part) for part in parts])
     name, _, text = name.partition(":")
+    name = name.strip()
     given = _parse_options(name, text)
     if both := sorted(set(given) & set(options)):
         raise InvalidValue(f"memory {name!r}: option {both[0]!r} is given twice")
-    return _make(name.strip(), {**given, **options})
+    return _make(name, {**given, **options})
 
 
 def _parse_options(name: str, text: str) -> dict[str, Any]:
     options: dict[str, Any] = {}
-    for part in filter(None, text.split(",")):
+    for part in filter(None, _split(text, ",")):
         option, equals, value = part.partition("=")
         if not equals or not option.strip():
             raise InvalidValue(f"memory {name!r}: expected option=value, got {part!r}")
@@ -160,51 +194,95 @@ def _parse_options(name: str, text: str) -> dict[str, Any]:
     return options
 
 
+def _split(text: str, separator: str) -> list[str]:
+    """`text` cut at a separator (a regular expression), but not inside the quotes of a value, as in path='a,b'."""
+    cuts = re.finditer(rf"=\s*(?:'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\")|({separator})", text)
+    parts, start = [], 0
+    for cut in cuts:
+        if cut[1] is not None:
+            parts.append(text[start : cut.start()])
+            start = cut.end()
+    return [*parts, text[start:]]
+
+
 def _parse_value(text: str) -> Any:
     if text.lower() in ("true", "false", "none"):
         return {"true": True, "false": False, "none": None}[text.lower()]
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
     return value if isinstance(value, int | float | str) else text
 
 
+def _text_of(name: str, options: Mapping[str, Any]) -> str | None:
+    """What makes the same memory again, quoted where need be; None where an option is not a number, text, bool or None."""
+    written = []
+    for option, value in options.items():
+        for text in (str(value), repr(value)):
+            try:
+                back = _parse_options(name, f"{option}={text}")
+                same = back == {option: value} and type(back[option]) is type(value)
+                if same and len(_split(f"{name}:{option}={text}+x", r"\+(?=[A-Za-z_][\w-]*(?:[:+]|$))")) == 2:
+                    written.append(f"{option}={text}")
+                    break
+            except InvalidValue:
+                continue
+        else:
+            return None
+    return name + (":" + ",".join(written) if written else "")
+
+
 def _make(name: str, options: dict[str, Any]) -> Memory:
     factory = _registry.factory(name)
-    signature = inspect.signature(factory)
-    if not any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
-        if unknown := sorted(set(options) - set(signature.parameters)):
-            raise InvalidValue(
-                f"memory {name!r}: unknown option {unknown[0]!r}; it takes {', '.join(signature.parameters) or 'none'}"
-            )
-    missing = [p.name for p in signature.parameters.values() if p.default is p.empty and p.name not in options and p.kind is p.KEYWORD_ONLY]
+    try:
+        signature = inspect.signature(factory)
+    except (TypeError, ValueError) as error:
+        raise PluginError(f"memory {name!r} ({_registry.owners[name]}): the options of its factory cannot be read: {error}") from error
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    if not takes_any and (unknown := sorted(set(options) - set(signature.parameters))):
+        close = difflib.get_close_matches(unknown[0], signature.parameters, 1)
+        raise InvalidValue(
+            f"memory {name!r}: unknown option {unknown[0]!r}; it takes {', '.join(signature.parameters) or 'none'}"
+            + (f"; did you mean {close[0]!r}?" if close else "")
+        )
+    asked = [p for p in signature.parameters.values() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    missing = [p.name for p in asked if p.default is p.empty and p.name not in options]
     if missing:
         raise InvalidValue(f"memory {name!r}: option {missing[0]!r} is required, as in '{name}:{missing[0]}=...'")
     try:
         made = factory(**options)
     except MiniTfmError as error:
-        raise type(error)(f"memory {name!r}: {error}") from error
-    except Exception as error:
+        raise _retold(error, f"memory {name!r}: {error}") from error
+    except (Exception, SystemExit) as error:
         raise PluginError(f"memory {name!r} ({_registry.owners[name]}) failed in __init__: {type(error).__name__}: {error}") from error
     if not isinstance(made, Memory):
         raise PluginError(f"memory {name!r} ({_registry.owners[name]}): expected a Memory, its factory gave {type(made).__name__}")
     made.name = name
-    made.text = name + (":" + ",".join(f"{option}={value}" for option, value in options.items()) if options else "")
-    _check_spec(made)
+    made.text = _text_of(name, options)
+    check_spec(made)
     return made
 
 
-def _check_spec(made: Memory) -> None:
+def check_spec(made: Memory) -> None:
+    """Raises PluginError if the strategy's `spec` says what the contract does not know."""
     spec, who = made.spec, f"memory {made.name!r} ({owner(made)})"
     if not isinstance(spec, MemorySpec):
         raise PluginError(f"{who}: spec: expected a MemorySpec, got {type(spec).__name__}")
-    for field, value, allowed in (("sites", spec.sites, SITES), ("needs", spec.needs, NEEDS), ("merge", {spec.merge}, MERGES)):
-        if not set(value) <= set(allowed):
-            raise PluginError(f"{who}: spec.{field}: expected some of {', '.join(allowed)}, got {sorted(set(value) - set(allowed))}")
-    if spec.gradient not in ("none", "rows", "state"):
-        raise PluginError(f"{who}: spec.gradient: expected none, rows or state, got {spec.gradient!r}")
-    if spec.version > CONTRACT_VERSION:
+    for field, allowed in (("sites", SITES), ("needs", NEEDS)):
+        value = getattr(spec, field)
+        if not isinstance(value, frozenset | set | tuple | list) or not all(isinstance(x, str) and x in allowed for x in value):
+            raise PluginError(f"{who}: spec.{field}: expected a set of {', '.join(allowed)}, got {value!r}")
+    for field, words in (("merge", MERGES), ("gradient", GRADIENTS)):
+        value = getattr(spec, field)
+        if not isinstance(value, str) or value not in words:
+            raise PluginError(f"{who}: spec.{field}: expected one of {', '.join(words)}, got {value!r}")
+    layers = spec.layers
+    if layers is not None and not (isinstance(layers, tuple) and all(type(layer) is int for layer in layers)):
+        raise PluginError(f"{who}: spec.layers: expected None or a tuple of layer numbers, got {layers!r}")
+    if not spec.sites:
+        raise PluginError(f"{who}: spec.sites: expected at least one of {', '.join(SITES)}, got none")
+    if not isinstance(spec.version, int) or spec.version > CONTRACT_VERSION:
         raise PluginError(f"{who}: written for contract {spec.version}, this library has {CONTRACT_VERSION}: upgrade mini-tfm")
 
 
@@ -215,15 +293,25 @@ def owner(made: Memory) -> str:
 
 @contextlib.contextmanager
 def blamed(made: Memory, method: str, site: str | None, layer: int | None, step: int) -> Iterator[None]:
-    """Any error inside is the strategy's: told with its name, version, method and place, the cause kept."""
+    """Any error inside is the strategy's: told with its name, version, method and place, the cause kept.
+
+    What it tells the user on purpose (a folder not writable, a store of another width) keeps its kind.
+    """
     try:
         yield
-    except Exception as error:
-        if isinstance(error, MiniTfmError) and not isinstance(error, _Nonsense):
-            raise  # it told the user something: a folder not writable, a store of another width
+    except (Exception, SystemExit) as error:
         place = "".join(f", {word} {value}" for word, value in (("site", site), ("layer", layer)) if value is not None)
+        who = f"memory {made.name or type(made).__name__!r} ({owner(made)}) failed in {method}{place}, segment {step}: "
+        if isinstance(error, MiniTfmError) and not isinstance(error, _Nonsense):
+            raise _retold(error, who + str(error)) from error
         told = str(error) if isinstance(error, _Nonsense) else f"{type(error).__name__}: {error}"
-        raise PluginError(f"memory {made.name or type(made).__name__!r} ({owner(made)}) failed in {method}{place}, segment {step}: {told}") from error
+        raise PluginError(who + told) from error
+
+
+def _retold(error: MiniTfmError, message: str) -> MiniTfmError:
+    """An error of the same kind with more to say; a plugin's own kind may not be made of a message, ours are."""
+    kind = next(kind for kind in type(error).__mro__ if kind.__module__ == MiniTfmError.__module__)
+    return kind(message)
 
 
 class _Nonsense(InvalidValue):
@@ -242,10 +330,18 @@ def expect_array(name: str, value: Any, shape: tuple[int | None, ...], kind: str
 
     array = value_of(value)
     expect(isinstance(array, np.ndarray), f"{name}: expected an array, got {type(value).__name__}")
-    want = "(" + ", ".join("any" if n is None else str(n) for n in shape) + ")"
+    want = "(" + ", ".join("any" if n is None else str(n) for n in shape) + ("," if len(shape) == 1 else "") + ")"
     fits = array.ndim == len(shape) and all(n is None or n == m for n, m in zip(shape, array.shape, strict=True))
     expect(fits, f"{name}: expected shape {want}, got {array.shape}")
     kinds = {"f": "floating point", "b": "bool", "i": "integer"}
     expect(array.dtype.kind == kind, f"{name}: expected {kinds[kind]}, got {array.dtype}")
     if kind == "f":
         expect(np.isfinite(array).all(), f"{name}: holds NaN or infinity")
+
+
+def real_array(name: str, value: Any, shape: tuple[int | None, ...], dtype: np.dtype) -> None:
+    """The same for numbers that meet the model's: they must have its dtype, or all that follows would change."""
+    from ..autodiff import value_of
+
+    expect_array(name, value, shape, "f")
+    expect(value_of(value).dtype == dtype, f"{name}: expected {dtype}, as the model has, got {value_of(value).dtype}")

@@ -6,8 +6,9 @@ batch that pause, are reset, reordered, detached or saved are handled here, the 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from ..autodiff import value_of
 from ..config import Config
 from ..errors import InvalidValue
 from .base import MERGES, Array, Dims, Memory, New, Param, Query, Rows, Segment, Side, State, View
-from .manager import blamed, expect, expect_array
+from .manager import blamed, check_spec, expect, expect_array, real_array
 from .stack import Stack
 
 
@@ -43,7 +44,7 @@ def model_dims(config: Config, dtype: Any, **more: Any) -> Dims:
         "decoder": config.n_decoder_layers,
         "cross": config.n_decoder_layers if config.has_encoder else 0,
     }
-    assert config.n_kv_heads and config.d_head  # filled in by Config  # noqa: S101
+    assert config.n_kv_heads and config.d_head  # filled in by Config
     return Dims(
         config.d_model, config.n_heads, config.n_kv_heads, config.d_head, layers, np.dtype(dtype), config.segment_length, **more
     )
@@ -57,9 +58,27 @@ def memory_parameters(memory: Memory | None, config: Config, dtype: Any) -> dict
             params = member.parameters(model_dims(config, dtype))
             expect(isinstance(params, Mapping), f"parameters: expected a mapping, got {type(params).__name__}")
             for name, param in params.items():
-                expect(isinstance(param, Param), f"parameters[{name!r}]: expected a Param, got {type(param).__name__}")
+                expect(isinstance(name, str) and name, f"parameters: expected names, got {name!r}")
+                _check_param(f"parameters[{name!r}]", param)
                 found[prefix + name] = param
     return found
+
+
+def _check_param(what: str, param: Any) -> None:
+    expect(isinstance(param, Param), f"{what}: expected a Param, got {type(param).__name__}")
+    shape = param.shape
+    good = isinstance(shape, tuple) and all(isinstance(n, int | np.integer) and n >= 0 for n in shape)
+    expect(good, f"{what}: shape: expected a tuple of sizes, got {shape!r}")
+    if isinstance(param.init, np.ndarray):
+        expect_array(f"{what}: init", param.init, shape, "f")
+    else:
+        expect(_is_factor(param.init), f"{what}: init: expected a standard deviation or an array, got {param.init!r}")
+    expect(_is_factor(param.lr_factor), f"{what}: lr_factor: expected a number of at least 0, got {param.lr_factor!r}")
+    expect(isinstance(param.weight_decay, bool), f"{what}: weight_decay: expected True or False, got {param.weight_decay!r}")
+
+
+def _is_factor(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 <= value < float("inf")
 
 
 class MemoryRun:
@@ -83,30 +102,41 @@ class MemoryRun:
         self.config, self.batch = config, batch
         self.dims: list[Dims] = []
         for member, prefix in zip(self.members, parameter_prefixes(memory), strict=True):
+            check_spec(member)
             params = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
             dtype = value_of(next(iter(weights.values()))).dtype
             dims = model_dims(config, dtype, training=training, params=params, fingerprint=fingerprint)
             if not any(dims.layers[site] for site in member.spec.sites):
                 has = [site for site, count in dims.layers.items() if count]
                 raise InvalidValue(f"memory {member.name!r}: works at {sorted(member.spec.sites)}, this model has only {has}")
+            most = max(dims.layers[site] for site in member.spec.sites)
+            if wrong := [layer for layer in member.spec.layers or () if not -most <= layer < most]:
+                raise InvalidValue(f"memory {member.name!r}: layer: expected {-most} to {most - 1} in this model, got {wrong[0]}")
             self.dims.append(dims)
-        self.states = [self._start(i, batch) for i in range(len(self.members))]
         self.start = np.zeros(batch, np.int64)  # tokens of each stream before this segment
         self.number = 0
+        self.states = [self._start(i, batch) for i in range(len(self.members))]
         self.open(np.zeros(batch, np.int64))
 
     # One segment
 
-    def open(self, lengths: np.ndarray, tokens: np.ndarray | None = None) -> None:
-        """Begins a segment of (B,) `lengths` tokens; rows of length 0 pause and keep their state."""
+    def open(self, lengths: np.ndarray, targets: np.ndarray | None = None) -> None:
+        """Begins a segment of (B,) `lengths` tokens; rows of length 0 pause and keep their state.
+
+        targets: (B, T) what the decoder predicts, where it is known.
+        """
         self._lengths = lengths
-        self._tokens = tokens
+        self._targets = targets
+        self._tokens: dict[str, np.ndarray] = {}  # what each stack reads
+        self._output: tuple[Array, np.ndarray] | None = None
         self._before = [dict(state) for state in self.states]
         self._rows: dict[str, list[tuple[int, Rows]]] = {}
         self._mass: dict[tuple[str, int, int | None], np.ndarray] = {}
 
     def close(self) -> None:
         """Ends the segment: streams advance, paused rows get their old state back."""
+        if self._output is not None:
+            self._wrote_output(*self._output)
         active = self._lengths > 0
         if not active.all():
             for state, before in zip(self.states, self._before, strict=True):
@@ -115,17 +145,20 @@ class MemoryRun:
         self.start = self.start + self._lengths
         self.number += 1
 
-    def begin(self, site: str) -> list[Rows]:
-        """Rows that join the sequence at `site`, in the order of the members."""
+    def begin(self, site: str, tokens: np.ndarray | None = None) -> list[Rows]:
+        """Rows that join the sequence at `site`, where the stack reads (B, S) `tokens`, in the order of the members."""
+        if tokens is not None:
+            self._tokens[site] = tokens
         found = []
         for i, member in self._at(site, "begin"):
-            with blamed(member, "begin", site, None, self.number):
-                rows = member.begin(self.states[i], self._view_of_segment(site))
+            with self._calling(i, "begin", site):
+                rows = member.begin(self.states[i], self._segment(i, site))
                 if rows is None:
                     continue
                 expect(isinstance(rows, Rows), f"expected Rows or None, got {type(rows).__name__}")
-                expect_array("values", rows.values, (self.batch, None, self.dims[i].d_model), "f")
-                expect(rows.where == "front" or (rows.where == "around" and site == "decoder"), f"where: {rows.where!r} is not possible here")
+                real_array("values", rows.values, (self.batch, None, self.dims[i].d_model), self.dims[i].dtype)
+                places = ("front", "around") if site == "decoder" else ("front",)
+                expect(rows.where in places, f"where: {rows.where!r} is not possible here")
             found.append((i, rows))
         self._rows[site] = found
         return [rows for _, rows in found]
@@ -133,25 +166,27 @@ class MemoryRun:
     def end(self, site: str, outputs: list[Array]) -> None:
         """Outputs at the rows that `begin` gave, in its order."""
         for (i, _), output in zip(self._rows.get(site, ()), outputs, strict=True):
-            with blamed(self.members[i], "end", site, None, self.number):
+            with self._calling(i, "end", site):
                 self.members[i].end(self.states[i], output)
 
-    def views(self, site: str, layer: int, query: Callable[[], Query]) -> list[tuple[int, View | Side]]:
-        """What the members want this layer to see, with the number of the member."""
+    def views(self, site: str, layer: int, query: Callable[[], Query], n_queries: int) -> list[tuple[int, View | Side]]:
+        """What the members want the `n_queries` queries of this layer to see, with the number of the member."""
         found: list[tuple[int, View | Side]] = []
-        segment = self._view_of_segment(site)
+        asked: Query | None = None  # made once, and only if anyone asks
         for i, member in self._at(site, "view", "read", layer=layer):
             for method in ("view", "read"):
                 if method == "read" and "query" not in member.spec.needs:
                     continue
-                with blamed(member, method, site, layer, self.number):
+                if method == "read" and asked is None:
+                    asked = query()
+                with self._calling(i, method, site, layer):
                     if method == "view":
-                        view: Any = member.view(self.states[i], site, layer, segment)
+                        view: Any = member.view(self.states[i], site, layer, self._segment(i, site))
                     else:
-                        view = member.read(self.states[i], site, layer, query())
+                        assert asked is not None
+                        view = member.read(self.states[i], site, layer, asked)
                     if view is not None:
-                        self._check(view, member, self.dims[i])
-                        found.append((i, view))
+                        found.append((i, self._checked(view, member, self.dims[i], n_queries)))
         return found
 
     def uses(self, site: str) -> bool:
@@ -170,23 +205,45 @@ class MemoryRun:
         key = (site, 0 if site == "cross" else layer, i)
         self._mass[key] = self._mass.get(key, 0) + mass
 
-    def wrote(self, site: str, layer: int, hidden: Array, valid: np.ndarray) -> None:
+    def wrote(
+        self, site: str, layer: int, hidden: Array, valid: np.ndarray, project: Callable[[Array], tuple[Array, Array]] | None = None
+    ) -> None:
         """Offers what a layer computed (B, S, d) to the first member that takes rows, and on what it drops."""
-        takers = [i for i, _ in self._at(site, "write", layer=None if site == "cross" else layer)]
+        takers = [i for i, _ in self._at(site, "write", "absorb", layer=None if site == "cross" else layer)]
+        self._offer(takers, site, layer, hidden, valid, project)
+
+    def finished(self, outputs: Array, valid: np.ndarray) -> None:
+        """The decoder's outputs (B, T, d). They are offered when the segment closes: `logits` is asked before that."""
+        self._output = outputs, valid
+
+    def _wrote_output(self, outputs: Array, valid: np.ndarray) -> None:
+        takers = [i for i, member in self._at("decoder", "write", "absorb") if "hidden" in member.spec.needs]
+        self._offer(takers, "decoder", self.config.n_decoder_layers, outputs, valid, None)
+
+    def _offer(
+        self,
+        takers: list[int],
+        site: str,
+        layer: int,
+        hidden: Array,
+        valid: np.ndarray,
+        project: Callable[[Array], tuple[Array, Array]] | None,
+    ) -> None:
+        while takers and type(self.members[takers[0]]).write is Memory.write:
+            takers.pop(0)  # it absorbs what others drop, and nobody stands before it
         if not takers:
             return
         positions = self.site_start(site)[:, None] + np.arange(valid.shape[1])
-        given: New | None = New(
-            site, layer, hidden, valid, positions, self._tokens, self._mass.get((site, layer, None)), None
-        )
+        mass = self._mass.get((site, layer, None))
+        targets = self._targets if site == "decoder" else None
+        tokens = self._tokens.get("encoder" if site == "cross" else site)
+        given: New | None = New(site, layer, hidden, valid, positions, tokens, mass, None, targets)
         for place, i in enumerate(takers):
             if given is None:
                 return
-            member = self.members[i]
-            if member.spec.gradient == "none":
-                given = dataclasses.replace(given, hidden=value_of(given.hidden))
-            method = "absorb" if place else "write"
-            with blamed(member, method, site, layer, self.number):
+            member, dims = self.members[i], self.dims[i]
+            given = self._for_member(given, member, project)
+            with self._calling(i, "absorb" if place else "write", site, layer):
                 if place:
                     given = member.absorb(self.states[i], given)
                 else:
@@ -194,24 +251,57 @@ class MemoryRun:
                     given = member.write(self.states[i], site, layer, own)
                 if given is not None:
                     expect(isinstance(given, New), f"expected Evicted or None, got {type(given).__name__}")
-                    expect_array("hidden", given.hidden, (self.batch, None, self.dims[i].d_model), "f")
+                    real_array("hidden", given.hidden, (self.batch, None, dims.d_model), dims.dtype)
                     shape = value_of(given.hidden).shape[:2]
                     expect_array("valid", given.valid, shape, "b")
                     expect_array("positions", given.positions, shape, "i")
 
+    @staticmethod
+    def _for_member(new: New, member: Memory, project: Callable[[Array], tuple[Array, Array]] | None) -> New:
+        """`new` with what the member's spec asks for, and without a gradient if it wants none."""
+        hidden, plain = new.hidden, member.spec.gradient == "none"
+        if plain:
+            hidden = value_of(hidden)
+
+        def heads(rows: Array) -> tuple[Array, Array]:
+            assert project is not None
+            k, v = project(rows)
+            return (value_of(k), value_of(v)) if plain else (k, v)
+
+        shown = "tokens" in member.spec.needs
+        return dataclasses.replace(
+            new,
+            hidden=hidden,
+            tokens=new.tokens if shown else None,
+            targets=new.targets if shown else None,
+            project=heads if project is not None else None,
+        )
+
+    @property
+    def changes_output(self) -> bool:
+        """Whether any member has a say in the output distribution."""
+        return any(type(member).logits is not Memory.logits for member in self.members)
+
     def logits(self, hidden: np.ndarray, log_probs: np.ndarray) -> np.ndarray:
+        """log_probs (B, T, V) as the members change them, given the decoder's outputs (B, T, d)."""
         for i, member in enumerate(self.members):
-            if type(member).logits is not Memory.logits:
-                with blamed(member, "logits", None, None, self.number):
-                    changed = member.logits(self.states[i], hidden, log_probs)
-                    if changed is not None:
-                        expect(np.shape(changed) == log_probs.shape, f"expected shape {log_probs.shape}, got {np.shape(changed)}")
-                        log_probs = changed
+            if type(member).logits is Memory.logits:
+                continue
+            with self._calling(i, "logits"):
+                changed = member.logits(self.states[i], hidden, log_probs)
+                if changed is None:
+                    continue
+                expect(isinstance(changed, np.ndarray), f"expected an array or None, got {type(changed).__name__}")
+                expect(changed.shape == log_probs.shape, f"expected shape {log_probs.shape}, got {changed.shape}")
+                expect(changed.dtype.kind == "f" and not np.isnan(changed).any(), f"expected numbers, got {changed.dtype} or NaN")
+                total = np.exp(changed.astype(np.float64)).sum(axis=-1)
+                expect(np.allclose(total, 1, atol=1e-3), "expected log-probabilities, whose exponentials sum to 1")
+                log_probs = changed.astype(log_probs.dtype, copy=False)
         return log_probs
 
     def flush(self) -> None:
         for i, member in enumerate(self.members):
-            with blamed(member, "flush", None, None, self.number):
+            with self._calling(i, "flush"):
                 member.flush(self.states[i])
 
     def site_start(self, site: str) -> np.ndarray:
@@ -235,6 +325,12 @@ class MemoryRun:
             for name in state:
                 state[name] = state[name][index]
         self.start, self.batch = self.start[index], len(index)
+        # It may happen within a segment, too.
+        self._lengths = self._lengths[index]
+        self._before = [{name: value[index] for name, value in before.items()} for before in self._before]
+        self._mass = {key: mass[index] for key, mass in self._mass.items()}
+        self._tokens = {site: tokens[index] for site, tokens in self._tokens.items()}
+        self._targets = None if self._targets is None else self._targets[index]
 
     def detach(self) -> None:
         """Gradients stop here."""
@@ -252,10 +348,13 @@ class MemoryRun:
     def dump(self) -> dict[str, np.ndarray]:
         """Everything needed to go on later, as named arrays."""
         arrays = {f"{i}.{name}": value_of(value) for i, state in enumerate(self.states) for name, value in state.items()}
-        return {**arrays, "start": self.start, "number": np.int64(self.number)[None]}
+        return {**arrays, "start": self.start, "number": np.array([self.number])}
 
     def load(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Goes on from what `dump` gave."""
+        unknown = [name for name in arrays if name not in ("start", "number") and not name.partition(".")[0].isdecimal()]
+        if unknown or not {"start", "number"} <= set(arrays):
+            raise InvalidValue(f"arrays: expected what dump() gave, got {sorted(arrays)[:5]}")
         if len(arrays["start"]) != self.batch:
             raise InvalidValue(f"arrays: expected a dump of {self.batch} streams, got one of {len(arrays['start'])}")
         for i, state in enumerate(self.states):
@@ -271,16 +370,23 @@ class MemoryRun:
 
     def _start(self, i: int, batch: int) -> State:
         member, dims = self.members[i], self.dims[i]
-        with blamed(member, "start", None, None, 0):
+        with blamed(member, "start", None, None, self.number):
             arrays = member.start(batch, dims)
             expect(isinstance(arrays, Mapping), f"expected a mapping of arrays, got {type(arrays).__name__}")
             for name, value in arrays.items():
-                array = value_of(value)
-                expect(
-                    isinstance(array, np.ndarray) and array.ndim > 0 and len(array) == batch,
-                    f"state[{name!r}]: expected an array of {batch} rows, got {getattr(array, 'shape', type(array).__name__)}",
-                )
+                _check_state(name, value, batch)
             return State(arrays, dims)
+
+    @contextlib.contextmanager
+    def _calling(self, i: int, method: str, site: str | None = None, layer: int | None = None) -> Iterator[None]:
+        """Around a call of member i: what goes wrong is told as its fault, and its state stays one the library can handle."""
+        state = self.states[i]
+        before = dict(state)
+        with blamed(self.members[i], method, site, layer, self.number):
+            yield
+            for name, value in state.items():
+                if before.get(name) is not value:
+                    _check_state(name, value, self.batch)
 
     def _at(self, site: str, *methods: str, layer: int | None = None) -> list[tuple[int, Memory]]:
         """Members that take part at `site` (and layer) and have a method of their own among `methods`."""
@@ -294,39 +400,68 @@ class MemoryRun:
                 found.append((i, member))
         return found
 
-    def _view_of_segment(self, site: str) -> Segment:
-        return Segment(self.number, site, self.site_start(site), self._lengths, self._tokens)
+    def _segment(self, i: int, site: str) -> Segment:
+        tokens = self._tokens.get("decoder" if site == "cross" else site) if "tokens" in self.members[i].spec.needs else None
+        return Segment(self.number, site, self.site_start(site), self._lengths, tokens)
 
-    def _check(self, view: Any, member: Memory, dims: Dims) -> None:
-        """Refuses a View or Side that the kernels could not take."""
+    def _checked(self, view: Any, member: Memory, dims: Dims, n_queries: int) -> View | Side:
+        """The View or Side as the kernels take it; what they could not take is refused."""
         expect(isinstance(view, View | Side), f"expected a View, a Side or None, got {type(view).__name__}")
         merge = view.merge or member.spec.merge
         expect(merge in MERGES, f"merge: expected one of {', '.join(MERGES)}, got {merge!r}")
         if merge == "gate":
             expect(view.gate is not None, "gate: expected (H,) logits with merge='gate', got None")
-            expect_array("gate", view.gate, (dims.n_heads,), "f")
+            real_array("gate", view.gate, (dims.n_heads,), dims.dtype)
         if isinstance(view, Side):
             expect(merge != "joint", "merge: a Side cannot be 'joint', it has no scores")
-            expect_array("output", view.output, (self.batch, dims.n_heads, None, dims.d_head), "f")
-            return
+            real_array("output", view.output, (self.batch, dims.n_heads, n_queries, dims.d_head), dims.dtype)
+            if view.valid is not None:
+                expect_array("valid", view.valid, (self.batch,), "b")
+            return view
         kind = view.bank[0] if isinstance(view.bank, tuple) and view.bank else None
-        if kind == "hidden":
-            expect_array("bank", view.bank[1], (self.batch, None, dims.d_model), "f")
+        if kind == "hidden" and len(view.bank) == 2:
+            real_array("bank", view.bank[1], (self.batch, None, dims.d_model), dims.dtype)
             rows = value_of(view.bank[1]).shape[1]
         else:
             expect(kind == "kv" and len(view.bank) == 3, "bank: expected ('hidden', X) or ('kv', K, V)")
             rows = np.shape(value_of(view.bank[1]))[2] if np.ndim(value_of(view.bank[1])) == 4 else None
             for name, bank in zip(("K", "V"), view.bank[1:], strict=True):
-                expect_array(f"bank {name}", bank, (self.batch, dims.n_kv_heads, rows, dims.d_head), "f")
+                real_array(f"bank {name}", bank, (self.batch, dims.n_kv_heads, rows, dims.d_head), dims.dtype)
         expect_array("valid", view.valid, (self.batch, rows), "b")
         if view.positions is not None:
             expect_array("positions", view.positions, (self.batch, rows), "i")
-        if view.index is not None:
-            index = view.index
-            expect(isinstance(index, np.ndarray) and index.dtype.kind == "i", "index: expected an integer array")
-            fits = index.shape[0] == self.batch and (index.ndim == 2 or (index.ndim == 4 and index.shape[1] == dims.n_heads))
-            expect(fits, f"index: expected (B, K) or (B, H, T, K) with B = {self.batch}, H = {dims.n_heads}, got {index.shape}")
-            expect(index.size == 0 or (index.min() >= -1 and index.max() < rows), f"index: expected -1 to {rows - 1}")
+        index, shown = view.index, rows
+        if index is not None:
+            expect(isinstance(index, np.ndarray), f"index: expected an array or None, got {type(index).__name__}")
+            shape = (self.batch, None) if index.ndim == 2 else (self.batch, dims.n_heads, n_queries, None)
+            expect_array("index", index, shape, "i")
+            expect(index.size == 0 or (index.min() >= -1 and index.max() < rows), f"index: expected -1 to {rows - 1}, got {_range(index)}")
+            index, shown = np.ascontiguousarray(index, np.int64), index.shape[-1] if index.ndim == 4 else rows
+        if view.bias is not None:
+            bias, full = value_of(view.bias), (self.batch, dims.n_heads, n_queries, shown)
+            expect(isinstance(bias, np.ndarray), f"bias: expected an array or None, got {type(view.bias).__name__}")
+            fits = bias.ndim <= 4 and all(n in (1, m) for n, m in zip(bias.shape[::-1], full[::-1], strict=False))
+            expect(fits, f"bias: expected a shape that broadcasts to {full}, got {bias.shape}")
+            expect(bias.dtype == dims.dtype, f"bias: expected {dims.dtype}, got {bias.dtype}")
+            expect(not np.isnan(bias).any() and not np.isposinf(bias).any(), "bias: holds NaN or infinity (-infinity hides a row)")
+        return dataclasses.replace(view, index=index)
+
+
+def _range(index: np.ndarray) -> str:
+    return f"{index.min()} to {index.max()}"
+
+
+def _check_state(name: Any, value: Any, batch: int) -> None:
+    array = value_of(value)
+    expect(isinstance(name, str) and name, f"state: expected names, got {name!r}")
+    expect(
+        isinstance(array, np.ndarray) and array.ndim > 0 and len(array) == batch and array.dtype.kind in "fib",
+        f"state[{name!r}]: expected an array of {batch} rows of numbers or bools, got {_described(array)}",
+    )
+
+
+def _described(value: Any) -> str:
+    return f"shape {value.shape}, {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
 
 
 def select_rows(chosen: np.ndarray, a: Array, b: Array) -> Array:
@@ -337,9 +472,3 @@ def select_rows(chosen: np.ndarray, a: Array, b: Array) -> Array:
         most = max(a.shape[1], b.shape[1])
         a, b = (np.pad(x, [(0, most - x.shape[1] if axis == 1 else 0) for axis in range(x.ndim)]) for x in (a, b))
     return np.where(chosen.reshape((-1,) + (1,) * (a.ndim - 1)), a, b)
-
-
-def _replace(new: New, **changes: Any) -> New:
-    import dataclasses
-
-    return dataclasses.replace(new, **changes)

@@ -97,7 +97,7 @@ def mask(name, x, *, shape):
 
 def integer(name, x, *, low, high=None):
     """A Python int in [low, high]; booleans and floats are refused."""
-    if isinstance(x, (bool, np.bool_)) or not isinstance(x, Integral):
+    if type(x) is not int and (isinstance(x, (bool, np.bool_)) or not isinstance(x, Integral)):
         raise InvalidType(f"{name}: expected an integer, got {type(x).__name__}")
     x = int(x)
     if x < low or (high is not None and x > high):
@@ -107,7 +107,7 @@ def integer(name, x, *, low, high=None):
 
 def number(name, x, *, low=-math.inf, high=math.inf, open_low=False, open_high=False):
     """A finite Python float in the interval."""
-    if isinstance(x, (bool, np.bool_)) or not isinstance(x, Real):
+    if type(x) is not float and (isinstance(x, (bool, np.bool_)) or not isinstance(x, Real)):
         raise InvalidType(f"{name}: expected a number, got {type(x).__name__}")
     x = float(x)
     inside = (x > low if open_low else x >= low) and (x < high if open_high else x <= high)
@@ -119,7 +119,7 @@ def number(name, x, *, low=-math.inf, high=math.inf, open_low=False, open_high=F
 
 def flag(name, x):
     """True or False, not something that happens to be truthy."""
-    if not isinstance(x, (bool, np.bool_)):
+    if x is not True and x is not False and not isinstance(x, np.bool_):
         raise InvalidType(f"{name}: expected True or False, got {type(x).__name__}")
     return bool(x)
 
@@ -163,14 +163,11 @@ def rms_norm(x, weight, eps):
     return x, real("weight", weight, like=x, shape=(x.shape[-1],)), number("eps", eps, low=0.0)
 
 
-def norm_backward(dy, x, weight, mean, rstd):
-    """Both norms; `mean` is None for the one that has none."""
+def norm_backward(dy, x, weight, rstd):
     x = real("x", x, min_ndim=1)
     dy = real("dy", dy, like=x, shape=x.shape)
     n, d = rows(x)
-    weight = real("weight", weight, like=x, shape=(d,))
-    mean = None if mean is None else real("mean", mean, like=x, shape=(n,))
-    return dy, x, weight, mean, real("rstd", rstd, like=x, shape=(n,))
+    return dy, x, real("weight", weight, like=x, shape=(d,)), real("rstd", rstd, like=x, shape=(n,))
 
 
 def activation_kind(kind) -> int:
@@ -217,23 +214,28 @@ def adamw(param, grad, m, v, lr, beta1, beta2, eps, weight_decay, step, grad_sca
         number("beta2", beta2, low=0.0, high=1.0, open_high=True),
         number("eps", eps, low=0.0),
         number("weight_decay", weight_decay, low=0.0),
-        integer("step", step, low=1),
+        integer("step", step, low=1, high=2**53),
         number("grad_scale", grad_scale),
     )
 
 
 def real_dtype(dtype):
     try:
+        if dtype is None:  # to NumPy, float64
+            raise TypeError
         dtype = np.dtype(dtype)
-    except TypeError as error:
-        raise InvalidType(f"dtype: expected float32 or float64, got {dtype!r}") from error
+    except TypeError:
+        raise InvalidType(f"dtype: expected float32 or float64, got {dtype!r}") from None
     if dtype not in (FLOAT32, FLOAT64):
         raise InvalidType(f"dtype: expected float32 or float64, got {dtype}")
     return dtype
 
 
 def sinusoidal_positions(n, d_model, dtype):
-    return integer("n", n, low=0), integer("d_model", d_model, low=0), real_dtype(dtype)
+    n, d_model, dtype = integer("n", n, low=0, high=2**48), integer("d_model", d_model, low=0, high=2**48), real_dtype(dtype)
+    if n * d_model * dtype.itemsize >= 2**62:
+        raise InvalidValue(f"n: expected a table that fits into memory, got {n} rows of {d_model}")
+    return n, d_model, dtype
 
 
 def rotary(x, positions, base, inverse):
@@ -277,10 +279,10 @@ def attention_block(block, at, q):
     if block.lengths is not None:
         lengths = integers(f"{at}.lengths", block.lengths, shape=(batch,), low=0, high=source + 1)
     causal = flag(f"{at}.causal", block.causal)
-    window = None if block.window is None else integer(f"{at}.window", block.window, low=1, high=2**62)
+    window = None if block.window is None else integer(f"{at}.window", block.window, low=1, high=2**60)
     offset = source - length
     if block.offset is not None:
-        offset = integer(f"{at}.offset", block.offset, low=-(2**62), high=2**62)
+        offset = integer(f"{at}.offset", block.offset, low=-(2**60), high=2**60)
     index, width = None, source
     if block.index is not None:
         if causal or window is not None:

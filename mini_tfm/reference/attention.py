@@ -136,7 +136,7 @@ def attention_backward(dout, out, lse, q, blocks, scale, needs=None):
     needs: one bool a block; where False, dk and dv are not computed (None). None: all are.
     """
     dout, out, lse, q, blocks, scale, needs = _checks.attention_backward(dout, out, lse, q, blocks, scale, needs)
-    heads, length = q.shape[1], q.shape[2]
+    heads = q.shape[1]
     dq = np.zeros(q.shape)
     dks = [np.zeros(block.k.shape) if need else None for block, need in zip(blocks, needs, strict=True)]
     dvs = [np.zeros(block.k.shape) if need else None for block, need in zip(blocks, needs, strict=True)]

@@ -48,12 +48,13 @@ def activation_backward(x, dy, kind):
 
             slope = 0.5 * (1.0 + erf(x64 / np.sqrt(2.0))) + x64 * np.exp(-0.5 * x64 * x64) / np.sqrt(2.0 * np.pi)
         elif kind == "gelu_tanh":
-            argument, d_argument = _gelu_tanh_argument(x64)
+            near = np.clip(x64, -30.0, 30.0)  # beyond, the slope is 0 or 1, and 0 times x^3 = inf would be NaN
+            argument, d_argument = _gelu_tanh_argument(near)
             s = _sigmoid(argument)
-            slope = s + x64 * s * (1.0 - s) * d_argument
+            slope = s + near * s * _sigmoid(-argument) * d_argument
         else:
             s = _sigmoid(x64)
-            slope = s + x64 * s * (1.0 - s)
+            slope = s + x64 * s * _sigmoid(-x64)  # 1 - s would cancel
         return (dy64 * slope).astype(x.dtype)
 
 

@@ -15,8 +15,9 @@ def embedding_backward(ids, dout, dtable):
     """dtable (V, d)[ids] += dout (..., d), in place; repeated ids add up. Returns dtable."""
     ids, dout = _checks.embedding_backward(ids, dout, dtable)
     total = dtable.astype(np.float64)
-    np.add.at(total, ids.reshape(-1), dout.reshape(ids.size, dtable.shape[1]).astype(np.float64))
-    dtable[...] = total
+    with np.errstate(invalid="ignore", over="ignore"):
+        np.add.at(total, ids.reshape(-1), dout.reshape(ids.size, dtable.shape[1]).astype(np.float64))
+        dtable[...] = total
     return dtable
 
 

@@ -12,5 +12,6 @@ def gemm(a, b, *, trans_a=False, trans_b=False, out=None, accumulate=False):
     b64 = (b.T if trans_b else b).astype(np.float64)
     if out is None:
         out = np.empty((m, n), a.dtype)
-    out[...] = a64 @ b64 + (out if accumulate else 0.0)
+    with np.errstate(invalid="ignore", over="ignore"):
+        out[...] = a64 @ b64 + (out if accumulate else 0.0)
     return out

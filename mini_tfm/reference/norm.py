@@ -27,7 +27,8 @@ def layer_norm(x, weight, bias, eps):
 
 def layer_norm_backward(dy, x, weight, mean, rstd):
     """dx, dweight, dbias of `layer_norm`, from what it returned."""
-    dy, x, weight, mean, rstd = _checks.norm_backward(dy, x, weight, mean, rstd)
+    dy, x, weight, rstd = _checks.norm_backward(dy, x, weight, rstd)
+    mean = _checks.real("mean", mean, like=x, shape=rstd.shape)
     shape, dtype = x.shape, x.dtype
     x, dy = (a.reshape(_checks.rows(a)).astype(np.float64) for a in (x, dy))
     with np.errstate(invalid="ignore", over="ignore"):
@@ -49,7 +50,7 @@ def rms_norm(x, weight, eps):
 
 def rms_norm_backward(dy, x, weight, rstd):
     """dx, dweight of `rms_norm`, from what it returned."""
-    dy, x, weight, _, rstd = _checks.norm_backward(dy, x, weight, None, rstd)
+    dy, x, weight, rstd = _checks.norm_backward(dy, x, weight, rstd)
     shape, dtype = x.shape, x.dtype
     x, dy = (a.reshape(_checks.rows(a)).astype(np.float64) for a in (x, dy))
     with np.errstate(invalid="ignore", over="ignore"):

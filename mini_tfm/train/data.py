@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -33,6 +34,11 @@ class Batch:
         return self.target.size if self.target_lengths is None else int(self.target_lengths.sum())
 
 
+def fields(batch: Batch) -> tuple[Any, ...]:
+    """A batch as the arguments of `Trainer.step`."""
+    return batch.source, batch.target, batch.source_lengths, batch.target_lengths, batch.weights
+
+
 class TextStreams:
     """Draws `batch_size` streams of `n_segments` segments of `segment_length` tokens from documents.
 
@@ -56,8 +62,8 @@ class TextStreams:
         for name, value in (("segment_length", segment_length), ("n_segments", n_segments), ("batch_size", batch_size)):
             if not isinstance(value, int) or value < 1:
                 raise InvalidValue(f"{name}: expected an integer of at least 1, got {value!r}")
-        if any(np.asarray(a).dtype.kind not in "iu" for a in arrays):
-            raise InvalidType("documents: expected arrays of token ids; encode the text first")
+        if any(np.asarray(a).dtype.kind not in "iu" or np.ndim(a) != 1 for a in arrays):
+            raise InvalidType("documents: expected arrays of token ids, each (tokens,); encode the text first")
         self.documents = [np.asarray(a, np.int64) for a in arrays if len(a) > segment_length]
         if not self.documents:
             longest = max((len(a) for a in arrays), default=0)

@@ -40,7 +40,7 @@ class AdamW:
     ):
         self.betas, self.eps, self.step_count = betas, eps, 0
         treated: dict[tuple[float, float], list[str]] = {}
-        for name, weight in weights.items():
+        for name, weight in sorted(weights.items()):  # the arena's order must not depend on where the weights came from
             param = params.get(name)
             decays = param.weight_decay if param else weight.ndim > 1 and "position" not in name and "relative" not in name
             factor = param.lr_factor if param else 1.0

@@ -33,17 +33,20 @@ class Recall:
         before, after = FACT.split("{}")
         self.before, self.after = tokenizer.encode(before), tokenizer.encode(after)
         letters = [tokenizer.encode(letter) for letter in LETTERS]
-        if any(len(ids) != 1 for ids in letters):
+        if any(len(ids) != 1 for ids in letters) or len(np.unique(np.concatenate(letters))) < len(LETTERS):
             raise InvalidValue("tokenizer: expected a token for each capital letter, as byte-level tokenizers have")
         self.letters = np.concatenate(letters)
         self.length = len(self.before) + 1 + len(self.after)  # tokens of a fact
 
-    def plant(self, batch: Batch, seed: tuple[int, ...], *, facts_at: int | None = None, asked_at: int | None = None) -> tuple[Batch, np.ndarray]:
+    def plant(
+        self, batch: Batch, seed: tuple[int, ...], *, facts_at: int | None = None, asked_at: int | None = None, strays: float = 0.0
+    ) -> tuple[Batch, np.ndarray]:
         """A batch with one fact in each stream, and the letters asked for (B, n), -1 where nothing is asked.
 
-        facts_at, asked_at: the segments of the fact and of the only question; by default the fact is anywhere and
-        the question comes in about half of the segments from there on. Question and what follows it in the target
-        have weight 0 in the loss, the letter has 1.
+        facts_at, asked_at: the segments of the fact and of the only question; by default the fact is anywhere in the first
+        half, and the question comes in every segment from there on, or in one of two where there is only one. In the loss, question and what follows it in
+        the target have weight 0, and all letters together as much as all the text. strays: so many letters a source segment, on average, are put
+        in the place of tokens, so that a lone capital is not taken for a fact.
         """
         if batch.source is None:
             raise InvalidValue("batch: facts are planted in sources, and this one has none (a decoder-only model)")
@@ -53,9 +56,12 @@ class Recall:
         rng = np.random.default_rng(seed)
         source, target = batch.source.copy(), batch.target.copy()
         weights = np.ones(target.shape, np.float32) if batch.weights is None else batch.weights.copy()
+        if strays:
+            stray = rng.random(source.shape) < strays / length
+            source = np.where(stray, self.letters[rng.integers(len(self.letters), size=source.shape)], source)
         asked = np.full((size, n), -1, np.int64)
         for b in range(size):
-            t = int(rng.integers(n)) if facts_at is None else facts_at
+            t = int(rng.integers((n + 1) // 2)) if facts_at is None else facts_at
             room = int(batch.source_lengths[b, t]) - self.length
             letter = self.letters[rng.integers(len(self.letters))]
             fact = np.concatenate([self.before, [letter], self.after])
@@ -65,12 +71,13 @@ class Recall:
             start = int(place * (room + 1))
             source[b, t, start : start + self.length] = fact
             for later in range(t, n):
-                ask = coins[later] < 0.5 if asked_at is None else later == asked_at
+                ask = n > 1 or coins[later] < 0.5 if asked_at is None else later == asked_at
                 if ask and batch.target_lengths[b, later] >= self.length:
                     target[b, later, : self.length] = fact
                     weights[b, later, : self.length] = 0
-                    weights[b, later, len(self.before)] = 1
                     asked[b, later] = letter
+        counted = np.arange(length) < batch.target_lengths[..., None]
+        weights[..., len(self.before)][asked >= 0] = (weights * counted).sum() / max(1, (asked >= 0).sum())
         return dataclasses.replace(batch, source=source, target=target, weights=weights), asked
 
     def accuracy(self, model: Transformer, memory: Memory | None, batch: Batch, distance: int, seed: int = 0) -> float:

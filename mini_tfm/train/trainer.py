@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import json
+import math
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +17,13 @@ import numpy as np
 
 from .. import ops
 from ..autodiff import Var, backward, value_of
-from ..errors import InvalidType, InvalidValue, TrainingError
+from ..errors import InvalidType, InvalidValue, PluginError, TrainingError
 from ..memory.base import Memory
 from ..memory.run import memory_parameters
-from ..progress import training_progress
 from ..model import NO_DROPOUT, Dropout, Transformer, check_tokens
+from ..progress import training_progress
 from ..tokenizer import Tokenizer
-from .data import Batch, TextStreams
+from .data import Batch, TextStreams, fields
 from .optimizer import SCHEDULES, AdamW, schedule_factor
 from .walk import walk
 
@@ -70,7 +75,7 @@ class Trainer:
             "warmup_steps": warmup_steps,
             "total_steps": total_steps,
             "weight_decay": weight_decay,
-            "betas": list(betas),
+            "betas": list(betas) if isinstance(betas, tuple | list) else betas,
             "eps": eps,
             "clip": clip,
             "dropout": dropout,
@@ -107,22 +112,29 @@ class Trainer:
         batch = self._batch(source, target, source_lengths, target_lengths, weights)
         self.optimizer.zero_grad()
         dropout = Dropout(self.options["dropout"], self.options["seed"] * 1_000_003 + self.step_count)
-        loss = self._loss(batch, self.optimizer.leaves(), dropout, training=True)
+        try:
+            loss = self._loss(batch, self.optimizer.leaves(), dropout, training=True)
+        except PluginError:
+            # A strategy is blamed for the NaN it holds; where the model alone gives them, the fault is not its own.
+            loss = self._loss(batch, self.model.weights, NO_DROPOUT, training=False, with_memory=False)
+            if np.isfinite(loss):
+                raise
         value = float(value_of(loss))
         if np.isfinite(value):
             backward(loss)
         norm = self.optimizer.grad_norm()
         if not np.isfinite(value) or not np.isfinite(norm):
             raise TrainingError(self._diagnosis(value))
-        self.optimizer.step(self.learning_rate, self.options["clip"])
-        self.step_count += 1
-        self.tokens_seen += batch.n_tokens
-        self.losses.append(value)
+        with _uninterrupted():
+            self.optimizer.step(self.learning_rate, self.options["clip"])
+            self.step_count += 1
+            self.tokens_seen += batch.n_tokens
+            self.losses.append(value)
         return value
 
     def evaluate(self, batch: Batch) -> float:
         """The loss of a batch, in nats per target token; changes nothing."""
-        return float(value_of(self._loss(self._batch(*_fields(batch)), self.model.weights, NO_DROPOUT, training=False)))
+        return float(value_of(self._loss(self._batch(*fields(batch)), self.model.weights, NO_DROPOUT, training=False)))
 
     def fit(
         self,
@@ -155,7 +167,7 @@ class Trainer:
         try:
             with training_progress(progress, steps, self.step_count) as tell:
                 while (steps is None or self.step_count < steps) and (seconds is None or time.perf_counter() - began < seconds):
-                    loss = self.step(*_fields(batch_of(self.step_count)))
+                    loss = self.step(*fields(batch_of(self.step_count)))
                     history["loss"].append(loss)
                     if validation_of is not None and self.step_count % validate_every == 0:
                         measured = float(np.mean([self.evaluate(validation_of(i)) for i in range(validation_batches)]))
@@ -201,11 +213,8 @@ class Trainer:
 
         saved = load_saved(folder)
         about = read_json_strict(Path(folder) / TRAINING_FILE, 1 << 28)
-        missing = {"options", "step_count", "tokens_seen", "losses"} - set(about)
-        if missing:
-            raise InvalidValue(f"{TRAINING_FILE}: field {min(missing)!r} is missing")
-        options = dict(about["options"])
-        _check_options(options)
+        _check_about(about)
+        options = about["options"]
         trainer = cls(saved.model, memory if memory is not None else saved.memory(), tokenizer=saved.tokenizer, **options)
         trainer.optimizer.load_state(read_safetensors(Path(folder) / OPTIMIZER_FILE), about["step_count"])
         trainer.step_count, trainer.tokens_seen, trainer.losses = about["step_count"], about["tokens_seen"], about["losses"]
@@ -225,14 +234,14 @@ class Trainer:
             if source.shape[:2] != target.shape[:2]:
                 raise InvalidValue(f"target: expected (batch, segments) {source.shape[:2]} as source has, got {target.shape[:2]}")
         if weights is not None:
-            weights = np.asarray(weights, self.model.dtype).reshape(target.shape)
+            weights = _weights(weights, target.shape, self.model.dtype)
         return Batch(source, target, source_lengths, target_lengths, weights)
 
-    def _loss(self, batch: Batch, w: dict[str, Any], dropout: Dropout, training: bool) -> Any:
+    def _loss(self, batch: Batch, w: dict[str, Any], dropout: Dropout, training: bool, with_memory: bool = True) -> Any:
         """Mean negative log-likelihood of all target tokens, through all segments of the batch."""
         model, o = self.model, self.options
         size, n_segments, length = batch.target.shape
-        run = model.start_run(self.memory, size, w, training=True)
+        run = model.start_run(self.memory if with_memory else None, size, w, training=True)
         counts = (np.arange(length) < batch.target_lengths[..., None]).astype(model.dtype)
         counts = counts if batch.weights is None else counts * batch.weights
         total = counts.sum(dtype=np.float64) or 1.0
@@ -259,22 +268,76 @@ class Trainer:
         )
 
 
-def _fields(batch: Batch) -> tuple[Any, ...]:
-    return batch.source, batch.target, batch.source_lengths, batch.target_lengths, batch.weights
-
-
 def _segments(name: str, tokens: Any, lengths: Any, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
     """(B, T) or (B, n, T) ids -> (B, n, T) and lengths (B, n)."""
     if tokens is None:
         raise InvalidType(f"{name}: expected token ids, got None")
-    array = np.asarray(tokens)
+    try:
+        array = np.asarray(tokens)
+    except ValueError as error:
+        raise InvalidValue(f"{name}: expected rows of one length; fill short ones with pad_id and give their lengths") from error
     if array.ndim not in (2, 3):
         raise InvalidValue(f"{name}: expected shape (batch, tokens) or (batch, segments, tokens), got {array.shape}")
     array = array[:, None] if array.ndim == 2 else array
     size, n, length = array.shape
-    flat = None if lengths is None else np.asarray(lengths).reshape(-1)
-    ids, flat = check_tokens(name, array.reshape(size * n, length), vocab_size, flat)
-    return ids.reshape(size, n, length), flat.reshape(size, n)
+    if lengths is not None:
+        lengths = np.asarray(lengths)
+        if lengths.shape not in ((size, n), (size * n,)):
+            raise InvalidValue(f"{name} lengths: expected shape {(size, n) if n > 1 else (size,)}, got {lengths.shape}")
+        lengths = lengths.reshape(-1)
+    ids, lengths = check_tokens(name, array.reshape(size * n, length), vocab_size, lengths)
+    return ids.reshape(size, n, length), lengths.reshape(size, n)
+
+
+def _weights(weights: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """(B, T) or (B, n, T) weights of target tokens -> (B, n, T)."""
+    try:
+        array = np.asarray(weights, dtype)
+    except (ValueError, TypeError) as error:
+        raise InvalidValue(f"weights: expected numbers of shape {shape}: {error}") from error
+    if array.shape not in (shape, (shape[0], shape[2])) or array.size != np.prod(shape):
+        raise InvalidValue(f"weights: expected shape {shape}, as target has, got {array.shape}")
+    if not (np.isfinite(array).all() and (array >= 0).all()):
+        raise InvalidValue("weights: expected finite numbers of at least 0")
+    return array.reshape(shape)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until the block is done: what a half-written step leaves must not be saved."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    waiting: list[Any] = []
+    signal.signal(signal.SIGINT, lambda *what: waiting.append(what))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if waiting:
+            before(*waiting[0])
+
+
+def _check_about(about: dict[str, Any]) -> None:
+    """Refuses a training file that `save` did not write."""
+    faults = [f"field {name!r} is missing" for name in ("options", "step_count", "tokens_seen", "losses") if name not in about]
+    for name in ("step_count", "tokens_seen"):
+        value = about.get(name, 0)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            faults.append(f"{name}: expected an integer of at least 0, got {value!r}")
+    losses = about.get("losses", [])
+    if not isinstance(losses, list) or not all(isinstance(loss, float) for loss in losses):
+        faults.append("losses: expected a list of numbers")
+    options = about.get("options", {})
+    if not isinstance(options, dict):
+        faults.append(f"options: expected a mapping, got {type(options).__name__}")
+    elif "options" in about:
+        known = inspect.signature(Trainer).parameters
+        faults += [f"unknown option {name!r}" for name in options if name not in known or name in ("model", "memory", "tokenizer")]
+    if faults:
+        raise InvalidValue(f"{TRAINING_FILE}: " + "; ".join(faults))
+    _check_options(options)
 
 
 def _check_options(options: dict[str, Any]) -> None:
@@ -295,9 +358,14 @@ def _check_options(options: dict[str, Any]) -> None:
         value = options.get(name)
         if value is None and name in ("clip", "total_steps", "bptt_segments"):
             continue
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not value >= low or (high is not None and not value < high):
-            faults.append(f"{name}: expected a number of at least {low}{f' and below {high}' if high else ''}, got {value!r}")
+        whole = name in ("warmup_steps", "seed", "total_steps", "bptt_segments")
+        number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+        if not number or not low <= value < (high or math.inf):
+            kind = "an integer" if whole else "a number"
+            faults.append(f"{name}: expected {kind} of at least {low}{f' and below {high}' if high else ''}, got {value!r}")
+    betas = options.get("betas")
+    if not isinstance(betas, list) or len(betas) != 2 or not all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in betas):
+        faults.append(f"betas: expected two numbers of at least 0 and below 1, got {betas!r}")
     if options.get("schedule") not in SCHEDULES:
         faults.append(f"schedule: expected one of {', '.join(SCHEDULES)}, got {options.get('schedule')!r}")
     if faults:

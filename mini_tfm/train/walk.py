@@ -35,12 +35,12 @@ def walk(
     size, n_segments, _ = batch.target.shape
     last = None  # a decoder-only model's first input of a segment is the last token of the one before
     for t in range(n_segments):
-        if detach_every and t % detach_every == 0:
+        if detach_every and t and t % detach_every == 0:
             run.detach()
         target, target_lengths = batch.target[:, t], batch.target_lengths[:, t]
         encoded = None
         if batch.source is not None:
-            run.open(batch.source_lengths[:, t], batch.source[:, t])
+            run.open(batch.source_lengths[:, t], target)
             encoded = model.encode_segment(batch.source[:, t], batch.source_lengths[:, t], run, w, dropout)
         else:
             run.open(target_lengths, target)
@@ -50,7 +50,8 @@ def walk(
             seen = _without_text(encoded, hide_source[:, t])
         yield t, model.decode_segment(inputs, target_lengths, seen, run, w, dropout)
         model.finish_segment(encoded, run)
-        last = target[np.arange(size), np.maximum(target_lengths - 1, 0)]
+        ends = target[np.arange(size), np.maximum(target_lengths - 1, 0)]
+        last = np.where(target_lengths > 0, ends, model.config.bos_id if last is None else last)  # others pause
 
 
 def _without_text(encoded: Encoded, rows: np.ndarray) -> Encoded:
@@ -59,13 +60,14 @@ def _without_text(encoded: Encoded, rows: np.ndarray) -> Encoded:
     return dataclasses.replace(encoded, valid=valid)
 
 
-def bits(model: Transformer, memory: Memory | None, batch: Batch) -> float:
-    """Bits that all target tokens of a batch take, from memories that start empty."""
+def measure(model: Transformer, memory: Memory | None, batch: Batch) -> tuple[float, int]:
+    """Bits that all target tokens of a batch take, from memories that start empty; and the bytes of state at the end."""
     run = model.start_run(memory, len(batch.target), training=True)
     total = 0.0
     for t, hidden in walk(model, run, batch):
         counted = np.arange(batch.target.shape[2]) < batch.target_lengths[:, t, None]
-        scores = value_of(model.output_logits(value_of(hidden)[counted]))
+        scores = value_of(model.output_logits(value_of(hidden)))
+        scores = (run.logits(value_of(hidden), _core.log_softmax(scores)) if run.changes_output else scores)[counted]
         losses, _ = _core.cross_entropy(scores, batch.target[:, t][counted])
         total += float(losses.sum(dtype=np.float64)) / math.log(2)
-    return total
+    return total, run.nbytes()

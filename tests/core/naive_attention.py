@@ -49,7 +49,7 @@ def back_to_the_bank(d_own, bank, rows, heads):
 
 
 def attention(q, blocks, scale):
-    """A namespace: out, lse; p, keys, values, rows, seen as the backward wants them; `largest` terms for the bounds."""
+    """A namespace: out, lse; what the backward wants of the way there; for the bounds n keys, and terms_*."""
     batch, heads, length, d = q.shape
     lists = [rows_and_seen(q, block) for block in blocks]
     keys = np.concatenate(
@@ -72,16 +72,16 @@ def attention(q, blocks, scale):
     p = np.exp(scores - top) / np.where(some, total, 1.0)
     with np.errstate(divide="ignore"):
         lse = np.where(some, top + np.log(total), -np.inf)[..., 0]
-    # A rounding error of a score is as large as its largest term, and multiplies what the score weighs.
-    terms = d * np.abs(q).max(initial=0.0) * np.abs(keys).max(initial=0.0) * abs(scale) / max(d, 1) ** 0.5 + np.abs(bias).max(initial=0.0)
+    # How far rounding moves a score, in eps; it multiplies whatever the score weighs.
+    moved = d**0.5 * np.abs(q).max(initial=0.0) * np.abs(keys).max(initial=0.0) * abs(scale) + np.abs(bias).max(initial=0.0)
     return SimpleNamespace(
-        out=np.einsum("bhtn,bhtnd->bhtd", p, values), lse=lse, p=p, keys=keys, values=values, seen=seen, lists=lists,
-        k=keys.shape[3] + d, terms_lse=1.0 + terms, terms_out=(1.0 + terms) * np.abs(values).max(initial=0.0),
+        out=np.einsum("bhtn,bhtnd->bhtd", p, values), lse=lse, p=p, keys=keys, values=values, lists=lists,
+        n=keys.shape[3], terms_lse=1.0 + moved, terms_out=(1.0 + moved) * np.abs(values).max(initial=0.0),
     )  # fmt: skip
 
 
 def attention_backward(dout, q, blocks, scale):
-    """A namespace: dq; dk, dv, and dscores (the dense gradient of the bias), one a block; k_* and terms_* for the bounds."""
+    """A namespace: dq; dk, dv, and dscores (the dense gradient of the bias), one a block; for the bounds n keys, n_queries, terms_*."""
     heads, length = q.shape[1:3]
     forward = attention(q, blocks, scale)
     dp = np.einsum("bhtd,bhtnd->bhtn", dout.astype(np.float64), forward.values)
@@ -89,17 +89,17 @@ def attention_backward(dout, q, blocks, scale):
     dkeys = ds[..., None] * q[:, :, :, None, :] * scale
     dvalues = forward.p[..., None] * dout[:, :, :, None, :]
     ends = np.cumsum([rows.shape[3] for rows, _ in forward.lists])[:-1]
-    back = [
-        [back_to_the_bank(part, block.k, rows, heads)
-         for part, block, (rows, _) in zip(np.split(d_own, ends, axis=3), blocks, forward.lists, strict=True)]
-        for d_own in (dkeys, dvalues)
-    ] if blocks else [[], []]  # fmt: skip
-    d = q.shape[3]
-    dp_max = d**0.5 * np.abs(dout).max(initial=0.0) * np.abs(forward.values).max(initial=0.0)
+    dk, dv, dscores = [], [], []
+    for block, (rows, _), ds_n, dkeys_n, dvalues_n in zip(
+        blocks, forward.lists, *(np.split(x, ends, axis=3) if blocks else [] for x in (ds, dkeys, dvalues)), strict=True
+    ):
+        dk.append(back_to_the_bank(dkeys_n, block.k, rows, heads))
+        dv.append(back_to_the_bank(dvalues_n, block.k, rows, heads))
+        dscores.append(ds_n)
+    dp_max = q.shape[3] ** 0.5 * np.abs(dout).max(initial=0.0) * np.abs(forward.values).max(initial=0.0)
     return SimpleNamespace(
-        dq=np.einsum("bhtn,bhtnd->bhtd", ds, forward.keys) * scale, dk=back[0], dv=back[1],
-        dscores=np.split(ds, ends, axis=3) if blocks else [],
-        k_dq=forward.k, k_dkv=length * heads + forward.k, k_dbias=forward.k,
+        dq=np.einsum("bhtn,bhtnd->bhtd", ds, forward.keys) * scale, dk=dk, dv=dv, dscores=dscores,
+        n=forward.n, n_queries=length * heads,
         terms_dq=forward.terms_lse * dp_max * np.abs(forward.keys).max(initial=0.0) * abs(scale),
         terms_dk=forward.terms_lse * dp_max * np.abs(q).max(initial=0.0) * abs(scale),
         terms_dv=forward.terms_lse * np.abs(dout).max(initial=0.0), terms_dbias=forward.terms_lse * dp_max,

@@ -4,6 +4,14 @@ enum { ELEMENTS = 16384 }; /* in a piece: 64 KB of float */
 
 INLINE vec sigmoid(vec x) { return 1 / (1 + exp_vec(-x)); }
 
+/* s = sigmoid(x), and its derivative s (1 - s) without the cancellation of 1 - s. */
+INLINE vec sigmoid_and_slope(vec x, vec *slope) {
+    vec e = exp_vec(choose(x < 0, x, -x)); /* of -|x|: at most 1 */
+    vec larger = 1 / (1 + e), smaller = e * larger;
+    *slope = larger * smaller;
+    return choose(x < 0, smaller, larger);
+}
+
 #define GELU_C ((real)1.5957691216057307117598) /* 2 sqrt(2 / pi): 0.5 (1 + tanh u) = sigmoid(2 u) */
 #define GELU_K ((real)0.044715)
 #define ROOT_HALF ((real)0.70710678118654752440)
@@ -20,17 +28,18 @@ INLINE vec activate(vec x, int kind) {
 
 /* The derivative at x, times dy. */
 INLINE vec activate_backward(vec x, vec dy, int kind) {
-    vec s;
+    vec s, slope, near;
     switch (kind) {
     case MT_RELU: return choose(x > 0, dy, all(0));
     case MT_GELU:
         return dy * ((real)0.5 * (1 + erf_vec(x * ROOT_HALF)) + x * exp_vec(x * x * (real)-0.5) * ROOT_2PI_INVERSE);
     case MT_GELU_TANH:
-        s = sigmoid(GELU_C * (x + GELU_K * x * x * x));
-        return dy * (s + x * s * (1 - s) * (GELU_C * (1 + 3 * GELU_K * x * x)));
+        near = min_vec(all(30), max_vec(all(-30), x)); /* beyond, the slope is 0, and 0 times x^3 = inf would be NaN */
+        s = sigmoid_and_slope(GELU_C * (near + GELU_K * near * near * near), &slope);
+        return dy * (s + near * slope * (GELU_C * (1 + 3 * GELU_K * near * near)));
     default:
-        s = sigmoid(x);
-        return dy * (s + x * s * (1 - s));
+        s = sigmoid_and_slope(x, &slope);
+        return dy * (s + x * slope);
     }
 }
 

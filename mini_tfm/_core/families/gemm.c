@@ -9,58 +9,66 @@
 #define MR 6
 #define NR (2 * VL)
 
-/* c_ij (rows, NR) (+)= a_ik b_kj. a element (i, k) is a[i * a_row + k * a_col]; b rows lie ldb apart, c rows ldc.
- * `rows` is a constant wherever this is inlined, so the sums stay in registers. add: the chain goes on from what c holds.
- * skip_zeros: a zero of A takes no part, for 0 * NaN of something hidden is not to get in. */
-INLINE void micro_rows(const int rows, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *b, ptrdiff_t ldb,
-                       real *c, ptrdiff_t ldc, const int add, const int skip_zeros) {
-    vec sum[MR][2];
-    for (int i = 0; i < rows; i++) {
-        sum[i][0] = add ? load(c + i * ldc) : all(0);
-        sum[i][1] = add ? load(c + i * ldc + VL) : all(0);
-    }
+/* c_ij (rows, panels * NR) (+)= a_ik b_kj. a element (i, k) is a[i * a_row + k * a_col]; b rows lie ldb apart, c rows ldc.
+ * `rows` and `panels` are constants wherever this is inlined, so the sums stay in registers. add: the chain goes on from
+ * what c holds. skip_zeros: a zero of A takes no part, for 0 * NaN of something hidden is not to get in. */
+INLINE void micro_tile(const int rows, const int panels, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *b,
+                       ptrdiff_t ldb, real *c, ptrdiff_t ldc, const int add, const int skip_zeros) {
+    vec sum[MR][MR * 2];
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < 2 * panels; j++) sum[i][j] = add ? load(c + i * ldc + j * VL) : all(0);
     for (ptrdiff_t p = 0; p < k; p++, a += a_col, b += ldb) {
-        vec b0 = load(b), b1 = load(b + VL);
+        vec b_j[MR * 2];
+        for (int j = 0; j < 2 * panels; j++) b_j[j] = load(b + j * VL);
         for (int i = 0; i < rows; i++) {
             real x = a[i * a_row];
             if (skip_zeros && x == 0) continue;
-            sum[i][0] += x * b0;
-            sum[i][1] += x * b1;
+            for (int j = 0; j < 2 * panels; j++) sum[i][j] += x * b_j[j];
         }
     }
-    for (int i = 0; i < rows; i++) {
-        store(c + i * ldc, sum[i][0]);
-        store(c + i * ldc + VL, sum[i][1]);
-    }
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < 2 * panels; j++) store(c + i * ldc + j * VL, sum[i][j]);
 }
 
-INLINE void micro_switch(ptrdiff_t rows, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *b, ptrdiff_t ldb,
-                         real *c, ptrdiff_t ldc, const int add, const int skip_zeros) {
+/* Few rows take several panels at once: a chain waits for its own last step, so there must be enough of them. */
+INLINE void micro_columns(const int rows, const int panels, ptrdiff_t columns, ptrdiff_t k, const real *a, ptrdiff_t a_row,
+                          ptrdiff_t a_col, const real *b, ptrdiff_t ldb, real *c, ptrdiff_t ldc, const int add) {
+    ptrdiff_t j = 0;
+    for (; panels > 1 && j + panels * NR <= columns; j += panels * NR)
+        micro_tile(rows, panels, k, a, a_row, a_col, b + j, ldb, c + j, ldc, add, 0);
+    for (; j < columns; j += NR) micro_tile(rows, 1, k, a, a_row, a_col, b + j, ldb, c + j, ldc, add, 0);
+}
+
+INLINE void micro_switch(ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col,
+                         const real *b, ptrdiff_t ldb, real *c, ptrdiff_t ldc, const int add) {
     switch (rows) {
-    case 1: micro_rows(1, k, a, a_row, a_col, b, ldb, c, ldc, add, skip_zeros); break;
-    case 2: micro_rows(2, k, a, a_row, a_col, b, ldb, c, ldc, add, skip_zeros); break;
-    case 3: micro_rows(3, k, a, a_row, a_col, b, ldb, c, ldc, add, skip_zeros); break;
-    case 4: micro_rows(4, k, a, a_row, a_col, b, ldb, c, ldc, add, skip_zeros); break;
-    case 5: micro_rows(5, k, a, a_row, a_col, b, ldb, c, ldc, add, skip_zeros); break;
-    default: micro_rows(6, k, a, a_row, a_col, b, ldb, c, ldc, add, skip_zeros);
+    case 1: micro_columns(1, 4, columns, k, a, a_row, a_col, b, ldb, c, ldc, add); break;
+    case 2: micro_columns(2, 2, columns, k, a, a_row, a_col, b, ldb, c, ldc, add); break;
+    case 3: micro_columns(3, 2, columns, k, a, a_row, a_col, b, ldb, c, ldc, add); break;
+    case 4: micro_columns(4, 1, columns, k, a, a_row, a_col, b, ldb, c, ldc, add); break;
+    case 5: micro_columns(5, 1, columns, k, a, a_row, a_col, b, ldb, c, ldc, add); break;
+    default: micro_columns(6, 1, columns, k, a, a_row, a_col, b, ldb, c, ldc, add);
     }
 }
 
-/* The same for any rows <= MR: one copy for each way of ending. */
-static void micro_set(ptrdiff_t rows, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *b, ptrdiff_t ldb,
-                      real *c, ptrdiff_t ldc) {
-    micro_switch(rows, k, a, a_row, a_col, b, ldb, c, ldc, 0, 0);
+/* c (rows, columns) = a b, and += a b, for any rows <= MR; b and c are read and written in columns up to a multiple of NR. */
+static void micro_set(ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *b,
+                      ptrdiff_t ldb, real *c, ptrdiff_t ldc) {
+    micro_switch(rows, columns, k, a, a_row, a_col, b, ldb, c, ldc, 0);
 }
 
-static void micro_add(ptrdiff_t rows, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *b, ptrdiff_t ldb,
-                      real *c, ptrdiff_t ldc) {
-    micro_switch(rows, k, a, a_row, a_col, b, ldb, c, ldc, 1, 0);
+static void micro_add(ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *b,
+                      ptrdiff_t ldb, real *c, ptrdiff_t ldc) {
+    micro_switch(rows, columns, k, a, a_row, a_col, b, ldb, c, ldc, 1);
 }
 
-/* Slow and rarely needed: rolled loops, one row at a time. */
-static __attribute__((noinline)) void micro_add_skipping_zeros(ptrdiff_t rows, ptrdiff_t k, const real *a, ptrdiff_t a_row,
-                                                               ptrdiff_t a_col, const real *b, ptrdiff_t ldb, real *c, ptrdiff_t ldc) {
-    for (ptrdiff_t i = 0; i < rows; i++) micro_rows(1, k, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc, ldc, 1, 1);
+/* Slow and rarely needed: one row at a time, with a test at every step. */
+static __attribute__((noinline)) void micro_add_skipping_zeros(ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t k, const real *a,
+                                                               ptrdiff_t a_row, ptrdiff_t a_col, const real *b, ptrdiff_t ldb, real *c,
+                                                               ptrdiff_t ldc) {
+    for (ptrdiff_t i = 0; i < rows; i++)
+        for (ptrdiff_t j = 0; j < columns; j += NR)
+            micro_tile(1, 1, k, a + i * a_row, a_row, a_col, b + j, ldb, c + i * ldc + j, ldc, 1, 1);
 }
 
 /* VL rows of `from`, ld apart, become VL columns of `to`, ld_to apart. */
@@ -94,78 +102,120 @@ INLINE void transpose_square(const real *from, ptrdiff_t ld, real *to, ptrdiff_t
 #endif
 }
 
-/* to (columns, ld_to) = from (rows, ld) transposed, with zeros in to's columns from `rows` up to ld_to. */
-static void pack_transposed(const real *from, ptrdiff_t ld, ptrdiff_t rows, ptrdiff_t columns, real *to, ptrdiff_t ld_to) {
+/* to (columns, ld_to) = from (rows, ld) transposed, with zeros in to's columns from `rows` up to `width` <= ld_to. */
+static void pack_transposed(const real *from, ptrdiff_t ld, ptrdiff_t rows, ptrdiff_t columns, real *to, ptrdiff_t ld_to, ptrdiff_t width) {
     ptrdiff_t i = 0;
     for (; i + VL <= rows; i += VL) {
         ptrdiff_t j = 0;
-        for (; j + VL <= columns; j += VL) transpose_square(from + i * ld + j, ld, to + j * ld_to + i, ld_to);
+        for (; j + VL <= columns; j += VL) {
+            if (j * sizeof(real) % 64 == 0) /* the next rows' lines: the processor follows a row, not a column of rows */
+                for (ptrdiff_t r = VL; r < 2 * VL; r++) __builtin_prefetch(from + (i + r) * ld + j);
+            transpose_square(from + i * ld + j, ld, to + j * ld_to + i, ld_to);
+        }
         for (; j < columns; j++)
             for (ptrdiff_t r = 0; r < VL; r++) to[j * ld_to + i + r] = from[(i + r) * ld + j];
     }
-    for (; i < ld_to; i++)
-        for (ptrdiff_t j = 0; j < columns; j++) to[j * ld_to + i] = i < rows ? from[i * ld + j] : 0;
+    for (ptrdiff_t j = 0; i < width && j < columns; j++)
+        for (ptrdiff_t r = i; r < width; r++) to[j * ld_to + r] = r < rows ? from[r * ld + j] : 0;
 }
 
 /* to (rows, ld_to) = from (rows, ld), with zeros in the columns from `columns` up to ld_to. */
 static void pack_plain(const real *from, ptrdiff_t ld, ptrdiff_t rows, ptrdiff_t columns, real *to, ptrdiff_t ld_to) {
     for (ptrdiff_t i = 0; i < rows; i++) {
-        memcpy(to + i * ld_to, from + i * ld, columns * sizeof(real));
-        for (ptrdiff_t j = columns; j < ld_to; j++) to[i * ld_to + j] = 0;
+        ptrdiff_t j = 0;
+        for (; j + VL <= columns; j += VL) store(to + i * ld_to + j, load(from + i * ld + j));
+        for (; j < columns; j++) to[i * ld_to + j] = from[i * ld + j];
+        for (; j < ld_to; j++) to[i * ld_to + j] = 0;
     }
 }
 
-/* Blocks, measured on Zen 3: a panel of B (KC x NR floats, 16 KB) stays in L1, a block of A (MC x KC, 192 KB) in L2. */
-enum { MC = 192, KC = 256 };
+/* Blocks, sized for caches of 32 KB and 512 KB: a panel of B (KC x NR floats, 16 KB) stays in L1; a block of A (MC rows x
+ * KC, 256 KB with its padding) and a group of panels (64 KB) in L2. Panels are packed GROUP at a time: a row of B gives GROUP * NR neighbours
+ * then, not one or two cache lines from each of KC pages. A strip of A is packed STRIP wide, of which MR are used: that is
+ * whole vectors. Few rows of A take shorter panels, which stay in L1 between packing and their only use. Rows of B are
+ * fetched AHEAD of their packing. */
+enum { MC = 192, KC = 256, KC_FEW = 128, GROUP = 4, STRIP = 8, AHEAD = 8 };
 
-/* c_mn, the part of C at rows [m0, m1) and columns [n0, n1); room for MC * KC + KC * NR + MR * NR reals in `work`. */
+/* What gemm_piece and gemm_few need for `rows` rows, in reals. */
+static size_t gemm_room(ptrdiff_t rows) {
+    return div_up(rows, MR) * STRIP * KC + KC * GROUP * NR + MR * GROUP * NR;
+}
+
+/* c (rows, columns; ldc) = or += the product of a strip and a panel of `width` readable columns. Where fewer are meant, it
+ * goes through a tile of full width, whose chain starts from c all the same. */
+static void micro_edge(ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t width, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col,
+                       const real *b, ptrdiff_t ldb, real *c, ptrdiff_t ldc, int add, real *corner) {
+    int whole = columns == width;
+    if (add && !whole) pack_plain(c, ldc, rows, columns, corner, width);
+    (add ? micro_add : micro_set)(rows, width, k, a, a_row, a_col, b, ldb, whole ? c : corner, whole ? ldc : width);
+    for (ptrdiff_t r = 0; r < rows && !whole; r++) memcpy(c + r * ldc, corner + r * width, columns * sizeof(real));
+}
+
+/* c_mn, the part of C at rows [m0, m1) and columns [n0, n1). work: gemm_room(m1 - m0) reals. */
 static void gemm_piece(const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *b, ptrdiff_t ldb, int trans_b, real *c, ptrdiff_t ldc,
                        ptrdiff_t m0, ptrdiff_t m1, ptrdiff_t n0, ptrdiff_t n1, ptrdiff_t k, int accumulate, real *work) {
-    real *packed_a = work, *packed_b = work + MC * KC, *corner = packed_b + KC * NR;
     ptrdiff_t m = m1 - m0;
-    /* One strip of rows that lie along memory is read where it lies. */
-    int direct_a = m <= MR && a_col == 1;
+    real *packed_a = work, *packed_b = packed_a + div_up(m, MR) * STRIP * KC, *corner = packed_b + KC * GROUP * NR;
     for (ptrdiff_t k0 = 0; k0 < k; k0 += KC) {
         ptrdiff_t kc = min_size(KC, k - k0);
-        int add = accumulate || k0 > 0;
-        if (!direct_a) /* strips of MR rows, k outer: the micro-kernel then reads A in a row */
-            for (ptrdiff_t i = 0; i < m; i += MR) {
-                ptrdiff_t rows = min_size(MR, m - i);
-                const real *from = a + (m0 + i) * a_row + k0 * a_col;
-                real *to = packed_a + i * KC;
-                for (ptrdiff_t p = 0; p < kc; p++)
-                    for (ptrdiff_t r = 0; r < rows; r++) to[p * MR + r] = from[r * a_row + p * a_col];
+        /* 1: A in strips, k outermost within one */
+        for (ptrdiff_t i = 0; i < m; i += MR) {
+            ptrdiff_t rows = min_size(STRIP, m - i); /* the two past MR belong to the next strip and are not used in this */
+            const real *from = a + (m0 + i) * a_row + k0 * a_col;
+            real *to = packed_a + i / MR * STRIP * kc;
+            if (a_col == 1)
+                pack_transposed(from, a_row, rows, kc, to, STRIP, STRIP);
+            else
+                pack_plain(from, a_col, kc, rows, to, STRIP);
+        }
+        for (ptrdiff_t group = n0; group < n1; group += GROUP * NR) {
+            ptrdiff_t group_n = min_size(GROUP * NR, n1 - group);
+            const real *from = trans_b ? b + group * ldb + k0 : b + k0 * ldb + group;
+            /* 2: a group of panels of B */
+            if (!trans_b && group_n == GROUP * NR) {
+                for (ptrdiff_t p = 0; p < kc; p++, from += ldb)
+                    for (ptrdiff_t j = 0; j < GROUP; j++) {
+                        __builtin_prefetch(from + AHEAD * ldb + j * NR); /* the processor does not see across pages */
+                        store(packed_b + (j * kc + p) * NR, load(from + j * NR));
+                        store(packed_b + (j * kc + p) * NR + VL, load(from + j * NR + VL));
+                    }
+            } else {
+                for (ptrdiff_t j = 0; j < group_n; j += NR) {
+                    ptrdiff_t columns = min_size(NR, group_n - j);
+                    if (trans_b)
+                        pack_transposed(from + j * ldb, ldb, columns, kc, packed_b + j * kc, NR, NR);
+                    else
+                        pack_plain(from + j, ldb, kc, columns, packed_b + j * kc, NR);
+                }
             }
-        for (ptrdiff_t j = n0; j < n1; j += NR) {
-            ptrdiff_t columns = min_size(NR, n1 - j);
-            const real *panel = packed_b;
-            ptrdiff_t panel_ld = NR;
-            if (trans_b)
-                pack_transposed(b + j * ldb + k0, ldb, columns, kc, packed_b, NR);
-            else if (m > 2 * MR || columns < NR)
-                pack_plain(b + k0 * ldb + j, ldb, kc, columns, packed_b, NR);
-            else { /* few rows: B is used once or twice, a copy would cost as much */
-                panel = b + k0 * ldb + j;
+            /* 3: every strip with every panel */
+            for (ptrdiff_t j = 0; j < group_n; j += NR)
+                for (ptrdiff_t i = 0; i < m; i += MR)
+                    micro_edge(min_size(MR, m - i), min_size(NR, group_n - j), NR, kc, packed_a + i / MR * STRIP * kc, 1, STRIP,
+                               packed_b + j * kc, NR, c + (m0 + i) * ldc + group + j, ldc, accumulate || k0 > 0, corner);
+        }
+    }
+}
+
+/* The same for at most MR rows: A is read where it lies, and so is B unless it is transposed, for it is used but once. */
+static void gemm_few(const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *b, ptrdiff_t ldb, int trans_b, real *c, ptrdiff_t ldc,
+                     ptrdiff_t m, ptrdiff_t n0, ptrdiff_t n1, ptrdiff_t k, int accumulate, real *work) {
+    const ptrdiff_t width = GROUP * NR;
+    real *packed_b = work, *corner = work + KC_FEW * width;
+    for (ptrdiff_t group = n0; group < n1; group += width) {
+        ptrdiff_t columns = min_size(width, n1 - group);
+        for (ptrdiff_t k0 = 0; k0 < k; k0 += KC_FEW) {
+            ptrdiff_t kc = min_size(KC_FEW, k - k0), panel_ld = width;
+            const real *from = trans_b ? b + group * ldb + k0 : b + k0 * ldb + group, *panel = packed_b;
+            if (trans_b) {
+                pack_transposed(from, ldb, columns, kc, packed_b, width, width);
+            } else if (columns < width) {
+                pack_plain(from, ldb, kc, columns, packed_b, width);
+            } else {
+                panel = from;
                 panel_ld = ldb;
             }
-            for (ptrdiff_t i = 0; i < m; i += MR) {
-                ptrdiff_t rows = min_size(MR, m - i);
-                const real *strip = direct_a ? a + m0 * a_row + k0 : packed_a + i * KC;
-                ptrdiff_t strip_row = direct_a ? a_row : 1, strip_col = direct_a ? 1 : MR;
-                real *tile = c + (m0 + i) * ldc + j;
-                if (columns == NR) {
-                    if (add)
-                        micro_add(rows, kc, strip, strip_row, strip_col, panel, panel_ld, tile, ldc);
-                    else
-                        micro_set(rows, kc, strip, strip_row, strip_col, panel, panel_ld, tile, ldc);
-                    continue;
-                }
-                /* The last columns go through a tile of full width, whose chain starts from C all the same. */
-                if (add) pack_plain(tile, ldc, rows, columns, corner, NR);
-                else memset(corner, 0, MR * NR * sizeof(real));
-                micro_add(rows, kc, strip, strip_row, strip_col, panel, panel_ld, corner, NR);
-                for (ptrdiff_t r = 0; r < rows; r++) memcpy(tile + r * ldc, corner + r * NR, columns * sizeof(real));
-            }
+            micro_edge(m, columns, width, kc, a + k0 * a_col, a_row, a_col, panel, panel_ld, c + group, ldc, accumulate || k0 > 0, corner);
         }
     }
 }
@@ -204,11 +254,12 @@ static int gemm(const void *a_, const void *b_, void *c_, ptrdiff_t m, ptrdiff_t
     /* About four pieces a thread, for balance, but wide ones: each packs its own block of A. */
     ptrdiff_t row_pieces = div_up(m, MC), wanted = mt_team(1 << 20, work);
     wanted = wanted > 1 ? div_up(4 * wanted, row_pieces) : 1;
-    ptrdiff_t piece_n = max_size(round_up(div_up(n, wanted), NR), 4 * NR), column_pieces = div_up(n, piece_n);
+    wanted = max_size(wanted, div_up(n, 1024)); /* all rows go over some columns before the next: B is still in L3 then */
+    ptrdiff_t piece_n = max_size(round_up(div_up(n, wanted), GROUP * NR), GROUP * NR), column_pieces = div_up(n, piece_n);
     ptrdiff_t piece_m = round_up(div_up(m, row_pieces), MR); /* even pieces: no thin last one */
     ptrdiff_t pieces = row_pieces * column_pieces;
     int team = mt_team(pieces, work), one_row = m == 1 && a_col == 1 && !trans_b && n >= 8 * NR;
-    size_t room = one_row ? 0 : MC * KC + KC * NR + MR * NR;
+    size_t room = gemm_room(piece_m);
     real *workspace = new_reals(room * team);
     if (!workspace) return -1;
 #pragma omp parallel for num_threads(team) schedule(dynamic)
@@ -217,18 +268,15 @@ static int gemm(const void *a_, const void *b_, void *c_, ptrdiff_t m, ptrdiff_t
         ptrdiff_t m1 = min_size(m, m0 + piece_m), n1 = min_size(n, n0 + piece_n);
         real *mine = workspace + room * mt_thread_id();
         if (m0 >= m1) continue;
-        ptrdiff_t streamed = one_row ? n0 + (n1 - n0) / VL * VL : n0;
-        if (one_row) gemv_piece(a, b, ldb, c, n0, streamed, k, accumulate);
-        if (streamed == n1) continue;
-        if (one_row) { /* fewer than VL columns are left over */
-            for (ptrdiff_t j = streamed; j < n1; j++) {
-                real sum = accumulate ? c[j] : 0;
-                for (ptrdiff_t p = 0; p < k; p++) sum += a[p] * b[p * ldb + j];
-                c[j] = sum;
-            }
-            continue;
+        if (one_row) {
+            ptrdiff_t streamed = n0 + (n1 - n0) / VL * VL;
+            gemv_piece(a, b, ldb, c, n0, streamed, k, accumulate);
+            n0 = streamed;
         }
-        gemm_piece(a, a_row, a_col, b, ldb, trans_b, c, n, m0, m1, streamed, n1, k, accumulate, mine);
+        if (m <= MR)
+            gemm_few(a, a_row, a_col, b, ldb, trans_b, c, n, m, n0, n1, k, accumulate, mine);
+        else
+            gemm_piece(a, a_row, a_col, b, ldb, trans_b, c, n, m0, m1, n0, n1, k, accumulate, mine);
     }
     free(workspace);
     return 0;

@@ -27,10 +27,21 @@ INLINE real row_spread(const real *x_d, ptrdiff_t d, real centre) {
     return sum_lanes(total);
 }
 
-INLINE real reciprocal_root(real x) { return 1 / (real)sqrt(x); }
+/* The same two in double, for rows of large values whose sums overflow in float. */
+static double row_sum_wide(const real *x_d, ptrdiff_t d) {
+    double total = 0;
+    for (ptrdiff_t i = 0; i < d; i++) total += x_d[i];
+    return total;
+}
+
+static double row_spread_wide(const real *x_d, ptrdiff_t d, double centre) {
+    double total = 0;
+    for (ptrdiff_t i = 0; i < d; i++) total += (x_d[i] - centre) * (x_d[i] - centre);
+    return total;
+}
 
 /* x_nd (N, d), weight_d, bias_d (d,) or NULL read; y_nd (N, d), mean_n, rstd_n (N,) written; mean NULL: none is taken off. */
-INLINE void norm_forward(const real *x_nd, const real *weight_d, const real *bias_d, real eps, real *y_nd, real *mean_n,
+INLINE void norm_forward(const real *x_nd, const real *weight_d, const real *bias_d, double eps, real *y_nd, real *mean_n,
                          real *rstd_n, ptrdiff_t n, ptrdiff_t d) {
     real share = d ? 1 / (real)d : 0;
 #pragma omp parallel for num_threads(mt_team(n, 4.0 * n * d)) schedule(static)
@@ -38,7 +49,10 @@ INLINE void norm_forward(const real *x_nd, const real *weight_d, const real *bia
         const real *x_d = x_nd + row * d;
         real *y_d = y_nd + row * d;
         real mean = mean_n ? row_sum(x_d, d) * share : 0;
-        real rstd = reciprocal_root(row_spread(x_d, d, mean) * share + eps);
+        if (isinf(mean)) mean = (real)(row_sum_wide(x_d, d) * share);
+        double spread = row_spread(x_d, d, mean);
+        if (isinf(spread)) spread = row_spread_wide(x_d, d, mean);
+        real rstd = (real)(1 / sqrt(spread * share + eps));
         if (bias_d)
             for (ptrdiff_t i = 0; i < d; i++) y_d[i] = (x_d[i] - mean) * rstd * weight_d[i] + bias_d[i];
         else

@@ -32,12 +32,12 @@ static void sink(struct found *heap_k, ptrdiff_t k, ptrdiff_t at) {
  * -1: no workspace. */
 static int search(const void *queries, const void *bank, const uint8_t *valid_bm, void *scores, int64_t *index_bnk, ptrdiff_t batch,
                   ptrdiff_t n, ptrdiff_t m, ptrdiff_t d, ptrdiff_t k) {
-    enum { TILE = 64, STRIPS = 8, SPLIT = 16384 }; /* rows a tile, strips a group, least rows a part */
+    enum { TILE = 64, GROUP_STRIPS = 8, SPLIT = 16384 }; /* rows a tile, strips a group, least rows a part */
     const real *queries_bnd = queries, *bank_bmd = bank;
     real *scores_bnk = scores;
     if (!batch || !n || !k) return 0;
     /* A group of queries reads the bank once. A long bank is split, so that one query alone has more than one piece. */
-    ptrdiff_t groups = div_up(n, MR * STRIPS), parts = max_size(div_up(m, max_size(SPLIT, k)), 1), part_m = div_up(m, parts);
+    ptrdiff_t groups = div_up(n, MR * GROUP_STRIPS), parts = max_size(div_up(m, max_size(SPLIT, k)), 1), part_m = div_up(m, parts);
     ptrdiff_t kept = min_size(k, max_size(part_m, 1)), pieces = batch * groups * parts;
     int team = mt_team(pieces, 2.0 * batch * n * m * d / VL);
     ptrdiff_t rows = batch * n;
@@ -54,18 +54,17 @@ static int search(const void *queries, const void *bank, const uint8_t *valid_bm
 #pragma omp parallel for num_threads(team) schedule(dynamic)
     for (ptrdiff_t piece = 0; piece < pieces; piece++) {
         ptrdiff_t b = piece / (groups * parts), group = piece / parts % groups, part = piece % parts;
-        ptrdiff_t first = group * MR * STRIPS, last = min_size(n, first + MR * STRIPS);
+        ptrdiff_t first = group * MR * GROUP_STRIPS, last = min_size(n, first + MR * GROUP_STRIPS);
         real *bank_t = workspace + room * mt_thread_id(), *scores_ij = bank_t + TILE * d;
         for (ptrdiff_t i = first; i < last; i++)
             for (ptrdiff_t at = 0; at < kept; at++) heaps[((b * n + i) * parts + part) * kept + at] = (struct found){0, -1};
         ptrdiff_t end = min_size(m, (part + 1) * part_m);
         for (ptrdiff_t j0 = part * part_m; j0 < end; j0 += TILE) {
             ptrdiff_t columns = min_size(TILE, end - j0);
-            pack_transposed(bank_bmd + (b * m + j0) * d, d, columns, d, bank_t, TILE);
+            pack_transposed(bank_bmd + (b * m + j0) * d, d, columns, d, bank_t, TILE, round_up(columns, NR));
             for (ptrdiff_t i0 = first; i0 < last; i0 += MR) {
                 ptrdiff_t rows = min_size(MR, last - i0);
-                for (ptrdiff_t j = 0; j < columns; j += NR)
-                    micro_set(rows, d, queries_bnd + (b * n + i0) * d, d, 1, bank_t + j, TILE, scores_ij + j, TILE);
+                micro_set(rows, columns, d, queries_bnd + (b * n + i0) * d, d, 1, bank_t, TILE, scores_ij, TILE);
                 for (ptrdiff_t i = 0; i < rows; i++) {
                     struct found *heap_k = heaps + ((b * n + i0 + i) * parts + part) * kept;
                     for (ptrdiff_t j = 0; j < columns; j++) {

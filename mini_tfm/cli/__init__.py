@@ -1,0 +1,92 @@
+"""The command line, `mini-tfm`: one file a command, imported when it is asked for.
+
+    demo.py compare.py   memories side by side: trained, measured, reported (table.py, ../report.py)
+    train.py             text files -> a model folder
+    generate.py score.py embed.py read.py    a model folder at work
+    plugins.py info.py   what is installed, what a folder holds
+    shared.py            what they have in common: options, tables, JSON, files, Ctrl-C
+
+How it behaves, everywhere: answers go to standard output, everything else to standard error. An error is one line and
+exit code 2 (`MINI_TFM_DEBUG=1` shows where it came from), Ctrl-C is 130, a closed pipe 141. Nothing but click is
+imported before a command is known to run, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import warnings
+from importlib import import_module
+from typing import Any
+
+import click
+
+from .. import __version__
+
+COMMANDS = ("demo", "train", "generate", "score", "embed", "read", "compare", "plugins", "info")
+INTERRUPTED = 128 + signal.SIGINT
+PIPE_CLOSED = 128 + getattr(signal, "SIGPIPE", 13)
+
+
+class CommandLine(click.Group):
+    """A group whose commands are modules of this package, and the one place where an error becomes a line."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        return getattr(import_module("." + name, __name__), name) if name in COMMANDS else None
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("default", UserWarning)
+                warnings.showwarning = _one_line
+                _never_fail_at_a_letter()
+                result = super().invoke(context)
+                sys.stdout.flush()
+                return result
+        except KeyboardInterrupt as stop:
+            click.echo(("\n" if sys.stderr.isatty() else "") + f"stopped: {str(stop) or 'nothing was left half done'}", err=True)
+            context.exit(INTERRUPTED)
+        except BrokenPipeError:
+            # What Python still holds for the reader that went away must not fail at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            context.exit(PIPE_CLOSED)
+        except Exception as error:
+            from ..errors import MiniTfmError
+
+            if not isinstance(error, MiniTfmError | OSError | MemoryError):
+                raise  # a fault of ours: all of it is wanted
+            if os.environ.get("MINI_TFM_DEBUG") == "1":
+                import traceback
+
+                traceback.print_exc()
+            told = str(error) or ("not enough memory" if isinstance(error, MemoryError) else type(error).__name__)
+            click.echo("error: " + " ".join(told.splitlines()), err=True)
+            context.exit(2)
+
+
+def _one_line(message: Warning | str, *place: Any, **more: Any) -> None:
+    click.echo("warning: " + " ".join(str(message).splitlines()), err=True)
+
+
+def _never_fail_at_a_letter() -> None:
+    """A terminal without Unicode shows a question mark instead of ending the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+@click.command(cls=CommandLine, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="mini-tfm", message="%(prog)s %(version)s")
+def main() -> None:
+    """The minimal Transformer whose memory is a plugin: trains and runs on a CPU.
+
+    \b
+    Start with:
+      mini-tfm demo --quick                     every built-in memory, trained and compared, in two minutes
+      mini-tfm train --text notes/*.txt         a model of your own text
+      mini-tfm plugins new my-memory --name my_memory     a memory of your own
+    """

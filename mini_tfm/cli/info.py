@@ -1,0 +1,121 @@
+"""`mini-tfm info`: versions and kernels; what a model folder or a memory holds."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .shared import count, json_option, none_of, print_json, print_table, size
+
+PACKAGES = (
+    "numpy",
+    "scipy",
+    "pluggy",
+    "safetensors",
+    "tokenizers",
+    "lmdb",
+    "click",
+    "rich",
+    "threadpoolctl",
+    "matplotlib",
+    "sentencepiece",
+    "usearch",
+)
+
+
+@click.command(short_help="Versions and kernels; what a model folder or a memory holds.")
+@click.argument("folder", required=False, type=click.Path(path_type=Path))
+@click.option("--memory", metavar="SPEC", help="Also tell what this memory takes and holds.")
+@json_option
+def info(folder: Path | None, memory: str | None, as_json: bool) -> None:
+    """Versions, kernels and threads; with FOLDER, that model; with --memory, that memory and its documents.
+
+    Sizes are in bytes, lengths in tokens, capacities in rows (what a memory keeps of a token).
+    """
+    answer: dict[str, Any] = {"library": _library()}
+    if folder is not None:
+        answer["model"] = _model(folder)
+    text = none_of(memory) if memory is not None else None
+    if text is not None:
+        answer["memory"] = _memory(text)
+    if as_json:
+        print_json(answer)
+        return
+    for what, facts in answer.items():
+        print_table([("", "left"), ("", "left")], [(name, _told(name, fact)) for name, fact in facts.items()], title=what)
+
+
+def _library() -> dict[str, Any]:
+    from .. import __version__, _core
+
+    versions: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "mini-tfm": __version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        **_core.show_config(),
+        "packages": versions,
+    }
+
+
+def _model(folder: Path) -> dict[str, Any]:
+    from ..checkpoint.models import load_saved
+
+    saved = load_saved(folder)
+    model = saved.model
+    return {
+        "folder": str(folder),
+        "parameters": model.n_parameters,
+        "size_bytes": sum(w.nbytes for w in model.weights.values()),
+        "memory": saved.memory_text,
+        "tokenizer": type(saved.tokenizer).__name__ if saved.tokenizer else None,
+        "tokenizer_tokens": saved.tokenizer.vocab_size if saved.tokenizer else None,
+        "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()},
+        "config": model.config.to_dict(),
+    }
+
+
+def _memory(text: str) -> dict[str, Any]:
+    from ..memory import memory as make_memory
+    from ..memory.manager import owner
+
+    made = make_memory(text)
+    members = getattr(made, "members", [made])
+    return {
+        "text": made.text,
+        "strategies": [
+            {
+                "name": member.name,
+                "plugin": owner(member),
+                "sites": sorted(member.spec.sites),
+                "needs": sorted(member.spec.needs),
+                "merge": member.spec.merge,
+                "gradient": member.spec.gradient,
+                "capacity_rows": member.spec.capacity,
+            }
+            for member in members
+        ],
+        "documents": made.documents(),
+    }
+
+
+def _told(name: str, fact: Any) -> str:
+    if isinstance(fact, dict):
+        shown = {key: _told(name, value) for key, value in fact.items() if value is not None}
+        return ", ".join(f"{key} {value}" for key, value in shown.items()) or "none"
+    if isinstance(fact, list):
+        return "; ".join(_told(name, item) for item in fact) or "none"
+    if name in ("size_bytes", "files"):
+        return size(fact)
+    if fact is None:
+        return "none"
+    return count(fact) if type(fact) is int and name in ("parameters", "documents") else str(fact)

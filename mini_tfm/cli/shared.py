@@ -1,0 +1,309 @@
+"""What the commands have in common: options, tables and JSON, files in and folders out, Ctrl-C."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import FileProblem, InvalidValue
+
+if TYPE_CHECKING:
+    from ..pipeline import Pipeline
+
+WIDTH = 110  # columns where the output is no terminal
+READ_BYTES = 1 << 16  # text is read in pieces of so many bytes: how often a bar moves
+
+# Options
+
+memory_option = click.option(
+    "--memory",
+    metavar="SPEC",
+    default="saved",
+    show_default="what the model was trained with",
+    help="A memory as name:option=value,...; stacked with +, as in window:size=512+store:path=notes.mdb; none for no memory.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output, and nothing else there.")
+segment_option = click.option(
+    "--segment-length", type=click.IntRange(1), metavar="TOKENS", help="Tokens read at once; default: what the model was trained with."
+)
+folder_argument = click.argument("folder", type=click.Path(path_type=Path))
+files_argument = click.argument("files", nargs=-1, required=True, metavar="FILE...", type=click.Path(path_type=Path, allow_dash=True))
+
+
+def none_of(spec: str) -> str | None:
+    """A memory's text from the command line; "none" is no memory."""
+    return None if spec == "none" else spec
+
+
+def memory_named(pipe: Pipeline) -> str:
+    """A memory as it is shown."""
+    return "none" if pipe.memory is None else pipe.memory.text or pipe.memory.name
+
+
+# Answers
+
+
+def print_json(answer: Any, *, indent: int | None = 2) -> None:
+    """The one JSON document of a command. What is not a number (nothing to measure) is null."""
+    click.echo(json.dumps(_plain(answer), indent=indent))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in (sorted(value) if isinstance(value, set | frozenset) else value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+def print_table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[str]], *, title: str | None = None, err: bool = False) -> None:
+    """Rows of text under (heading, "left" or "right") columns."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    stream = sys.stderr if err else sys.stdout
+    watched = stream.isatty()
+    console = Console(file=stream, force_terminal=watched, width=None if watched else WIDTH, highlight=False, emoji=False)
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        pad_edge=False,
+        header_style="bold",
+        collapse_padding=True,
+    )
+    table.show_header = any(heading for heading, _ in columns)
+    lines = max(heading.count("\n") for heading, _ in columns)
+    for heading, side in columns:  # where it is too wide, words fold and numbers do not
+        shown = Text("\n" * (lines - heading.count("\n")) + heading)
+        table.add_column(shown, justify=side, overflow="fold", no_wrap=side == "right")  # type: ignore[arg-type]
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    console.print(table)
+
+
+def note(text: str) -> None:
+    """A line for the person, not the program."""
+    click.echo(text, err=True)
+
+
+def count(n: float) -> str:
+    """12345 -> 12,345."""
+    return f"{n:,.0f}"
+
+
+def size(n_bytes: float) -> str:
+    """Bytes as a person reads them: 1.5 MB."""
+    amount = float(n_bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if amount < 1000 or unit == "GB":
+            break
+        amount /= 1000
+    return f"{amount:.0f} {unit}" if unit == "B" or amount >= 99.95 else f"{amount:.1f} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """75 -> 1 min 15 s."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+# Files in
+
+
+def check_files(files: Sequence[Path]) -> None:
+    """That all can be opened, before work begins on the first: the last of many must not fail after an hour."""
+    from ..checkpoint import open_regular
+
+    for path in files:
+        if str(path) != "-":
+            with open_regular(path):
+                pass
+
+
+def total_bytes(files: Sequence[Path]) -> int | None:
+    """Bytes of all files, None where standard input is one of them."""
+    return None if any(str(path) == "-" for path in files) else sum(path.stat().st_size for path in files)
+
+
+def pieces_of(path: Path) -> Iterator[str]:
+    """A file's text, or standard input's, piece by piece."""
+    from ..text import stream_text
+
+    if str(path) == "-":
+        yield stdin_text()
+    else:
+        yield from stream_text(path, READ_BYTES)
+
+
+def stdin_text() -> str:
+    """All of standard input. Raises InvalidValue where it is not UTF-8."""
+    data = sys.stdin.buffer.read()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidValue(f"standard input: expected UTF-8, found something else at byte {error.start} ({error.reason})") from error
+
+
+class Reading:
+    """Text that goes by, counted: bytes so far, and a bar on standard error that moves with them."""
+
+    def __init__(self, what: str, total: int | None):
+        from ..progress import progress_bar
+
+        self.bytes = 0
+        self._bar = progress_bar(what, total, "bytes")
+
+    def __enter__(self) -> Reading:
+        self._advance = self._bar.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._bar.__exit__(*error)
+
+    def through(self, pieces: Iterable[str]) -> Iterator[str]:
+        """The same pieces; each is counted once the next is asked for, that is, when it is done with."""
+        for piece in pieces:
+            yield piece
+            n = len(piece.encode("utf-8", "surrogatepass"))
+            self.bytes += n
+            self._advance(n)
+
+
+def read_documents(files: Sequence[Path]) -> tuple[str, dict[str, str]]:
+    """(a name for the whole, documents by name) from text files; without files, the documentation inside Python.
+
+    Fewer than ten files are cut into parts, as whole documents are held out of training.
+    """
+    from ..text import in_parts, python_topics, read_text
+
+    if not files:
+        return f"documentation of Python {sys.version_info.major}.{sys.version_info.minor} (pydoc_data.topics)", python_topics()
+    texts = {str(path): read_text(path) for path in dict.fromkeys(files)}
+    name = f"{len(texts)} files" if len(texts) > 1 else next(iter(texts))
+    parts = in_parts(texts)
+    if len(parts) < 2:
+        raise InvalidValue(
+            f"--text: {name} is too short ({len(texts[name])} characters): a part must be held out, another be longer than a segment"
+        )
+    return name, parts
+
+
+# Folders out
+
+
+def check_out(folder: Path) -> None:
+    """That `folder` is one, or can be made, and can be written to: before any work is done."""
+    if folder.exists() and not folder.is_dir():
+        raise FileProblem(f"--out: {folder} is a file; expected a folder, or a new path")
+    for place in (folder, folder.parent) if folder.is_dir() else (_nearest(folder),):
+        try:
+            with tempfile.TemporaryFile(dir=place):
+                pass
+        except OSError as error:
+            raise FileProblem(f"--out: {folder} cannot be written: {place}: {error.strerror or error}") from error
+
+
+def _nearest(path: Path) -> Path:
+    """The deepest existing folder above `path`."""
+    try:
+        return next(place for place in (path.parent, *path.absolute().parents) if place.exists())
+    except OSError:  # not even looking is allowed
+        return path.parent
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """A file that is there whole or not at all."""
+    data = content.encode() if isinstance(content, str) else content
+    try:
+        handle, scratch = tempfile.mkstemp(dir=path.parent, prefix="." + path.name)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(scratch, 0o666 & ~_umask())
+            os.replace(scratch, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(scratch)
+            raise
+    except OSError as error:
+        raise FileProblem(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+# Ctrl-C
+
+
+@contextlib.contextmanager
+def interrupt_between_steps() -> Iterator[Callable[[], None]]:
+    """Inside, Ctrl-C waits for the function given, which raises KeyboardInterrupt; the second one does not wait.
+
+    What is saved after it is then a whole step, and a resumed run goes on as if it had not been stopped.
+    """
+    asked = False
+
+    def on_signal(number: int, frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    def check() -> None:
+        if asked:
+            raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield check  # whoever runs us, in the background or in a program, has another way to stop
+        return
+    signal.signal(signal.SIGINT, on_signal)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class Clock:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return max(time.perf_counter() - self._began, 1e-9)
+
+
+def command_line(*words: str | os.PathLike) -> str:
+    """A command as one would type it."""
+    import shlex
+
+    return shlex.join(["mini-tfm", *(str(word) for word in words)])

@@ -1,0 +1,16 @@
+"""The conformance kit: what every memory strategy must keep, as checks that its author can run.
+
+    from mini_tfm.testing import check_memory
+
+    def test_my_memory():
+        check_memory("my_memory:size=8")
+
+    checks.py   the checks, a function each, and the table of them
+    trial.py    the tiny models they run on, and a reader that goes through them segment by segment
+
+Give small options: a window of 512 rows is never full in a check of thirty tokens.
+"""
+
+from .checks import CHECKS, CheckFailed, check_memory
+
+__all__ = ["CHECKS", "CheckFailed", "check_memory"]

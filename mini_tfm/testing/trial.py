@@ -1,0 +1,178 @@
+"""A strategy on trial: tiny models with it, and a reader that takes a batch of streams through them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from .. import _core, ops
+from ..autodiff import Var, value_of
+from ..config import Config
+from ..generate import KVCache
+from ..memory.base import Memory
+from ..memory.run import members_of
+from ..memory.stack import Stack
+from ..model import Transformer
+
+VOCAB = 24
+LENGTH = 5  # tokens a segment
+
+# Between them they have all sites, both ways of reading, and positions that are added and that are distances.
+KINDS: dict[str, dict[str, Any]] = {
+    "encoder-decoder": {"n_encoder_layers": 2, "n_decoder_layers": 2, "positions": "relative", "norm": "rms", "bias": False},
+    "decoder-only": {"n_encoder_layers": 0, "n_decoder_layers": 2, "positions": "rotary"},
+    "encoder-only": {"n_encoder_layers": 2, "n_decoder_layers": 0, "positions": "sinusoidal"},
+}
+SITES_OF = {"encoder-decoder": {"encoder", "decoder", "cross"}, "decoder-only": {"decoder"}, "encoder-only": {"encoder"}}
+
+
+def kinds_for(memory: Memory) -> list[str]:
+    """The models a strategy can be tried on; the encoder alone only where there is nothing else."""
+    sites = {site for member in members_of(memory) for site in member.spec.sites}
+    kinds = [kind for kind, has in SITES_OF.items() if sites & has]
+    return [kind for kind in kinds if kind != "encoder-only"] or kinds
+
+
+def small_model(kind: str, dtype: Any = np.float64) -> Transformer:
+    config = Config(
+        vocab_size=VOCAB,
+        d_model=8,
+        n_heads=2,
+        d_ff=16,
+        activation="gelu",
+        relative_buckets=8,
+        relative_max_distance=16,
+        segment_length=LENGTH,
+        **KINDS[kind],
+    )
+    return Transformer(config, seed=1, dtype=dtype)
+
+
+def random_segments(batch: int, count: int, seed: int = 0) -> np.ndarray:
+    """(count, B, LENGTH) token ids."""
+    return np.random.default_rng(seed).integers(3, VOCAB, (count, batch, LENGTH))
+
+
+class Trial:
+    """A strategy and one kind of model. make: gives the strategy, or what the kit makes of it."""
+
+    def __init__(self, make: Callable[[], Memory], kind: str, dtype: Any = np.float64):
+        self.make, self.kind = make, kind
+        self.model = small_model(kind, dtype)
+        self.model.add_memory_weights(make(), seed=1)
+
+    def reader(self, batch: int, w: Mapping[str, Any] | None = None, memory: Memory | None = None, without: bool = False) -> Reader:
+        """A reader of `batch` streams with the strategy, or with `memory` in its place, or `without` any."""
+        chosen = None if without else memory if memory is not None else self.make()
+        return Reader(self.model, chosen, batch, w)
+
+    def loss(self, segments: np.ndarray, w: Mapping[str, Any], state: Mapping | None = None, detach_at: int | None = None) -> Any:
+        """Sum over segments of the mean negative log-likelihood; from a dumped `state`, gradients cut before `detach_at`."""
+        reader = self.reader(segments.shape[1], w)
+        if state is not None:
+            reader.run.load(state)
+        total: Any = 0.0
+        for t, tokens in enumerate(segments):
+            if t == detach_at:
+                reader.run.detach()
+            hidden = reader.hidden(tokens)
+            flat = np.reshape(hidden, (-1, self.model.config.d_model))
+            logits = self.model.output_logits(flat, w)
+            total = total + ops.cross_entropy(logits, np.roll(tokens, 1, axis=1).ravel())
+        return total
+
+
+class Reader:
+    """Reads a batch of streams, segment by segment. `last` tokens go on with a decoder-only model's inputs."""
+
+    def __init__(self, model: Transformer, memory: Memory | None, batch: int, w: Mapping[str, Any] | None = None):
+        self.model, self.w = model, w
+        self.run = model.start_run(memory, batch, dict(w) if w is not None else None)
+        self.last = np.full(batch, model.config.bos_id)
+
+    def copy(self) -> Reader:
+        twin = object.__new__(Reader)
+        twin.__dict__.update(self.__dict__)
+        twin.run = self.run.copy()
+        return twin
+
+    def read(self, tokens: np.ndarray, lengths: Any = None) -> np.ndarray:
+        """One segment (B, L); its log-probabilities (B, L, V), or an encoder's outputs, 0 where there is no token."""
+        lengths = self._lengths(tokens, lengths)
+        scores = self._segment(tokens, lengths, self._scores if self.model.config.has_decoder else value_of)
+        return np.where((np.arange(tokens.shape[1]) < lengths[:, None])[..., None], scores, 0)
+
+    def hidden(self, tokens: np.ndarray, lengths: Any = None) -> Any:
+        """The stack's outputs (B, L, d) of one segment, which is then over."""
+        return self._segment(tokens, self._lengths(tokens, lengths), lambda hidden: hidden)
+
+    def _segment(self, tokens: np.ndarray, lengths: np.ndarray, result: Callable[[Any], Any]) -> Any:
+        """What `result` makes of the stack's outputs, before the segment is closed."""
+        model = self.model
+        encoded, inputs = self._open(tokens, lengths)
+        out = encoded.text if encoded is not None else None
+        if model.config.has_decoder:
+            out = model.decode_segment(inputs, lengths, encoded, self.run, self.w)
+        out = result(out)
+        model.finish_segment(encoded, self.run)
+        ends = tokens[np.arange(len(tokens)), np.maximum(lengths - 1, 0)]
+        self.last = np.where(lengths > 0, ends, self.last)
+        return out
+
+    def _scores(self, hidden: Any) -> np.ndarray:
+        hidden = value_of(hidden)
+        return self.run.logits(hidden, _core.log_softmax(value_of(self.model.output_logits(hidden))))
+
+    def token_by_token(self, tokens: np.ndarray) -> np.ndarray:
+        """The same as `read`, the way generation does it: one decoder token at a time, with a cache."""
+        encoded, inputs = self._open(tokens, self._lengths(tokens, None))
+        cache, found = KVCache(), []
+        for t in range(tokens.shape[1]):
+            one = np.ones(len(tokens), np.int64)
+            found.append(self._scores(self.model.decode_segment(inputs[:, t : t + 1], one, encoded, self.run, self.w, cache=cache)))
+        return np.concatenate(found, axis=1)
+
+    def _open(self, tokens: np.ndarray, lengths: np.ndarray) -> tuple[Any, np.ndarray]:
+        model = self.model
+        self.run.open(lengths, tokens)
+        if not model.config.has_encoder:
+            return None, model.shift_right(tokens, self.last)
+        return model.encode_segment(tokens, lengths, self.run, self.w), model.shift_right(tokens)
+
+    @staticmethod
+    def _lengths(tokens: np.ndarray, lengths: Any) -> np.ndarray:
+        return np.full(len(tokens), tokens.shape[1], np.int64) if lengths is None else np.asarray(lengths, np.int64)
+
+
+def leaves(model: Transformer) -> dict[str, Var]:
+    """The weights as Vars."""
+    return {name: Var(weight) for name, weight in model.weights.items()}
+
+
+class Tap(Memory):
+    """Notes every row that passes. `passes` on: rows go on to the next memory; off: they end here."""
+
+    def __init__(self, passes: bool):
+        self.name, self.passes = "tap", passes
+        self.seen: list[tuple[str, int, np.ndarray, np.ndarray, np.ndarray]] = []
+
+    def write(self, state: Any, site: str, layer: int, new: Any) -> Any:
+        self.seen.append((site, layer, np.array(new.hidden), new.valid.copy(), new.positions.copy()))
+        return dataclasses.replace(new, mass=new.mass) if self.passes else None
+
+    def rows(self, batch_row: int) -> list[tuple[str, int, int, bytes]]:
+        """(site, layer, position, values) of every valid row of a batch row, in order."""
+        return [
+            (site, layer, int(positions[batch_row, j]), hidden[batch_row, j].tobytes())
+            for site, layer, hidden, valid, positions in self.seen
+            for j in np.flatnonzero(valid[batch_row])
+        ]
+
+
+def between_taps(memory: Memory) -> tuple[Tap, Stack, Tap]:
+    """`memory` with a tap before it and one behind."""
+    before, behind = Tap(passes=True), Tap(passes=False)
+    return before, Stack([before, memory, behind]), behind

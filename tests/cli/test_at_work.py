@@ -1,0 +1,185 @@
+"""generate, score, embed, read, info: a saved model at work."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+
+from mini_tfm.pipeline import Pipeline
+from mini_tfm.tokenizer import ByteTokenizer
+
+
+def digest(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def test_generate_streams_what_the_pipeline_gives(run, model):
+    expected = Pipeline.load(model).generate("The quick", max_new_tokens=12)
+    streamed = run("generate", model, "The quick", "--max-new-tokens", 12)
+    assert streamed.code == 0 and streamed.err == ""
+    assert streamed.out.rstrip("\n") == expected.rstrip("\n")
+    assert run("generate", model, "The quick", "--max-new-tokens", 12, "--no-stream").out == streamed.out
+
+
+def test_generate_takes_its_prompt_from_three_places(run, model, texts):
+    prompt = texts[0].read_text()
+    answers = [
+        run("generate", model, prompt, "--json", "--max-new-tokens", 5).json,
+        run("generate", model, "--file", texts[0], "--json", "--max-new-tokens", 5).json,
+        run("generate", model, "--json", "--max-new-tokens", 5, stdin=prompt).json,
+        run("generate", model, "-", "--json", "--max-new-tokens", 5, stdin=prompt).json,
+    ]
+    assert all(answer["prompt"] == prompt for answer in answers)
+    assert len({answer["text"] for answer in answers}) == 1
+    assert answers[0]["memory"] == "window:size=8"
+
+
+def test_generate_passes_every_option_on(run, model):
+    words = ["--do-sample", "--top-k", 5, "--top-p", 0.9, "--temperature", 1.5, "--seed", 3, "--max-new-tokens", 20]
+    expected = Pipeline.load(model, memory="window:size=4").generate(
+        "The", do_sample=True, top_k=5, top_p=0.9, temperature=1.5, seed=3, max_new_tokens=20
+    )
+    assert run("generate", model, "The", "--memory", "window:size=4", "--json", *words).json["text"] == expected
+    assert run("generate", model, "The", "--json", *words[:-3], 4, *words[-2:]).json["text"] != expected
+
+
+def test_generate_reads_files_into_the_memory_first(run, model, texts):
+    pipe = Pipeline.load(model, memory="window:size=32")
+    tokens = sum(pipe.read(path.read_text(encoding="utf-8")) for path in texts)
+    answer = run("generate", model, "x", "--memory", "window:size=32", "--read", texts[0], "--read", texts[1], "--json").json
+    assert (answer["tokens_read"], answer["text"]) == (tokens, pipe.generate("x"))
+
+
+def test_score_adds_up(run, model, texts):
+    answer = run("score", model, *texts, "--json").json
+    for told, path in zip(answer["files"], texts, strict=True):
+        expected = Pipeline.load(model).score(path.read_text(encoding="utf-8"))
+        assert told["file"] == str(path)
+        assert told["bytes"] == path.stat().st_size == expected["bytes"]
+        assert told["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], rel=1e-6)
+    everything = answer["all"]
+    assert everything["tokens"] == sum(told["tokens"] for told in answer["files"])
+    assert everything["bits_per_byte"] == pytest.approx(sum(told["bits"] for told in answer["files"]) / everything["bytes"])
+
+
+def test_score_of_standard_input_and_the_table(run, model, texts):
+    from_file = run("score", model, texts[1], "--json").json["all"]
+    assert run("score", model, "-", "--json", stdin=texts[1].read_text(encoding="utf-8")).json["all"] == pytest.approx(from_file)
+    table = run("score", model, *texts)
+    assert table.err == "" and "\x1b" not in table.out
+    assert all(word in table.out for word in ("bits/token", "bits/byte", "a.txt", "b.txt", "all", f"{from_file['bits_per_byte']:.3f}"))
+
+
+def test_score_without_a_memory_is_another_score(run, model, texts):
+    assert run("score", model, texts[0], "--memory", "none", "--json").json["memory"] == "none"
+    scores = {run("score", model, texts[0], "--memory", spec, "--json").json["all"]["bits"] for spec in ("none", "window:size=8")}
+    assert len(scores) == 2
+
+
+def test_embed_gives_a_row_a_line(run, model, tmp_path):
+    lines = "one\n\nthree äöü\r\nfour\x0bstill four"
+    answer = run("embed", model, "-", "--json", stdin=lines)
+    vectors = np.array(answer.json["vectors"], np.float32)
+    expected = Pipeline.load(model, memory=None).embed(["one", "", "three äöü", "four\x0bstill four"])
+    np.testing.assert_array_equal(vectors, expected)
+    assert "1 of 4 lines are empty" in answer.err
+    (tmp_path / "lines.txt").write_text("one\n\nthree\n")
+    said = run("embed", model, tmp_path / "lines.txt", "--out", tmp_path / "vectors.npy")
+    assert said.code == 0 and "3 vectors of 16 numbers" in said.out
+    np.testing.assert_array_equal(np.load(tmp_path / "vectors.npy")[0], expected[0])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lines.txt", "vectors.npy"]
+
+
+def test_embed_keeps_a_file_that_is_there(run, model, texts, tmp_path):
+    (tmp_path / "vectors.npy").write_bytes(b"mine")
+    refused = run("embed", model, texts[0], "--out", tmp_path / "vectors.npy")
+    assert refused.code == 2 and "--overwrite" in refused.err and (tmp_path / "vectors.npy").read_bytes() == b"mine"
+    assert run("embed", model, texts[0], "--out", tmp_path / "vectors.npy", "--overwrite", "--json").json["texts"] == 4
+    assert np.load(tmp_path / "vectors.npy").shape == (4, 16)
+
+
+def test_read_outlives_the_process(run, model, texts, tmp_path):
+    spec = f"store:path={tmp_path / 'notes.mdb'}"
+    answer = run("read", model, *texts, "--memory", spec, "--json").json
+    sizes = [len(ByteTokenizer().encode(path.read_text(encoding="utf-8"))) for path in texts]
+    assert [told["tokens"] for told in answer["files"]] == sizes
+    assert [told["bytes"] for told in answer["files"]] == [path.stat().st_size for path in texts]
+    assert answer["documents"] == {"default": answer["new_rows"]} and answer["new_rows"] == sum(sizes)
+    assert run("info", "--memory", spec, "--json").json["memory"]["documents"] == answer["documents"]
+    with_it, without = (run("score", model, texts[0], "--memory", text, "--json").json["all"]["bits"] for text in (spec, "store"))
+    assert with_it != without
+    again = run("read", model, texts[0], "--memory", spec)
+    assert again.code == 0 and f"{sum(sizes) + sizes[0]:,} rows, {sizes[0]:,} of them new" in again.out
+    fresh = run("read", model, texts[0], "--memory", spec, "--reset", "default", "--json").json
+    assert fresh["documents"] == {"default": sizes[0]}
+
+
+@pytest.mark.parametrize("spec", ["window:size=8", "none", "saved", "store", "window:size=8+store"])
+def test_read_refuses_a_memory_that_keeps_nothing(run, model, texts, spec):
+    refused = run("read", model, texts[0], "--memory", spec)
+    assert refused.code == 2 and refused.out == ""
+    assert refused.err.startswith("error: --memory: ") and "store:path=" in refused.err and refused.err.count("\n") == 1
+
+
+def test_read_tells_at_an_error_what_was_read(run, model, texts, shared, tmp_path):
+    late = tmp_path / "late.txt"
+    late.write_bytes(b"good so far " * 20 + b"\0")
+    stopped = run("read", model, texts[0], late, "--memory", f"store:path={tmp_path / 'notes.mdb'}")
+    assert stopped.code == 2 and "a.txt" in stopped.err and "rows of document 'default'" in stopped.err
+    assert stopped.err.splitlines()[-1].startswith("error: ") and "late.txt" in stopped.err.splitlines()[-1]
+
+
+def test_read_of_a_long_file_is_not_refused_while_it_goes(run, model, tmp_path):
+    from mini_tfm.cli import read
+
+    held = []
+
+    class Memory:
+        text, name = "test", "test"
+
+        def documents(self):
+            held.append(True)
+            return {}
+
+    class Pipe:
+        memory, segment_length = Memory(), 16
+
+    pieces = ["x" * 65536] * 8
+    passed = []
+    with pytest.raises(ValueError, match="nothing on disk"):
+        passed.extend(read._checked(iter(pieces), Pipe()))
+    assert len(held) == 1 and len(passed) == 4  # in the middle, once it was surely flushed, not before
+    assert list(read._checked(iter(pieces[:4]), Pipe())) == pieces[:4]
+
+
+def test_info(run, model):
+    answer = run("info", model, "--memory", "window:size=8+store", "--json").json
+    assert answer["library"]["num_threads"] >= 1 and answer["library"]["packages"]["numpy"] == np.__version__
+    assert answer["model"]["memory"] == "window:size=8" and answer["model"]["config"]["d_model"] == 16
+    assert answer["model"]["parameters"] == Pipeline.load(model).model.n_parameters
+    assert [member["name"] for member in answer["memory"]["strategies"]] == ["window", "store"]
+    table = run("info", model)
+    assert table.code == 0 and "\x1b" not in table.out and "d_model 16" in table.out
+    assert max(map(len, table.out.splitlines())) <= 110
+    assert run("info").code == 0
+
+
+def test_nothing_at_work_changes_the_model(run, model, texts, tmp_path):
+    before = digest(model)
+    for words in (
+        ["generate", model, "x", "--read", texts[0]],
+        ["score", model, texts[0]],
+        ["embed", model, texts[0], "--json"],
+        ["info", model],
+    ):
+        assert run(*words).code == 0
+    assert run("read", model, texts[0], "--memory", f"store:path={tmp_path / 'notes.mdb'}").code == 0
+    assert digest(model) == before
+
+
+def test_the_json_of_one_number_that_is_none(capsys):
+    from mini_tfm.cli.shared import print_json
+
+    print_json({"recall": {1: float("nan"), 2: np.float32(0.5)}, "sites": frozenset({"b", "a"})})
+    assert json.loads(capsys.readouterr().out) == {"recall": {"1": None, "2": 0.5}, "sites": ["a", "b"]}

@@ -1,0 +1,366 @@
+"""What holds for every command: quick help, one line an error, Ctrl-C, closed pipes, plugins that are broken."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import warnings
+
+import pytest
+from commands import ENVIRONMENT, TINY_OPTIONS, command, run_process
+
+from mini_tfm import cli
+from mini_tfm.checkpoint.models import load_saved
+from mini_tfm.pipeline import Pipeline
+
+HELP = [[], *([name] for name in cli.COMMANDS), *(["plugins", name] for name in ("list", "check", "new"))]
+
+
+@pytest.mark.parametrize("words", HELP, ids=lambda words: " ".join(words) or "mini-tfm")
+def test_help_names_units(run, words):
+    said = run(*words, "--help")
+    assert said.code == 0 and said.err == "" and "\x1b" not in said.out
+    if words and words != ["plugins"]:
+        assert re.search(r"\b(tokens|rows|bytes|steps|segments|seconds|SECONDS|STEPS|TOKENS)\b", said.out)
+    assert max(map(len, said.out.splitlines())) <= 110
+
+
+def test_help_imports_next_to_nothing():
+    program = (
+        "import sys; sys.argv = ['mini-tfm', *sys.argv[1:]]\n"
+        "from mini_tfm.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = ['numpy', 'rich', 'scipy', 'pluggy', 'lmdb', 'tokenizers', 'matplotlib', 'asyncio', 'multiprocessing']\n"
+        "heavy += ['mini_tfm._core', 'mini_tfm.memory', 'mini_tfm_plugins']\n"
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    for words in (["--help"], ["demo", "--help"], ["--version"], ["plugins", "--help"]):
+        done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, timeout=60, env=ENVIRONMENT)
+        assert done.stdout.splitlines()[-1] == "[]", words
+
+
+def test_the_entry_point_and_the_module_are_one(run):
+    assert run("--version").out.split() == ["mini-tfm", cli.__version__]
+    assert run_process("--version").stdout.split() == ["mini-tfm", cli.__version__]
+
+
+# Errors: (words, what the line must name). {folder} has the texts and the model, {tmp} is new.
+TRAIN = ["train", "--out", "{tmp}/new", *TINY_OPTIONS]
+ERRORS = [
+    ("score {folder}/nothing {folder}/a.txt", "nothing"),
+    ("score {folder} {folder}/a.txt", "config.json"),
+    ("score {folder}/a.txt {folder}/a.txt", "a.txt"),
+    ("score {folder}/model {folder}/missing.txt", "missing.txt"),
+    ("score {folder}/model {folder}/a.txt {folder}/missing.txt", "missing.txt"),
+    ("score {folder}/model {folder}", "{folder}"),
+    ("score {folder}/model {folder}/empty.txt", "empty"),
+    ("score {folder}/model {folder}/binary", "NUL"),
+    ("score {folder}/model {folder}/latin1.txt", "UTF-8"),
+    ("score {folder}/model {folder}/a.txt --memory windw", "did you mean 'window'"),
+    ("score {folder}/model {folder}/a.txt --memory window:siz=3", "'siz'"),
+    ("score {folder}/model {folder}/a.txt --memory window:size=0", "size"),
+    ("score {folder}/model {folder}/a.txt --memory window:size", "option=value"),
+    ("score {folder}/model {folder}/a.txt --memory store:path={folder}/binary", "binary"),
+    ("score {folder}/model {folder}/a.txt --memory store:path={folder}", "folder"),
+    ("generate {folder}/model x --top-p 3 --temperature 0", "top_p"),
+    ("generate {folder}/model x --top-p 3 --temperature 0", "temperature"),
+    ("generate {folder}/model x --max-new-tokens -1", "max_new_tokens"),
+    ("generate {folder}/model x --seed -1", "seed"),
+    ("generate {folder}/model x --memory none --read {folder}/a.txt", "memory"),
+    ("generate {folder}/model --file {folder}/latin1.txt", "UTF-8"),
+    ("generate {folder}/nothing x", "nothing"),
+    ("embed {folder}/model {folder}/a.txt --out {folder}/missing/v.npy", "missing"),
+    ("embed {folder}/model {folder}/a.txt --out {folder}", "folder"),
+    ("read {folder}/model {folder}/a.txt", "keeps nothing"),
+    ("read {folder}/model {folder}/a.txt --memory store:path={tmp}/s.mdb --reset gone", "gone"),
+    ("read {folder}/model {folder}/a.txt --memory store:path=/dev/null/s.mdb", "/dev/null"),
+    ("info {folder}/nothing", "nothing"),
+    ("info --memory nothing", "nothing"),
+    ("compare {folder}/model --memory none --memory none", "each once"),
+    ("compare {folder}/nothing --memory none", "nothing"),
+    ("compare {folder}/model --text {folder}/empty.txt --memory none", "empty.txt"),
+    ("compare {folder}/model --text {folder}/short.txt --memory none", "segment"),
+    ("compare --text {folder}/short.txt --memory none", "text"),
+    ("compare --memory windw", "windw"),
+    ("demo --text {folder}/short.txt --out {tmp}/d", "text"),
+    ("demo --out {folder}/a.txt", "a.txt"),
+    ("demo --out {folder}/a.txt/x", "a.txt"),
+    ("plugins check windw", "windw"),
+    ("plugins new {folder}", "empty folder"),
+    ("plugins new {folder}/a.txt", "a.txt"),
+    ("plugins new {tmp}/p --name My-Memory", "--name"),
+    ("plugins new {tmp}/p --name class", "--name"),
+    ([*TRAIN, "--text", "{folder}/short.txt"], "segment"),
+    ([*TRAIN, "--text", "{folder}/empty.txt"], "empty.txt"),
+    ([*TRAIN, "--text", "{folder}/missing.txt"], "missing.txt"),
+    ([*TRAIN, "--memory", "windw"], "windw"),
+    ([*TRAIN, "--memory", "window:size=x"], "size"),
+    ([*TRAIN, "--d-model", "17"], "d_model"),
+    ([*TRAIN, "--learning-rate", "-1"], "learning_rate"),
+    ([*TRAIN, "--schedule", "lunar"], "schedule"),
+    ([*TRAIN, "--positions", "lunar"], "positions"),
+    ([*TRAIN, "--batch-size", "0"], "batch_size"),
+    ([*TRAIN, "--n-decoder-layers", "0"], "decoder"),
+    ([*TRAIN, "--tokenizer", "bpe", "--vocab-size", "100"], "vocab_size"),
+    ([*TRAIN, "--jsonl-log", "{tmp}/missing/log"], "log"),
+    ("train --out {folder}/model", "holds a model already"),
+    ("train --out {folder}/a.txt", "a.txt"),
+    ("train --out {folder}/a.txt/x", "a.txt"),
+    ("train --out /proc/mini-tfm", "/proc"),
+    ("train --resume {folder}/model", "training"),
+    ("train --resume {folder}/nothing", "nothing"),
+]
+USAGE = ["", "nothing", "--nothing", "generate", "score x", "embed x", "embed {folder}/model {folder}/a.txt", "compare",
+         "train --steps 0",
+         "train --steps x", "demo --quick --seconds 3", "demo --seconds 0", "generate {folder}/model x --file y",
+         "train --resume x --d-model 3",
+         "train --tokenizer words", "compare {folder}/model {folder}/model {folder} --memory none", "compare {folder}/a.txt --memory none",
+         "compare {folder}/model --memory none --out x", "plugins nothing", "plugins check"]  # fmt: skip
+
+
+def filled(words, folder, tmp):
+    words = words.split() if isinstance(words, str) else words
+    return [str(word).format(folder=folder, tmp=tmp) for word in words]
+
+
+def contents(folder):
+    files = [path for path in folder.rglob("*") if not path.name.endswith("-lock")]  # LMDB's, beside what it was asked to open
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in files}
+
+
+@pytest.mark.parametrize("words, named", ERRORS, ids=lambda value: value if isinstance(value, str) else " ".join(value[-2:]))
+def test_an_error_is_one_line_and_damages_nothing(run, shared, tmp_path, words, named):
+    before = contents(shared)
+    said = run(*filled(words, shared, tmp_path))
+    assert said.code == 2
+    assert said.out == ""
+    errors = [line for line in said.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and said.err.endswith(errors[0] + "\n"), said.err
+    assert named.format(folder=shared) in errors[0]
+    assert "Traceback" not in said.err
+    assert contents(shared) == before
+    assert not [path for path in tmp_path.rglob("*") if path.name != "s.mdb" and not path.name.startswith("s.mdb")]
+
+
+@pytest.mark.parametrize("words", USAGE)
+def test_wrong_usage_is_told_with_code_2(run, shared, tmp_path, words):
+    said = run(*filled(words, shared, tmp_path))
+    assert said.code == 2 and ("Usage: " in said.err or (words == "" and "Usage: " in said.out + said.err))
+
+
+def test_debugging_shows_where_an_error_came_from(shared):
+    done = run_process("info", shared / "nothing", env={**ENVIRONMENT, "MINI_TFM_DEBUG": "1"})
+    assert done.returncode == 2 and "Traceback" in done.stderr and "FileProblem" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in run_process("info", shared / "nothing").stderr
+
+
+# Ctrl-C
+
+
+def interrupt(words, ready, whole_group):
+    """Starts a command, waits for a line on standard error, and sends SIGINT: (exit code, seconds, output, errors)."""
+    process = subprocess.Popen(
+        command(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    try:
+        seen = ""
+        for line in process.stderr:
+            seen += line
+            if re.search(ready, line):
+                break
+        time.sleep(0.3)
+        began = time.monotonic()
+        (os.killpg if whole_group else os.kill)(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+        return process.returncode, time.monotonic() - began, out, seen + err
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+
+def test_ctrl_c_ends_training_with_a_model(shared, tmp_path):
+    words = [
+        "train",
+        "--text",
+        shared / "a.txt",
+        shared / "b.txt",
+        "--out",
+        tmp_path / "m",
+        *TINY_OPTIONS,
+        "--steps",
+        10**7,
+        "--validate-every",
+        5,
+    ]
+    code, seconds, out, err = interrupt(words, "^step 5:", whole_group=True)
+    assert code == 130 and seconds < 2 and out == ""
+    assert "Traceback" not in err
+    step = int(re.search(r"stopped: step (\d+) is saved in ", err)[1])
+    assert json.loads((tmp_path / "m" / "training.json").read_text())["step_count"] == step >= 5
+    assert Pipeline.load(tmp_path / "m").generate("x", max_new_tokens=3) is not None
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.mark.parametrize("whole_group", [True, False], ids=["terminal", "kill"])
+def test_ctrl_c_ends_a_demo(tmp_path, whole_group):
+    code, seconds, out, err = interrupt(["demo", "--seconds", 60, "--out", tmp_path / "d"], "^the common start", whole_group)
+    assert code == 130 and seconds < 2 and out == ""
+    assert "Traceback" not in err and "stopped: no model was saved yet" in err
+
+
+def test_ctrl_c_tells_the_models_of_a_demo_that_are_there(run, monkeypatch, model, tmp_path):
+    import shutil
+
+    from mini_tfm.train import experiment
+
+    def stopped(documents, memories, out, **options):
+        shutil.copytree(model, out / "models" / "window-size=64")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiment, "run_experiment", stopped)
+    for words in (["demo"], ["compare", "--memory", "none"]):
+        out = tmp_path / words[0]
+        said = run(*words, "--out", out)
+        assert said.code == 130 and said.err.splitlines()[-1] == f"stopped: saved so far: {out / 'models' / 'window-size=64'}"
+        assert load_saved(out / "models" / "window-size=64").memory_text == "window:size=8"
+
+
+def test_ctrl_c_while_writing(run, monkeypatch, model):
+    def pieces(*_, **__):
+        yield "some"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pipeline, "generate", pieces)
+    said = run("generate", model, "x")
+    assert said.code == 130 and said.out == "some" and said.err == "stopped: nothing was left half done\n"
+
+
+# What is not a terminal
+
+
+def test_a_closed_pipe_ends_quietly(model):
+    process = subprocess.Popen(
+        command("generate", model, "x", "--max-new-tokens", 10**6), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT
+    )
+    assert process.stdout.read(1)
+    process.stdout.close()
+    err = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(timeout=30) == 141 and err == b""
+
+
+def test_a_terminal_without_unicode_gets_an_answer(model, shared):
+    done = run_process("score", model, shared / "b.txt", env={**ENVIRONMENT, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and "bits/byte" in done.stdout and done.stdout.isascii()
+    done = run_process("generate", model, "ß", "--json", env={**ENVIRONMENT, "PYTHONIOENCODING": "ascii"})
+    assert json.loads(done.stdout)["prompt"] == "ß"
+
+
+@pytest.mark.parametrize("variable", ["FORCE_COLOR", "TTY_COMPATIBLE", "CLICOLOR_FORCE"])
+def test_no_colours_in_a_file(run, monkeypatch, model, texts, variable):
+    monkeypatch.setenv(variable, "1")
+    monkeypatch.setenv("COLUMNS", "40")
+    said = run("score", model, *texts)
+    assert "\x1b" not in said.out + said.err and max(map(len, said.out.splitlines())) > 60
+
+
+# Plugins
+
+
+def test_plugins_list(run):
+    found = {each["name"]: each for each in run("plugins", "list", "--json").json}
+    assert {"window", "recurrent", "store"} <= set(found)
+    assert found["window"]["options"]["size"] == 512 and "mini-tfm" in found["window"]["plugin"] and found["window"]["broken"] is None
+    table = run("plugins", "list")
+    assert table.code == 0 and "window" in table.out and "size=512" in table.out
+
+
+def write_plugin(folder, name, body):
+    """A distribution with one entry point, as pip would leave it in `folder`."""
+    (folder / f"{name}_plugin.py").write_text(body)
+    about = folder / f"{name}-1.5.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.5\n")
+    (about / "entry_points.txt").write_text(f"[mini_tfm]\n{name} = {name}_plugin\n")
+
+
+def test_a_broken_plugin_is_listed_and_stops_nothing(tmp_path, model, texts):
+    write_plugin(tmp_path, "sick", "import no_such_module_here\n")
+    write_plugin(
+        tmp_path,
+        "parent",
+        "from mini_tfm.memory import Memory, hookimpl\nclass Child(Memory):\n    'A child.'\n"
+        "@hookimpl\ndef register_memories(register):\n    register('child', Child)\n",
+    )
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    listed = run_process("plugins", "list", "--json", env=environment)
+    assert listed.returncode == 0 and "Traceback" not in listed.stderr
+    found = {each["name"]: each for each in json.loads(listed.stdout)}
+    assert "no_such_module_here" in found["sick"]["broken"] and found["sick"]["plugin"] == "sick (sick 1.5)"
+    assert found["child"]["about"] == "A child." and found["child"]["plugin"] == "parent (parent 1.5)" and "parent" not in found
+    table = run_process("plugins", "list", env=environment)
+    assert table.returncode == 0 and "broken: " in table.stdout
+    scored = run_process("score", model, texts[0], "--json", env=environment)
+    assert scored.returncode == 0 and scored.stderr == ""
+    asked = run_process("score", model, texts[0], "--memory", "sick", env=environment)
+    assert asked.returncode == 2 and "Traceback" not in asked.stderr
+    assert [line.split(":")[0] for line in asked.stderr.splitlines()] == ["warning", "error"]
+
+
+def test_a_warning_is_a_line(run, monkeypatch, model):
+    def generate(*_, **__):
+        warnings.warn("first\nsecond", UserWarning, stacklevel=1)
+        return iter("x")
+
+    monkeypatch.setattr(Pipeline, "generate", generate)
+    said = run("generate", model, "x")
+    assert said.code == 0 and said.err == "warning: first second\n"
+
+
+def test_plugins_check(run):
+    passed = run("plugins", "check", "window:size=8", "--json").json
+    assert passed["passed"] and len(passed["checks"]) > 10 and all(check["about"] for check in passed["checks"])
+
+
+def test_plugins_check_tells_what_fails(run):
+    import numpy as np
+
+    from mini_tfm.memory import RowMemory, manager, register_memory
+
+    class Random(RowMemory):
+        """Keeps what it likes."""
+
+        def __init__(self):
+            super().__init__(size=4)
+
+        def keep(self, scores, positions):
+            return np.random.default_rng().random(positions.shape)
+
+    register_memory("random_test", Random)
+    try:
+        said = run("plugins", "check", "random_test")
+        assert said.code == 1 and "FAILS" in said.out and "passes" in said.out and "is_deterministic" in said.out
+        assert "checks fail" in said.out
+    finally:
+        manager._registry.factories.pop("random_test")
+        manager._registry.owners.pop("random_test")
+
+
+def test_plugins_new_writes_a_plugin_of_that_name(run, tmp_path):
+    said = run("plugins", "new", tmp_path / "mine", "--name", "bees_wax")
+    assert said.code == 0, said.err
+    written = [path for path in (tmp_path / "mine").rglob("*") if path.is_file()]
+    assert sorted(map(str, written)) == said.out.split() and any(path.name == "pyproject.toml" for path in written)
+    for path in written:
+        text = path.read_text(encoding="utf-8") + str(path)
+        assert not re.search("my_memory|my-memory|MyMemory", text)
+    assert any("bees_wax" in path.read_text(encoding="utf-8") for path in written)
+    again = run("plugins", "new", tmp_path / "mine")
+    assert again.code == 2 and "empty folder" in again.err

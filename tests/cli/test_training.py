@@ -1,0 +1,309 @@
+"""train, compare, demo and the report: what is trained, what is kept, what is told."""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from commands import TINY_OPTIONS
+
+from mini_tfm.checkpoint.models import load_saved, save_model
+from mini_tfm.cli import demo as demo_module
+from mini_tfm.cli.shared import command_line
+from mini_tfm.config import Config
+from mini_tfm.model import Transformer
+from mini_tfm.report import html_report, line_chart
+from mini_tfm.tokenizer import ByteTokenizer
+from mini_tfm.train import experiment as experiment_module
+from mini_tfm.train.experiment import Experiment, Row
+
+
+def weights(folder):
+    return {name: w.tobytes() for name, w in load_saved(folder).model.weights.items()}
+
+
+@pytest.fixture
+def train(run, texts):
+    files = [word for path in texts for word in ("--text", path)]
+    return lambda out, *words: run("train", *files, "--out", out, *TINY_OPTIONS, *words)
+
+
+def test_train_saves_a_model_that_works(run, train, texts, tmp_path):
+    answer = train(
+        tmp_path / "m", "--memory", "window:size=8", "--steps", 6, "--validate-every", 3, "--json", "--jsonl-log", tmp_path / "log"
+    ).json
+    assert (answer["steps"], answer["memory"], answer["folder"]) == (6, "window:size=8", str(tmp_path / "m"))
+    saved = load_saved(tmp_path / "m")
+    assert saved.memory_text == "window:size=8" and saved.model.config.segment_length == 16
+    assert answer["parameters"] == saved.model.n_parameters
+    log = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert [line["step"] for line in log] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in log if "held_out_loss" in line] == [3, 6]
+    assert log[-1]["held_out_loss"] == answer["held_out_loss"]
+    # bytes: a token is a byte, so bits per byte are bits per token
+    assert answer["held_out_bits_per_byte"] == pytest.approx(answer["held_out_loss"] / math.log(2))
+    assert run("score", tmp_path / "m", texts[0], "--json").json["memory"] == "window:size=8"
+
+
+def test_train_tells_what_to_try_and_it_works(run, train, tmp_path):
+    said = train(tmp_path / "m", "--steps", 2)
+    assert said.code == 0 and "bits/byte" in said.out and "\x1b" not in said.out + said.err
+    tried = [line.strip() for line in said.err.splitlines() if line.startswith("  mini-tfm ")]
+    assert len(tried) == 3
+    for line in tried:
+        assert run(*line.split()[1:]).code == 0, line
+
+
+def test_a_run_stopped_and_resumed_is_the_run_that_was_not(run, train, tmp_path, monkeypatch):
+    options = ["--steps", 6, "--memory", "recurrent:tokens=2", "--dropout", 0.1]
+    assert train(tmp_path / "whole", *options).code == 0
+    with monkeypatch.context() as patched:
+        patched.setattr("mini_tfm.cli.train.interrupt_between_steps", lambda: interrupt_at(3))
+        stopped = train(tmp_path / "cut", *options)
+    assert stopped.code == 130 and stopped.out == ""
+    assert f"stopped: step 3 is saved in {tmp_path / 'cut'}" in stopped.err
+    (tmp_path / "cut" / "notes.txt").write_text("mine")
+    assert run(*stopped.err.splitlines()[-1].split()[1:], "--json").json["steps"] == 6
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+    assert (tmp_path / "cut" / "notes.txt").read_text() == "mine"
+
+
+@contextlib.contextmanager
+def interrupt_at(step):
+    checks = iter(range(1, step))
+
+    def check():
+        if next(checks, None) is None:
+            raise KeyboardInterrupt
+
+    yield check
+
+
+def test_no_time_for_a_step_is_a_model_all_the_same(train, tmp_path):
+    answer = train(tmp_path / "m", "--seconds", 1e-9, "--json").json
+    assert answer["steps"] == 0 and answer["loss"] is None and load_saved(tmp_path / "m").tokenizer is not None
+
+
+def test_resume_refuses_what_would_be_another_run(run, train, texts, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(texts[0].read_text() * 3)
+    assert run("train", "--text", text, "--out", tmp_path / "m", *TINY_OPTIONS, "--steps", 2).code == 0
+    before = weights(tmp_path / "m")
+    done = run("train", "--resume", tmp_path / "m")
+    assert done.code == 2 and "2 steps already" in done.err
+    other = run("train", "--resume", tmp_path / "m", "--d-model", 32)
+    assert other.code == 2 and "--d-model" in other.err
+    text.write_text("another text\n" * 30)
+    changed = run("train", "--resume", tmp_path / "m", "--steps", 4)
+    assert changed.code == 2 and "the text has changed" in changed.err
+    assert weights(tmp_path / "m") == before
+
+
+def test_text_takes_several_files_as_a_shell_gives_them(run, texts, tmp_path):
+    said = run("train", "--text", *texts, "--out", tmp_path / "m", *TINY_OPTIONS, "--steps", 1)
+    assert said.code == 0 and "2 files" in said.err
+
+
+def test_a_single_file_is_enough(run, texts, tmp_path):
+    assert run("train", "--text", texts[0], "--out", tmp_path / "m", *TINY_OPTIONS, "--steps", 1).code == 0
+
+
+# compare and demo, with an experiment that was made before
+
+
+def small_experiment(documents, memories, out, **options):
+    """As run_experiment, with models that learnt nothing."""
+    rows = []
+    for number, memory in enumerate(memories):
+        name = memory or "none"
+        folder = Path(out) / "models" / experiment_module.folder_name(name) if out else None
+        if folder:
+            from mini_tfm.memory import memory as make_memory
+
+            model = Transformer(Config(vocab_size=259, d_model=16, n_heads=2, n_encoder_layers=1, n_decoder_layers=1, segment_length=16))
+            save_model(folder, model, tokenizer=ByteTokenizer(), memory=make_memory(memory) if memory else None)
+        recall = {d: (float("nan") if number == 1 and d == 6 else 0.9 / (1 + d)) for d in experiment_module.DISTANCES}
+        row = Row(
+            memory=name,
+            bits_per_byte=2.0 - number / 10,
+            recall=recall,
+            recall_far=recall[6],
+            tokens_per_second=1234.5,
+            state_bytes=1000 * number,
+            peak_rss_bytes=98_765_432,
+            folder=folder,
+            train_seconds=3.2,
+            steps=20,
+            history=[(i, 5.0 - i / 10) for i in range(20)],
+        )
+        rows.append(row)
+    options["tell"]("memory: none")
+    return Experiment(
+        text_name=options.get("text_name", "text"),
+        documents=len(documents),
+        bytes_train=1000,
+        bytes_held_out=100,
+        held_out_names=list(documents)[:1],
+        config=Config(vocab_size=259, d_model=16, n_heads=2, segment_length=16),
+        tokenizer_vocab=259,
+        seconds=options["seconds"],
+        machine={"processor": "<fast> & small", "cores": 2},
+        distances=list(experiment_module.DISTANCES),
+        chance=1 / 26,
+        history={"start": [(i, 6.0) for i in range(50)], **{row.memory: row.history for row in rows}},
+        rows=rows,
+        seed=options["seed"],
+    )
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(experiment_module, "run_experiment", small_experiment)
+
+
+def test_demo_prints_one_table_and_commands_that_work(run, quick, texts, tmp_path):
+    out = tmp_path / "my demo"
+    said = run("demo", "--quick", "--text", *texts, "--out", out)
+    assert said.code == 0, said.err
+    assert "\x1b" not in said.out + said.err
+    for name in demo_module.MEMORIES:
+        assert name in said.out
+    for word in ("bits per byte", "segments back", "tokens/s", "state", "peak RAM", "98.8 MB", "4 %"):
+        assert word in said.out
+    assert sorted(path.name for path in out.iterdir()) == ["held-out.txt", "models", "report.html", "results.json"]
+    held_out = (out / "held-out.txt").read_text(encoding="utf-8")
+    assert held_out and held_out in texts[0].read_text(encoding="utf-8")
+    tried = [line.strip() for line in said.err.splitlines() if line.startswith("  mini-tfm ")]
+    assert [line.split()[1] for line in tried] == ["generate", "score", "read", "generate"]
+    import shlex
+
+    for line in tried:
+        answer = run(*shlex.split(line)[1:])
+        assert answer.code == 0, (line, answer.err)
+
+
+def test_demo_as_json_and_on_disk(run, quick, tmp_path):
+    answer = run("demo", "--seconds", 5, "--seed", 7, "--out", tmp_path / "d", "--json").json
+    results = json.loads((tmp_path / "d" / "results.json").read_text())
+    assert answer["rows"] == results["rows"] and results["made_by"] == "mini-tfm"
+    assert results["command"] == "mini-tfm demo --seconds 5 --seed 7"
+    assert results["rows"][1]["recall"]["6"] is None  # nothing was measured
+    assert len(results["held_out_names"]) == 1 and "Python" in results["text_name"]
+
+
+def test_demo_again_replaces_its_own_results_only(run, quick, texts, tmp_path):
+    words = ["demo", "--text", *texts, "--out", tmp_path / "d"]
+    assert run(*words).code == 0
+    (tmp_path / "d" / "notes.txt").write_text("mine")
+    assert run(*words).code == 0 and (tmp_path / "d" / "notes.txt").read_text() == "mine"
+    for name in ("report.html", "results.json", "models"):
+        folder = tmp_path / f"with {name}"
+        folder.mkdir()
+        (folder / name).write_text('{"mine": true}')
+        refused = run("demo", "--out", folder)
+        assert refused.code == 2 and name in refused.err
+        assert [path.name for path in folder.iterdir()] == [name] and (folder / name).read_text() == '{"mine": true}'
+
+
+def test_compare_trains_or_measures(run, quick, model, texts, tmp_path):
+    specs = ["--memory", "none", "--memory", "window:size=8"]
+    trained = run("compare", "--text", *texts, *specs, "--out", tmp_path / "c", "--json").json
+    assert [row["memory"] for row in trained["rows"]] == ["none", "window:size=8"]
+    assert (tmp_path / "c" / "report.html").exists() and (tmp_path / "c" / "results.json").exists()
+    table = run("compare", "--text", *texts, *specs)
+    assert table.code == 0 and "6 back" in table.out and "guessing gives 4 %" in table.out
+    assert max(map(len, table.out.splitlines())) <= 110
+
+
+def test_compare_of_a_saved_model_is_its_score(run, model, tmp_path):
+    text = tmp_path / "t.txt"
+    text.write_text("It was the best of times, it was the worst of times. " * 6)
+    answer = run("compare", model, "--text", text, "--memory", "none", "--memory", "window:size=8", "--json").json
+    rows = {row["memory"]: row for row in answer["rows"]}
+    assert rows["none"]["state_bytes"] == 0 < rows["window:size=8"]["state_bytes"]
+    assert all(row["peak_rss_bytes"] > 10**7 and set(row["recall"]) == {"0", "1", "2", "4", "6"} for row in rows.values())
+    assert rows["none"]["bits_per_byte"] != rows["window:size=8"]["bits_per_byte"]
+    table = run("compare", model, "--text", text, "--memory", "none")
+    assert table.code == 0 and "0 back" in table.out
+    assert load_saved(model).memory_text == "window:size=8"
+
+
+@pytest.mark.parametrize("memory", ["none", "window:size=64"])
+def test_nothing_is_on_disk_without_a_path(memory):
+    assert demo_module.on_disk(memory, Path("x.mdb")) is None
+
+
+def test_a_path_is_added_where_a_strategy_takes_one(tmp_path):
+    from mini_tfm.memory import memory as make_memory
+
+    assert demo_module.on_disk("window:size=64+store:top_k=16", Path("x.mdb")) == "window:size=64+store:top_k=16,path=x.mdb"
+    assert demo_module.on_disk("store", Path("a b.mdb")) == "store:path=a b.mdb"
+    for name in ("a,b", "a+store:b", "it's", 'say "x"'):
+        path = tmp_path / name / "x.mdb"
+        made = make_memory(demo_module.on_disk("store", path))
+        assert made.disk.given == str(path)
+
+
+# The report
+
+
+@pytest.fixture
+def experiment():
+    return small_experiment(
+        {"a <b>": "x", "c": "y"}, [None, "window:size=8", "a&b<script>"], None, seconds=60.0, seed=0, tell=lambda line: None
+    )
+
+
+def parsed(page):
+    """The page, which is well-formed but for what HTML closes by itself."""
+    body = re.sub(r"<(meta|br)([^>]*)>", r"<\1\2/>", page.removeprefix("<!doctype html>\n"))
+    return ElementTree.fromstring(body.replace("&ldquo;", "").replace("&rdquo;", ""))
+
+
+def test_the_report_holds_all_and_loads_nothing(experiment):
+    page = html_report(experiment, "mini-tfm demo --text 'a b' --seed 0")
+    root = parsed(page)
+    assert "<script" not in page and "http" not in page and "url(" not in page and "src=" not in page
+    text = "".join(root.itertext())
+    for word in ("window:size=8", "a&b<script>", "mini-tfm demo --text 'a b' --seed 0", "<fast> & small", "a <b>", "1.900", "98.8 MB"):
+        assert word in text
+    assert len(root.findall(".//svg")) == 2 and "nan" not in page.lower().replace("financ", "")
+
+
+def test_a_plot_has_its_lines_inside():
+    series = [(f"line {i}", "#123456", [(0.0, 1.0 + i / 1000), (3.0, 2.0), (5.0, float("nan"))]) for i in range(12)]
+    root = ElementTree.fromstring(line_chart(series, "x", "y"))
+    _, _, width, height = map(float, root.get("viewBox").split())
+    labels = [element for element in root.iter("text") if (element.text or "").startswith("line ")]
+    heights = sorted(float(element.get("y")) for element in labels)
+    assert len(labels) == 12 and heights[0] > 0 and heights[-1] < height
+    assert all(after - before > 12 for before, after in itertools.pairwise(heights))
+    for path in root.iter("path"):
+        for number in re.findall(r"-?\d+\.\d", path.get("d")):
+            assert -10 <= float(number) <= width
+
+
+@pytest.mark.parametrize("points", [[(0.0, 0.0)], [(1.0, 5.0), (1.0, 5.0)], [(0.0, 1e-9), (1.0, 2e-9)], [(0.0, -1e9), (1e9, 1e9)]])
+def test_a_plot_of_hardly_anything(points):
+    ElementTree.fromstring(line_chart([("a", "#000", points)], "x", "y"))
+
+
+def test_a_plot_of_nothing():
+    assert "Nothing was measured" in line_chart([("a", "#000", [(0.0, float("nan"))])], "x", "y")
+
+
+def test_a_report_of_a_run_without_steps(experiment):
+    rows = [dataclasses.replace(row, history=[], steps=0) for row in experiment.rows]
+    parsed(html_report(dataclasses.replace(experiment, rows=rows, history={}), command_line("demo")))
+
+
+@pytest.mark.long
+def test_the_demo_for_real(run, tmp_path):
+    answer = run("demo", "--seconds", 60, "--out", tmp_path / "d", "--json").json
+    assert len(answer["rows"]) == len(demo_module.MEMORIES)
+    assert all(0 < row["bits_per_byte"] < 8 for row in answer["rows"])

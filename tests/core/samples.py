@@ -1,0 +1,103 @@
+"""One ordinary call of every kernel, for what holds of all of them: the same bits, untouched inputs, refused arguments.
+
+A sample is a dict from argument to value, in the order of the signature. `big=True` is large enough to be worth several
+threads and has several pieces of work, none of a round size.
+"""
+
+from dataclasses import fields
+
+import numpy as np
+from core.attention_cases import drawn_case
+from core.cases import Values
+
+from mini_tfm import _core
+from mini_tfm.reference import Block
+
+# What a call changes; everything else that it is given stays as it is.
+IN_PLACE = {"gemm": ("out",), "embedding_backward": ("dtable",), "adamw": ("param", "m", "v")}
+SETTINGS = {"set_num_threads", "get_num_threads", "show_config"}
+
+
+def sample(name, dtype, layout="contiguous", big=False, seed=0):
+    """The arguments, freshly made; `layout` is that of everything that is not changed in place."""
+    values, plain = Values(seed, dtype, layout), Values(seed + 1, dtype)
+    n, d = (601, 517) if big else (7, 5)
+    x, dy, rows, weight = values.real(n, d), values.real(n, d), values.real(n), values.real(d)
+    flat = n * d
+    adam = {"lr": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.01, "step": 3, "grad_scale": 0.5}
+    smoothing = {"ignore_index": -100, "label_smoothing": 0.1}
+    targets = values.integers(0, d, n)
+    batch, heads, length, source, head = (2, 4, 140, 160, 24) if big else (2, 4, 5, 6, 8)
+    q = values.real(batch, heads, length, head)
+    case = drawn_case("distance bias", values, batch, heads, 2, length, source, head)
+    case.blocks += [
+        Block(values.real(batch, 2, source, head), values.real(batch, 2, source, head), valid=values.mask(batch, source),
+              lengths=values.integers(1, source, batch), causal=True, offset=3, window=40),
+        Block(values.real(batch, 4, source, head), values.real(batch, 4, source, head),
+              index=values.integers(-1, source, batch, heads, length, 3)),
+    ]  # fmt: skip
+    case.biases += [None, None]
+    samples = {
+        "activation": lambda: {"x": x, "kind": "gelu"},
+        "activation_backward": lambda: {"x": x, "dy": dy, "kind": "gelu_tanh"},
+        "adamw": lambda: {
+            "param": plain.real(flat), "grad": values.real(flat), "m": plain.real(flat), "v": plain.positive(flat), **adam
+        },
+        "attention": lambda: {"q": q, "blocks": case.blocks, "scale": 0.3},
+        "attention_backward": lambda: attention_backward(case, q, values),
+        "cross_entropy": lambda: {"logits": x, "targets": targets, **smoothing},
+        "cross_entropy_backward": lambda: {
+            "logits": x, "targets": targets, "lse": np.log(np.exp(x).sum(1)), "dlosses": rows, **smoothing
+        },
+        "dropout": lambda: {"x": x, "p": 0.3, "seed": 12},
+        "embedding": lambda: {"table": x, "ids": values.integers(0, n, d, 3)},
+        "embedding_backward": lambda: {"ids": values.integers(0, 50, 3, n), "dout": values.real(3, n, d), "dtable": plain.real(50, d)},
+        "gemm": lambda: {"a": x, "b": dy, "trans_a": False, "trans_b": True, "out": plain.real(n, n), "accumulate": True},
+        "layer_norm": lambda: {"x": x, "weight": weight, "bias": values.real(d), "eps": 1e-5},
+        "layer_norm_backward": lambda: {"dy": dy, "x": x, "weight": weight, "mean": rows, "rstd": values.positive(n)},
+        "log_softmax": lambda: {"x": x},
+        "rms_norm": lambda: {"x": x, "weight": weight, "eps": 1e-6},
+        "rms_norm_backward": lambda: {"dy": dy, "x": x, "weight": weight, "rstd": values.positive(n)},
+        "rotary": lambda: {"x": q, "positions": values.integers(0, 999, length), "base": 10000.0, "inverse": False},
+        "search": lambda: {
+            "queries": values.real(2, n // 4 + 1, 16), "bank": values.real(2, n, 16), "k": 5, "valid": values.mask(2, n)
+        },
+        "sinusoidal_positions": lambda: {"n": n, "d_model": d, "dtype": np.dtype(dtype)},
+        "softmax": lambda: {"x": x},
+        "softmax_backward": lambda: {"y": x, "dy": dy},
+        "sum_of_squares": lambda: {"x": x},
+    }  # fmt: skip
+    return samples[name]()
+
+
+NAMES = (
+    "activation", "activation_backward", "adamw", "attention", "attention_backward", "cross_entropy", "cross_entropy_backward",
+    "dropout", "embedding", "embedding_backward", "gemm", "layer_norm", "layer_norm_backward", "log_softmax", "rms_norm",
+    "rms_norm_backward", "rotary", "search", "sinusoidal_positions", "softmax", "softmax_backward", "sum_of_squares",
+)  # fmt: skip
+
+
+def attention_backward(case, q, values):
+    """`out` and `lse` are those of the forward: a backward from made-up ones would be of no softmax."""
+    case.ask_for_dbias(lambda shape: np.zeros(shape, q.dtype))
+    out, lse = _core.attention(q, case.blocks, 0.3)
+    needs = [True] * len(case.blocks)
+    return {"dout": values.real(*q.shape), "out": out, "lse": lse, "q": q, "blocks": case.blocks, "scale": 0.3, "needs": needs}
+
+
+def arrays_in(value):
+    """Every array in a sample or a result, in order."""
+    if isinstance(value, np.ndarray):
+        return [value]
+    if isinstance(value, Block):
+        value = [getattr(value, field.name) for field in fields(value)]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [array for part in value for array in arrays_in(part)] if isinstance(value, (list, tuple)) else []
+
+
+def call(core, name, arguments):
+    """Everything that the call gives: what it returns, and what it changed in place."""
+    returned = getattr(core, name)(**arguments)
+    changed = [arguments[argument] for argument in IN_PLACE.get(name, ()) if argument in arguments]
+    return [returned, *changed] if returned is not None else changed

@@ -1,0 +1,163 @@
+"""Attention against every query's own dense softmax, forward: each kind of mask and bias alone, and all at once."""
+
+import numpy as np
+import pytest
+from core import naive_attention as naive
+from core.attention_cases import FEATURES, drawn_case
+from core.cases import Values, layouts, seeds
+from helpers import assert_close, assert_same_bits, examples
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mini_tfm import _core
+from mini_tfm.reference import Block
+
+few = st.integers(1, 3)
+lengths = st.sampled_from([1, 2, 3, 4, 5, 9, 17, 33])
+sources = st.sampled_from([1, 2, 3, 5, 8, 16, 31, 66])
+head_sizes = st.sampled_from([1, 2, 3, 8, 13, 16, 33])
+
+
+def check(core, case):
+    out, lse = core.attention(case.q, case.blocks, case.scale)
+    expected = naive.attention(case.q, case.blocks, case.scale)
+    assert_close(out, expected.out, "attention", k=expected.n, terms=expected.terms_out, dtype=case.q.dtype)
+    assert_close(lse, expected.lse, "lse", k=expected.n, terms=expected.terms_lse, dtype=case.q.dtype)
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@examples(0.5)
+@given(seed=seeds, batch=few, kv_heads=few, group=few, length=lengths, source=sources, d=head_sizes, layout=layouts)
+def test_forward(core, dtype, feature, seed, batch, kv_heads, group, length, source, d, layout):
+    values = Values(seed, dtype, layout)
+    check(core, drawn_case(feature, values, batch, kv_heads * group, kv_heads, length, source, d))
+
+
+@pytest.mark.parametrize("length, source", [(63, 64), (64, 65), (65, 129), (130, 515), (257, 257), (1, 1025), (2, 300), (4, 2049)])
+@pytest.mark.parametrize("feature", ["plain", "causal", "causal window", "window", "lengths", "valid", "distance bias"])
+def test_past_the_edges_of_tiles(dtype, feature, length, source):
+    """Of the compiled kernel: the twin has none."""
+    check(_core, drawn_case(feature, Values(length, dtype), 1, 2, 1, length, source, 8))
+
+
+@pytest.mark.parametrize("d", [4, 7, 32, 40, 64, 80, 96, 128, 200, 256])
+def test_head_sizes(core, dtype, d):
+    for length in (1, 40):
+        check(core, drawn_case("causal", Values(d, dtype), 1, 2, 1, length, 70, d))
+
+
+@pytest.mark.parametrize("size", [1e-3, 30.0])
+def test_flat_and_peaked(core, dtype, size):
+    for length in (1, 20):
+        check(core, drawn_case("everything", Values(0, dtype), length=length, source=50, d=16, size=size))
+
+
+def test_the_formula_of_the_paper(core):
+    """softmax(q k^T / sqrt(d)) v with two keys, by hand."""
+    q, k = np.array([[[[1.0, 0.0]]]]), np.array([[[[2.0, 5.0], [0.0, -3.0]]]])
+    v = np.array([[[[1.0, 0.0], [0.0, 1.0]]]])
+    out, lse = core.attention(q, [Block(k, v)], 2**-0.5)
+    a, b = np.exp(2 / np.sqrt(2)), 1.0
+    np.testing.assert_allclose(out[0, 0, 0], [a / (a + b), b / (a + b)], rtol=1e-14)
+    np.testing.assert_allclose(lse[0, 0, 0], np.log(a + b), rtol=1e-14)
+
+
+def test_blocks_share_one_softmax(core, dtype):
+    """Keys cut into blocks anywhere are the same keys."""
+    case = drawn_case("plain", Values(0, dtype), length=9, source=30, d=8)
+    k, v = case.blocks[0].k, case.blocks[0].v
+    whole = naive.attention(case.q, case.blocks, case.scale)
+    for cuts in ([7], [1, 29], [10, 10, 20]):
+        case.blocks = [Block(a, b) for a, b in zip(np.split(k, cuts, 2), np.split(v, cuts, 2), strict=True)]
+        out, lse = core.attention(case.q, case.blocks, case.scale)
+        assert_close(out, whole.out, "attention", k=30, terms=whole.terms_out)
+        assert_close(lse, whole.lse, "lse", k=30, terms=whole.terms_lse)
+
+
+def test_an_index_of_all_rows_is_no_index(core, dtype):
+    case = drawn_case("plain", Values(0, dtype), batch=2, heads=4, kv_heads=2, length=6, source=11, d=8)
+    expected = naive.attention(case.q, case.blocks, case.scale)
+    case.blocks[0].index = np.broadcast_to(np.arange(11), (2, 4, 6, 11)).copy()
+    out, _ = core.attention(case.q, case.blocks, case.scale)
+    assert_close(out, expected.out, "attention", k=11, terms=expected.terms_out)
+
+
+def test_a_row_named_twice_counts_twice(core, dtype):
+    case = drawn_case("plain", Values(0, dtype), batch=1, heads=1, length=1, source=2, d=4)
+    block = case.blocks[0]
+    block.index = np.array([[[[1, 0, 1, -1]]]])
+    out, _ = core.attention(case.q, case.blocks, case.scale)
+    twice = Block(block.k[:, :, [1, 0, 1]], block.v[:, :, [1, 0, 1]])
+    assert_close(out, naive.attention(case.q, [twice], case.scale).out, "attention", k=3, terms=np.abs(block.v).max())
+
+
+def test_the_last_query_sees_the_last_key(core, dtype):
+    """Causal without an offset: with 2 queries and 5 keys the first query sees 4, the second all."""
+    q, v = np.zeros((1, 1, 2, 1), dtype), np.arange(5, dtype=dtype).reshape(1, 1, 5, 1)
+    out, lse = core.attention(q, [Block(np.zeros_like(v), v, causal=True)], 1.0)
+    assert_close(out.reshape(2), np.array([1.5, 2.0]), "attention", k=5)
+    assert_close(np.exp(lse.reshape(2)), np.array([4.0, 5.0]), "lse", k=5, terms=5.0)
+
+
+@pytest.mark.parametrize("feature", ["causal", "offset", "window", "causal window", "lengths", "valid", "index"])
+def test_what_is_hidden_is_never_read(core, dtype, feature):
+    """NaN in every key and value that a mask hides leaves no trace."""
+    n_hidden = 0
+    for seed, length in enumerate((1, 2, 5, 40)):
+        case = drawn_case(feature, Values(seed, dtype), batch=2, heads=2, length=length, source=70, d=8)
+        block = case.blocks[0]
+        block.offset = block.offset or 9  # or the last query might see everything
+        expected = naive.attention(case.q, case.blocks, case.scale)
+        rows, seen = naive.rows_and_seen(case.q, block)
+        used = np.zeros((2, 70), bool)
+        for b in range(2):
+            used[b, rows[b][seen[b]]] = True
+        block.k, block.v = (np.where(used[:, None, :, None], x, np.nan).astype(dtype) for x in (block.k, block.v))
+        out, lse = core.attention(case.q, case.blocks, case.scale)
+        assert_close(out, expected.out, "attention", k=expected.n, terms=expected.terms_out)
+        assert_close(lse, expected.lse, "lse", k=expected.n, terms=expected.terms_lse)
+        n_hidden += (~used).sum()
+    assert n_hidden
+
+
+@pytest.mark.parametrize("length", [1, 3, 40])
+@pytest.mark.parametrize("feature", ["causal", "window", "valid", "lengths", "index"])
+def test_nan_reaches_the_rows_that_see_it_alone(core, dtype, feature, length):
+    case = drawn_case(feature, Values(7, dtype), batch=2, heads=2, kv_heads=1, length=length, source=50, d=8)
+    expected = naive.attention(case.q, case.blocks, case.scale)
+    block = case.blocks[0]
+    rows, seen = naive.rows_and_seen(case.q, block)
+    poisoned = int(rows[0][seen[0]][0])
+    hit = (seen & (rows == poisoned)).any(-1)
+    hit[1] = False
+    for bank in ("k", "v"):
+        poison = getattr(block, bank).copy()
+        poison[0, 0, poisoned, 3] = np.nan
+        out, lse = core.attention(case.q, [Block(**{**vars(block), bank: poison})], case.scale)
+        expected_out, expected_lse = expected.out.copy(), expected.lse.copy()
+        if bank == "k":
+            expected_out[hit] = expected_lse[hit] = np.nan
+        else:
+            expected_out[hit, 3] = np.nan
+        assert_close(out, expected_out, "attention", k=expected.n, terms=expected.terms_out)
+        assert_close(lse, expected_lse, "lse", k=expected.n, terms=expected.terms_lse)
+
+
+@examples(2)
+@given(seed=seeds, length=lengths)
+def test_a_batch_row_alone_has_the_same_bits(core, dtype, seed, length):
+    case = drawn_case("everything", Values(seed, dtype), batch=3, heads=4, kv_heads=2, length=length, source=40, d=8)
+    out, lse = core.attention(case.q, case.blocks, case.scale)
+    for row in range(3):
+        alone = core.attention(case.q[row : row + 1], [only_row(block, row) for block in case.blocks], case.scale)
+        assert_same_bits(alone, (out[row : row + 1], lse[row : row + 1]))
+
+
+def only_row(block, row):
+    """The block with batch row `row` alone."""
+    fields = dict(vars(block))
+    for name in ("k", "v", "valid", "lengths", "index"):
+        fields[name] = None if fields[name] is None else fields[name][row : row + 1]
+    if np.ndim(block.bias) == 4 and len(block.bias) > 1:
+        fields["bias"] = block.bias[row : row + 1]
+    return Block(**fields)

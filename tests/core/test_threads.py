@@ -1,0 +1,230 @@
+"""Threads: the same bits for any number of them, several Python threads at once, forks, and how many there are at first."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import threadpoolctl
+from core.attention_cases import FEATURES, drawn_case
+from core.cases import Values
+from core.samples import NAMES, arrays_in, call, sample
+from helpers import assert_same_bits, in_a_process
+
+from mini_tfm import _core
+from mini_tfm.reference import Block
+
+needs_openmp = pytest.mark.skipif(not _core.show_config()["openmp"], reason="built without OpenMP: there is one thread")
+
+
+def copied(results):
+    return [np.array(array) for array in arrays_in(results) or results]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_bits_for_any_number_of_threads(threads, dtype, name):
+    results = []
+    for n in (1, 2, 2, 3, 4, 8):  # two twice: the same call again
+        threads.set_num_threads(n)
+        results.append(copied(call(threads, name, sample(name, dtype, big=True))))
+    for other in results[1:]:
+        assert_same_bits(other, results[0])
+
+
+# Sizes in which heads, queries or keys are what there is to share out.
+SHAPES = [(1, 1, 1, 1, 600), (1, 1, 1, 200, 200), (1, 2, 1, 300, 70), (3, 4, 2, 3, 900), (1, 8, 8, 2, 1500), (2, 6, 3, 129, 65)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("feature", ["causal window", "distance bias", "per key bias", "blocks", "everything"])
+def test_attention_has_the_same_bits(threads, feature, shape):
+    batch, heads, kv_heads, length, source = shape
+    results = []
+    for n in (1, 2, 3, 4, 8):
+        threads.set_num_threads(n)
+        values = Values(source, "float32")
+        case = drawn_case(feature, values, batch, heads, kv_heads, length, source, 32)
+        tables = case.ask_for_dbias(lambda shape: np.zeros(shape, np.float32))
+        out, lse = threads.attention(case.q, case.blocks, case.scale)
+        backward = threads.attention_backward(values.real(*case.q.shape), out, lse, case.q, case.blocks, case.scale)
+        results.append(copied([out, lse, backward, tables]))
+    for other in results[1:]:
+        assert_same_bits(other, results[0])
+
+
+@pytest.mark.parametrize("shape", [(700, 3, 700), (3, 3000, 3), (1, 900, 900), (900, 900, 1), (513, 511, 257), (64, 4096, 64)])
+def test_gemm_has_the_same_bits(threads, dtype, shape):
+    m, k, n = shape
+    values = Values(0, dtype)
+    a, b = values.real(m, k), values.real(k, n)
+    for trans_a, trans_b in np.ndindex(2, 2):
+        stored = a.T.copy() if trans_a else a, b.T.copy() if trans_b else b
+        results = []
+        for n_threads in (1, 2, 3, 4):
+            threads.set_num_threads(n_threads)
+            results.append(threads.gemm(*stored, trans_a=bool(trans_a), trans_b=bool(trans_b)))
+        for other in results[1:]:
+            assert_same_bits(other, results[0])
+
+
+def test_twenty_training_steps_have_the_same_bits(threads):
+    """A layer, its loss and its optimizer, by hand."""
+
+    def trained(n_threads):
+        threads.set_num_threads(n_threads)
+        values = Values(0, "float32")
+        x, targets, weight = values.real(300, 128), values.integers(0, 200, 300), values.real(128, 200)
+        m, v = np.zeros(weight.size, np.float32), np.zeros(weight.size, np.float32)
+        for step in range(1, 21):
+            logits = threads.gemm(threads.softmax(x), weight)
+            losses, lse = threads.cross_entropy(logits, targets, -100, 0.1)
+            dlogits = threads.cross_entropy_backward(logits, targets, lse, np.full(300, 1 / 300, np.float32), -100, 0.1)
+            dweight = threads.gemm(threads.softmax(x), dlogits, trans_a=True).reshape(-1)
+            scale = 1.0 / max(1.0, threads.sum_of_squares(dweight) ** 0.5)
+            threads.adamw(
+                weight.reshape(-1), dweight, m, v, lr=0.01, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, step=step, grad_scale=scale
+            )
+        return [weight, losses]
+
+    expected = trained(1)
+    for n_threads in (2, 3, 4):
+        assert_same_bits(trained(n_threads), expected)
+
+
+@needs_openmp
+def test_set_and_get(threads):
+    for n in (1, 3, 2):
+        threads.set_num_threads(n)
+        assert threads.get_num_threads() == n == threads.show_config()["num_threads"]
+
+
+@needs_openmp
+def test_several_threads_are_used(threads):
+    """Not only counted: the process has them afterwards."""
+    program = """
+import os, sys
+import numpy as np
+from mini_tfm import _core
+before = len(os.listdir("/proc/self/task"))
+_core.set_num_threads(3)
+_core.softmax(np.ones((2000, 2000), np.float32))
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+    if not Path("/proc/self/task").exists():
+        pytest.skip("counts threads in /proc")
+    assert int(in_a_process(program).stdout) == 2
+
+
+@needs_openmp
+@pytest.mark.parametrize("asked, expected", [("1", 1), ("3", 3), ("2,1", 2)])
+def test_omp_num_threads_is_honoured(asked, expected):
+    assert int(in_a_process("from mini_tfm import _core; print(_core.get_num_threads())", OMP_NUM_THREADS=asked).stdout) == expected
+
+
+@pytest.mark.parametrize("asked", ["", "0", "-3", "many"])
+def test_the_default_is_what_the_process_may_use(asked):
+    from mini_tfm._core.threads import default_num_threads
+
+    def no_quota(path):
+        raise OSError
+
+    def half_a_processor(path):
+        return "50000 100000"
+
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert default_num_threads({"OMP_NUM_THREADS": asked}, no_quota) == processors
+    assert default_num_threads({"OMP_NUM_THREADS": asked}, half_a_processor) == 1
+    assert default_num_threads({"OMP_NUM_THREADS": asked}, lambda path: "max 100000") == processors
+
+
+@needs_openmp
+def test_threadpoolctl_limits_the_default():
+    """Not a number that was asked for by name."""
+    program = """
+import threadpoolctl
+from mini_tfm import _core
+with threadpoolctl.threadpool_limits(1):
+    print(_core.get_num_threads())
+    _core.set_num_threads(2)
+    print(_core.get_num_threads())
+"""
+    assert in_a_process(program, OMP_NUM_THREADS="3").stdout.split() == ["1", "2"]
+
+
+def test_python_threads_do_not_disturb_each_other(threads):
+    """Eight at once, with different work in each: every result has the bits of the quiet run."""
+    threads.set_num_threads(2)
+    names = [name for name in NAMES if name != "sinusoidal_positions"]
+
+    def run(seed):
+        return [copied(call(threads, name, sample(name, "float32", seed=seed))) for name in names] + big(seed)
+
+    def big(seed):
+        values = Values(seed, "float32")
+        q, k = values.real(1, 2, 150, 32), values.real(1, 2, 150, 32)
+        return [[threads.gemm(values.real(200, 150), values.real(150, 90))], list(threads.attention(q, [Block(k, k, causal=True)], 0.2))]
+
+    quiet = [run(seed) for seed in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(2):
+            assert_same_bits(list(pool.map(run, range(8))), quiet)
+
+
+def test_the_blas_of_scipy_has_its_threads_back(threads):
+    """Inside a gemm its pool is held at one thread; afterwards it is what it was, whoever came and went meanwhile."""
+    values = Values(0, "float32")
+    a, b = values.real(300, 300), values.real(300, 300)
+
+    def pools():
+        return [(pool["filepath"], pool["num_threads"]) for pool in threadpoolctl.threadpool_info()]
+
+    threads.gemm(a, b)
+    before = pools()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: threads.gemm(a, b), range(40)))
+    assert pools() == before
+
+
+FORK = """
+import os, signal, sys, warnings
+import numpy as np
+from mini_tfm import _core
+_core.set_num_threads(4)
+rng = np.random.default_rng(0)
+a, q = rng.standard_normal((500, 500), np.float32), rng.standard_normal((1, 4, 200, 32), np.float32)
+def work():
+    out, _ = _core.attention(q, [_core.Block(q, q, causal=True)], 0.2)
+    return _core.gemm(a, a).tobytes() + out.tobytes() + _core.softmax(a).tobytes()
+expected = work()
+warnings.simplefilter("ignore")  # newer Pythons warn of a fork beside threads, which is what is tried here
+for _ in range(int(sys.argv[1])):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(10)
+        os._exit(0 if work() == expected and _core.get_num_threads() == 1 else 3)
+    _, status = os.waitpid(child, 0)
+    assert status == 0, status
+    assert work() == expected
+assert _core.get_num_threads() == int(sys.argv[2])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_forked_child_computes_and_the_parent_goes_on():
+    in_a_process(FORK, 10, 4 if _core.show_config()["openmp"] else 1)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_two_hundred_forks():
+    in_a_process(FORK, 200, 4 if _core.show_config()["openmp"] else 1, timeout=600)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("seed", range(20))
+def test_many_shapes_have_the_same_bits(threads, feature, seed):
+    rng = np.random.default_rng(seed)
+    shape = (int(rng.integers(1, 4)), int(rng.integers(1, 4)) * 2, 2, int(rng.integers(1, 300)), int(rng.integers(1, 600)))
+    test_attention_has_the_same_bits(threads, feature, shape)

@@ -1,0 +1,180 @@
+"""Published memories, written against the contract alone: they show that it can say them.
+
+Each is here to be tested, and as short as it can be said; the built-in ones are in `plugins/`.
+"""
+
+import numpy as np
+
+from mini_tfm.memory import Memory, MemorySpec, Param, RowMemory, Side, View, bank_key
+
+
+class TransformerXL(RowMemory):
+    """The last `size` layer inputs, projected again by the current weights (arXiv 1901.02860).
+
+    segments: "none" stops gradients at the segment, as the paper does; "rows" lets them flow.
+    """
+
+    def __init__(self, *, size=8, gradient="none", site=None):
+        super().__init__(size=size, site=site)
+        self.spec = MemorySpec(capacity=size, gradient=gradient)
+
+    def keep(self, scores, positions):
+        return positions
+
+
+class HeavyHitters(RowMemory):
+    """H2O (arXiv 2306.14048): the rows that received most attention for their time in memory, and the newest."""
+
+    def __init__(self, *, size=8, recent=3, sinks=1, site=None):
+        super().__init__(size=size, site=site)
+        self.recent, self.sinks = recent, sinks
+        self.spec = MemorySpec(needs=frozenset({"mass"}), capacity=size)
+
+    def keep(self, scores, positions):
+        age = positions.max(axis=1, keepdims=True) - positions
+        return np.where((positions < self.sinks) | (age < self.recent), np.inf, scores / (age + 1))
+
+
+class Infini(Memory):
+    """Infini-attention (arXiv 2404.07143): an associative matrix a head, mixed in by a trained gate."""
+
+    def __init__(self, *, site="decoder"):
+        self.spec = MemorySpec(sites=frozenset({site}), needs=frozenset({"query"}), gradient="state")
+
+    def parameters(self, dims):
+        (site,) = self.spec.sites
+        return {"gate": Param((dims.layers[site], dims.n_heads), init=0.0, lr_factor=10.0, weight_decay=False)}
+
+    def start(self, batch, dims):
+        (site,), heads, d = self.spec.sites, dims.n_kv_heads, dims.d_head
+        state = {}
+        for layer in range(dims.layers[site]):
+            key = bank_key(site, layer)
+            state[key + "m"], state[key + "z"] = np.zeros((batch, heads, d, d), dims.dtype), np.zeros((batch, heads, d), dims.dtype)
+            state[key + "used"] = np.zeros(batch, bool)
+        return state
+
+    def read(self, state, site, layer, query):
+        key, q = bank_key(site, layer), _elu_plus_one(query.heads)
+        above = np.einsum("bhtd,bhde->bhte", q, state[key + "m"])
+        below = np.einsum("bhtd,bhd->bht", q, state[key + "z"])[..., None] + 1e-6
+        return Side(above / below, "gate", state.params["gate"][layer], state[key + "used"])
+
+    def write(self, state, site, layer, new):
+        key = bank_key(site, layer)
+        k, v = new.project(new.hidden)
+        k = _elu_plus_one(k) * new.valid[:, None, :, None]
+        state[key + "m"] = state[key + "m"] + np.einsum("bhsd,bhse->bhde", k, v)
+        state[key + "z"] = state[key + "z"] + k.sum(axis=2)
+        state[key + "used"] = state[key + "used"] | new.valid.any(axis=1)
+
+
+def _elu_plus_one(x):
+    return np.where(x > 0, x + 1, np.exp(np.minimum(x, 0)))
+
+
+class Memorizing(Memory):
+    """Memorizing Transformers (arXiv 2203.08913): every key and value of one layer, the k best a query, a gate a head."""
+
+    def __init__(self, *, k=4, site="decoder"):
+        self.k = k
+        self.spec = MemorySpec(sites=frozenset({site}), layers=(-1,), needs=frozenset({"query"}))
+
+    def parameters(self, dims):
+        plain = {"lr_factor": 10.0, "weight_decay": False}
+        return {"gate": Param((dims.n_heads,), 0.0, **plain), "scale": Param((dims.n_heads,), np.full(dims.n_heads, 4.0), **plain)}
+
+    def start(self, batch, dims):
+        rows = np.zeros((batch, 0, dims.n_kv_heads, dims.d_head), dims.dtype)
+        return {"k": rows, "v": rows, "valid": np.zeros((batch, 0), bool)}
+
+    def read(self, state, site, layer, query):
+        if not state["valid"].shape[1]:
+            return None
+        q = _unit(query.heads)
+        scores = np.einsum("bhtd,bshd->bhts", q, state["k"]) * state.params["scale"][:, None, None]
+        scores = np.where(state["valid"][:, None, None], scores, -1e9)
+        best = np.argsort(-scores, axis=-1, kind="stable")[..., : self.k]
+        weights = np.exp(np.take_along_axis(scores, best, -1) - np.max(scores, axis=-1, keepdims=True))
+        b, h = np.ogrid[: len(best), : best.shape[1]]
+        found = np.einsum("bhtk,bhtkd->bhtd", weights, state["v"][b[..., None, None], best, h[..., None, None]])
+        return Side(found / np.sum(weights, axis=-1, keepdims=True), "gate", state.params["gate"], state["valid"].any(axis=1))
+
+    def write(self, state, site, layer, new):
+        k, v = (np.swapaxes(x, 1, 2) for x in new.project(new.hidden))
+        for name, rows in (("k", _unit(k)), ("v", v), ("valid", new.valid)):
+            state[name] = np.concatenate([state[name], rows], axis=1)
+
+
+def _unit(x):
+    return x / np.sqrt(np.sum(x * x, axis=-1, keepdims=True) + 1e-12)
+
+
+class NearestTokens(Memory):
+    """kNN-LM (arXiv 1911.00172): what followed where the decoder's output was most like this one."""
+
+    def __init__(self, *, k=8, share=0.25, temperature=1.0):
+        self.k, self.share, self.temperature = k, share, temperature
+        self.spec = MemorySpec(sites=frozenset({"decoder"}), needs=frozenset({"hidden", "tokens"}))
+
+    def start(self, batch, dims):
+        return {
+            "keys": np.zeros((batch, 0, dims.d_model), dims.dtype),
+            "tokens": np.zeros((batch, 0), np.int64),
+            "valid": np.zeros((batch, 0), bool),
+        }
+
+    def write(self, state, site, layer, new):
+        if layer == state.dims.layers["decoder"] and new.targets is not None:
+            for name, rows in (("keys", new.hidden), ("tokens", new.targets), ("valid", new.valid)):
+                state[name] = np.concatenate([state[name], rows], axis=1)
+
+    def logits(self, state, hidden, log_probs):
+        if not state["valid"].shape[1]:
+            return None
+        distance = ((hidden[:, :, None] - state["keys"][:, None]) ** 2).sum(axis=-1)
+        distance = np.where(state["valid"][:, None], distance, 1e30)
+        nearest = np.argsort(distance, axis=-1, kind="stable")[..., : self.k]
+        distance = np.take_along_axis(distance, nearest, -1)
+        some = state["valid"].any(axis=1)[:, None, None]
+        weights = np.exp((distance.min(axis=-1, keepdims=True) - distance) / self.temperature)
+        found, (b, t) = np.zeros_like(log_probs), np.ogrid[: len(hidden), : hidden.shape[1]]
+        np.add.at(
+            found, (b[..., None], t[..., None], state["tokens"][b[..., None], nearest]), weights / weights.sum(axis=-1, keepdims=True)
+        )
+        mixed = np.log((1 - self.share) * np.exp(log_probs) + self.share * found)
+        return np.where(some, mixed, log_probs)
+
+
+class Unlimiformer(Memory):
+    """Unlimiformer (arXiv 2305.01625): the decoder's cross-attention sees the k best encoder outputs of all that was read,
+    each query and head its own; a first segment is seen as it is."""
+
+    def __init__(self, *, k=4):
+        self.k = k
+        self.spec = MemorySpec(sites=frozenset({"cross"}), needs=frozenset({"query"}), merge="replace")
+
+    def start(self, batch, dims):
+        return {"hidden": np.zeros((batch, 0, dims.d_model), dims.dtype), "valid": np.zeros((batch, 0), bool)}
+
+    def read(self, state, site, layer, query):
+        if not state["valid"].shape[1]:
+            return None
+        scores = np.einsum("bhtd,bsd->bhts", query.hidden(), state["hidden"])
+        scores = np.where(state["valid"][:, None, None], scores, -np.inf)
+        return View(("hidden", state["hidden"]), state["valid"], index=np.argsort(-scores, axis=-1, kind="stable")[..., : self.k])
+
+    def write(self, state, site, layer, new):
+        for name, rows in (("hidden", new.hidden), ("valid", new.valid)):
+            state[name] = np.concatenate([state[name], rows], axis=1)
+
+
+PUBLISHED = {
+    "transformer_xl": TransformerXL,
+    "transformer_xl_rows": lambda: TransformerXL(gradient="rows"),
+    "heavy_hitters": HeavyHitters,
+    "infini": Infini,
+    "memorizing": Memorizing,
+    "nearest_tokens": NearestTokens,
+    "unlimiformer": Unlimiformer,
+}

@@ -1,0 +1,302 @@
+"""What the contract promises of every memory, and that published memories can be written against it alone.
+
+The kit (mini_tfm/testing) checks most of it on any strategy; here it is run on the published ones, and what needs a
+number of its own is shown with one.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import mini_tfm as mt
+from mini_tfm.autodiff import Var, backward, value_of
+from mini_tfm.memory import Stack
+from mini_tfm.testing import check_memory
+from mini_tfm.testing.trial import LENGTH, Reader, Trial, random_segments, small_model
+from mini_tfm.train import Trainer
+
+sys.path.insert(0, str(Path(__file__).parent))
+from strategies import PUBLISHED, HeavyHitters, Infini, Memorizing, NearestTokens, TransformerXL
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_memories_fit_the_contract(name):
+    check_memory(PUBLISHED[name])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", [Infini, Memorizing])
+def test_published_memories_fit_in_an_encoder_too(strategy):
+    check_memory(lambda: strategy(site="encoder"))
+
+
+# A memory that holds everything is attention over everything
+
+
+def decoder(positions, **changes):
+    sizes = {"vocab_size": 24, "d_model": 16, "n_heads": 4, "n_encoder_layers": 0, "n_decoder_layers": 2, "d_ff": 32}
+    relative = {"relative_buckets": 8, "relative_max_distance": 16}
+    return mt.Transformer(mt.Config(**{**sizes, **relative, "positions": positions, **changes}), seed=3, dtype=np.float64)
+
+
+def log_probs_in_chunks(model, memory, tokens, chunk):
+    reader = Reader(model, memory, len(tokens))
+    return np.concatenate([reader.read(tokens[:, i : i + chunk]) for i in range(0, tokens.shape[1], chunk)], axis=1)
+
+
+TOKENS = np.random.default_rng(5).integers(3, 24, (2, 14))
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 5, 13])
+@pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 2, "norm_position": "post"}], ids=["plain", "grouped"])
+@pytest.mark.parametrize("positions", ["rotary", "relative", "none"])
+def test_a_window_as_long_as_the_text_equals_full_attention(positions, changes, chunk):
+    model = decoder(positions, **changes)
+    whole = log_probs_in_chunks(model, None, TOKENS, 14)
+    np.testing.assert_allclose(log_probs_in_chunks(model, mt.memory("window", size=14), TOKENS, chunk), whole, atol=1e-10)
+    assert np.max(np.abs(log_probs_in_chunks(model, mt.memory("window", size=2), TOKENS, chunk) - whole)) > 1e-4
+
+
+@pytest.mark.parametrize("chunk", [3, 5])
+@pytest.mark.parametrize("positions", ["rotary", "relative", "none"])
+def test_a_store_that_finds_everything_equals_dense_attention(positions, chunk):
+    model = decoder(positions)
+    whole = log_probs_in_chunks(model, None, TOKENS, 14)
+    for top_k in (13, 14, 1000):
+        np.testing.assert_allclose(log_probs_in_chunks(model, mt.memory("store", top_k=top_k), TOKENS, chunk), whole, atol=1e-10)
+    assert np.max(np.abs(log_probs_in_chunks(model, mt.memory("store", top_k=1), TOKENS, chunk) - whole)) > 1e-4
+
+
+@pytest.mark.parametrize("positions", ["rotary", "relative", "none"])
+def test_window_and_store_together_equal_dense_attention(positions):
+    """What the window drops is in the store, and nothing is seen twice."""
+    model = decoder(positions)
+    whole = log_probs_in_chunks(model, None, TOKENS, 14)
+    for size in (1, 4, 9):
+        stack = mt.memory(f"window:size={size}+store:top_k=20")
+        np.testing.assert_allclose(log_probs_in_chunks(model, stack, TOKENS, 3), whole, atol=1e-10)
+
+
+@pytest.mark.parametrize("positions", ["rotary", "relative", "none"])
+def test_ragged_rows_are_remembered_where_they_stand(positions):
+    """Rows of 14 and 9 tokens, cut at places of their own, both equal full attention."""
+    model = decoder(positions)
+    whole = log_probs_in_chunks(model, None, TOKENS, 14)
+    reader, at = Reader(model, mt.memory("window", size=14), 2), np.zeros(2, int)
+    for lengths in ([5, 2], [0, 4], [4, 0], [5, 3]):
+        tokens = np.zeros((2, 5), np.int64)
+        for b, n in enumerate(lengths):
+            tokens[b, :n] = TOKENS[b, at[b] : at[b] + n]
+        out = reader.read(tokens, lengths)
+        for b, n in enumerate(lengths):
+            np.testing.assert_allclose(out[b, :n], whole[b, at[b] : at[b] + n], atol=1e-10)
+        at += lengths
+    assert reader.run.start.tolist() == at.tolist() == [14, 9]
+
+
+def test_sinks_stay_and_the_rest_slides():
+    model = decoder("rotary")
+    reader = Reader(model, mt.memory("window", size=6, sinks=2), 2)
+    for i in range(0, 12, 3):
+        reader.read(TOKENS[:, i : i + 3])
+    assert reader.run.states[0]["decoder.1.positions"].tolist() == [[0, 1, 8, 9, 10, 11]] * 2
+
+
+# Generation
+
+
+@pytest.mark.parametrize("text", ["window:size=7,site=all", "recurrent:tokens=3", "recurrent:tokens=2,site=decoder", "store:top_k=3"])
+@pytest.mark.parametrize("kind", ["encoder-decoder", "decoder-only"])
+def test_token_by_token_equals_the_segment(text, kind):
+    trial = Trial(lambda: mt.memory(text), kind)
+    reader = trial.reader(2)
+    for tokens in random_segments(2, 3):
+        one_by_one = reader.copy().token_by_token(tokens)
+        np.testing.assert_allclose(one_by_one, reader.read(tokens), atol=1e-10)
+
+
+def test_rows_to_be_written_stand_behind_the_text_of_each_row():
+    """Padding of a batch does not move them (regression)."""
+    for kind in ("encoder-decoder", "decoder-only"):
+        trial = Trial(lambda: mt.memory("recurrent", tokens=2, site="decoder"), kind)
+        together, alone = trial.reader(2), trial.reader(1)
+        for tokens in random_segments(2, 3):
+            out = together.read(tokens, [LENGTH, 2])
+            np.testing.assert_allclose(out[1:, :2], alone.read(tokens[1:, :2]), atol=1e-10)
+
+
+# Training
+
+
+def gradient(trial, segments, every):
+    """Of all weights together, for gradients that stop after `every` segments."""
+    w = {name: Var(weight) for name, weight in trial.model.weights.items()}
+    reader, total = trial.reader(segments.shape[1], w), 0.0
+    for t, tokens in enumerate(segments):
+        if every and t and t % every == 0:
+            reader.run.detach()
+        hidden = reader.hidden(tokens)
+        total = total + (hidden * hidden * np.cos(np.arange(hidden.size).reshape(hidden.shape))).sum()
+    backward(total)
+    return np.concatenate([(x.grad if x.grad is not None else np.zeros(x.shape)).ravel() for x in w.values()])
+
+
+@pytest.mark.parametrize("kind", ["encoder-decoder", "decoder-only"])
+def test_another_depth_of_truncation_gives_other_gradients(kind):
+    segments = random_segments(2, 4)
+    trial = Trial(lambda: mt.memory("recurrent", tokens=2), kind)
+    one, two, four, full = (gradient(trial, segments, every) for every in (1, 2, 4, None))
+    assert np.max(np.abs(one - two)) > 1e-3
+    assert np.max(np.abs(two - full)) > 1e-3
+    np.testing.assert_array_equal(four, full)
+    window = Trial(lambda: mt.memory("window", size=8), kind)
+    np.testing.assert_array_equal(gradient(window, segments, 1), gradient(window, segments, None))
+
+
+def test_the_trainer_truncates_where_it_is_told():
+    losses = []
+    for bptt_segments in (1, 2, None):
+        model = small_model("decoder-only", np.float32)
+        trainer = Trainer(model, mt.memory("recurrent", tokens=2), learning_rate=1e-2, bptt_segments=bptt_segments)
+        tokens = np.moveaxis(random_segments(2, 4), 0, 1)
+        losses.append([trainer.step(None, tokens) for _ in range(3)])
+    assert losses[0][0] == losses[1][0] == losses[2][0]  # the first loss is that of the same weights
+    assert len({tuple(x) for x in losses}) == 3
+
+
+@pytest.mark.parametrize("bptt_segments", [1, None])
+def test_what_a_memory_starts_from_is_trained(bptt_segments):
+    """However soon gradients stop (regression)."""
+    model = small_model("decoder-only", np.float32)
+    trainer = Trainer(model, mt.memory("recurrent", tokens=2), learning_rate=1e-2, bptt_segments=bptt_segments)
+    before = model.weights["memory.recurrent.tokens"].copy()
+    trainer.step(None, np.moveaxis(random_segments(2, 3), 0, 1))
+    assert (model.weights["memory.recurrent.tokens"] != before).all()
+
+
+def test_the_gate_moves():
+    model = small_model("decoder-only", np.float32)
+    trainer = Trainer(model, mt.memory("store", top_k=3, merge="gate"), learning_rate=1e-2, schedule="constant")
+    tokens = np.moveaxis(random_segments(4, 4), 0, 1)
+    gate = model.weights["memory.store.gate"]
+    assert gate.tolist() == [0, 0]
+    for _ in range(8):
+        trainer.step(None, tokens)
+    assert np.max(np.abs(gate)) > 0.1  # at the model's own rate it could have moved by 0.08 at most
+
+
+def test_an_optional_gate_closes_a_memory():
+    trial = Trial(lambda: mt.memory("store", top_k=3, merge="gate"), "decoder-only")
+    trial.model.weights["memory.store.gate"][:] = -80
+    reader, plain = trial.reader(2), trial.reader(2, without=True)
+    for tokens in random_segments(2, 3):
+        np.testing.assert_allclose(reader.read(tokens), plain.read(tokens), atol=1e-12)
+
+
+# The published ones, against what their papers say
+
+
+def test_transformer_xl_is_the_window_of_the_last_rows():
+    model = decoder("relative")
+    a, b = (log_probs_in_chunks(model, memory, TOKENS, 4) for memory in (TransformerXL(size=6), mt.memory("window", size=6)))
+    np.testing.assert_array_equal(a, b)
+
+
+def test_transformer_xl_may_let_gradients_through():
+    segments = random_segments(2, 3)
+    cut, open_ = (gradient(Trial(lambda g=g: TransformerXL(gradient=g), "decoder-only"), segments, None) for g in ("none", "rows"))
+    assert np.max(np.abs(cut - open_)) > 1e-3
+
+
+def test_heavy_hitters_keep_the_rows_that_received_most():
+    memory = HeavyHitters(size=4, recent=1, sinks=1)
+    scores = np.array([[1.0, 2.0, 9.0, 1.0, 4.0, 0.0]])
+    positions = np.arange(6)[None]
+    assert np.sort(np.argsort(-memory.keep(scores, positions)[0], kind="stable")[:4]).tolist() == [0, 2, 4, 5]
+
+
+def test_the_mass_told_is_the_attention_of_the_queries_that_count():
+    """Summed over heads and real queries: each query of each head gives 1 to its segment and its memory together."""
+    told = []
+
+    class Told(HeavyHitters):
+        def write(self, state, site, layer, new):
+            total = np.where(new.valid, new.mass, 0).sum(axis=1) + (0 if new.view_mass is None else new.view_mass.sum(axis=1))
+            told.append((layer, total, new.mass.shape, new.valid.shape))
+            return super().write(state, site, layer, new)
+
+    reader = Reader(decoder("rotary"), Told(size=6), 2)
+    for i in range(0, 12, 4):
+        reader.read(TOKENS[:, i : i + 4], [4, 3])
+    assert len(told) == 6
+    for _, total, mass, valid in told:
+        assert mass == valid
+        np.testing.assert_allclose(total, [4 * 4, 3 * 4], atol=1e-9)
+
+
+def test_mass_is_of_the_text_alone_where_memory_rows_join_the_sequence():
+    """`recurrent` puts rows before and behind the text; the mass of `write` must be the text's (regression)."""
+    shapes = []
+
+    class Told(HeavyHitters):
+        def write(self, state, site, layer, new):
+            shapes.append((new.mass.shape, new.valid.shape))
+            return super().write(state, site, layer, new)
+
+    model = decoder("rotary")
+    recurrent = mt.memory("recurrent:tokens=3")
+    model.add_memory_weights(recurrent)
+    log_probs_in_chunks(model, Stack([recurrent, Told(size=6)]), TOKENS, 4)
+    assert all(mass == valid for mass, valid in shapes)
+
+
+def test_a_memory_that_asks_for_mass_can_generate():
+    """The cache grows, the mass does not (regression)."""
+    trial = Trial(lambda: HeavyHitters(site="all"), "encoder-decoder")
+    reader = trial.reader(2)
+    for tokens in random_segments(2, 2):
+        np.testing.assert_allclose(reader.copy().token_by_token(tokens), reader.read(tokens), atol=1e-10)
+
+
+def test_infini_holds_the_sum_of_outer_products():
+    trial = Trial(Infini, "decoder-only")
+    projected = []
+
+    class Spy(Infini):
+        def write(self, state, site, layer, new):
+            if layer == 1:
+                projected.append([value_of(x) for x in new.project(new.hidden)])
+            super().write(state, site, layer, new)
+
+    reader = trial.reader(1, memory=Spy())
+    for tokens in random_segments(1, 3):
+        reader.read(tokens)
+    k, v = (np.concatenate(x, axis=2) for x in zip(*projected, strict=True))
+    k = np.where(k > 0, k + 1, np.exp(np.minimum(k, 0)))
+    np.testing.assert_allclose(reader.run.states[0]["decoder.1.m"], np.swapaxes(k, 2, 3) @ v, atol=1e-12)
+
+
+def test_nearest_tokens_make_a_repeated_text_likelier():
+    model = decoder("none")
+    rng = np.random.default_rng(0)
+    tokens = np.tile(rng.integers(3, 24, (1, 8)), (1, 2))
+    with_it, without = (log_probs_in_chunks(model, memory, tokens, 4) for memory in (NearestTokens(k=1, temperature=0.1), None))
+    second = np.arange(8, 16)
+    likelier = with_it[0, second, tokens[0, second]] - without[0, second, tokens[0, second]]
+    assert likelier.mean() > 0.5
+    np.testing.assert_array_equal(with_it[:, :4], without[:, :4])
+    np.testing.assert_allclose(np.exp(with_it).sum(axis=-1), 1, atol=1e-12)
+
+
+def test_memorizing_takes_part_in_the_top_layer_only():
+    calls = []
+
+    class Spy(Memorizing):
+        def read(self, state, site, layer, query):
+            calls.append(layer)
+            return super().read(state, site, layer, query)
+
+    Trial(Spy, "decoder-only").reader(1).read(random_segments(1, 1)[0])
+    assert calls == [1]

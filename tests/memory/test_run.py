@@ -1,0 +1,456 @@
+"""A memory at work: rows of the batch, dump and load, what is told to whom, and every nonsense that is stopped before C."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import mini_tfm as mt
+from mini_tfm.autodiff import Var
+from mini_tfm.errors import FileProblem, InvalidValue, PluginError
+from mini_tfm.memory import Evicted, Memory, MemorySpec, Param, RowMemory, Rows, Side, Stack, View
+from mini_tfm.memory.run import select_rows
+from mini_tfm.testing.trial import LENGTH, Reader, Trial, random_segments, small_model
+
+MODEL = small_model("decoder-only")
+SEGMENTS = random_segments(2, 4)
+H, D, WIDTH = MODEL.config.n_heads, MODEL.config.d_head, MODEL.config.d_model
+
+
+class Hostile(Memory):
+    """Does what `tricks` say, method by method; else it keeps rows of zeros."""
+
+    def __init__(self, site="decoder", needs=("query",), **tricks):
+        self.spec = MemorySpec(sites=frozenset({site}), needs=frozenset(needs))
+        self.tricks = tricks
+        self.name = "hostile"
+
+    def _do(self, method, default, *args):
+        trick = self.tricks.get(method, default)
+        return trick(*args) if callable(trick) else trick
+
+    def parameters(self, dims):
+        return self._do("parameters", {})
+
+    def start(self, batch, dims):
+        return self._do("start", {"rows": np.zeros((batch, 2))})
+
+    def begin(self, state, segment):
+        return self._do("begin", None)
+
+    def view(self, state, site, layer, segment):
+        return self._do("view", None)
+
+    def read(self, state, site, layer, query):
+        return self._do("read", None)
+
+    def write(self, state, site, layer, new):
+        return self._do("write", None, state)
+
+    def end(self, state, rows):
+        return self._do("end", None)
+
+    def logits(self, state, hidden, log_probs):
+        return self._do("logits", None, log_probs)
+
+    def flush(self, state):
+        return self._do("flush", None)
+
+
+def good_view(**changes):
+    view = View(("hidden", np.zeros((2, 3, WIDTH))), np.ones((2, 3), bool), positions=np.zeros((2, 3), np.int64))
+    return dataclasses.replace(view, **changes)
+
+
+def hidden(*shape, dtype=np.float64, value=0.0):
+    return {"bank": ("hidden", np.full(shape, value, dtype))}
+
+
+KV = np.zeros((2, H, 3, D))
+LOG_PROBS = np.full((2, LENGTH, 24), -np.log(24))
+
+# method, what it returns, what the message must say
+HOSTILE = [
+    ("view", 7, "expected a View, a Side or None, got int"),
+    ("view", np.zeros(3), "expected a View, a Side or None, got ndarray"),
+    ("view", (good_view(),), "expected a View, a Side or None, got tuple"),
+    ("view", good_view(bank=None), "bank: expected ('hidden', X) or ('kv', K, V)"),
+    ("view", good_view(bank=()), "bank: expected ('hidden', X) or ('kv', K, V)"),
+    ("view", good_view(bank=("hidden",)), "bank: expected ('hidden', X) or ('kv', K, V)"),
+    ("view", good_view(bank=("rows", KV)), "bank: expected ('hidden', X) or ('kv', K, V)"),
+    ("view", good_view(bank=("hidden", None)), "bank: expected an array, got NoneType"),
+    ("view", good_view(bank=("hidden", [[1.0]])), "bank: expected an array, got list"),
+    ("view", good_view(**hidden(2, 3)), "bank: expected shape (2, any, 8), got (2, 3)"),
+    ("view", good_view(**hidden(1, 3, WIDTH)), "bank: expected shape (2, any, 8), got (1, 3, 8)"),
+    ("view", good_view(**hidden(2, 3, WIDTH + 1)), "bank: expected shape (2, any, 8), got (2, 3, 9)"),
+    ("view", good_view(**hidden(2, 3, WIDTH, dtype=np.float32)), "bank: expected float64, as the model has, got float32"),
+    ("view", good_view(**hidden(2, 3, WIDTH, dtype=np.int64)), "bank: expected floating point, got int64"),
+    ("view", good_view(**hidden(2, 3, WIDTH, dtype=object)), "bank: expected floating point, got object"),
+    ("view", good_view(**hidden(2, 3, WIDTH, dtype=complex)), "bank: expected floating point, got complex128"),
+    ("view", good_view(**hidden(2, 3, WIDTH, value=np.nan)), "bank: holds NaN or infinity"),
+    ("view", good_view(**hidden(2, 3, WIDTH, value=np.inf)), "bank: holds NaN or infinity"),
+    ("view", good_view(bank=("kv", KV)), "bank: expected ('hidden', X) or ('kv', K, V)"),
+    ("view", good_view(bank=("kv", KV, KV[:, :, :2])), "bank V: expected shape (2, 2, 3, 4), got (2, 2, 2, 4)"),
+    ("view", good_view(bank=("kv", KV[:, :1], KV)), "bank K: expected shape (2, 2, 3, 4), got (2, 1, 3, 4)"),
+    ("view", good_view(bank=("kv", KV[0], KV)), "bank K: expected shape (2, 2, any, 4), got (2, 3, 4)"),
+    ("view", good_view(valid=None), "valid: expected an array, got NoneType"),
+    ("view", good_view(valid=np.ones((2, 2), bool)), "valid: expected shape (2, 3), got (2, 2)"),
+    ("view", good_view(valid=np.ones((2, 3))), "valid: expected bool, got float64"),
+    ("view", good_view(positions=np.zeros((2, 3))), "positions: expected integer, got float64"),
+    ("view", good_view(positions=np.zeros(3, np.int64)), "positions: expected shape (2, 3), got (3,)"),
+    ("view", good_view(index=[[0], [1]]), "index: expected an array or None, got list"),
+    ("view", good_view(index=np.array([[0], [3]])), "index: expected -1 to 2, got 0 to 3"),
+    ("view", good_view(index=np.array([[0], [-2]])), "index: expected -1 to 2, got -2 to 0"),
+    ("view", good_view(index=np.array([[0.0], [1.0]])), "index: expected integer, got float64"),
+    ("view", good_view(index=np.array([0, 1])), "index: expected shape (2, 2, 5, any), got (2,)"),
+    ("view", good_view(index=np.zeros((2, H, LENGTH + 1, 1), np.int64)), "index: expected shape (2, 2, 5, any), got (2, 2, 6, 1)"),
+    ("view", good_view(index=np.zeros((2, H + 1, LENGTH, 1), np.int64)), "index: expected shape (2, 2, 5, any), got (2, 3, 5, 1)"),
+    ("view", good_view(index=np.zeros((3, 1), np.int64)), "index: expected shape (2, any), got (3, 1)"),
+    ("view", good_view(bias=np.zeros((2, H, LENGTH, 4))), "bias: expected a shape that broadcasts to (2, 2, 5, 3), got (2, 2, 5, 4)"),
+    ("view", good_view(bias=np.zeros((1, 2, H, LENGTH, 3))), "bias: expected a shape that broadcasts to (2, 2, 5, 3)"),
+    ("view", good_view(bias=np.full(3, np.nan)), "bias: holds NaN or infinity"),
+    ("view", good_view(bias=np.full(3, np.inf)), "bias: holds NaN or infinity"),
+    ("view", good_view(bias=np.zeros(3, np.float32)), "bias: expected float64, got float32"),
+    ("view", good_view(bias=0.5), "bias: expected an array or None, got float"),
+    ("view", good_view(merge="average"), "merge: expected one of joint, gate, add, replace, got 'average'"),
+    ("view", good_view(merge="gate"), "gate: expected (H,) logits with merge='gate', got None"),
+    ("view", good_view(merge="gate", gate=np.zeros(3)), "gate: expected shape (2,), got (3,)"),
+    ("view", good_view(merge="gate", gate=np.full(2, np.nan)), "gate: holds NaN or infinity"),
+    ("read", [], "expected a View, a Side or None, got list"),
+    ("read", Side(None), "output: expected an array, got NoneType"),
+    ("read", Side(np.zeros((2, H, 1, D))), "output: expected shape (2, 2, 5, 4), got (2, 2, 1, 4)"),
+    ("read", Side(np.full((2, H, LENGTH, D), np.nan)), "output: holds NaN or infinity"),
+    ("read", Side(np.zeros((2, H, LENGTH, D), np.float32)), "output: expected float64, as the model has, got float32"),
+    ("read", Side(np.zeros((2, H, LENGTH, D)), "joint"), "merge: a Side cannot be 'joint', it has no scores"),
+    ("read", Side(np.zeros((2, H, LENGTH, D)), "gate"), "gate: expected (H,) logits with merge='gate', got None"),
+    ("read", Side(np.zeros((2, H, LENGTH, D)), valid=np.ones(3, bool)), "valid: expected shape (2,), got (3,)"),
+    ("begin", np.zeros((2, 1, WIDTH)), "expected Rows or None, got ndarray"),
+    ("begin", Rows(np.zeros((2, WIDTH))), "values: expected shape (2, any, 8), got (2, 8)"),
+    ("begin", Rows(np.zeros((2, 1, WIDTH), np.float32)), "values: expected float64, as the model has, got float32"),
+    ("begin", Rows(np.full((2, 1, WIDTH), np.inf)), "values: holds NaN or infinity"),
+    ("begin", Rows(np.zeros((2, 1, WIDTH)), "behind"), "where: 'behind' is not possible here"),
+    ("write", True, "expected Evicted or None, got bool"),
+    ("write", Evicted("decoder", 0, np.zeros((2, 3)), None, None), "hidden: expected shape (2, any, 8), got (2, 3)"),
+    ("write", Evicted("decoder", 0, np.zeros((2, 1, WIDTH)), None, None), "valid: expected an array, got NoneType"),
+    ("write", Evicted("decoder", 0, KV[:, 0].repeat(2, 2), KV[:, 0, :, 0] == 0, np.zeros((2, 2), int)), "positions: expected shape (2, 3)"),
+    ("write", lambda state: state.update(rows=None), "state['rows']: expected an array of 2 rows of numbers or bools, got NoneType"),
+    ("write", lambda state: state.update(rows=np.zeros((3, 1))), "state['rows']: expected an array of 2 rows"),
+    ("write", lambda state: state.update(rows=np.zeros(())), "state['rows']: expected an array of 2 rows"),
+    ("write", lambda state: state.update(rows=np.array(["a", "b"])), "got shape (2,), <U1"),
+    ("write", lambda state: state.update({7: np.zeros(2)}), "state: expected names, got 7"),
+    ("start", None, "expected a mapping of arrays, got NoneType"),
+    ("start", [np.zeros(2)], "expected a mapping of arrays, got list"),
+    ("start", {"rows": [1, 2]}, "state['rows']: expected an array of 2 rows of numbers or bools, got list"),
+    ("start", {"rows": np.zeros((1, 2))}, "state['rows']: expected an array of 2 rows of numbers or bools, got shape (1, 2), float64"),
+    ("logits", LOG_PROBS[:1], "expected shape (2, 5, 24), got (1, 5, 24)"),
+    ("logits", LOG_PROBS.tolist(), "expected an array or None, got list"),
+    ("logits", LOG_PROBS * np.nan, "expected numbers, got float64 or NaN"),
+    ("logits", LOG_PROBS + 1, "expected log-probabilities, whose exponentials sum to 1"),
+]
+
+
+@pytest.mark.parametrize(("method", "returned", "told"), HOSTILE, ids=[f"{i}-{row[0]}" for i, row in enumerate(HOSTILE)])
+def test_nonsense_is_stopped_before_it_is_computed_with(method, returned, told):
+    with pytest.raises(PluginError) as caught:
+        Reader(MODEL, Hostile(**{method: returned}), 2).read(SEGMENTS[0])
+    place = "" if method in ("start", "logits") else ", site decoder"
+    place += ", layer 0" if method in ("view", "read", "write") else ""
+    who = "memory 'hostile' (" + f"{Hostile.__module__}.Hostile) failed in {method}{place}, segment 0: "
+    assert str(caught.value).startswith(who) and told in str(caught.value)
+
+
+def test_a_good_view_is_taken_and_an_index_may_be_of_any_integers():
+    for index in (None, np.array([[0, -1], [2, 1]], np.int32), np.zeros((2, H, LENGTH, 2), np.int16)):
+        assert np.isfinite(Reader(MODEL, Hostile(view=good_view(index=index)), 2).read(SEGMENTS[0])).all()
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 1, 1, 3), (2, 1, 1, 3), (1, H, 1, 3), (2, H, LENGTH, 3), (1, 1, 1, 1)])
+def test_a_bias_goes_with_the_rows_that_an_index_takes(shape):
+    """(regression)"""
+    rng = np.random.default_rng(0)
+    bank, bias = ("hidden", rng.standard_normal((2, 3, WIDTH))), rng.standard_normal(shape)
+    index = np.array([[2, 0], [-1, 1]])
+    valid = np.ones((2, 3), bool)
+    view = View(bank, valid, bias=bias, positions=np.arange(3)[None].repeat(2, 0))
+    hides = view.valid & (np.arange(3) == index[:, :, None]).any(axis=1)
+    outs = [
+        Reader(MODEL, Hostile(view=dataclasses.replace(view, **changes)), 2).read(SEGMENTS[0])
+        for changes in ({"index": index}, {"valid": hides}, {"index": index, "bias": None})
+    ]
+    np.testing.assert_allclose(outs[0], outs[1], atol=1e-12)
+    assert bias.size == 1 or np.max(np.abs(outs[0] - outs[2])) > 1e-6
+
+
+PARAMETERS = [
+    (None, "parameters: expected a mapping, got NoneType"),
+    ({"a": np.zeros(3)}, "parameters['a']: expected a Param, got ndarray"),
+    ({3: Param((1,))}, "parameters: expected names, got 3"),
+    ({"": Param((1,))}, "parameters: expected names, got ''"),
+    ({"a": Param([2])}, "parameters['a']: shape: expected a tuple of sizes, got [2]"),
+    ({"a": Param((-1,))}, "parameters['a']: shape: expected a tuple of sizes, got (-1,)"),
+    ({"a": Param((2.0,))}, "parameters['a']: shape: expected a tuple of sizes, got (2.0,)"),
+    ({"a": Param((2,), init=np.zeros(3))}, "parameters['a']: init: expected shape (2,), got (3,)"),
+    ({"a": Param((2,), init=np.full(2, np.nan))}, "parameters['a']: init: holds NaN or infinity"),
+    ({"a": Param((2,), init=-1.0)}, "parameters['a']: init: expected a standard deviation or an array, got -1.0"),
+    ({"a": Param((2,), init="zeros")}, "parameters['a']: init: expected a standard deviation or an array, got 'zeros'"),
+    ({"a": Param((2,), lr_factor=float("nan"))}, "parameters['a']: lr_factor: expected a number of at least 0, got nan"),
+    ({"a": Param((2,), weight_decay="no")}, "parameters['a']: weight_decay: expected True or False, got 'no'"),
+]
+
+
+@pytest.mark.parametrize(("returned", "told"), PARAMETERS)
+def test_nonsense_parameters_are_refused(returned, told):
+    with pytest.raises(PluginError, match=r"memory 'hostile' .* failed in parameters, segment 0: ") as caught:
+        small_model("decoder-only").add_memory_weights(Hostile(parameters=lambda: returned))
+    assert told in str(caught.value)
+
+
+# Blame
+
+
+def raising(error):
+    def trick(*args):
+        raise error
+
+    return trick
+
+
+@pytest.mark.parametrize("error", [ValueError("boom"), SystemExit(3), RecursionError("deep"), MemoryError(), AssertionError()], ids=repr)
+@pytest.mark.parametrize("method", ["start", "begin", "view", "read", "write", "logits"])
+def test_whatever_a_strategy_raises_is_told_with_its_place_and_kept(method, error):
+    class Mine(Hostile):
+        pass
+
+    mt.register_memory("blamed", lambda: Mine(**{method: raising(error)}))
+    made = mt.memory("blamed")
+    with pytest.raises(PluginError) as caught:
+        Reader(MODEL, made, 2).read(SEGMENTS[0])
+    place = {"start": "", "begin": ", site decoder", "logits": ""}.get(method, ", site decoder, layer 0")
+    told = f"{type(error).__name__}: {error}"
+    assert str(caught.value) == f"memory 'blamed' (registered in this process) failed in {method}{place}, segment 0: {told}"
+    assert caught.value.__cause__ is error
+
+
+def test_the_segment_is_counted_and_end_and_flush_are_blamed_too():
+    reader = Reader(MODEL, Hostile(begin=Rows(np.zeros((2, 1, WIDTH))), end=None, flush=raising(OSError("full"))), 2)
+    reader.read(SEGMENTS[0])
+    with pytest.raises(PluginError, match="failed in flush, segment 1: OSError: full"):
+        reader.run.flush()
+    reader.run.members[0].tricks["end"] = raising(ValueError("late"))
+    with pytest.raises(PluginError, match="failed in end, site decoder, segment 1: ValueError: late"):
+        reader.read(SEGMENTS[1])
+
+
+def test_an_absorbing_memory_is_blamed_for_absorbing():
+    class Absorbs(Hostile):
+        def absorb(self, state, evicted):
+            raise ValueError("full up")
+
+    window = mt.memory("window", size=2)
+    with pytest.raises(PluginError, match="failed in absorb, site decoder, layer 0, segment 0: ValueError: full up"):
+        Reader(MODEL, Stack([window, Absorbs()]), 2).read(SEGMENTS[0])
+
+
+def test_what_a_strategy_tells_the_user_on_purpose_keeps_its_kind():
+    class Odd(FileProblem):
+        def __init__(self, path, number):
+            super().__init__(f"{path} {number}")
+
+    for error, kind in ((FileProblem("path: full"), FileProblem), (InvalidValue("width"), InvalidValue), (Odd("a", 1), FileProblem)):
+        with pytest.raises(kind, match=r"memory 'hostile' .* failed in view, site decoder, layer 0, segment 0: ") as caught:
+            Reader(MODEL, Hostile(view=raising(error)), 2).read(SEGMENTS[0])
+        assert caught.value.__cause__ is error
+
+
+def test_interrupts_are_nobodys_fault():
+    with pytest.raises(KeyboardInterrupt):
+        Reader(MODEL, Hostile(view=raising(KeyboardInterrupt())), 2).read(SEGMENTS[0])
+
+
+# What the library owns
+
+
+@pytest.mark.parametrize("text", ["window:size=8,site=all", "recurrent:tokens=2", "store:top_k=3", "window:size=4+store:top_k=3"])
+@pytest.mark.parametrize("kind", ["encoder-decoder", "decoder-only"])
+class TestRows:
+    def readers(self, text, kind, *batches):
+        trial = Trial(lambda: mt.memory(text), kind)
+        return [trial.reader(batch) for batch in batches]
+
+    def test_reset_forgets_the_rows_and_no_others(self, text, kind):
+        reader, steady, fresh = self.readers(text, kind, 3, 3, 3)
+        tokens = random_segments(3, 3)
+        for segment in tokens[:2]:
+            reader.read(segment)
+            steady.read(segment)
+        reader.run.reset(np.array([True, False, True]))
+        reader.last[[0, 2]] = MODEL.config.bos_id
+        assert reader.run.start.tolist() == [0, 2 * LENGTH, 0]
+        out, kept, new = (r.read(tokens[2]) for r in (reader, steady, fresh))
+        np.testing.assert_allclose(out[[0, 2]], new[[0, 2]], atol=1e-10)
+        np.testing.assert_allclose(out[1], kept[1], atol=1e-10)
+        assert np.max(np.abs(out[0] - kept[0])) > 1e-6
+
+    def test_a_write_for_part_of_the_batch_advances_those_rows_only(self, text, kind):
+        reader, alone = self.readers(text, kind, 2, 1)
+        tokens = random_segments(2, 4)
+        for number, segment in enumerate(tokens):
+            before = reader.run.dump()
+            out = reader.read(segment, [LENGTH * (number % 2), LENGTH])
+            np.testing.assert_allclose(out[1], alone.read(segment[1:])[0], atol=1e-10)
+            if number == 2:  # row 0 paused: all it had is as it was
+                after = reader.run.dump()
+                for name in set(before) - {"number"}:
+                    had = before[name][0]
+                    np.testing.assert_array_equal(after[name][0][: len(had)] if had.ndim else after[name][0], had)
+        assert reader.run.start.tolist() == [2 * LENGTH, 4 * LENGTH]
+
+    def test_dump_load_continue_is_continue(self, text, kind):
+        reader, other = self.readers(text, kind, 2, 2)
+        tokens = random_segments(2, 4)
+        for segment in tokens[:2]:
+            reader.read(segment)
+        dumped = {name: array.copy() for name, array in reader.run.dump().items()}
+        other.run.load(dumped)
+        other.last = reader.last
+        for segment in tokens[2:]:
+            assert other.read(segment).tobytes() == reader.read(segment).tobytes()
+
+    def test_a_copy_goes_its_own_way(self, text, kind):
+        reader, same = self.readers(text, kind, 2, 2)
+        tokens = random_segments(2, 4)
+        reader.read(tokens[0])
+        same.read(tokens[0])
+        twin = reader.copy()
+        for segment in tokens[:0:-1]:
+            twin.read(segment)
+        for segment in tokens[1:]:
+            assert reader.read(segment).tobytes() == same.read(segment).tobytes()
+
+
+def test_rows_can_be_reordered_within_a_segment():
+    """As beams are, while a segment is open."""
+    trial = Trial(lambda: mt.memory("window", size=8), "decoder-only")
+    reader, plain = trial.reader(2), trial.reader(3)
+    index = np.array([1, 0, 1])
+    reader.read(SEGMENTS[0])
+    plain.read(SEGMENTS[0][index])
+    reader.run.open(np.array([LENGTH, 0]), SEGMENTS[1])
+    reader.run.reorder(index)
+    reader.run.close()
+    plain.run.open(np.array([0, LENGTH, 0]), SEGMENTS[1][index])
+    plain.run.close()
+    reader.last = plain.last
+    assert reader.run.start.tolist() == plain.run.start.tolist() == [LENGTH, 2 * LENGTH, LENGTH]
+    np.testing.assert_allclose(reader.read(SEGMENTS[2][index]), plain.read(SEGMENTS[2][index]), atol=1e-12)
+
+
+def test_a_dump_of_something_else_is_refused():
+    run = Trial(lambda: mt.memory("window", size=8), "decoder-only").reader(2).run
+    with pytest.raises(InvalidValue, match="expected what dump"):
+        run.load({"start": np.zeros(2)})
+    with pytest.raises(InvalidValue, match="expected what dump"):
+        run.load({**run.dump(), "weights": np.zeros(2)})
+    with pytest.raises(InvalidValue, match="expected a dump of 2 streams, got one of 3"):
+        run.load(Trial(lambda: mt.memory("window", size=8), "decoder-only").reader(3).run.dump())
+
+
+def test_select_rows_fills_the_shorter_with_zeros():
+    a, b = np.ones((2, 3, 1)), np.full((2, 1, 1), 2.0)
+    chosen = np.array([True, False])
+    assert select_rows(chosen, a, b)[..., 0].tolist() == [[1, 1, 1], [2, 0, 0]]
+    assert select_rows(chosen, b, a)[..., 0].tolist() == [[2, 0, 0], [1, 1, 1]]
+    assert select_rows(chosen, a, a) is a
+    assert isinstance(select_rows(chosen, Var(a), b), Var)
+
+
+def test_a_site_or_layer_that_the_model_does_not_have_is_told():
+    with pytest.raises(InvalidValue, match=r"memory 'store': works at \['cross'\], this model has only \['decoder'\]"):
+        MODEL.start_run(mt.memory("store", site="cross"), 1)
+    for layer in (2, -3):
+        with pytest.raises(InvalidValue, match=f"layer: expected -2 to 1 in this model, got {layer}"):
+            MODEL.start_run(mt.memory("store", layer=layer), 1)
+
+
+# What is told to whom
+
+
+class Listens(Memory):
+    def __init__(self, *needs, site="decoder"):
+        self.spec, self.heard = MemorySpec(sites=frozenset({site}), needs=frozenset(needs)), []
+
+    def view(self, state, site, layer, segment):
+        self.heard.append(("view", layer, segment))
+
+    def write(self, state, site, layer, new):
+        self.heard.append(("write", layer, new))
+
+
+def heard(kind, memory, lengths=None):
+    Reader(small_model(kind), memory, 2).read(SEGMENTS[0], lengths)
+    return memory.heard
+
+
+def test_tokens_are_what_a_row_was_made_from_and_targets_what_it_predicts():
+    for kind in ("encoder-decoder", "decoder-only"):
+        for _, _, said in heard(kind, Listens("tokens")):
+            assert said.tokens[:, 1:].tolist() == SEGMENTS[0][:, :-1].tolist() and said.tokens[:, 0].tolist() == [1, 1]
+            assert not hasattr(said, "targets") or said.targets.tolist() == SEGMENTS[0].tolist()
+    for site in ("encoder", "cross"):
+        (*_, (_, _, new)) = heard("encoder-decoder", Listens("tokens", site=site))
+        assert new.tokens.tolist() == SEGMENTS[0].tolist() and new.targets is None
+
+
+def test_what_is_not_asked_for_is_not_given():
+    for _, _, said in heard("decoder-only", Listens()):
+        assert said.tokens is None
+        assert not hasattr(said, "targets") or (said.targets is None and said.mass is None)
+
+
+def test_the_outputs_come_as_one_layer_more_once_the_segment_is_over():
+    calls = [(what, layer) for what, layer, _ in heard("decoder-only", Listens("hidden"))]
+    assert calls == [("view", 0), ("write", 0), ("view", 1), ("write", 1), ("write", 2)]
+    assert [layer for what, layer, _ in heard("decoder-only", Listens()) if what == "write"] == [0, 1]
+
+
+def test_the_cross_site_is_written_once_after_the_decoder():
+    calls = [(what, layer) for what, layer, _ in heard("encoder-decoder", Listens(site="cross"))]
+    assert calls == [("view", 0), ("view", 1), ("write", 0)]
+    assert heard("encoder-decoder", Listens(site="cross"))[-1][2].project is None
+
+
+def test_rows_say_where_they_stand():
+    (*_, (_, _, new)) = heard("decoder-only", Listens(), [LENGTH, 2])
+    assert new.valid.tolist() == [[True] * 5, [True, True, False, False, False]]
+    assert new.positions.tolist() == [[0, 1, 2, 3, 4]] * 2
+    model = small_model("encoder-decoder")
+    listens = Listens(site="decoder")
+    reader = Reader(model, listens, 2)
+    reader.read(SEGMENTS[0], [LENGTH, 2])
+    assert listens.heard[-1][2].positions[:, 0].tolist() == [LENGTH, 2]  # a decoder is a segment ahead of its encoder
+
+
+def test_keep_must_give_a_priority_a_row():
+    class Bad(RowMemory):
+        priorities = None
+
+        def keep(self, scores, positions):
+            return self.priorities
+
+    for bad, told in ((np.zeros(3), r"for each of \(2, 5\) rows, got shape \(3,\)"), (np.full((2, 5), np.nan), "got NaN")):
+        memory = Bad(size=4)
+        memory.priorities = bad
+        with pytest.raises(InvalidValue, match=f"failed in write, site decoder, layer 0, segment 0: keep: .*{told}"):
+            Reader(MODEL, memory, 2).read(SEGMENTS[0])
+
+
+def test_rows_that_are_none_go_before_any_that_is():
+    """Even one whose priority is minus infinity."""
+
+    class Oldest(RowMemory):
+        def keep(self, scores, positions):
+            return np.where(positions == 0, -np.inf, 0.0)
+
+    reader = Reader(MODEL, Oldest(size=2), 2)
+    reader.read(SEGMENTS[0], [2, 5])
+    assert reader.run.states[0]["decoder.0.valid"].tolist() == [[True, True], [True, True]]

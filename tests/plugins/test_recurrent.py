@@ -1,0 +1,99 @@
+"""Memory tokens: what carries from segment to segment is what the last layer made of them, and nothing else."""
+
+import numpy as np
+import pytest
+
+import mini_tfm as mt
+from mini_tfm.autodiff import Var, backward
+from mini_tfm.testing.trial import LENGTH, Reader, Trial, random_segments, small_model
+
+SEGMENTS = random_segments(2, 4)
+
+
+def trial(kind, **options):
+    return Trial(lambda: mt.memory("recurrent", tokens=3, **options), kind)
+
+
+@pytest.mark.parametrize("kind", ["encoder-decoder", "decoder-only"])
+def test_a_stream_begins_with_the_trained_rows(kind):
+    t = trial(kind)
+    state = t.reader(2).run.states[0]
+    np.testing.assert_array_equal(state["tokens"], np.broadcast_to(t.model.weights["memory.recurrent.tokens"], (2, 3, 8)))
+
+
+def test_in_an_encoder_the_next_memory_is_its_outputs_there():
+    t = trial("encoder-decoder")
+    reader, run = t.reader(2), t.reader(2).run
+    run.open(np.full(2, LENGTH), SEGMENTS[0])
+    encoded = t.model.encode_segment(SEGMENTS[0], np.full(2, LENGTH), run)
+    assert encoded.n_rows == 3 and encoded.hidden.shape[1] == LENGTH + 3
+    reader.read(SEGMENTS[0])
+    np.testing.assert_array_equal(reader.run.states[0]["tokens"], encoded.hidden[:, :3])
+
+
+def test_residual_adds_the_outputs():
+    plain, residual = trial("encoder-decoder").reader(2), trial("encoder-decoder", residual=True).reader(2)
+    first = plain.run.states[0]["tokens"]
+    plain.read(SEGMENTS[0])
+    residual.read(SEGMENTS[0])
+    np.testing.assert_allclose(residual.run.states[0]["tokens"], first + plain.run.states[0]["tokens"], atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["encoder-decoder", "decoder-only"])
+def test_it_remembers_what_was_read_and_only_by_its_rows(kind):
+    """Another first segment changes the outputs of the third; with the rows put back it does not."""
+    t = trial(kind)
+    one, other = t.reader(2), t.reader(2)
+    one.read(SEGMENTS[0])
+    other.read(SEGMENTS[3])
+    other.last = one.last
+    swapped = other.copy()
+    swapped.run.states[0]["tokens"] = one.run.states[0]["tokens"]
+    for tokens in SEGMENTS[1:3]:
+        a, b, c = (reader.read(tokens) for reader in (one, other, swapped))
+    assert np.max(np.abs(a - b)) > 1e-6
+    np.testing.assert_array_equal(a, c)
+
+
+def test_a_decoders_text_does_not_see_the_rows_to_be_written():
+    """The outputs of a first segment do not change when it is the last one, as when generating."""
+    reader = trial("decoder-only").reader(2)
+    np.testing.assert_allclose(reader.copy().token_by_token(SEGMENTS[0]), reader.read(SEGMENTS[0]), atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["encoder-decoder", "decoder-only"])
+def test_the_gradient_reaches_the_first_of_five_segments(kind):
+    """By central differences on an embedding that only the first segment holds."""
+    t = trial(kind)
+    segments = 3 + np.random.default_rng(2).integers(1, 20, (5, 1, LENGTH))
+    segments[0, 0, 0] = 3  # id 3 is nowhere else
+    target = np.cos(np.arange(LENGTH * 8)).reshape(1, LENGTH, 8)
+
+    def last_loss(w):
+        reader = t.reader(1, w)
+        for tokens in segments:
+            hidden = reader.hidden(tokens)
+        return (hidden * target).sum()
+
+    w = {name: Var(x) for name, x in t.model.weights.items()}
+    backward(last_loss(w))
+    got = w["embedding.weight"].grad[3]
+    assert np.max(np.abs(got)) > 1e-7
+    for axis in (0, 5):
+        sides = []
+        for step in (1e-4, -1e-4):
+            moved = {**t.model.weights, "embedding.weight": t.model.weights["embedding.weight"].copy()}
+            moved["embedding.weight"][3, axis] += step
+            sides.append(float(last_loss(moved)))
+        np.testing.assert_allclose(got[axis], (sides[0] - sides[1]) / 2e-4, rtol=1e-4, atol=1e-9)
+
+
+def test_it_takes_part_at_one_site_only():
+    model = small_model("encoder-decoder")
+    memory = mt.memory("recurrent", tokens=2, site="decoder")
+    model.add_memory_weights(memory)
+    reader = Reader(model, memory, 1)
+    reader.run.open(np.array([LENGTH]), SEGMENTS[0][:1])
+    assert reader.run.begin("encoder") == []
+    (rows,) = reader.run.begin("decoder")
+    assert rows.where == "around" and rows.values.shape == (1, 2, 8)

@@ -1,0 +1,476 @@
+"""Long-term memory: exact, durable, shared by processes, and careful with files that are not its own."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import lmdb
+import numpy as np
+import pytest
+from mini_tfm_plugins import _rows_on_disk
+from mini_tfm_plugins._rows_on_disk import CHUNK_ROWS, RowsOnDisk
+
+import mini_tfm as mt
+from mini_tfm.errors import FileProblem, InvalidValue
+from mini_tfm.memory import New, Query, State
+from mini_tfm.memory.run import model_dims
+from mini_tfm.testing.trial import LENGTH, Reader, random_segments, small_model
+
+MODEL = small_model("decoder-only", np.float32)
+SEGMENTS = random_segments(1, 6)
+WIDTH = MODEL.config.d_model
+
+
+@pytest.fixture
+def path(tmp_path):
+    return str(tmp_path / "notes.mdb")
+
+
+def reader_of(path, model=MODEL, **options):
+    return Reader(model, mt.memory("store", path=path, **options), 1)
+
+
+def read_and_keep(path, segments=SEGMENTS[:3], **options):
+    reader = reader_of(path, **options)
+    for tokens in segments:
+        reader.read(tokens)
+    reader.run.flush()
+    return reader
+
+
+def script(code, *arguments, **options):
+    """Runs Python code in a process of its own; what it printed as JSON."""
+    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(code), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def digest(path):
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()
+
+
+# Search
+
+
+def state_of(store, batch=1, dtype=np.float32):
+    dims = model_dims(MODEL.config, dtype, fingerprint=lambda: "weights")
+    return State(store.start(batch, dims), dims)
+
+
+def new_rows(rng, batch, n, start=0, valid=None, dtype=np.float32):
+    valid = np.ones((batch, n), bool) if valid is None else valid
+    rows = rng.standard_normal((batch, n, WIDTH)).astype(dtype)
+    return New("decoder", 0, rows, valid, np.broadcast_to(start + np.arange(n), (batch, n)))
+
+
+def best_by_brute_force(asked, rows, k):
+    return np.argsort(-(asked.astype(np.float64) @ rows.astype(np.float64).T), axis=-1, kind="stable")[..., :k]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("k", [1, 7, 3000])
+@pytest.mark.parametrize("where", ["memory", "disk", "both"])
+def test_search_is_exact(path, where, k, dtype):
+    """Over several chunks, in RAM, on disk, or some of each; against a plain sort of all scores."""
+    rng = np.random.default_rng(k)
+    store = mt.memory("store", path=path, top_k=k)
+    state, rows = state_of(store, dtype=dtype), []
+    for start in range(0, 2300, 230):
+        new = new_rows(rng, 1, 230, start, dtype=np.float32)
+        store.write(state, "decoder", 0, New("decoder", 0, new.hidden.astype(dtype), new.valid, new.positions))
+        rows.append(new.hidden[0])
+        if where == "disk" or (where == "both" and start == 1150):
+            store.flush(state)
+    rows = np.concatenate(rows)
+    asked = rng.standard_normal((1, 2, 5, WIDTH)).astype(dtype)
+    view = store.read(state, "decoder", 0, Query(np.zeros((1, 2, 5, 4), dtype), lambda: asked, np.zeros((1, 5), np.int64)))
+    found = view.bank[1][0, view.index[0]]
+    expected = best_by_brute_force(asked[0], rows, k)
+    assert found.shape[2] == min(k, 2300) and found.dtype == dtype
+    if k < 2300:
+        np.testing.assert_array_equal(found.astype(np.float32), rows[expected])
+        np.testing.assert_array_equal(view.positions[0, view.index[0]], expected)
+    else:
+        np.testing.assert_array_equal(np.sort(view.positions[0, view.index[0]], axis=-1), np.broadcast_to(np.arange(2300), (2, 5, 2300)))
+    assert view.valid.all()
+
+
+def test_rows_of_other_streams_and_padding_are_never_found():
+    rng = np.random.default_rng(0)
+    store = mt.memory("store", top_k=50)
+    state = state_of(store, 3)
+    valid = np.arange(20) < np.array([20, 4, 0])[:, None]
+    new = new_rows(rng, 3, 20, valid=valid)
+    store.write(state, "decoder", 0, new)
+    asked = rng.standard_normal((3, 2, 4, WIDTH)).astype(np.float32)
+    view = store.read(state, "decoder", 0, Query(np.zeros((3, 2, 4, 4), np.float32), lambda: asked, np.zeros((3, 4), np.int64)))
+    for b, count in enumerate((20, 4, 0)):
+        index = view.index[b]
+        assert ((index >= 0).sum(axis=-1) == count).all()
+        for row in np.unique(index[index >= 0]):
+            assert (view.bank[1][b, row] == new.hidden[b, :count]).all(axis=-1).any()
+
+
+# Files
+
+
+def test_it_survives_the_process(path):
+    code = """
+        import sys, json, numpy as np, mini_tfm as mt
+        from mini_tfm.testing.trial import Reader, random_segments, small_model
+        model = small_model("decoder-only", np.float32)
+        memory = mt.memory("store", path=sys.argv[1], top_k=4)
+        reader = Reader(model, memory, 1)
+        for tokens in random_segments(1, 6)[:3]:
+            reader.read(tokens)
+        reader.run.flush()
+        print(json.dumps(memory.documents()))
+    """
+    assert script(code, path) == {"default": 30}
+    reader, plain = reader_of(path, top_k=4), Reader(MODEL, None, 1)
+    same = Reader(MODEL, mt.memory("store", top_k=4), 1)
+    for tokens in SEGMENTS[:3]:
+        same.read(tokens)
+    reader.last = same.last
+    out = reader.read(SEGMENTS[3])
+    np.testing.assert_allclose(out, same.read(SEGMENTS[3]), atol=1e-5)
+    assert np.max(np.abs(out - plain.read(SEGMENTS[3]))) > 1e-3
+
+
+def test_flushing_changes_nothing_that_is_seen(path):
+    flushed, in_ram = reader_of(path, top_k=3), Reader(MODEL, mt.memory("store", top_k=3), 1)
+    for tokens in SEGMENTS:
+        np.testing.assert_allclose(flushed.read(tokens), in_ram.read(tokens), atol=1e-5)
+        flushed.run.flush()
+    assert flushed.run.nbytes() < 100 < in_ram.run.nbytes()
+
+
+def test_reading_goes_on_where_an_earlier_process_stopped(path):
+    """Positions too: a store of two sittings is that of one."""
+    read_and_keep(path, SEGMENTS[:3])
+    second = reader_of(path, top_k=100)
+    second.last = SEGMENTS[2][:, -1]
+    whole = Reader(MODEL, mt.memory("store", top_k=100), 1)
+    for tokens in SEGMENTS[:3]:
+        whole.read(tokens)
+    for tokens in SEGMENTS[3:]:
+        np.testing.assert_allclose(second.read(tokens), whole.read(tokens), atol=1e-5)
+        second.run.flush()
+    positions = []
+    with RowsOnDisk(path).reading("default", "decoder.0.", 30) as chunks:
+        positions = [p for _, chunk in chunks for p in chunk.tolist()]
+    assert positions == list(range(6 * LENGTH))
+
+
+NAMES = ["a", "b/c", "b", "notes 2024", "ünï/日本", "document/a", "x" * 200]
+
+
+def test_one_path_holds_many_documents(path):
+    for number, name in enumerate(NAMES):
+        read_and_keep(path, SEGMENTS[: number % 3 + 1], document=name)
+    memory = mt.memory("store", path=path)
+    assert memory.documents() == {name: 2 * LENGTH * (number % 3 + 1) for number, name in enumerate(NAMES)}
+    memory.reset("b")
+    memory.reset("not there")
+    assert set(memory.documents()) == set(NAMES) - {"b"}
+    assert mt.memory("store", path=path, document="b/c").documents()["b/c"] == 20
+    fresh, forgotten = Reader(MODEL, None, 1), reader_of(path, document="b")
+    np.testing.assert_array_equal(forgotten.read(SEGMENTS[0]), fresh.read(SEGMENTS[0]))
+
+
+def test_documents_do_not_see_each_other(path):
+    read_and_keep(path, document="one")
+    alone, other = Reader(MODEL, None, 1), reader_of(path, document="two")
+    np.testing.assert_array_equal(other.read(SEGMENTS[4]), alone.read(SEGMENTS[4]))
+
+
+@pytest.mark.parametrize("name", ["a,b.mdb", "a+b.mdb", "it's.mdb", "with space.mdb", "ünï.mdb", "a=b:c.mdb", "+window.mdb", "quote\".mdb"])
+def test_paths_may_have_odd_characters(tmp_path, name):
+    memory = mt.memory("store", path=str(tmp_path / name))
+    again = mt.memory("window:size=2+" + memory.text).members[1]
+    reader = Reader(MODEL, again, 1)
+    reader.read(SEGMENTS[0])
+    reader.run.flush()
+    assert os.listdir(tmp_path)[0].startswith(name) and memory.documents() == {"default": 10}
+
+
+def test_the_same_file_under_another_name(path, tmp_path):
+    """LMDB cannot open a file twice in a process (regression)."""
+    read_and_keep(path)
+    os.symlink(path, tmp_path / "link.mdb")
+    assert mt.memory("store", path=str(tmp_path / "link.mdb")).documents() == {"default": 30}
+
+
+def test_a_file_deleted_by_the_user_is_made_anew(path):
+    """What was written to the deleted one would be lost (regression)."""
+    read_and_keep(path)
+    os.remove(path)
+    assert mt.memory("store", path=path).documents() == {}
+    read_and_keep(path, SEGMENTS[:1])
+    code = "import json, sys, mini_tfm as mt; print(json.dumps(mt.memory('store', path=sys.argv[1]).documents()))"
+    assert script(code, path) == {"default": 10}
+
+
+def test_a_document_deleted_while_it_is_read_is_no_memory(path):
+    read_and_keep(path)
+    reader = reader_of(path)
+    mt.memory("store", path=path).reset("default")
+    np.testing.assert_array_equal(reader.read(SEGMENTS[3]), Reader(MODEL, None, 1).read(SEGMENTS[3]))
+
+
+def test_a_store_of_other_rows_is_refused_and_left_as_it_is(path):
+    read_and_keep(path)
+    before = digest(path)
+    other_weights = small_model("decoder-only", np.float32)
+    other_weights.weights["embedding.weight"][0, 0] += 1
+    wide = mt.Transformer(mt.Config(vocab_size=24, d_model=16, n_heads=2, n_encoder_layers=0))
+    for model, told in (
+        (other_weights, "holds rows of other weights .*: read the text again into another path"),
+        (wide, "holds rows of width 8, this model's are 16 wide; give another path"),
+    ):
+        with pytest.raises(InvalidValue, match=f"path: the store {path} {told}"):
+            reader_of(path, model)
+    assert digest(path) == before and mt.memory("store", path=path).documents() == {"default": 30}
+
+
+@pytest.mark.parametrize("content", [b"hello, I am a diary\n" * 1000, b"x", os.urandom(1 << 16)], ids=["text", "a byte", "noise"])
+def test_a_file_that_is_no_store_is_refused_and_left_as_it_is(path, content):
+    with open(path, "wb") as file:
+        file.write(content)
+    for use in (lambda: reader_of(path), lambda: mt.memory("store", path=path).documents()):
+        with pytest.raises(FileProblem, match=r"path: cannot open the store .*; expected an LMDB file or a new path"):
+            use()
+    with open(path, "rb") as file:
+        assert file.read() == content
+
+
+def test_an_lmdb_file_of_something_else_is_refused_and_left_as_it_is(path):
+    with lmdb.open(path, subdir=False) as file, file.begin(write=True) as txn:
+        txn.put(b"mine", b"1")
+    with pytest.raises(InvalidValue, match="is not a store of format 1; give another path"):
+        reader_of(path)
+    with lmdb.open(path + "2", subdir=False) as file, file.begin(write=True) as txn:
+        txn.put(b"meta", b"{not json")
+    with pytest.raises(InvalidValue, match="is damaged"):
+        reader_of(path + "2")
+
+
+def test_a_folder_and_a_place_that_is_not_there_are_told(tmp_path):
+    with pytest.raises(InvalidValue, match=r"path: expected a file, .* is a folder"):
+        reader_of(str(tmp_path))
+    with pytest.raises(FileProblem, match=r"path: cannot open the store .*no/notes.mdb"):
+        reader_of(str(tmp_path / "no" / "notes.mdb"))
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_place_that_cannot_be_written_is_told(tmp_path):
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(FileProblem, match="path: cannot open the store"):
+            reader_of(str(tmp_path / "notes.mdb"))
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_several_streams_cannot_write_one_document(path):
+    reader = Reader(MODEL, mt.memory("store", path=path), 2)
+    reader.read(np.repeat(SEGMENTS[0], 2, axis=0))
+    with pytest.raises(InvalidValue, match="path: a store on disk is written by one stream at a time, got a batch of 2"):
+        reader.run.flush()
+
+
+def test_training_leaves_the_file_alone(path):
+    tokens = np.moveaxis(SEGMENTS[:3], 0, 1)
+    mt.Trainer(small_model("decoder-only", np.float32), mt.memory("store", path=path, top_k=3)).step(None, tokens)
+    assert not os.path.exists(path)
+
+
+def test_the_map_grows_as_it_must(path, monkeypatch):
+    monkeypatch.setattr(_rows_on_disk, "FIRST_MAP_BYTES", 1 << 16)
+    disk = RowsOnDisk(path)
+    disk.open(WIDTH, "weights")
+    for number in range(40):
+        rows = np.full((500, WIDTH), number, np.float32)
+        disk.append("d", {"bank": [rows, np.arange(500) + 500 * number]})
+    assert os.path.getsize(path) > 1 << 19
+    with disk.reading("d", "bank", 20000) as chunks:
+        seen = np.concatenate([hidden[:, 0].copy() for hidden, _ in chunks])
+    np.testing.assert_array_equal(seen, np.repeat(np.arange(40), 500))
+
+
+def test_another_process_may_grow_the_map(path):
+    """A reader whose map is too small by then maps the file again."""
+    disk = RowsOnDisk(path)
+    disk.open(WIDTH, "weights")
+    code = f"""
+        import sys, numpy as np
+        from mini_tfm_plugins import _rows_on_disk
+        _rows_on_disk.FIRST_MAP_BYTES = 1 << 30
+        disk = _rows_on_disk.RowsOnDisk(sys.argv[1])
+        disk.append("d", {{"bank": [np.ones((3000, {WIDTH}), np.float32), np.arange(3000)]}})
+        print(disk.banks("d")["bank"])
+    """
+    assert script(code, path) == 3000
+    with disk.reading("d", "bank", 3000) as chunks:
+        assert sum(len(hidden) for hidden, _ in chunks) == 3000
+    assert disk.append("d", {"bank": [np.ones((1, WIDTH), np.float32), np.array([3000])]}) == {"bank": 3001}
+
+
+@pytest.mark.parametrize("count", [0, 1, CHUNK_ROWS - 1, CHUNK_ROWS, CHUNK_ROWS + 1, 2 * CHUNK_ROWS + 3])
+def test_chunks_join_without_a_seam(path, count):
+    disk = RowsOnDisk(path)
+    disk.open(WIDTH, "weights")
+    rows = np.random.default_rng(0).standard_normal((count, WIDTH)).astype(np.float32)
+    for cut in np.array_split(np.arange(count), 3):
+        disk.append("d", {"bank": [rows[cut], cut]})
+    with disk.reading("d", "bank", count) as chunks:
+        parts = [(hidden.copy(), positions.copy()) for hidden, positions in chunks]
+    np.testing.assert_array_equal(np.concatenate([h for h, _ in parts]) if parts else rows[:0], rows)
+    assert [p for _, chunk in parts for p in chunk] == list(range(count))
+
+
+# Processes
+
+KILLS = """
+    import json, os, random, signal, sys, time
+    import numpy as np
+    from mini_tfm_plugins._rows_on_disk import RowsOnDisk
+
+    path, kills = sys.argv[1], int(sys.argv[2])
+    RowsOnDisk(path).open(8, "weights")
+    random.seed(0)
+    count, acknowledged = 0, set()
+    for _ in range(kills):
+        out, into = os.pipe()
+        child = os.fork()
+        if not child:
+            os.close(out)
+            disk, value = RowsOnDisk(path), count
+            while True:
+                rows = np.repeat(np.arange(value, value + 30, dtype=np.float32), 8).reshape(30, 8)
+                disk.append("d", {"bank": [rows, np.arange(value, value + 30)]})
+                os.write(into, b"%d\\n" % value)
+                value += 30
+        os.close(into)
+        with os.fdopen(out, "rb") as told:
+            first = told.readline()
+            time.sleep(random.uniform(0, 0.02))
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            lines = [first, *told.read().splitlines(keepends=True)]
+        acknowledged.update(int(line) for line in lines if line.endswith(b"\\n"))
+        disk = RowsOnDisk(path)
+        count = disk.banks("d")["bank"]
+        assert count % 30 == 0, f"{count} rows: half an append"
+        with disk.reading("d", "bank", count) as chunks:
+            hidden, positions = (np.concatenate(x) for x in zip(*[(h.copy(), p.copy()) for h, p in chunks], strict=True))
+        assert (hidden == positions[:, None]).all(), "a torn row"
+        appends = positions.reshape(-1, 30)
+        assert (appends == appends[:, :1] + np.arange(30)).all(), "a torn append"
+        # One that was durable but not yet acknowledged may be seen only after the next write: then it is there twice.
+        assert acknowledged <= set(appends[:, 0].tolist()), "an acknowledged append is lost"
+    print(json.dumps([kills, len(acknowledged)]))
+"""
+
+
+def test_killed_while_writing(path):
+    """30 times kill -9 at a random moment: what was acknowledged is there, whole, and what is there is whole."""
+    kills, acknowledged = script(KILLS, path, "30")
+    assert kills == 30 and acknowledged >= 30
+
+
+@pytest.mark.long
+def test_killed_while_writing_a_thousand_times(path):
+    assert script(KILLS, path, "1000")[0] == 1000
+
+
+WRITER = """
+    import sys, numpy as np
+    from mini_tfm_plugins._rows_on_disk import RowsOnDisk
+
+    disk, first = RowsOnDisk(sys.argv[1]), int(sys.argv[2])
+    print("ready", flush=True)
+    sys.stdin.readline()
+    for number in range(150):
+        rows = np.full((7, 8), first + number, np.float32)
+        disk.append("shared", {"bank": [rows, np.full(7, first + number)]})
+        disk.append(f"own {first}", {"bank": [rows, np.full(7, first + number)]})
+    print("done")
+"""
+
+
+def test_writers_and_readers_at_once(path):
+    """Two processes write, one document together and one each, while this one reads: no read is partial, no row is lost."""
+    disk = RowsOnDisk(path)
+    disk.open(8, "weights")
+    command = [sys.executable, "-c", textwrap.dedent(WRITER), path]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    writers = [subprocess.Popen([*command, str(first)], **pipes) for first in (1000, 2000)]
+    try:
+        for writer in writers:
+            assert writer.stdout.readline() == "ready\n"
+        for writer in writers:
+            writer.stdin.write("go\n")
+            writer.stdin.flush()
+        reads, counts = 0, set()
+        while reads < 1000 or any(writer.poll() is None for writer in writers):
+            count = disk.banks("shared").get("bank", 0)
+            with disk.reading("shared", "bank", count) as chunks:
+                parts = [(hidden.copy(), positions.copy()) for hidden, positions in chunks]
+            if parts:
+                hidden, positions = (np.concatenate(x) for x in zip(*parts, strict=True))
+                assert len(hidden) == count and count % 7 == 0
+                assert (hidden == positions[:, None]).all()
+                assert (positions.reshape(-1, 7) == positions[::7, None]).all()
+            reads += 1
+            counts.add(count)
+        assert [writer.wait(60) for writer in writers] == [0, 0]
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.wait()
+            writer.stdin.close()
+            writer.stdout.close()
+    assert len(counts) > 3, "the readers saw the document grow"
+    assert disk.documents() == {"shared": 2 * 7 * 150, "own 1000": 7 * 150, "own 2000": 7 * 150}
+    with disk.reading("shared", "bank", 2100) as chunks:
+        positions = np.concatenate([positions.copy() for _, positions in chunks])
+    assert sorted(positions.tolist()) == sorted([*range(1000, 1150), *range(2000, 2150)] * 7)
+
+
+def test_a_forked_child_has_a_file_of_its_own(path):
+    code = """
+        import json, os, sys, numpy as np
+        from mini_tfm_plugins._rows_on_disk import RowsOnDisk
+        disk = RowsOnDisk(sys.argv[1])
+        disk.open(8, "weights")
+        add = lambda: disk.append("d", {"bank": [np.ones((5, 8), np.float32), np.arange(5)]})
+        add()
+        child = os.fork()
+        if not child:
+            add()
+            os._exit(0 if disk.banks("d") == {"bank": 10} else 1)
+        status = os.waitpid(child, 0)[1]
+        add()
+        print(json.dumps([status, disk.banks("d")["bank"]]))
+    """
+    assert script(code, path) == [0, 15]
+
+
+def test_a_pipeline_keeps_what_it_reads(path):
+    from mini_tfm.tokenizer import ByteTokenizer
+
+    tokenizer = ByteTokenizer()
+    model = mt.Transformer(mt.Config(vocab_size=tokenizer.vocab_size, d_model=8, n_heads=2, n_encoder_layers=1, n_decoder_layers=1))
+    pipe = mt.Pipeline(model, tokenizer, f"window:size=8+store:path={path},top_k=4", segment_length=16)
+    pipe.read("A first note. " * 10)
+    assert pipe.memory.documents() == {"default": 140 - 8}
+    again = mt.Pipeline(model, tokenizer, f"store:path={path},top_k=4", segment_length=16)
+    plain = mt.Pipeline(model, tokenizer, None, segment_length=16)
+    assert again.score("A first note.") != plain.score("A first note.")

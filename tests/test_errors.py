@@ -1,0 +1,62 @@
+"""Errors: one base, each child also a built-in kind, and every one of them raised by what says so."""
+
+import numpy as np
+import pytest
+
+import mini_tfm as mt
+from mini_tfm import errors
+
+KINDS = {
+    "InvalidValue": ValueError,
+    "InvalidType": TypeError,
+    "FileProblem": OSError,
+    "TrainingError": ArithmeticError,
+    "PluginError": RuntimeError,
+}
+
+
+def test_the_table_of_errors_is_whole():
+    defined = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, errors.MiniTfmError)}
+    assert defined == {"MiniTfmError", *KINDS}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_each_is_ours_and_a_built_in_kind(name):
+    error = getattr(errors, name)
+    assert issubclass(error, mt.MiniTfmError) and issubclass(error, KINDS[name])
+    assert error.__doc__ and str(error("argument: expected 3, got 4")) == "argument: expected 3, got 4"
+    others = [other for other in KINDS if other != name]
+    assert not any(issubclass(error, getattr(errors, other)) for other in others)
+
+
+def test_the_base_is_no_built_in_kind():
+    assert errors.MiniTfmError.__bases__ == (Exception,) and mt.MiniTfmError is errors.MiniTfmError
+
+
+@pytest.mark.parametrize(
+    ("call", "kind"),
+    [
+        (lambda: mt.Config(vocab_size=0), ValueError),
+        (lambda: mt.Transformer(None), TypeError),
+        (lambda: mt.load("there is no such folder"), OSError),
+        (lambda: mt.memory("there is no such memory"), ValueError),
+        (lambda: mt.softmax("text"), TypeError),
+        (lambda: mt.set_num_threads(0), ValueError),
+        (lambda: mt.attention(np.zeros(3), np.zeros(3), np.zeros(3)), ValueError),
+        (lambda: mt.Pipeline("folder", None), TypeError),
+        (lambda: mt.Trainer(None), TypeError),
+    ],
+)
+def test_who_never_heard_of_us_catches_them_all_the_same(call, kind):
+    with pytest.raises(kind) as caught:
+        call()
+    assert isinstance(caught.value, mt.MiniTfmError)
+    assert ":" in str(caught.value), "it names what is wrong"
+
+
+def test_public_names_are_those_listed_and_an_unknown_one_is_an_attribute_error():
+    for name in mt.__all__:
+        assert getattr(mt, name) is not None
+    assert set(mt.__all__) <= set(dir(mt))
+    with pytest.raises(AttributeError, match="transformer"):
+        _ = mt.transformer

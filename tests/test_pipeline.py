@@ -1,0 +1,468 @@
+"""The pipeline: text cut anywhere reads the same, looking does not change what is remembered, and scores are the model's."""
+
+import math
+import tracemalloc
+
+import numpy as np
+import pytest
+from helpers import assert_same_bits
+from variants import tiny_model
+
+import mini_tfm as mt
+from mini_tfm import pipeline as pipeline_module
+from mini_tfm.checkpoint.models import save_model
+from mini_tfm.errors import FileProblem, InvalidType, InvalidValue
+from mini_tfm.pipeline import Pipeline
+from mini_tfm.tokenizer import ByteTokenizer, train_bpe
+from mini_tfm.train import TextStreams, Trainer
+
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "naïve", "cafés", "serve", "東京", "tea", "🙂", "1234", "(a)"]
+MEMORIES = ["window:size=20", "window:size=9,sinks=2,site=all", "recurrent:tokens=2", "store:top_k=3", "window:size=8+store:top_k=2"]
+SEGMENT = 12
+TOKENIZERS = {"bytes": ByteTokenizer(), "bpe": train_bpe([" ".join(WORDS) * 20], 300)}
+
+
+def prose(n, seed=0):
+    """n words, with new lines and runs of spaces between them."""
+    rng = np.random.default_rng(seed)
+    gaps = np.array([" ", " ", " ", "  ", "\n", "\n\n", "\t "])
+    return "".join(WORDS[i] + str(gap) for i, gap in zip(rng.integers(len(WORDS), size=n), rng.choice(gaps, n), strict=True))
+
+
+def cut(text, seed):
+    """The text in pieces of 0 to 40 characters."""
+    rng = np.random.default_rng(seed)
+    ends = np.cumsum(rng.integers(0, 41, len(text)))
+    pieces = [text[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+    assert "".join(pieces) == text
+    return pieces
+
+
+def pipe(memory="window:size=20", variant="pre norm", tokenizer="bytes", *, seed=0, segment_length=SEGMENT, dtype=np.float32, **fields):
+    layers = {"n_encoder_layers": 0} if variant.startswith("decoder only") else {"n_encoder_layers": 1}
+    fields = {"vocab_size": TOKENIZERS[tokenizer].vocab_size, "n_decoder_layers": 1, **layers, **fields}
+    model = tiny_model(variant, dtype=dtype, seed=seed, **fields)
+    return Pipeline(model, TOKENIZERS[tokenizer], memory, segment_length)
+
+
+def state(p):
+    """All that a pipeline remembers."""
+    arrays = p._run.dump()
+    return [sorted(arrays), [arrays[name] for name in sorted(arrays)], p._last]
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Text is tokenized in pieces so small that a short one has many, and words that are too long for one."""
+    monkeypatch.setattr(pipeline_module, "PIECE_CHARACTERS", 64)
+    monkeypatch.setattr(pipeline_module, "LONGEST_WORD_CHARACTERS", 150)
+
+
+# ------------------------------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize("variant", ["pre norm", "decoder only"])
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_text_read_in_pieces_is_text_read_at_once(memory, variant, small_pieces):
+    text = prose(60)
+    whole = pipe(memory, variant)
+    count = whole.read(text)
+    assert count == len(text.encode())
+    for seed in range(3):
+        pieces = pipe(memory, variant)
+        assert pieces.read(iter(cut(text, seed))) == count
+        assert_same_bits(state(pieces), state(whole))
+    other = pipe(memory, variant)
+    other.read(text[:-4] + "~" + text[-3:])
+    assert any(a.tobytes() != b.tobytes() for a, b in zip(state(other)[1], state(whole)[1], strict=True)), "the state is of the text"
+
+
+TEXTS = ["word " * 80, "x" * 700, "y" * 149 + " z", " " * 400, prose(40) + "w" * 400 + prose(40), "a\u2003b\x1cc\n" * 60]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_the_tokens_do_not_depend_on_the_cuts(text, tokenizer, small_pieces):
+    p = pipe("window:size=4", tokenizer=tokenizer)
+    expected = [segment.tolist() for segment in p._segments(text)]
+    assert all(len(segment) == SEGMENT for segment in expected[:-1]) and 0 < len(expected[-1]) <= SEGMENT
+    for pieces in (list(text), cut(text, 1), cut(text, 2), [text[:1], text[1:]], ["", text, ""]):
+        assert [segment.tolist() for segment in p._segments(pieces)] == expected
+    assert p.tokenizer.decode(np.concatenate(expected)) == text
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_where_there_are_spaces_the_tokens_are_those_of_the_whole_text(tokenizer, small_pieces):
+    text = prose(200)
+    found = np.concatenate(list(pipe("window:size=4", tokenizer=tokenizer)._segments(text)))
+    np.testing.assert_array_equal(found, TOKENIZERS[tokenizer].encode(text))
+
+
+def test_two_reads_go_on_from_each_other():
+    """The end of a call ends a segment: at a segment's end, two calls are one."""
+    text = "abcdefghijkl" * 4
+    assert len(text) % SEGMENT == 0
+    for memory in MEMORIES:
+        for variant in ("pre norm", "decoder only"):
+            one, two = pipe(memory, variant), pipe(memory, variant)
+            one.read(text)
+            two.read(text[: 2 * SEGMENT])
+            two.read(text[2 * SEGMENT :])
+            assert_same_bits(state(two), state(one))
+
+
+def test_nothing_read_changes_nothing():
+    p = pipe()
+    before = state(p)
+    assert p.read("") == p.read([]) == p.read(["", ""]) == 0
+    assert_same_bits(state(p), before)
+
+
+def test_reset_forgets():
+    p, text = pipe("recurrent:tokens=2+window:size=20"), prose(20)
+    before = state(p)
+    p.read(text)
+    first = state(p)
+    p.reset()
+    assert_same_bits(state(p), before)
+    p.read(text)
+    assert_same_bits(state(p), first)
+
+
+def test_ram_is_bounded_whatever_the_length(monkeypatch):
+    monkeypatch.setattr(pipeline_module, "PIECE_CHARACTERS", 1024)
+
+    def peak(n_words):
+        p = pipe("window:size=50", segment_length=128)
+        p.read(prose(50))
+        tracemalloc.start()
+        p.read(word + " " for _ in range(n_words // len(WORDS)) for word in WORDS)
+        used = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert p.state_bytes() < 50 * 200
+        return used
+
+    short, long = peak(300), peak(2_400)
+    assert long < 1.2 * short + 20_000, (short, long)
+
+
+def test_a_long_str_is_not_copied_for_every_piece(monkeypatch):
+    """Once 100 MB of text took minutes: each piece cut from its front copied all the rest."""
+    monkeypatch.setattr(pipeline_module, "PIECE_CHARACTERS", 1024)
+    text = "word " * 100_000
+    assert max(len(piece) for piece in pipeline_module._slices([text])) == 1024
+    tracemalloc.start()
+    count = sum(len(piece) for piece in pipeline_module._pieces([text]))
+    used = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == len(text) and used < 100_000
+
+
+def test_a_store_on_disk_outlives_the_process(tmp_path):
+    text = prose(30)
+    written, ram = (pipe(memory, seed=3) for memory in (f"store:path={tmp_path / 'notes'},top_k=3", "store:top_k=3"))
+    for p in (written, ram):
+        p.read(text)
+    again = pipe(f"store:path={tmp_path / 'notes'},top_k=3", seed=3)
+    assert again.memory.documents() == {"default": len(text.encode())}
+    expected = ram.score("the lazy dog")["bits"]
+    for p in (written, again):
+        assert p.score("the lazy dog")["bits"] == pytest.approx(expected, rel=1e-5)
+    assert pipe(None, seed=3).score("the lazy dog")["bits"] != pytest.approx(expected, rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------------- looking
+
+
+@pytest.mark.parametrize("variant", ["pre norm", "decoder only"])
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("rolls", [False, True])
+def test_generate_and_score_leave_the_memory_as_it_was(memory, variant, rolls):
+    p = pipe(memory, variant)
+    if rolls:
+        p = Pipeline(type(p.model)(p.model.config.replace(segment_length=SEGMENT), weights=p.model.weights), p.tokenizer, memory)
+    p.read(prose(10))
+    before = state(p)
+    made = p.generate(prose(8, seed=1), max_new_tokens=30, stop_at_eos=False)
+    p.score(prose(8, seed=2))
+    "".join(p.generate("abc", max_new_tokens=20, stream=True))
+    assert_same_bits(state(p), before)
+    assert p.generate(prose(8, seed=1), max_new_tokens=30, stop_at_eos=False) == made
+
+
+@pytest.mark.parametrize("variant", ["pre norm", "decoder only"])
+def test_what_was_read_changes_what_is_said_and_scored(variant):
+    for memory in MEMORIES:
+        p = pipe(memory, variant, seed=5)
+        before = p.score("the fox")["bits"]
+        p.read(prose(10))
+        assert abs(p.score("the fox")["bits"] - before) > 1e-4, memory
+
+
+@pytest.mark.parametrize("variant", ["pre norm", "decoder only"])
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "temperature": 2.0, "seed": 4}], ids=["greedy", "sampled"])
+def test_streamed_pieces_join_to_the_text(variant, tokenizer, options):
+    p = pipe("window:size=20", variant, tokenizer)
+    p.read(prose(10))
+    text = p.generate("the quick", max_new_tokens=40, **options)
+    pieces = list(p.generate("the quick", max_new_tokens=40, stream=True, **options))
+    assert "".join(pieces) == text and all(pieces)
+    assert options == {} or len(pieces) > 5
+
+
+def test_a_stream_is_as_the_memory_was_when_it_was_asked_for():
+    p = pipe("window:size=20", seed=5)
+    expected = p.generate("the quick", max_new_tokens=20)
+    stream = p.generate("the quick", max_new_tokens=20, stream=True)
+    p.read(prose(30))
+    assert "".join(stream) == expected
+
+
+def test_a_seed_repeats_and_another_does_not():
+    p = pipe()
+    draw = lambda seed: p.generate("a", max_new_tokens=20, do_sample=True, seed=seed)  # noqa: E731
+    assert draw(1) == draw(1) != draw(2)
+
+
+@pytest.mark.parametrize("variant", ["pre norm", "decoder only"])
+def test_only_ids_that_the_tokenizer_has_are_made(variant):
+    """A model may have more ids than its tokenizer: vocabularies are padded to a round number."""
+    p = pipe(None, variant, vocab_size=300)
+    assert p.model.config.vocab_size > p.tokenizer.vocab_size
+    made = [token for seed in range(5) for token in ids_of(p, "a", max_new_tokens=40, do_sample=True, temperature=50.0, seed=seed)]
+    assert 200 < max(made) < p.tokenizer.vocab_size
+
+
+def ids_of(p, text, **options):
+    """What `generate` makes, as token ids."""
+    made = []
+
+    class Spy:
+        def push(self, token):
+            made.append(token)
+            return ""
+
+        def finish(self):
+            return ""
+
+    p.tokenizer = type(p.tokenizer)()
+    p.tokenizer.decode_stream = Spy
+    p.generate(text, **{"stop_at_eos": False, **options})
+    return made
+
+
+def test_generation_is_the_models():
+    p = pipe(None)
+    source = p.tokenizer.encode("the fox")
+    assert ids_of(p, "the fox", max_new_tokens=30) == p.model.generate(source[None], max_new_tokens=30, stop_at_eos=False)[0]
+    p = pipe(None, "decoder only")
+    prompt = np.array([[p.model.config.bos_id, *source]])
+    assert ids_of(p, "the fox", max_new_tokens=30) == p.model.generate(prompt, max_new_tokens=30, stop_at_eos=False)[0]
+
+
+@pytest.mark.parametrize("variant", ["pre norm", "decoder only"])
+def test_beyond_a_segment_generation_goes_on_from_what_it_made(variant):
+    """A model trained on streams makes a segment, reads it, and makes the next; without a memory, from it alone."""
+    model = pipe(None, variant).model
+    model = type(model)(model.config.replace(segment_length=SEGMENT), weights=model.weights)
+    p = Pipeline(model, ByteTokenizer())
+    assert p.segment_length == SEGMENT
+    source = p.tokenizer.encode("the fox jumps"[:SEGMENT])
+    made = ids_of(p, "the fox jumps"[:SEGMENT], max_new_tokens=2 * SEGMENT + 5)
+    assert len(made) == 2 * SEGMENT + 5
+    before = source if variant == "pre norm" else [model.config.bos_id, *source]
+    expected = []
+    while len(expected) < len(made):
+        expected += model.generate(np.array([before]), max_new_tokens=min(SEGMENT, len(made) - len(expected)), stop_at_eos=False)[0]
+        before = expected[-SEGMENT:] if variant == "pre norm" else expected[-1:]
+    assert made == expected
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("variant", ["pre norm", "decoder only"])
+def test_text_longer_than_a_segment_is_read_and_its_end_continued(memory, variant):
+    text = "abcdefghijkl mnopqrstuv wxyz 0123456789"  # 3 segments and 3 tokens
+    assert len(text) == 3 * SEGMENT + 3
+    one, two = pipe(memory, variant), pipe(memory, variant)
+    two.read(text[:3])
+    two.read(text[3 : 3 + 2 * SEGMENT])
+    options = {"max_new_tokens": 15, "stop_at_eos": False}
+    assert one.generate(text, **options) == two.generate(text[-SEGMENT:], **options)
+
+
+def test_generation_ends_at_eos_also_beyond_a_segment():
+    model = pipe(None, seed=1).model
+    model = type(model)(model.config.replace(segment_length=4), weights=model.weights)
+    endless = ids_of(Pipeline(model, ByteTokenizer()), "the", max_new_tokens=40, do_sample=True, temperature=3.0, seed=3)
+    eos = next(token for i, token in enumerate(endless) if i >= 9 and token not in endless[:i])
+    ended = type(model)(model.config.replace(eos_id=eos), weights=model.weights)
+    made = ids_of(Pipeline(ended, ByteTokenizer()), "the", max_new_tokens=40, do_sample=True, temperature=3.0, seed=3, stop_at_eos=True)
+    assert made == endless[: endless.index(eos)]
+
+
+@pytest.mark.parametrize("variant", ["pre norm", "decoder only"])
+def test_nothing_asked_and_nothing_to_go_on_from(variant):
+    p = pipe("window:size=20", variant)
+    assert p.generate("the fox", max_new_tokens=0) == ""
+    assert list(p.generate("the fox", max_new_tokens=0, stream=True)) == []
+    made = ids_of(p, "", max_new_tokens=5)
+    bos = [[p.model.config.bos_id]]
+    assert made == p.model.generate(bos, max_new_tokens=5, stop_at_eos=False)[0]
+
+
+# ------------------------------------------------------------------------------------------- scores
+
+
+@pytest.mark.parametrize("variant", ["pre norm", "decoder only", "rotary", "decoder only, relative"])
+@pytest.mark.parametrize("memory", [None, *MEMORIES])
+def test_a_score_is_the_loss_that_training_measures(memory, variant):
+    """The same segments, walked by the trainer's code: bits are nats times tokens over ln 2."""
+    p = pipe(memory, variant, dtype=np.float64)
+    text = prose(20)
+    ids = p.tokenizer.encode(text)
+    n = math.ceil(len(ids) / SEGMENT)
+    has_encoder = p.model.config.has_encoder
+    data = TextStreams([ids], segment_length=SEGMENT, n_segments=n, batch_size=1, has_encoder=has_encoder)
+    found = p.score(text)
+    loss = Trainer(p.model, p.memory).evaluate(data.cut([(ids, 0)], n))
+    assert (found["tokens"], found["bytes"]) == (len(ids), len(text.encode()))
+    assert found["bits"] == pytest.approx(loss * len(ids) / math.log(2), rel=1e-9)
+    assert found["bits_per_token"] == found["bits"] / found["tokens"]
+    assert found["bits_per_byte"] == found["bits"] / found["bytes"]
+
+
+def test_a_score_is_the_sum_of_the_log_probabilities():
+    """Once more, from the model's public logits."""
+    p = pipe(None, dtype=np.float64)
+    text = prose(12)
+    ids, bits, before = p.tokenizer.encode(text), 0.0, np.array([p.model.config.bos_id])
+    for start in range(0, len(ids), SEGMENT):
+        segment = ids[start : start + SEGMENT]
+        scores = p.model.logits(before[None], segment[None])[0]
+        for token, row in zip(segment, scores, strict=True):
+            bits -= math.log2(math.exp(row[token]) / np.exp(row).sum())
+        before = segment
+    assert p.score(text)["bits"] == pytest.approx(bits, rel=1e-9)
+
+
+def test_a_score_of_pieces_is_that_of_the_text(small_pieces):
+    p, text = pipe("window:size=20", tokenizer="bpe"), prose(40)
+    assert p.score(cut(text, 1)) == p.score(text)
+    assert p.score(text)["bytes"] == len(text.encode()) > p.score(text)["tokens"]
+
+
+# ------------------------------------------------------------------------------------------- vectors
+
+
+@pytest.mark.parametrize("variant", ["pre norm", "encoder only", "relative"])
+def test_a_vector_is_the_mean_of_the_encodings(variant):
+    model = tiny_model(variant, vocab_size=300)
+    p = Pipeline(model, ByteTokenizer(), segment_length=20)
+    texts = ["the fox", "x", "a text longer than one segment, of which the rest is left out", ""]
+    found = p.embed(texts)
+    assert found.shape == (4, 8) and found.dtype == np.float64
+    for text, vector in zip(texts[:3], found, strict=False):
+        np.testing.assert_allclose(vector, model.encode(p.tokenizer.encode(text)[None, :20])[0].mean(axis=0), rtol=1e-10, atol=1e-12)
+    np.testing.assert_array_equal(found[3], 0)
+    np.testing.assert_allclose(p.embed("the fox"), found[:1], rtol=1e-12)
+    np.testing.assert_array_equal(p.embed(iter(texts)), found)
+    assert p.embed([]).shape == (0, 8)
+    assert p.embed([""]).shape == (1, 8)
+
+
+# ------------------------------------------------------------------------------------------- folders
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_a_pipeline_comes_back_from_its_folder(tokenizer, tmp_path):
+    p = pipe("recurrent:tokens=2+window:size=9", tokenizer=tokenizer)
+    model = type(p.model)(p.model.config.replace(segment_length=7), weights=p.model.weights)
+    p = Pipeline(model, p.tokenizer, p.memory)
+    save_model(tmp_path / "model", model, tokenizer=p.tokenizer, memory=p.memory)
+    loaded = Pipeline.load(tmp_path / "model")
+    assert loaded.segment_length == 7 and loaded.memory.text == p.memory.text
+    for one in (p, loaded):
+        one.read(prose(10))
+    assert_same_bits(state(loaded), state(p))
+    assert loaded.generate("the fox", max_new_tokens=9) == p.generate("the fox", max_new_tokens=9)
+    assert loaded.score("the fox") == p.score("the fox")
+
+    assert Pipeline.load(tmp_path / "model", memory=None).memory is None
+    assert Pipeline.load(tmp_path / "model", memory="window:size=3").memory.text == "window:size=3"
+    assert Pipeline.load(tmp_path / "model", segment_length=5).segment_length == 5
+    with pytest.raises(InvalidValue, match="tokens has shape"):
+        Pipeline.load(tmp_path / "model", memory="recurrent:tokens=3")
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
+    tiny_model(dtype=np.float32).save(tmp_path / "model")
+    with pytest.raises(InvalidValue, match=r"has no tokenizer.*mt\.load"):
+        Pipeline.load(tmp_path / "model")
+    with pytest.raises(FileProblem, match="there is no such folder"):
+        Pipeline.load(tmp_path / "nothing")
+
+
+# ------------------------------------------------------------------------------------------- bad input
+
+MAKING = {
+    "a folder for a model": (lambda m: Pipeline("folder", ByteTokenizer()), InvalidType, r"model: expected a Transformer, got str; Pipe"),
+    "no tokenizer": (lambda m: Pipeline(m, None), InvalidType, "tokenizer: expected a Tokenizer, got NoneType"),
+    "a tokenizer too large": (lambda m: Pipeline(tiny_model(), ByteTokenizer()), InvalidValue, "tokenizer: expected at most 13 tokens"),
+    "an unknown memory": (lambda m: Pipeline(m, ByteTokenizer(), "windo"), InvalidValue, "did you mean 'window'"),
+    "a memory of another type": (lambda m: Pipeline(m, ByteTokenizer(), 3), InvalidType, "memory: expected a Memory"),
+    "segment_length 0": (lambda m: Pipeline(m, ByteTokenizer(), segment_length=0), InvalidValue, "segment_length: expected.*got 0"),
+    "segment_length -1": (lambda m: Pipeline(m, ByteTokenizer(), segment_length=-1), InvalidValue, "segment_length: expected.*got -1"),
+    "segment_length 1.5": (lambda m: Pipeline(m, ByteTokenizer(), segment_length=1.5), InvalidValue, "segment_length: expected"),
+    "segment_length True": (lambda m: Pipeline(m, ByteTokenizer(), segment_length=True), InvalidValue, "segment_length: expected"),
+}
+
+
+@pytest.mark.parametrize("kind", MAKING)
+def test_what_makes_no_pipeline_is_refused(kind):
+    call, error, told = MAKING[kind]
+    with pytest.raises(error, match=told):
+        call(tiny_model(vocab_size=300))
+
+
+USING = {
+    "read without a memory": (lambda p: pipe(None).read("text"), InvalidValue, "memory: this pipeline has none"),
+    "read bytes": (lambda p: p.read(b"text"), InvalidType, "text: expected str or an iterable of str, got int"),
+    "read None": (lambda p: p.read(None), InvalidType, "text: expected str or an iterable of str, got NoneType"),
+    "read a number": (lambda p: p.read(3), InvalidType, "text: expected str"),
+    "read numbers": (lambda p: p.read(["a", 3]), InvalidType, "text: expected str or an iterable of str, got int"),
+    "read a lone surrogate": (lambda p: p.read("a\ud800b"), InvalidValue, "lone surrogate"),
+    "generate from None": (lambda p: p.generate(None), InvalidType, "text: expected str, got NoneType"),
+    "generate from a list": (lambda p: p.generate(["a"]), InvalidType, "text: expected str, got list"),
+    "generate with an unknown option": (lambda p: p.generate("a", max_length=3), InvalidType, "unknown option 'max_length'"),
+    "generate with a bad option": (lambda p: p.generate("a", top_p=2), InvalidValue, "top_p: expected"),
+    "stream with a bad option": (lambda p: p.generate("a", stream=True, top_p=2), InvalidValue, "top_p: expected"),
+    "score nothing": (lambda p: p.score(""), InvalidValue, "text: expected at least one token"),
+    "score None": (lambda p: p.score(None), InvalidType, "text: expected str"),
+    "embed None": (lambda p: p.embed(None), InvalidType, "text: expected str or an iterable of str, got NoneType"),
+    "embed numbers": (lambda p: p.embed([1]), InvalidType, "text: expected str, got int"),
+    "embed without an encoder": (lambda p: pipe(None, "decoder only").embed("a"), InvalidValue, "no encoder"),
+    "past the learned positions": (lambda p: pipe(None, "learned", segment_length=50).score("a" * 50), InvalidValue, "max_positions = 40"),
+}
+
+
+@pytest.mark.parametrize("kind", USING)
+def test_what_cannot_be_used_is_refused_and_nothing_is_remembered(kind):
+    call, error, told = USING[kind]
+    p = pipe()
+    before = state(p)
+    with pytest.raises(error, match=told):
+        call(p)
+    assert_same_bits(state(p), before)
+    assert isinstance(p.generate("it still works", max_new_tokens=2), str)
+
+
+def test_models_without_a_decoder_can_only_embed():
+    p = Pipeline(tiny_model("encoder only", vocab_size=300), ByteTokenizer())
+    for call in (lambda: p.generate("a"), lambda: p.score("a")):
+        with pytest.raises(InvalidValue, match="no decoder"):
+            call()
+
+
+def test_mt_names():
+    assert mt.Pipeline is Pipeline

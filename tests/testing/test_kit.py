@@ -1,0 +1,361 @@
+"""The kit passes honest strategies, and each broken one is caught by the check that is there for it."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+import mini_tfm as mt
+from mini_tfm.autodiff import value_of
+from mini_tfm.errors import InvalidType, InvalidValue, PluginError
+from mini_tfm.memory import Evicted, Memory, MemorySpec, Param, RowMemory, Rows, Side, View
+from mini_tfm.testing import CHECKS, CheckFailed, check_memory
+
+HONEST = [
+    "window:size=7,sinks=2",
+    "recurrent:tokens=2",
+    "store:top_k=3,merge=gate",
+]
+OTHER_HONEST = [
+    "window:size=7,site=all",
+    "window:size=7,site=encoder",
+    "recurrent:tokens=2,site=decoder,residual=true",
+    "store:top_k=3",
+    "store:top_k=3,layer=-1",
+    "store:top_k=3,site=encoder",
+    "store:top_k=3,site=decoder",
+    "window:size=4+store:top_k=3",
+    "recurrent:tokens=2+window:size=4",
+]
+
+
+@pytest.mark.parametrize("text", HONEST + [pytest.param(text, marks=pytest.mark.long) for text in OTHER_HONEST])
+def test_built_in_strategies_pass(text):
+    check_memory(text)
+
+
+@pytest.fixture
+def only_decoders(monkeypatch):
+    """One kind of model, where that is enough."""
+    monkeypatch.setattr("mini_tfm.testing.checks.kinds_for", lambda memory: ["decoder-only"])
+
+
+def test_a_store_on_disk_passes(tmp_path, only_decoders):
+    numbers = itertools.count()
+    check_memory(lambda: mt.memory("store", path=str(tmp_path / f"{next(numbers)}.mdb"), top_k=3))
+
+
+# Broken strategies: each is a window of the last 8 rows of the decoder, but for one thing.
+
+
+class Last(RowMemory):
+    def __init__(self, size=8):
+        super().__init__(size=size, site="decoder")
+        self.spec = MemorySpec(sites=frozenset({"decoder"}), capacity=size)
+
+    def keep(self, scores, positions):
+        return positions
+
+
+def changed(view, **changes):
+    return None if view is None else View(**{**view.__dict__, **changes})
+
+
+class Raises(Last):
+    def view(self, state, site, layer, segment):
+        raise KeyError("lost")
+
+
+class GivesNaN(Last):
+    def view(self, state, site, layer, segment):
+        view = super().view(state, site, layer, segment)
+        return changed(view, bank=("hidden", view.bank[1] * np.nan)) if view else None
+
+
+class AlwaysSingle(Last):
+    """float32 rows in any model pass the float32 trial and no other."""
+
+    def start(self, batch, dims):
+        return {name: x.astype(np.float64) if x.dtype.kind == "f" else x for name, x in super().start(batch, dims).items()}
+
+
+class DoesNothing(Last):
+    def view(self, state, site, layer, segment):
+        return None
+
+
+class Random(Last):
+    def view(self, state, site, layer, segment):
+        view = super().view(state, site, layer, segment)
+        return changed(view, valid=view.valid & (np.random.default_rng().random(view.valid.shape) < 0.5)) if view else None
+
+
+class ForgetsAnOption(Last):
+    made = 0
+
+    def __init__(self, *, size=8):
+        type(self).made += 1
+        super().__init__(size=size if type(self).made % 2 else 1)
+
+
+class ZeroRowsAtTheStart(Last):
+    def start(self, batch, dims):
+        state = super().start(batch, dims)
+        grow = lambda x: np.zeros((batch, 1, *x.shape[2:]), x.dtype) if x.ndim > 1 else x  # noqa: E731
+        return {name: np.ones((batch, 1), bool) if name.endswith("valid") else grow(x) for name, x in state.items()}
+
+
+class TakesPadding(Last):
+    def write(self, state, site, layer, new):
+        return super().write(state, site, layer, Evicted(site, layer, new.hidden, np.ones_like(new.valid), new.positions))
+
+
+class SeesTheFuture(Last):
+    def __init__(self):
+        super().__init__()
+        self.spec = MemorySpec(sites=frozenset({"decoder"}), needs=frozenset({"query"}))
+
+    def read(self, state, site, layer, query):
+        return Side(
+            np.broadcast_to(query.heads.mean(axis=2, keepdims=True), query.heads.shape)
+            if state["decoder.0.valid"].size
+            else query.heads * 0
+        )
+
+
+class LooksAtTheSegment(Last):
+    """Shows one row less where a segment has more than one token: another memory when generating."""
+
+    def __init__(self):
+        super().__init__()
+        self.spec = MemorySpec(sites=frozenset({"decoder"}), needs=frozenset({"query"}))
+
+    def view(self, state, site, layer, segment):
+        return None
+
+    def read(self, state, site, layer, query):
+        view = super().view(state, site, layer, None)
+        return changed(view, valid=view.valid & (np.arange(view.valid.shape[1]) > query.heads.shape[2])) if view else None
+
+
+class OneBankForAll(Last):
+    def view(self, state, site, layer, segment):
+        view = super().view(state, site, layer, segment)
+        return changed(view, bank=("hidden", np.broadcast_to(view.bank[1][:1], view.bank[1].shape))) if view else None
+
+
+class CountsSegments(Last):
+    def view(self, state, site, layer, segment):
+        view = super().view(state, site, layer, segment)
+        return changed(view, positions=view.positions - segment.number) if view else None
+
+
+class KeepsBetweenStreams(Last):
+    """Its first state is what was last written: a reset brings it back."""
+
+    kept = None
+
+    def start(self, batch, dims):
+        state = super().start(batch, dims)
+        if self.kept is not None and self.kept["decoder.0.valid"].shape[0] == batch:
+            return self.kept
+        return state
+
+    def write(self, state, site, layer, new):
+        super().write(state, site, layer, new)
+        self.kept = dict(state)
+
+
+class HoldsItself(Last):
+    """Rows in the object, not in the state."""
+
+    def __init__(self):
+        super().__init__()
+        self.held = {}
+
+    def view(self, state, site, layer, segment):
+        return self.held.get((layer, len(segment.length)))
+
+    def write(self, state, site, layer, new):
+        super().write(state, site, layer, new)
+        self.held[layer, len(new.valid)] = super().view(state, site, layer, None)
+
+
+class WritesInPlace(Last):
+    def start(self, batch, dims):
+        return {**super().start(batch, dims), "count": np.zeros(batch)}
+
+    def write(self, state, site, layer, new):
+        state["count"] += 1
+        return super().write(state, site, layer, new)
+
+
+class MoreThanItSays(Last):
+    def __init__(self):
+        super().__init__(8)
+        self.spec = MemorySpec(sites=frozenset({"decoder"}), capacity=4)
+
+
+class DropsWhatItShows(Last):
+    def write(self, state, site, layer, new):
+        super().write(state, site, layer, new)
+        return new
+
+
+class DropsInventions(Last):
+    def write(self, state, site, layer, new):
+        dropped = super().write(state, site, layer, new)
+        return dropped and Evicted(site, layer, dropped.hidden + 1, dropped.valid, dropped.positions)
+
+
+class RaisesWhenStacked(Last):
+    def absorb(self, state, evicted):
+        raise RuntimeError("alone only")
+
+
+class LeaksGradient(Last):
+    """Says that no gradient flows, and carries a Var along."""
+
+    def start(self, batch, dims):
+        return {**super().start(batch, dims), "sum": np.zeros((batch, 1), dims.dtype)}
+
+    def parameters(self, dims):
+        return {"start": Param((dims.d_model,))}
+
+    def begin(self, state, segment):
+        if state["sum"].shape[1] == 1:
+            return Rows(np.broadcast_to(state.params["start"], (len(segment.length), 1, state.dims.d_model)))
+        return Rows(state["sum"][:, None])
+
+    def end(self, state, rows):
+        state["sum"] = rows[:, 0]
+
+
+class StopsGradient(Last):
+    def __init__(self):
+        super().__init__()
+        self.spec = MemorySpec(sites=frozenset({"decoder"}), capacity=8, gradient="rows")
+
+    def write(self, state, site, layer, new):
+        return super().write(state, site, layer, Evicted(site, layer, value_of(new.hidden), new.valid, new.positions))
+
+
+class ForgetsToDifferentiate(Last):
+    def __init__(self):
+        super().__init__()
+        self.spec = MemorySpec(sites=frozenset({"decoder"}), needs=frozenset({"query"}))
+
+    def read(self, state, site, layer, query):
+        return Side(value_of(query.heads) ** 2)
+
+
+class ParameterWithoutUse(Last):
+    def parameters(self, dims):
+        return {"gate": Param((dims.n_heads,))}
+
+
+class StuckParameter(Last):
+    def parameters(self, dims):
+        return {"shift": Param((dims.d_model,), init=0.1, lr_factor=0.0)}
+
+    def view(self, state, site, layer, segment):
+        view = super().view(state, site, layer, segment)
+        return changed(view, bank=("hidden", view.bank[1] + state.params["shift"])) if view else None
+
+
+class Drifts(Last):
+    """Depends on how many were made before it: what is resumed is another one."""
+
+    made = 0
+
+    def __init__(self):
+        type(self).made += 1
+        super().__init__(2 + type(self).made % 7)
+
+
+MUTANTS = {
+    Raises: "runs",
+    GivesNaN: "runs",
+    AlwaysSingle: "keeps_the_dtype",
+    DoesNothing: "has_effect",
+    Random: "is_deterministic",
+    ForgetsAnOption: "text_makes_it_again",
+    ZeroRowsAtTheStart: "empty_is_nothing",
+    TakesPadding: "padding_is_ignored",
+    SeesTheFuture: "future_is_not_seen",
+    LooksAtTheSegment: "generation_equals_reading",
+    OneBankForAll: "rows_are_independent",
+    CountsSegments: "rows_pause",
+    KeepsBetweenStreams: "reset_forgets",
+    HoldsItself: "rows_reorder",
+    WritesInPlace: "state_is_not_written_into",
+    MoreThanItSays: "capacity_holds",
+    DropsWhatItShows: "dropped_rows_were_held",
+    DropsInventions: "dropped_rows_were_held",
+    RaisesWhenStacked: "stacks",
+    LeaksGradient: "gradient_is_as_declared",
+    StopsGradient: "gradient_is_as_declared",
+    ForgetsToDifferentiate: "gradients_are_right",
+    ParameterWithoutUse: "parameters_learn",
+    StuckParameter: "parameters_learn",
+    Drifts: "training_resumes",
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
+def test_each_broken_strategy_is_caught_by_its_check(mutant, only_decoders):
+    mt.register_memory("mutant", mutant)
+    others = set(CHECKS) - {MUTANTS[mutant]}
+    with pytest.raises(CheckFailed, match=rf"fails 1 check:\n  {MUTANTS[mutant]} \(decoder-only\): .*expected .*, got "):
+        check_memory("mutant" if mutant is ForgetsAnOption else mutant, skip=others)
+
+
+def test_the_mutants_differ_from_an_honest_strategy(only_decoders):
+    check_memory(Last)
+
+
+def test_every_check_but_state_ones_has_a_mutant_of_its_own():
+    assert set(CHECKS) - set(MUTANTS.values()) == {"dump_and_load_go_on"}
+
+
+def test_dumping_what_is_not_in_the_state_is_caught(only_decoders):
+    told = r"dump_and_load_go_on .*: after dump and load: expected the same numbers, got a difference of"
+    with pytest.raises(CheckFailed, match=told):
+        check_memory(HoldsItself, skip=set(CHECKS) - {"dump_and_load_go_on"})
+
+
+def test_a_failure_names_the_check_what_was_expected_and_what_came(only_decoders):
+    with pytest.raises(CheckFailed) as caught:
+        check_memory(MoreThanItSays)
+    assert str(caught.value) == (
+        "memory 'MoreThanItSays' fails 1 check:\n"
+        "  capacity_holds (decoder-only): state['decoder.0.hidden']: expected at most capacity = 4 rows, got 8"
+    )
+
+
+def test_the_cause_of_a_failure_is_kept(only_decoders):
+    with pytest.raises(CheckFailed) as caught:
+        check_memory(Raises)
+    assert isinstance(caught.value.__cause__, PluginError)
+    assert isinstance(caught.value.__cause__.__cause__, KeyError)
+
+
+def test_checks_can_be_skipped_by_name(only_decoders):
+    check_memory(DoesNothing, skip=["has_effect"])
+    with pytest.raises(InvalidValue, match=r"skip: unknown check 'effect'; there are runs,"):
+        check_memory(DoesNothing, skip=["effect"])
+
+
+def test_what_is_no_memory_is_refused():
+    with pytest.raises(InvalidType, match="expected text, a Memory or a function"):
+        check_memory(7)
+    with pytest.raises(InvalidType, match="expected a Memory, got int"):
+        check_memory(int)
+    with pytest.raises(InvalidValue, match="did you mean 'window'"):
+        check_memory("windw")
+
+
+def test_an_object_can_be_checked(only_decoders):
+    check_memory(Last())
+    assert issubclass(CheckFailed, AssertionError)
+    assert isinstance(Last(), Memory)

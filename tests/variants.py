@@ -1,0 +1,89 @@
+"""Tiny models of every architecture, with no weight left at zero or one, and the differences gradients are held against."""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from mini_tfm.config import Config
+from mini_tfm.model import Transformer
+
+SIZES = {"vocab_size": 13, "d_model": 8, "n_heads": 2, "n_encoder_layers": 2, "n_decoder_layers": 2, "d_ff": 12}
+RELATIVE = {"positions": "relative", "relative_buckets": 8, "relative_max_distance": 6}
+
+VARIANTS: dict[str, dict] = {
+    "paper": {"norm_position": "post"},
+    "pre norm": {},
+    "learned": {"positions": "learned", "max_positions": 40, "norm_position": "post"},
+    "rotary": {"positions": "rotary"},
+    "relative": RELATIVE,
+    "no positions": {"positions": "none"},
+    "rms": {"norm": "rms"},
+    "gelu": {"activation": "gelu"},
+    "gelu_tanh": {"activation": "gelu_tanh"},
+    "silu": {"activation": "silu"},
+    "grouped": {"n_heads": 4, "n_kv_heads": 2, "d_head": 3},
+    "untied": {"tie_embeddings": False},
+    "no bias": {"bias": False},
+    "t5": {**RELATIVE, "norm": "rms", "bias": False, "embedding_scale": False, "attention_scale": 1.0, "tie_embeddings": False},
+    "encoder only": {"n_decoder_layers": 0, "norm_position": "post", "positions": "learned", "max_positions": 40, "activation": "gelu"},
+    "encoder only, relative": {**RELATIVE, "n_decoder_layers": 0},
+    "decoder only": {"n_encoder_layers": 0},
+    "decoder only, llama": {
+        "n_encoder_layers": 0,
+        "positions": "rotary",
+        "norm": "rms",
+        "activation": "silu",
+        "bias": False,
+        "tie_embeddings": False,
+        "embedding_scale": False,
+        "n_heads": 4,
+        "n_kv_heads": 1,
+        "d_head": 2,
+    },
+    "decoder only, relative": {**RELATIVE, "n_encoder_layers": 0},
+}
+
+
+def tiny_model(variant: str = "pre norm", *, seed: int = 0, dtype: object = np.float64, **changes: object) -> Transformer:
+    """A model of `variant` whose weights are all random, those of norms around 1: each one counts in the result."""
+    model = Transformer(Config(**{**SIZES, **VARIANTS[variant], **changes}), seed=seed, dtype=np.float64)
+    rng = np.random.default_rng(seed)
+    for name, weight in model.weights.items():
+        spread = 0.5 if "positions" in name or "relative" in name else 0.2 if weight.ndim == 1 else 0.0
+        model.weights[name] = (weight + spread * rng.standard_normal(weight.shape)).astype(dtype)
+    return Transformer(model.config, dtype=dtype, weights=model.weights)
+
+
+def tokens(rng: np.random.Generator, *shape: int, vocab_size: int = SIZES["vocab_size"]) -> np.ndarray:
+    return rng.integers(3, vocab_size, shape)
+
+
+def assert_gradients(
+    loss: Callable[[Mapping[str, np.ndarray]], float],
+    weights: Mapping[str, np.ndarray],
+    gradients: Mapping[str, np.ndarray],
+    *,
+    seed: int = 0,
+    tolerance: float = 1e-6,
+) -> None:
+    """Each array's gradient, along one random direction, equals the central difference of `loss` there (float64).
+
+    One array at a time, so that no small gradient hides behind a large one. tolerance: relative to the gradient's
+    norm times the direction's; the central difference itself errs by about step ** 2 and eps / step = 2e-11. Where
+    a corner of a relu lies inside the step, one a hundred times smaller, and as much less exact, decides.
+    """
+    rng = np.random.default_rng(seed)
+    for name, weight in weights.items():
+        assert weight.dtype == np.float64, f"{name}: differences need float64"
+        direction = rng.standard_normal(weight.shape)
+        told = float(np.sum(gradients[name] * direction))
+        size = float(np.linalg.norm(gradients[name])) * float(np.linalg.norm(direction))
+        slopes = []
+        for step, looser in ((1e-5, 1), (1e-7, 10)):
+            ahead = loss({**weights, name: weight + step * direction})
+            behind = loss({**weights, name: weight - step * direction})
+            slopes.append((ahead - behind) / (2 * step))
+            if abs(slopes[-1] - told) <= looser * (tolerance * (size + abs(slopes[-1])) + 1e-8):
+                break
+        else:
+            raise AssertionError(f"{name}: the slope is {slopes[0]:.9g} ({slopes[1]:.9g}), the gradient says {told:.9g}")
