@@ -28,7 +28,24 @@ _WHERE = {
     "MiniTfmError": "errors",
 }
 
-__all__ = [*_WHERE, "__version__"]
+__all__ = [
+    "Config",
+    "MiniTfmError",
+    "Pipeline",
+    "Trainer",
+    "Transformer",
+    "__version__",
+    "attention",
+    "get_num_threads",
+    "list_memories",
+    "load",
+    "memory",
+    "register_memory",
+    "set_num_threads",
+    "show_config",
+    "sinusoidal_positions",
+    "softmax",
+]
 
 if TYPE_CHECKING:
     from .checkpoint.models import load

@@ -35,16 +35,14 @@ class Var(NDArrayOperatorsMixin):
     a leaf made with a `grad` array has the gradient ADDED to it (parameters: views of one flat arena).
     """
 
-    __slots__ = ("value", "grad", "_parents", "_vjp", "_order", "_owns_grad")
+    __slots__ = ("_order", "_owns_grad", "_parents", "_vjp", "grad", "value")
 
     def __init__(self, value: Any, grad: np.ndarray | None = None):
         self.value = np.asarray(value)
         if self.value.dtype.kind != "f":
             raise InvalidType(f"value: expected a floating-point array, got {self.value.dtype}")
         if grad is not None and (grad.shape != self.value.shape or grad.dtype != self.value.dtype):
-            raise InvalidValue(
-                f"grad: expected {self.value.shape} {self.value.dtype}, got {grad.shape} {grad.dtype}"
-            )
+            raise InvalidValue(f"grad: expected {self.value.shape} {self.value.dtype}, got {grad.shape} {grad.dtype}")
         self.grad = grad
         self._owns_grad = grad is not None
         self._parents: tuple[Any, ...] = ()
@@ -89,13 +87,13 @@ class Var(NDArrayOperatorsMixin):
 
         return record(value, (self,), vjp)
 
-    def reshape(self, *shape: Any) -> Var:
+    def reshape(self, *shape: Any) -> Any:
         return np.reshape(self, shape[0] if len(shape) == 1 else shape)
 
-    def transpose(self, *axes: Any) -> Var:
+    def transpose(self, *axes: Any) -> Any:
         return np.transpose(self, (axes[0] if len(axes) == 1 else axes) or None)
 
-    def swapaxes(self, a: int, b: int) -> Var:
+    def swapaxes(self, a: int, b: int) -> Any:
         return np.swapaxes(self, a, b)
 
     def sum(self, axis: Any = None, keepdims: bool = False) -> Var:
@@ -216,9 +214,7 @@ _UFUNC_VJPS: dict[Any, tuple[Callable, ...]] = {
     np.cos: (lambda dy, y, a: -dy * np.sin(a),),
     np.absolute: (lambda dy, y, a: dy * np.sign(a),),
     np.matmul: (lambda dy, y, a, b: _matmul_da(dy, a, b), lambda dy, y, a, b: _matmul_db(dy, a, b)),
-    **dict.fromkeys(
-        (np.greater, np.greater_equal, np.less, np.less_equal, np.equal, np.not_equal, np.isnan, np.isfinite, np.sign), ()
-    ),
+    **dict.fromkeys((np.greater, np.greater_equal, np.less, np.less_equal, np.equal, np.not_equal, np.isnan, np.isfinite, np.sign), ()),
 }
 
 
@@ -307,7 +303,7 @@ def _reshaped(function: Callable) -> Callable:
 
 def _cumsum(x: Var, axis: int | None = None) -> Var:
     if axis is None:
-        return _cumsum(np.ravel(x), 0)
+        return _cumsum(x.reshape(-1), 0)
     return record(np.cumsum(x.value, axis), (x,), lambda dy: (np.flip(np.cumsum(np.flip(dy, axis), axis), axis),))
 
 
@@ -327,7 +323,7 @@ def _split(x: Var, sections: Any, axis: int = 0) -> list[Var]:
     ends = np.split(np.arange(length), sections)
     lead = (slice(None),) * (axis % x.ndim)
     starts = np.concatenate([[0], np.cumsum([len(part) for part in ends])]).tolist()
-    return [x[lead + (slice(a, b),)] for a, b in itertools.pairwise(starts)]
+    return [x[(*lead, slice(a, b))] for a, b in itertools.pairwise(starts)]
 
 
 def _where(condition: Any, a: Any, b: Any) -> Var:

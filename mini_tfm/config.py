@@ -78,16 +78,19 @@ class Config:
         if not faults:
             faults = _range_faults(self)
         if not faults:
-            fill = lambda name, value: getattr(self, name) is None and object.__setattr__(self, name, value)  # noqa: E731
             if self.d_head is None and self.d_model % self.n_heads:
                 faults.append(f"d_model: expected a multiple of n_heads = {self.n_heads} (or a given d_head), got {self.d_model}")
-            fill("n_kv_heads", self.n_heads)
-            fill("d_head", self.d_model // self.n_heads)
-            fill("d_ff", 4 * self.d_model)
-            fill("attention_scale", float(self.d_head or 1) ** -0.5)
+            self._fill("n_kv_heads", self.n_heads)
+            self._fill("d_head", self.d_model // self.n_heads)
+            self._fill("d_ff", 4 * self.d_model)
+            self._fill("attention_scale", float(self.d_head or 1) ** -0.5)
             faults += _relation_faults(self)
         if faults:
             raise InvalidValue("Config: " + "; ".join(faults))
+
+    def _fill(self, name: str, value: float) -> None:
+        if getattr(self, name) is None:
+            object.__setattr__(self, name, value)
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Config:
@@ -173,7 +176,8 @@ def _relation_faults(config: Config) -> list[str]:
         faults.append(f"relative_buckets: expected a multiple of 4, got {config.relative_buckets}")
     if config.positions == "relative" and config.relative_max_distance <= config.relative_buckets // 2:
         faults.append(
-            f"relative_max_distance: expected more than relative_buckets / 2 = {config.relative_buckets // 2}, got {config.relative_max_distance}"
+            f"relative_max_distance: expected more than relative_buckets / 2 = {config.relative_buckets // 2},"
+            f" got {config.relative_max_distance}"
         )
     for name in ("pad_id", "bos_id", "eos_id"):
         if not 0 <= getattr(config, name) < config.vocab_size:

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from . import _core
-from .autodiff import Var, value_of
+from .autodiff import value_of
 from .errors import InvalidType, InvalidValue
 from .memory.run import MemoryRun
 
-Array = np.ndarray | Var
+Array: TypeAlias = Any  # an np.ndarray or a Var: NumPy's functions take both, its stubs know only the first
 
 if TYPE_CHECKING:
     from .model import Encoded, Transformer

@@ -14,13 +14,13 @@ import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from . import _core, ops
 from ._core import Block
-from .autodiff import Var, value_of
+from .autodiff import value_of
 from .config import Config
 from .errors import InvalidType, InvalidValue
 from .memory.base import Memory, Query, Side, View
@@ -29,7 +29,7 @@ from .memory.run import MemoryRun, memory_parameters
 if TYPE_CHECKING:
     from .generate import KVCache
 
-Array = np.ndarray | Var
+Array: TypeAlias = Any  # an np.ndarray or a Var: NumPy's functions take both, its stubs know only the first
 Weights = Mapping[str, Array]
 
 
@@ -331,7 +331,7 @@ class Transformer:
         asking: (B, T) queries that count. text: which of the segment's keys are text, where the attention they
         receive is to be told.
         """
-        scale = self.config.attention_scale
+        scale = self.config.attention_scale or 1.0
         make_query = lambda: self._query(w, name, free_q, run.site_start(site)[:, None] + at)  # noqa: E731
         shown = run.views(site, layer, make_query, q.shape[2]) if run.members else []
         own = len(blocks)
@@ -346,21 +346,21 @@ class Transformer:
                 if run.wants_mass(i) and view.index is None and i not in told:
                     told.add(i)
                     run.received(site, layer, i, ops.attention_mass(q, block, lse, scale, asking))
-        for i, view in shown:
-            merge = run.merge(i, view)
+        for i, more in shown:
+            merge = run.merge(i, more)
             if merge == "joint":
                 continue
-            if isinstance(view, Side):
-                other = view.output
-                has = np.ones(1, bool) if view.valid is None else view.valid
+            if isinstance(more, Side):
+                other = more.output
+                has = np.ones(1, bool) if more.valid is None else more.valid
             else:
-                other = ops.attention(q, [self._view_block(w, name, site, view, at, run)], scale)
-                has = view.valid.any(axis=1)
+                other = ops.attention(q, [self._view_block(w, name, site, more, at, run)], scale)
+                has = np.asarray(more.valid.any(axis=1))
             if merge == "add":
                 out = out + (other if has.all() else np.where(has[:, None, None, None], other, 0))
                 continue
             if merge == "gate":
-                open_ = ops.sigmoid(view.gate)[:, None, None]
+                open_ = ops.sigmoid(more.gate)[:, None, None]
                 other = open_ * other + (1 - open_) * out
             # An empty memory must equal no memory.
             out = other if has.all() else np.where(has[:, None, None, None], other, out)
@@ -519,8 +519,8 @@ def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...], dtype: An
         return np.zeros(shape, dtype)
     if len(shape) == 1:  # the weight of a norm
         return np.ones(shape, dtype)
-    scale = shape[1] if name == "embedding.weight" else shape[0]
-    scale = scale**-0.5 if "positions" not in name and "relative" not in name else 0.02
+    d_in = shape[1] if name == "embedding.weight" else shape[0]
+    scale = d_in**-0.5 if "positions" not in name and "relative" not in name else 0.02
     return (rng.standard_normal(shape, np.float32) * np.float32(scale)).astype(dtype)
 
 
@@ -573,7 +573,7 @@ def check_tokens(name: str, tokens: Any, vocab_size: int, lengths: Any = None) -
         raise InvalidType(f"{name}: expected integer token ids, got {array.dtype}")
     if array.ndim != 2:
         raise InvalidValue(f"{name}: expected shape (batch, tokens), got {array.shape}")
-    if array.size and not (0 <= array.min() and array.max() < vocab_size):
+    if array.size and (array.min() < 0 or array.max() >= vocab_size):
         bad = array[(array < 0) | (array >= vocab_size)][0]
         raise InvalidValue(f"{name}: expected ids from 0 to vocab_size - 1 = {vocab_size - 1}, got {bad}; is it the model's own tokenizer?")
     if lengths is None:
@@ -584,6 +584,6 @@ def check_tokens(name: str, tokens: Any, vocab_size: int, lengths: Any = None) -
         raise InvalidValue(f"{name} lengths: expected {len(array)} integers, got lists of different lengths") from error
     if lengths.dtype.kind not in "iu" or lengths.shape != (len(array),):
         raise InvalidValue(f"{name} lengths: expected {len(array)} integers, got {lengths.dtype} of shape {lengths.shape}")
-    if len(lengths) and not (0 <= lengths.min() and lengths.max() <= array.shape[1]):
+    if len(lengths) and (lengths.min() < 0 or lengths.max() > array.shape[1]):
         raise InvalidValue(f"{name} lengths: expected 0 to {array.shape[1]}, got {lengths.min()} to {lengths.max()}")
     return array.astype(np.int64), lengths.astype(np.int64)

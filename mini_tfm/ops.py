@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from . import _core
 from ._core import Block
 from .autodiff import Var, add_grad, is_traced, record, value_of
 
-Array = np.ndarray | Var
+Array: TypeAlias = Any  # an np.ndarray or a Var: NumPy's functions take both, its stubs know only the first
 
 
 def _flat(x: np.ndarray) -> np.ndarray:
@@ -152,9 +152,7 @@ class DistanceBias:
 
     def strided(self, table: np.ndarray) -> np.ndarray:
         h, j = table.strides
-        return np.lib.stride_tricks.as_strided(
-            table[:, self.n_queries - 1 :], (1, len(table), self.n_queries, self.n_keys), (0, h, -j, j)
-        )
+        return np.lib.stride_tricks.as_strided(table[:, self.n_queries - 1 :], (1, len(table), self.n_queries, self.n_keys), (0, h, -j, j))
 
 
 def relative_buckets(distance: np.ndarray, n_buckets: int, max_distance: int, bidirectional: bool) -> np.ndarray:
@@ -204,7 +202,7 @@ def attention_with_lse(q: Array, blocks: Sequence[Block], scale: float) -> tuple
     return record(out, parents, vjp), lse
 
 
-def _bias_view(bias: Any, table: np.ndarray | None) -> np.ndarray | None:
+def _bias_view(bias: Any, table: Any) -> np.ndarray | None:
     return bias.strided(table) if isinstance(bias, DistanceBias) else table
 
 

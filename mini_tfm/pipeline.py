@@ -38,7 +38,7 @@ class Pipeline:
         if not isinstance(tokenizer, Tokenizer):
             raise InvalidType(f"tokenizer: expected a Tokenizer, got {type(tokenizer).__name__}")
         if tokenizer.vocab_size > model.config.vocab_size:
-            raise InvalidValue(f"tokenizer: expected at most {model.config.vocab_size} tokens, as the model has, got {tokenizer.vocab_size}")
+            raise InvalidValue(f"tokenizer: expected at most the model's {model.config.vocab_size} tokens, got {tokenizer.vocab_size}")
         if isinstance(memory, str):
             from .memory import memory as make_memory
 
@@ -55,7 +55,9 @@ class Pipeline:
         self.reset()
 
     @classmethod
-    def load(cls, folder: str | Path, memory: Memory | str | None = "saved", dtype: str = "float32", segment_length: int | None = None) -> Pipeline:
+    def load(
+        cls, folder: str | Path, memory: Memory | str | None = "saved", dtype: str = "float32", segment_length: int | None = None
+    ) -> Pipeline:
         """The pipeline of a model folder; memory: text or a Memory, None for none, "saved" for what it was trained with."""
         from .checkpoint.models import load_saved
 
@@ -68,6 +70,12 @@ class Pipeline:
         """Forgets what was read in this process; documents on disk stay (`memory.reset(name)` deletes one)."""
         self._run = self.model.start_run(self.memory, 1)
         self._last: int | None = None  # a decoder-only model's last token
+
+    def close(self) -> None:
+        """Ends the stream: what working memory holds goes to the long-term memory behind it, durable with a path."""
+        self._run.drain()
+        self._run.flush()
+        self.reset()
 
     def read(self, text: str | Iterable[str]) -> int:
         """Streams text (or pieces of it, in which a piece may end anywhere) into the memory; returns tokens read.

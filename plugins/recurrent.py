@@ -24,7 +24,8 @@ class Recurrent(Memory):
         if site not in (None, "encoder", "decoder"):
             raise InvalidValue(f"site: expected encoder or decoder (cross-attention sees the encoder's rows), got {site!r}")
         self.tokens, self.site, self.residual = tokens, site, residual
-        self.spec = MemorySpec(sites=frozenset({"encoder", "decoder"}), gradient="state", capacity=tokens)
+        sites = frozenset({"encoder", "decoder"} if site is None else {site})
+        self.spec = MemorySpec(sites=sites, gradient="state", capacity=tokens)
 
     def parameters(self, dims: Dims) -> dict[str, Param]:
         return {"tokens": Param((self.tokens, dims.d_model), init=1.0, weight_decay=False)}

@@ -48,6 +48,7 @@ class Store(Memory):
             raise InvalidValue("document: expected a name of 1 to 200 bytes")
         self.top_k, self.document, self.site = top_k, str(document), site
         self.disk = RowsOnDisk(str(path)) if path is not None else None
+        self.durable = path is not None
         self.spec = MemorySpec(
             sites=frozenset(SITES if site is None else [site]),
             layers=None if layer is None else (layer,),
@@ -90,9 +91,7 @@ class Store(Memory):
         if site != (self.site or state.dims.reading_site):
             return None
         key = bank_key(site, layer)
-        parts = [
-            (state[f"{key}{i}.hidden"], state[f"{key}{i}.valid"], state[f"{key}{i}.positions"]) for i in self._chunks(state, key)
-        ]
+        parts = [(state[f"{key}{i}.hidden"], state[f"{key}{i}.valid"], state[f"{key}{i}.positions"]) for i in self._chunks(state, key)]
         batch, heads, length = query.heads.shape[:3]
         on_disk = self._rows_on_disk(state, key)
         if not parts and not on_disk:

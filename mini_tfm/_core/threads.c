@@ -1,6 +1,6 @@
 #include "threads.h"
 
-/* In units of 0.1 ns: 20 us, several times what a fork and join costs while libgomp's threads are awake. */
+/* In units of 0.1 ns: 100 us. A fork and join takes some 50 us, as libgomp's threads sleep in between (see __init__.py). */
 static const double WORTH_A_FORK = 1e6;
 
 static int n_threads = 1, within_limit = 1, forked = 0;

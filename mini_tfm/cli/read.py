@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,8 +68,7 @@ def read(folder: Path, files: tuple[Path, ...], memory: str, reset: str | None, 
         with Reading("reading", total_bytes(files)) as reading:
             for path in files:
                 clock, bytes_before = Clock(), reading.bytes
-                tokens = pipe.read(_checked(reading.through(pieces_of(path)), pipe))
-                _refuse_if_nothing_stayed(pipe)
+                tokens = pipe.read(reading.through(pieces_of(path)))
                 n_bytes = reading.bytes - bytes_before
                 done.append(
                     {
@@ -81,6 +79,7 @@ def read(folder: Path, files: tuple[Path, ...], memory: str, reset: str | None, 
                         "tokens_per_second": tokens / clock.seconds,
                     }
                 )
+            pipe.close()
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{_held(kept)}; {len(done)} of {len(files)} files were read to their end") from None
     except Exception:
@@ -108,36 +107,13 @@ def read(folder: Path, files: tuple[Path, ...], memory: str, reset: str | None, 
 def _that_stays(memory: Memory | None) -> Memory:
     """The memory; refused, before any work, if none of its members makes anything durable."""
     from ..errors import InvalidValue
-    from ..memory import Memory
 
     if memory is None:
         raise InvalidValue("--memory: expected a memory to read into, got none; for example --memory store:path=notes.mdb")
     members = getattr(memory, "members", [memory])
-    if all(type(member).flush is Memory.flush for member in members):
+    if not any(member.durable for member in members):
         raise InvalidValue(_nothing_left(memory))
     return memory
-
-
-def _checked(pieces: Iterator[str], pipe: Any) -> Iterator[str]:
-    """The pieces; refuses, after enough of them that it was surely flushed, a memory that has put nothing on disk."""
-    from ..pipeline import PIECE_CHARACTERS, SEGMENTS_A_FLUSH
-
-    sure = 4 * PIECE_CHARACTERS + SEGMENTS_A_FLUSH * pipe.segment_length * 32  # no tokenizer's tokens are 32 letters on average
-    gone = 0
-    for piece in pieces:
-        if gone < sure <= gone + len(piece):
-            _refuse_if_nothing_stayed(pipe)
-        gone += len(piece)
-        yield piece
-
-
-def _refuse_if_nothing_stayed(pipe: Any) -> None:
-    from ..errors import InvalidValue
-
-    if not pipe.memory.documents():
-        raise InvalidValue(
-            _nothing_left(pipe.memory, "has put nothing on disk (it has no path, or a working memory before it still holds all)")
-        )
 
 
 def _nothing_left(memory: Any, why: str = "keeps nothing on disk") -> str:

@@ -1,10 +1,10 @@
 """Memory: what a model remembers beyond its segment. Start with hookspecs.py, then base.py.
 
-    hookspecs.py   how a plugin announces a strategy
-    base.py        the contract: Memory, and the shapes it speaks in
-    manager.py     loading, making from text, blame
-    stack.py       several memories as one
-    run.py         a memory at work on a batch of streams: the only caller of strategies
+hookspecs.py   how a plugin announces a strategy
+base.py        the contract: Memory, and the shapes it speaks in
+manager.py     loading, making from text, blame
+stack.py       several memories as one
+run.py         a memory at work on a batch of streams: the only caller of strategies
 """
 
 import sys

@@ -23,16 +23,15 @@ called once a segment, after the decoder is done, with layer 0; `view` and `read
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from ..autodiff import Var
 from ..errors import InvalidValue
 
-Array = np.ndarray | Var
+Array: TypeAlias = Any  # an np.ndarray or a Var: NumPy's functions take both, its stubs know only the first
 Site = Literal["encoder", "decoder", "cross"]
 SITES = ("encoder", "decoder", "cross")
 MERGES: tuple[str, ...] = ("joint", "gate", "add", "replace")
@@ -217,6 +216,7 @@ class Memory:
     """Base of every strategy; every method is optional. Options are keyword arguments of `__init__`."""
 
     name: str = ""  # set by the library: the name it was asked for by
+    durable: bool = False  # set by a strategy whose `flush` makes rows outlive the process
     text: str | None = None  # and the text that makes it again, as in "window:size=512"
     spec: MemorySpec = MemorySpec()
 
@@ -250,6 +250,10 @@ class Memory:
     def logits(self, state: State, hidden: np.ndarray, log_probs: np.ndarray) -> np.ndarray | None:
         """Changes the log-probabilities (B, T, V), given the decoder's outputs (B, T, d). Generation and scoring."""
 
+    def drain(self, state: State) -> Iterable[Evicted]:
+        """The stream ends: gives up the rows that a memory behind this one in a stack should have."""
+        return ()
+
     def flush(self, state: State) -> None:
         """Makes durable what the state holds. Called while a pipeline reads; never in training or generation."""
 
@@ -275,7 +279,7 @@ class RowMemory(Memory):
         if site not in (None, "all", *SITES):
             raise InvalidValue(f"site: expected one of {', '.join(SITES)}, all, got {site!r}")
         self.size, self.site = size, site
-        self.spec = MemorySpec(capacity=size)
+        self.spec = MemorySpec(sites=frozenset(SITES if site in (None, "all") else [site]), capacity=size)
 
     def keep(self, scores: np.ndarray | None, positions: np.ndarray) -> np.ndarray:
         """(B, N) priorities from positions (B, N), -1 where there is no row, and the attention received so far
@@ -327,6 +331,16 @@ class RowMemory(Memory):
         if not go.shape[1]:
             return None
         return Evicted(site, layer, _pick(rows["hidden"], go), _pick(valid, go), _pick(positions, go))
+
+    def drain(self, state: State) -> Iterable[Evicted]:
+        for site, count in state.dims.layers.items():
+            for layer in range(count):
+                key = bank_key(site, layer)
+                if state.get(key + "valid") is not None and state[key + "valid"].shape[1]:
+                    yield Evicted(site, layer, state[key + "hidden"], state[key + "valid"], state[key + "positions"])
+                    for name in ("hidden", "valid", "positions", "mass"):
+                        if key + name in state:
+                            state[key + name] = state[key + name][:, :0]
 
 
 def bank_key(site: str, layer: int) -> str:

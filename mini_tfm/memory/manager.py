@@ -81,18 +81,14 @@ class _Registry:
             self.failed[name] = f"{type(error).__name__}: {error}"
             if (plugin := self.plugins.get_plugin(name)) is not None:
                 self.plugins.unregister(plugin)
-            warnings.warn(
-                f"memory plugin {owner} could not be loaded and is left out: {self.failed[name]}", PluginWarning, stacklevel=2
-            )
+            warnings.warn(f"memory plugin {owner} could not be loaded and is left out: {self.failed[name]}", PluginWarning, stacklevel=2)
             return
         for strategy, factory in found.items():
             self.register(strategy, factory, owner)
 
     def register(self, name: str, factory: Callable[..., Memory], owner: str) -> None:
         if name in self.factories:
-            warnings.warn(
-                f"memory {name!r} of plugin {owner} is left out: {self.owners[name]} has that name", PluginWarning, stacklevel=3
-            )
+            warnings.warn(f"memory {name!r} of plugin {owner} is left out: {self.owners[name]} has that name", PluginWarning, stacklevel=3)
             return
         self.factories[name], self.owners[name] = factory, owner
 

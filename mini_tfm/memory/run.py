@@ -45,9 +45,7 @@ def model_dims(config: Config, dtype: Any, **more: Any) -> Dims:
         "cross": config.n_decoder_layers if config.has_encoder else 0,
     }
     assert config.n_kv_heads and config.d_head  # filled in by Config
-    return Dims(
-        config.d_model, config.n_heads, config.n_kv_heads, config.d_head, layers, np.dtype(dtype), config.segment_length, **more
-    )
+    return Dims(config.d_model, config.n_heads, config.n_kv_heads, config.d_head, layers, np.dtype(dtype), config.segment_length, **more)
 
 
 def memory_parameters(memory: Memory | None, config: Config, dtype: Any) -> dict[str, Param]:
@@ -237,24 +235,32 @@ class MemoryRun:
         mass = self._mass.get((site, layer, None))
         targets = self._targets if site == "decoder" else None
         tokens = self._tokens.get("encoder" if site == "cross" else site)
-        given: New | None = New(site, layer, hidden, valid, positions, tokens, mass, None, targets)
-        for place, i in enumerate(takers):
-            if given is None:
+        given = New(site, layer, hidden, valid, positions, tokens, mass, None, targets)
+        own = self._for_member(given, self.members[takers[0]], project)
+        own = dataclasses.replace(own, view_mass=self._mass.get((site, layer, takers[0])))
+        with self._calling(takers[0], "write", site, layer):
+            dropped = self._checked_rows(takers[0], self.members[takers[0]].write(self.states[takers[0]], site, layer, own))
+        self._hand_on(dropped, takers[1:], project)
+
+    def _hand_on(self, dropped: New | None, takers: list[int], project: Callable[[Array], tuple[Array, Array]] | None) -> None:
+        """What one member dropped goes to the next, and what that drops for it to the one after."""
+        for i in takers:
+            if dropped is None:
                 return
-            member, dims = self.members[i], self.dims[i]
-            given = self._for_member(given, member, project)
-            with self._calling(i, "absorb" if place else "write", site, layer):
-                if place:
-                    given = member.absorb(self.states[i], given)
-                else:
-                    own = dataclasses.replace(given, view_mass=self._mass.get((site, layer, i)))
-                    given = member.write(self.states[i], site, layer, own)
-                if given is not None:
-                    expect(isinstance(given, New), f"expected Evicted or None, got {type(given).__name__}")
-                    real_array("hidden", given.hidden, (self.batch, None, dims.d_model), dims.dtype)
-                    shape = value_of(given.hidden).shape[:2]
-                    expect_array("valid", given.valid, shape, "b")
-                    expect_array("positions", given.positions, shape, "i")
+            dropped = self._for_member(dropped, self.members[i], project)
+            with self._calling(i, "absorb", dropped.site, dropped.layer):
+                dropped = self._checked_rows(i, self.members[i].absorb(self.states[i], dropped))
+
+    def _checked_rows(self, i: int, dropped: Any) -> New | None:
+        if dropped is None:
+            return None
+        dims = self.dims[i]
+        expect(isinstance(dropped, New), f"expected Evicted or None, got {type(dropped).__name__}")
+        real_array("hidden", dropped.hidden, (self.batch, None, dims.d_model), dims.dtype)
+        shape = value_of(dropped.hidden).shape[:2]
+        expect_array("valid", dropped.valid, shape, "b")
+        expect_array("positions", dropped.positions, shape, "i")
+        return dropped
 
     @staticmethod
     def _for_member(new: New, member: Memory, project: Callable[[Array], tuple[Array, Array]] | None) -> New:
@@ -298,6 +304,15 @@ class MemoryRun:
                 expect(np.allclose(total, 1, atol=1e-3), "expected log-probabilities, whose exponentials sum to 1")
                 log_probs = changed.astype(log_probs.dtype, copy=False)
         return log_probs
+
+    def drain(self) -> None:
+        """The streams end: what a working memory holds goes to the memories behind it."""
+        for i, member in enumerate(self.members[:-1]):
+            with self._calling(i, "drain"):
+                given_up = [self._checked_rows(i, dropped) for dropped in member.drain(self.states[i])]
+            for dropped in filter(None, given_up):
+                layer = None if dropped.site == "cross" else dropped.layer
+                self._hand_on(dropped, [j for j, _ in self._at(dropped.site, "write", "absorb", layer=layer) if j > i], None)
 
     def flush(self) -> None:
         for i, member in enumerate(self.members):

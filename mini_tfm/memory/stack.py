@@ -18,11 +18,11 @@ class Stack(Memory):
     """
 
     def __init__(self, members: Sequence[Memory]):
-        flat = [inner for member in members for inner in (member.members if isinstance(member, Stack) else [member])]
+        flat: list[Memory] = [inner for member in members for inner in (member.members if isinstance(member, Stack) else [member])]
         for member in flat:
             if not isinstance(member, Memory):
                 raise InvalidType(f"members: expected Memory objects, got {type(member).__name__}")
-        self.members = flat
+        self.members: list[Memory] = flat
         self.name = "+".join(member.name for member in flat)
         texts = [member.text for member in flat]
         self.text = "+".join(filter(None, texts)) if all(texts) else None

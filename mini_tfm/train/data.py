@@ -25,13 +25,18 @@ class Batch:
     source: np.ndarray | None
     target: np.ndarray
     source_lengths: np.ndarray | None = None
-    target_lengths: np.ndarray | None = None
+    target_lengths: np.ndarray = None  # type: ignore[assignment]  # filled in: whole segments
     weights: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        for name, tokens in (("source_lengths", self.source), ("target_lengths", self.target)):
+            if getattr(self, name) is None and tokens is not None:
+                object.__setattr__(self, name, np.full(tokens.shape[:2], tokens.shape[2], np.int64))
 
     @property
     def n_tokens(self) -> int:
         """Target tokens that count."""
-        return self.target.size if self.target_lengths is None else int(self.target_lengths.sum())
+        return int(self.target_lengths.sum())
 
 
 def fields(batch: Batch) -> tuple[Any, ...]:

@@ -43,12 +43,13 @@ class Recall:
     ) -> tuple[Batch, np.ndarray]:
         """A batch with one fact in each stream, and the letters asked for (B, n), -1 where nothing is asked.
 
-        facts_at, asked_at: the segments of the fact and of the only question; by default the fact is anywhere in the first
-        half, and the question comes in every segment from there on, or in one of two where there is only one. In the loss, question and what follows it in
-        the target have weight 0, and all letters together as much as all the text. strays: so many letters a source segment, on average, are put
-        in the place of tokens, so that a lone capital is not taken for a fact.
+        facts_at, asked_at: the segments of the fact and of the only question; by default the fact is anywhere in the
+        first half, and the question comes in every segment from there on, or in one of two where there is only one.
+        In the loss, question and what follows it in the target have weight 0, and all letters together as much as
+        all the text. strays: so many letters a source segment, on average, are put in the place of tokens, so that
+        a lone capital is not taken for a fact.
         """
-        if batch.source is None:
+        if batch.source is None or batch.source_lengths is None:
             raise InvalidValue("batch: facts are planted in sources, and this one has none (a decoder-only model)")
         size, n, length = batch.target.shape
         if length < self.length:
@@ -59,19 +60,21 @@ class Recall:
         if strays:
             stray = rng.random(source.shape) < strays / length
             source = np.where(stray, self.letters[rng.integers(len(self.letters), size=source.shape)], source)
-        asked = np.full((size, n), -1, np.int64)
+        asked: np.ndarray = np.full((size, n), -1, np.int64)
+        always = n > 1
         for b in range(size):
             t = int(rng.integers((n + 1) // 2)) if facts_at is None else facts_at
             room = int(batch.source_lengths[b, t]) - self.length
             letter = self.letters[rng.integers(len(self.letters))]
             fact = np.concatenate([self.before, [letter], self.after])
-            place, coins = rng.random(), rng.random(n)
+            place = float(rng.random())
+            coins = np.asarray(rng.random(n))
             if room < 0:
                 continue
             start = int(place * (room + 1))
             source[b, t, start : start + self.length] = fact
             for later in range(t, n):
-                ask = n > 1 or coins[later] < 0.5 if asked_at is None else later == asked_at
+                ask = always or coins[later] < 0.5 if asked_at is None else later == asked_at
                 if ask and batch.target_lengths[b, later] >= self.length:
                     target[b, later, : self.length] = fact
                     weights[b, later, : self.length] = 0
@@ -101,4 +104,4 @@ class Recall:
 def cut_segments(batch: Batch, n: int) -> Batch:
     """The first `n` segments of a batch."""
     fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
-    return Batch(**{name: None if value is None else value[:, :n] for name, value in fields.items()})
+    return dataclasses.replace(batch, **{name: value[:, :n] for name, value in fields.items() if value is not None})

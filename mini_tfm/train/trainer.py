@@ -69,7 +69,7 @@ class Trainer:
             raise InvalidType(f"memory: expected a Memory (mt.memory(...)) or None, got {type(memory).__name__}")
         if not model.config.has_decoder:
             raise InvalidValue("model: expected one with a decoder, as training predicts text; n_decoder_layers is 0")
-        self.options = {
+        self.options: dict[str, Any] = {
             "learning_rate": learning_rate,
             "schedule": schedule,
             "warmup_steps": warmup_steps,
@@ -88,7 +88,7 @@ class Trainer:
         self.model, self.memory, self.tokenizer = model, memory, tokenizer
         model.add_memory_weights(memory, seed)
         params = memory_parameters(memory, model.config, model.dtype)
-        self.optimizer = AdamW(model.weights, params, betas=tuple(betas), eps=eps, weight_decay=weight_decay)
+        self.optimizer = AdamW(model.weights, params, betas=betas, eps=eps, weight_decay=weight_decay)
         model.weights.update(self.optimizer.weights)  # views of the arena: the model sees every step
         self.step_count = 0
         self.losses: list[float] = []
@@ -342,7 +342,7 @@ def _check_about(about: dict[str, Any]) -> None:
 
 def _check_options(options: dict[str, Any]) -> None:
     faults = []
-    for name, low, high in (
+    limits: tuple[tuple[str, int, int | None], ...] = (
         ("learning_rate", 0, None),
         ("warmup_steps", 0, None),
         ("weight_decay", 0, None),
@@ -354,8 +354,9 @@ def _check_options(options: dict[str, Any]) -> None:
         ("clip", 0, None),
         ("total_steps", 1, None),
         ("bptt_segments", 1, None),
-    ):
-        value = options.get(name)
+    )
+    for name, low, high in limits:
+        value: Any = options.get(name)
         if value is None and name in ("clip", "total_steps", "bptt_segments"):
             continue
         whole = name in ("warmup_steps", "seed", "total_steps", "bptt_segments")

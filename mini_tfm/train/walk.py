@@ -39,7 +39,7 @@ def walk(
             run.detach()
         target, target_lengths = batch.target[:, t], batch.target_lengths[:, t]
         encoded = None
-        if batch.source is not None:
+        if batch.source is not None and batch.source_lengths is not None:
             run.open(batch.source_lengths[:, t], target)
             encoded = model.encode_segment(batch.source[:, t], batch.source_lengths[:, t], run, w, dropout)
         else:

@@ -367,6 +367,9 @@ def test_select_rows_fills_the_shorter_with_zeros():
 def test_a_site_or_layer_that_the_model_does_not_have_is_told():
     with pytest.raises(InvalidValue, match=r"memory 'store': works at \['cross'\], this model has only \['decoder'\]"):
         MODEL.start_run(mt.memory("store", site="cross"), 1)
+    for text in ("window:site=encoder", "recurrent:site=encoder"):
+        with pytest.raises(InvalidValue, match=r"works at \['encoder'\], this model has only \['decoder'\]"):
+            Reader(MODEL, mt.memory(text), 1)
     for layer in (2, -3):
         with pytest.raises(InvalidValue, match=f"layer: expected -2 to 1 in this model, got {layer}"):
             MODEL.start_run(mt.memory("store", layer=layer), 1)
