@@ -1,6 +1,7 @@
 """Attention, forward and backward: speed, error, the share of the sgemm peak, and peak memory."""
 
 import numpy as np
+
 from mini_tfm import _core
 
 from .common import LIBRARIES, _AgainstTorch, _Kernel, normal, share_of_sgemm

@@ -3,6 +3,7 @@
 import time
 
 import numpy as np
+
 from mini_tfm import _core
 
 LIBRARIES = ["mini_tfm", "torch"]

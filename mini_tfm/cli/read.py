@@ -116,9 +116,9 @@ def _that_stays(memory: Memory | None) -> Memory:
     return memory
 
 
-def _nothing_left(memory: Any, why: str = "keeps nothing on disk") -> str:
+def _nothing_left(memory: Any) -> str:
     return (
-        f"--memory: {memory.text or memory.name} {why}: nothing would be left after this process;"
+        f"--memory: {memory.text or memory.name} keeps nothing on disk: nothing would be left after this process;"
         " give one that does, for example --memory store:path=notes.mdb"
     )
 

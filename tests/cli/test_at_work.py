@@ -130,27 +130,10 @@ def test_read_tells_at_an_error_what_was_read(run, model, texts, shared, tmp_pat
     assert stopped.err.splitlines()[-1].startswith("error: ") and "late.txt" in stopped.err.splitlines()[-1]
 
 
-def test_read_of_a_long_file_is_not_refused_while_it_goes(run, model, tmp_path):
-    from mini_tfm.cli import read
-
-    held = []
-
-    class Memory:
-        text, name = "test", "test"
-
-        def documents(self):
-            held.append(True)
-            return {}
-
-    class Pipe:
-        memory, segment_length = Memory(), 16
-
-    pieces = ["x" * 65536] * 8
-    passed = []
-    with pytest.raises(ValueError, match="nothing on disk"):
-        passed.extend(read._checked(iter(pieces), Pipe()))
-    assert len(held) == 1 and len(passed) == 4  # in the middle, once it was surely flushed, not before
-    assert list(read._checked(iter(pieces[:4]), Pipe())) == pieces[:4]
+def test_what_a_window_holds_at_the_end_reaches_the_store(run, model, texts, tmp_path):
+    size = len(ByteTokenizer().encode(texts[0].read_text(encoding="utf-8")))
+    answer = run("read", model, texts[0], "--memory", f"window:size=8+store:path={tmp_path / 'notes.mdb'}", "--json").json
+    assert answer["documents"] == {"default": size}
 
 
 def test_info(run, model):

@@ -7,7 +7,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from mini_tfm.reference import Block
 
-MASKS = ("plain", "causal", "offset", "window", "causal window", "lengths", "valid", "index")
+MASKS = ("plain", "causal", "offset", "window", "causal window", "lengths", "valid", "index", "masked index")
 BIASES = ("full", "per head", "per key", "per query", "one", "transposed", "reversed", "expanded", "distance", "hiding")
 FEATURES = (*MASKS, *(f"{bias} bias" for bias in BIASES), "blocks", "everything")
 
@@ -73,18 +73,19 @@ def drawn_case(feature, values, batch=2, heads=2, kv_heads=1, length=5, source=6
         s = int(some([0, 1, source, source + 3])) if several else source
         block = Block(values.real(batch, kv_heads, s, d), values.real(batch, kv_heads, s, d))
         n = s
-        if "index" in wanted:
+        indexed = bool(wanted & {"index", "masked index"})
+        if indexed:
             n = int(some([1, 2, 7]))
             block.index = values.integers(-1, s, batch, heads, length, n)
         elif wanted & {"causal", "offset", "causal window"}:
             block.causal = True
         if "offset" in wanted:
             block.offset = int(values.rng.integers(-length - 1, s + 2))
-        if "index" not in wanted and wanted & {"window", "causal window"}:
+        if not indexed and wanted & {"window", "causal window"}:
             block.window = int(some([1, 2, s // 2 + 1, s + 5]))
-        if "lengths" in wanted:
+        if wanted & {"lengths", "masked index"}:
             block.lengths = values.integers(0, s + 1, batch)
-        if "valid" in wanted:
+        if wanted & {"valid", "masked index"}:
             block.valid = values.mask(batch, s)
         biases = [kind for kind in BIASES if f"{kind} bias" in wanted]
         bias = drawn_bias(str(some(biases)), values, (batch, heads, length, n)) if biases else None
@@ -92,3 +93,13 @@ def drawn_case(feature, values, batch=2, heads=2, kv_heads=1, length=5, source=6
         case.blocks.append(block)
         case.biases.append(bias)
     return case
+
+
+def only_row(block, row):
+    """The block with batch row `row` alone."""
+    fields = dict(vars(block))
+    for name in ("k", "v", "valid", "lengths", "index"):
+        fields[name] = None if fields[name] is None else fields[name][row : row + 1]
+    if np.ndim(block.bias) == 4 and len(block.bias) > 1:
+        fields["bias"] = block.bias[row : row + 1]
+    return Block(**fields)

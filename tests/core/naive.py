@@ -30,11 +30,19 @@ def log_sum_exp(row):
 
 
 def softmax(x):
-    return each_row(lambda row: [math.exp(value - log_sum_exp(row)) for value in row], x)
+    def row(row):
+        lse = log_sum_exp(row)
+        return [math.exp(value - lse) for value in row]
+
+    return each_row(row, x)
 
 
 def log_softmax(x):
-    return each_row(lambda row: [value - log_sum_exp(row) for value in row], x)
+    def row(row):
+        lse = log_sum_exp(row)
+        return [value - lse for value in row]
+
+    return each_row(row, x)
 
 
 def softmax_backward(y, dy):
@@ -126,9 +134,10 @@ def cross_entropy_backward(logits, targets, dlosses, ignore_index, smoothing):
     for n, target in enumerate(targets.tolist()):
         if target != ignore_index:
             row = logits[n].astype(np.float64).tolist()
+            lse = log_sum_exp(row)
             for v in range(vocab):
                 wanted = smoothing / vocab + (1.0 - smoothing if v == target else 0.0)
-                dlogits[n, v] = (math.exp(row[v] - log_sum_exp(row)) - wanted) * float(dlosses[n])
+                dlogits[n, v] = (math.exp(row[v] - lse) - wanted) * float(dlosses[n])
     return dlogits
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from core import naive_attention as naive
-from core.attention_cases import FEATURES, drawn_case
+from core.attention_cases import FEATURES, drawn_case, only_row
 from core.cases import Values, layouts, seeds
 from helpers import assert_close, assert_same_bits, examples
 from hypothesis import given
@@ -99,6 +99,29 @@ def test_the_last_query_sees_the_last_key(core, dtype):
     assert_close(np.exp(lse.reshape(2)), np.array([4.0, 5.0]), "lse", k=5, terms=5.0)
 
 
+FAR = 2**62
+SEES = {  # (causal, offset, window): the keys that the last of 3 queries sees of 4, with the offset far out
+    (True, FAR, None): [0, 1, 2, 3], (True, -FAR, None): [], (True, FAR, 5): [], (False, -FAR, 5): [], (False, FAR, 5): [],
+    (False, 0, FAR): [0, 1, 2, 3], (True, 0, FAR): [0, 1, 2], (False, FAR, FAR): [3], (False, -FAR, FAR): [0, 1],
+    (True, FAR, FAR): [3], (True, -FAR, FAR): [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("length", [1, 3, 40])
+@pytest.mark.parametrize("causal, offset, window", SEES)
+def test_far_offsets_and_wide_windows(core, causal, offset, window, length):
+    """Sums of the largest that are taken do not overflow."""
+    q, v = np.zeros((1, 1, length, 1)), 10.0 ** np.arange(4).reshape(1, 1, 4, 1)
+    # So that the query looked at is always number 2 counted from the offset.
+    block = Block(np.zeros_like(v), v, causal=causal, offset=max(-FAR, min(FAR, offset + (3 - length))), window=window)
+    if block.offset != offset + (3 - length):
+        q, block = np.zeros((1, 1, 3, 1)), Block(block.k, v, causal=causal, offset=offset, window=window)
+    out, lse = core.attention(q, [block], 1.0)
+    seen = SEES[causal, offset, window]
+    np.testing.assert_allclose(out[0, 0, -1, 0], np.mean(v[0, 0, seen, 0]) if seen else 0.0)
+    np.testing.assert_allclose(np.exp(lse[0, 0, -1]), len(seen))
+
+
 @pytest.mark.parametrize("feature", ["causal", "offset", "window", "causal window", "lengths", "valid", "index"])
 def test_what_is_hidden_is_never_read(core, dtype, feature):
     """NaN in every key and value that a mask hides leaves no trace."""
@@ -151,13 +174,3 @@ def test_a_batch_row_alone_has_the_same_bits(core, dtype, seed, length):
     for row in range(3):
         alone = core.attention(case.q[row : row + 1], [only_row(block, row) for block in case.blocks], case.scale)
         assert_same_bits(alone, (out[row : row + 1], lse[row : row + 1]))
-
-
-def only_row(block, row):
-    """The block with batch row `row` alone."""
-    fields = dict(vars(block))
-    for name in ("k", "v", "valid", "lengths", "index"):
-        fields[name] = None if fields[name] is None else fields[name][row : row + 1]
-    if np.ndim(block.bias) == 4 and len(block.bias) > 1:
-        fields["bias"] = block.bias[row : row + 1]
-    return Block(**fields)

@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from core import naive_attention as naive
-from core.attention_cases import BIASES, FEATURES, drawn_case
+from core.attention_cases import BIASES, FEATURES, drawn_case, only_row
 from core.cases import Values, layouts, seeds
 from core.naive import gradient
-from core.test_attention import few, head_sizes, lengths, only_row, sources
+from core.test_attention import few, head_sizes, lengths, sources
 from helpers import assert_close, assert_same_bits, examples
 from hypothesis import given
 
@@ -107,6 +107,22 @@ def test_dbias_on_request_has_the_shape_of_the_bias(core, dtype, kind, length):
     assert block.dbias is None  # the caller's block is not written to
     wanted = case.biases[0].view(case.biases[0].gradient(expected.dscores[0]))
     assert_close(grad.dbias, wanted, "attention_backward", k=4 * length * 9, terms=expected.terms_dbias, dtype=dtype)
+
+
+@pytest.mark.parametrize("length", [1, 40])
+def test_blocks_may_share_a_table(core, dtype, length):
+    """One distance bias over memory and segment: both add to it."""
+    values = Values(0, dtype)
+    case = drawn_case("distance bias", values, batch=2, heads=4, kv_heads=2, length=length, source=30, d=8)
+    dout, first = values.real(*case.q.shape), case.blocks[0]
+    case.blocks.append(replace(first, k=values.real(*first.k.shape), v=values.real(*first.v.shape), lengths=np.array([5, 30])))
+    expected = naive.attention_backward(dout, case.q, case.blocks, case.scale)
+    dtable = np.zeros_like(case.biases[0].table)
+    for block in case.blocks:
+        block.dbias = case.biases[0].view(dtable)
+    backward(core, case, dout)
+    wanted = sum(case.biases[0].gradient(dscores) for dscores in expected.dscores)
+    assert_close(dtable, wanted, "attention_backward", k=4 * length + expected.n, terms=expected.terms_dbias)
 
 
 def test_gradients_that_nobody_needs_are_not_made(core, dtype):

@@ -55,6 +55,35 @@ def test_a_big_call_agrees_with_the_twin(dtype, name):
             np.testing.assert_allclose(array, wanted, rtol=0, atol=200 * np.finfo(dtype).eps * largest)
 
 
+# kernel, axis of the rows, the arguments that have them, and how many results do.
+ROWS = {
+    "activation": (0, ("x",), 1), "activation_backward": (0, ("x", "dy"), 1), "cross_entropy": (0, ("logits", "targets"), 2),
+    "cross_entropy_backward": (0, ("logits", "targets", "lse", "dlosses"), 1), "embedding": (1, ("ids",), 1), "gemm": (0, ("a", "out"), 1),
+    "layer_norm": (0, ("x",), 3), "layer_norm_backward": (0, ("dy", "x", "mean", "rstd"), 1), "log_softmax": (0, ("x",), 1),
+    "rms_norm": (0, ("x",), 2), "rms_norm_backward": (0, ("dy", "x", "rstd"), 1), "rotary": (0, ("x",), 1),
+    "search": (1, ("queries",), 2), "softmax": (0, ("x",), 1), "softmax_backward": (0, ("y", "dy"), 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("big", [False, True])
+def test_a_row_has_the_same_bits_in_any_company(threads, dtype, name, big):
+    """Of the compiled kernels: alone, with a few others, at the end of a tile. Attention has its own such tests."""
+    threads.set_num_threads(3)
+    axis, arguments, n_results = ROWS[name]
+
+    def results(rows):
+        taken = sample(name, dtype, big=big)
+        taken |= {argument: np.take(taken[argument], rows, axis) for argument in arguments}
+        return arrays_in(call(threads, name, taken))[:n_results]
+
+    n = sample(name, dtype, big=big)[arguments[0]].shape[axis]
+    everything = results(range(n))
+    for rows in (range(1), range(n - 1, n), range(n // 2, n), range(0, n, 3)):
+        for part, whole in zip(results(rows), everything, strict=True):
+            assert_same_bits(part, np.take(whole, rows, axis))
+
+
 @every_kernel
 def test_subclasses_of_arrays_are_taken_as_plain_ones(core, dtype, name):
     """A masked array's mask or a matrix's product must not get into the checks."""

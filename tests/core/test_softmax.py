@@ -41,3 +41,17 @@ def test_softmax_backward_is_the_slope_of_softmax(core):
     x, dy = values.real(3, 5), values.real(3, 5)
     dx = core.softmax_backward(core.softmax(x), dy)
     np.testing.assert_allclose(dx, naive.gradient(core.softmax, x, dy), atol=1e-8)  # what a difference of step 1e-5 tells
+
+
+def test_rows_as_wide_as_a_vocabulary(core, dtype):
+    """Rows that the usual cases do not reach, through the kernels that have such rows."""
+    values = Values(0, dtype)
+    x, targets = values.real(3, 50_257, scale=4.0), np.array([50_256, 0, 7])
+    expected = naive.softmax(x)
+    spread = 1 + np.ptp(x, axis=-1, keepdims=True)
+    lse = np.array([naive.log_sum_exp(row) for row in x.tolist()])
+    assert_close(core.softmax(x), expected, "softmax", k=x.shape[1], terms=expected * spread)
+    assert_close(core.log_softmax(x), x - lse[:, None], "log_softmax", k=x.shape[1], terms=spread)
+    losses, actual_lse = core.cross_entropy(x, targets)
+    assert_close(actual_lse, lse, "cross_entropy", k=x.shape[1], terms=spread[:, 0])
+    assert_close(losses, lse - x[np.arange(3), targets], "cross_entropy", k=x.shape[1], terms=spread[:, 0])

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import threadpoolctl
-from core.attention_cases import FEATURES, drawn_case
+from core.attention_cases import FEATURES, drawn_case, only_row
 from core.cases import Values
 from core.samples import NAMES, arrays_in, call, sample
 from helpers import assert_same_bits, in_a_process
@@ -37,7 +37,7 @@ SHAPES = [(1, 1, 1, 1, 600), (1, 1, 1, 200, 200), (1, 2, 1, 300, 70), (3, 4, 2, 
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("feature", ["causal window", "distance bias", "per key bias", "blocks", "everything"])
+@pytest.mark.parametrize("feature", ["causal window", "distance bias", "per key bias", "masked index", "blocks", "everything"])
 def test_attention_has_the_same_bits(threads, feature, shape):
     batch, heads, kv_heads, length, source = shape
     results = []
@@ -51,6 +51,25 @@ def test_attention_has_the_same_bits(threads, feature, shape):
         results.append(copied([out, lse, backward, tables]))
     for other in results[1:]:
         assert_same_bits(other, results[0])
+
+
+@pytest.mark.parametrize("feature", ["causal", "masked index", "blocks"])
+def test_a_batch_row_has_the_same_bits_alone_and_shared_out(threads, feature):
+    """Alone it is cut by queries and keys, in a batch by heads."""
+    values = Values(0, "float32")
+    case = drawn_case(feature, values, 5, 2, 1, 230, 310, 16)
+    dout = values.real(*case.q.shape)
+    out, lse = threads.attention(case.q, case.blocks, case.scale)
+    threads.set_num_threads(2)
+    dq, grads = threads.attention_backward(dout, out, lse, case.q, case.blocks, case.scale)
+    for n in (1, 2, 4):
+        threads.set_num_threads(n)
+        row, blocks = np.s_[3:4], [only_row(block, 3) for block in case.blocks]
+        assert_same_bits(threads.attention(case.q[row], blocks, case.scale), (out[row], lse[row]))
+        row_dq, row_grads = threads.attention_backward(dout[row], out[row], lse[row], case.q[row], blocks, case.scale)
+        assert_same_bits(row_dq, dq[row])
+        for part, whole in zip(row_grads, grads, strict=True):
+            assert_same_bits((part.dk, part.dv), (whole.dk[row], whole.dv[row]))
 
 
 @pytest.mark.parametrize("shape", [(700, 3, 700), (3, 3000, 3), (1, 900, 900), (900, 900, 1), (513, 511, 257), (64, 4096, 64)])
