@@ -14,11 +14,11 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-from mini_tfm_plugins._rows_on_disk import RowsOnDisk
 
 from mini_tfm import _core
 from mini_tfm.errors import InvalidValue
 from mini_tfm.memory import Dims, Memory, MemorySpec, New, Param, Query, State, View, bank_key, hookimpl
+from mini_tfm_plugins._rows_on_disk import RowsOnDisk
 
 CHUNK = 1024  # rows sealed together: appending to a long memory copies at most so many
 

@@ -8,6 +8,10 @@ from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent))  # `import helpers` from any test, whatever the folder pytest is started in
 
+# Processes that tests start import the package that is installed, as this one does: not the sources in the folder that
+# pytest was started in, where nothing is compiled after `pip install .`
+os.environ["PYTHONSAFEPATH"] = "1"
+
 # What does not depend on the data is stated in the profile; a test that is dear asks `helpers.examples` for fewer.
 settings.register_profile(
     "mini_tfm",

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,7 @@ def test_it_runs(cls, method, chosen):
             benchmark.teardown(*chosen)
     kind = KINDS.match(method)[1]
     if kind == "timeraw":
-        in_a_process(result)
+        in_a_process(textwrap.dedent(result))
     elif kind == "track":
         assert isinstance(result, int | float) and math.isfinite(result) and result >= 0
         assert getattr(getattr(benchmark, method), "unit", None), "a number without its unit says nothing"

@@ -38,10 +38,11 @@ def tree(tmp_path_factory):
 
 
 def run(tree, *command, **environment):
-    """A command in the tree, with the compiler's choices taken from `environment` alone."""
+    """A command in the tree, with the compiler's choices taken from `environment` alone. A copy's own package is used in it."""
     clean = {
         name: value for name, value in os.environ.items() if name not in ("MINI_TFM_OPENMP", "MINI_TFM_ISA", "CC", "CFLAGS", "PYTHONPATH")
     }
+    clean["PYTHONSAFEPATH"] = "1" if tree == ROOT else ""
     return subprocess.run([sys.executable, *command], cwd=tree, env={**clean, **environment}, capture_output=True, text=True, timeout=900)
 
 

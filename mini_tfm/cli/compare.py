@@ -9,7 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .shared import Clock, check_out, count, json_option, none_of, note, print_json, print_table, read_documents, size, write_whole
+from .shared import (
+    EXPERIMENT_SECONDS,
+    Clock,
+    check_out,
+    count,
+    json_option,
+    none_of,
+    note,
+    print_json,
+    print_table,
+    read_documents,
+    size,
+    write_whole,
+)
 
 if TYPE_CHECKING:
     from ..train.experiment import Experiment
@@ -38,7 +51,7 @@ DOCUMENTS_AT_ONCE = 16
 )
 @click.option(
     "--seconds",
-    default=330.0,
+    default=EXPERIMENT_SECONDS,
     show_default=True,
     type=click.FloatRange(0, min_open=True),
     help="For training and measuring all of them, about.",

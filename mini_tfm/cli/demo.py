@@ -17,14 +17,27 @@ from .compare import (
     text_words,
     write_results,
 )
-from .shared import command_line, count, duration, json_option, none_of, note, print_json, print_table, read_documents, size, write_whole
+from .shared import (
+    EXPERIMENT_SECONDS,
+    command_line,
+    count,
+    duration,
+    json_option,
+    none_of,
+    note,
+    print_json,
+    print_table,
+    read_documents,
+    size,
+    write_whole,
+)
 
 if TYPE_CHECKING:
     from ..train.experiment import Experiment
 
 # Small on purpose: what does not fit is what shows. A window of 64 rows is two segments of the experiment.
 MEMORIES = ("none", "window:size=64", "recurrent:tokens=4", "store:top_k=16", "window:size=64+store:top_k=16")
-SECONDS, QUICK_SECONDS = 330.0, 90.0
+QUICK_SECONDS = 90.0
 HELD_OUT_TEXT = "held-out.txt"
 
 
@@ -46,7 +59,9 @@ HELD_OUT_TEXT = "held-out.txt"
     type=click.Path(path_type=Path),
     help="For the models, report.html and results.json.",
 )
-@click.option("--seconds", default=SECONDS, show_default=True, type=click.FloatRange(0, min_open=True), help="For all of it, about.")
+@click.option(
+    "--seconds", default=EXPERIMENT_SECONDS, show_default=True, type=click.FloatRange(0, min_open=True), help="For all of it, about."
+)
 @click.option("--quick", is_flag=True, help=f"{QUICK_SECONDS:.0f} seconds: not all memories learn to recall in so little time.")
 @click.option("--seed", default=0, show_default=True, help="Of weights, batches and the split.")
 @json_option

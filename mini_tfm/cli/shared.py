@@ -34,6 +34,7 @@ memory_option = click.option(
     show_default="what the model was trained with",
     help="A memory as name:option=value,...; stacked with +, as in window:size=512+store:path=notes.mdb; none for no memory.",
 )
+EXPERIMENT_SECONDS = 345.0  # under six minutes
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output, and nothing else there.")
 segment_option = click.option(
     "--segment-length", type=click.IntRange(1), metavar="TOKENS", help="Tokens read at once; default: what the model was trained with."

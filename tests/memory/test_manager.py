@@ -63,7 +63,7 @@ values = st.one_of(st.text(max_size=12), st.integers(), st.floats(allow_nan=Fals
 @example("'")
 @example("a,b='c'")
 @example("window+store:path=x")
-@example('both " and \'')
+@example("both \" and '")
 @example("0x10")
 @example(" leading")
 @example("back\\slash")

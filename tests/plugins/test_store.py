@@ -10,14 +10,14 @@ import textwrap
 import lmdb
 import numpy as np
 import pytest
-from mini_tfm_plugins import _rows_on_disk
-from mini_tfm_plugins._rows_on_disk import CHUNK_ROWS, RowsOnDisk
 
 import mini_tfm as mt
 from mini_tfm.errors import FileProblem, InvalidValue
 from mini_tfm.memory import New, Query, State
 from mini_tfm.memory.run import model_dims
 from mini_tfm.testing.trial import LENGTH, Reader, random_segments, small_model
+from mini_tfm_plugins import _rows_on_disk
+from mini_tfm_plugins._rows_on_disk import CHUNK_ROWS, RowsOnDisk
 
 MODEL = small_model("decoder-only", np.float32)
 SEGMENTS = random_segments(1, 6)
@@ -189,7 +189,7 @@ def test_documents_do_not_see_each_other(path):
     np.testing.assert_array_equal(other.read(SEGMENTS[4]), alone.read(SEGMENTS[4]))
 
 
-@pytest.mark.parametrize("name", ["a,b.mdb", "a+b.mdb", "it's.mdb", "with space.mdb", "ünï.mdb", "a=b:c.mdb", "+window.mdb", "quote\".mdb"])
+@pytest.mark.parametrize("name", ["a,b.mdb", "a+b.mdb", "it's.mdb", "with space.mdb", "ünï.mdb", "a=b:c.mdb", "+window.mdb", 'quote".mdb'])
 def test_paths_may_have_odd_characters(tmp_path, name):
     memory = mt.memory("store", path=str(tmp_path / name))
     again = mt.memory("window:size=2+" + memory.text).members[1]

@@ -75,9 +75,7 @@ def test_steps_are_those_of_adamw(clip):
             optimizer.grads[name] += g * t
         norm = optimizer.step(0.01, clip)
         assert norm == pytest.approx(t * math.sqrt(sum((g**2).sum() for g in gradients.values())), rel=1e-12)
-    expected = adamw_transcribed(
-        weights, gradients, factors, decays, steps=5, lr=0.01, betas=(0.8, 0.95), eps=1e-8, clip=clip
-    )
+    expected = adamw_transcribed(weights, gradients, factors, decays, steps=5, lr=0.01, betas=(0.8, 0.95), eps=1e-8, clip=clip)
     for name in shapes:
         np.testing.assert_allclose(optimizer.weights[name], expected[name], rtol=1e-11, atol=1e-13, err_msg=name)
 
@@ -112,9 +110,7 @@ def test_weights_and_gradients_are_views_of_the_arenas():
 
 def test_the_order_of_the_weights_does_not_matter():
     weights = {name: np.full((2, 2), float(i)) for i, name in enumerate("dcab")}
-    one, other = (
-        AdamW(given, {}, betas=(0.9, 0.98), eps=1e-9, weight_decay=0.1) for given in (weights, dict(sorted(weights.items())))
-    )
+    one, other = (AdamW(given, {}, betas=(0.9, 0.98), eps=1e-9, weight_decay=0.1) for given in (weights, dict(sorted(weights.items()))))
     np.testing.assert_array_equal(one.arena, other.arena)
 
 
