@@ -148,7 +148,8 @@ def try_next(out: Path, experiment: Experiment) -> list[str]:
         spec = on_disk(row.memory, out / "notes.mdb")
         if row.folder is not None and spec is not None:
             lines.append(("read", row.folder, held_out, "--memory", spec))
-            lines.append(("generate", row.folder, prompt, "--memory", spec))
+            sampled = ("--do-sample", "--top-p", "0.9")
+            lines.append(("generate", row.folder, prompt, *sampled, "--memory", spec))
             break
     return [command_line(*line) for line in lines]
 

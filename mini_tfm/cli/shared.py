@@ -304,7 +304,11 @@ class Clock:
 
 
 def command_line(*words: str | os.PathLike) -> str:
-    """A command as one would type it."""
+    """A command as one would type it here: by its path where `mini-tfm` alone would not be found."""
     import shlex
+    import shutil
 
-    return shlex.join(["mini-tfm", *(str(word) for word in words)])
+    called = Path(sys.argv[0])
+    is_ours = called.name == "mini-tfm" and called.exists()
+    program = str(called) if is_ours and shutil.which("mini-tfm") is None else "mini-tfm"
+    return shlex.join([program, *(str(word) for word in words)])

@@ -67,6 +67,8 @@ START = _Recipe(steps=1000, learning_rate=5e-3)
 # Half of the segments are hidden from the decoder: without it, nothing teaches a recurrent memory to carry them.
 WITH_MEMORY = _Recipe(steps=800, learning_rate=3e-3, source_dropout=0.5)
 WARMUP_STEPS = 50
+PACE_STEPS = 5  # measured before training, to know how many fit
+LATE = 1.3  # times the time expected: a training that takes longer is cut short
 START_SHARE = 0.35  # of the time for training, for the common start
 MEASURE_SHARE = 0.1  # of all time, for measuring
 RECALL_STREAMS = 128
@@ -126,7 +128,6 @@ class _Plan:
     train: list[np.ndarray]
     held_out: list[np.ndarray]
     bytes_held_out: int
-    seconds: float
     seed: int
 
     @property
@@ -197,13 +198,12 @@ def run_experiment(
                 train=train,
                 held_out=held_out,
                 bytes_held_out=bytes_held_out,
-                seconds=left / math.ceil(len(names) / workers),
                 seed=seed,
             )
             for name, text in zip(names, memories, strict=True)
         ]
         tell(f"training {len(names)} memories, {workers} at a time: {', '.join(names)}")
-        histories = _train_all(plans, workers, progress)
+        histories = _train_all(plans, workers, left, progress)
         tell(f"measuring on {len(held_out)} held-out documents")
         rows = []
         for plan in track(plans, "measuring", total=len(plans), unit="memories") if progress else plans:
@@ -288,15 +288,19 @@ def _begin_process(steps: Any) -> None:
     _steps = steps
 
 
-def _train_all(plans: list[_Plan], workers: int, progress: bool) -> list[tuple[float, list[tuple[int, float]]]]:
-    """Seconds and history of each plan's training, `workers` at a time."""
-    steps = multiprocessing.get_context("spawn").Queue()
-    with _processes(workers, steps) as pool, training_progress(progress, len(plans) * WITH_MEMORY.steps, 0) as bar:
-        jobs = [pool.submit(_train_memory, plan) for plan in plans]
-        with _ended_at_once(pool):
+def _train_all(plans: list[_Plan], workers: int, seconds: float, progress: bool) -> list[tuple[float, list[tuple[int, float]]]]:
+    """Seconds and history of each plan's training, `workers` at a time: the same steps for each, so many as fit."""
+    told = multiprocessing.get_context("spawn").Queue()
+    with _processes(workers, told) as pool, _ended_at_once(pool):
+        paces = [job.result() for job in [pool.submit(_pace, plan) for plan in plans]]
+        # The last to end may run alone: the longest there can be with so many workers.
+        longest = sum(paces) / workers + max(paces) * (1 - 1 / workers)
+        steps = max(1, min(WITH_MEMORY.steps, int(seconds / longest)))
+        with training_progress(progress, len(plans) * steps, 0) as bar:
+            jobs = [pool.submit(_train_memory, plan, steps, LATE * steps * pace) for plan, pace in zip(plans, paces, strict=True)]
             while not all(job.done() for job in jobs):
                 with contextlib.suppress(queue.Empty):
-                    bar(steps.get(timeout=0.2), None)
+                    bar(told.get(timeout=0.2), None)
             return [job.result() for job in jobs]
 
 
@@ -311,12 +315,36 @@ def _train_start(
         return _train(model, None, batch_of, START, seconds, seed, tell)
 
 
-def _train_memory(plan: _Plan) -> tuple[float, list[tuple[int, float]]]:
-    """From the common start to a model in `plan.folder`; seconds, and (step, loss) of each step."""
+def _pace(plan: _Plan) -> float:
+    """Seconds a step takes here, of the longest streams, with all workers at work."""
     _core.set_num_threads(1)
     saved = load_saved(plan.start_folder)
-    assert saved.tokenizer is not None
-    recall, memory = Recall(saved.tokenizer), _memory(plan)
+    trainer = Trainer(saved.model, _memory(plan), source_dropout=WITH_MEMORY.source_dropout)
+    batch_of = _batches(plan, saved.tokenizer)
+    began = 0.0
+    for step in range(PACE_STEPS + 1):
+        if step == 1:  # the first pays for what is set up once
+            began = time.perf_counter()
+        trainer.step(*fields(batch_of(step, 1.0)))
+    return (time.perf_counter() - began) / PACE_STEPS
+
+
+def _train_memory(plan: _Plan, steps: int, seconds: float) -> tuple[float, list[tuple[int, float]]]:
+    """From the common start to a model in `plan.folder`; seconds, and (step, loss) of each step."""
+    _core.set_num_threads(1)
+    saved, memory = load_saved(plan.start_folder), _memory(plan)
+    began = time.perf_counter()
+    tell = lambda loss, validation: _steps.put(loss)  # noqa: E731
+    recipe = dataclasses.replace(WITH_MEMORY, steps=steps)
+    history = _train(saved.model, memory, _batches(plan, saved.tokenizer), recipe, seconds, plan.seed, tell)
+    save_model(plan.folder, saved.model, tokenizer=saved.tokenizer, memory=memory)
+    return time.perf_counter() - began, history
+
+
+def _batches(plan: _Plan, tokenizer: Tokenizer | None) -> Callable[[int, float], Batch]:
+    """Streams with facts: the batch of a step, when a share of the training is done."""
+    assert tokenizer is not None
+    recall = Recall(tokenizer)
     streams = {
         n: TextStreams(plan.train, segment_length=SEGMENT_TOKENS, n_segments=n, batch_size=SEGMENTS_A_STEP // n, seed=plan.seed + 1)
         for n in CURRICULUM
@@ -326,11 +354,7 @@ def _train_memory(plan: _Plan) -> tuple[float, list[tuple[int, float]]]:
         n = CURRICULUM[min(int(done * len(CURRICULUM)), len(CURRICULUM) - 1)]
         return recall.plant(streams[n].batch(step), (plan.seed + 1, step), strays=STRAYS)[0]
 
-    began = time.perf_counter()
-    tell = lambda loss, validation: _steps.put(loss)  # noqa: E731
-    history = _train(saved.model, memory, batch_of, WITH_MEMORY, plan.seconds, plan.seed, tell)
-    save_model(plan.folder, saved.model, tokenizer=saved.tokenizer, memory=memory)
-    return time.perf_counter() - began, history
+    return batch_of
 
 
 def _measure(plan: _Plan) -> Row:
