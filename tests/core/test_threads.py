@@ -18,6 +18,11 @@ from mini_tfm.reference import Block
 needs_openmp = pytest.mark.skipif(not _core.show_config()["openmp"], reason="built without OpenMP: there is one thread")
 
 
+needs_fork = pytest.mark.skipif(
+    not hasattr(os, "fork") or _core.show_config()["isa"] == "reference", reason="no fork here, or no threads of ours to lose in it"
+)
+
+
 def copied(results):
     return [np.array(array) for array in arrays_in(results) or results]
 
@@ -229,13 +234,13 @@ assert _core.get_num_threads() == int(sys.argv[2])
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@needs_fork
 def test_a_forked_child_computes_and_the_parent_goes_on():
     in_a_process(FORK, 10, 4 if _core.show_config()["openmp"] else 1)
 
 
 @pytest.mark.long
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@needs_fork
 def test_two_hundred_forks():
     in_a_process(FORK, 200, 4 if _core.show_config()["openmp"] else 1, timeout=600)
 
