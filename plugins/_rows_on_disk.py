@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -26,6 +27,7 @@ from mini_tfm.errors import FileProblem, InvalidValue
 
 FORMAT = 1
 CHUNK_ROWS = 1024
+MAGIC_AT, MAGIC = 16, (0xBEEFC0DE).to_bytes(4, sys.byteorder)  # behind the header of LMDB's first page
 FIRST_MAP_BYTES = 1 << 28  # virtual, not disk: the map is doubled when full
 
 _open: dict[str, tuple[Any, Any]] = {}  # path -> (process and inode, environment): LMDB allows one a process
@@ -152,6 +154,7 @@ class RowsOnDisk:
                     del _open[self.path]
                 if os.path.isdir(self.path):
                     raise InvalidValue(f"path: expected a file, {self.given} is a folder")
+                self._refuse_foreign()
                 try:
                     size = max(FIRST_MAP_BYTES, 2 * os.path.getsize(self.path) if os.path.exists(self.path) else 0)
                     environment = lmdb.open(self.path, subdir=False, map_size=size, max_dbs=0, max_readers=512)
@@ -161,6 +164,20 @@ class RowsOnDisk:
                     ) from error
                 _open[self.path] = (self._identity(), environment)
             return environment
+
+    def _refuse_foreign(self) -> None:
+        """LMDB would write into an empty file that is somebody else's, and leave a lock file beside any."""
+        try:
+            with open(self.path, "rb") as file:
+                head = file.read(MAGIC_AT + len(MAGIC))
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise FileProblem(f"path: cannot open the store {self.given}: {error}; expected a file you can read and write") from error
+        # An empty file with a lock beside it is a store that another process is about to make.
+        is_made_now = not head and os.path.exists(self.path + "-lock")
+        if head[MAGIC_AT:] != MAGIC and not is_made_now:
+            raise FileProblem(f"path: cannot open the store {self.given}: it is something else; expected an LMDB file or a new path")
 
     def _identity(self) -> tuple[int, int, int] | None:
         try:

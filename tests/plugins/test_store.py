@@ -238,7 +238,9 @@ def test_a_store_of_other_rows_is_refused_and_left_as_it_is(path):
     assert digest(path) == before and mt.memory("store", path=path).documents() == {"default": 30}
 
 
-@pytest.mark.parametrize("content", [b"hello, I am a diary\n" * 1000, b"x", os.urandom(1 << 16)], ids=["text", "a byte", "noise"])
+@pytest.mark.parametrize(
+    "content", [b"hello, I am a diary\n" * 1000, b"x", b"", os.urandom(1 << 16)], ids=["text", "a byte", "empty", "noise"]
+)
 def test_a_file_that_is_no_store_is_refused_and_left_as_it_is(path, content):
     with open(path, "wb") as file:
         file.write(content)
@@ -247,6 +249,7 @@ def test_a_file_that_is_no_store_is_refused_and_left_as_it_is(path, content):
             use()
     with open(path, "rb") as file:
         assert file.read() == content
+    assert not os.path.exists(path + "-lock")
 
 
 def test_an_lmdb_file_of_something_else_is_refused_and_left_as_it_is(path):
