@@ -44,7 +44,7 @@ def html_report(experiment: Experiment, command: str) -> str:
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>mini_tfm: memories compared</title><style>{STYLE}</style></head><body>
 <h1>What does each memory remember?</h1>
-<p class="dim">The same small Transformer, the same text and time for training; only the memory differs.
+<p class="dim">The same small Transformer, the same text and training steps; only the memory differs.
 {len(rows)} memories, {experiment.seconds / 60:.1f} minutes on {_say(experiment.machine.get("processor", "?"))}.</p>
 <div class="wide">{_table(experiment, colours)}</div>
 <h2>Is a fact still known, so many segments later?</h2>
