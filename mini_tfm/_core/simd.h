@@ -14,6 +14,13 @@ typedef float real;
 typedef int32_t lane;
 #endif
 
+/* Vector registers that a tile of a product may fill. */
+#if ISA_AVX512 || defined(__aarch64__)
+#define N_REGISTERS 32
+#else
+#define N_REGISTERS 16
+#endif
+
 #define VL ((ptrdiff_t)(VECTOR_BYTES / sizeof(real))) /* reals in a vector */
 #define INLINE static inline __attribute__((always_inline))
 

@@ -2,6 +2,7 @@
  * in which every function is static, so the families need no name mangling. */
 #include "simd.h"
 
+#include "families/micro.c"
 #include "families/gemm.c"
 #include "families/softmax.c"
 #include "families/norm.c"

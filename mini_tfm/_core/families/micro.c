@@ -1,0 +1,145 @@
+/* The micro-kernel that matrix products, attention and search share: a tile of a product kept in registers.
+ *
+ * Every element of a product is one chain of multiply-adds over k in ascending order, whatever tile it falls into and
+ * whichever path computes it. So its bits depend on its row of A and its column of B alone: not on the number of threads,
+ * on the other rows of the batch, or on where a tile begins. That is what a BLAS does not promise (a product of one row
+ * goes another way there), and why this is not a call of sgemm. */
+
+/* A tile of C is MR rows by NR columns. Where there are 16 vector registers, 12 hold sums, two B and one A; where there are
+ * 32 (AVX-512, NEON), 24 hold sums. */
+#if N_REGISTERS == 32
+#define MR 12
+#else
+#define MR 6
+#endif
+#define NR (2 * VL)
+
+/* c_ij (rows, panels * NR) (+)= a_ik b_kj. a element (i, k) is a[i * a_row + k * a_col]; b rows lie ldb apart, c rows ldc.
+ * `rows` and `panels` are constants wherever this is inlined, so the sums stay in registers. add: the chain goes on from
+ * what c holds. skip_zeros: a zero of A takes no part, for 0 * NaN of something hidden is not to get in. */
+INLINE void micro_tile(const int rows, const int panels, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *b,
+                       ptrdiff_t ldb, real *c, ptrdiff_t ldc, const int add, const int skip_zeros) {
+    vec sum[MR][MR * 2];
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < 2 * panels; j++) sum[i][j] = add ? load(c + i * ldc + j * VL) : all(0);
+    for (ptrdiff_t p = 0; p < k; p++, a += a_col, b += ldb) {
+        vec b_j[MR * 2];
+        for (int j = 0; j < 2 * panels; j++) b_j[j] = load(b + j * VL);
+        for (int i = 0; i < rows; i++) {
+            real x = a[i * a_row];
+            if (skip_zeros && x == 0) continue;
+            for (int j = 0; j < 2 * panels; j++) sum[i][j] += x * b_j[j];
+        }
+    }
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < 2 * panels; j++) store(c + i * ldc + j * VL, sum[i][j]);
+}
+
+/* Few rows take several panels at once: a chain waits for its own last step, so there must be enough of them. */
+INLINE void micro_columns(const int rows, const int panels, ptrdiff_t columns, ptrdiff_t k, const real *a, ptrdiff_t a_row,
+                          ptrdiff_t a_col, const real *b, ptrdiff_t ldb, real *c, ptrdiff_t ldc, const int add) {
+    ptrdiff_t j = 0;
+    for (; panels > 1 && j + panels * NR <= columns; j += panels * NR)
+        micro_tile(rows, panels, k, a, a_row, a_col, b + j, ldb, c + j, ldc, add, 0);
+    for (; j < columns; j += NR) micro_tile(rows, 1, k, a, a_row, a_col, b + j, ldb, c + j, ldc, add, 0);
+}
+
+INLINE void micro_switch(ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col,
+                         const real *b, ptrdiff_t ldb, real *c, ptrdiff_t ldc, const int add) {
+#define MICRO_CASE(n, panels) \
+    case n: micro_columns(n, panels, columns, k, a, a_row, a_col, b, ldb, c, ldc, add); break;
+    switch (rows) {
+        MICRO_CASE(1, 4)
+        MICRO_CASE(2, 2)
+        MICRO_CASE(3, 2)
+        MICRO_CASE(4, 1)
+        MICRO_CASE(5, 1)
+        MICRO_CASE(6, 1)
+#if MR == 12
+        MICRO_CASE(7, 1)
+        MICRO_CASE(8, 1)
+        MICRO_CASE(9, 1)
+        MICRO_CASE(10, 1)
+        MICRO_CASE(11, 1)
+        MICRO_CASE(12, 1)
+#endif
+    }
+}
+
+/* c (rows, columns) = a b, and += a b, for any rows <= MR; b and c are read and written in columns up to a multiple of NR. */
+static void micro_set(ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *b,
+                      ptrdiff_t ldb, real *c, ptrdiff_t ldc) {
+    micro_switch(rows, columns, k, a, a_row, a_col, b, ldb, c, ldc, 0);
+}
+
+static void micro_add(ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *b,
+                      ptrdiff_t ldb, real *c, ptrdiff_t ldc) {
+    micro_switch(rows, columns, k, a, a_row, a_col, b, ldb, c, ldc, 1);
+}
+
+/* Slow and rarely needed: one row at a time, with a test at every step. */
+static __attribute__((noinline)) void micro_add_skipping_zeros(ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t k, const real *a,
+                                                               ptrdiff_t a_row, ptrdiff_t a_col, const real *b, ptrdiff_t ldb, real *c,
+                                                               ptrdiff_t ldc) {
+    for (ptrdiff_t i = 0; i < rows; i++)
+        for (ptrdiff_t j = 0; j < columns; j += NR)
+            micro_tile(1, 1, k, a + i * a_row, a_row, a_col, b + j, ldb, c + i * ldc + j, ldc, 1, 1);
+}
+
+/* VL rows of `from`, ld apart, become VL columns of `to`, ld_to apart. */
+INLINE void transpose_square(const real *from, ptrdiff_t ld, real *to, ptrdiff_t ld_to) {
+#if ISA_AVX2 && REAL_IS_DOUBLE
+    __m256d r0 = _mm256_loadu_pd(from), r1 = _mm256_loadu_pd(from + ld), r2 = _mm256_loadu_pd(from + 2 * ld), r3 = _mm256_loadu_pd(from + 3 * ld);
+    __m256d t0 = _mm256_unpacklo_pd(r0, r1), t1 = _mm256_unpackhi_pd(r0, r1), t2 = _mm256_unpacklo_pd(r2, r3), t3 = _mm256_unpackhi_pd(r2, r3);
+    _mm256_storeu_pd(to, _mm256_permute2f128_pd(t0, t2, 0x20));
+    _mm256_storeu_pd(to + ld_to, _mm256_permute2f128_pd(t1, t3, 0x20));
+    _mm256_storeu_pd(to + 2 * ld_to, _mm256_permute2f128_pd(t0, t2, 0x31));
+    _mm256_storeu_pd(to + 3 * ld_to, _mm256_permute2f128_pd(t1, t3, 0x31));
+#elif ISA_AVX2
+    /* Halves of rows i and i + 4 are loaded into one register: that leaves only shuffles within 128 bits. */
+    __m256 r[4], s[4];
+    for (int half = 0; half < 2; half++) {
+        for (int i = 0; i < 4; i++)
+            r[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from + i * ld + 4 * half)), _mm_loadu_ps(from + (i + 4) * ld + 4 * half), 1);
+        s[0] = _mm256_unpacklo_ps(r[0], r[1]);
+        s[1] = _mm256_unpackhi_ps(r[0], r[1]);
+        s[2] = _mm256_unpacklo_ps(r[2], r[3]);
+        s[3] = _mm256_unpackhi_ps(r[2], r[3]);
+        real *column = to + 4 * half * ld_to;
+        _mm256_storeu_ps(column, _mm256_shuffle_ps(s[0], s[2], 0x44));
+        _mm256_storeu_ps(column + ld_to, _mm256_shuffle_ps(s[0], s[2], 0xEE));
+        _mm256_storeu_ps(column + 2 * ld_to, _mm256_shuffle_ps(s[1], s[3], 0x44));
+        _mm256_storeu_ps(column + 3 * ld_to, _mm256_shuffle_ps(s[1], s[3], 0xEE));
+    }
+#else
+    for (ptrdiff_t i = 0; i < VL; i++)
+        for (ptrdiff_t j = 0; j < VL; j++) to[j * ld_to + i] = from[i * ld + j];
+#endif
+}
+
+/* to (columns, ld_to) = from (rows, ld) transposed, with zeros in to's columns from `rows` up to `width` <= ld_to. */
+static void pack_transposed(const real *from, ptrdiff_t ld, ptrdiff_t rows, ptrdiff_t columns, real *to, ptrdiff_t ld_to, ptrdiff_t width) {
+    ptrdiff_t i = 0;
+    for (; i + VL <= rows; i += VL) {
+        ptrdiff_t j = 0;
+        for (; j + VL <= columns; j += VL) {
+            if (j * sizeof(real) % 64 == 0) /* the next rows' lines: the processor follows a row, not a column of rows */
+                for (ptrdiff_t r = VL; r < 2 * VL; r++) __builtin_prefetch(from + (i + r) * ld + j);
+            transpose_square(from + i * ld + j, ld, to + j * ld_to + i, ld_to);
+        }
+        for (; j < columns; j++)
+            for (ptrdiff_t r = 0; r < VL; r++) to[j * ld_to + i + r] = from[(i + r) * ld + j];
+    }
+    for (ptrdiff_t j = 0; i < width && j < columns; j++)
+        for (ptrdiff_t r = i; r < width; r++) to[j * ld_to + r] = r < rows ? from[r * ld + j] : 0;
+}
+
+/* to (rows, ld_to) = from (rows, ld), with zeros in the columns from `columns` up to ld_to. */
+static void pack_plain(const real *from, ptrdiff_t ld, ptrdiff_t rows, ptrdiff_t columns, real *to, ptrdiff_t ld_to) {
+    for (ptrdiff_t i = 0; i < rows; i++) {
+        ptrdiff_t j = 0;
+        for (; j + VL <= columns; j += VL) store(to + i * ld_to + j, load(from + i * ld + j));
+        for (; j < columns; j++) to[i * ld_to + j] = from[i * ld + j];
+        for (; j < ld_to; j++) to[i * ld_to + j] = 0;
+    }
+}
