@@ -37,6 +37,8 @@ struct mt_attention_sizes {
     ptrdiff_t batch, heads, length, d; /* B, H, T, D */
     ptrdiff_t n_blocks;
     double scale;
+    double dropout; /* share of the weights that are zeroed, in [0, 1) */
+    uint64_t seed;
 };
 
 struct mt_kernels {

@@ -24,7 +24,8 @@ cdef extern from "core.h" nogil:
 
     struct mt_attention_sizes:
         ptrdiff_t batch, heads, length, d, n_blocks
-        double scale
+        double scale, dropout
+        uint64_t seed
 
     # The members are function pointers in C; to Cython they are calls.
     struct mt_kernels_table "mt_kernels":

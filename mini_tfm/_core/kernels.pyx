@@ -437,21 +437,21 @@ cdef class Blocks:
         free(self.at)
 
 
-cdef mt_attention_sizes attention_sizes(q, blocks, double scale):
+cdef mt_attention_sizes attention_sizes(q, blocks, double scale, double dropout, uint64_t seed):
     cdef mt_attention_sizes sizes
     sizes.batch, sizes.heads, sizes.length, sizes.d = q.shape
     sizes.n_blocks = len(blocks)
-    sizes.scale = scale
+    sizes.scale, sizes.dropout, sizes.seed = scale, dropout, seed
     return sizes
 
 
-def attention(q, blocks, scale):
-    """out (B, H, T, D), lse (B, H, T) of queries q (B, H, T, D) over all blocks in one softmax."""
+def attention(q, blocks, scale, *, dropout=0.0, seed=0):
+    """out (B, H, T, D), lse (B, H, T) of queries q (B, H, T, D) over all blocks in one softmax; a share of the weights dropped."""
     cdef int failed
-    q, blocks, scale = _checks.attention(q, blocks, scale)
+    q, blocks, scale, dropout, seed = _checks.attention(q, blocks, scale, dropout, seed)
     out, lse = np.empty_like(q), np.empty(q.shape[:3], q.dtype)
     cdef Blocks c_blocks = Blocks(q, blocks)
-    cdef mt_attention_sizes sizes = attention_sizes(q, blocks, scale)
+    cdef mt_attention_sizes sizes = attention_sizes(q, blocks, scale, dropout, seed)
     cdef const mt_kernels_table *c = c_for(q)
     cdef void *pq = ptr(q)
     cdef void *po = ptr(out)
@@ -462,10 +462,11 @@ def attention(q, blocks, scale):
     return out, lse
 
 
-def attention_backward(dout, out, lse, q, blocks, scale, needs=None):
+def attention_backward(dout, out, lse, q, blocks, scale, needs=None, *, dropout=0.0, seed=0):
     """dq (B, H, T, D) and one BlockGrad a block; needs: one bool a block, False leaves out dk and dv."""
     cdef int failed
-    dout, out, lse, q, blocks, scale, needs = _checks.attention_backward(dout, out, lse, q, blocks, scale, needs)
+    checked = _checks.attention_backward(dout, out, lse, q, blocks, scale, needs, dropout, seed)
+    dout, out, lse, q, blocks, scale, needs, dropout, seed = checked
     dq = np.empty_like(q)
     cdef Blocks c_blocks = Blocks(q, blocks)
     grads = []
@@ -473,7 +474,7 @@ def attention_backward(dout, out, lse, q, blocks, scale, needs=None):
         dk, dv = (np.empty_like(block.k), np.empty_like(block.k)) if needs[i] else (None, None)
         c_blocks.at[i].dk, c_blocks.at[i].dv = ptr_or_null(dk), ptr_or_null(dv)
         grads.append(BlockGrad(dk, dv, block.dbias))
-    cdef mt_attention_sizes sizes = attention_sizes(q, blocks, scale)
+    cdef mt_attention_sizes sizes = attention_sizes(q, blocks, scale, dropout, seed)
     cdef const mt_kernels_table *c = c_for(q)
     cdef void *pd = ptr(dout)
     cdef void *po = ptr(out)

@@ -318,16 +318,17 @@ def writeable_view(dbias, shape):
     return np.lib.stride_tricks.as_strided(dbias, shape, strides)
 
 
-def attention(q, blocks, scale):
+def attention(q, blocks, scale, dropout, seed):
     q = real("q", q, ndim=4)
     if not isinstance(blocks, (list, tuple)):
         raise InvalidType(f"blocks: expected a list of Block, got {type(blocks).__name__}")
     scale = number("scale", scale)
-    return q, [attention_block(block, f"blocks[{i}]", q) for i, block in enumerate(blocks)], scale
+    dropout, seed = number("dropout", dropout, low=0.0, high=1.0, open_high=True), integer("seed", seed, low=0, high=2**64 - 1)
+    return q, [attention_block(block, f"blocks[{i}]", q) for i, block in enumerate(blocks)], scale, dropout, seed
 
 
-def attention_backward(dout, out, lse, q, blocks, scale, needs):
-    q, checked, scale = attention(q, blocks, scale)
+def attention_backward(dout, out, lse, q, blocks, scale, needs, dropout, seed):
+    q, checked, scale, dropout, seed = attention(q, blocks, scale, dropout, seed)
     dout = real("dout", dout, like=q, shape=q.shape)
     out = real("out", out, like=q, shape=q.shape)
     lse = real("lse", lse, like=q, shape=q.shape[:3])
@@ -340,7 +341,7 @@ def attention_backward(dout, out, lse, q, blocks, scale, needs):
         if block.needs_dbias and block.dbias is None:
             # The bias's own layout cannot be guessed from its strides; an expanded or overlapping bias comes with its dbias.
             block.dbias = np.zeros(given.bias.shape, q.dtype)
-    return dout, out, lse, q, checked, scale, needs
+    return dout, out, lse, q, checked, scale, needs, dropout, seed
 
 
 def thread_count(n):

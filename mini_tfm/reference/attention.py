@@ -6,12 +6,14 @@ compiled kernel.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mini_tfm.reference import _checks
+from mini_tfm.reference.elementwise import _mix64
 
 
 @dataclass
@@ -106,13 +108,32 @@ def _product(weights, rows, seen):
     return np.array([weights[i, seen[i]] @ rows[seen[i]] for i in range(len(weights))]).reshape(len(weights), rows.shape[1])
 
 
-def attention(q, blocks, scale):
+def _kept(dropout, seed, at_block, row, shape):
+    """(T, S or K) bool: which weights of the head whose first query is row `row` of (B, H, T) dropout keeps.
+
+    A hash of (seed, block, row, column), two rounds on 32 bits with a key of the row's before each: nothing has to be
+    stored for the backward.
+    """
+    if dropout == 0.0:
+        return np.ones(shape, bool)
+    whole = 2**64 - 1
+    of_block = _mix64((seed + at_block * 0x9E3779B97F4A7C15) & whole)
+    keys = [_mix64((of_block + (row + i) * 0xD1B54A32D192ED03) & whole) for i in range(shape[0])]
+    low, high = (np.array([key >> shift & 0xFFFFFFFF for key in keys], np.uint32)[:, None] for shift in (0, 32))
+    x = np.arange(shape[1], dtype=np.uint32) + low
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x21F0AAAD)
+    x = (x ^ (x >> np.uint32(15)) ^ high) * np.uint32(0xD35A2D97)
+    return (x ^ (x >> np.uint32(15))) >= np.uint32(int(dropout * 2**32))
+
+
+def attention(q, blocks, scale, *, dropout=0.0, seed=0):
     """out (B, H, T, D), lse (B, H, T) of queries q (B, H, T, D) over all blocks in one softmax.
 
     lse is the log of the sum of exponentials of the scores, what the backward needs. A query that sees no key gets a
-    zero row and lse -inf.
+    zero row and lse -inf. dropout: the share of the normalised weights that is zeroed, 0 <= dropout < 1; the rest is
+    divided by 1 - dropout. Which ones is a function of seed, 0 <= seed < 2**64, block, row and key alone.
     """
-    q, blocks, scale = _checks.attention(q, blocks, scale)
+    q, blocks, scale, dropout, seed = _checks.attention(q, blocks, scale, dropout, seed)
     out, lse = np.zeros_like(q), np.full(q.shape[:3], -np.inf, q.dtype)
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         for b, h in np.ndindex(q.shape[:2]):
@@ -124,24 +145,28 @@ def attention(q, blocks, scale):
             top = np.where(top == -np.inf, 0.0, top)
             total = np.exp(every - top).sum(-1, keepdims=True)
             lse[b, h] = (top + np.log(total))[:, 0]
-            for block, (scores, seen) in zip(blocks, pairs, strict=True):
+            row = (b * q.shape[1] + h) * q.shape[2]
+            for at_block, (block, (scores, seen)) in enumerate(zip(blocks, pairs, strict=True)):
                 weights = np.exp(scores - top) / np.where(total == 0.0, 1.0, total)
+                weights = np.where(_kept(dropout, seed, at_block, row, scores.shape), weights / (1.0 - dropout), 0.0)
                 out[b, h] += _product(weights, _rows(block.v, block, b, h, q.shape[1]), seen).astype(q.dtype)
     return out, lse
 
 
-def attention_backward(dout, out, lse, q, blocks, scale, needs=None):
+def attention_backward(dout, out, lse, q, blocks, scale, needs=None, *, dropout=0.0, seed=0):
     """dq (B, H, T, D) and one `BlockGrad` a block, from what `attention` took and returned.
 
-    needs: one bool a block; where False, dk and dv are not computed (None). None: all are.
+    needs: one bool a block; where False, dk and dv are not computed (None). None: all are. dropout and seed as they were.
     """
-    dout, out, lse, q, blocks, scale, needs = _checks.attention_backward(dout, out, lse, q, blocks, scale, needs)
+    checked = _checks.attention_backward(dout, out, lse, q, blocks, scale, needs, dropout, seed)
+    dout, out, lse, q, blocks, scale, needs, dropout, seed = checked
     heads = q.shape[1]
     dq = np.zeros(q.shape)
     dks = [np.zeros(block.k.shape) if need else None for block, need in zip(blocks, needs, strict=True)]
     dvs = [np.zeros(block.k.shape) if need else None for block, need in zip(blocks, needs, strict=True)]
     with np.errstate(invalid="ignore", over="ignore"):
-        for (b, h), (block, dk, dv) in ((bh, x) for bh in np.ndindex(q.shape[:2]) for x in zip(blocks, dks, dvs, strict=True)):
+        every = enumerate(zip(blocks, dks, dvs, strict=True))
+        for (b, h), (at_block, (block, dk, dv)) in itertools.product(np.ndindex(q.shape[:2]), every):
             q_h, dout_h = q[b, h].astype(np.float64), dout[b, h].astype(np.float64)
             row_lse = lse[b, h].astype(np.float64)[:, None]
             delta = (dout_h * out[b, h]).sum(-1, keepdims=True)
@@ -150,7 +175,10 @@ def attention_backward(dout, out, lse, q, blocks, scale, needs=None):
             weights = np.where(seen, np.exp(scores - row_lse), 0.0)
             keys, values = _rows(block.k, block, b, h, heads), _rows(block.v, block, b, h, heads)
             dweights = dout_h @ values.T if block.index is None else np.einsum("td,tkd->tk", dout_h, values)
+            kept = _kept(dropout, seed, at_block, (b * heads + h) * q.shape[2], scores.shape)
+            dweights = np.where(kept, dweights / (1.0 - dropout), 0.0)
             dscores = np.where(seen, weights * (dweights - delta), 0.0)
+            weights = np.where(kept, weights / (1.0 - dropout), 0.0)
             dq[b, h] += _product(dscores, keys, seen) * scale
             if block.dbias is not None:
                 _add_through_strides(_checks.writeable_view(block.dbias, (*q.shape[:2], *scores.shape))[b, h], dscores)

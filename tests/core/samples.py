@@ -43,7 +43,7 @@ def sample(name, dtype, layout="contiguous", big=False, seed=0):
         "adamw": lambda: {
             "param": plain.real(flat), "grad": values.real(flat), "m": plain.real(flat), "v": plain.positive(flat), **adam
         },
-        "attention": lambda: {"q": q, "blocks": case.blocks, "scale": 0.3},
+        "attention": lambda: {"q": q, "blocks": case.blocks, "scale": 0.3, "dropout": 0.2, "seed": 5},
         "attention_backward": lambda: attention_backward(case, q, values),
         "cross_entropy": lambda: {"logits": x, "targets": targets, **smoothing},
         "cross_entropy_backward": lambda: {
@@ -80,9 +80,10 @@ NAMES = (
 def attention_backward(case, q, values):
     """`out` and `lse` are those of the forward: a backward from made-up ones would be of no softmax."""
     case.ask_for_dbias(lambda shape: np.zeros(shape, q.dtype))
-    out, lse = _core.attention(q, case.blocks, 0.3)
+    drops = {"dropout": 0.2, "seed": 5}
+    out, lse = _core.attention(q, case.blocks, 0.3, **drops)
     needs = [True] * len(case.blocks)
-    return {"dout": values.real(*q.shape), "out": out, "lse": lse, "q": q, "blocks": case.blocks, "scale": 0.3, "needs": needs}
+    return {"dout": values.real(*q.shape), "out": out, "lse": lse, "q": q, "blocks": case.blocks, "scale": 0.3, "needs": needs, **drops}
 
 
 def arrays_in(value):

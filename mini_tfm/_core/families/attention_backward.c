@@ -3,137 +3,256 @@
  *     P = exp(S - lse)   dP = dO V^T   dS = P (dP - delta), delta = rowsum(dO O)
  *     dV += P^T dO   dK += scale dS^T Q   dQ += scale dS K   dbias += dS
  *
- * Every gradient element is one chain over queries (dK, dV) or keys (dQ) in ascending order, as in gemm.c; so it does not
- * matter which of the two ways below the work is cut, and the faster one is taken. */
+ * With dropout, P in dV and dP in dS are those of the kept weights over 1 - dropout, drawn again.
+ *
+ * Every gradient element is one chain over queries (dK, dV) or keys (dQ) in ascending order; so it does not matter which of
+ * the ways below the work is cut, and the fastest is taken. */
 
-enum { QUERIES = 96 }; /* queries in a tile of the backward; a multiple of MR */
+enum { BACKWARD_QUERIES = 96 }; /* in a block of queries at most; a multiple of MR */
 
 struct backward {
     const real *dout_bhtd, *q_bhtd, *lse_bht, *delta_bht;
     const struct mt_block *blocks;
     const struct mt_attention_sizes *sizes;
     real *dq_bhtd;
+    ptrdiff_t queries; /* in a block of queries: a multiple of MR */
 };
 
-/* Workspace of a piece. */
+/* Workspace of a piece; d_panels is D rounded up to NR. */
 struct backward_room {
-    struct tile_room tile;
-    real *q_id, *dout_id; /* (QUERIES, d_room), only where d is not d_room */
-    real *p_ij, *ds_ij;   /* (QUERIES, KEYS) */
+    real *k_t, *v_t, *k;          /* a tile: (KEYS / NR, D, NR) twice, (d_panels / NR, KEYS, NR) */
+    real *dk_jd, *dv_jd;          /* (KEYS + MR, d_panels) */
+    real *q_di, *dout_di;         /* (queries / MR, D, MR) and a vector more */
+    real *q_ic, *dout_ic;         /* (d_panels / NR, queries, NR) */
+    real *p_ij, *ds_ij;           /* (queries, KEYS) */
+    real *corner;                 /* (MR, NR) */
+    lane *shown_j;                /* (KEYS,) */
+    struct few_room *few;
+    real *few_d;                  /* (d_room,) */
 };
 
-static size_t backward_room_size(ptrdiff_t d, ptrdiff_t d_room) {
-    return round_up(tile_room_size(d, d_room) + 2 * QUERIES * (d_room + KEYS), 16);
+/* In reals, a multiple of a cache line. room NULL: only counted. */
+static size_t backward_room_at(real *work, ptrdiff_t queries, ptrdiff_t d, struct backward_room *room) {
+    ptrdiff_t d_panels = round_up(d, NR);
+    ptrdiff_t sizes[] = {KEYS * d, KEYS * d, KEYS * d_panels, (KEYS + MR) * d_panels, (KEYS + MR) * d_panels, queries * d + VL, queries * d + VL,
+                         queries * d_panels, queries * d_panels, (queries + MR) * KEYS, (queries + MR) * KEYS, MR * NR, KEYS, FEW_ROOM, d_panels};
+    real *at[sizeof sizes / sizeof sizes[0]];
+    size_t total = 0;
+    for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) {
+        at[i] = work + total;
+        total += round_up(sizes[i], 16);
+    }
+    if (room)
+        *room = (struct backward_room){at[0], at[1], at[2],  at[3],  at[4],          at[5],                        at[6], at[7],
+                                       at[8], at[9], at[10], at[11], (lane *)at[12], (struct few_room *)at[13], at[14]};
+    return total;
 }
 
-static struct backward_room backward_room_at(real *work, ptrdiff_t d, ptrdiff_t d_room) {
-    struct backward_room room = {.tile = tile_room_at(work, d, d_room)};
-    room.p_ij = work + round_up(tile_room_size(d, d_room), 16);
-    room.ds_ij = room.p_ij + QUERIES * KEYS;
-    room.q_id = room.ds_ij + QUERIES * KEYS;
-    room.dout_id = room.q_id + QUERIES * d_room;
-    return room;
+/* c (rows <= MR, ld) += a b for columns [at, at + NR) of which `d` are there in all. Where a panel is not whole, through a corner. */
+INLINE void add_panel(ptrdiff_t rows, ptrdiff_t k, const real *a, const ptrdiff_t a_row, const ptrdiff_t a_col, const real *b, real *c,
+                      ptrdiff_t ld, ptrdiff_t columns, real *corner) {
+#define ADD2(rows_) panel_to(rows_, 2, k, a, a_row, a_col, b, to, to_ld, 1)
+#define ADD1(rows_) panel_to(rows_, 1, k, a, a_row, a_col, b, to, to_ld, 1)
+    int vectors = columns > VL ? 2 : 1, whole = columns >= vectors * VL && rows % STRIP_STEP == 0;
+    real *to = whole ? c : corner;
+    ptrdiff_t to_ld = whole ? ld : NR;
+    if (!whole)
+        for (ptrdiff_t i = 0; i < rows; i++) memcpy(corner + i * NR, c + i * ld, min_size(columns, NR) * sizeof(real));
+    if (vectors == 2)
+        FOR_STRIP(rows, ADD2);
+    else
+        FOR_STRIP(rows, ADD1);
+    if (!whole)
+        for (ptrdiff_t i = 0; i < rows; i++) memcpy(c + i * ld, corner + i * NR, min_size(columns, NR) * sizeof(real));
+#undef ADD2
+#undef ADD1
 }
 
-/* c (m, n; ldc) += a b, element (i, k) of a at a[i * a_row + k * a_col]; b's rows are readable to a multiple of NR. */
-static void add_product(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *b,
-                        ptrdiff_t ldb, real *c, ptrdiff_t ldc, int careful) {
-    void (*add)(ptrdiff_t, ptrdiff_t, ptrdiff_t, const real *, ptrdiff_t, ptrdiff_t, const real *, ptrdiff_t, real *, ptrdiff_t) =
-        careful ? micro_add_skipping_zeros : micro_add;
-    ptrdiff_t whole = n / NR * NR, columns = n - whole;
-    real corner[MR * NR];
-    for (ptrdiff_t i = 0; i < m; i += MR) {
-        ptrdiff_t rows = min_size(MR, m - i);
-        real *last = c + i * ldc + whole;
-        add(rows, whole, k, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc, ldc);
-        if (!columns) continue;
-        pack_plain(last, ldc, rows, columns, corner, NR);
-        add(rows, NR, k, a + i * a_row, a_row, a_col, b + whole, ldb, corner, NR);
-        for (ptrdiff_t r = 0; r < rows; r++) memcpy(last + r * ldc, corner + r * NR, columns * sizeof(real));
+/* The same where something hidden is not finite: an element of a that is zero takes no part. b's rows lie NR apart. */
+static __attribute__((noinline)) void add_panel_careful(ptrdiff_t rows, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col,
+                                                        const real *b, real *c, ptrdiff_t ld, ptrdiff_t columns) {
+    for (ptrdiff_t i = 0; i < rows; i++)
+        for (ptrdiff_t l = 0; l < min_size(columns, NR); l++)
+            for (ptrdiff_t p = 0; p < k; p++)
+                if (a[i * a_row + p * a_col] != 0) c[i * ld + l] += a[i * a_row + p * a_col] * b[p * NR + l];
+}
+
+/* dq_id (rows, ld) += ds k, each strip of queries over its span. */
+static void add_dq(ptrdiff_t rows, ptrdiff_t d, const struct span *spans, const real *ds_ij, const real *k_jc, real *dq_id, ptrdiff_t ld,
+                   int careful, real *corner) {
+    for (ptrdiff_t c = 0; c < d; c += NR)
+        for (ptrdiff_t i = 0; i < rows; i += MR) {
+            struct span span = spans[i / MR];
+            const real *a = ds_ij + i * KEYS + span.lo, *b = k_jc + c * KEYS + span.lo * NR;
+            ptrdiff_t m = min_size(MR, rows - i);
+            if (!span.hi) continue;
+            if (careful)
+                add_panel_careful(m, span.hi - span.lo, a, KEYS, 1, b, dq_id + i * ld + c, ld, d - c);
+            else
+                add_panel(m, span.hi - span.lo, a, KEYS, 1, b, dq_id + i * ld + c, ld, d - c, corner);
+        }
+}
+
+/* dk_jd (n, ld) += ds^T q, or dv += p^T dout: a_ij (rows, KEYS), b_ic (d_panels / NR, queries, NR). A strip of keys takes in the
+ * strips of queries that see any of it; what those do not see is zero in a_ij. */
+static void add_dkv(ptrdiff_t rows, ptrdiff_t n, ptrdiff_t d, const struct span *spans, const real *a_ij, const real *b_ic, ptrdiff_t queries,
+                    real *c_jd, ptrdiff_t ld, int careful) {
+    for (ptrdiff_t j = 0; j < n; j += MR) {
+        ptrdiff_t from = 0, to = div_up(rows, MR), m = min_size(MR, n - j);
+        while (from < to && spans[from].hi <= j) from++;
+        while (from < to && spans[to - 1].lo >= j + m) to--;
+        from *= MR;
+        ptrdiff_t k = min_size(to * MR, rows) - from;
+        if (k <= 0) continue;
+        for (ptrdiff_t c = 0; c < d; c += NR) {
+            const real *a = a_ij + from * KEYS + j, *b = b_ic + c * queries + from * NR;
+            real *to_jc = c_jd + j * ld + c;
+#define ADD(rows_)                                               \
+    do {                                                         \
+        if (d - c > VL)                                          \
+            panel_to(rows_, 2, k, a, 1, KEYS, b, to_jc, ld, 1);  \
+        else                                                     \
+            panel_to(rows_, 1, k, a, 1, KEYS, b, to_jc, ld, 1);  \
+    } while (0)
+            if (careful)
+                add_panel_careful(m, k, a, 1, KEYS, b, to_jc, ld, ld - c);
+            else
+                FOR_STRIP(m, ADD);
+#undef ADD
+        }
     }
 }
 
-/* p_ij (rows, KEYS) holds scores, ds_ij holds dP: they become P and scale dS, and dbias is accumulated. Returns whether any
- * score was hidden. dbias: of query i0 and the tile's first key, or NULL. */
-static int strip_gradients(ptrdiff_t rows, ptrdiff_t n, const real *lse_i, const real *delta_i, real scale, real *p_ij, real *ds_ij,
-                           real *dbias, const ptrdiff_t *dbias_stride) {
+/* Row constants of the backward. */
+struct row_backward {
+    real lse, delta, keep_scale; /* lse in units of log 2; 1 / (1 - dropout) */
+    const lane *kept_j;          /* or NULL: no dropout */
+};
+
+/* p_j [lo, hi) holds scores, ds_j holds dP: they become P (of the kept weights) and dS. masked: hidden scores are there. */
+INLINE void row_gradients(real *p_j, real *ds_j, ptrdiff_t lo, ptrdiff_t hi, const struct row_backward *row, const int masked, const int drops) {
+#pragma GCC unroll 2
+    for (ptrdiff_t j = lo; j < hi; j += VL) {
+        vec s = load(p_j + j), dp = load(ds_j + j);
+        vec p = exp2_below(s - row->lse, all(-BIAS), all(MAGIC)), weight = p;
+        if (drops) {
+            ivec kept;
+            memcpy(&kept, row->kept_j + j, sizeof kept);
+            weight = (vec)((ivec)(p * row->keep_scale) & kept);
+            dp = (vec)((ivec)(dp * row->keep_scale) & kept);
+        }
+        vec ds = p * (dp - row->delta);
+        if (masked) {
+            ivec hidden = s == -INFINITY; /* dP may be NaN there */
+            weight = (vec)((ivec)weight & ~hidden);
+            ds = (vec)((ivec)ds & ~hidden);
+        }
+        store(p_j + j, weight);
+        store(ds_j + j, ds);
+    }
+}
+
+/* dbias_j [lo, hi) += ds_j. */
+static void add_dbias(const real *ds_j, ptrdiff_t lo, ptrdiff_t hi, real *dbias_j, ptrdiff_t stride) {
+    ptrdiff_t j = lo;
+    if (stride == 1)
+        for (; j + VL <= hi; j += VL) store(dbias_j + j, load(dbias_j + j) + load(ds_j + j));
+    for (; j < hi; j++) dbias_j[j * stride] += ds_j[j];
+}
+
+/* Query i of the head: scores and dP [lo, hi) become P and dS, dbias_j (of the tile's first key, or NULL) is added to. Returns whether
+ * a score was hidden. */
+static int finish_gradients(const struct backward *of, const struct head *head, const struct tile *tile, ptrdiff_t at_block, ptrdiff_t i,
+                            ptrdiff_t row, ptrdiff_t lo, ptrdiff_t hi, real *p_j, real *ds_j, real *dbias_j) {
+    struct row_view view = view_of_row(head, tile, i);
+    const struct mt_attention_sizes *sizes = of->sizes;
+    int plain = sees_whole_tile(&view, tile) && !view.bias_j, masked = !plain;
+    if (masked) row_scores(p_j, lo, hi, view.bias_j, view.bias_stride, view.first, view.last, tile->shown_j);
+    real lse = of->lse_bht[row];
+    struct row_backward constants = {.lse = lse * (real)LOG2_E, .delta = of->delta_bht[row]};
+    if (lse == -INFINITY) { /* the query sees nothing at all */
+        memset(p_j + lo, 0, (hi - lo) * sizeof(real));
+        memset(ds_j + lo, 0, (hi - lo) * sizeof(real));
+        return 1;
+    }
+    if (sizes->dropout > 0) {
+        lane kept_j[KEYS];
+        row_kept(draw_of_row(sizes, at_block, row), tile->at, lo, round_up(hi, VL), kept_j);
+        constants.kept_j = kept_j;
+        constants.keep_scale = (real)(1 / (1 - sizes->dropout));
+        row_gradients(p_j, ds_j, lo, hi, &constants, 1, 1);
+    } else if (masked) {
+        row_gradients(p_j, ds_j, lo, hi, &constants, 1, 0);
+    } else {
+        row_gradients(p_j, ds_j, lo, hi, &constants, 0, 0);
+    }
+    if (dbias_j) add_dbias(ds_j, lo, hi, dbias_j, head->block->dbias_stride[3]);
+    return masked;
+}
+
+/* Queries [i0, i1), at most of->queries, against one tile of the bank. dbias: of query 0 and the tile's first key, or NULL. */
+static void backward_tile(const struct backward *of, const struct head *head, const struct tile *tile, int k_is_finite, ptrdiff_t at_block,
+                          ptrdiff_t h, ptrdiff_t i0, ptrdiff_t i1, int want_dq, int want_dkv, real *dbias, struct backward_room *room) {
+    const struct mt_attention_sizes *sizes = of->sizes;
+    ptrdiff_t d = sizes->d, d_panels = round_up(d, NR), rows = i1 - i0, row0 = (head->b * sizes->heads + h) * sizes->length;
+    const real *q_id = of->q_bhtd + (row0 + i0) * d, *dout_id = of->dout_bhtd + (row0 + i0) * d;
+    struct span spans[BACKWARD_QUERIES / MR];
+    for (ptrdiff_t i = 0; i < rows; i += MR) spans[i / MR] = strip_span(head, tile, i0 + i, i0 + min_size(rows, i + MR));
+    /* 1: scores and dP */
+    pack_queries(q_id, rows, d, (real)(sizes->scale * LOG2_E), room->q_di);
+    pack_queries(dout_id, rows, d, 1, room->dout_di);
+    rows_scores(rows, spans, d, room->q_di, room->k_t, room->p_ij);
+    rows_scores(rows, spans, d, room->dout_di, room->v_t, room->ds_ij);
+    /* 2: P and dS, zero outside of a strip's span */
     int some_hidden = 0;
     for (ptrdiff_t r = 0; r < rows; r++) {
-        real *p_j = p_ij + r * KEYS, *ds_j = ds_ij + r * KEYS;
-        ivec seen_any = all_lanes(lse_i[r] == -INFINITY ? 0 : -1), hidden_any = all_lanes(0);
-        for (ptrdiff_t j = 0; j < n; j += VL) {
-            vec s = load(p_j + j);
-            ivec seen = (s != -INFINITY) & seen_any;
-            vec p = choose(seen, exp_weight(s - lse_i[r]), all(0));
-            vec ds = choose(seen, p * (load(ds_j + j) - delta_i[r]), all(0));
-            if (dbias)
-                for (ptrdiff_t l = 0; l < VL && j + l < n; l++) dbias[r * dbias_stride[2] + (j + l) * dbias_stride[3]] += ds[l];
-            store(p_j + j, p);
-            store(ds_j + j, ds * scale);
-            hidden_any |= ~seen;
-        }
-        some_hidden |= any_lane(hidden_any);
+        struct span span = spans[r / MR];
+        real *p_j = room->p_ij + r * KEYS, *ds_j = room->ds_ij + r * KEYS;
+        if (span.hi)
+            some_hidden |= finish_gradients(of, head, tile, at_block, i0 + r, row0 + i0 + r, span.lo, span.hi, p_j, ds_j,
+                                            dbias ? dbias + (i0 + r) * head->block->dbias_stride[2] : NULL);
+        if (!want_dkv) continue;
+        memset(p_j, 0, span.lo * sizeof(real));
+        memset(ds_j, 0, span.lo * sizeof(real));
+        memset(p_j + span.hi, 0, (KEYS - span.hi) * sizeof(real));
+        memset(ds_j + span.hi, 0, (KEYS - span.hi) * sizeof(real));
     }
-    return some_hidden;
+    /* 3: dQ, dK, dV; their scale is brought in at the end */
+    if (want_dq) add_dq(rows, d, spans, room->ds_ij, room->k, of->dq_bhtd + (row0 + i0) * d, d, some_hidden && !k_is_finite, room->corner);
+    if (!want_dkv) return;
+    int q_is_finite = pack_values(q_id, rows, d, room->q_ic, of->queries), dout_is_finite = pack_values(dout_id, rows, d, room->dout_ic, of->queries);
+    int careful = some_hidden && !(q_is_finite && dout_is_finite);
+    add_dkv(rows, tile->n, d, spans, room->p_ij, room->dout_ic, of->queries, room->dv_jd, d_panels, careful);
+    add_dkv(rows, tile->n, d, spans, room->ds_ij, room->q_ic, of->queries, room->dk_jd, d_panels, careful);
 }
 
-/* Queries [i0, i1) <= QUERIES of head h against one tile of the bank. dk, dv: of the tile's first key, or NULL. */
-static void backward_tiles(const struct backward *of, const struct head *head, struct tile *tile, const real *k_rows, ptrdiff_t k_ld,
-                           int *k_is_finite, const real *v_t, ptrdiff_t h, ptrdiff_t i0, ptrdiff_t i1, int want_dq, real *dk, real *dv,
-                           real *dbias, struct backward_room *room) {
+/* The same where each query has keys of its own: row by row, gradients go to the rows that it picked, in order. dk_sd, dv_sd: the bank's,
+ * or NULL. */
+static void backward_index(const struct backward *of, const struct head *head, ptrdiff_t at_block, ptrdiff_t h, ptrdiff_t i0, ptrdiff_t i1,
+                           int want_dq, real *dk_sd, real *dv_sd, real *dbias, struct backward_room *room) {
     const struct mt_attention_sizes *sizes = of->sizes;
-    ptrdiff_t d = sizes->d, d_room = round_up(d, NR), n = tile->n, m = i1 - i0;
-    ptrdiff_t row = (head->b * sizes->heads + h) * sizes->length + i0;
-    const real *q_id = of->q_bhtd + row * d, *dout_id = of->dout_bhtd + row * d;
-    real scale = (real)sizes->scale, top_i[MR]; /* the maxima are not needed: lse is */
-    /* 1: P and dS; scores first, for the packed keys and values together would not stay in L1 */
-    for (ptrdiff_t i = 0; i < m; i += MR)
-        strip_scores(head, tile, q_id + i * d, i0 + i, min_size(MR, m - i), d, scale, room->p_ij + i * KEYS, top_i);
-    for (ptrdiff_t i = 0; i < m; i += MR)
-        micro_set(min_size(MR, m - i), n, d, dout_id + i * d, d, 1, v_t, KEYS, room->ds_ij + i * KEYS, KEYS);
-    int some_hidden = strip_gradients(m, n, of->lse_bht + row, of->delta_bht + row, scale, room->p_ij, room->ds_ij,
-                                  dbias ? dbias + i0 * head->block->dbias_stride[2] : NULL, head->block->dbias_stride);
-    /* 2: dQ, dK, dV. Something hidden that is not finite must not get in by 0 * NaN. */
-    if (want_dq) {
-        if (some_hidden && *k_is_finite < 0) *k_is_finite = is_finite(k_rows, k_ld, n, d);
-        add_product(m, d, n, room->ds_ij, KEYS, 1, k_rows, k_ld, of->dq_bhtd + row * d, d, some_hidden && !*k_is_finite);
-    }
-    if (!dk) return;
-    int careful = some_hidden && !(is_finite(q_id, d, m, d) && is_finite(dout_id, d, m, d));
-    ptrdiff_t ld = d;
-    if (d != d_room) {
-        pack_plain(q_id, d, m, d, room->q_id, d_room);
-        pack_plain(dout_id, d, m, d, room->dout_id, d_room);
-        q_id = room->q_id, dout_id = room->dout_id, ld = d_room;
-    }
-    add_product(n, d, m, room->p_ij, 1, KEYS, dout_id, ld, dv, d, careful);
-    add_product(n, d, m, room->ds_ij, 1, KEYS, q_id, ld, dk, d, careful);
-}
-
-/* The same where each query has keys of its own: row by row, gradients go to the rows that it picked, in order. */
-static void backward_index(const struct backward *of, const struct head *head, ptrdiff_t h, ptrdiff_t i0, ptrdiff_t i1, int want_dq,
-                           real *dk_sd, real *dv_sd, real *dbias, struct backward_room *room) {
-    const struct mt_attention_sizes *sizes = of->sizes;
-    ptrdiff_t d = sizes->d, d_room = round_up(d, NR), width = head->block->width;
-    real top_i[MR];
+    ptrdiff_t d = sizes->d, width = head->block->width;
+    const ptrdiff_t *stride = head->block->dbias_stride;
+    real *p_j = room->p_ij, *ds_j = room->ds_ij;
     for (ptrdiff_t i = i0; i < i1; i++)
         for (ptrdiff_t at = 0; at < width; at += KEYS) {
             ptrdiff_t n = min_size(KEYS, width - at), row = (head->b * sizes->heads + h) * sizes->length + i;
-            struct tile tile = tile_of_index(head, i, at, n, d, d_room, &room->tile);
+            struct tile tile = few_tile(head, i, at, n, d, room->few);
             const real *q_d = of->q_bhtd + row * d, *dout_d = of->dout_bhtd + row * d;
-            pack_transposed(room->tile.v_rows, d_room, n, d, room->tile.v_t, KEYS, round_up(n, NR));
-            strip_scores(head, &tile, q_d, i, 1, d, (real)sizes->scale, room->p_ij, top_i);
-            micro_set(1, n, d, dout_d, d, 1, room->tile.v_t, KEYS, room->ds_ij, KEYS);
-            const ptrdiff_t *stride = head->block->dbias_stride;
-            strip_gradients(1, n, of->lse_bht + row, of->delta_bht + row, (real)sizes->scale, room->p_ij, room->ds_ij,
-                            dbias ? dbias + i * stride[2] + at * stride[3] : NULL, stride);
-            /* Rows that are not shown were packed as zeros, so they add none but exact zeros to dQ. */
-            if (want_dq) add_product(1, d, n, room->ds_ij, KEYS, 1, room->tile.k_rows, d_room, of->dq_bhtd + row * d, d, 0);
-            if (!dk_sd) continue;
+            if (!tile.n) continue;
+            for (ptrdiff_t c = 0; c < d; c++) room->few_d[c] = q_d[c] * (real)(sizes->scale * LOG2_E);
+            few_scores(1, 2, room->few->k_j, n, d, room->few_d, p_j);
+            few_scores(1, 2, room->few->v_j, n, d, dout_d, ds_j);
+            finish_gradients(of, head, &tile, at_block, i, row, 0, n, p_j, ds_j, dbias ? dbias + i * stride[2] + at * stride[3] : NULL);
+            real *dq_d = of->dq_bhtd + row * d;
             const int64_t *rows_k = head->index_tk + i * width + at;
             for (ptrdiff_t j = 0; j < n; j++) {
-                if (!tile.shown_j[j] || (room->p_ij[j] == 0 && room->ds_ij[j] == 0)) continue;
-                real p = room->p_ij[j], ds = room->ds_ij[j], *dk_d = dk_sd + rows_k[j] * d, *dv_d = dv_sd + rows_k[j] * d;
+                real p = p_j[j], ds = ds_j[j];
+                if (!tile.shown_j[j]) continue;
+                if (want_dq)
+                    for (ptrdiff_t c = 0; c < d; c++) dq_d[c] += ds * room->few->k_j[j][c];
+                if (!dk_sd) continue;
+                real *dk_d = dk_sd + rows_k[j] * d, *dv_d = dv_sd + rows_k[j] * d;
                 for (ptrdiff_t c = 0; c < d; c++) {
                     dv_d[c] += p * dout_d[c];
                     dk_d[c] += ds * q_d[c];
@@ -145,10 +264,9 @@ static void backward_index(const struct backward *of, const struct head *head, p
 /* Heads [h0, h1) of batch row b: keys in [part, part + 1) / parts of each block's tiles, queries [i0, i1). Asked for are dQ,
  * with dbias, or dK and dV, or all. Index blocks give dK and dV in part 0. */
 static void backward_piece(const struct backward *of, ptrdiff_t b, ptrdiff_t h0, ptrdiff_t h1, ptrdiff_t i0, ptrdiff_t i1, ptrdiff_t part,
-                           ptrdiff_t parts, int want_dq, int want_dkv, real *work) {
+                           ptrdiff_t parts, int want_dq, int want_dkv, struct backward_room *room) {
     const struct mt_attention_sizes *sizes = of->sizes;
-    ptrdiff_t d = sizes->d, d_room = round_up(d, NR);
-    struct backward_room room = backward_room_at(work, d, d_room);
+    ptrdiff_t d = sizes->d, d_panels = round_up(d, NR);
     for (ptrdiff_t at_block = 0; at_block < sizes->n_blocks; at_block++) {
         const struct mt_block *block = &of->blocks[at_block];
         int block_dkv = want_dkv && block->dk;
@@ -161,41 +279,51 @@ static void backward_piece(const struct backward *of, ptrdiff_t b, ptrdiff_t h0,
             ptrdiff_t tiles = div_up(head.index_tk ? 0 : head.end, KEYS);
             for (ptrdiff_t at_tile = tiles * part / parts; at_tile < tiles * (part + 1) / parts; at_tile++) {
                 ptrdiff_t at = at_tile * KEYS, n = min_size(KEYS, head.end - at);
-                struct tile tile = tile_of_bank(&head, at, n, d, d_room, &room.tile);
-                pack_transposed(head.v_sd + at * d, d, n, d, room.tile.v_t, KEYS, round_up(n, NR));
-                const real *k_rows = head.k_sd + at * d;
-                int k_is_finite = -1;
-                if (d != d_room && want_dq) {
-                    pack_plain(k_rows, d, n, d, room.tile.k_rows, d_room);
-                    k_rows = room.tile.k_rows;
+                struct tile tile = {.at = at, .n = n, .shown_j = fill_shown(&head, at, n, room->shown_j)};
+                pack_keys(head.k_sd + at * d, n, d, room->k_t);
+                pack_keys(head.v_sd + at * d, n, d, room->v_t);
+                int k_is_finite = want_dq ? pack_values(head.k_sd + at * d, n, d, room->k, KEYS) : 1;
+                if (block_dkv) {
+                    memset(room->dk_jd, 0, KEYS * d_panels * sizeof(real));
+                    memset(room->dv_jd, 0, KEYS * d_panels * sizeof(real));
                 }
                 for (ptrdiff_t h = kv_h0; h < kv_h0 + group; h++) {
                     head = head_of(block, sizes, b, h);
                     real *dbias = NULL;
                     if (want_dq && block->dbias)
                         dbias = (real *)block->dbias + b * block->dbias_stride[0] + h * block->dbias_stride[1] + at * block->dbias_stride[3];
-                    for (ptrdiff_t i = i0; i < i1; i += QUERIES) {
+                    for (ptrdiff_t i = i0; i < i1; i += of->queries) {
                         /* Of these queries, those that see the tile: both ends of what they see grow with i. */
-                        ptrdiff_t from = i, to = min_size(i1, i + QUERIES);
+                        ptrdiff_t from = i, to = min_size(i1, i + of->queries);
                         while (from < to && last_seen(&head, from) <= at) from++;
                         while (from < to && first_seen(&head, to - 1) >= at + n) to--;
-                        if (from == to) continue;
-                        backward_tiles(of, &head, &tile, k_rows, k_rows == room.tile.k_rows ? d_room : d, &k_is_finite, room.tile.v_t, h,
-                                       from, to, want_dq, dk_sd ? dk_sd + at * d : NULL, dv_sd ? dv_sd + at * d : NULL, dbias, &room);
+                        if (from < to)
+                            backward_tile(of, &head, &tile, k_is_finite, at_block, h, from, to, want_dq, block_dkv, dbias, room);
                     }
                 }
+                for (ptrdiff_t j = 0; j < n && block_dkv; j++)
+                    for (ptrdiff_t c = 0; c < d; c++) {
+                        dk_sd[(at + j) * d + c] = room->dk_jd[j * d_panels + c] * (real)sizes->scale;
+                        dv_sd[(at + j) * d + c] = room->dv_jd[j * d_panels + c];
+                    }
             }
             if (!head.index_tk || (!want_dq && part > 0)) continue;
             for (ptrdiff_t h = kv_h0; h < kv_h0 + group; h++) {
                 head = head_of(block, sizes, b, h);
                 real *dbias = NULL;
                 if (want_dq && block->dbias) dbias = (real *)block->dbias + b * block->dbias_stride[0] + h * block->dbias_stride[1];
-                backward_index(of, &head, h, i0, i1, want_dq, dk_sd, dv_sd, dbias, &room);
+                backward_index(of, &head, at_block, h, i0, i1, want_dq, dk_sd, dv_sd, dbias, room);
             }
+            if (dk_sd)
+                for (ptrdiff_t c = 0; c < block->source * d; c++) dk_sd[c] *= (real)sizes->scale;
         }
     }
+    if (!want_dq) return;
+    for (ptrdiff_t h = h0; h < h1; h++) {
+        real *dq_td = of->dq_bhtd + (b * sizes->heads + h) * sizes->length * d;
+        for (ptrdiff_t c = i0 * d; c < i1 * d; c++) dq_td[c] *= (real)sizes->scale;
+    }
 }
-
 static ptrdiff_t common_divisor(ptrdiff_t a, ptrdiff_t b) { return b ? common_divisor(b, a % b) : a; }
 
 /* Do the heads' parts of dbias lie apart in memory? Then heads can be worked on at once. */
@@ -234,7 +362,8 @@ static int attention_backward(const void *dout, const void *out, const void *lse
     int most = mt_team(1 << 20, work), split = !has_dbias && batch * units < most;
     ptrdiff_t pieces = has_dbias ? units : batch * units, cuts = split ? min_size(div_up(2 * most, max_size(pieces, 1)), 64) : 1;
     int team = mt_team(pieces * cuts, work);
-    size_t room = backward_room_size(d, round_up(d, NR));
+    ptrdiff_t queries = min_size(d <= 64 ? BACKWARD_QUERIES : BACKWARD_QUERIES / 2, round_up(length, MR)); /* workspace stays within L2 */
+    size_t room = backward_room_at(NULL, queries, d, NULL);
     real *workspace = new_reals(room * team + max_size(rows, 1));
     if (!workspace) return -1;
     real *delta_bht = workspace + room * team;
@@ -247,19 +376,20 @@ static int attention_backward(const void *dout, const void *out, const void *lse
     memset(dq, 0, (size_t)rows * d * sizeof(real));
 #pragma omp parallel for num_threads(mt_team(rows, 2.0 * rows * d)) schedule(static)
     for (ptrdiff_t row = 0; row < rows; row++) delta_bht[row] = row_dot(dout_bhtd + row * d, out_bhtd + row * d, d);
-    struct backward of = {dout, q, lse, delta_bht, blocks, sizes, dq};
+    struct backward of = {dout, q, lse, delta_bht, blocks, sizes, dq, queries};
 #pragma omp parallel for num_threads(team) schedule(dynamic)
     for (ptrdiff_t at = 0; at < pieces * cuts * (split ? 2 : 1); at++) {
-        real *mine = workspace + room * mt_thread_id();
+        struct backward_room mine;
+        backward_room_at(workspace + room * mt_thread_id(), queries, d, &mine);
         ptrdiff_t piece = at / cuts % pieces, cut = at % cuts, h0 = piece % units * unit;
         ptrdiff_t b0 = has_dbias ? 0 : piece / units, b1 = has_dbias ? batch : b0 + 1;
         for (ptrdiff_t b = b0; b < b1; b++) {
             if (!split)
-                backward_piece(&of, b, h0, h0 + unit, 0, length, 0, 1, 1, 1, mine);
+                backward_piece(&of, b, h0, h0 + unit, 0, length, 0, 1, 1, 1, &mine);
             else if (at < pieces * cuts)
-                backward_piece(&of, b, h0, h0 + unit, length * cut / cuts, length * (cut + 1) / cuts, 0, 1, 1, 0, mine);
+                backward_piece(&of, b, h0, h0 + unit, length * cut / cuts, length * (cut + 1) / cuts, 0, 1, 1, 0, &mine);
             else
-                backward_piece(&of, b, h0, h0 + unit, 0, length, cut, cuts, 0, 1, mine);
+                backward_piece(&of, b, h0, h0 + unit, 0, length, cut, cuts, 0, 1, &mine);
         }
     }
     free(workspace);

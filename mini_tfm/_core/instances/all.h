@@ -11,6 +11,7 @@
 #include "families/loss.c"
 #include "families/optimizer.c"
 #include "families/search.c"
+#include "families/attention_tile.c"
 #include "families/attention.c"
 #include "families/attention_backward.c"
 

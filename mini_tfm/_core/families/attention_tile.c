@@ -1,0 +1,411 @@
+/* What the ways through attention share: a head, a tile of its keys and values, the scores of a row, their exponentials.
+ *
+ * The keys of a block are cut into tiles of KEYS at multiples of KEYS, whatever the queries are. What a tile gives one query,
+ *
+ *     m = ceil(max_j s_j)    p_j = 2^(s_j - m)    l = sum_j p_j    o = sum_j p_j v_j
+ *
+ * depends on that query and the tile alone, and the tiles of all blocks are merged in their order: m is a whole number, so the
+ * factors that bring tiles under one m are powers of two and round nothing. Every chain of additions
+ * is in ascending order of d or of keys, and a hidden key adds an exact zero. So it does not matter to the bits of a query
+ * which path computes a tile, which queries it is computed with, or which thread does it.
+ *
+ * Scores are in units of the binary logarithm: 1 / ln 2 is part of the scale that queries are multiplied with. */
+
+enum { KEYS = 128 };
+
+#define LOG2_E 1.44269504088896340736
+#define LN_2 0.69314718055994530942
+
+/* One head of one batch row reading one block. */
+struct head {
+    const struct mt_block *block;
+    const real *k_sd, *v_sd; /* (S, D) */
+    const uint8_t *valid_s;  /* (S,) or NULL */
+    const int64_t *index_tk; /* (T, K) or NULL */
+    const real *bias;        /* of query 0 and key 0, or NULL; strides in block->bias_stride */
+    ptrdiff_t end;           /* rows from here on are hidden: S or the row's length */
+    ptrdiff_t b, kv;
+};
+
+static struct head head_of(const struct mt_block *block, const struct mt_attention_sizes *sizes, ptrdiff_t b, ptrdiff_t h) {
+    ptrdiff_t kv = h / (sizes->heads / block->kv_heads), bank = (b * block->kv_heads + kv) * block->source * sizes->d;
+    return (struct head){
+        .block = block,
+        .k_sd = (const real *)block->k + bank,
+        .v_sd = (const real *)block->v + bank,
+        .valid_s = block->valid ? block->valid + b * block->source : NULL,
+        .index_tk = block->index ? block->index + (b * sizes->heads + h) * sizes->length * block->width : NULL,
+        .bias = block->bias ? (const real *)block->bias + b * block->bias_stride[0] + h * block->bias_stride[1] : NULL,
+        .end = block->lengths ? block->lengths[b] : block->source,
+        .b = b,
+        .kv = kv,
+    };
+}
+
+/* Query i sees rows [first, last) at most. Both ends grow with i. */
+INLINE ptrdiff_t first_seen(const struct head *head, ptrdiff_t i) {
+    return head->block->window ? max_size(0, i + head->block->offset - head->block->window + 1) : 0;
+}
+
+INLINE ptrdiff_t last_seen(const struct head *head, ptrdiff_t i) {
+    const struct mt_block *block = head->block;
+    if (block->causal) return min_size(head->end, i + block->offset + 1);
+    return block->window ? min_size(head->end, i + block->offset + block->window) : head->end;
+}
+
+/* ---- the micro-kernel of tiles ---- */
+
+/* sum_ij += a_ik b_kj: rows x vectors, constants wherever this is inlined. Element (i, p) of a is a[i * a_row + p * a_col]; b is
+ * a panel, its rows NR apart. */
+INLINE void panel_product(const int rows, const int vectors, ptrdiff_t k, const real *a, const ptrdiff_t a_row, const ptrdiff_t a_col,
+                          const real *b, vec sum[MR][2]) {
+#pragma GCC unroll 4
+    for (ptrdiff_t p = 0; p < k; p++) {
+        vec b_j[2];
+#pragma GCC unroll 2
+        for (int j = 0; j < vectors; j++) b_j[j] = load(b + p * NR + j * VL);
+#pragma GCC unroll 16
+        for (int i = 0; i < rows; i++)
+#pragma GCC unroll 2
+            for (int j = 0; j < vectors; j++) sum[i][j] += a[i * a_row + p * a_col] * b_j[j];
+    }
+}
+
+/* c (rows, vectors * VL; ldc) = a b, or goes on from what c holds. */
+INLINE void panel_to(const int rows, const int vectors, ptrdiff_t k, const real *a, const ptrdiff_t a_row, const ptrdiff_t a_col,
+                     const real *b, real *c, ptrdiff_t ldc, const int add) {
+    vec sum[MR][2];
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 2
+        for (int j = 0; j < vectors; j++) sum[i][j] = add ? load(c + i * ldc + j * VL) : all(0);
+    panel_product(rows, vectors, k, a, a_row, a_col, b, sum);
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 2
+        for (int j = 0; j < vectors; j++) store(c + i * ldc + j * VL, sum[i][j]);
+}
+
+/* Strips come in three heights, with rows of whatever is in memory up to the next. */
+#define STRIP_STEP (MR / 3)
+#define FOR_STRIP(rows, call)                  \
+    do {                                       \
+        if ((rows) > 2 * STRIP_STEP)           \
+            call(MR);                          \
+        else if ((rows) > STRIP_STEP)          \
+            call(2 * STRIP_STEP);              \
+        else                                   \
+            call(STRIP_STEP);                  \
+    } while (0)
+
+/* s_ij (rows, ld KEYS) = q k^T for one panel of keys, strip after strip; q_di (strips, D, MR). */
+static void scores_panel(ptrdiff_t rows, int vectors, ptrdiff_t d, const real *q_di, const real *k_dj, real *s_ij) {
+#define SCORES(rows_)                                                      \
+    do {                                                                   \
+        if (vectors == 2)                                                  \
+            panel_to(rows_, 2, d, q_di, 1, MR, k_dj, s_ij, KEYS, 0);       \
+        else                                                               \
+            panel_to(rows_, 1, d, q_di, 1, MR, k_dj, s_ij, KEYS, 0);       \
+    } while (0)
+    for (; rows >= MR && vectors == 2; rows -= MR, q_di += MR * d, s_ij += MR * KEYS) panel_to(MR, 2, d, q_di, 1, MR, k_dj, s_ij, KEYS, 0);
+    for (; rows > 0; rows -= MR, q_di += MR * d, s_ij += MR * KEYS) FOR_STRIP(rows, SCORES);
+#undef SCORES
+}
+
+/* What a row has so far, and what a tile adds to it; shrink and grow are powers of two, so nothing is rounded by them. */
+INLINE vec merged(vec so_far, vec shrink, vec of_tile, vec grow) { return so_far * shrink + of_tile * grow; }
+
+/* ---- tiles ---- */
+
+/* Up to KEYS keys and values, packed for the micro-kernel. */
+struct tile {
+    ptrdiff_t at, n;     /* keys [at, at + n) */
+    const real *k_t;     /* (KEYS / NR, D, NR) */
+    const real *v;       /* (d_room / NR, KEYS, NR), zeros beyond D; rows from n on are not read */
+    const lane *shown_j; /* (KEYS,) all ones or zero, or NULL: all shown */
+    int v_is_finite;
+};
+
+/* to (panels, D, NR) = from (n, D) transposed; keys from n up to a multiple of NR are zeros. */
+static void pack_keys(const real *from, ptrdiff_t n, ptrdiff_t d, real *to) {
+    for (ptrdiff_t j = 0; j < n; j += NR) pack_transposed(from + j * d, d, min_size(NR, n - j), d, to + j * d, NR, NR);
+}
+
+/* to (panels, rows_room, NR) = from (n, D), zeros beyond D. Are all of them finite? x - x is NaN where not. */
+static int pack_values(const real *from, ptrdiff_t n, ptrdiff_t d, real *to, ptrdiff_t rows_room) {
+    vec bad0 = all(0), bad1 = all(0);
+    for (ptrdiff_t j = 0; j < n; j++, from += d) { /* in the order of memory */
+        ptrdiff_t c = 0;
+        for (; c + NR <= d; c += NR) {
+            vec x0 = load(from + c), x1 = load(from + c + VL);
+            store(to + c * rows_room + j * NR, x0);
+            store(to + c * rows_room + j * NR + VL, x1);
+            bad0 += x0 - x0;
+            bad1 += x1 - x1;
+        }
+        for (ptrdiff_t l = 0; l < NR && c < d; l++) {
+            real x = c + l < d ? from[c + l] : 0;
+            to[c * rows_room + j * NR + l] = x;
+            bad0[0] += x - x;
+        }
+    }
+    bad0 += bad1;
+    return !any_lane(bad0 != bad0);
+}
+
+/* The VL vectors of a square become its columns. */
+INLINE void transpose_vectors(vec x[VL]) {
+#if ISA_AVX2 && !REAL_IS_DOUBLE
+    vec y[8];
+    for (int i = 0; i < 4; i++) {
+        y[2 * i] = (vec)_mm256_unpacklo_ps((__m256)x[2 * i], (__m256)x[2 * i + 1]);
+        y[2 * i + 1] = (vec)_mm256_unpackhi_ps((__m256)x[2 * i], (__m256)x[2 * i + 1]);
+    }
+    for (int i = 0; i < 2; i++) {
+        x[4 * i] = (vec)_mm256_shuffle_ps((__m256)y[4 * i], (__m256)y[4 * i + 2], 0x44);
+        x[4 * i + 1] = (vec)_mm256_shuffle_ps((__m256)y[4 * i], (__m256)y[4 * i + 2], 0xEE);
+        x[4 * i + 2] = (vec)_mm256_shuffle_ps((__m256)y[4 * i + 1], (__m256)y[4 * i + 3], 0x44);
+        x[4 * i + 3] = (vec)_mm256_shuffle_ps((__m256)y[4 * i + 1], (__m256)y[4 * i + 3], 0xEE);
+    }
+    for (int i = 0; i < 4; i++) {
+        y[i] = (vec)_mm256_permute2f128_ps((__m256)x[i], (__m256)x[i + 4], 0x20);
+        y[i + 4] = (vec)_mm256_permute2f128_ps((__m256)x[i], (__m256)x[i + 4], 0x31);
+    }
+    for (int i = 0; i < 8; i++) x[i] = y[i];
+#else
+    real square[VL * VL];
+    for (ptrdiff_t i = 0; i < VL; i++)
+        for (ptrdiff_t j = 0; j < VL; j++) square[j * VL + i] = x[i][j];
+    for (ptrdiff_t i = 0; i < VL; i++) x[i] = load(square + i * VL);
+#endif
+}
+
+/* to (strips, D, MR) = factor * from (rows, D) in strips of MR rows; rows past the last are zeros. A column is written as whole
+ * vectors: what they spill over it is written again with the next one, after the last there must be room for it. */
+static void pack_queries(const real *from, ptrdiff_t rows, ptrdiff_t d, real factor, real *to) {
+    enum { SQUARES = (MR * sizeof(real) + VECTOR_BYTES - 1) / VECTOR_BYTES };
+    for (ptrdiff_t i = 0; i < rows; i += MR, from += MR * d, to += MR * d) {
+        ptrdiff_t n = min_size(MR, rows - i), p = 0;
+        for (; p + VL <= d; p += VL) {
+            vec x[SQUARES][VL];
+            for (ptrdiff_t g = 0; g < SQUARES; g++) {
+                for (ptrdiff_t r = 0; r < VL; r++) x[g][r] = g * VL + r < n ? load(from + (g * VL + r) * d + p) * factor : all(0);
+                transpose_vectors(x[g]);
+            }
+            for (ptrdiff_t l = 0; l < VL; l++)
+                for (ptrdiff_t g = 0; g < SQUARES; g++) store(to + (p + l) * MR + g * VL, x[g][l]);
+        }
+        for (; p < d; p++)
+            for (ptrdiff_t r = 0; r < MR; r++) to[p * MR + r] = r < n ? from[r * d + p] * factor : 0;
+    }
+}
+
+/* shown_j (KEYS,) of rows [at, at + n) of the head's bank. */
+static const lane *fill_shown(const struct head *head, ptrdiff_t at, ptrdiff_t n, lane *shown_j) {
+    if (!head->valid_s) return NULL;
+    for (ptrdiff_t j = 0; j < KEYS; j++) shown_j[j] = j < n && head->valid_s[at + j] ? -1 : 0;
+    return shown_j;
+}
+
+/* Which columns of a tile a strip of rows reads: [lo, hi), lo the beginning of a panel. */
+struct span {
+    ptrdiff_t lo, hi;
+};
+
+static struct span strip_span(const struct head *head, const struct tile *tile, ptrdiff_t i0, ptrdiff_t i1) {
+    ptrdiff_t lo = max_size(0, first_seen(head, i0) - tile->at), hi = min_size(tile->n, last_seen(head, i1 - 1) - tile->at);
+    return lo < hi ? (struct span){lo / NR * NR, hi} : (struct span){0, 0};
+}
+
+/* s_ij (rows, KEYS) = q k^T, each strip of queries over its span. */
+static void rows_scores(ptrdiff_t rows, const struct span *spans, ptrdiff_t d, const real *q_di, const real *k_t, real *s_ij) {
+    ptrdiff_t lo = KEYS, hi = 0, strips = div_up(rows, MR);
+    for (ptrdiff_t strip = 0; strip < strips; strip++) {
+        if (spans[strip].lo == spans[strip].hi) continue;
+        lo = min_size(lo, spans[strip].lo);
+        hi = max_size(hi, spans[strip].hi);
+    }
+    for (ptrdiff_t j = lo; j < hi; j += NR) { /* a panel of keys stays in L1 while the strips of queries go by */
+        ptrdiff_t from = 0, to = strips;
+        while (from < to && spans[from].hi <= j) from++;
+        while (from < to && spans[to - 1].lo > j) to--;
+        scores_panel(min_size(to * MR, rows) - from * MR, hi - j > VL ? 2 : 1, d, q_di + from * MR * d, k_t + j * d, s_ij + from * MR * KEYS + j);
+    }
+}
+
+/* ---- rows of scores ---- */
+
+/* Scores [lo, hi) of one row, lo and the room after hi whole vectors: the bias is added, and -inf stands where a key is not in
+ * [first, last) or not shown. Returns the maximum, NaN passed over. */
+static real row_scores(real *s_j, ptrdiff_t lo, ptrdiff_t hi, const real *bias_j, ptrdiff_t bias_stride, ptrdiff_t first, ptrdiff_t last,
+                       const lane *shown_j) {
+    static const lane LANES[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    ivec lanes;
+    memcpy(&lanes, LANES, sizeof lanes);
+    vec top = all(-INFINITY);
+    for (ptrdiff_t j = lo; j < hi; j += VL) {
+        vec s = load(s_j + j);
+        if (bias_j && bias_stride == 1 && j + VL <= hi) {
+            s += load(bias_j + j) * (real)LOG2_E;
+        } else if (bias_j) {
+            real bias[VL];
+            for (ptrdiff_t l = 0; l < VL; l++) bias[l] = j + l < hi ? bias_j[(j + l) * bias_stride] : 0;
+            s += load(bias) * (real)LOG2_E;
+        }
+        if (j < first || j + VL > last) {
+            ivec key = lanes + (lane)j;
+            s = choose((key >= (lane)first) & (key < (lane)last), s, all(-INFINITY));
+        }
+        if (shown_j) {
+            ivec shown;
+            memcpy(&shown, shown_j + j, sizeof shown);
+            s = choose(shown, s, all(-INFINITY));
+        }
+        top = max_vec(s, top);
+        store(s_j + j, s);
+    }
+    return max_lanes(top);
+}
+
+/* The same for KEYS scores of which all are seen, bias_j NULL or of stride 1: the loop that the time goes into. */
+INLINE real row_scores_plain(real *s_j, const real *bias_j) {
+    vec top[2] = {all(-INFINITY), all(-INFINITY)};
+    for (ptrdiff_t j = 0; j < KEYS; j += 2 * VL)
+        for (int l = 0; l < 2; l++) {
+            vec s = load(s_j + j + l * VL);
+            if (bias_j) {
+                s += load(bias_j + j + l * VL) * (real)LOG2_E;
+                store(s_j + j + l * VL, s);
+            }
+            top[l] = max_vec(s, top[l]);
+        }
+    return max_lanes(max_vec(top[0], top[1]));
+}
+
+/* Which of a tile's keys a query sees, and its bias there. */
+struct row_view {
+    ptrdiff_t first, last; /* keys [first, last) of the tile, as far as shown_j says */
+    const real *bias_j;    /* or NULL */
+    ptrdiff_t bias_stride;
+};
+
+INLINE struct row_view view_of_row(const struct head *head, const struct tile *tile, ptrdiff_t i) {
+    struct row_view view = {.last = tile->n, .bias_stride = head->block->bias_stride[3]};
+    if (!head->index_tk) {
+        view.first = max_size(0, first_seen(head, i) - tile->at);
+        view.last = min_size(view.last, last_seen(head, i) - tile->at);
+    }
+    if (head->bias) view.bias_j = head->bias + i * head->block->bias_stride[2] + tile->at * view.bias_stride;
+    return view;
+}
+
+INLINE int sees_whole_tile(const struct row_view *view, const struct tile *tile) {
+    return view->first <= 0 && view->last == KEYS && !tile->shown_j;
+}
+
+/* Query i's scores [lo, hi) against the tile, s_j as they come from the product: masked, biased. Returns their maximum. */
+static real finish_scores(const struct head *head, const struct tile *tile, ptrdiff_t i, ptrdiff_t lo, ptrdiff_t hi, real *s_j) {
+    struct row_view view = view_of_row(head, tile, i);
+    if (!sees_whole_tile(&view, tile) || (view.bias_j && view.bias_stride != 1))
+        return row_scores(s_j, lo, hi, view.bias_j, view.bias_stride, view.first, view.last, tile->shown_j);
+    return view.bias_j ? row_scores_plain(s_j, view.bias_j) : row_scores_plain(s_j, NULL);
+}
+
+#if REAL_IS_DOUBLE
+#define MAGIC (0x1.8p52 + BIAS)
+#define MOST_EXACT 0x1p40
+#else
+#define MAGIC (0x1.8p23f + BIAS)
+#define MOST_EXACT 0x1p20f
+#endif
+
+/* 2^(s - shift) for s <= shift, a whole number of at most MOST_EXACT. Adding MAGIC - shift = 1.5 * 2^MANTISSA + BIAS - shift rounds
+ * s to the whole number n and leaves n - shift + BIAS in the low bits, which moved up are 2^(n - shift); from BIAS powers below
+ * the shift on that is 0, so that 2^-inf is an exact 0 and no denormal slows down what follows. NaN stays NaN. The polynomial is
+ * 2^(s - n) within 9.4e-8 relative. */
+INLINE vec exp2_below(vec s, vec lowest, vec magic) {
+    s = max_vec(lowest, s);
+    vec shifted = s + magic;
+    vec r = s - (shifted - magic);
+    vec power = (vec)((ivec)shifted << MANTISSA);
+#if REAL_IS_DOUBLE
+    r *= LN_2; /* Taylor to r^13, as in exp_reduced */
+    vec p = r * (1.0 / 6227020800.0) + 1.0 / 479001600.0;
+    p = p * r + 1.0 / 39916800.0;
+    p = p * r + 1.0 / 3628800.0;
+    p = p * r + 1.0 / 362880.0;
+    p = p * r + 1.0 / 40320.0;
+    p = p * r + 1.0 / 5040.0;
+    p = p * r + 1.0 / 720.0;
+    p = p * r + 1.0 / 120.0;
+    p = p * r + 1.0 / 24.0;
+    p = p * r + 1.0 / 6.0;
+    p = p * r + 0.5;
+    p = p * r + 1.0;
+#else
+    vec p = r * 0x1.5bdb78p-10f + 0x1.3ce984p-7f;
+    p = p * r + 0x1.c6b6d8p-5f;
+    p = p * r + 0x1.ebf9c0p-3f;
+    p = p * r + 0x1.62e42ap-1f;
+#endif
+    return (p * r + 1) * power;
+}
+
+/* 2^x for whole x <= 0 or -inf: a power of two, or 0. */
+INLINE vec power_of_two(vec x) { return (vec)((ivec)(max_vec(all(-BIAS), x) + MAGIC) << MANTISSA); }
+
+/* The shift m of a row from the maximum of its scores: 0 where nothing is seen, for -inf - -inf would be NaN. */
+INLINE real row_shift_of(real top) { return top == -INFINITY ? 0 : (real)ceil(top); }
+
+/* s_j [lo, hi) become 2^(s_j - shift); returns their sum. Not inlined: every path is to run the same instructions. */
+static __attribute__((noinline)) real row_weights(real *s_j, ptrdiff_t lo, ptrdiff_t hi, real shift) {
+    if (!(shift <= MOST_EXACT && shift >= -MOST_EXACT)) {
+        for (ptrdiff_t j = lo; j < hi; j += VL) store(s_j + j, load(s_j + j) - shift);
+        shift = 0;
+    }
+    vec total = all(0), lowest = all(shift - BIAS), magic = all(MAGIC - shift);
+#pragma GCC unroll 4
+    for (ptrdiff_t j = lo; j < hi; j += VL) {
+        vec p = exp2_below(load(s_j + j), lowest, magic);
+        store(s_j + j, p);
+        total += p;
+    }
+    return sum_lanes(total);
+}
+
+/* ---- dropout ---- */
+
+/* Is weight j of a row kept? A hash of (seed, block, row, j): the backward draws it again. Two 32-bit keys of a row, the
+ * second brought in between the multiplications, so that rows whose counters overlap do not share a pattern. */
+struct draw {
+    uint32_t low, high, threshold;
+};
+
+INLINE struct draw draw_of_row(const struct mt_attention_sizes *sizes, ptrdiff_t at_block, ptrdiff_t row) {
+    uint64_t key = mix64(mix64(sizes->seed + (uint64_t)at_block * 0x9E3779B97F4A7C15u) + (uint64_t)row * 0xD1B54A32D192ED03u);
+    return (struct draw){(uint32_t)key, (uint32_t)(key >> 32), (uint32_t)(sizes->dropout * 4294967296.0)};
+}
+
+/* kept_j [lo, hi): all ones or zero, of the row's elements at + j. */
+static void row_kept(struct draw draw, ptrdiff_t at, ptrdiff_t lo, ptrdiff_t hi, lane *restrict kept_j) {
+    for (ptrdiff_t j = lo; j < hi; j++) {
+        uint32_t x = (uint32_t)(at + j) + draw.low;
+        x ^= x >> 16;
+        x *= 0x21F0AAADu;
+        x ^= (x >> 15) ^ draw.high;
+        x *= 0xD35A2D97u;
+        x ^= x >> 15;
+        kept_j[j] = x >= draw.threshold ? -1 : 0;
+    }
+}
+
+/* p_j [lo, hi): zero where not kept. The rest is scaled by 1 / (1 - dropout) later, once a row. */
+static void row_drop(struct draw draw, ptrdiff_t at, ptrdiff_t lo, ptrdiff_t hi, real *p_j) {
+    lane kept_j[KEYS];
+    row_kept(draw, at, lo, round_up(hi, VL), kept_j);
+    for (ptrdiff_t j = lo; j < hi; j += VL) {
+        ivec kept;
+        memcpy(&kept, kept_j + j, sizeof kept);
+        store(p_j + j, (vec)((ivec)load(p_j + j) & kept));
+    }
+}
