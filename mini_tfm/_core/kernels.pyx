@@ -4,6 +4,7 @@ The checks are those of the NumPy twins (`mini_tfm.reference`), whose docstrings
 """
 
 cimport numpy as cnp
+from libc.float cimport DBL_MAX
 from libc.stdlib cimport calloc, free
 
 import numpy as np
@@ -25,6 +26,67 @@ cdef inline void *ptr_or_null(x) noexcept:
 cdef inline const mt_kernels_table *c_for(cnp.ndarray x) noexcept:
     """The kernels for x's dtype, float32 or float64."""
     return mt_kernels(cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT64)
+
+
+# The short way past the checks, for what is nearly always given: each says that `_checks` would pass its argument as it is.
+# Everything else takes the long way, where errors and copies are made.
+
+
+cdef inline bint plain(x) noexcept:
+    """A plain C-contiguous, aligned array of float32 or float64."""
+    return (
+        cnp.PyArray_CheckExact(x)
+        and (cnp.PyArray_TYPE(<cnp.ndarray>x) == cnp.NPY_FLOAT32 or cnp.PyArray_TYPE(<cnp.ndarray>x) == cnp.NPY_FLOAT64)
+        and cnp.PyArray_ISCARRAY_RO(<cnp.ndarray>x)
+    )
+
+
+cdef inline bint plain_rows(x) noexcept:
+    """As `plain`, with a last axis."""
+    return plain(x) and cnp.PyArray_NDIM(<cnp.ndarray>x) >= 1
+
+
+cdef inline bint plain_like(y, cnp.ndarray x) noexcept:
+    """As `plain`, with x's dtype and shape."""
+    return plain(y) and cnp.PyArray_TYPE(<cnp.ndarray>y) == cnp.PyArray_TYPE(x) and cnp.PyArray_SAMESHAPE(<cnp.ndarray>y, x)
+
+
+cdef inline bint plain_vector(y, cnp.ndarray x, ptrdiff_t n) noexcept:
+    """As `plain`, with x's dtype and shape (n,)."""
+    return (
+        plain(y)
+        and cnp.PyArray_TYPE(<cnp.ndarray>y) == cnp.PyArray_TYPE(x)
+        and cnp.PyArray_NDIM(<cnp.ndarray>y) == 1
+        and cnp.PyArray_DIM(<cnp.ndarray>y, 0) == n
+    )
+
+
+cdef inline bint plain_number(x, double low) noexcept:
+    """A finite Python float >= low."""
+    return type(x) is float and low <= <double>x <= DBL_MAX
+
+
+cdef inline ptrdiff_t last_axis(cnp.ndarray x) noexcept:
+    return cnp.PyArray_DIM(x, cnp.PyArray_NDIM(x) - 1)
+
+
+cdef inline ptrdiff_t n_rows(cnp.ndarray x) noexcept:
+    """Product of the leading axes."""
+    cdef ptrdiff_t n = 1
+    cdef int axis
+    for axis in range(cnp.PyArray_NDIM(x) - 1):
+        n *= cnp.PyArray_DIM(x, axis)
+    return n
+
+
+cdef inline cnp.ndarray new_like(cnp.ndarray x):
+    """An array of x's dtype and shape, not filled."""
+    return cnp.PyArray_EMPTY(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), cnp.PyArray_TYPE(x), 0)
+
+
+cdef inline cnp.ndarray new_vector(cnp.ndarray x, cnp.npy_intp n):
+    """An array of x's dtype and shape (n,), not filled."""
+    return cnp.PyArray_EMPTY(1, &n, cnp.PyArray_TYPE(x), 0)
 
 
 cdef int no_memory_if(int failed) except -1:
@@ -62,10 +124,11 @@ ctypedef enum SoftmaxKind:
 
 
 cdef object softmax_rows(x, SoftmaxKind kind):
-    x = _checks.real("x", x, min_ndim=1)
-    y = np.empty_like(x)
-    cdef ptrdiff_t n, d
-    n, d = _checks.rows(x)
+    if not plain_rows(x):
+        x = _checks.real("x", x, min_ndim=1)
+    y = new_like(x)
+    cdef ptrdiff_t n = n_rows(x)
+    cdef ptrdiff_t d = last_axis(x)
     cdef const mt_kernels_table *c = c_for(x)
     cdef void *px = ptr(x)
     cdef void *py = ptr(y)
