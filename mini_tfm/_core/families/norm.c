@@ -147,36 +147,42 @@ INLINE struct row_slopes slopes_of_row(const real *dy_d, const real *x_d, const 
     return (struct row_slopes){mean, rstd, centred ? sum_lanes(g_sum) * share : 0, sum_lanes(gz_sum) * rstd * share};
 }
 
+/* dx of one row's vector, and its part of the parameters' gradients. */
+INLINE vec dx_of(vec dy, vec x, vec weight, vec mean, vec rstd, vec g_mean, vec gz_mean, vec *dweight, vec *dbias) {
+    vec z = (x - mean) * rstd;
+    *dweight += dy * z;
+    *dbias += dy;
+    return (dy * weight - g_mean - z * gz_mean) * rstd;
+}
+
 /* dx = rstd (g - mean(g) - z mean(g z)) of `rows` rows (1 or 2) over columns [i0, i1), in dx_d and dx_d + dx_row; and their
  * part of the parameters' gradients. Two rows at once halve the loads and stores of the latter. */
-INLINE void dx_of_rows(int rows, const real *dy_nd, const real *x_nd, const real *weight_d, const struct row_slopes *slopes, ptrdiff_t d,
+INLINE void dx_of_rows(int rows, const real *dy_d, const real *x_d, const real *weight_d, const struct row_slopes *slopes, ptrdiff_t d,
                        ptrdiff_t i0, ptrdiff_t i1, real *dx_d, ptrdiff_t dx_row, real *dweight_d, real *dbias_d) {
-    for (ptrdiff_t i = i0; i < i1; i += VL) {
+    const struct row_slopes s = slopes[0], t = slopes[rows - 1];
+    vec s_mean = all(s.mean), s_rstd = all(s.rstd), s_g = all(s.g_mean), s_gz = all(s.gz_mean);
+    vec t_mean = all(t.mean), t_rstd = all(t.rstd), t_g = all(t.g_mean), t_gz = all(t.gz_mean);
+    const real *dy2_d = dy_d + d, *x2_d = x_d + d;
+    real *dx2_d = dx_d + dx_row;
+    ptrdiff_t i = i0;
+    for (; i + VL <= i1; i += VL) {
+        vec weight = load(weight_d + i), dweight = load(dweight_d + i), dbias = load(dbias_d + i);
+        store(dx_d + i - i0, dx_of(load(dy_d + i), load(x_d + i), weight, s_mean, s_rstd, s_g, s_gz, &dweight, &dbias));
+        if (rows == 2)
+            store(dx2_d + i - i0, dx_of(load(dy2_d + i), load(x2_d + i), weight, t_mean, t_rstd, t_g, t_gz, &dweight, &dbias));
+        store(dweight_d + i, dweight);
+        store(dbias_d + i, dbias);
+    }
+    if (i < i1) {
         ptrdiff_t some = i1 - i;
-        int whole = some >= VL;
-        vec weight = whole ? load(weight_d + i) : load_some(weight_d + i, some, 0);
-        vec dweight = whole ? load(dweight_d + i) : load_some(dweight_d + i, some, 0);
-        vec dbias = whole ? load(dbias_d + i) : load_some(dbias_d + i, some, 0);
-        for (int r = 0; r < rows; r++) {
-            const struct row_slopes s = slopes[r];
-            vec dy = whole ? load(dy_nd + r * d + i) : load_some(dy_nd + r * d + i, some, 0);
-            vec z = ((whole ? load(x_nd + r * d + i) : load_some(x_nd + r * d + i, some, 0)) - s.mean) * s.rstd;
-            vec dx = (dy * weight - s.g_mean - z * s.gz_mean) * s.rstd;
-            dweight += dy * z;
-            dbias += dy;
-            real *to = dx_d + r * dx_row + (i - i0);
-            if (whole)
-                store(to, dx);
-            else
-                store_some(to, dx, some);
-        }
-        if (whole) {
-            store(dweight_d + i, dweight);
-            store(dbias_d + i, dbias);
-        } else {
-            store_some(dweight_d + i, dweight, some);
-            store_some(dbias_d + i, dbias, some);
-        }
+        vec weight = load_some(weight_d + i, some, 0), dweight = load_some(dweight_d + i, some, 0), dbias = load_some(dbias_d + i, some, 0);
+        store_some(dx_d + i - i0, dx_of(load_some(dy_d + i, some, 0), load_some(x_d + i, some, 0), weight, s_mean, s_rstd, s_g, s_gz,
+                                        &dweight, &dbias), some);
+        if (rows == 2)
+            store_some(dx2_d + i - i0, dx_of(load_some(dy2_d + i, some, 0), load_some(x2_d + i, some, 0), weight, t_mean, t_rstd, t_g,
+                                             t_gz, &dweight, &dbias), some);
+        store_some(dweight_d + i, dweight, some);
+        store_some(dbias_d + i, dbias, some);
     }
 }
 
@@ -204,25 +210,24 @@ INLINE int norm_backward(const real *dy_nd, const real *x_nd, const real *weight
                 for (int r = 0; r < rows; r++)
                     slopes[r] = slopes_of_row(dy_d + r * d, x_d + r * d, weight_d, mean_n ? mean_n[row + r] : 0, rstd_n[row + r],
                                               mean_n != NULL, d);
-                if (!past) {
+                /* Past the caches, whole rows gather in the chunk; stretches of rows that do not fit. */
+                ptrdiff_t stretch = past ? min_size(d, CHUNK / 2) : d;
+                for (ptrdiff_t i0 = 0; i0 < d; i0 += stretch) {
+                    ptrdiff_t i1 = min_size(d, i0 + stretch), to_row = past ? stretch : d;
+                    real *to = past ? chunk + waiting : dx_d;
                     if (rows == 2)
-                        dx_of_rows(2, dy_d, x_d, weight_d, slopes, d, 0, d, dx_d, d, dweight_sum, dbias_sum);
+                        dx_of_rows(2, dy_d, x_d, weight_d, slopes, d, i0, i1, to, to_row, dweight_sum, dbias_sum);
                     else
-                        dx_of_rows(1, dy_d, x_d, weight_d, slopes, d, 0, d, dx_d, d, dweight_sum, dbias_sum);
-                } else if (2 * d <= CHUNK) {
-                    /* whole rows gather in the chunk */
-                    dx_of_rows(rows, dy_d, x_d, weight_d, slopes, d, 0, d, chunk + waiting, d, dweight_sum, dbias_sum);
-                    waiting += rows * d;
-                    if (waiting + 2 * d > CHUNK || row + 2 >= last) {
-                        stream_out(dx_d + rows * d - waiting, chunk, waiting);
-                        waiting = 0;
-                    }
-                } else
-                    for (ptrdiff_t i0 = 0; i0 < d; i0 += CHUNK / 2) {
-                        ptrdiff_t i1 = min_size(d, i0 + CHUNK / 2);
-                        dx_of_rows(rows, dy_d, x_d, weight_d, slopes, d, i0, i1, chunk, CHUNK / 2, dweight_sum, dbias_sum);
-                        for (int r = 0; r < rows; r++) stream_out(dx_d + r * d + i0, chunk + r * (CHUNK / 2), i1 - i0);
-                    }
+                        dx_of_rows(1, dy_d, x_d, weight_d, slopes, d, i0, i1, to, to_row, dweight_sum, dbias_sum);
+                    if (past && stretch < d)
+                        for (int r = 0; r < rows; r++) stream_out(dx_d + r * d + i0, chunk + r * stretch, i1 - i0);
+                }
+                if (!past || stretch < d) continue;
+                waiting += rows * d;
+                if (waiting + 2 * d > CHUNK || row + 2 >= last) {
+                    stream_out(dx_d + rows * d - waiting, chunk, waiting);
+                    waiting = 0;
+                }
             }
         }
         stream_end(past);

@@ -63,16 +63,16 @@ INLINE real row_exp(const real *x_d, real *y_d, ptrdiff_t d, real shift) {
 
 /* The same for a shift that is no less than any x, as row_shift gives it. Fetches `ahead` reals further on what comes next. */
 INLINE real row_exp_below(const real *x_d, real *y_d, ptrdiff_t d, real shift, ptrdiff_t ahead) {
-    vec total = all(0), total2 = all(0);
+    vec total = all(0);
     ptrdiff_t i = 0;
     for (; i + 2 * VL <= d; i += 2 * VL) {
         if (ahead) __builtin_prefetch(x_d + i + ahead);
-        vec e = exp_below(load(x_d + i) - shift), e2 = exp_below(load(x_d + i + VL) - shift);
-        if (y_d) store(y_d + i, e), store(y_d + i + VL, e2);
-        total += e;
-        total2 += e2;
+        for (int half = 0; half < 2; half++) {
+            vec e = exp_below(load(x_d + i + half * VL) - shift);
+            if (y_d) store(y_d + i + half * VL, e);
+            total += e;
+        }
     }
-    total += total2;
     for (; i < d; i += VL) {
         int whole = i + VL <= d;
         vec e = exp_below((whole ? load(x_d + i) : load_some(x_d + i, d - i, -INFINITY)) - shift);
@@ -113,24 +113,12 @@ INLINE void softmax_row(const real *x_d, real *y_d, ptrdiff_t d, ptrdiff_t ahead
     if (total != 0) row_scale(y_d, d, 1 / total);
 }
 
-/* The same bits for a row that is longer than the chunk: its exp is taken twice, for the terms would have to wait in the
- * caches. */
-INLINE void softmax_long_row(const real *x_d, real *y_d, ptrdiff_t d, real *chunk) {
-    real shift = row_shift(x_d, d), total = row_exp_below(x_d, NULL, d, shift, 0), factor = total != 0 ? 1 / total : 1;
-    for (ptrdiff_t i = 0; i < d; i += CHUNK) {
-        ptrdiff_t m = min_size(CHUNK, d - i);
-        row_exp_below(x_d + i, chunk, m, shift, d);
-        row_scale(chunk, m, factor);
-        stream_out(y_d + i, chunk, m);
-    }
-}
-
 /* x_nd (N, d) read, y_nd (N, d) written. A row of -inf gives zeros. */
 static void softmax(const void *x, void *y, ptrdiff_t n, ptrdiff_t d) {
     const real *x_nd = x;
     real *y_nd = y;
     ptrdiff_t rows = rows_in_chunk(d), pieces = div_up(n, rows);
-    int past = past_caches(n * d);
+    int past = past_caches(n * d) && d <= CHUNK; /* a longer row's terms wait where the result will be */
 #pragma omp parallel num_threads(mt_team(pieces, 4.0 * n * d))
     {
 #pragma omp for schedule(static) nowait
@@ -139,10 +127,6 @@ static void softmax(const void *x, void *y, ptrdiff_t n, ptrdiff_t d) {
             ptrdiff_t first = piece * rows, last = min_size(n, first + rows);
             const real *x_rd = x_nd + first * d;
             real *y_rd = y_nd + first * d, *to_rd = past ? chunk : y_rd;
-            if (past && d > CHUNK) {
-                softmax_long_row(x_rd, y_rd, d, chunk);
-                continue;
-            }
             for (ptrdiff_t row = 0; row < last - first; row++) softmax_row(x_rd + row * d, to_rd + row * d, d, past ? d : 0);
             if (past) stream_out(y_rd, chunk, (last - first) * d);
         }

@@ -2,7 +2,7 @@
  * is a third of a copy's traffic (1.4 times as fast on one thread, 1.6 on two, Zen 3). They are made in a chunk on the
  * stack, which stays in L1, and sent from there, so that nothing depends on how rows lie on lines. */
 
-enum { CHUNK = 8192 / sizeof(real), PAST_CACHES = 32 << 20 /* bytes: last-level caches have 8 to 32 MB a thread's share */ };
+enum { CHUNK = 16384 / sizeof(real), PAST_CACHES = 32 << 20 /* bytes: last-level caches have 8 to 32 MB a thread's share */ };
 
 #if ISA_AVX2 || ISA_AVX512
 enum { STREAMS = 1 };
