@@ -58,12 +58,14 @@ if _isa == "reference":
     from mini_tfm.reference import *  # noqa: F403
 else:
     # libgomp's waiting threads spin for milliseconds by default. On a machine with anything else to do they keep the
-    # processor from the very thread they wait for (a training step of 27 ms took 190 ms and more beside one busy
-    # process), so they sleep instead, and threads.c asks for more work before it forks. libgomp reads the setting when
-    # it is loaded; other libraries that bring their own OpenMP keep theirs.
-    _quiet = "OMP_WAIT_POLICY" not in os.environ and "GOMP_SPINCOUNT" not in os.environ
-    if _quiet:
-        os.environ["OMP_WAIT_POLICY"] = "passive"
+    # processor from the very thread they wait for: a training step of 27 ms took 190 ms and more beside one busy process.
+    # Asleep they cost 10 to 25 us a region. So they spin for some 12 us (a turn is 25 to 45 ns), which is most gaps between
+    # two kernels, and sleep then. Measured on 2 cores with 300 regions of 10 to 300 us, 1 to 8 us apart: always asleep 20.8 ms,
+    # this count 18.3, ten times of it 17.8; beside one busy process 37, 41 and 79. libgomp reads the setting when it is
+    # loaded: torch's wheel has a copy under the same name, and whichever of the two comes first serves both.
+    _unset = "OMP_WAIT_POLICY" not in os.environ and "GOMP_SPINCOUNT" not in os.environ
+    if _unset:
+        os.environ["GOMP_SPINCOUNT"] = "500"
     try:
         import mini_tfm._core.kernels as _kernels
     except ModuleNotFoundError as error:
@@ -74,8 +76,8 @@ else:
             "(MINI_TFM_ISA=reference runs the slow NumPy twins without them)"
         ) from error
     finally:
-        if _quiet:
-            del os.environ["OMP_WAIT_POLICY"]
+        if _unset:
+            del os.environ["GOMP_SPINCOUNT"]
     from mini_tfm._core.kernels import (
         activation,
         activation_backward,

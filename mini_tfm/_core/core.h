@@ -65,7 +65,7 @@ struct mt_kernels {
 
     void (*embedding)(const void *table, const int64_t *ids, void *out, ptrdiff_t n, ptrdiff_t d);
     void (*embedding_backward)(const int64_t *ids, const void *dout, void *dtable, ptrdiff_t n, ptrdiff_t d);
-    void (*sinusoidal_positions)(void *out, ptrdiff_t n, ptrdiff_t d_model);
+    int (*sinusoidal_positions)(void *out, ptrdiff_t n, ptrdiff_t d_model);
     int (*rotary)(const void *x, const int64_t *positions, int positions_per_row, double base, int inverse, void *y,
                   ptrdiff_t batch, ptrdiff_t heads, ptrdiff_t length, ptrdiff_t d);
 

@@ -47,7 +47,7 @@ cdef extern from "core.h" nogil:
         void (*dropout)(const void *x, void *y, ptrdiff_t n, double p, uint64_t seed) noexcept nogil
         void (*embedding)(const void *table, const int64_t *ids, void *out, ptrdiff_t n, ptrdiff_t d) noexcept nogil
         void (*embedding_backward)(const int64_t *ids, const void *dout, void *dtable, ptrdiff_t n, ptrdiff_t d) noexcept nogil
-        void (*sinusoidal_positions)(void *out, ptrdiff_t n, ptrdiff_t d_model) noexcept nogil
+        int (*sinusoidal_positions)(void *out, ptrdiff_t n, ptrdiff_t d_model) noexcept nogil
         int (*rotary)(const void *x, const int64_t *positions, int positions_per_row, double base, int inverse, void *y,
                       ptrdiff_t batch, ptrdiff_t heads, ptrdiff_t length, ptrdiff_t d) noexcept nogil
         void (*cross_entropy)(const void *logits, const int64_t *targets, int64_t ignore_index, double label_smoothing,

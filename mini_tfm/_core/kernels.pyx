@@ -4,6 +4,7 @@ The checks are those of the NumPy twins (`mini_tfm.reference`), whose docstrings
 """
 
 cimport numpy as cnp
+from libc.float cimport DBL_MAX
 from libc.stdlib cimport calloc, free
 
 import numpy as np
@@ -25,6 +26,67 @@ cdef inline void *ptr_or_null(x) noexcept:
 cdef inline const mt_kernels_table *c_for(cnp.ndarray x) noexcept:
     """The kernels for x's dtype, float32 or float64."""
     return mt_kernels(cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT64)
+
+
+# The short way past the checks, for what is nearly always given: each says that `_checks` would pass its argument as it is.
+# Everything else takes the long way, where errors and copies are made.
+
+
+cdef inline bint plain(x) noexcept:
+    """A plain C-contiguous, aligned array of float32 or float64."""
+    return (
+        cnp.PyArray_CheckExact(x)
+        and (cnp.PyArray_TYPE(<cnp.ndarray>x) == cnp.NPY_FLOAT32 or cnp.PyArray_TYPE(<cnp.ndarray>x) == cnp.NPY_FLOAT64)
+        and cnp.PyArray_ISCARRAY_RO(<cnp.ndarray>x)
+    )
+
+
+cdef inline bint plain_rows(x) noexcept:
+    """As `plain`, with a last axis."""
+    return plain(x) and cnp.PyArray_NDIM(<cnp.ndarray>x) >= 1
+
+
+cdef inline bint plain_like(y, cnp.ndarray x) noexcept:
+    """As `plain`, with x's dtype and shape."""
+    return plain(y) and cnp.PyArray_TYPE(<cnp.ndarray>y) == cnp.PyArray_TYPE(x) and cnp.PyArray_SAMESHAPE(<cnp.ndarray>y, x)
+
+
+cdef inline bint plain_vector(y, cnp.ndarray x, ptrdiff_t n) noexcept:
+    """As `plain`, with x's dtype and shape (n,)."""
+    return (
+        plain(y)
+        and cnp.PyArray_TYPE(<cnp.ndarray>y) == cnp.PyArray_TYPE(x)
+        and cnp.PyArray_NDIM(<cnp.ndarray>y) == 1
+        and cnp.PyArray_DIM(<cnp.ndarray>y, 0) == n
+    )
+
+
+cdef inline bint plain_number(x, double low) noexcept:
+    """A finite Python float >= low."""
+    return type(x) is float and low <= <double>x <= DBL_MAX
+
+
+cdef inline ptrdiff_t last_axis(cnp.ndarray x) noexcept:
+    return cnp.PyArray_DIM(x, cnp.PyArray_NDIM(x) - 1)
+
+
+cdef inline ptrdiff_t n_rows(cnp.ndarray x) noexcept:
+    """Product of the leading axes."""
+    cdef ptrdiff_t n = 1
+    cdef int axis
+    for axis in range(cnp.PyArray_NDIM(x) - 1):
+        n *= cnp.PyArray_DIM(x, axis)
+    return n
+
+
+cdef inline cnp.ndarray new_like(cnp.ndarray x):
+    """An array of x's dtype and shape, not filled."""
+    return cnp.PyArray_EMPTY(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), cnp.PyArray_TYPE(x), 0)
+
+
+cdef inline cnp.ndarray new_vector(cnp.ndarray x, cnp.npy_intp n):
+    """An array of x's dtype and shape (n,), not filled."""
+    return cnp.PyArray_EMPTY(1, &n, cnp.PyArray_TYPE(x), 0)
 
 
 cdef int no_memory_if(int failed) except -1:
@@ -62,10 +124,11 @@ ctypedef enum SoftmaxKind:
 
 
 cdef object softmax_rows(x, SoftmaxKind kind):
-    x = _checks.real("x", x, min_ndim=1)
-    y = np.empty_like(x)
-    cdef ptrdiff_t n, d
-    n, d = _checks.rows(x)
+    if not plain_rows(x):
+        x = _checks.real("x", x, min_ndim=1)
+    y = new_like(x)
+    cdef ptrdiff_t n = n_rows(x)
+    cdef ptrdiff_t d = last_axis(x)
     cdef const mt_kernels_table *c = c_for(x)
     cdef void *px = ptr(x)
     cdef void *py = ptr(y)
@@ -89,11 +152,12 @@ def log_softmax(x):
 
 def softmax_backward(y, dy):
     """dx = y * (dy - sum(y * dy))."""
-    y = _checks.real("y", y, min_ndim=1)
-    dy = _checks.real("dy", dy, like=y, shape=y.shape)
-    dx = np.empty_like(y)
-    cdef ptrdiff_t n, d
-    n, d = _checks.rows(y)
+    if not (plain_rows(y) and plain_like(dy, y)):
+        y = _checks.real("y", y, min_ndim=1)
+        dy = _checks.real("dy", dy, like=y, shape=y.shape)
+    dx = new_like(y)
+    cdef ptrdiff_t n = n_rows(y)
+    cdef ptrdiff_t d = last_axis(y)
     cdef const mt_kernels_table *c = c_for(y)
     cdef void *py = ptr(y)
     cdef void *pdy = ptr(dy)
@@ -108,11 +172,17 @@ def softmax_backward(y, dy):
 
 def layer_norm(x, weight, bias, eps):
     """y, mean (N,), rstd (N,); y = (x - mean) * rstd * weight + bias."""
-    cdef double epsilon
-    x, weight, bias, epsilon = _checks.layer_norm(x, weight, bias, eps)
-    cdef ptrdiff_t n, d
-    n, d = _checks.rows(x)
-    y, mean, rstd = np.empty_like(x), np.empty(n, x.dtype), np.empty(n, x.dtype)
+    if not (
+        plain_rows(x)
+        and plain_vector(weight, x, last_axis(x))
+        and (bias is None or plain_vector(bias, x, last_axis(x)))
+        and plain_number(eps, 0.0)
+    ):
+        x, weight, bias, eps = _checks.layer_norm(x, weight, bias, eps)
+    cdef double epsilon = eps
+    cdef ptrdiff_t n = n_rows(x)
+    cdef ptrdiff_t d = last_axis(x)
+    y, mean, rstd = new_like(x), new_vector(x, n), new_vector(x, n)
     cdef const mt_kernels_table *c = c_for(x)
     cdef void *px = ptr(x)
     cdef void *pw = ptr(weight)
@@ -125,14 +195,21 @@ def layer_norm(x, weight, bias, eps):
     return y, mean, rstd
 
 
+cdef inline bint plain_norm_backward(dy, x, weight, rstd) noexcept:
+    return (
+        plain_rows(x) and plain_like(dy, x) and plain_vector(weight, x, last_axis(x)) and plain_vector(rstd, x, n_rows(x))
+    )
+
+
 def layer_norm_backward(dy, x, weight, mean, rstd):
     """dx, dweight (d,), dbias (d,)."""
     cdef int failed
-    dy, x, weight, rstd = _checks.norm_backward(dy, x, weight, rstd)
-    mean = _checks.real("mean", mean, like=x, shape=rstd.shape)
-    cdef ptrdiff_t n, d
-    n, d = _checks.rows(x)
-    dx, dweight, dbias = np.empty_like(x), np.empty_like(weight), np.empty_like(weight)
+    if not (plain_norm_backward(dy, x, weight, rstd) and plain_like(mean, rstd)):
+        dy, x, weight, rstd = _checks.norm_backward(dy, x, weight, rstd)
+        mean = _checks.real("mean", mean, like=x, shape=rstd.shape)
+    cdef ptrdiff_t n = n_rows(x)
+    cdef ptrdiff_t d = last_axis(x)
+    dx, dweight, dbias = new_like(x), new_like(weight), new_like(weight)
     cdef const mt_kernels_table *c = c_for(x)
     cdef void *pdy = ptr(dy)
     cdef void *px = ptr(x)
@@ -150,11 +227,12 @@ def layer_norm_backward(dy, x, weight, mean, rstd):
 
 def rms_norm(x, weight, eps):
     """y, rstd (N,); y = x * rstd * weight."""
-    cdef double epsilon
-    x, weight, epsilon = _checks.rms_norm(x, weight, eps)
-    cdef ptrdiff_t n, d
-    n, d = _checks.rows(x)
-    y, rstd = np.empty_like(x), np.empty(n, x.dtype)
+    if not (plain_rows(x) and plain_vector(weight, x, last_axis(x)) and plain_number(eps, 0.0)):
+        x, weight, eps = _checks.rms_norm(x, weight, eps)
+    cdef double epsilon = eps
+    cdef ptrdiff_t n = n_rows(x)
+    cdef ptrdiff_t d = last_axis(x)
+    y, rstd = new_like(x), new_vector(x, n)
     cdef const mt_kernels_table *c = c_for(x)
     cdef void *px = ptr(x)
     cdef void *pw = ptr(weight)
@@ -168,10 +246,11 @@ def rms_norm(x, weight, eps):
 def rms_norm_backward(dy, x, weight, rstd):
     """dx, dweight (d,)."""
     cdef int failed
-    dy, x, weight, rstd = _checks.norm_backward(dy, x, weight, rstd)
-    cdef ptrdiff_t n, d
-    n, d = _checks.rows(x)
-    dx, dweight = np.empty_like(x), np.empty_like(weight)
+    if not plain_norm_backward(dy, x, weight, rstd):
+        dy, x, weight, rstd = _checks.norm_backward(dy, x, weight, rstd)
+    cdef ptrdiff_t n = n_rows(x)
+    cdef ptrdiff_t d = last_axis(x)
+    dx, dweight = new_like(x), new_like(weight)
     cdef const mt_kernels_table *c = c_for(x)
     cdef void *pdy = ptr(dy)
     cdef void *px = ptr(x)
@@ -188,12 +267,20 @@ def rms_norm_backward(dy, x, weight, rstd):
 # Element by element
 
 
+cdef dict KINDS = {kind: _checks.activation_kind(kind) for kind in _checks.ACTIVATIONS}
+
+
+cdef int kind_number(kind) except -1:
+    return KINDS[kind] if type(kind) is str and kind in KINDS else _checks.activation_kind(kind)
+
+
 def activation(x, kind):
     """y = kind(x), kind one of "relu", "gelu", "gelu_tanh", "silu"."""
-    x = _checks.real("x", x)
-    cdef int number = _checks.activation_kind(kind)
-    y = np.empty_like(x)
-    cdef ptrdiff_t n = x.size
+    if not plain(x):
+        x = _checks.real("x", x)
+    cdef int number = kind_number(kind)
+    y = new_like(x)
+    cdef ptrdiff_t n = cnp.PyArray_SIZE(x)
     cdef const mt_kernels_table *c = c_for(x)
     cdef void *px = ptr(x)
     cdef void *py = ptr(y)
@@ -204,11 +291,12 @@ def activation(x, kind):
 
 def activation_backward(x, dy, kind):
     """dx = dy * kind'(x)."""
-    x = _checks.real("x", x)
-    dy = _checks.real("dy", dy, like=x, shape=x.shape)
-    cdef int number = _checks.activation_kind(kind)
-    dx = np.empty_like(x)
-    cdef ptrdiff_t n = x.size
+    if not (plain(x) and plain_like(dy, x)):
+        x = _checks.real("x", x)
+        dy = _checks.real("dy", dy, like=x, shape=x.shape)
+    cdef int number = kind_number(kind)
+    dx = new_like(x)
+    cdef ptrdiff_t n = cnp.PyArray_SIZE(x)
     cdef const mt_kernels_table *c = c_for(x)
     cdef void *px = ptr(x)
     cdef void *pdy = ptr(dy)
@@ -223,8 +311,8 @@ def dropout(x, p, seed):
     cdef double probability
     cdef uint64_t key
     x, probability, key = _checks.dropout(x, p, seed)
-    y = np.empty_like(x)
-    cdef ptrdiff_t n = x.size
+    y = new_like(x)
+    cdef ptrdiff_t n = cnp.PyArray_SIZE(x)
     cdef const mt_kernels_table *c = c_for(x)
     cdef void *px = ptr(x)
     cdef void *py = ptr(y)
@@ -236,11 +324,29 @@ def dropout(x, p, seed):
 # Embedding and positions
 
 
+cdef inline bint plain_ids(x, ptrdiff_t high) noexcept:
+    """A plain C-contiguous, aligned array of int64 from 0 to high - 1."""
+    if not (
+        cnp.PyArray_CheckExact(x)
+        and cnp.PyArray_TYPE(<cnp.ndarray>x) == cnp.NPY_INT64
+        and cnp.PyArray_ISCARRAY_RO(<cnp.ndarray>x)
+    ):
+        return False
+    cdef const int64_t *at = <const int64_t *>ptr(x)
+    cdef ptrdiff_t i
+    cdef bint outside = False
+    for i in range(cnp.PyArray_SIZE(x)):
+        outside |= <uint64_t>at[i] >= <uint64_t>high
+    return not outside
+
+
 def embedding(table, ids):
     """Rows of table (V, d) at ids (...): (..., d)."""
-    weights, ids = _checks.embedding(table, ids)
-    cdef ptrdiff_t n = ids.size
-    cdef ptrdiff_t d = weights.shape[1]
+    weights = table
+    if not (plain(table) and cnp.PyArray_NDIM(table) == 2 and plain_ids(ids, cnp.PyArray_DIM(table, 0))):
+        weights, ids = _checks.embedding(table, ids)
+    cdef ptrdiff_t n = cnp.PyArray_SIZE(ids)
+    cdef ptrdiff_t d = last_axis(weights)
     out = np.empty((*ids.shape, d), weights.dtype)
     cdef const mt_kernels_table *c = c_for(weights)
     cdef void *pt = ptr(weights)
@@ -268,12 +374,14 @@ def embedding_backward(ids, dout, dtable):
 def sinusoidal_positions(n, d_model, dtype=np.float32):
     """The paper's table (n, d_model): sin at even columns, cos at odd, computed in double."""
     cdef ptrdiff_t rows, d
+    cdef int failed
     rows, d, dtype = _checks.sinusoidal_positions(n, d_model, dtype)
     out = np.empty((rows, d), dtype)
     cdef const mt_kernels_table *c = c_for(out)
     cdef void *po = ptr(out)
     with nogil:
-        c.sinusoidal_positions(po, rows, d)
+        failed = c.sinusoidal_positions(po, rows, d)
+    no_memory_if(failed)
     return out
 
 
@@ -282,7 +390,7 @@ def rotary(x, positions, base=10000.0, inverse=False):
     cdef double b
     cdef int back, failed
     x, positions, b, back = _checks.rotary(x, positions, base, inverse)
-    y = np.empty_like(x)
+    y = new_like(x)
     cdef ptrdiff_t batch, heads, length, d
     batch, heads, length, d = x.shape
     cdef int per_row = positions.ndim == 2
@@ -356,8 +464,9 @@ def adamw(param, grad, m, v, *, lr, beta1, beta2, eps, weight_decay, step, grad_
 
 def sum_of_squares(x):
     """sum(x * x) over everything, accumulated in double: a float."""
-    x = _checks.real("x", x)
-    cdef ptrdiff_t n = x.size
+    if not plain(x):
+        x = _checks.real("x", x)
+    cdef ptrdiff_t n = cnp.PyArray_SIZE(x)
     cdef double total = 0.0
     cdef int failed
     cdef const mt_kernels_table *c = c_for(x)

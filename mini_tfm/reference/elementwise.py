@@ -46,7 +46,8 @@ def activation_backward(x, dy, kind):
         if kind == "gelu":
             from scipy.special import erf
 
-            slope = 0.5 * (1.0 + erf(x64 / np.sqrt(2.0))) + x64 * np.exp(-0.5 * x64 * x64) / np.sqrt(2.0 * np.pi)
+            near = np.clip(x64, -40.0, 40.0)  # beyond, the density is 0, and inf times 0 would be NaN
+            slope = 0.5 * (1.0 + erf(x64 / np.sqrt(2.0))) + near * np.exp(-0.5 * near * near) / np.sqrt(2.0 * np.pi)
         elif kind == "gelu_tanh":
             near = np.clip(x64, -30.0, 30.0)  # beyond, the slope is 0 or 1, and 0 times x^3 = inf would be NaN
             argument, d_argument = _gelu_tanh_argument(near)

@@ -2,6 +2,7 @@
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -162,6 +163,74 @@ def test_the_default_is_what_the_process_may_use(asked):
     assert default_num_threads({"OMP_NUM_THREADS": asked}, lambda path: "max 100000") == processors
 
 
+def quota_of(files):
+    """The default for a file system of `files`, on a machine with processors to spare."""
+    from mini_tfm._core.threads import _quota
+
+    def read(path):
+        if path not in files:
+            raise FileNotFoundError(path)
+        return files[path]
+
+    return _quota(read)
+
+
+def test_quotas_of_control_groups():
+    mount = "/sys/fs/cgroup"
+    inside = {"/proc/self/cgroup": "0::/user/job/step\n"}
+    assert quota_of({}) is None
+    assert quota_of({f"{mount}/cpu.max": "150000 100000\n"}) == 1.5  # a container: its own group looks like the root
+    assert quota_of({"/proc/self/cgroup": "0::/\n", f"{mount}/cpu.max": "max 100000\n"}) is None
+    assert quota_of(inside | {f"{mount}/user/job/step/cpu.max": "200000 100000\n"}) == 2
+    # The least of those above holds too.
+    above = {f"{mount}/user/job/step/cpu.max": "max 100000\n", f"{mount}/user/job/cpu.max": "300000 100000\n"}
+    assert quota_of(inside | above | {f"{mount}/user/cpu.max": "700000 100000\n"}) == 3
+    # A path of the host's, of which only the mount is to be seen.
+    assert quota_of(inside | {f"{mount}/cpu.max": "50000 100000\n"}) == 0.5
+
+
+def test_quotas_of_control_groups_version_1():
+    hierarchies = "4:memory:/other\n3:cpu,cpuacct:/docker/abc\n1:name=systemd:/docker/abc\n"
+    for mount in ("/sys/fs/cgroup/cpu", "/sys/fs/cgroup/cpu,cpuacct"):
+        for folder in ("", "/docker", "/docker/abc"):
+            files = {"/proc/self/cgroup": hierarchies, f"{mount}{folder}/cpu.cfs_quota_us": "250000\n"}
+            assert quota_of(files) is None  # without a period it says nothing
+            assert quota_of(files | {f"{mount}{folder}/cpu.cfs_period_us": "100000\n"}) == 2.5
+            unlimited = files | {f"{mount}{folder}/cpu.cfs_quota_us": "-1\n", f"{mount}{folder}/cpu.cfs_period_us": "100000\n"}
+            assert quota_of(unlimited) is None
+    # Both versions at once: version 2 beside it, without a processor controller of its own.
+    both = {"/proc/self/cgroup": hierarchies + "0::/docker/abc\n", "/sys/fs/cgroup/cpu/docker/cpu.cfs_quota_us": "100000\n"}
+    assert quota_of(both | {"/sys/fs/cgroup/cpu/docker/cpu.cfs_period_us": "100000\n"}) == 1
+
+
+@pytest.mark.parametrize("text", ["", "nonsense", "1:2", "::::", "0:cpu:not a path", "0::/\n0::/a/b\n"])
+def test_odd_control_groups_set_no_quota(text):
+    assert quota_of({"/proc/self/cgroup": text, "/sys/fs/cgroup/cpu.max": text}) is None
+
+
+@needs_openmp
+def test_the_default_is_within_affinity():
+    if not hasattr(os, "sched_setaffinity"):
+        pytest.skip("no affinity here")
+    one = f"import os; os.sched_setaffinity(0, {{{min(os.sched_getaffinity(0))}}})"
+    assert in_a_process(f"{one}\nfrom mini_tfm import _core; print(_core.get_num_threads())").stdout.strip() == "1"
+
+
+@needs_openmp
+def test_omp_thread_limit_is_honoured():
+    program = "from mini_tfm import _core; _core.set_num_threads(5); print(_core.get_num_threads())"
+    assert in_a_process(program, OMP_THREAD_LIMIT="3").stdout.strip() == "3"
+    assert in_a_process(program).stdout.strip() == "5"
+
+
+@needs_openmp
+def test_the_environment_is_left_alone():
+    """What libgomp is to read while it is loaded, and what it was told by others."""
+    program = "import os; before = dict(os.environ); from mini_tfm import _core; print(dict(os.environ) == before)"
+    for told in ({}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active"}):
+        assert in_a_process(program, **told).stdout.strip() == "True"
+
+
 @needs_openmp
 def test_threadpoolctl_limits_the_default():
     """Not a number that was asked for by name."""
@@ -236,13 +305,39 @@ assert _core.get_num_threads() == int(sys.argv[2])
 
 @needs_fork
 def test_a_forked_child_computes_and_the_parent_goes_on():
-    in_a_process(FORK, 10, 4 if _core.show_config()["openmp"] else 1)
+    in_a_process(FORK, 20, 4 if _core.show_config()["openmp"] else 1)
 
 
 @pytest.mark.long
 @needs_fork
 def test_two_hundred_forks():
     in_a_process(FORK, 200, 4 if _core.show_config()["openmp"] else 1, timeout=600)
+
+
+TORCH = """
+import sys, warnings
+import numpy as np
+for name in sys.argv[1:]:
+    if name == "torch":
+        import torch
+    else:
+        from mini_tfm import _core
+torch.set_num_threads(2)
+_core.set_num_threads(2)
+x = np.random.default_rng(0).standard_normal((500, 400), np.float32)
+expected, theirs = _core.softmax(x), torch.from_numpy(x)
+for _ in range(200):
+    np.testing.assert_allclose(torch.softmax(theirs, -1).numpy(), expected, atol=1e-6)
+    assert (_core.softmax(x) == expected).all()
+"""
+
+
+@pytest.mark.parametrize("order", [("torch", "mini_tfm"), ("mini_tfm", "torch")])
+def test_beside_pytorch(order):
+    """In one process, whichever comes first, their regions taking turns."""
+    if find_spec("torch") is None:
+        pytest.skip("PyTorch is not installed")
+    in_a_process(TORCH, *order, PYTHONWARNINGS="default")
 
 
 @pytest.mark.long

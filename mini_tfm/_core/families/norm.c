@@ -1,12 +1,15 @@
 /* Layer normalisation (arXiv 1607.06450) and root-mean-square normalisation (arXiv 1910.07467), forward and backward. */
 
-/* Rows that one piece of a backward takes. Its sums for dweight and dbias are kept apart and added in the order of the
- * pieces, so that they do not depend on the threads. */
-enum { NORM_ROWS = 64 };
-
 INLINE real row_sum(const real *x_d, ptrdiff_t d) {
-    vec total = all(0);
+    vec total = all(0), total2 = all(0), total3 = all(0), total4 = all(0);
     ptrdiff_t i = 0;
+    for (; i + 4 * VL <= d; i += 4 * VL) {
+        total += load(x_d + i);
+        total2 += load(x_d + i + VL);
+        total3 += load(x_d + i + 2 * VL);
+        total4 += load(x_d + i + 3 * VL);
+    }
+    total = (total + total2) + (total3 + total4);
     for (; i + VL <= d; i += VL) total += load(x_d + i);
     if (i < d) total += load_some(x_d + i, d - i, 0);
     return sum_lanes(total);
@@ -14,14 +17,25 @@ INLINE real row_sum(const real *x_d, ptrdiff_t d) {
 
 /* sum (x - centre)^2: the second pass is there for stability, E[x^2] - E[x]^2 cancels. */
 INLINE real row_spread(const real *x_d, ptrdiff_t d, real centre) {
-    vec total = all(0);
+    vec total = all(0), total2 = all(0), total3 = all(0), total4 = all(0), c;
     ptrdiff_t i = 0;
+    for (; i + 4 * VL <= d; i += 4 * VL) {
+        c = load(x_d + i) - centre;
+        total += c * c;
+        c = load(x_d + i + VL) - centre;
+        total2 += c * c;
+        c = load(x_d + i + 2 * VL) - centre;
+        total3 += c * c;
+        c = load(x_d + i + 3 * VL) - centre;
+        total4 += c * c;
+    }
+    total = (total + total2) + (total3 + total4);
     for (; i + VL <= d; i += VL) {
-        vec c = load(x_d + i) - centre;
+        c = load(x_d + i) - centre;
         total += c * c;
     }
     if (i < d) {
-        vec c = load_some(x_d + i, d - i, centre) - centre;
+        c = load_some(x_d + i, d - i, centre) - centre;
         total += c * c;
     }
     return sum_lanes(total);
@@ -40,25 +54,51 @@ static double row_spread_wide(const real *x_d, ptrdiff_t d, double centre) {
     return total;
 }
 
+/* y = (x - mean) rstd weight + bias over a stretch of a row; bias_d NULL: none. */
+INLINE void row_normed(const real *x_d, const real *weight_d, const real *bias_d, real mean, real rstd, real *y_d, ptrdiff_t d) {
+    ptrdiff_t i = 0;
+    if (bias_d)
+        for (; i + VL <= d; i += VL) store(y_d + i, (load(x_d + i) - mean) * rstd * load(weight_d + i) + load(bias_d + i));
+    else
+        for (; i + VL <= d; i += VL) store(y_d + i, (load(x_d + i) - mean) * rstd * load(weight_d + i));
+    if (i < d) {
+        ptrdiff_t some = d - i;
+        vec y = (load_some(x_d + i, some, 0) - mean) * rstd * load_some(weight_d + i, some, 0);
+        store_some(y_d + i, bias_d ? y + load_some(bias_d + i, some, 0) : y, some);
+    }
+}
+
 /* x_nd (N, d), weight_d, bias_d (d,) or NULL read; y_nd (N, d), mean_n, rstd_n (N,) written; mean NULL: none is taken off. */
 INLINE void norm_forward(const real *x_nd, const real *weight_d, const real *bias_d, double eps, real *y_nd, real *mean_n,
                          real *rstd_n, ptrdiff_t n, ptrdiff_t d) {
     real share = d ? 1 / (real)d : 0;
-#pragma omp parallel for num_threads(mt_team(n, 4.0 * n * d)) schedule(static)
-    for (ptrdiff_t row = 0; row < n; row++) {
-        const real *x_d = x_nd + row * d;
-        real *y_d = y_nd + row * d;
-        real mean = mean_n ? row_sum(x_d, d) * share : 0;
-        if (isinf(mean)) mean = (real)(row_sum_wide(x_d, d) * share);
-        double spread = row_spread(x_d, d, mean);
-        if (isinf(spread)) spread = row_spread_wide(x_d, d, mean);
-        real rstd = (real)(1 / sqrt(spread * share + eps));
-        if (bias_d)
-            for (ptrdiff_t i = 0; i < d; i++) y_d[i] = (x_d[i] - mean) * rstd * weight_d[i] + bias_d[i];
-        else
-            for (ptrdiff_t i = 0; i < d; i++) y_d[i] = (x_d[i] - mean) * rstd * weight_d[i];
-        if (mean_n) mean_n[row] = mean;
-        rstd_n[row] = rstd;
+    ptrdiff_t rows = rows_in_chunk(d), pieces = div_up(n, rows);
+    int past = past_caches(n * d);
+#pragma omp parallel num_threads(mt_team(pieces, 2.0 * n * d))
+    {
+#pragma omp for schedule(static) nowait
+        for (ptrdiff_t piece = 0; piece < pieces; piece++) {
+            real chunk[CHUNK] __attribute__((aligned(64)));
+            ptrdiff_t first = piece * rows, last = min_size(n, first + rows);
+            for (ptrdiff_t row = first; row < last; row++) {
+                const real *x_d = x_nd + row * d;
+                real mean = mean_n ? row_sum(x_d, d) * share : 0;
+                if (isinf(mean)) mean = (real)(row_sum_wide(x_d, d) * share);
+                double spread = row_spread(x_d, d, mean);
+                if (isinf(spread)) spread = row_spread_wide(x_d, d, mean);
+                real rstd = (real)(1 / sqrt(spread * share + eps));
+                if (!past) row_normed(x_d, weight_d, bias_d, mean, rstd, y_nd + row * d, d);
+                for (ptrdiff_t i = 0; past && i < d; i += CHUNK) {
+                    ptrdiff_t m = min_size(CHUNK, d - i);
+                    row_normed(x_d + i, weight_d + i, bias_d ? bias_d + i : NULL, mean, rstd, chunk + (row - first) * d, m);
+                    if (d > CHUNK) stream_out(y_nd + row * d + i, chunk, m);
+                }
+                if (mean_n) mean_n[row] = mean;
+                rstd_n[row] = rstd;
+            }
+            if (past && d <= CHUNK) stream_out(y_nd + first * d, chunk, (last - first) * d);
+        }
+        stream_end(past);
     }
 }
 
@@ -71,40 +111,126 @@ static void rms_norm(const void *x, const void *weight, double eps, void *y, voi
     norm_forward(x, weight, NULL, eps, y, NULL, rstd, n, d);
 }
 
+/* A piece of a backward is a run of rows whose sums for dweight and dbias are kept apart and added in the order of the
+ * pieces, so that they do not depend on the threads: NORM_ROWS or more, in so many pieces at most. */
+enum { NORM_ROWS = 32, NORM_PIECES = 64 };
+
+/* What a row's dx depends on beside its elements. */
+struct row_slopes {
+    real mean, rstd, g_mean, gz_mean; /* g = dy weight, z = (x - mean) rstd */
+};
+
+INLINE struct row_slopes slopes_of_row(const real *dy_d, const real *x_d, const real *weight_d, real mean, real rstd, int centred,
+                                       ptrdiff_t d) {
+    vec g_sum = all(0), gz_sum = all(0), g_sum2 = all(0), gz_sum2 = all(0), g, c;
+    ptrdiff_t i = 0;
+    for (; i + 2 * VL <= d; i += 2 * VL) {
+        g = load(dy_d + i) * load(weight_d + i);
+        c = load(x_d + i) - mean;
+        g_sum += g;
+        gz_sum += g * c;
+        g = load(dy_d + i + VL) * load(weight_d + i + VL);
+        c = load(x_d + i + VL) - mean;
+        g_sum2 += g;
+        gz_sum2 += g * c;
+    }
+    g_sum += g_sum2;
+    gz_sum += gz_sum2;
+    for (; i < d; i += VL) {
+        int whole = i + VL <= d;
+        g = whole ? load(dy_d + i) * load(weight_d + i) : load_some(dy_d + i, d - i, 0) * load_some(weight_d + i, d - i, 0);
+        c = (whole ? load(x_d + i) : load_some(x_d + i, d - i, mean)) - mean;
+        g_sum += g;
+        gz_sum += g * c;
+    }
+    real share = 1 / (real)d;
+    return (struct row_slopes){mean, rstd, centred ? sum_lanes(g_sum) * share : 0, sum_lanes(gz_sum) * rstd * share};
+}
+
+/* dx of one row's vector, and its part of the parameters' gradients. */
+INLINE vec dx_of(vec dy, vec x, vec weight, vec mean, vec rstd, vec g_mean, vec gz_mean, vec *dweight, vec *dbias) {
+    vec z = (x - mean) * rstd;
+    *dweight += dy * z;
+    *dbias += dy;
+    return (dy * weight - g_mean - z * gz_mean) * rstd;
+}
+
+/* dx = rstd (g - mean(g) - z mean(g z)) of `rows` rows (1 or 2) over columns [i0, i1), in dx_d and dx_d + dx_row; and their
+ * part of the parameters' gradients. Two rows at once halve the loads and stores of the latter. */
+INLINE void dx_of_rows(int rows, const real *dy_d, const real *x_d, const real *weight_d, const struct row_slopes *slopes, ptrdiff_t d,
+                       ptrdiff_t i0, ptrdiff_t i1, real *dx_d, ptrdiff_t dx_row, real *dweight_d, real *dbias_d) {
+    const struct row_slopes s = slopes[0], t = slopes[rows - 1];
+    vec s_mean = all(s.mean), s_rstd = all(s.rstd), s_g = all(s.g_mean), s_gz = all(s.gz_mean);
+    vec t_mean = all(t.mean), t_rstd = all(t.rstd), t_g = all(t.g_mean), t_gz = all(t.gz_mean);
+    const real *dy2_d = dy_d + d, *x2_d = x_d + d;
+    real *dx2_d = dx_d + dx_row;
+    ptrdiff_t i = i0;
+    for (; i + VL <= i1; i += VL) {
+        vec weight = load(weight_d + i), dweight = load(dweight_d + i), dbias = load(dbias_d + i);
+        store(dx_d + i - i0, dx_of(load(dy_d + i), load(x_d + i), weight, s_mean, s_rstd, s_g, s_gz, &dweight, &dbias));
+        if (rows == 2)
+            store(dx2_d + i - i0, dx_of(load(dy2_d + i), load(x2_d + i), weight, t_mean, t_rstd, t_g, t_gz, &dweight, &dbias));
+        store(dweight_d + i, dweight);
+        store(dbias_d + i, dbias);
+    }
+    if (i < i1) {
+        ptrdiff_t some = i1 - i;
+        vec weight = load_some(weight_d + i, some, 0), dweight = load_some(dweight_d + i, some, 0), dbias = load_some(dbias_d + i, some, 0);
+        store_some(dx_d + i - i0, dx_of(load_some(dy_d + i, some, 0), load_some(x_d + i, some, 0), weight, s_mean, s_rstd, s_g, s_gz,
+                                        &dweight, &dbias), some);
+        if (rows == 2)
+            store_some(dx2_d + i - i0, dx_of(load_some(dy2_d + i, some, 0), load_some(x2_d + i, some, 0), weight, t_mean, t_rstd, t_g,
+                                             t_gz, &dweight, &dbias), some);
+        store_some(dweight_d + i, dweight, some);
+        store_some(dbias_d + i, dbias, some);
+    }
+}
+
 /* dy_nd, x_nd (N, d), weight_d (d,), mean_n or NULL, rstd_n (N,) read; dx_nd (N, d), dweight_d, dbias_d (d,) or NULL written.
  * With z = (x - mean) rstd and g = dy weight: dx = rstd (g - mean(g) - z mean(g z)), without mean(g) where no mean was
  * taken off; dweight = sum dy z, dbias = sum dy. */
 INLINE int norm_backward(const real *dy_nd, const real *x_nd, const real *weight_d, const real *mean_n, const real *rstd_n,
                          real *dx_nd, real *dweight_d, real *dbias_d, ptrdiff_t n, ptrdiff_t d) {
-    ptrdiff_t pieces = div_up(n, NORM_ROWS);
-    real share = d ? 1 / (real)d : 0;
+    ptrdiff_t piece_rows = max_size(NORM_ROWS, div_up(n, NORM_PIECES)), pieces = div_up(n, piece_rows);
+    int past = past_caches(n * d);
     real *sums_p2d = calloc(max_size(pieces, 1) * 2 * max_size(d, 1), sizeof(real)); /* a piece's dweight, dbias */
     if (!sums_p2d) return -1;
-#pragma omp parallel for num_threads(mt_team(pieces, 6.0 * n * d)) schedule(static)
-    for (ptrdiff_t piece = 0; piece < pieces; piece++) {
-        real *restrict dweight_sum = sums_p2d + piece * 2 * d, *restrict dbias_sum = dweight_sum + d;
-        for (ptrdiff_t row = piece * NORM_ROWS; row < min_size(n, (piece + 1) * NORM_ROWS); row++) {
-            const real *x_d = x_nd + row * d, *dy_d = dy_nd + row * d;
-            real *restrict dx_d = dx_nd + row * d;
-            real mean = mean_n ? mean_n[row] : 0, rstd = rstd_n[row];
-            /* 1: the two sums over the row */
-            vec g_sum = all(0), gz_sum = all(0);
-            for (ptrdiff_t i = 0; i < d; i += VL) {
-                int whole = i + VL <= d;
-                vec g = whole ? load(dy_d + i) * load(weight_d + i) : load_some(dy_d + i, d - i, 0) * load_some(weight_d + i, d - i, 0);
-                vec z = ((whole ? load(x_d + i) : load_some(x_d + i, d - i, mean)) - mean) * rstd;
-                g_sum += g;
-                gz_sum += g * z;
-            }
-            real g_mean = mean_n ? sum_lanes(g_sum) * share : 0, gz_mean = sum_lanes(gz_sum) * share;
-            /* 2: the row's dx, and its part of the parameters' gradients */
-            for (ptrdiff_t i = 0; i < d; i++) {
-                real z = (x_d[i] - mean) * rstd;
-                dx_d[i] = (dy_d[i] * weight_d[i] - g_mean - z * gz_mean) * rstd;
-                dweight_sum[i] += dy_d[i] * z;
-                dbias_sum[i] += dy_d[i];
+#pragma omp parallel num_threads(mt_team(pieces, 3.0 * n * d))
+    {
+#pragma omp for schedule(static) nowait
+        for (ptrdiff_t piece = 0; piece < pieces; piece++) {
+            real chunk[CHUNK] __attribute__((aligned(64)));
+            real *dweight_sum = sums_p2d + piece * 2 * d, *dbias_sum = dweight_sum + d;
+            ptrdiff_t last = min_size(n, (piece + 1) * piece_rows), waiting = 0;
+            for (ptrdiff_t row = piece * piece_rows; row < last; row += 2) {
+                const real *dy_d = dy_nd + row * d, *x_d = x_nd + row * d;
+                real *dx_d = dx_nd + row * d;
+                int rows = row + 1 < last ? 2 : 1;
+                struct row_slopes slopes[2];
+                for (int r = 0; r < rows; r++)
+                    slopes[r] = slopes_of_row(dy_d + r * d, x_d + r * d, weight_d, mean_n ? mean_n[row + r] : 0, rstd_n[row + r],
+                                              mean_n != NULL, d);
+                /* Past the caches, whole rows gather in the chunk; stretches of rows that do not fit. */
+                ptrdiff_t stretch = past ? min_size(d, CHUNK / 2) : d;
+                for (ptrdiff_t i0 = 0; i0 < d; i0 += stretch) {
+                    ptrdiff_t i1 = min_size(d, i0 + stretch), to_row = past ? stretch : d;
+                    real *to = past ? chunk + waiting : dx_d;
+                    if (rows == 2)
+                        dx_of_rows(2, dy_d, x_d, weight_d, slopes, d, i0, i1, to, to_row, dweight_sum, dbias_sum);
+                    else
+                        dx_of_rows(1, dy_d, x_d, weight_d, slopes, d, i0, i1, to, to_row, dweight_sum, dbias_sum);
+                    if (past && stretch < d)
+                        for (int r = 0; r < rows; r++) stream_out(dx_d + r * d + i0, chunk + r * stretch, i1 - i0);
+                }
+                if (!past || stretch < d) continue;
+                waiting += rows * d;
+                if (waiting + 2 * d > CHUNK || row + 2 >= last) {
+                    stream_out(dx_d + rows * d - waiting, chunk, waiting);
+                    waiting = 0;
+                }
             }
         }
+        stream_end(past);
     }
     for (ptrdiff_t i = 0; i < d; i++) {
         dweight_d[i] = 0;

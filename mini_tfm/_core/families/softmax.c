@@ -1,17 +1,50 @@
 /* Softmax over rows, its backward, and its logarithm. */
 
+/* exp for x <= 0, which is a softmax's: 0 from about the smallest normal number down, NaN stays NaN. At the lowest x the
+ * exponent's bits are those of 0. In float n carries BIAS from the start, so that a shift makes 2^n of it; and ln 2 is one
+ * number where products are fused, for its error, n 2e-9, is less than the rounding of x. */
+INLINE vec exp_below(vec x) {
+#if REAL_IS_DOUBLE
+    ivec n;
+    vec p = exp_reduced(max_vec(all(-709.0), x), &n);
+    return p * (vec)((n + BIAS) << MANTISSA);
+#else
+    const real magic = 0x1.8p23f + BIAS;
+    x = max_vec(all(-88.0f), x); /* this way round NaN stays */
+    vec shifted = x * 1.44269504f + magic, n = shifted - magic;
+#if ISA_AVX2 || ISA_AVX512 || defined(__aarch64__)
+    vec r = x - n * 0.693147182f;
+#else
+    vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+#endif
+    vec p = r * 0.008312520571f + 0.041890155524f;
+    p = p * r + 0.166671141982f;
+    p = p * r + 0.499992311001f;
+    p = p * r + 1;
+    p = p * r + 1;
+    return p * (vec)((ivec)shifted << MANTISSA);
+#endif
+}
+
 /* What a row is shifted by: its maximum, so that no exp overflows, or 0 when there is nothing but -inf. NaN is passed
  * over here and comes back through exp. */
 INLINE real row_shift(const real *x_d, ptrdiff_t d) {
-    vec top = all(-INFINITY);
+    vec top = all(-INFINITY), top2 = top, top3 = top, top4 = top;
     ptrdiff_t i = 0;
+    for (; i + 4 * VL <= d; i += 4 * VL) {
+        top = max_vec(load(x_d + i), top);
+        top2 = max_vec(load(x_d + i + VL), top2);
+        top3 = max_vec(load(x_d + i + 2 * VL), top3);
+        top4 = max_vec(load(x_d + i + 3 * VL), top4);
+    }
+    top = max_vec(max_vec(top2, top), max_vec(top4, top3));
     for (; i + VL <= d; i += VL) top = max_vec(load(x_d + i), top);
     if (i < d) top = max_vec(load_some(x_d + i, d - i, -INFINITY), top);
     real m = max_lanes(top);
     return m == -INFINITY ? 0 : m;
 }
 
-/* sum exp(x - shift), and the terms in y when it is not NULL. */
+/* sum exp(x - shift), and the terms in y when it is not NULL; any shift. */
 INLINE real row_exp(const real *x_d, real *y_d, ptrdiff_t d, real shift) {
     vec total = all(0);
     ptrdiff_t i = 0;
@@ -28,6 +61,28 @@ INLINE real row_exp(const real *x_d, real *y_d, ptrdiff_t d, real shift) {
     return sum_lanes(total);
 }
 
+/* The same for a shift that is no less than any x, as row_shift gives it. Fetches `ahead` reals further on what comes next. */
+INLINE real row_exp_below(const real *x_d, real *y_d, ptrdiff_t d, real shift, ptrdiff_t ahead) {
+    vec total = all(0);
+    ptrdiff_t i = 0;
+    for (; i + 2 * VL <= d; i += 2 * VL) {
+        if (ahead) __builtin_prefetch(x_d + i + ahead);
+        for (int half = 0; half < 2; half++) {
+            vec e = exp_below(load(x_d + i + half * VL) - shift);
+            if (y_d) store(y_d + i + half * VL, e);
+            total += e;
+        }
+    }
+    for (; i < d; i += VL) {
+        int whole = i + VL <= d;
+        vec e = exp_below((whole ? load(x_d + i) : load_some(x_d + i, d - i, -INFINITY)) - shift);
+        if (y_d && whole) store(y_d + i, e);
+        if (y_d && !whole) store_some(y_d + i, e, d - i);
+        total += e;
+    }
+    return sum_lanes(total);
+}
+
 INLINE void row_scale(real *y_d, ptrdiff_t d, real factor) {
     ptrdiff_t i = 0;
     for (; i + VL <= d; i += VL) store(y_d + i, load(y_d + i) * factor);
@@ -35,41 +90,89 @@ INLINE void row_scale(real *y_d, ptrdiff_t d, real factor) {
 }
 
 INLINE real row_dot(const real *a_d, const real *b_d, ptrdiff_t d) {
-    vec total = all(0);
+    vec total = all(0), total2 = all(0), total3 = all(0), total4 = all(0);
     ptrdiff_t i = 0;
+    for (; i + 4 * VL <= d; i += 4 * VL) {
+        total += load(a_d + i) * load(b_d + i);
+        total2 += load(a_d + i + VL) * load(b_d + i + VL);
+        total3 += load(a_d + i + 2 * VL) * load(b_d + i + 2 * VL);
+        total4 += load(a_d + i + 3 * VL) * load(b_d + i + 3 * VL);
+    }
+    total = (total + total2) + (total3 + total4);
     for (; i + VL <= d; i += VL) total += load(a_d + i) * load(b_d + i);
     if (i < d) total += load_some(a_d + i, d - i, 0) * load_some(b_d + i, d - i, 0);
     return sum_lanes(total);
+}
+
+/* Rows that are made in one chunk, where they are sent past the caches. */
+INLINE ptrdiff_t rows_in_chunk(ptrdiff_t d) { return d ? max_size(1, CHUNK / d) : 1; }
+
+INLINE void softmax_row(const real *x_d, real *y_d, ptrdiff_t d, ptrdiff_t ahead) {
+    /* 1: the maximum, for stability; 2: exp and its sum; 3: the division */
+    real total = row_exp_below(x_d, y_d, d, row_shift(x_d, d), ahead);
+    if (total != 0) row_scale(y_d, d, 1 / total);
 }
 
 /* x_nd (N, d) read, y_nd (N, d) written. A row of -inf gives zeros. */
 static void softmax(const void *x, void *y, ptrdiff_t n, ptrdiff_t d) {
     const real *x_nd = x;
     real *y_nd = y;
-#pragma omp parallel for num_threads(mt_team(n, 8.0 * n * d)) schedule(static)
-    for (ptrdiff_t row = 0; row < n; row++) {
-        real *y_d = y_nd + row * d;
-        real total = row_exp(x_nd + row * d, y_d, d, row_shift(x_nd + row * d, d));
-        if (total != 0) row_scale(y_d, d, 1 / total);
+    ptrdiff_t rows = rows_in_chunk(d), pieces = div_up(n, rows);
+    int past = past_caches(n * d) && d <= CHUNK; /* a longer row's terms wait where the result will be */
+#pragma omp parallel num_threads(mt_team(pieces, 4.0 * n * d))
+    {
+#pragma omp for schedule(static) nowait
+        for (ptrdiff_t piece = 0; piece < pieces; piece++) {
+            real chunk[CHUNK] __attribute__((aligned(64)));
+            ptrdiff_t first = piece * rows, last = min_size(n, first + rows);
+            const real *x_rd = x_nd + first * d;
+            real *y_rd = y_nd + first * d, *to_rd = past ? chunk : y_rd;
+            for (ptrdiff_t row = 0; row < last - first; row++) softmax_row(x_rd + row * d, to_rd + row * d, d, past ? d : 0);
+            if (past) stream_out(y_rd, chunk, (last - first) * d);
+        }
+        stream_end(past);
     }
+}
+
+/* dx = y (dy - dot) over a stretch of a row. */
+INLINE void softmax_slope(const real *y_d, const real *dy_d, real *dx_d, ptrdiff_t d, real dot) {
+    ptrdiff_t i = 0;
+    for (; i + VL <= d; i += VL) store(dx_d + i, load(y_d + i) * (load(dy_d + i) - dot));
+    for (; i < d; i++) dx_d[i] = y_d[i] * (dy_d[i] - dot);
 }
 
 /* y_nd, dy_nd (N, d) read, dx_nd (N, d) written: dx = y (dy - sum(y dy)). */
 static void softmax_backward(const void *y, const void *dy, void *dx, ptrdiff_t n, ptrdiff_t d) {
     const real *y_nd = y, *dy_nd = dy;
     real *dx_nd = dx;
-#pragma omp parallel for num_threads(mt_team(n, 2.0 * n * d)) schedule(static)
-    for (ptrdiff_t row = 0; row < n; row++) {
-        const real *y_d = y_nd + row * d, *dy_d = dy_nd + row * d;
-        real *dx_d = dx_nd + row * d;
-        real dot = row_dot(y_d, dy_d, d);
-        for (ptrdiff_t i = 0; i < d; i++) dx_d[i] = y_d[i] * (dy_d[i] - dot);
+    ptrdiff_t rows = rows_in_chunk(d), pieces = div_up(n, rows);
+    int past = past_caches(n * d);
+#pragma omp parallel num_threads(mt_team(pieces, 2.0 * n * d))
+    {
+#pragma omp for schedule(static) nowait
+        for (ptrdiff_t piece = 0; piece < pieces; piece++) {
+            real chunk[CHUNK] __attribute__((aligned(64)));
+            ptrdiff_t first = piece * rows, last = min_size(n, first + rows);
+            for (ptrdiff_t row = first; row < last; row++) {
+                const real *y_d = y_nd + row * d, *dy_d = dy_nd + row * d;
+                real dot = row_dot(y_d, dy_d, d);
+                if (!past) softmax_slope(y_d, dy_d, dx_nd + row * d, d, dot);
+                for (ptrdiff_t i = 0; past && i < d; i += CHUNK) {
+                    ptrdiff_t m = min_size(CHUNK, d - i);
+                    softmax_slope(y_d + i, dy_d + i, chunk + (row - first) * d, m, dot);
+                    if (d > CHUNK) stream_out(dx_nd + row * d + i, chunk, m);
+                }
+            }
+            if (past && d <= CHUNK) stream_out(dx_nd + first * d, chunk, (last - first) * d);
+        }
+        stream_end(past);
     }
 }
 
+/* log sum exp of a row, -inf where there is nothing but -inf. */
 INLINE real row_log_sum_exp(const real *x_d, ptrdiff_t d) {
     real shift = row_shift(x_d, d);
-    real total = row_exp(x_d, NULL, d, shift);
+    real total = row_exp_below(x_d, NULL, d, shift, 0);
 #if REAL_IS_DOUBLE
     return shift + log(total);
 #else
@@ -77,15 +180,38 @@ INLINE real row_log_sum_exp(const real *x_d, ptrdiff_t d) {
 #endif
 }
 
+/* x - lse over a stretch of a row; a row of -inf stays -inf. */
+INLINE void row_less(const real *x_d, real *y_d, ptrdiff_t d, real lse) {
+    if (lse == -INFINITY) lse = 0;
+    ptrdiff_t i = 0;
+    for (; i + VL <= d; i += VL) store(y_d + i, load(x_d + i) - lse);
+    for (; i < d; i++) y_d[i] = x_d[i] - lse;
+}
+
 /* x_nd (N, d) read, y_nd (N, d) written. A row of -inf stays -inf. */
 static void log_softmax(const void *x, void *y, ptrdiff_t n, ptrdiff_t d) {
     const real *x_nd = x;
     real *y_nd = y;
-#pragma omp parallel for num_threads(mt_team(n, 8.0 * n * d)) schedule(static)
-    for (ptrdiff_t row = 0; row < n; row++) {
-        const real *x_d = x_nd + row * d;
-        real *y_d = y_nd + row * d;
-        real lse = row_log_sum_exp(x_d, d);
-        for (ptrdiff_t i = 0; i < d; i++) y_d[i] = lse == -INFINITY ? -INFINITY : x_d[i] - lse;
+    ptrdiff_t rows = rows_in_chunk(d), pieces = div_up(n, rows);
+    int past = past_caches(n * d);
+#pragma omp parallel num_threads(mt_team(pieces, 4.0 * n * d))
+    {
+#pragma omp for schedule(static) nowait
+        for (ptrdiff_t piece = 0; piece < pieces; piece++) {
+            real chunk[CHUNK] __attribute__((aligned(64)));
+            ptrdiff_t first = piece * rows, last = min_size(n, first + rows);
+            for (ptrdiff_t row = first; row < last; row++) {
+                const real *x_d = x_nd + row * d;
+                real lse = row_log_sum_exp(x_d, d);
+                if (!past) row_less(x_d, y_nd + row * d, d, lse);
+                for (ptrdiff_t i = 0; past && i < d; i += CHUNK) {
+                    ptrdiff_t m = min_size(CHUNK, d - i);
+                    row_less(x_d + i, chunk + (row - first) * d, m, lse);
+                    if (d > CHUNK) stream_out(y_nd + row * d + i, chunk, m);
+                }
+            }
+            if (past && d <= CHUNK) stream_out(y_nd + first * d, chunk, (last - first) * d);
+        }
+        stream_end(past);
     }
 }

@@ -4,6 +4,7 @@
 
 #include "families/micro.c"
 #include "families/gemm.c"
+#include "families/stream.c"
 #include "families/softmax.c"
 #include "families/norm.c"
 #include "families/elementwise.c"
