@@ -39,6 +39,18 @@ struct mt_attention_sizes {
     double scale;
 };
 
+/* What the rows of a bank are made of. float16 and int8 go with the table for float. */
+enum mt_row_kind { MT_ROWS_REAL, MT_ROWS_HALF, MT_ROWS_INT8 };
+
+/* Rows to be searched, where they lie: any strides, any alignment, read only. */
+struct mt_bank {
+    const void *rows;     /* (B, M, d) through strides */
+    ptrdiff_t stride[3];  /* in bytes, any sign */
+    int kind;             /* enum mt_row_kind */
+    const float *scales;  /* (B, M), what a row's scores are multiplied by, or NULL */
+    const uint8_t *valid; /* (B, M) or NULL: all */
+};
+
 struct mt_kernels {
     const char *isa;
 
@@ -76,8 +88,8 @@ struct mt_kernels {
                   double weight_decay, int64_t step, double grad_scale);
     int (*sum_of_squares)(const void *x, ptrdiff_t n, double *sum);
 
-    int (*search)(const void *queries, const void *bank, const uint8_t *valid, void *scores, int64_t *index, ptrdiff_t batch,
-                  ptrdiff_t n, ptrdiff_t m, ptrdiff_t d, ptrdiff_t k);
+    int (*search)(const void *queries, const struct mt_bank *bank, void *scores, int64_t *index, ptrdiff_t batch, ptrdiff_t n,
+                  ptrdiff_t m, ptrdiff_t d, ptrdiff_t k);
 
     int (*attention)(const void *q, const struct mt_block *blocks, const struct mt_attention_sizes *sizes, void *out, void *lse);
     int (*attention_backward)(const void *dout, const void *out, const void *lse, const void *q, const struct mt_block *blocks,

@@ -26,6 +26,13 @@ cdef extern from "core.h" nogil:
         ptrdiff_t batch, heads, length, d, n_blocks
         double scale
 
+    struct mt_bank:
+        const void *rows
+        ptrdiff_t[3] stride
+        int kind
+        const float *scales
+        const uint8_t *valid
+
     # The members are function pointers in C; to Cython they are calls.
     struct mt_kernels_table "mt_kernels":
         const char *isa
@@ -57,8 +64,8 @@ cdef extern from "core.h" nogil:
         void (*adamw)(void *param, const void *grad, void *m, void *v, ptrdiff_t n, double lr, double beta1, double beta2,
                       double eps, double weight_decay, int64_t step, double grad_scale) noexcept nogil
         int (*sum_of_squares)(const void *x, ptrdiff_t n, double *sum) noexcept nogil
-        int (*search)(const void *queries, const void *bank, const uint8_t *valid, void *scores, int64_t *index,
-                      ptrdiff_t batch, ptrdiff_t n, ptrdiff_t m, ptrdiff_t d, ptrdiff_t k) noexcept nogil
+        int (*search)(const void *queries, const mt_bank *bank, void *scores, int64_t *index, ptrdiff_t batch, ptrdiff_t n,
+                      ptrdiff_t m, ptrdiff_t d, ptrdiff_t k) noexcept nogil
         int (*attention)(const void *q, const mt_block *blocks, const mt_attention_sizes *sizes, void *out, void *lse) noexcept nogil
         int (*attention_backward)(const void *dout, const void *out, const void *lse, const void *q, const mt_block *blocks,
                                   const mt_attention_sizes *sizes, void *dq) noexcept nogil

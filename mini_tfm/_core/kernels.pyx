@@ -371,22 +371,26 @@ def sum_of_squares(x):
 # Search
 
 
-def search(queries, bank, k, valid=None):
+def search(queries, bank, k, valid=None, *, scales=None):
     """The k best rows of bank (Bq, M, d) for queries (Bq, N, d): scores, index (Bq, N, k), best first; -1 where none is left."""
     cdef ptrdiff_t wanted, batch, n, m, d
-    cdef int failed
-    queries, bank, wanted, valid = _checks.search(queries, bank, k, valid)
+    cdef int failed, axis
+    cdef mt_bank c_bank
+    queries, bank, wanted, valid, scales, c_bank.kind = _checks.search(queries, bank, k, valid, scales)
     batch, n, d = queries.shape
     m = bank.shape[1]
+    for axis in range(3):
+        c_bank.stride[axis] = cnp.PyArray_STRIDE(bank, axis)
+    c_bank.rows = ptr(bank)
+    c_bank.scales = <const float *>ptr_or_null(scales)
+    c_bank.valid = <const uint8_t *>ptr_or_null(valid)
     scores, index = np.empty((batch, n, wanted), queries.dtype), np.empty((batch, n, wanted), np.int64)
     cdef const mt_kernels_table *c = c_for(queries)
     cdef void *pq = ptr(queries)
-    cdef void *pb = ptr(bank)
-    cdef const uint8_t *pv = <const uint8_t *>ptr_or_null(valid)
     cdef void *ps = ptr(scores)
     cdef int64_t *pi = <int64_t *>ptr(index)
     with nogil:
-        failed = c.search(pq, pb, pv, ps, pi, batch, n, m, d, wanted)
+        failed = c.search(pq, &c_bank, ps, pi, batch, n, m, d, wanted)
     no_memory_if(failed)
     return scores, index
 

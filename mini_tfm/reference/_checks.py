@@ -16,6 +16,7 @@ import numpy as np
 from mini_tfm.errors import InvalidType, InvalidValue
 
 FLOAT32, FLOAT64, INT64, BOOL = np.dtype("float32"), np.dtype("float64"), np.dtype("int64"), np.dtype("bool")
+FLOAT16, INT8 = np.dtype("float16"), np.dtype("int8")
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 
 
@@ -252,12 +253,20 @@ def dropout(x, p, seed):
     return real("x", x), number("p", p, low=0.0, high=1.0, open_high=True), integer("seed", seed, low=0, high=2**64 - 1)
 
 
-def search(queries, bank, k, valid):
+def search(queries, bank, k, valid, scales):
+    """The bank stays where it is, whatever its strides; the last value is the number the C side knows its rows by."""
     queries = real("queries", queries, ndim=3)
     batch, _, d = queries.shape
-    bank = real("bank", bank, like=queries, shape=(batch, None, d))
+    kinds = (FLOAT32, FLOAT16, INT8) if queries.dtype == FLOAT32 else (queries.dtype,)
+    _array("bank", bank, kinds, (batch, None, d), None, 0)
     k = integer("k", k, low=0, high=2**31 - 1)
-    return queries, bank, k, None if valid is None else mask("valid", valid, shape=(batch, bank.shape[1]))
+    shape = (batch, bank.shape[1])
+    valid = None if valid is None else mask("valid", valid, shape=shape)
+    if (scales is None) == (bank.dtype == INT8):
+        told = "a scale for each row of an int8 bank" if scales is None else f"None for a bank of {bank.dtype}"
+        raise InvalidValue(f"scales: expected {told}, got {'None' if scales is None else type(scales).__name__}")
+    scales = None if scales is None else real("scales", scales, like=queries, shape=shape)
+    return queries, np.asarray(bank), k, valid, scales, kinds.index(bank.dtype)
 
 
 def attention_block(block, at, q):

@@ -173,13 +173,14 @@ def rotary(x, positions, base, inverse):
     return y
 
 
-def search(queries, bank, k, valid):
-    """scores, index: every row is scored, sorted by (-score, row)."""
+def search(queries, bank, k, valid, scales=None):
+    """scores, index: every row is scored, times its scale, sorted by (-score, row)."""
     batch, n, _ = queries.shape
     scores, index = np.full((batch, n, k), -np.inf), np.full((batch, n, k), -1)
+    scale = np.ones(bank.shape[:2]) if scales is None else scales.astype(np.float64)
     for b, i in np.ndindex(batch, n):
         rows = [
-            (-math.fsum(x * y for x, y in zip(queries[b, i].tolist(), row.tolist(), strict=True)), j)
+            (-math.fsum(x * y for x, y in zip(queries[b, i].tolist(), row.tolist(), strict=True)) * scale[b, j], j)
             for j, row in enumerate(bank[b])
             if valid is None or valid[b, j]
         ]
