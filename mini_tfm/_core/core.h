@@ -51,6 +51,16 @@ struct mt_bank {
     const uint8_t *valid; /* (B, M) or NULL: all */
 };
 
+/* The output layer and its targets: logits x W + bias that exist `chunk` classes at a time. */
+struct mt_output_layer {
+    const void *x, *weight, *bias; /* (N, d); (d, V), or (V, d) if transposed; (V,) or NULL */
+    const int64_t *targets;        /* (N,) in [0, V), or ignore_index */
+    ptrdiff_t n, d, vocab, chunk;  /* chunk >= 1 */
+    int transposed;
+    int64_t ignore_index;
+    double label_smoothing;
+};
+
 struct mt_kernels {
     const char *isa;
 
@@ -83,6 +93,10 @@ struct mt_kernels {
                           void *lse, ptrdiff_t n, ptrdiff_t vocab);
     void (*cross_entropy_backward)(const void *logits, const int64_t *targets, const void *lse, const void *dlosses,
                                    int64_t ignore_index, double label_smoothing, void *dlogits, ptrdiff_t n, ptrdiff_t vocab);
+
+    int (*linear_cross_entropy)(const struct mt_output_layer *layer, void *losses, void *lse);
+    int (*linear_cross_entropy_backward)(const struct mt_output_layer *layer, const void *lse, const void *dlosses, void *dx,
+                                         void *dweight, void *dbias);
 
     void (*adamw)(void *param, const void *grad, void *m, void *v, ptrdiff_t n, double lr, double beta1, double beta2, double eps,
                   double weight_decay, int64_t step, double grad_scale);

@@ -33,6 +33,16 @@ cdef extern from "core.h" nogil:
         const float *scales
         const uint8_t *valid
 
+    struct mt_output_layer:
+        const void *x
+        const void *weight
+        const void *bias
+        const int64_t *targets
+        ptrdiff_t n, d, vocab, chunk
+        int transposed
+        int64_t ignore_index
+        double label_smoothing
+
     # The members are function pointers in C; to Cython they are calls.
     struct mt_kernels_table "mt_kernels":
         const char *isa
@@ -61,6 +71,9 @@ cdef extern from "core.h" nogil:
         void (*cross_entropy_backward)(const void *logits, const int64_t *targets, const void *lse, const void *dlosses,
                                        int64_t ignore_index, double label_smoothing, void *dlogits, ptrdiff_t n,
                                        ptrdiff_t vocab) noexcept nogil
+        int (*linear_cross_entropy)(const mt_output_layer *layer, void *losses, void *lse) noexcept nogil
+        int (*linear_cross_entropy_backward)(const mt_output_layer *layer, const void *lse, const void *dlosses, void *dx,
+                                             void *dweight, void *dbias) noexcept nogil
         void (*adamw)(void *param, const void *grad, void *m, void *v, ptrdiff_t n, double lr, double beta1, double beta2,
                       double eps, double weight_decay, int64_t step, double grad_scale) noexcept nogil
         int (*sum_of_squares)(const void *x, ptrdiff_t n, double *sum) noexcept nogil

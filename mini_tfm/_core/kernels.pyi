@@ -37,6 +37,31 @@ def cross_entropy(logits: Real, targets: Integers, ignore_index: int = -100, lab
 def cross_entropy_backward(
     logits: Real, targets: Integers, lse: Real, dlosses: Real, ignore_index: int = -100, label_smoothing: float = 0.0
 ) -> Real: ...
+def linear_cross_entropy(
+    x: Real,
+    weight: Real,
+    targets: Integers,
+    *,
+    bias: Real | None = None,
+    transposed: bool = False,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    chunk: int = 1024,
+) -> tuple[Real, Real]: ...
+def linear_cross_entropy_backward(
+    x: Real,
+    weight: Real,
+    targets: Integers,
+    lse: Real,
+    dlosses: Real,
+    dweight: Real | None = None,
+    *,
+    bias: Real | None = None,
+    transposed: bool = False,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    chunk: int = 1024,
+) -> tuple[Real, Real | None, Real | None]: ...
 def adamw(
     param: Real,
     grad: Real,

@@ -201,6 +201,31 @@ def cross_entropy(logits, targets, ignore_index, label_smoothing):
     return logits, targets, ignore_index, label_smoothing
 
 
+def linear_cross_entropy(x, weight, targets, bias, transposed, ignore_index, label_smoothing, chunk):
+    """The arguments, and V."""
+    transposed = flag("transposed", transposed)
+    x = real("x", x, ndim=2)
+    n, d = x.shape
+    weight = real("weight", weight, like=x, shape=(None, d) if transposed else (d, None))
+    vocab = weight.shape[0 if transposed else 1]
+    bias = None if bias is None else real("bias", bias, like=x, shape=(vocab,))
+    ignore_index = integer("ignore_index", ignore_index, low=-(2**63), high=2**63 - 1)
+    label_smoothing = number("label_smoothing", label_smoothing, low=0.0, high=1.0)
+    chunk = integer("chunk", chunk, low=1, high=2**31 - 1)
+    targets = integers("targets", targets, shape=(n,), low=0, high=vocab, also=ignore_index)
+    return x, weight, targets, bias, transposed, ignore_index, label_smoothing, chunk, vocab
+
+
+def linear_cross_entropy_backward(x, weight, targets, bias, lse, dlosses, dweight):
+    """What the backward has besides; the rest was checked."""
+    lse = real("lse", lse, like=x, shape=targets.shape)
+    dlosses = real("dlosses", dlosses, like=x, shape=targets.shape)
+    if dweight is not None:
+        inputs = (("x", x), ("weight", weight), ("bias", bias), ("lse", lse), ("dlosses", dlosses))
+        output("dweight", dweight, like=x, shape=weight.shape, apart_from=[pair for pair in inputs if pair[1] is not None])
+    return lse, dlosses
+
+
 def adamw(param, grad, m, v, lr, beta1, beta2, eps, weight_decay, step, grad_scale):
     param_ = real("param", param, ndim=1)  # the dtype of all four
     output("param", param, like=param_)

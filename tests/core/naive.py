@@ -141,6 +141,21 @@ def cross_entropy_backward(logits, targets, dlosses, ignore_index, smoothing):
     return dlogits
 
 
+def logits(x, weight, bias, transposed):
+    return gemm(x, weight.T if transposed else weight) + (0.0 if bias is None else bias.astype(np.float64))
+
+
+def linear_cross_entropy(x, weight, targets, bias, transposed, ignore_index, smoothing):
+    return cross_entropy(logits(x, weight, bias, transposed), targets, ignore_index, smoothing)
+
+
+def linear_cross_entropy_backward(x, weight, targets, dlosses, bias, transposed, ignore_index, smoothing):
+    """dx, dweight, dbias."""
+    dlogits = cross_entropy_backward(logits(x, weight, bias, transposed), targets, dlosses, ignore_index, smoothing)
+    dweight = gemm(x.T, dlogits)
+    return gemm(dlogits, weight if transposed else weight.T), dweight.T if transposed else dweight, dlogits.sum(0)
+
+
 def adamw(param, grad, m, v, lr, beta1, beta2, eps, weight_decay, step, grad_scale):
     """The new param, m and v."""
     new = np.zeros((3, len(param)))

@@ -187,8 +187,8 @@ static void dots_of(ptrdiff_t n, int kind, ptrdiff_t d, const real *q, ptrdiff_t
 
 /* `n` queries q_nd (n, ldq) against rows [first, last) of one bank (M, d): offered to heaps_nk (n, k).
  * widened: MAX_TILE * ldq reals, or fewer where a tile is smaller; scores: n * MAX_TILE reals. */
-static void search_piece(const real *q_nd, ptrdiff_t ldq, ptrdiff_t n, const struct mt_bank *bank, ptrdiff_t b, ptrdiff_t m, ptrdiff_t first,
-                         ptrdiff_t last, ptrdiff_t d, ptrdiff_t tile, int in_place, struct found *heaps_nk, ptrdiff_t k, real *widened,
+static void search_piece(const real *q_nd, ptrdiff_t ldq, ptrdiff_t n, const struct mt_bank *bank, ptrdiff_t b, ptrdiff_t m,
+                         ptrdiff_t first, ptrdiff_t last, ptrdiff_t d, ptrdiff_t tile, int in_place, struct found *heaps_nk, ptrdiff_t k, real *widened,
                          real *scores) {
     const char *rows_md = (const char *)bank->rows + b * bank->stride[0];
     const uint8_t *valid_m = bank->valid ? bank->valid + b * m : NULL;
@@ -206,11 +206,13 @@ static void search_piece(const real *q_nd, ptrdiff_t ldq, ptrdiff_t n, const str
         ptrdiff_t fetched = 0, steps = div_up(n, FEW);
         for (ptrdiff_t i = 0; i < n; i += FEW) {
             ptrdiff_t until = tile * row_bytes * (i / FEW + 1) / steps;
-            for (; n > FEW && fetched < until; fetched += 64) __builtin_prefetch(ahead + fetched / row_bytes * bank->stride[1] + fetched % row_bytes);
+            for (; n > FEW && fetched < until; fetched += 64)
+                __builtin_prefetch(ahead + fetched / row_bytes * bank->stride[1] + fetched % row_bytes);
             for (ptrdiff_t r = 0; r < rows; r += 4) {
                 const char *row_r[4];
                 for (int s = 0; s < 4; s++) row_r[s] = at + min_size(r + s, rows - 1) * stride;
-                dots_of(min_size(FEW, n - i), kind, ldq, q_nd + i * ldq, ldq, row_r, n <= FEW ? row_r[0] + AHEAD_BYTES : NULL, scores + i * MAX_TILE + r, MAX_TILE);
+                dots_of(min_size(FEW, n - i), kind, ldq, q_nd + i * ldq, ldq, row_r, n <= FEW ? row_r[0] + AHEAD_BYTES : NULL,
+                        scores + i * MAX_TILE + r, MAX_TILE);
             }
         }
         /* 3: into the heaps */
