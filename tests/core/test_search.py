@@ -145,7 +145,7 @@ def drawn(kind, n, m, d, layout="contiguous"):
 
 @compiled
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("n, m, d, k", [(1, 4001, 64, 9), (7, 3001, 67, 40), (200, 700, 48, 5), (3, 3000, 200, 1500)])
+@pytest.mark.parametrize("n, m, d, k", [(1, 4001, 64, 9), (7, 3001, 67, 40), (200, 1500, 48, 5), (3, 3000, 200, 1500)])
 def test_a_querys_bits_depend_on_its_bank_alone(threads, kind, n, m, d, k):
     """Neither on the other queries, nor on the threads, nor on where the bank is cut."""
     queries, bank, valid, scales = drawn(kind, n, m, d)
@@ -217,6 +217,60 @@ def test_a_bank_is_not_copied(threads, tmp_path, kind, layout):
     assert_same_bits(found, expected)
 
 
+def hard_case(case, kind, rng, m, d):
+    """A bank and scales that are unlike the normal ones in one way; float32 unless `kind` says otherwise."""
+    bank = rng.standard_normal((1, m, d)).astype(np.float32)
+    scales = rng.uniform(0.5, 2.0, (1, m)).astype(np.float32)
+    if case == "outliers":
+        bank[..., 3] *= 1000
+        bank[:, ::50] *= 10
+    elif case == "alike":
+        bank = bank[:, :1] + 1e-3 * bank
+    elif case == "equal":
+        bank[:] = bank[:, :1]
+    elif case == "tiny":
+        bank *= 10.0 ** rng.integers(-30, -9, (1, m, 1))
+        scales *= 1e-38
+    elif case == "huge":
+        bank *= 10.0 ** rng.integers(10, 19, (1, m, 1))
+        scales *= 1e35
+    elif case == "odd":
+        bank[:, ::7], bank[:, 1::7, 5], bank[:, 2::7, 5], bank[:, 3::7, 5] = 0, np.nan, np.inf, -np.inf
+        scales[:, ::5], scales[:, 1::5], scales[:, 2::5], scales[:, 3::5] = np.nan, np.inf, -1, 0
+    elif case == "negative":
+        scales *= -1
+    if kind == "int8":
+        largest = np.nan_to_num(np.abs(bank), nan=1, posinf=1, neginf=1).max(-1, keepdims=True)
+        bank = np.rint(np.nan_to_num(bank / np.where(largest > 0, largest, 1), posinf=1, neginf=-1) * 127).clip(-127, 127)
+        return bank.astype(np.int8), scales
+    with np.errstate(over="ignore"):
+        return bank.astype(kind), None
+
+
+@compiled
+@pytest.mark.parametrize("kind", ("float32", *SMALL))
+@pytest.mark.parametrize("case", ["normal", "outliers", "alike", "equal", "tiny", "huge", "odd", "negative"])
+@pytest.mark.parametrize("d", [32, 80, 512])
+def test_many_queries_find_what_each_finds_alone(threads, kind, case, d):
+    """Rows that are passed over by a bound, which one query alone does not use, are none of the best."""
+    rng = np.random.default_rng(d)
+    bank, scales = hard_case(case, kind, rng, 2500, d)
+    queries = rng.standard_normal((1, 41, d)).astype(np.float32)
+    queries[0, 1] = bank[0, 100]
+    queries[0, 2, 1:] = 0
+    queries[0, 3] *= 1e-20
+    queries[0, 4] *= 1e15
+    queries[0, 5, 7], queries[0, 6, 7], queries[0, 7] = np.nan, np.inf, 0
+    queries[0, 8, 9] = 300
+    valid = rng.random((1, 2500)) < 0.9
+    for k in (1, 20):
+        scores, index = threads.search(queries, bank, k, valid, scales=scales)
+        for i in range(41):
+            assert_same_bits(
+                threads.search(queries[:, i : i + 1], bank, k, valid, scales=scales), (scores[:, i : i + 1], index[:, i : i + 1])
+            )
+
+
 @pytest.mark.parametrize("order", ["ascending", "descending", "equal"])
 @pytest.mark.parametrize("n", [1, 4])
 def test_rows_in_order_and_all_alike(threads, order, n):
@@ -232,10 +286,10 @@ def test_rows_in_order_and_all_alike(threads, order, n):
         np.testing.assert_array_equal(scores[0, 0], bank[0, best].sum(1))
 
 
-@pytest.mark.parametrize("d", [4096, 20_000])
+@pytest.mark.parametrize("d", [4096, 9001])
 def test_long_rows(core, d):
     values = Values(0, "float32")
-    queries, bank = values.whole(1, 70, d), values.whole(1, 9, d)
+    queries, bank = values.whole(1, 30, d), values.whole(1, 5, d)
     scores, index = core.search(queries, bank, 3)
     expected_scores, expected_index = naive.search(queries, bank, 3, None)
     np.testing.assert_array_equal(index, expected_index)

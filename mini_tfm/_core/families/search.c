@@ -39,19 +39,24 @@ static void sink(struct found *heap_k, ptrdiff_t k, ptrdiff_t at) {
     heap_k[at] = moving;
 }
 
+/* The worst score that still gets in, unless it comes late. */
+INLINE real worst_of(const struct found *heap_k) { return heap_k[0].index < 0 ? -INFINITY : heap_k[0].score; }
+
+INLINE void offer_one(struct found here, const uint8_t *valid_m, struct found *heap_k, ptrdiff_t k) {
+    if (isnan(here.score) || (valid_m && !valid_m[here.index]) || !is_worse(heap_k[0], here)) return;
+    heap_k[0] = here;
+    sink(heap_k, k, 0);
+}
+
 /* Rows j0.. of the bank with scores_j (rows), NaN up to a whole vector, go into the heap if they are good enough. Nearly
  * all are turned away by one comparison a vector. */
 static void offer(const real *scores_j, ptrdiff_t rows, ptrdiff_t j0, const uint8_t *valid_m, struct found *heap_k, ptrdiff_t k) {
-    real worst = heap_k[0].index < 0 ? -INFINITY : heap_k[0].score;
+    real worst = worst_of(heap_k);
     for (ptrdiff_t j = 0; j < rows; j += VL) {
         if (!any_lane(load(scores_j + j) >= worst)) continue;
-        for (ptrdiff_t lane = 0; lane < VL; lane++) {
-            struct found here = {scores_j[j + lane], j0 + j + lane};
-            if (!(here.score >= worst) || (valid_m && !valid_m[here.index]) || !is_worse(heap_k[0], here)) continue;
-            heap_k[0] = here;
-            sink(heap_k, k, 0);
-            worst = heap_k[0].index < 0 ? -INFINITY : heap_k[0].score;
-        }
+        for (ptrdiff_t lane = 0; lane < VL; lane++)
+            if (scores_j[j + lane] >= worst) offer_one((struct found){scores_j[j + lane], j0 + j + lane}, valid_m, heap_k, k);
+        worst = worst_of(heap_k);
     }
 }
 
@@ -188,12 +193,12 @@ static void dots_of(ptrdiff_t n, int kind, ptrdiff_t d, const real *q, ptrdiff_t
 /* `n` queries q_nd (n, ldq) against rows [first, last) of one bank (M, d): offered to heaps_nk (n, k).
  * widened: MAX_TILE * ldq reals, or fewer where a tile is smaller; scores: n * MAX_TILE reals. */
 static void search_piece(const real *q_nd, ptrdiff_t ldq, ptrdiff_t n, const struct mt_bank *bank, ptrdiff_t b, ptrdiff_t m,
-                         ptrdiff_t first, ptrdiff_t last, ptrdiff_t d, ptrdiff_t tile, int in_place, struct found *heaps_nk, ptrdiff_t k, real *widened,
-                         real *scores) {
+                         ptrdiff_t first, ptrdiff_t last, ptrdiff_t d, ptrdiff_t tile, int in_place, struct found *heaps_nk, ptrdiff_t k,
+                         real *widened, real *scores) {
     const char *rows_md = (const char *)bank->rows + b * bank->stride[0];
     const uint8_t *valid_m = bank->valid ? bank->valid + b * m : NULL;
     ptrdiff_t row_bytes = d * element_bytes(bank->kind), stride = in_place ? bank->stride[1] : ldq * (ptrdiff_t)sizeof(real);
-    int kind = in_place ? bank->kind : MT_ROWS_REAL;
+    const int kind = in_place ? bank->kind : MT_ROWS_REAL, in_step = in_place && n <= FEW;
     for (ptrdiff_t j0 = first; j0 < last; j0 += tile) {
         ptrdiff_t rows = min_size(tile, last - j0), whole = round_up(rows, VL);
         const char *from = rows_md + j0 * bank->stride[1], *at = from, *ahead = from + tile * bank->stride[1];
@@ -206,12 +211,12 @@ static void search_piece(const real *q_nd, ptrdiff_t ldq, ptrdiff_t n, const str
         ptrdiff_t fetched = 0, steps = div_up(n, FEW);
         for (ptrdiff_t i = 0; i < n; i += FEW) {
             ptrdiff_t until = tile * row_bytes * (i / FEW + 1) / steps;
-            for (; n > FEW && fetched < until; fetched += 64)
+            for (; !in_step && fetched < until; fetched += 64)
                 __builtin_prefetch(ahead + fetched / row_bytes * bank->stride[1] + fetched % row_bytes);
             for (ptrdiff_t r = 0; r < rows; r += 4) {
                 const char *row_r[4];
                 for (int s = 0; s < 4; s++) row_r[s] = at + min_size(r + s, rows - 1) * stride;
-                dots_of(min_size(FEW, n - i), kind, ldq, q_nd + i * ldq, ldq, row_r, n <= FEW ? row_r[0] + AHEAD_BYTES : NULL,
+                dots_of(min_size(FEW, n - i), kind, ldq, q_nd + i * ldq, ldq, row_r, in_step ? row_r[0] + AHEAD_BYTES : NULL,
                         scores + i * MAX_TILE + r, MAX_TILE);
             }
         }
@@ -228,6 +233,8 @@ static void search_piece(const real *q_nd, ptrdiff_t ldq, ptrdiff_t n, const str
         }
     }
 }
+
+#include "families/search_codes.c"
 
 /* queries_bnd (B, N, d) and the bank (B, M, d) read; scores_bnk, index_bnk (B, N, k) written. -1: no workspace. */
 static int search(const void *queries, const struct mt_bank *bank, void *scores, int64_t *index_bnk, ptrdiff_t batch, ptrdiff_t n,
@@ -252,18 +259,19 @@ static int search(const void *queries, const struct mt_bank *bank, void *scores,
     const ptrdiff_t parts = max_size(div_up(m, part), 1), pieces = batch * parts * groups;
     team = mt_team(pieces, work);
     const ptrdiff_t slots = parts > 1 ? team : 1; /* heaps a query: with one part there is one thread that has it */
-    const size_t room = (size_t)(in_place ? 0 : tile * ldq) + (size_t)group * MAX_TILE;
-    real *workspace = new_reals(room * team), *padded_bnd = new_reals((size_t)rows * ldq);
+    size_t room = (size_t)(in_place ? 0 : tile * ldq) + (size_t)group * MAX_TILE;
+    real *padded_bnd = new_reals((size_t)rows * ldq);
+    if (!padded_bnd) return -1;
+    pack_plain(queries_bnd, d, rows, d, padded_bnd, ldq);
+    struct coded_search coded;
+    int failed = code_queries(&coded, bank, padded_bnd, ldq, rows, n, d);
+    const size_t codes_at = room;
+    room += div_up(coded.tile * coded.n_codes, sizeof(real));
+    real *workspace = new_reals(room * team);
     struct found *heaps = malloc((size_t)slots * rows * kept * sizeof *heaps); /* (slots, B, N, kept) */
     ptrdiff_t *heads = calloc((size_t)rows * slots, sizeof *heads);            /* (B, N, slots): taken so far of each */
-    if (!workspace || !padded_bnd || !heaps || !heads) {
-        free(workspace);
-        free(padded_bnd);
-        free(heaps);
-        free(heads);
-        return -1;
-    }
-    pack_plain(queries_bnd, d, rows, d, padded_bnd, ldq);
+    failed = failed || !workspace || !heaps || !heads;
+    if (failed) goto done;
     for (ptrdiff_t at = 0; at < slots * rows * kept; at++) heaps[at] = (struct found){0, -1};
     /* 2: every part of the bank with every group of queries; the groups of one part follow each other, so it is still in L3 */
 #pragma omp parallel for num_threads(team) schedule(dynamic)
@@ -271,9 +279,16 @@ static int search(const void *queries, const struct mt_bank *bank, void *scores,
         ptrdiff_t b = piece / (parts * groups), at = piece / groups % parts, i0 = piece % groups * group;
         ptrdiff_t slot = slots > 1 ? mt_thread_id() : 0, row = b * n + i0;
         real *mine = workspace + room * mt_thread_id();
-        if (i0 < n)
-            search_piece(padded_bnd + row * ldq, ldq, min_size(group, n - i0), bank, b, m, at * part, min_size(m, (at + 1) * part), d, tile,
-                         in_place, heaps + (slot * rows + row) * kept, kept, mine + group * MAX_TILE, mine);
+        if (i0 >= n) continue;
+        const real *q_nd = padded_bnd + row * ldq;
+        ptrdiff_t count = min_size(group, n - i0), first = at * part, last = min_size(m, first + part);
+        struct found *heaps_nk = heaps + (slot * rows + row) * kept;
+        real *widened = mine + group * MAX_TILE;
+        if (coded.tile)
+            search_coded_piece(&coded, row, q_nd, ldq, count, bank, b, m, first, last, d, tile, in_place, heaps_nk, kept, widened, mine,
+                               (uint8_t *)(mine + codes_at));
+        else
+            search_piece(q_nd, ldq, count, bank, b, m, first, last, d, tile, in_place, heaps_nk, kept, widened, mine);
     }
     /* 3: each heap is emptied from the worst up, then the best of their heads is taken k times */
 #pragma omp parallel for num_threads(mt_team(rows, 20.0 * rows * slots * kept)) schedule(static)
@@ -304,9 +319,12 @@ static int search(const void *queries, const struct mt_bank *bank, void *scores,
             if (best.index >= 0) head_p[from]++;
         }
     }
+done:
+    free(coded.codes_nd);
+    free(coded.coded_n);
     free(workspace);
     free(padded_bnd);
     free(heaps);
     free(heads);
-    return 0;
+    return failed ? -1 : 0;
 }
