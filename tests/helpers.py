@@ -23,6 +23,8 @@ C = {
     "gemm": 6.0,
     "layer_norm": 1.0,
     "layer_norm_backward": 2.5,
+    "linear_cross_entropy": 2.5,
+    "linear_cross_entropy_backward": 1.0,
     "log_softmax": 1.5,
     "lse": 1.5,
     "rms_norm": 2.5,

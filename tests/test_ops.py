@@ -46,6 +46,19 @@ CASES = {
     "cross entropy": (lambda x: ops.cross_entropy(x, TARGETS), [real(4, 5)]),
     "cross entropy, weights": (lambda x: ops.cross_entropy(x, TARGETS, WEIGHTS), [real(4, 5)]),
     "cross entropy, smoothing": (lambda x: ops.cross_entropy(x, TARGETS, WEIGHTS, 0.1), [real(4, 5)]),
+    "linear cross entropy": (lambda x, w: ops.linear_cross_entropy(x, w, TARGETS), [real(4, 3), real(3, 5)]),
+    "linear cross entropy, bias, weights, smoothing": (
+        lambda x, w, b: ops.linear_cross_entropy(x, w, TARGETS, WEIGHTS, 0.1, bias=b),
+        [real(4, 3), real(3, 5), real(5)],
+    ),
+    "linear cross entropy, transposed": (
+        lambda x, w, b: ops.linear_cross_entropy(x, w, TARGETS.reshape(2, 2), WEIGHTS.reshape(2, 2), bias=b, transposed=True),
+        [real(2, 2, 3), real(5, 3), real(5)],
+    ),
+    "linear cross entropy, tied": (
+        lambda table: ops.linear_cross_entropy(ops.embedding(table, np.array([1, 0, 4, 2])), table, TARGETS, transposed=True),
+        [real(5, 4)],
+    ),
     "dropout": (lambda x: ops.dropout(x, 0.4, 7), [real(6, 7)]),
     "rotary": (lambda x: ops.rotary(x, np.array([3, 0, -2]), 100.0), [real(B, H, T, D)]),
     "rotary, rows": (lambda x: ops.rotary(x, np.arange(B * T).reshape(B, T), 100.0), [real(B, H, T, D)]),
@@ -142,6 +155,23 @@ def test_cross_entropy_is_the_weighted_mean():
     # arXiv 1512.00567, section 7: the target's share of 1 is 1 - e, and e is spread over all classes.
     smooth = 0.9 * losses - 0.1 * log_probs.mean(axis=1)
     np.testing.assert_allclose(ops.cross_entropy(logits, TARGETS, None, 0.1), smooth.mean(), rtol=1e-14)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_linear_cross_entropy_is_cross_entropy_of_linear(transposed, smoothing):
+    """And so are its gradients, over more classes than one chunk has."""
+    arrays = [real(2, 3, 8), real(2500, 8) if transposed else real(8, 2500), real(2500)]
+    targets, weights = np.array([[0, 1023, 1024], [2499, 7, 7]]), np.array([[1.0, 0.5, 2.0], [1.0, 0.0, 3.0]])
+    fused, apart = [Var(x) for x in arrays], [Var(x) for x in arrays]
+    loss = ops.linear_cross_entropy(fused[0], fused[1], targets, weights, smoothing, bias=fused[2], transposed=transposed)
+    logits = np.reshape(ops.linear(*apart, transposed=transposed), (-1, 2500))
+    expected = ops.cross_entropy(logits, targets.ravel(), weights.ravel(), smoothing)
+    np.testing.assert_allclose(loss.value, expected.value, rtol=1e-13)
+    backward(loss)
+    backward(expected)
+    for a, b in zip(fused, apart, strict=True):
+        np.testing.assert_allclose(a.grad, b.grad, rtol=1e-9, atol=1e-14)
 
 
 def test_cross_entropy_without_any_weight_is_zero_and_has_no_gradient():

@@ -4,7 +4,8 @@ The contract. Every function here takes and returns C-contiguous NumPy arrays, f
 one call, with int64 integers and bool masks. Strided reals are copied; a wrong type, rank, shape or range is refused
 with `InvalidType` or `InvalidValue` before a pointer is taken. No input changes, other than those that a name or a
 docstring calls in place. Zero-sized arrays are legal. A result has the same bits for any number of threads, and a batch
-row the same bits in any company. The same functions in NumPy are `mini_tfm.reference`; they say what is computed.
+row the same bits in any company. A bank that `search` goes through stays where it lies, in a mapped file say, whatever
+its strides, and may be float16 or int8. The same functions in NumPy are `mini_tfm.reference`; they say what is computed.
 
     core.h            what C offers: one table of kernels for each instruction set and real
     families/         the kernels, one family a file, written once
@@ -39,6 +40,8 @@ __all__ = [
     "get_num_threads",
     "layer_norm",
     "layer_norm_backward",
+    "linear_cross_entropy",
+    "linear_cross_entropy_backward",
     "log_softmax",
     "rms_norm",
     "rms_norm_backward",
@@ -93,6 +96,8 @@ else:
         get_num_threads,
         layer_norm,
         layer_norm_backward,
+        linear_cross_entropy,
+        linear_cross_entropy_backward,
         log_softmax,
         rms_norm,
         rms_norm_backward,

@@ -41,6 +41,28 @@ struct mt_attention_sizes {
     uint64_t seed;
 };
 
+/* What the rows of a bank are made of. float16 and int8 go with the table for float. */
+enum mt_row_kind { MT_ROWS_REAL, MT_ROWS_HALF, MT_ROWS_INT8 };
+
+/* Rows to be searched, where they lie: any strides, any alignment, read only. */
+struct mt_bank {
+    const void *rows;     /* (B, M, d) through strides */
+    ptrdiff_t stride[3];  /* in bytes, any sign */
+    int kind;             /* enum mt_row_kind */
+    const float *scales;  /* (B, M), what a row's scores are multiplied by, or NULL */
+    const uint8_t *valid; /* (B, M) or NULL: all */
+};
+
+/* The output layer and its targets: logits x W + bias that exist `chunk` classes at a time. */
+struct mt_output_layer {
+    const void *x, *weight, *bias; /* (N, d); (d, V), or (V, d) if transposed; (V,) or NULL */
+    const int64_t *targets;        /* (N,) in [0, V), or ignore_index */
+    ptrdiff_t n, d, vocab, chunk;  /* chunk >= 1 */
+    int transposed;
+    int64_t ignore_index;
+    double label_smoothing;
+};
+
 struct mt_kernels {
     const char *isa;
 
@@ -74,12 +96,16 @@ struct mt_kernels {
     void (*cross_entropy_backward)(const void *logits, const int64_t *targets, const void *lse, const void *dlosses,
                                    int64_t ignore_index, double label_smoothing, void *dlogits, ptrdiff_t n, ptrdiff_t vocab);
 
+    int (*linear_cross_entropy)(const struct mt_output_layer *layer, void *losses, void *lse);
+    int (*linear_cross_entropy_backward)(const struct mt_output_layer *layer, const void *lse, const void *dlosses, void *dx,
+                                         void *dweight, void *dbias);
+
     void (*adamw)(void *param, const void *grad, void *m, void *v, ptrdiff_t n, double lr, double beta1, double beta2, double eps,
                   double weight_decay, int64_t step, double grad_scale);
     int (*sum_of_squares)(const void *x, ptrdiff_t n, double *sum);
 
-    int (*search)(const void *queries, const void *bank, const uint8_t *valid, void *scores, int64_t *index, ptrdiff_t batch,
-                  ptrdiff_t n, ptrdiff_t m, ptrdiff_t d, ptrdiff_t k);
+    int (*search)(const void *queries, const struct mt_bank *bank, void *scores, int64_t *index, ptrdiff_t batch, ptrdiff_t n,
+                  ptrdiff_t m, ptrdiff_t d, ptrdiff_t k);
 
     int (*attention)(const void *q, const struct mt_block *blocks, const struct mt_attention_sizes *sizes, void *out, void *lse);
     int (*attention_backward)(const void *dout, const void *out, const void *lse, const void *q, const struct mt_block *blocks,

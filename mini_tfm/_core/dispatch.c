@@ -18,7 +18,7 @@ extern const struct mt_kernels mt_kernels_avx2_f32, mt_kernels_avx2_f64;
 
 static int has_avx2(void) {
     __builtin_cpu_init();
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 #endif
 

@@ -27,6 +27,23 @@ cdef extern from "core.h" nogil:
         double scale, dropout
         uint64_t seed
 
+    struct mt_bank:
+        const void *rows
+        ptrdiff_t[3] stride
+        int kind
+        const float *scales
+        const uint8_t *valid
+
+    struct mt_output_layer:
+        const void *x
+        const void *weight
+        const void *bias
+        const int64_t *targets
+        ptrdiff_t n, d, vocab, chunk
+        int transposed
+        int64_t ignore_index
+        double label_smoothing
+
     # The members are function pointers in C; to Cython they are calls.
     struct mt_kernels_table "mt_kernels":
         const char *isa
@@ -55,11 +72,14 @@ cdef extern from "core.h" nogil:
         void (*cross_entropy_backward)(const void *logits, const int64_t *targets, const void *lse, const void *dlosses,
                                        int64_t ignore_index, double label_smoothing, void *dlogits, ptrdiff_t n,
                                        ptrdiff_t vocab) noexcept nogil
+        int (*linear_cross_entropy)(const mt_output_layer *layer, void *losses, void *lse) noexcept nogil
+        int (*linear_cross_entropy_backward)(const mt_output_layer *layer, const void *lse, const void *dlosses, void *dx,
+                                             void *dweight, void *dbias) noexcept nogil
         void (*adamw)(void *param, const void *grad, void *m, void *v, ptrdiff_t n, double lr, double beta1, double beta2,
                       double eps, double weight_decay, int64_t step, double grad_scale) noexcept nogil
         int (*sum_of_squares)(const void *x, ptrdiff_t n, double *sum) noexcept nogil
-        int (*search)(const void *queries, const void *bank, const uint8_t *valid, void *scores, int64_t *index,
-                      ptrdiff_t batch, ptrdiff_t n, ptrdiff_t m, ptrdiff_t d, ptrdiff_t k) noexcept nogil
+        int (*search)(const void *queries, const mt_bank *bank, void *scores, int64_t *index, ptrdiff_t batch, ptrdiff_t n,
+                      ptrdiff_t m, ptrdiff_t d, ptrdiff_t k) noexcept nogil
         int (*attention)(const void *q, const mt_block *blocks, const mt_attention_sizes *sizes, void *out, void *lse) noexcept nogil
         int (*attention_backward)(const void *dout, const void *out, const void *lse, const void *q, const mt_block *blocks,
                                   const mt_attention_sizes *sizes, void *dq) noexcept nogil

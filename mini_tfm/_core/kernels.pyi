@@ -37,6 +37,31 @@ def cross_entropy(logits: Real, targets: Integers, ignore_index: int = -100, lab
 def cross_entropy_backward(
     logits: Real, targets: Integers, lse: Real, dlosses: Real, ignore_index: int = -100, label_smoothing: float = 0.0
 ) -> Real: ...
+def linear_cross_entropy(
+    x: Real,
+    weight: Real,
+    targets: Integers,
+    *,
+    bias: Real | None = None,
+    transposed: bool = False,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    chunk: int = 1024,
+) -> tuple[Real, Real]: ...
+def linear_cross_entropy_backward(
+    x: Real,
+    weight: Real,
+    targets: Integers,
+    lse: Real,
+    dlosses: Real,
+    dweight: Real | None = None,
+    *,
+    bias: Real | None = None,
+    transposed: bool = False,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    chunk: int = 1024,
+) -> tuple[Real, Real | None, Real | None]: ...
 def adamw(
     param: Real,
     grad: Real,
@@ -52,7 +77,9 @@ def adamw(
     grad_scale: float = 1.0,
 ) -> None: ...
 def sum_of_squares(x: Real) -> float: ...
-def search(queries: Real, bank: Real, k: int, valid: Mask | None = None) -> tuple[Real, Integers]: ...
+def search(
+    queries: Real, bank: NDArray[Any], k: int, valid: Mask | None = None, *, scales: Real | None = None
+) -> tuple[Real, Integers]: ...
 def attention(q: Real, blocks: Sequence[Block], scale: float, *, dropout: float = 0.0, seed: int = 0) -> tuple[Real, Real]: ...
 def attention_backward(
     dout: Real,

@@ -446,6 +446,57 @@ def cross_entropy_backward(logits, targets, lse, dlosses, ignore_index=-100, lab
     return dlogits
 
 
+cdef mt_output_layer output_layer(x, weight, targets, bias):
+    """The arrays of a checked output layer; its numbers are the caller's."""
+    cdef mt_output_layer layer
+    layer.x, layer.weight, layer.bias = ptr(x), ptr(weight), ptr_or_null(bias)
+    layer.targets = <const int64_t *>ptr(targets)
+    layer.n, layer.d = x.shape
+    return layer
+
+
+def linear_cross_entropy(x, weight, targets, *, bias=None, transposed=False, ignore_index=-100, label_smoothing=0.0, chunk=1024):
+    """losses (N,), lse (N,) of the logits x (N, d) weight (d, V) + bias (V,), which are never there all at once."""
+    cdef int failed
+    checked = _checks.linear_cross_entropy(x, weight, targets, bias, transposed, ignore_index, label_smoothing, chunk)
+    x, weight, targets, bias, transposed, ignore_index, label_smoothing, chunk, vocab = checked
+    cdef mt_output_layer layer = output_layer(x, weight, targets, bias)
+    layer.vocab, layer.chunk, layer.transposed = vocab, chunk, transposed
+    layer.ignore_index, layer.label_smoothing = ignore_index, label_smoothing
+    losses, lse = np.empty(len(x), x.dtype), np.empty(len(x), x.dtype)
+    cdef const mt_kernels_table *c = c_for(x)
+    cdef void *po = ptr(losses)
+    cdef void *pl = ptr(lse)
+    with nogil:
+        failed = c.linear_cross_entropy(&layer, po, pl)
+    no_memory_if(failed)
+    return losses, lse
+
+
+def linear_cross_entropy_backward(
+    x, weight, targets, lse, dlosses, dweight=None, *, bias=None, transposed=False, ignore_index=-100, label_smoothing=0.0, chunk=1024
+):
+    """dx (N, d), dweight, dbias (V,) or None: dweight, of weight's shape, is added to in place unless it is None."""
+    cdef int failed
+    checked = _checks.linear_cross_entropy(x, weight, targets, bias, transposed, ignore_index, label_smoothing, chunk)
+    x, weight, targets, bias, transposed, ignore_index, label_smoothing, chunk, vocab = checked
+    lse, dlosses = _checks.linear_cross_entropy_backward(x, weight, targets, bias, lse, dlosses, dweight)
+    cdef mt_output_layer layer = output_layer(x, weight, targets, bias)
+    layer.vocab, layer.chunk, layer.transposed = vocab, chunk, transposed
+    layer.ignore_index, layer.label_smoothing = ignore_index, label_smoothing
+    dx, dbias = np.empty_like(x), None if bias is None else np.empty_like(bias)
+    cdef const mt_kernels_table *c = c_for(x)
+    cdef void *pl = ptr(lse)
+    cdef void *pd = ptr(dlosses)
+    cdef void *pdx = ptr(dx)
+    cdef void *pdw = ptr_or_null(dweight)
+    cdef void *pdb = ptr_or_null(dbias)
+    with nogil:
+        failed = c.linear_cross_entropy_backward(&layer, pl, pd, pdx, pdw, pdb)
+    no_memory_if(failed)
+    return dx, dweight, dbias
+
+
 def adamw(param, grad, m, v, *, lr, beta1, beta2, eps, weight_decay, step, grad_scale=1.0):
     """One AdamW step on flat arrays; param, m and v change in place. `step` counts from 1."""
     cdef double rate, b1, b2, epsilon, decay, scale
@@ -480,22 +531,26 @@ def sum_of_squares(x):
 # Search
 
 
-def search(queries, bank, k, valid=None):
+def search(queries, bank, k, valid=None, *, scales=None):
     """The k best rows of bank (Bq, M, d) for queries (Bq, N, d): scores, index (Bq, N, k), best first; -1 where none is left."""
     cdef ptrdiff_t wanted, batch, n, m, d
-    cdef int failed
-    queries, bank, wanted, valid = _checks.search(queries, bank, k, valid)
+    cdef int failed, axis
+    cdef mt_bank c_bank
+    queries, bank, wanted, valid, scales, c_bank.kind = _checks.search(queries, bank, k, valid, scales)
     batch, n, d = queries.shape
     m = bank.shape[1]
+    for axis in range(3):
+        c_bank.stride[axis] = cnp.PyArray_STRIDE(bank, axis)
+    c_bank.rows = ptr(bank)
+    c_bank.scales = <const float *>ptr_or_null(scales)
+    c_bank.valid = <const uint8_t *>ptr_or_null(valid)
     scores, index = np.empty((batch, n, wanted), queries.dtype), np.empty((batch, n, wanted), np.int64)
     cdef const mt_kernels_table *c = c_for(queries)
     cdef void *pq = ptr(queries)
-    cdef void *pb = ptr(bank)
-    cdef const uint8_t *pv = <const uint8_t *>ptr_or_null(valid)
     cdef void *ps = ptr(scores)
     cdef int64_t *pi = <int64_t *>ptr(index)
     with nogil:
-        failed = c.search(pq, pb, pv, ps, pi, batch, n, m, d, wanted)
+        failed = c.search(pq, &c_bank, ps, pi, batch, n, m, d, wanted)
     no_memory_if(failed)
     return scores, index
 

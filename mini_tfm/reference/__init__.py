@@ -16,7 +16,12 @@ from mini_tfm.reference.attention import Block, BlockGrad, attention, attention_
 from mini_tfm.reference.elementwise import activation, activation_backward, dropout
 from mini_tfm.reference.embedding import embedding, embedding_backward, rotary, sinusoidal_positions
 from mini_tfm.reference.linear import gemm
-from mini_tfm.reference.loss import cross_entropy, cross_entropy_backward
+from mini_tfm.reference.loss import (
+    cross_entropy,
+    cross_entropy_backward,
+    linear_cross_entropy,
+    linear_cross_entropy_backward,
+)
 from mini_tfm.reference.norm import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward
 from mini_tfm.reference.optimizer import adamw, sum_of_squares
 from mini_tfm.reference.search import search
@@ -40,6 +45,8 @@ __all__ = [
     "get_num_threads",
     "layer_norm",
     "layer_norm_backward",
+    "linear_cross_entropy",
+    "linear_cross_entropy_backward",
     "log_softmax",
     "rms_norm",
     "rms_norm_backward",

@@ -16,6 +16,7 @@ import numpy as np
 from mini_tfm.errors import InvalidType, InvalidValue
 
 FLOAT32, FLOAT64, INT64, BOOL = np.dtype("float32"), np.dtype("float64"), np.dtype("int64"), np.dtype("bool")
+FLOAT16, INT8 = np.dtype("float16"), np.dtype("int8")
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 
 
@@ -200,6 +201,31 @@ def cross_entropy(logits, targets, ignore_index, label_smoothing):
     return logits, targets, ignore_index, label_smoothing
 
 
+def linear_cross_entropy(x, weight, targets, bias, transposed, ignore_index, label_smoothing, chunk):
+    """The arguments, and V."""
+    transposed = flag("transposed", transposed)
+    x = real("x", x, ndim=2)
+    n, d = x.shape
+    weight = real("weight", weight, like=x, shape=(None, d) if transposed else (d, None))
+    vocab = weight.shape[0 if transposed else 1]
+    bias = None if bias is None else real("bias", bias, like=x, shape=(vocab,))
+    ignore_index = integer("ignore_index", ignore_index, low=-(2**63), high=2**63 - 1)
+    label_smoothing = number("label_smoothing", label_smoothing, low=0.0, high=1.0)
+    chunk = integer("chunk", chunk, low=1, high=2**31 - 1)
+    targets = integers("targets", targets, shape=(n,), low=0, high=vocab, also=ignore_index)
+    return x, weight, targets, bias, transposed, ignore_index, label_smoothing, chunk, vocab
+
+
+def linear_cross_entropy_backward(x, weight, targets, bias, lse, dlosses, dweight):
+    """What the backward has besides; the rest was checked."""
+    lse = real("lse", lse, like=x, shape=targets.shape)
+    dlosses = real("dlosses", dlosses, like=x, shape=targets.shape)
+    if dweight is not None:
+        inputs = (("x", x), ("weight", weight), ("bias", bias), ("lse", lse), ("dlosses", dlosses))
+        output("dweight", dweight, like=x, shape=weight.shape, apart_from=[pair for pair in inputs if pair[1] is not None])
+    return lse, dlosses
+
+
 def adamw(param, grad, m, v, lr, beta1, beta2, eps, weight_decay, step, grad_scale):
     param_ = real("param", param, ndim=1)  # the dtype of all four
     output("param", param, like=param_)
@@ -252,12 +278,20 @@ def dropout(x, p, seed):
     return real("x", x), number("p", p, low=0.0, high=1.0, open_high=True), integer("seed", seed, low=0, high=2**64 - 1)
 
 
-def search(queries, bank, k, valid):
+def search(queries, bank, k, valid, scales):
+    """The bank stays where it is, whatever its strides; the last value is the number the C side knows its rows by."""
     queries = real("queries", queries, ndim=3)
     batch, _, d = queries.shape
-    bank = real("bank", bank, like=queries, shape=(batch, None, d))
+    kinds = (FLOAT32, FLOAT16, INT8) if queries.dtype == FLOAT32 else (queries.dtype,)
+    _array("bank", bank, kinds, (batch, None, d), None, 0)
     k = integer("k", k, low=0, high=2**31 - 1)
-    return queries, bank, k, None if valid is None else mask("valid", valid, shape=(batch, bank.shape[1]))
+    shape = (batch, bank.shape[1])
+    valid = None if valid is None else mask("valid", valid, shape=shape)
+    if (scales is None) == (bank.dtype == INT8):
+        told = "a scale for each row of an int8 bank" if scales is None else f"None for a bank of {bank.dtype}"
+        raise InvalidValue(f"scales: expected {told}, got {'None' if scales is None else type(scales).__name__}")
+    scales = None if scales is None else real("scales", scales, like=queries, shape=shape)
+    return queries, np.asarray(bank), k, valid, scales, kinds.index(bank.dtype)
 
 
 def attention_block(block, at, q):

@@ -1,4 +1,4 @@
-"""Cross entropy with label smoothing (arXiv 1512.00567, section 7)."""
+"""Cross entropy with label smoothing (arXiv 1512.00567, section 7), of logits and of an output layer."""
 
 import numpy as np
 
@@ -41,3 +41,44 @@ def cross_entropy_backward(logits, targets, lse, dlosses, ignore_index=-100, lab
         p[np.arange(len(x)), targets[counted]] -= 1.0 - smoothing
         dlogits[counted] = p * dlosses[counted].astype(np.float64)[:, None]
     return dlogits
+
+
+def linear_cross_entropy(x, weight, targets, *, bias=None, transposed=False, ignore_index=-100, label_smoothing=0.0, chunk=1024):
+    """losses (N,), lse (N,): `cross_entropy` of the logits x (N, d) weight (d, V) + bias (V,); transposed: weight is (V, d).
+
+    The compiled kernel makes the logits `chunk` classes at a time and holds no more than those; here there are all of them.
+    """
+    x, weight, targets, bias, transposed, ignored, smoothing, _, _ = _checks.linear_cross_entropy(
+        x, weight, targets, bias, transposed, ignore_index, label_smoothing, chunk
+    )
+    losses, lse = cross_entropy(_logits(x, weight, bias, transposed), targets, ignored, smoothing)
+    with np.errstate(over="ignore"):
+        return losses.astype(x.dtype), lse.astype(x.dtype)
+
+
+def linear_cross_entropy_backward(
+    x, weight, targets, lse, dlosses, dweight=None, *, bias=None, transposed=False, ignore_index=-100, label_smoothing=0.0, chunk=1024
+):
+    """dx (N, d), dweight, dbias (V,) or None without a bias, from the lse that `linear_cross_entropy` returned.
+
+    dweight, of weight's shape, is added to in place and returned; None: it is not wanted.
+    """
+    x, weight, targets, bias, transposed, ignored, smoothing, _, _ = _checks.linear_cross_entropy(
+        x, weight, targets, bias, transposed, ignore_index, label_smoothing, chunk
+    )
+    lse, dlosses = _checks.linear_cross_entropy_backward(x, weight, targets, bias, lse, dlosses, dweight)
+    logits = _logits(x, weight, bias, transposed)
+    dlogits = cross_entropy_backward(logits, targets, lse.astype(np.float64), dlosses.astype(np.float64), ignored, smoothing)
+    w = weight.astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        dx = (dlogits @ (w if transposed else w.T)).astype(x.dtype)
+        if dweight is not None:
+            x64 = x.astype(np.float64)
+            dweight[...] = dweight + (dlogits.T @ x64 if transposed else x64.T @ dlogits)
+        return dx, dweight, None if bias is None else dlogits.sum(0).astype(x.dtype)
+
+
+def _logits(x, weight, bias, transposed):
+    w = weight.astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        return x.astype(np.float64) @ (w.T if transposed else w) + (0.0 if bias is None else bias.astype(np.float64))

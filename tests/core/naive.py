@@ -141,6 +141,21 @@ def cross_entropy_backward(logits, targets, dlosses, ignore_index, smoothing):
     return dlogits
 
 
+def logits(x, weight, bias, transposed):
+    return gemm(x, weight.T if transposed else weight) + (0.0 if bias is None else bias.astype(np.float64))
+
+
+def linear_cross_entropy(x, weight, targets, bias, transposed, ignore_index, smoothing):
+    return cross_entropy(logits(x, weight, bias, transposed), targets, ignore_index, smoothing)
+
+
+def linear_cross_entropy_backward(x, weight, targets, dlosses, bias, transposed, ignore_index, smoothing):
+    """dx, dweight, dbias."""
+    dlogits = cross_entropy_backward(logits(x, weight, bias, transposed), targets, dlosses, ignore_index, smoothing)
+    dweight = gemm(x.T, dlogits)
+    return gemm(dlogits, weight if transposed else weight.T), dweight.T if transposed else dweight, dlogits.sum(0)
+
+
 def adamw(param, grad, m, v, lr, beta1, beta2, eps, weight_decay, step, grad_scale):
     """The new param, m and v."""
     new = np.zeros((3, len(param)))
@@ -173,13 +188,14 @@ def rotary(x, positions, base, inverse):
     return y
 
 
-def search(queries, bank, k, valid):
-    """scores, index: every row is scored, sorted by (-score, row)."""
+def search(queries, bank, k, valid, scales=None):
+    """scores, index: every row is scored, times its scale, sorted by (-score, row)."""
     batch, n, _ = queries.shape
     scores, index = np.full((batch, n, k), -np.inf), np.full((batch, n, k), -1)
+    scale = np.ones(bank.shape[:2]) if scales is None else scales.astype(np.float64)
     for b, i in np.ndindex(batch, n):
         rows = [
-            (-math.fsum(x * y for x, y in zip(queries[b, i].tolist(), row.tolist(), strict=True)), j)
+            (-math.fsum(x * y for x, y in zip(queries[b, i].tolist(), row.tolist(), strict=True)) * scale[b, j], j)
             for j, row in enumerate(bank[b])
             if valid is None or valid[b, j]
         ]

@@ -14,7 +14,12 @@ from mini_tfm import _core
 from mini_tfm.reference import Block
 
 # What a call changes; everything else that it is given stays as it is.
-IN_PLACE = {"gemm": ("out",), "embedding_backward": ("dtable",), "adamw": ("param", "m", "v")}
+IN_PLACE = {
+    "linear_cross_entropy_backward": ("dweight",),
+    "gemm": ("out",),
+    "embedding_backward": ("dtable",),
+    "adamw": ("param", "m", "v"),
+}
 SETTINGS = {"set_num_threads", "get_num_threads", "show_config"}
 
 
@@ -27,6 +32,13 @@ def sample(name, dtype, layout="contiguous", big=False, seed=0):
     adam = {"lr": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.01, "step": 3, "grad_scale": 0.5}
     smoothing = {"ignore_index": -100, "label_smoothing": 0.1}
     targets = values.integers(0, d, n)
+    n_classes = 1301 if big else 5
+    weights, classes = values.real(n_classes, d, scale=0.1), values.integers(0, n_classes, n)
+    output_layer = {"bias": values.real(n_classes), "transposed": True, **smoothing, "chunk": 500 if big else 2}
+
+    def lse_of_classes():
+        return np.log(np.exp(x @ weights.T + output_layer["bias"]).sum(1))
+
     batch, heads, length, source, head = (2, 4, 140, 160, 24) if big else (2, 4, 5, 6, 8)
     q = values.real(batch, heads, length, head)
     case = drawn_case("distance bias", values, batch, heads, 2, length, source, head)
@@ -49,6 +61,11 @@ def sample(name, dtype, layout="contiguous", big=False, seed=0):
         "cross_entropy_backward": lambda: {
             "logits": x, "targets": targets, "lse": np.log(np.exp(x).sum(1)), "dlosses": rows, **smoothing
         },
+        "linear_cross_entropy": lambda: {"x": x, "weight": weights, "targets": classes, **output_layer},
+        "linear_cross_entropy_backward": lambda: {
+            "x": x, "weight": weights, "targets": classes, "lse": lse_of_classes(), "dlosses": rows,
+            "dweight": plain.real(*weights.shape), **output_layer,
+        },
         "dropout": lambda: {"x": x, "p": 0.3, "seed": 12},
         "embedding": lambda: {"table": x, "ids": values.integers(0, n, d, 3)},
         "embedding_backward": lambda: {"ids": values.integers(0, 50, 3, n), "dout": values.real(3, n, d), "dtable": plain.real(50, d)},
@@ -60,7 +77,8 @@ def sample(name, dtype, layout="contiguous", big=False, seed=0):
         "rms_norm_backward": lambda: {"dy": dy, "x": x, "weight": weight, "rstd": values.positive(n)},
         "rotary": lambda: {"x": q, "positions": values.integers(0, 999, length), "base": 10000.0, "inverse": False},
         "search": lambda: {
-            "queries": values.real(2, n // 4 + 1, 16), "bank": values.real(2, n, 16), "k": 5, "valid": values.mask(2, n)
+            "queries": values.real(2, n // 4 + 1, 16), "bank": values.real(2, n, 16), "k": 5, "valid": values.mask(2, n),
+            "scales": None,
         },
         "sinusoidal_positions": lambda: {"n": n, "d_model": d, "dtype": np.dtype(dtype)},
         "softmax": lambda: {"x": x},
@@ -72,8 +90,9 @@ def sample(name, dtype, layout="contiguous", big=False, seed=0):
 
 NAMES = (
     "activation", "activation_backward", "adamw", "attention", "attention_backward", "cross_entropy", "cross_entropy_backward",
-    "dropout", "embedding", "embedding_backward", "gemm", "layer_norm", "layer_norm_backward", "log_softmax", "rms_norm",
-    "rms_norm_backward", "rotary", "search", "sinusoidal_positions", "softmax", "softmax_backward", "sum_of_squares",
+    "dropout", "embedding", "embedding_backward", "gemm", "layer_norm", "layer_norm_backward", "linear_cross_entropy",
+    "linear_cross_entropy_backward", "log_softmax", "rms_norm", "rms_norm_backward", "rotary", "search", "sinusoidal_positions", "softmax",
+    "softmax_backward", "sum_of_squares",
 )  # fmt: skip
 
 

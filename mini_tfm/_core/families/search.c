@@ -1,8 +1,19 @@
 /* Exact nearest rows by inner product.
  *
- * A piece is a strip of up to MR queries against the whole bank, in tiles: the scores of a tile come from the micro-kernel,
- * the best k of each query are kept in a heap whose top is the worst of them. One order, score and then index, decides
- * everything, so the result does not depend on how the bank was cut. */
+ * A score is a dot product kept in one vector: lane l adds up the products at l, l + VL, ... in ascending order, then the
+ * lanes are folded onto each other. Every path does it in this order, so a score's bits depend on its query and its row
+ * alone. A tile of scores is FEW queries by 4 rows, all in registers; nothing is transposed, and rows are read where they lie
+ * unless they must be widened.
+ *
+ * The best k of each query are kept in a heap whose top is the worst of them. One order, score and then index, decides
+ * everything, so the result depends neither on how the bank was cut nor on which thread took which piece. */
+
+/* Queries in a tile of registers: FEW sums for each of 4 rows, FEW queries, one row. */
+#define FEW (N_REGISTERS == 32 ? 6 : 3)
+enum {
+    MAX_TILE = 64,      /* rows of the bank that all queries meet while they are in L1 */
+    AHEAD_BYTES = 16384 /* how far ahead of a few queries the bank is fetched */
+};
 
 struct found {
     real score;
@@ -28,63 +39,263 @@ static void sink(struct found *heap_k, ptrdiff_t k, ptrdiff_t at) {
     heap_k[at] = moving;
 }
 
-/* queries_bnd (B, N, d), bank_bmd (B, M, d), valid_bm (B, M) or NULL read; scores_bnk, index_bnk (B, N, k) written.
- * -1: no workspace. */
-static int search(const void *queries, const void *bank, const uint8_t *valid_bm, void *scores, int64_t *index_bnk, ptrdiff_t batch,
-                  ptrdiff_t n, ptrdiff_t m, ptrdiff_t d, ptrdiff_t k) {
-    enum { TILE = 64, GROUP_STRIPS = 8, SPLIT = 16384 }; /* rows a tile, strips a group, least rows a part */
-    const real *queries_bnd = queries, *bank_bmd = bank;
-    real *scores_bnk = scores;
-    if (!batch || !n || !k) return 0;
-    /* A group of queries reads the bank once. A long bank is split, so that one query alone has more than one piece. */
-    ptrdiff_t groups = div_up(n, MR * GROUP_STRIPS), parts = max_size(div_up(m, max_size(SPLIT, k)), 1), part_m = div_up(m, parts);
-    ptrdiff_t kept = min_size(k, max_size(part_m, 1)), pieces = batch * groups * parts;
-    int team = mt_team(pieces, 2.0 * batch * n * m * d / VL);
-    ptrdiff_t rows = batch * n;
-    size_t room = (size_t)TILE * d + (size_t)MR * TILE;
-    real *workspace = new_reals(room * team);
-    struct found *heaps = malloc((size_t)rows * parts * kept * sizeof *heaps); /* (B, N, parts, kept) */
-    ptrdiff_t *heads = calloc((size_t)rows * parts, sizeof *heads);            /* (B, N, parts): taken so far of each */
-    if (!workspace || !heaps || !heads) {
-        free(workspace);
-        free(heaps);
-        free(heads);
-        return -1;
+/* The worst score that still gets in, unless it comes late. */
+INLINE real worst_of(const struct found *heap_k) { return heap_k[0].index < 0 ? -INFINITY : heap_k[0].score; }
+
+INLINE void offer_one(struct found here, const uint8_t *valid_m, struct found *heap_k, ptrdiff_t k) {
+    if (isnan(here.score) || (valid_m && !valid_m[here.index]) || !is_worse(heap_k[0], here)) return;
+    heap_k[0] = here;
+    sink(heap_k, k, 0);
+}
+
+/* Rows j0.. of the bank with scores_j (rows), NaN up to a whole vector, go into the heap if they are good enough. Nearly
+ * all are turned away by one comparison a vector. */
+static void offer(const real *scores_j, ptrdiff_t rows, ptrdiff_t j0, const uint8_t *valid_m, struct found *heap_k, ptrdiff_t k) {
+    real worst = worst_of(heap_k);
+    for (ptrdiff_t j = 0; j < rows; j += VL) {
+        if (!any_lane(load(scores_j + j) >= worst)) continue;
+        for (ptrdiff_t lane = 0; lane < VL; lane++)
+            if (scores_j[j + lane] >= worst) offer_one((struct found){scores_j[j + lane], j0 + j + lane}, valid_m, heap_k, k);
+        worst = worst_of(heap_k);
     }
-#pragma omp parallel for num_threads(team) schedule(dynamic)
-    for (ptrdiff_t piece = 0; piece < pieces; piece++) {
-        ptrdiff_t b = piece / (groups * parts), group = piece / parts % groups, part = piece % parts;
-        ptrdiff_t first = group * MR * GROUP_STRIPS, last = min_size(n, first + MR * GROUP_STRIPS);
-        real *bank_t = workspace + room * mt_thread_id(), *scores_ij = bank_t + TILE * d;
-        for (ptrdiff_t i = first; i < last; i++)
-            for (ptrdiff_t at = 0; at < kept; at++) heaps[((b * n + i) * parts + part) * kept + at] = (struct found){0, -1};
-        ptrdiff_t end = min_size(m, (part + 1) * part_m);
-        for (ptrdiff_t j0 = part * part_m; j0 < end; j0 += TILE) {
-            ptrdiff_t columns = min_size(TILE, end - j0);
-            pack_transposed(bank_bmd + (b * m + j0) * d, d, columns, d, bank_t, TILE, round_up(columns, NR));
-            for (ptrdiff_t i0 = first; i0 < last; i0 += MR) {
-                ptrdiff_t rows = min_size(MR, last - i0);
-                micro_set(rows, columns, d, queries_bnd + (b * n + i0) * d, d, 1, bank_t, TILE, scores_ij, TILE);
-                for (ptrdiff_t i = 0; i < rows; i++) {
-                    struct found *heap_k = heaps + ((b * n + i0 + i) * parts + part) * kept;
-                    for (ptrdiff_t j = 0; j < columns; j++) {
-                        struct found here = {scores_ij[i * TILE + j], j0 + j};
-                        /* The first test alone turns nearly all away. NaN fails both. */
-                        if (heap_k[0].index >= 0 && !(here.score > heap_k[0].score)) continue;
-                        if (isnan(here.score) || (valid_bm && !valid_bm[b * m + j0 + j])) continue;
-                        heap_k[0] = here;
-                        sink(heap_k, kept, 0);
-                    }
-                }
-            }
+}
+
+INLINE ptrdiff_t element_bytes(const int kind) { return kind == MT_ROWS_REAL ? (ptrdiff_t)sizeof(real) : kind == MT_ROWS_HALF ? 2 : 1; }
+
+/* A vector of reals from VL elements of a row, at any address. */
+INLINE vec load_elements(const int kind, const char *p) {
+    typedef real vec_of_bytes __attribute__((vector_size(VECTOR_BYTES), aligned(1), may_alias));
+    if (kind == MT_ROWS_REAL) return *(const vec_of_bytes *)p;
+#if !REAL_IS_DOUBLE
+#if ISA_AVX512
+    if (kind == MT_ROWS_HALF) return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+    return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+#elif ISA_AVX2
+    if (kind == MT_ROWS_HALF) return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+    return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+#else
+    if (kind == MT_ROWS_INT8) {
+        vec x;
+        for (ptrdiff_t i = 0; i < VL; i++) x[i] = ((const int8_t *)p)[i];
+        return x;
+    }
+#if defined(__aarch64__)
+    __fp16 halves[VL];
+    memcpy(halves, p, sizeof halves);
+    vec x;
+    for (ptrdiff_t i = 0; i < VL; i++) x[i] = halves[i];
+    return x;
+#else
+    /* Exponent and fraction moved to their places, then times 2^(127 - 15): exact, denormals too. Exponent 31 is inf or NaN. */
+    uint16_t halves[VL];
+    memcpy(halves, p, sizeof halves);
+    ivec bits;
+    for (ptrdiff_t i = 0; i < VL; i++) bits[i] = halves[i];
+    ivec magnitude = (bits & 0x7FFF) << 13, sign = (bits & 0x8000) << 16;
+    ivec x = (ivec)((vec)magnitude * 0x1p112f);
+    x |= (magnitude >= 0x7C00 << 13) & 0x7F800000;
+    return (vec)(x | sign);
+#endif
+#endif
+#else
+    return all(0);
+#endif
+}
+
+/* One row, its elements `stride` bytes apart, as reals: to_d (d up to a whole vector), filled up with zeros. */
+INLINE void widen_row(const int kind, const char *from, ptrdiff_t stride, ptrdiff_t d, real *to_d) {
+    const ptrdiff_t size = element_bytes(kind);
+    for (ptrdiff_t p = 0; p < d; p += VL) {
+        if (stride == size && p + VL <= d) {
+            store(to_d + p, load_elements(kind, from + p * size));
+            continue;
+        }
+        char elements[VECTOR_BYTES] = {0};
+        for (ptrdiff_t i = 0; i < VL && p + i < d; i++) memcpy(elements + i * size, from + (p + i) * stride, size);
+        store(to_d + p, load_elements(kind, elements));
+    }
+}
+
+static void widen(int kind, const char *from, ptrdiff_t stride, ptrdiff_t d, real *to_d) {
+    if (kind == MT_ROWS_REAL) widen_row(MT_ROWS_REAL, from, stride, d, to_d);
+    else if (kind == MT_ROWS_HALF) widen_row(MT_ROWS_HALF, from, stride, d, to_d);
+    else widen_row(MT_ROWS_INT8, from, stride, d, to_d);
+}
+
+/* The lanes of four vectors folded, halves onto each other: lane i with lane i + VL/2, and so on down to one. */
+INLINE void fold4(const vec *sum_r, real *out_r) {
+#if ISA_AVX2 && REAL_IS_DOUBLE && !ISA_AVX512
+    __m256d a = (__m256d)sum_r[0], b = (__m256d)sum_r[1], c = (__m256d)sum_r[2], e = (__m256d)sum_r[3];
+    __m256d ab = _mm256_add_pd(_mm256_permute2f128_pd(a, b, 0x20), _mm256_permute2f128_pd(a, b, 0x31));
+    __m256d ce = _mm256_add_pd(_mm256_permute2f128_pd(c, e, 0x20), _mm256_permute2f128_pd(c, e, 0x31));
+    __m256d acbe = _mm256_add_pd(_mm256_unpacklo_pd(ab, ce), _mm256_unpackhi_pd(ab, ce));
+    _mm256_storeu_pd(out_r, _mm256_permute4x64_pd(acbe, 0xD8));
+#elif (ISA_AVX2 || ISA_AVX512) && !REAL_IS_DOUBLE
+    __m256 s[4];
+    for (int r = 0; r < 4; r++)
+#if ISA_AVX512
+        s[r] = _mm256_add_ps(_mm512_castps512_ps256((__m512)sum_r[r]),
+                             _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd((__m512)sum_r[r]), 1)));
+#else
+        s[r] = (__m256)sum_r[r];
+#endif
+    __m256 ab = _mm256_add_ps(_mm256_permute2f128_ps(s[0], s[1], 0x20), _mm256_permute2f128_ps(s[0], s[1], 0x31));
+    __m256 ce = _mm256_add_ps(_mm256_permute2f128_ps(s[2], s[3], 0x20), _mm256_permute2f128_ps(s[2], s[3], 0x31));
+    __m256 pairs = _mm256_add_ps(_mm256_shuffle_ps(ab, ce, 0x44), _mm256_shuffle_ps(ab, ce, 0xEE));
+    __m256 acbe = _mm256_add_ps(_mm256_shuffle_ps(pairs, pairs, 0x88), _mm256_shuffle_ps(pairs, pairs, 0xDD));
+    _mm_storeu_ps(out_r, _mm_unpacklo_ps(_mm256_castps256_ps128(acbe), _mm256_extractf128_ps(acbe, 1)));
+#else
+    for (int r = 0; r < 4; r++) out_r[r] = sum_lanes(sum_r[r]);
+#endif
+}
+
+/* scores (n, 4; ld) = the products of n <= FEW queries (n, d; ldq) and the four rows at row_r; d is whole vectors. A few
+ * queries wait for memory alone, so as many bytes are fetched from `ahead` in step with them; NULL: none. */
+INLINE void dots(const int n, const int kind, const int fetch, ptrdiff_t d, const real *q, ptrdiff_t ldq, const char *const *row_r,
+                 const char *ahead, real *scores, ptrdiff_t ld) {
+    const ptrdiff_t step_bytes = 4 * VL * element_bytes(kind);
+    vec sum[FEW][4];
+    for (int i = 0; i < n; i++)
+        for (int r = 0; r < 4; r++) sum[i][r] = all(0);
+    for (ptrdiff_t p = 0; p < d; p += VL) {
+        vec q_i[FEW];
+        for (ptrdiff_t line = 0; fetch && line < step_bytes; line += 64) __builtin_prefetch(ahead + p / VL * step_bytes + line);
+        for (int i = 0; i < n; i++) q_i[i] = load(q + i * ldq + p);
+        for (int r = 0; r < 4; r++) {
+            vec x = load_elements(kind, row_r[r] + p * element_bytes(kind));
+            for (int i = 0; i < n; i++) sum[i][r] += q_i[i] * x;
         }
     }
-    /* The parts' best, best first: each heap is emptied from the worst up, then merged by taking the best head. */
-#pragma omp parallel for num_threads(mt_team(rows, 20.0 * rows * parts * kept)) schedule(static)
+    for (int i = 0; i < n; i++) fold4(sum[i], scores + i * ld);
+}
+
+static void dots_of(ptrdiff_t n, int kind, ptrdiff_t d, const real *q, ptrdiff_t ldq, const char *const *row_r, const char *ahead,
+                    real *scores, ptrdiff_t ld) {
+#define DOTS(n)                                                                       \
+    case n:                                                                           \
+        if (ahead) dots(n, MT_ROWS_REAL, 1, d, q, ldq, row_r, ahead, scores, ld);     \
+        else dots(n, MT_ROWS_REAL, 0, d, q, ldq, row_r, NULL, scores, ld);            \
+        break;
+    if (kind == MT_ROWS_HALF) return dots(1, MT_ROWS_HALF, 1, d, q, ldq, row_r, ahead, scores, ld);
+    if (kind == MT_ROWS_INT8) return dots(1, MT_ROWS_INT8, 1, d, q, ldq, row_r, ahead, scores, ld);
+    switch (n) {
+        DOTS(1)
+        DOTS(2)
+        DOTS(3)
+#if N_REGISTERS == 32
+        DOTS(4)
+        DOTS(5)
+        DOTS(6)
+#endif
+    }
+}
+
+/* `n` queries q_nd (n, ldq) against rows [first, last) of one bank (M, d): offered to heaps_nk (n, k).
+ * widened: MAX_TILE * ldq reals, or fewer where a tile is smaller; scores: n * MAX_TILE reals. */
+static void search_piece(const real *q_nd, ptrdiff_t ldq, ptrdiff_t n, const struct mt_bank *bank, ptrdiff_t b, ptrdiff_t m,
+                         ptrdiff_t first, ptrdiff_t last, ptrdiff_t d, ptrdiff_t tile, int in_place, struct found *heaps_nk, ptrdiff_t k,
+                         real *widened, real *scores) {
+    const char *rows_md = (const char *)bank->rows + b * bank->stride[0];
+    const uint8_t *valid_m = bank->valid ? bank->valid + b * m : NULL;
+    ptrdiff_t row_bytes = d * element_bytes(bank->kind), stride = in_place ? bank->stride[1] : ldq * (ptrdiff_t)sizeof(real);
+    const int kind = in_place ? bank->kind : MT_ROWS_REAL, in_step = in_place && n <= FEW;
+    for (ptrdiff_t j0 = first; j0 < last; j0 += tile) {
+        ptrdiff_t rows = min_size(tile, last - j0), whole = round_up(rows, VL);
+        const char *from = rows_md + j0 * bank->stride[1], *at = from, *ahead = from + tile * bank->stride[1];
+        /* 1: rows that cannot be read where they lie */
+        if (!in_place) {
+            for (ptrdiff_t r = 0; r < rows; r++) widen(bank->kind, from + r * bank->stride[1], bank->stride[2], d, widened + r * ldq);
+            at = (const char *)widened;
+        }
+        /* 2: the scores; the next tile is fetched meanwhile, a few lines for every FEW queries */
+        ptrdiff_t fetched = 0, steps = div_up(n, FEW);
+        for (ptrdiff_t i = 0; i < n; i += FEW) {
+            ptrdiff_t until = tile * row_bytes * (i / FEW + 1) / steps;
+            for (; !in_step && fetched < until; fetched += 64)
+                __builtin_prefetch(ahead + fetched / row_bytes * bank->stride[1] + fetched % row_bytes);
+            for (ptrdiff_t r = 0; r < rows; r += 4) {
+                const char *row_r[4];
+                for (int s = 0; s < 4; s++) row_r[s] = at + min_size(r + s, rows - 1) * stride;
+                dots_of(min_size(FEW, n - i), kind, ldq, q_nd + i * ldq, ldq, row_r, in_step ? row_r[0] + AHEAD_BYTES : NULL,
+                        scores + i * MAX_TILE + r, MAX_TILE);
+            }
+        }
+        /* 3: into the heaps */
+        real scale_j[MAX_TILE] = {0};
+        if (bank->scales)
+            for (ptrdiff_t r = 0; r < rows; r++) scale_j[r] = bank->scales[b * m + j0 + r];
+        for (ptrdiff_t i = 0; i < n; i++) {
+            real *scores_j = scores + i * MAX_TILE;
+            if (bank->scales)
+                for (ptrdiff_t j = 0; j < rows; j += VL) store(scores_j + j, load(scores_j + j) * load(scale_j + j));
+            for (ptrdiff_t j = rows; j < whole; j++) scores_j[j] = NAN;
+            offer(scores_j, rows, j0, valid_m, heaps_nk + i * k, k);
+        }
+    }
+}
+
+#include "families/search_codes.c"
+
+/* queries_bnd (B, N, d) and the bank (B, M, d) read; scores_bnk, index_bnk (B, N, k) written. -1: no workspace. */
+static int search(const void *queries, const struct mt_bank *bank, void *scores, int64_t *index_bnk, ptrdiff_t batch, ptrdiff_t n,
+                  ptrdiff_t m, ptrdiff_t d, ptrdiff_t k) {
+    /* Bytes of a tile, which stays in L1 beside FEW queries; of a group of queries, which stays in L2; of a part of the bank. */
+    enum { TILE_BYTES = 1 << 14, GROUP_BYTES = 160 << 10, PART_BYTES = 1 << 20 };
+    const real *queries_bnd = queries;
+    real *scores_bnk = scores;
+    if (!batch || !n || !k) return 0;
+    const ptrdiff_t ldq = round_up(d, VL), size = element_bytes(bank->kind), rows = batch * n, kept = min_size(k, max_size(m, 1));
+    /* 1: the cut */
+    const int in_place = d % VL == 0 && (bank->stride[2] == size || !d) && (bank->kind == MT_ROWS_REAL || n == 1);
+    const ptrdiff_t tile_row = max_size(in_place ? ldq * size : ldq * (ptrdiff_t)sizeof(real), 1);
+    const ptrdiff_t tile = min_size(max_size(TILE_BYTES / tile_row / 4 * 4, 4), MAX_TILE);
+    ptrdiff_t group = max_size(GROUP_BYTES / max_size(ldq * (ptrdiff_t)sizeof(real), 1), 8 * FEW);
+    const ptrdiff_t groups = div_up(n, group);
+    group = round_up(div_up(n, groups), FEW);
+    const double work = (double)batch * m * d * (0.25 * size + 2.0 * n / VL);
+    int team = mt_team(1 << 20, work);
+    ptrdiff_t part = round_up(max_size(min_size(PART_BYTES / max_size(d * size, 1), div_up(m, 4 * team)), 1), tile);
+    if (team == 1 || batch * groups >= 8 * team || k > m / 8) part = round_up(max_size(m, 1), tile);
+    const ptrdiff_t parts = max_size(div_up(m, part), 1), pieces = batch * parts * groups;
+    team = mt_team(pieces, work);
+    const ptrdiff_t slots = parts > 1 ? team : 1; /* heaps a query: with one part there is one thread that has it */
+    size_t room = (size_t)(in_place ? 0 : tile * ldq) + (size_t)group * MAX_TILE;
+    real *padded_bnd = new_reals((size_t)rows * ldq);
+    if (!padded_bnd) return -1;
+    pack_plain(queries_bnd, d, rows, d, padded_bnd, ldq);
+    struct coded_search coded;
+    int failed = code_queries(&coded, bank, padded_bnd, ldq, rows, n, d);
+    const size_t codes_at = room;
+    room += div_up(coded.tile * coded.n_codes, sizeof(real));
+    real *workspace = new_reals(room * team);
+    struct found *heaps = malloc((size_t)slots * rows * kept * sizeof *heaps); /* (slots, B, N, kept) */
+    ptrdiff_t *heads = calloc((size_t)rows * slots, sizeof *heads);            /* (B, N, slots): taken so far of each */
+    failed = failed || !workspace || !heaps || !heads;
+    if (failed) goto done;
+    for (ptrdiff_t at = 0; at < slots * rows * kept; at++) heaps[at] = (struct found){0, -1};
+    /* 2: every part of the bank with every group of queries; the groups of one part follow each other, so it is still in L3 */
+#pragma omp parallel for num_threads(team) schedule(dynamic)
+    for (ptrdiff_t piece = 0; piece < pieces; piece++) {
+        ptrdiff_t b = piece / (parts * groups), at = piece / groups % parts, i0 = piece % groups * group;
+        ptrdiff_t slot = slots > 1 ? mt_thread_id() : 0, row = b * n + i0;
+        real *mine = workspace + room * mt_thread_id();
+        if (i0 >= n) continue;
+        const real *q_nd = padded_bnd + row * ldq;
+        ptrdiff_t count = min_size(group, n - i0), first = at * part, last = min_size(m, first + part);
+        struct found *heaps_nk = heaps + (slot * rows + row) * kept;
+        real *widened = mine + group * MAX_TILE;
+        if (coded.tile)
+            search_coded_piece(&coded, row, q_nd, ldq, count, bank, b, m, first, last, d, tile, in_place, heaps_nk, kept, widened, mine,
+                               (uint8_t *)(mine + codes_at));
+        else
+            search_piece(q_nd, ldq, count, bank, b, m, first, last, d, tile, in_place, heaps_nk, kept, widened, mine);
+    }
+    /* 3: each heap is emptied from the worst up, then the best of their heads is taken k times */
+#pragma omp parallel for num_threads(mt_team(rows, 20.0 * rows * slots * kept)) schedule(static)
     for (ptrdiff_t row = 0; row < rows; row++) {
-        ptrdiff_t *head_p = heads + row * parts;
-        for (ptrdiff_t part = 0; part < parts; part++) {
-            struct found *heap_k = heaps + (row * parts + part) * kept;
+        ptrdiff_t *head_p = heads + row * slots;
+        for (ptrdiff_t slot = 0; slot < slots; slot++) {
+            struct found *heap_k = heaps + (slot * rows + row) * kept;
             for (ptrdiff_t left = kept; left > 1; left--) {
                 struct found worst = heap_k[0];
                 heap_k[0] = heap_k[left - 1];
@@ -95,12 +306,12 @@ static int search(const void *queries, const void *bank, const uint8_t *valid_bm
         for (ptrdiff_t at = 0; at < k; at++) {
             struct found best = {-INFINITY, -1};
             ptrdiff_t from = 0;
-            for (ptrdiff_t part = 0; part < parts; part++) {
-                if (head_p[part] == kept) continue;
-                struct found head = heaps[(row * parts + part) * kept + head_p[part]];
+            for (ptrdiff_t slot = 0; slot < slots; slot++) {
+                if (head_p[slot] == kept) continue;
+                struct found head = heaps[(slot * rows + row) * kept + head_p[slot]];
                 if (is_worse(best, head)) {
                     best = head;
-                    from = part;
+                    from = slot;
                 }
             }
             scores_bnk[row * k + at] = best.score;
@@ -108,8 +319,12 @@ static int search(const void *queries, const void *bank, const uint8_t *valid_bm
             if (best.index >= 0) head_p[from]++;
         }
     }
+done:
+    free(coded.codes_nd);
+    free(coded.coded_n);
     free(workspace);
+    free(padded_bnd);
     free(heaps);
     free(heads);
-    return 0;
+    return failed ? -1 : 0;
 }

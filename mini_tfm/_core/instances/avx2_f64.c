@@ -1,4 +1,4 @@
-/* The kernels in double for AVX2 and FMA (x86-64-v3: Haswell, Zen and newer). */
+/* The kernels in double for AVX2, FMA and F16C (x86-64-v3: Haswell, Zen and newer). */
 #define ISA avx2
 #define ISA_AVX2 1
 #define REAL_IS_DOUBLE 1
@@ -6,9 +6,9 @@
 #include <immintrin.h>
 #include "instances/before.h"
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #endif
 #include "instances/all.h"
 #if defined(__clang__)
