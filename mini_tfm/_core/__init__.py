@@ -12,7 +12,7 @@ row the same bits in any company. The same functions in NumPy are `mini_tfm.refe
     instances/        one translation unit for each instruction set and real; all.h includes the families
     dispatch.c        which instances this processor runs
     threads.c         OpenMP, behind one helper; threads.py: how many to start with
-    kernels.pyx       checks, pointers, GIL
+    kernels.pyx       checks, pointers, GIL; packed.pxi: the part of it that owns packed weights
 
 `MINI_TFM_ISA` forces an instruction set (`baseline`, `avx2`), or `reference` for the NumPy twins in place of C.
 """
@@ -25,6 +25,7 @@ from mini_tfm.reference import Block, BlockGrad
 __all__ = [
     "Block",
     "BlockGrad",
+    "PackedWeight",
     "activation",
     "activation_backward",
     "adamw",
@@ -39,7 +40,10 @@ __all__ = [
     "get_num_threads",
     "layer_norm",
     "layer_norm_backward",
+    "linear_top_k",
     "log_softmax",
+    "pack",
+    "packed_linear",
     "rms_norm",
     "rms_norm_backward",
     "rotary",
@@ -77,6 +81,7 @@ else:
         if _quiet:
             del os.environ["OMP_WAIT_POLICY"]
     from mini_tfm._core.kernels import (
+        PackedWeight,
         activation,
         activation_backward,
         adamw,
@@ -91,7 +96,10 @@ else:
         get_num_threads,
         layer_norm,
         layer_norm_backward,
+        linear_top_k,
         log_softmax,
+        pack,
+        packed_linear,
         rms_norm,
         rms_norm_backward,
         rotary,
