@@ -60,7 +60,7 @@ kernels = Extension(
     "mini_tfm._core.kernels",
     [f"{SOURCE}/{name}" for name in ["kernels.pyx", "dispatch.c", "threads.c"]]
     + [f"{SOURCE}/instances/{isa}_{real}.c" for isa in ["baseline", *["avx2"] * on_x86] for real in ["f32", "f64"]],
-    depends=[str(path) for path in Path(SOURCE).rglob("*.[ch]")],
+    depends=[str(path) for suffix in ("c", "h", "pxi") for path in Path(SOURCE).rglob(f"*.{suffix}")],
     include_dirs=[numpy.get_include(), SOURCE],
     define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
     # Fused multiply-add is wanted where the instruction set has it; reassociation (-ffast-math) never is.

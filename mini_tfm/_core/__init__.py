@@ -13,7 +13,7 @@ its strides, and may be float16 or int8. The same functions in NumPy are `mini_t
     instances/        one translation unit for each instruction set and real; all.h includes the families
     dispatch.c        which instances this processor runs
     threads.c         OpenMP, behind one helper; threads.py: how many to start with
-    kernels.pyx       checks, pointers, GIL
+    kernels.pyx       checks, pointers, GIL; packed.pxi: the part of it that owns packed weights
 
 `MINI_TFM_ISA` forces an instruction set (`baseline`, `avx2`), or `reference` for the NumPy twins in place of C.
 """
@@ -26,6 +26,7 @@ from mini_tfm.reference import Block, BlockGrad
 __all__ = [
     "Block",
     "BlockGrad",
+    "PackedWeight",
     "activation",
     "activation_backward",
     "adamw",
@@ -42,7 +43,10 @@ __all__ = [
     "layer_norm_backward",
     "linear_cross_entropy",
     "linear_cross_entropy_backward",
+    "linear_top_k",
     "log_softmax",
+    "pack",
+    "packed_linear",
     "rms_norm",
     "rms_norm_backward",
     "rotary",
@@ -82,6 +86,7 @@ else:
         if _unset:
             del os.environ["GOMP_SPINCOUNT"]
     from mini_tfm._core.kernels import (
+        PackedWeight,
         activation,
         activation_backward,
         adamw,
@@ -98,7 +103,10 @@ else:
         layer_norm_backward,
         linear_cross_entropy,
         linear_cross_entropy_backward,
+        linear_top_k,
         log_softmax,
+        pack,
+        packed_linear,
         rms_norm,
         rms_norm_backward,
         rotary,

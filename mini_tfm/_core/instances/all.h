@@ -8,6 +8,8 @@
 #include "families/softmax.c"
 #include "families/norm.c"
 #include "families/elementwise.c"
+#include "families/quantized.c"
+#include "families/packed.c"
 #include "families/embedding.c"
 #include "families/loss.c"
 #include "families/optimizer.c"
@@ -30,6 +32,11 @@ extern const struct mt_kernels TABLE(ISA, SUFFIX);
 const struct mt_kernels TABLE(ISA, SUFFIX) = {
     .isa = NAME(ISA),
     .gemm = gemm,
+    .packed_bytes = packed_bytes,
+    .pack = pack,
+    .unpack = unpack,
+    .packed_linear = packed_linear,
+    .linear_top_k = linear_top_k,
     .softmax = softmax,
     .softmax_backward = softmax_backward,
     .log_softmax = log_softmax,
