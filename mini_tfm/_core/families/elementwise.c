@@ -96,6 +96,12 @@ INLINE void activate(int count, const vec *x, vec *y, int kind) {
         }
 }
 
+INLINE vec activate_one(vec x, int kind) {
+    vec y;
+    activate(1, &x, &y, kind);
+    return y;
+}
+
 /* dx = kind'(x) dy of `count` vectors. */
 INLINE void activate_backward(int count, const vec *x, const vec *dy, vec *dx, int kind) {
     if (kind == MT_GELU) gelu_slope(count, x, dx);

@@ -80,15 +80,6 @@ static void micro_add(ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t k, const real
     micro_switch(rows, columns, k, a, a_row, a_col, b, ldb, c, ldc, 1);
 }
 
-/* Slow and rarely needed: one row at a time, with a test at every step. */
-static __attribute__((noinline)) void micro_add_skipping_zeros(ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t k, const real *a,
-                                                               ptrdiff_t a_row, ptrdiff_t a_col, const real *b, ptrdiff_t ldb, real *c,
-                                                               ptrdiff_t ldc) {
-    for (ptrdiff_t i = 0; i < rows; i++)
-        for (ptrdiff_t j = 0; j < columns; j += NR)
-            micro_tile(1, 1, k, a + i * a_row, a_row, a_col, b + j, ldb, c + i * ldc + j, ldc, 1, 1);
-}
-
 /* VL rows of `from`, ld apart, become VL columns of `to`, ld_to apart. */
 INLINE void transpose_square(const real *from, ptrdiff_t ld, real *to, ptrdiff_t ld_to) {
 #if ISA_AVX2 && REAL_IS_DOUBLE

@@ -271,9 +271,9 @@ INLINE void finish_kind(const int kind, const real *sums, const real *gates, ptr
             vec y = load(sums + i * NR + j) + bias_j;
             if (gates) {
                 vec gate = load(gates + i * NR + j) + gate_j;
-                y *= kind < 0 ? gate : activate(gate, kind);
+                y *= kind < 0 ? gate : activate_one(gate, kind);
             } else if (kind >= 0) {
-                y = activate(y, kind);
+                y = activate_one(y, kind);
             }
             if (residual) y += load_columns(residual + i * ld + j, n);
             if (n == VL)

@@ -2,14 +2,14 @@
  *
  * A score is a dot product kept in one vector: lane l adds up the products at l, l + VL, ... in ascending order, then the
  * lanes are folded onto each other. Every path does it in this order, so a score's bits depend on its query and its row
- * alone. A tile of scores is FEW queries by 4 rows, all in registers; nothing is transposed, and rows are read where they lie
+ * alone. A tile of scores is QUERY_TILE queries by 4 rows, all in registers; nothing is transposed, and rows are read where they lie
  * unless they must be widened.
  *
  * The best k of each query are kept in a heap whose top is the worst of them. One order, score and then index, decides
  * everything, so the result depends neither on how the bank was cut nor on which thread took which piece. */
 
-/* Queries in a tile of registers: FEW sums for each of 4 rows, FEW queries, one row. */
-#define FEW (N_REGISTERS == 32 ? 6 : 3)
+/* Queries in a tile of registers: QUERY_TILE sums for each of 4 rows, QUERY_TILE queries, one row. */
+#define QUERY_TILE (N_REGISTERS == 32 ? 6 : 3)
 enum {
     MAX_TILE = 64,      /* rows of the bank that all queries meet while they are in L1 */
     AHEAD_BYTES = 16384 /* how far ahead of a few queries the bank is fetched */
@@ -50,7 +50,7 @@ INLINE void offer_one(struct found here, const uint8_t *valid_m, struct found *h
 
 /* Rows j0.. of the bank with scores_j (rows), NaN up to a whole vector, go into the heap if they are good enough. Nearly
  * all are turned away by one comparison a vector. */
-static void offer(const real *scores_j, ptrdiff_t rows, ptrdiff_t j0, const uint8_t *valid_m, struct found *heap_k, ptrdiff_t k) {
+static void offer_scores(const real *scores_j, ptrdiff_t rows, ptrdiff_t j0, const uint8_t *valid_m, struct found *heap_k, ptrdiff_t k) {
     real worst = worst_of(heap_k);
     for (ptrdiff_t j = 0; j < rows; j += VL) {
         if (!any_lane(load(scores_j + j) >= worst)) continue;
@@ -149,16 +149,16 @@ INLINE void fold4(const vec *sum_r, real *out_r) {
 #endif
 }
 
-/* scores (n, 4; ld) = the products of n <= FEW queries (n, d; ldq) and the four rows at row_r; d is whole vectors. A few
+/* scores (n, 4; ld) = the products of n <= QUERY_TILE queries (n, d; ldq) and the four rows at row_r; d is whole vectors. A few
  * queries wait for memory alone, so as many bytes are fetched from `ahead` in step with them; NULL: none. */
 INLINE void dots(const int n, const int kind, const int fetch, ptrdiff_t d, const real *q, ptrdiff_t ldq, const char *const *row_r,
                  const char *ahead, real *scores, ptrdiff_t ld) {
     const ptrdiff_t step_bytes = 4 * VL * element_bytes(kind);
-    vec sum[FEW][4];
+    vec sum[QUERY_TILE][4];
     for (int i = 0; i < n; i++)
         for (int r = 0; r < 4; r++) sum[i][r] = all(0);
     for (ptrdiff_t p = 0; p < d; p += VL) {
-        vec q_i[FEW];
+        vec q_i[QUERY_TILE];
         for (ptrdiff_t line = 0; fetch && line < step_bytes; line += 64) __builtin_prefetch(ahead + p / VL * step_bytes + line);
         for (int i = 0; i < n; i++) q_i[i] = load(q + i * ldq + p);
         for (int r = 0; r < 4; r++) {
@@ -198,7 +198,7 @@ static void search_piece(const real *q_nd, ptrdiff_t ldq, ptrdiff_t n, const str
     const char *rows_md = (const char *)bank->rows + b * bank->stride[0];
     const uint8_t *valid_m = bank->valid ? bank->valid + b * m : NULL;
     ptrdiff_t row_bytes = d * element_bytes(bank->kind), stride = in_place ? bank->stride[1] : ldq * (ptrdiff_t)sizeof(real);
-    const int kind = in_place ? bank->kind : MT_ROWS_REAL, in_step = in_place && n <= FEW;
+    const int kind = in_place ? bank->kind : MT_ROWS_REAL, in_step = in_place && n <= QUERY_TILE;
     for (ptrdiff_t j0 = first; j0 < last; j0 += tile) {
         ptrdiff_t rows = min_size(tile, last - j0), whole = round_up(rows, VL);
         const char *from = rows_md + j0 * bank->stride[1], *at = from, *ahead = from + tile * bank->stride[1];
@@ -207,16 +207,16 @@ static void search_piece(const real *q_nd, ptrdiff_t ldq, ptrdiff_t n, const str
             for (ptrdiff_t r = 0; r < rows; r++) widen(bank->kind, from + r * bank->stride[1], bank->stride[2], d, widened + r * ldq);
             at = (const char *)widened;
         }
-        /* 2: the scores; the next tile is fetched meanwhile, a few lines for every FEW queries */
-        ptrdiff_t fetched = 0, steps = div_up(n, FEW);
-        for (ptrdiff_t i = 0; i < n; i += FEW) {
-            ptrdiff_t until = tile * row_bytes * (i / FEW + 1) / steps;
+        /* 2: the scores; the next tile is fetched meanwhile, a few lines for every QUERY_TILE queries */
+        ptrdiff_t fetched = 0, steps = div_up(n, QUERY_TILE);
+        for (ptrdiff_t i = 0; i < n; i += QUERY_TILE) {
+            ptrdiff_t until = tile * row_bytes * (i / QUERY_TILE + 1) / steps;
             for (; !in_step && fetched < until; fetched += 64)
                 __builtin_prefetch(ahead + fetched / row_bytes * bank->stride[1] + fetched % row_bytes);
             for (ptrdiff_t r = 0; r < rows; r += 4) {
                 const char *row_r[4];
                 for (int s = 0; s < 4; s++) row_r[s] = at + min_size(r + s, rows - 1) * stride;
-                dots_of(min_size(FEW, n - i), kind, ldq, q_nd + i * ldq, ldq, row_r, in_step ? row_r[0] + AHEAD_BYTES : NULL,
+                dots_of(min_size(QUERY_TILE, n - i), kind, ldq, q_nd + i * ldq, ldq, row_r, in_step ? row_r[0] + AHEAD_BYTES : NULL,
                         scores + i * MAX_TILE + r, MAX_TILE);
             }
         }
@@ -229,7 +229,7 @@ static void search_piece(const real *q_nd, ptrdiff_t ldq, ptrdiff_t n, const str
             if (bank->scales)
                 for (ptrdiff_t j = 0; j < rows; j += VL) store(scores_j + j, load(scores_j + j) * load(scale_j + j));
             for (ptrdiff_t j = rows; j < whole; j++) scores_j[j] = NAN;
-            offer(scores_j, rows, j0, valid_m, heaps_nk + i * k, k);
+            offer_scores(scores_j, rows, j0, valid_m, heaps_nk + i * k, k);
         }
     }
 }
@@ -239,7 +239,7 @@ static void search_piece(const real *q_nd, ptrdiff_t ldq, ptrdiff_t n, const str
 /* queries_bnd (B, N, d) and the bank (B, M, d) read; scores_bnk, index_bnk (B, N, k) written. -1: no workspace. */
 static int search(const void *queries, const struct mt_bank *bank, void *scores, int64_t *index_bnk, ptrdiff_t batch, ptrdiff_t n,
                   ptrdiff_t m, ptrdiff_t d, ptrdiff_t k) {
-    /* Bytes of a tile, which stays in L1 beside FEW queries; of a group of queries, which stays in L2; of a part of the bank. */
+    /* Bytes of a tile, which stays in L1 beside QUERY_TILE queries; of a group of queries, which stays in L2; of a part of the bank. */
     enum { TILE_BYTES = 1 << 14, GROUP_BYTES = 160 << 10, PART_BYTES = 1 << 20 };
     const real *queries_bnd = queries;
     real *scores_bnk = scores;
@@ -249,9 +249,9 @@ static int search(const void *queries, const struct mt_bank *bank, void *scores,
     const int in_place = d % VL == 0 && (bank->stride[2] == size || !d) && (bank->kind == MT_ROWS_REAL || n == 1);
     const ptrdiff_t tile_row = max_size(in_place ? ldq * size : ldq * (ptrdiff_t)sizeof(real), 1);
     const ptrdiff_t tile = min_size(max_size(TILE_BYTES / tile_row / 4 * 4, 4), MAX_TILE);
-    ptrdiff_t group = max_size(GROUP_BYTES / max_size(ldq * (ptrdiff_t)sizeof(real), 1), 8 * FEW);
+    ptrdiff_t group = max_size(GROUP_BYTES / max_size(ldq * (ptrdiff_t)sizeof(real), 1), 8 * QUERY_TILE);
     const ptrdiff_t groups = div_up(n, group);
-    group = round_up(div_up(n, groups), FEW);
+    group = round_up(div_up(n, groups), QUERY_TILE);
     const double work = (double)batch * m * d * (0.25 * size + 2.0 * n / VL);
     int team = mt_team(1 << 20, work);
     ptrdiff_t part = round_up(max_size(min_size(PART_BYTES / max_size(d * size, 1), div_up(m, 4 * team)), 1), tile);
