@@ -63,6 +63,9 @@ _isa = os.environ.get("MINI_TFM_ISA") or None
 
 if _isa == "reference":
     from mini_tfm.reference import *  # noqa: F403
+
+    def _attention_at_once(*arguments):
+        return None
 else:
     # libgomp's waiting threads spin for milliseconds by default. On a machine with anything else to do they keep the
     # processor from the very thread they wait for: a training step of 27 ms took 190 ms and more beside one busy process.
@@ -87,6 +90,7 @@ else:
             del os.environ["GOMP_SPINCOUNT"]
     from mini_tfm._core.kernels import (
         PackedWeight,
+        _attention_at_once,
         activation,
         activation_backward,
         adamw,

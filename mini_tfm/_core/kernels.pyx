@@ -5,7 +5,9 @@ The checks are those of the NumPy twins (`mini_tfm.reference`), whose docstrings
 
 cimport numpy as cnp
 from libc.float cimport DBL_MAX
+from libc.math cimport sqrt
 from libc.stdlib cimport calloc, free
+from libc.string cimport memset
 
 import numpy as np
 
@@ -631,6 +633,81 @@ def attention(q, blocks, scale, *, dropout=0.0, seed=0):
         failed = c.attention(pq, c_blocks.at, &sizes, po, pl)
     no_memory_if(failed)
     return out, lse
+
+
+cdef inline bint fill_bias(mt_block *block, cnp.ndarray q, bias) noexcept:
+    """The bias's pointer and strides, if it broadcasts to the scores as it is."""
+    cdef int axis
+    cdef cnp.npy_intp n
+    cdef cnp.npy_intp[4] shape
+    if not (cnp.PyArray_CheckExact(bias) and cnp.PyArray_TYPE(<cnp.ndarray>bias) == cnp.PyArray_TYPE(q)):
+        return False
+    if cnp.PyArray_NDIM(<cnp.ndarray>bias) != 4 or not cnp.PyArray_ISALIGNED(<cnp.ndarray>bias):
+        return False
+    shape[0], shape[1], shape[2], shape[3] = cnp.PyArray_DIM(q, 0), cnp.PyArray_DIM(q, 1), cnp.PyArray_DIM(q, 2), block.width
+    for axis in range(4):
+        n = cnp.PyArray_DIM(<cnp.ndarray>bias, axis)
+        if n != shape[axis] and n != 1 or cnp.PyArray_STRIDE(<cnp.ndarray>bias, axis) % cnp.PyArray_ITEMSIZE(<cnp.ndarray>bias):
+            return False
+        block.bias_stride[axis] = (
+            0 if n == 1 else cnp.PyArray_STRIDE(<cnp.ndarray>bias, axis) // cnp.PyArray_ITEMSIZE(<cnp.ndarray>bias)
+        )
+    block.bias = ptr(<cnp.ndarray>bias)
+    return True
+
+
+def _attention_at_once(q, k, v, bias, causal, window, lengths, scale):
+    """`mt.attention` without Block, checks in Python, lse: some microseconds less. None: the arguments need the long way."""
+    cdef mt_block block
+    cdef mt_attention_sizes sizes
+    cdef int failed, axis
+    cdef ptrdiff_t at
+    if not (plain(q) and plain(k) and plain(v) and cnp.PyArray_NDIM(q) == 4 and cnp.PyArray_NDIM(k) == 4):
+        return None
+    if cnp.PyArray_TYPE(q) != cnp.PyArray_TYPE(k) or not plain_like(v, k) or (causal is not True and causal is not False):
+        return None
+    memset(&block, 0, sizeof(block))
+    sizes.batch, sizes.heads = cnp.PyArray_DIM(q, 0), cnp.PyArray_DIM(q, 1)
+    sizes.length, sizes.d = cnp.PyArray_DIM(q, 2), cnp.PyArray_DIM(q, 3)
+    block.kv_heads, block.source = cnp.PyArray_DIM(k, 1), cnp.PyArray_DIM(k, 2)
+    if cnp.PyArray_DIM(k, 0) != sizes.batch or cnp.PyArray_DIM(k, 3) != sizes.d or block.kv_heads == 0 or sizes.d == 0:
+        return None
+    if sizes.heads % block.kv_heads:
+        return None
+    block.k, block.v, block.width, block.offset = ptr(k), ptr(v), block.source, block.source - sizes.length
+    block.causal = causal is True
+    if window is not None:
+        if type(window) is not int or not 1 <= window <= 2**60:
+            return None
+        block.window = window
+    if lengths is not None:
+        if not (cnp.PyArray_CheckExact(lengths) and cnp.PyArray_TYPE(<cnp.ndarray>lengths) == cnp.NPY_INT64):
+            return None
+        if not cnp.PyArray_ISCARRAY_RO(<cnp.ndarray>lengths) or cnp.PyArray_NDIM(<cnp.ndarray>lengths) != 1:
+            return None
+        if cnp.PyArray_DIM(<cnp.ndarray>lengths, 0) != sizes.batch:
+            return None
+        block.lengths = <const int64_t *>ptr(<cnp.ndarray>lengths)
+        for at in range(sizes.batch):
+            if not 0 <= block.lengths[at] <= block.source:
+                return None
+    if bias is not None and not fill_bias(&block, q, bias):
+        return None
+    if scale is None:
+        sizes.scale = 1.0 / sqrt(<double>sizes.d)
+    elif type(scale) is float and -DBL_MAX <= <double>scale <= DBL_MAX:
+        sizes.scale = scale
+    else:
+        return None
+    sizes.n_blocks, sizes.dropout, sizes.seed = 1, 0.0, 0
+    out = new_like(q)
+    cdef const mt_kernels_table *c = c_for(q)
+    cdef void *pq = ptr(q)
+    cdef void *po = ptr(out)
+    with nogil:
+        failed = c.attention(pq, &block, &sizes, po, NULL)
+    no_memory_if(failed)
+    return out
 
 
 def attention_backward(dout, out, lse, q, blocks, scale, needs=None, *, dropout=0.0, seed=0):
