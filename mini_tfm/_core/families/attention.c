@@ -10,11 +10,11 @@ enum { ROWS = 24, FEW = 4, FEW_MOST = 24 };
 
 /* ---- few queries ---- */
 
-/* s_ij (nq, KEYS) = q k^T for keys at k_j (n,), pointers to rows of D, readable to a multiple of GROUPS * VL. q_id (nq, D). nq and
- * groups are constants wherever this is inlined. */
+/* s_ij (nq, KEYS) = q k^T for keys at k_j (n,), pointers to rows of D, readable to a multiple of groups * VL. q_id (nq, D). nq and
+ * groups are constants wherever this is inlined, at least 4 chains together: one waits for its own last step. */
 INLINE void few_scores(const int nq, const int groups, const real *const *k_j, ptrdiff_t n, ptrdiff_t d, const real *q_id, real *s_ij) {
     for (ptrdiff_t j = 0; j < n; j += groups * VL) {
-        vec sum[FEW][2];
+        vec sum[FEW][4];
         for (int i = 0; i < nq; i++)
             for (int g = 0; g < groups; g++) sum[i][g] = all(0);
         ptrdiff_t p = 0;
@@ -104,7 +104,7 @@ struct few_room {
 static struct tile few_tile(const struct head *head, ptrdiff_t i, ptrdiff_t at, ptrdiff_t n, ptrdiff_t d, struct few_room *room) {
     struct tile tile = {.at = at, .n = n};
     if (!head->index_tk) {
-        for (ptrdiff_t j = 0; j < round_up(n, 2 * VL); j++) {
+        for (ptrdiff_t j = 0; j < round_up(n, 4 * VL); j++) {
             ptrdiff_t row = at + min_size(j, n - 1);
             room->k_j[j] = head->k_sd + row * d;
             room->v_j[j] = head->v_sd + row * d;
@@ -122,7 +122,7 @@ static struct tile few_tile(const struct head *head, ptrdiff_t i, ptrdiff_t at, 
         if (shown) some = row;
     }
     if (some < 0) return (struct tile){.at = at, .n = 0};
-    for (ptrdiff_t j = 0; j < round_up(n, 2 * VL); j++) {
+    for (ptrdiff_t j = 0; j < round_up(n, 4 * VL); j++) {
         int64_t row = room->shown_j[j] ? rows_j[j] : some;
         room->k_j[j] = head->k_sd + row * d;
         room->v_j[j] = head->v_sd + row * d;
@@ -135,7 +135,7 @@ static void few_parts(const struct mt_attention_sizes *sizes, const struct askin
                       const real *q_id, struct few_room *room, struct part *parts, ptrdiff_t ld) {
     ptrdiff_t d = sizes->d, n = tile->n;
     switch (nq) {
-    case 1: few_scores(1, 2, room->k_j, n, d, q_id, room->s_ij); break;
+    case 1: few_scores(1, 4, room->k_j, n, d, q_id, room->s_ij); break;
     case 2: few_scores(2, 2, room->k_j, n, d, q_id, room->s_ij); break;
     case 3: few_scores(3, 1, room->k_j, n, d, q_id, room->s_ij); break;
     default: few_scores(4, 1, room->k_j, n, d, q_id, room->s_ij);

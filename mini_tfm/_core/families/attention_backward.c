@@ -241,8 +241,8 @@ static void backward_index(const struct backward *of, const struct head *head, p
             const real *q_d = of->q_bhtd + row * d, *dout_d = of->dout_bhtd + row * d;
             if (!tile.n) continue;
             for (ptrdiff_t c = 0; c < d; c++) room->few_d[c] = q_d[c] * (real)(sizes->scale * LOG2_E);
-            few_scores(1, 2, room->few->k_j, n, d, room->few_d, p_j);
-            few_scores(1, 2, room->few->v_j, n, d, dout_d, ds_j);
+            few_scores(1, 4, room->few->k_j, n, d, room->few_d, p_j);
+            few_scores(1, 4, room->few->v_j, n, d, dout_d, ds_j);
             finish_gradients(of, head, &tile, at_block, i, row, 0, n, p_j, ds_j, dbias ? dbias + i * stride[2] + at * stride[3] : NULL);
             real *dq_d = of->dq_bhtd + row * d;
             const int64_t *rows_k = head->index_tk + i * width + at;
