@@ -85,6 +85,40 @@ def test_a_row_has_the_same_bits_in_any_company(threads, dtype, name, big):
             assert_same_bits(part, np.take(whole, rows, axis))
 
 
+# kernel and its arguments, from many rows; the first result is rows as well.
+PAST_CACHES = [
+    ("softmax", lambda rows, d: {"x": rows}), ("log_softmax", lambda rows, d: {"x": rows}),
+    ("softmax_backward", lambda rows, d: {"y": rows, "dy": rows[::-1].copy()}),
+    ("layer_norm", lambda rows, d: {"x": rows, "weight": rows[0], "bias": rows[1], "eps": 1e-5}),
+    ("rms_norm", lambda rows, d: {"x": rows, "weight": rows[0], "eps": 1e-5}),
+    ("layer_norm_backward", lambda rows, d: {"dy": rows[::-1].copy(), "x": rows, "weight": rows[0], "mean": rows[:, 0].copy(),
+                                             "rstd": rows[:, 1].copy()}),
+    ("rms_norm_backward", lambda rows, d: {"dy": rows[::-1].copy(), "x": rows, "weight": rows[0], "rstd": rows[:, 1].copy()}),
+    ("activation", lambda rows, d: {"x": rows, "kind": "gelu"}), ("activation", lambda rows, d: {"x": rows, "kind": "relu"}),
+    ("activation_backward", lambda rows, d: {"x": rows, "dy": rows[::-1].copy(), "kind": "gelu"}),
+    ("embedding", lambda rows, d: {"table": rows, "ids": np.arange(len(rows))[::-1].copy()}),
+]  # fmt: skip
+
+
+@pytest.mark.skipif(_core.show_config()["isa"] == "reference", reason="of the compiled kernels' ways with memory")
+@pytest.mark.parametrize("name, arguments", PAST_CACHES, ids=[f"{name}{i}" for i, (name, _) in enumerate(PAST_CACHES)])
+@pytest.mark.parametrize("d", [33, 517, 3001])
+def test_large_results_have_the_same_bits(threads, name, arguments, d):
+    """Results above 32 MB take another way to memory, from the first element to the last; rows alone do not."""
+    n = 35_000_000 // (4 * d)
+    rows = np.random.default_rng(0).standard_normal((n, d), np.float32)
+    threads.set_num_threads(2)
+    given = arguments(rows, d)
+    whole = arrays_in(call(threads, name, given))[0]
+    few = min(n, 300)
+    for part in (slice(0, few), slice(n // 2, n // 2 + few), slice(n - few, n)):
+        alone = {
+            key: value[part] if isinstance(value, np.ndarray) and len(value) == n and key != "table" else value
+            for key, value in given.items()
+        }
+        assert_same_bits(arrays_in(call(threads, name, alone))[0], whole[part])
+
+
 @every_kernel
 def test_subclasses_of_arrays_are_taken_as_plain_ones(core, dtype, name):
     """A masked array's mask or a matrix's product must not get into the checks."""
