@@ -2,12 +2,25 @@
 
 import numpy as np
 import pytest
-from core.samples import IN_PLACE, NAMES, arrays_in, call, sample
+from core.samples import IN_PLACE, NAMES, WITH_OUT, arrays_in, call, sample
 from helpers import LAYOUTS, assert_same_bits
 
 from mini_tfm import _core, reference
 
 every_kernel = pytest.mark.parametrize("name", NAMES)
+
+
+@pytest.mark.parametrize("name", WITH_OUT)
+def test_a_result_goes_where_it_is_asked_to(core, dtype, name):
+    """Into `out`, which is what comes back, with the bits of a new array."""
+    arguments = sample(name, dtype)
+    given = getattr(core, name)(**arguments)
+    given = given if isinstance(given, tuple) else (given,)
+    assert given[0] is arguments["out"]
+    fresh = getattr(core, name)(**{**arguments, "out": None})
+    fresh = fresh if isinstance(fresh, tuple) else (fresh,)
+    assert_same_bits(given, fresh)
+    assert not any(np.shares_memory(array, given[0]) for array in fresh)
 
 
 @every_kernel
@@ -57,11 +70,13 @@ def test_a_big_call_agrees_with_the_twin(dtype, name):
 
 # kernel, axis of the rows, the arguments that have them, and how many results do.
 ROWS = {
-    "activation": (0, ("x",), 1), "activation_backward": (0, ("x", "dy"), 1), "cross_entropy": (0, ("logits", "targets"), 2),
+    "activation": (0, ("x", "out"), 1), "activation_backward": (0, ("x", "dy", "out"), 1), "cross_entropy": (0, ("logits", "targets"), 2),
     "cross_entropy_backward": (0, ("logits", "targets", "lse", "dlosses"), 1), "embedding": (1, ("ids",), 1), "gemm": (0, ("a", "out"), 1),
-    "layer_norm": (0, ("x",), 3), "layer_norm_backward": (0, ("dy", "x", "mean", "rstd"), 1), "log_softmax": (0, ("x",), 1),
-    "rms_norm": (0, ("x",), 2), "rms_norm_backward": (0, ("dy", "x", "rstd"), 1), "rotary": (0, ("x",), 1),
-    "search": (1, ("queries",), 2), "softmax": (0, ("x",), 1), "softmax_backward": (0, ("y", "dy"), 1),
+    "layer_norm": (0, ("x", "out"), 3), "layer_norm_backward": (0, ("dy", "x", "mean", "rstd", "out"), 1),
+    "log_softmax": (0, ("x", "out"), 1), "rms_norm": (0, ("x", "out"), 2), "rms_norm_backward": (0, ("dy", "x", "rstd", "out"), 1),
+    "rotary": (0, ("x",), 1),
+    "search": (1, ("queries",), 2), "softmax": (0, ("x", "out"), 1),
+    "softmax_backward": (0, ("y", "dy", "out"), 1),
 }  # fmt: skip
 
 
