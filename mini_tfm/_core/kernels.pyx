@@ -132,10 +132,10 @@ ctypedef enum SoftmaxKind:
     LOGARITHM
 
 
-cdef object softmax_rows(x, SoftmaxKind kind):
+cdef object softmax_rows(x, out, SoftmaxKind kind):
     if not plain_rows(x):
         x = _checks.real("x", x, min_ndim=1)
-    y = new_like(x)
+    y = new_like(x) if out is None else _checks.optional_output(out, x, ("x", x))
     cdef ptrdiff_t n = n_rows(x)
     cdef ptrdiff_t d = last_axis(x)
     cdef const mt_kernels_table *c = c_for(x)
@@ -149,22 +149,25 @@ cdef object softmax_rows(x, SoftmaxKind kind):
     return y
 
 
-def softmax(x):
-    """exp(x) / sum exp(x) over the last axis; a row of -inf gives zeros."""
-    return softmax_rows(x, PLAIN)
+def softmax(x, *, out=None):
+    """exp(x) / sum exp(x) over the last axis; a row of -inf gives zeros.
+
+    Here and in what else takes one, `out` is an array for the (first) result, of its shape; None: a new one.
+    """
+    return softmax_rows(x, out, PLAIN)
 
 
-def log_softmax(x):
+def log_softmax(x, *, out=None):
     """x - log sum exp(x) over the last axis; a row of -inf stays -inf."""
-    return softmax_rows(x, LOGARITHM)
+    return softmax_rows(x, out, LOGARITHM)
 
 
-def softmax_backward(y, dy):
+def softmax_backward(y, dy, *, out=None):
     """dx = y * (dy - sum(y * dy))."""
     if not (plain_rows(y) and plain_like(dy, y)):
         y = _checks.real("y", y, min_ndim=1)
         dy = _checks.real("dy", dy, like=y, shape=y.shape)
-    dx = new_like(y)
+    dx = new_like(y) if out is None else _checks.optional_output(out, y, ("y", y), ("dy", dy))
     cdef ptrdiff_t n = n_rows(y)
     cdef ptrdiff_t d = last_axis(y)
     cdef const mt_kernels_table *c = c_for(y)
@@ -179,7 +182,7 @@ def softmax_backward(y, dy):
 # Norms
 
 
-def layer_norm(x, weight, bias, eps):
+def layer_norm(x, weight, bias, eps, *, out=None):
     """y, mean (N,), rstd (N,); y = (x - mean) * rstd * weight + bias."""
     if not (
         plain_rows(x)
@@ -191,7 +194,9 @@ def layer_norm(x, weight, bias, eps):
     cdef double epsilon = eps
     cdef ptrdiff_t n = n_rows(x)
     cdef ptrdiff_t d = last_axis(x)
-    y, mean, rstd = new_like(x), new_vector(x, n), new_vector(x, n)
+    if out is not None:
+        _checks.optional_output(out, x, ("x", x), ("weight", weight), *([] if bias is None else [("bias", bias)]))
+    y, mean, rstd = new_like(x) if out is None else out, new_vector(x, n), new_vector(x, n)
     cdef const mt_kernels_table *c = c_for(x)
     cdef void *px = ptr(x)
     cdef void *pw = ptr(weight)
@@ -210,7 +215,7 @@ cdef inline bint plain_norm_backward(dy, x, weight, rstd) noexcept:
     )
 
 
-def layer_norm_backward(dy, x, weight, mean, rstd):
+def layer_norm_backward(dy, x, weight, mean, rstd, *, out=None):
     """dx, dweight (d,), dbias (d,)."""
     cdef int failed
     if not (plain_norm_backward(dy, x, weight, rstd) and plain_like(mean, rstd)):
@@ -218,7 +223,9 @@ def layer_norm_backward(dy, x, weight, mean, rstd):
         mean = _checks.real("mean", mean, like=x, shape=rstd.shape)
     cdef ptrdiff_t n = n_rows(x)
     cdef ptrdiff_t d = last_axis(x)
-    dx, dweight, dbias = new_like(x), new_like(weight), new_like(weight)
+    if out is not None:
+        _checks.optional_output(out, x, ("dy", dy), ("x", x), ("weight", weight), ("mean", mean), ("rstd", rstd))
+    dx, dweight, dbias = new_like(x) if out is None else out, new_like(weight), new_like(weight)
     cdef const mt_kernels_table *c = c_for(x)
     cdef void *pdy = ptr(dy)
     cdef void *px = ptr(x)
@@ -234,14 +241,16 @@ def layer_norm_backward(dy, x, weight, mean, rstd):
     return dx, dweight, dbias
 
 
-def rms_norm(x, weight, eps):
+def rms_norm(x, weight, eps, *, out=None):
     """y, rstd (N,); y = x * rstd * weight."""
     if not (plain_rows(x) and plain_vector(weight, x, last_axis(x)) and plain_number(eps, 0.0)):
         x, weight, eps = _checks.rms_norm(x, weight, eps)
     cdef double epsilon = eps
     cdef ptrdiff_t n = n_rows(x)
     cdef ptrdiff_t d = last_axis(x)
-    y, rstd = new_like(x), new_vector(x, n)
+    if out is not None:
+        _checks.optional_output(out, x, ("x", x), ("weight", weight))
+    y, rstd = new_like(x) if out is None else out, new_vector(x, n)
     cdef const mt_kernels_table *c = c_for(x)
     cdef void *px = ptr(x)
     cdef void *pw = ptr(weight)
@@ -252,14 +261,16 @@ def rms_norm(x, weight, eps):
     return y, rstd
 
 
-def rms_norm_backward(dy, x, weight, rstd):
+def rms_norm_backward(dy, x, weight, rstd, *, out=None):
     """dx, dweight (d,)."""
     cdef int failed
     if not plain_norm_backward(dy, x, weight, rstd):
         dy, x, weight, rstd = _checks.norm_backward(dy, x, weight, rstd)
     cdef ptrdiff_t n = n_rows(x)
     cdef ptrdiff_t d = last_axis(x)
-    dx, dweight = new_like(x), new_like(weight)
+    if out is not None:
+        _checks.optional_output(out, x, ("dy", dy), ("x", x), ("weight", weight), ("rstd", rstd))
+    dx, dweight = new_like(x) if out is None else out, new_like(weight)
     cdef const mt_kernels_table *c = c_for(x)
     cdef void *pdy = ptr(dy)
     cdef void *px = ptr(x)
@@ -283,12 +294,12 @@ cdef int kind_number(kind) except -1:
     return KINDS[kind] if type(kind) is str and kind in KINDS else _checks.activation_kind(kind)
 
 
-def activation(x, kind):
+def activation(x, kind, *, out=None):
     """y = kind(x), kind one of "relu", "gelu", "gelu_tanh", "silu"."""
     if not plain(x):
         x = _checks.real("x", x)
     cdef int number = kind_number(kind)
-    y = new_like(x)
+    y = new_like(x) if out is None else _checks.optional_output(out, x, ("x", x))
     cdef ptrdiff_t n = cnp.PyArray_SIZE(x)
     cdef const mt_kernels_table *c = c_for(x)
     cdef void *px = ptr(x)
@@ -298,13 +309,13 @@ def activation(x, kind):
     return y
 
 
-def activation_backward(x, dy, kind):
+def activation_backward(x, dy, kind, *, out=None):
     """dx = dy * kind'(x)."""
     if not (plain(x) and plain_like(dy, x)):
         x = _checks.real("x", x)
         dy = _checks.real("dy", dy, like=x, shape=x.shape)
     cdef int number = kind_number(kind)
-    dx = new_like(x)
+    dx = new_like(x) if out is None else _checks.optional_output(out, x, ("x", x), ("dy", dy))
     cdef ptrdiff_t n = cnp.PyArray_SIZE(x)
     cdef const mt_kernels_table *c = c_for(x)
     cdef void *px = ptr(x)

@@ -73,6 +73,19 @@ def output(name, x, *, like, shape=None, ndim=None, apart_from=()):
     return x
 
 
+def optional_output(out, like, *inputs):
+    """`out` when it is an array of `like`'s shape apart from the inputs (name, array); None when it is None."""
+    return None if out is None else output("out", out, like=like, shape=like.shape, apart_from=inputs)
+
+
+def into(out, value):
+    """`value`, in `out` when there is one."""
+    if out is None:
+        return value
+    out[...] = value
+    return out
+
+
 def integers(name, x, *, shape=None, ndim=None, low=None, high=None, also=None):
     """An int64 array with every value in [low, high), or equal to `also`."""
     _array(name, x, (INT64,), shape, ndim, 0)

@@ -15,10 +15,11 @@ def _gelu_tanh_argument(x):
     return c * (x + 0.044715 * x**3), c * (1.0 + 3.0 * 0.044715 * x * x)
 
 
-def activation(x, kind):
+def activation(x, kind, *, out=None):
     """y = kind(x): "relu", "gelu" (exact, by erf), "gelu_tanh" (arXiv 1606.08415), "silu"."""
     x = _checks.real("x", x)
     _checks.activation_kind(kind)
+    out = _checks.optional_output(out, x, ("x", x))
     x64 = x.astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
         if kind == "relu":
@@ -31,18 +32,19 @@ def activation(x, kind):
             y = x64 * _sigmoid(_gelu_tanh_argument(x64)[0])
         else:
             y = x64 * _sigmoid(x64)
-        return y.astype(x.dtype)
+        return _checks.into(out, y.astype(x.dtype))
 
 
-def activation_backward(x, dy, kind):
+def activation_backward(x, dy, kind, *, out=None):
     """dx = dy * kind'(x), from the activation's input."""
     x = _checks.real("x", x)
     dy = _checks.real("dy", dy, like=x, shape=x.shape)
     _checks.activation_kind(kind)
+    out = _checks.optional_output(out, x, ("x", x), ("dy", dy))
     x64, dy64 = x.astype(np.float64), dy.astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
         if kind == "relu":
-            return np.where(x64 > 0.0, dy64, 0.0).astype(x.dtype)
+            return _checks.into(out, np.where(x64 > 0.0, dy64, 0.0).astype(x.dtype))
         if kind == "gelu":
             from scipy.special import erf
 
@@ -56,7 +58,7 @@ def activation_backward(x, dy, kind):
         else:
             s = _sigmoid(x64)
             slope = s + x64 * s * _sigmoid(-x64)  # 1 - s would cancel
-        return (dy64 * slope).astype(x.dtype)
+        return _checks.into(out, (dy64 * slope).astype(x.dtype))
 
 
 def _mix32(x):

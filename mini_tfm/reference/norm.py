@@ -13,48 +13,53 @@ def _mean(x):
     return x.sum(-1) / max(x.shape[-1], 1)
 
 
-def layer_norm(x, weight, bias, eps):
+def layer_norm(x, weight, bias, eps, *, out=None):
     """y = (x - mean) * rstd * weight + bias, rstd = 1 / sqrt(var + eps), var biased. Returns y, mean, rstd."""
     x, weight, bias, eps = _checks.layer_norm(x, weight, bias, eps)
+    out = _checks.optional_output(out, x, ("x", x), ("weight", weight), *([] if bias is None else [("bias", bias)]))
     x_nd = x.reshape(_checks.rows(x)).astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         mean = _mean(x_nd)
         centred = x_nd - mean[:, None]
         rstd = 1.0 / np.sqrt(_mean(centred * centred) + eps)
         y = centred * rstd[:, None] * weight + (0.0 if bias is None else bias)
-        return y.reshape(x.shape).astype(x.dtype), mean.astype(x.dtype), rstd.astype(x.dtype)
+        return _checks.into(out, y.reshape(x.shape).astype(x.dtype)), mean.astype(x.dtype), rstd.astype(x.dtype)
 
 
-def layer_norm_backward(dy, x, weight, mean, rstd):
+def layer_norm_backward(dy, x, weight, mean, rstd, *, out=None):
     """dx, dweight, dbias of `layer_norm`, from what it returned."""
     dy, x, weight, rstd = _checks.norm_backward(dy, x, weight, rstd)
     mean = _checks.real("mean", mean, like=x, shape=rstd.shape)
+    out = _checks.optional_output(out, x, ("dy", dy), ("x", x), ("weight", weight), ("mean", mean), ("rstd", rstd))
     shape, dtype = x.shape, x.dtype
     x, dy = (a.reshape(_checks.rows(a)).astype(np.float64) for a in (x, dy))
     with np.errstate(invalid="ignore", over="ignore"):
         normed = (x - mean.astype(np.float64)[:, None]) * rstd.astype(np.float64)[:, None]
         g = dy * weight
         dx = (g - _mean(g)[:, None] - normed * _mean(g * normed)[:, None]) * rstd.astype(np.float64)[:, None]
-        return dx.reshape(shape).astype(dtype), (dy * normed).sum(0).astype(dtype), dy.sum(0).astype(dtype)
+        dx = _checks.into(out, dx.reshape(shape).astype(dtype))
+        return dx, (dy * normed).sum(0).astype(dtype), dy.sum(0).astype(dtype)
 
 
-def rms_norm(x, weight, eps):
+def rms_norm(x, weight, eps, *, out=None):
     """y = x * rstd * weight, rstd = 1 / sqrt(mean(x * x) + eps). Returns y, rstd."""
     x, weight, eps = _checks.rms_norm(x, weight, eps)
+    out = _checks.optional_output(out, x, ("x", x), ("weight", weight))
     x_nd = x.reshape(_checks.rows(x)).astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         rstd = 1.0 / np.sqrt(_mean(x_nd * x_nd) + eps)
         y = x_nd * rstd[:, None] * weight
-        return y.reshape(x.shape).astype(x.dtype), rstd.astype(x.dtype)
+        return _checks.into(out, y.reshape(x.shape).astype(x.dtype)), rstd.astype(x.dtype)
 
 
-def rms_norm_backward(dy, x, weight, rstd):
+def rms_norm_backward(dy, x, weight, rstd, *, out=None):
     """dx, dweight of `rms_norm`, from what it returned."""
     dy, x, weight, rstd = _checks.norm_backward(dy, x, weight, rstd)
+    out = _checks.optional_output(out, x, ("dy", dy), ("x", x), ("weight", weight), ("rstd", rstd))
     shape, dtype = x.shape, x.dtype
     x, dy = (a.reshape(_checks.rows(a)).astype(np.float64) for a in (x, dy))
     with np.errstate(invalid="ignore", over="ignore"):
         normed = x * rstd.astype(np.float64)[:, None]
         g = dy * weight
         dx = (g - normed * _mean(g * normed)[:, None]) * rstd.astype(np.float64)[:, None]
-        return dx.reshape(shape).astype(dtype), (dy * normed).sum(0).astype(dtype)
+        return _checks.into(out, dx.reshape(shape).astype(dtype)), (dy * normed).sum(0).astype(dtype)

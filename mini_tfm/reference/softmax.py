@@ -15,30 +15,36 @@ def _max_and_log_sum(x):
         return top, top + np.log(np.exp(x - top).sum(-1, keepdims=True))
 
 
-def softmax(x):
-    """exp(x) / sum exp(x) over the last axis. A row of -inf gives zeros; a row with NaN or +inf gives NaN."""
+def softmax(x, *, out=None):
+    """exp(x) / sum exp(x) over the last axis. A row of -inf gives zeros; a row with NaN or +inf gives NaN.
+
+    Here and in what else takes one, `out` is an array for the (first) result, of its shape; None: a new one.
+    """
     x = _checks.real("x", x, min_ndim=1)
+    out = _checks.optional_output(out, x, ("x", x))
     x64 = x.astype(np.float64)
     top, _ = _max_and_log_sum(x64)
     with np.errstate(invalid="ignore", over="ignore"):
         p = np.exp(x64 - top)
         total = p.sum(-1, keepdims=True)
-        return (p / np.where(total == 0.0, 1.0, total)).astype(x.dtype)
+        return _checks.into(out, (p / np.where(total == 0.0, 1.0, total)).astype(x.dtype))
 
 
-def softmax_backward(y, dy):
+def softmax_backward(y, dy, *, out=None):
     """dx = y * (dy - sum(y * dy)), from softmax's own output."""
     y = _checks.real("y", y, min_ndim=1)
     dy = _checks.real("dy", dy, like=y, shape=y.shape)
+    out = _checks.optional_output(out, y, ("y", y), ("dy", dy))
     y64, dy64 = y.astype(np.float64), dy.astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
-        return (y64 * (dy64 - (y64 * dy64).sum(-1, keepdims=True))).astype(y.dtype)
+        return _checks.into(out, (y64 * (dy64 - (y64 * dy64).sum(-1, keepdims=True))).astype(y.dtype))
 
 
-def log_softmax(x):
+def log_softmax(x, *, out=None):
     """x - log sum exp(x) over the last axis. A row of -inf stays -inf."""
     x = _checks.real("x", x, min_ndim=1)
+    out = _checks.optional_output(out, x, ("x", x))
     x64 = x.astype(np.float64)
     _, lse = _max_and_log_sum(x64)
     with np.errstate(invalid="ignore", over="ignore"):
-        return np.where(lse == -np.inf, -np.inf, x64 - lse).astype(x.dtype)
+        return _checks.into(out, np.where(lse == -np.inf, -np.inf, x64 - lse).astype(x.dtype))

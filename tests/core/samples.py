@@ -14,12 +14,17 @@ from mini_tfm import _core
 from mini_tfm.reference import Block, PackedWeight
 
 # What a call changes; everything else that it is given stays as it is.
+WITH_OUT = (
+    "activation", "activation_backward", "layer_norm", "layer_norm_backward", "log_softmax", "rms_norm", "rms_norm_backward", "softmax",
+    "softmax_backward",
+)  # fmt: skip
 IN_PLACE = {
     "linear_cross_entropy_backward": ("dweight",),
     "gemm": ("out",),
     "packed_linear": ("out",),
     "embedding_backward": ("dtable",),
     "adamw": ("param", "m", "v"),
+    **dict.fromkeys(WITH_OUT, ("out",)),
 }
 SETTINGS = {"set_num_threads", "get_num_threads", "show_config"}
 
@@ -29,7 +34,7 @@ def sample(name, dtype, layout="contiguous", big=False, seed=0):
     values, plain = Values(seed, dtype, layout), Values(seed + 1, dtype)
     n, d = (601, 517) if big else (7, 5)
     x, dy, rows, weight = values.real(n, d), values.real(n, d), values.real(n), values.real(d)
-    flat = n * d
+    out, flat = np.ones((n, d), dtype), n * d
     adam = {"lr": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.01, "step": 3, "grad_scale": 0.5}
     smoothing = {"ignore_index": -100, "label_smoothing": 0.1}
     targets = values.integers(0, d, n)
@@ -51,8 +56,8 @@ def sample(name, dtype, layout="contiguous", big=False, seed=0):
     ]  # fmt: skip
     case.biases += [None, None]
     samples = {
-        "activation": lambda: {"x": x, "kind": "gelu"},
-        "activation_backward": lambda: {"x": x, "dy": dy, "kind": "gelu_tanh"},
+        "activation": lambda: {"x": x, "kind": "gelu", "out": out},
+        "activation_backward": lambda: {"x": x, "dy": dy, "kind": "gelu_tanh", "out": out},
         "adamw": lambda: {
             "param": plain.real(flat), "grad": values.real(flat), "m": plain.real(flat), "v": plain.positive(flat), **adam
         },
@@ -71,25 +76,25 @@ def sample(name, dtype, layout="contiguous", big=False, seed=0):
         "embedding": lambda: {"table": x, "ids": values.integers(0, n, d, 3)},
         "embedding_backward": lambda: {"ids": values.integers(0, 50, 3, n), "dout": values.real(3, n, d), "dtable": plain.real(50, d)},
         "gemm": lambda: {"a": x, "b": dy, "trans_a": False, "trans_b": True, "out": plain.real(n, n), "accumulate": True},
-        "layer_norm": lambda: {"x": x, "weight": weight, "bias": values.real(d), "eps": 1e-5},
-        "layer_norm_backward": lambda: {"dy": dy, "x": x, "weight": weight, "mean": rows, "rstd": values.positive(n)},
+        "layer_norm": lambda: {"x": x, "weight": weight, "bias": values.real(d), "eps": 1e-5, "out": out},
+        "layer_norm_backward": lambda: {"dy": dy, "x": x, "weight": weight, "mean": rows, "rstd": values.positive(n), "out": out},
         "linear_top_k": lambda: {"x": x, "weight": packed(plain, dtype, d), "k": 5, "bias": values.real(D_OUT), "lse": True},
-        "log_softmax": lambda: {"x": x},
+        "log_softmax": lambda: {"x": x, "out": out},
         "pack": lambda: {"weight": x, "dtype": np.dtype(dtype).name, "transposed": False, "gate": dy, "group": None},
         "packed_linear": lambda: {
             "x": x, "weight": packed(plain, dtype, d, gated=True), "bias": values.real(D_OUT), "gate_bias": values.real(D_OUT),
             "activation": "silu", "residual": values.real(n, D_OUT), "out": plain.real(n, D_OUT)
         },
-        "rms_norm": lambda: {"x": x, "weight": weight, "eps": 1e-6},
-        "rms_norm_backward": lambda: {"dy": dy, "x": x, "weight": weight, "rstd": values.positive(n)},
+        "rms_norm": lambda: {"x": x, "weight": weight, "eps": 1e-6, "out": out},
+        "rms_norm_backward": lambda: {"dy": dy, "x": x, "weight": weight, "rstd": values.positive(n), "out": out},
         "rotary": lambda: {"x": q, "positions": values.integers(0, 999, length), "base": 10000.0, "inverse": False},
         "search": lambda: {
             "queries": values.real(2, n // 4 + 1, 16), "bank": values.real(2, n, 16), "k": 5, "valid": values.mask(2, n),
             "scales": None,
         },
         "sinusoidal_positions": lambda: {"n": n, "d_model": d, "dtype": np.dtype(dtype)},
-        "softmax": lambda: {"x": x},
-        "softmax_backward": lambda: {"y": x, "dy": dy},
+        "softmax": lambda: {"x": x, "out": out},
+        "softmax_backward": lambda: {"y": x, "dy": dy, "out": out},
         "sum_of_squares": lambda: {"x": x},
     }  # fmt: skip
     return samples[name]()

@@ -2,12 +2,25 @@
 
 import numpy as np
 import pytest
-from core.samples import IN_PLACE, NAMES, arrays_in, call, sample
+from core.samples import IN_PLACE, NAMES, WITH_OUT, arrays_in, call, sample
 from helpers import LAYOUTS, assert_same_bits
 
 from mini_tfm import _core, reference
 
 every_kernel = pytest.mark.parametrize("name", NAMES)
+
+
+@pytest.mark.parametrize("name", WITH_OUT)
+def test_a_result_goes_where_it_is_asked_to(core, dtype, name):
+    """Into `out`, which is what comes back, with the bits of a new array."""
+    arguments = sample(name, dtype)
+    given = getattr(core, name)(**arguments)
+    given = given if isinstance(given, tuple) else (given,)
+    assert given[0] is arguments["out"]
+    fresh = getattr(core, name)(**{**arguments, "out": None})
+    fresh = fresh if isinstance(fresh, tuple) else (fresh,)
+    assert_same_bits(given, fresh)
+    assert not any(np.shares_memory(array, given[0]) for array in fresh)
 
 
 @every_kernel
@@ -57,13 +70,15 @@ def test_a_big_call_agrees_with_the_twin(dtype, name):
 
 # kernel, axis of the rows, the arguments that have them, and how many results do.
 ROWS = {
-    "activation": (0, ("x",), 1), "activation_backward": (0, ("x", "dy"), 1), "cross_entropy": (0, ("logits", "targets"), 2),
+    "activation": (0, ("x", "out"), 1), "activation_backward": (0, ("x", "dy", "out"), 1), "cross_entropy": (0, ("logits", "targets"), 2),
     "cross_entropy_backward": (0, ("logits", "targets", "lse", "dlosses"), 1), "embedding": (1, ("ids",), 1), "gemm": (0, ("a", "out"), 1),
     "linear_cross_entropy": (0, ("x", "targets"), 2), "linear_cross_entropy_backward": (0, ("x", "targets", "lse", "dlosses"), 1),
-    "layer_norm": (0, ("x",), 3), "layer_norm_backward": (0, ("dy", "x", "mean", "rstd"), 1), "log_softmax": (0, ("x",), 1),
     "linear_top_k": (0, ("x",), 3), "packed_linear": (0, ("x", "residual", "out"), 1),
-    "rms_norm": (0, ("x",), 2), "rms_norm_backward": (0, ("dy", "x", "rstd"), 1), "rotary": (0, ("x",), 1),
-    "search": (1, ("queries",), 2), "softmax": (0, ("x",), 1), "softmax_backward": (0, ("y", "dy"), 1),
+    "layer_norm": (0, ("x", "out"), 3), "layer_norm_backward": (0, ("dy", "x", "mean", "rstd", "out"), 1),
+    "log_softmax": (0, ("x", "out"), 1), "rms_norm": (0, ("x", "out"), 2), "rms_norm_backward": (0, ("dy", "x", "rstd", "out"), 1),
+    "rotary": (0, ("x",), 1),
+    "search": (1, ("queries",), 2), "softmax": (0, ("x", "out"), 1),
+    "softmax_backward": (0, ("y", "dy", "out"), 1),
 }  # fmt: skip
 
 
@@ -85,6 +100,40 @@ def test_a_row_has_the_same_bits_in_any_company(threads, dtype, name, big):
     for rows in (range(1), range(n - 1, n), range(n // 2, n), range(0, n, 3)):
         for part, whole in zip(results(rows), everything, strict=True):
             assert_same_bits(part, np.take(whole, rows, axis))
+
+
+# kernel and its arguments, from many rows; the first result is rows as well.
+PAST_CACHES = [
+    ("softmax", lambda rows, d: {"x": rows}), ("log_softmax", lambda rows, d: {"x": rows}),
+    ("softmax_backward", lambda rows, d: {"y": rows, "dy": rows[::-1].copy()}),
+    ("layer_norm", lambda rows, d: {"x": rows, "weight": rows[0], "bias": rows[1], "eps": 1e-5}),
+    ("rms_norm", lambda rows, d: {"x": rows, "weight": rows[0], "eps": 1e-5}),
+    ("layer_norm_backward", lambda rows, d: {"dy": rows[::-1].copy(), "x": rows, "weight": rows[0], "mean": rows[:, 0].copy(),
+                                             "rstd": rows[:, 1].copy()}),
+    ("rms_norm_backward", lambda rows, d: {"dy": rows[::-1].copy(), "x": rows, "weight": rows[0], "rstd": rows[:, 1].copy()}),
+    ("activation", lambda rows, d: {"x": rows, "kind": "gelu"}), ("activation", lambda rows, d: {"x": rows, "kind": "relu"}),
+    ("activation_backward", lambda rows, d: {"x": rows, "dy": rows[::-1].copy(), "kind": "gelu"}),
+    ("embedding", lambda rows, d: {"table": rows, "ids": np.arange(len(rows))[::-1].copy()}),
+]  # fmt: skip
+
+
+@pytest.mark.skipif(_core.show_config()["isa"] == "reference", reason="of the compiled kernels' ways with memory")
+@pytest.mark.parametrize("name, arguments", PAST_CACHES, ids=[f"{name}{i}" for i, (name, _) in enumerate(PAST_CACHES)])
+@pytest.mark.parametrize("d", [33, 517, 3001])
+def test_large_results_have_the_same_bits(threads, name, arguments, d):
+    """Results above 32 MB take another way to memory, from the first element to the last; rows alone do not."""
+    n = 35_000_000 // (4 * d)
+    rows = np.random.default_rng(0).standard_normal((n, d), np.float32)
+    threads.set_num_threads(2)
+    given = arguments(rows, d)
+    whole = arrays_in(call(threads, name, given))[0]
+    few = min(n, 300)
+    for part in (slice(0, few), slice(n // 2, n // 2 + few), slice(n - few, n)):
+        alone = {
+            key: value[part] if isinstance(value, np.ndarray) and len(value) == n and key != "table" else value
+            for key, value in given.items()
+        }
+        assert_same_bits(arrays_in(call(threads, name, alone))[0], whole[part])
 
 
 @every_kernel

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from core.samples import IN_PLACE, NAMES, arrays_in, sample
+from core.samples import IN_PLACE, NAMES, WITH_OUT, arrays_in, sample
 
 from mini_tfm.errors import InvalidType, InvalidValue
 from mini_tfm.reference import Block, PackedWeight
@@ -25,7 +25,7 @@ MAY_BE_NONE = {
     *("bias", "valid", "lengths", "index", "dbias", "window", "offset", "needs", "gate", "gate_bias", "group", "activation", "residual"),
     *("scales", "dweight"),
 }
-OPTIONAL_OUT = {("gemm", "out"), ("packed_linear", "out")}
+OPTIONAL_OUT = {("gemm", "out"), ("packed_linear", "out"), *((name, "out") for name in WITH_OUT)}
 
 NUMBERS = {
     "eps": [-1e-9, np.nan, np.inf], "p": [-0.1, 1.0, np.nan], "label_smoothing": [-0.1, 1.1, np.nan], "lr": [-1.0, np.inf],

@@ -123,15 +123,24 @@ INLINE void activate_backward(int count, const vec *x, const vec *dy, vec *dx, i
     }
 }
 
-INLINE void activate_piece(const real *x, real *y, ptrdiff_t n, int kind) {
+INLINE void activate_piece(const real *x, real *y, ptrdiff_t n, int kind, int past) {
     vec from[4], to[4];
-    ptrdiff_t i = 0;
+    ptrdiff_t i = to_boundary(y, n, past);
+    if (i) {
+        from[0] = load_some(x, i, 0);
+        activate(1, from, to, kind);
+        store_some(y, to[0], i);
+    }
     for (; i + 4 * VL <= n; i += 4 * VL) {
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++) from[j] = load(x + i + j * VL);
         activate(4, from, to, kind);
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) store(y + i + j * VL, to[j]);
+        for (int j = 0; j < 4; j++)
+            if (past)
+                store_past(y + i + j * VL, to[j]);
+            else
+                store(y + i + j * VL, to[j]);
     }
     for (; i < n; i += VL) {
         int whole = i + VL <= n;
@@ -144,15 +153,25 @@ INLINE void activate_piece(const real *x, real *y, ptrdiff_t n, int kind) {
     }
 }
 
-INLINE void activate_backward_piece(const real *x, const real *dy, real *dx, ptrdiff_t n, int kind) {
+INLINE void activate_backward_piece(const real *x, const real *dy, real *dx, ptrdiff_t n, int kind, int past) {
     vec from[4], grad[4], to[4];
-    ptrdiff_t i = 0;
+    ptrdiff_t i = to_boundary(dx, n, past);
+    if (i) {
+        from[0] = load_some(x, i, 0);
+        grad[0] = load_some(dy, i, 0);
+        activate_backward(1, from, grad, to, kind);
+        store_some(dx, to[0], i);
+    }
     for (; i + 4 * VL <= n; i += 4 * VL) {
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++) from[j] = load(x + i + j * VL), grad[j] = load(dy + i + j * VL);
         activate_backward(4, from, grad, to, kind);
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) store(dx + i + j * VL, to[j]);
+        for (int j = 0; j < 4; j++)
+            if (past)
+                store_past(dx + i + j * VL, to[j]);
+            else
+                store(dx + i + j * VL, to[j]);
     }
     for (; i < n; i += VL) {
         int whole = i + VL <= n;
@@ -170,24 +189,21 @@ INLINE void activate_backward_piece(const real *x, const real *dy, real *dx, ptr
 static void activation(const void *x_, void *y_, ptrdiff_t n, int kind) {
     const real *x = x_;
     real *y = y_;
-    ptrdiff_t pieces = div_up(n, CHUNK);
+    ptrdiff_t pieces = div_up(n, ELEMENTS);
     int past = past_caches(n);
 #pragma omp parallel num_threads(mt_team(pieces, (kind == MT_RELU ? 1.0 : 4.0) * n))
     {
 #pragma omp for schedule(static) nowait
         for (ptrdiff_t piece = 0; piece < pieces; piece++) {
-            real chunk[CHUNK] __attribute__((aligned(64)));
-            ptrdiff_t at = piece * CHUNK, m = min_size(CHUNK, n - at);
-            real *to = past ? chunk : y + at;
+            ptrdiff_t at = piece * ELEMENTS, m = min_size(ELEMENTS, n - at);
             switch (kind) { /* outside the loop over elements: each gets a loop of its own */
-            case MT_RELU: activate_piece(x + at, to, m, MT_RELU); break;
-            case MT_GELU: activate_piece(x + at, to, m, MT_GELU); break;
-            case MT_GELU_TANH: activate_piece(x + at, to, m, MT_GELU_TANH); break;
-            default: activate_piece(x + at, to, m, MT_SILU);
+            case MT_RELU: activate_piece(x + at, y + at, m, MT_RELU, past); break;
+            case MT_GELU: activate_piece(x + at, y + at, m, MT_GELU, past); break;
+            case MT_GELU_TANH: activate_piece(x + at, y + at, m, MT_GELU_TANH, past); break;
+            default: activate_piece(x + at, y + at, m, MT_SILU, past);
             }
-            if (past) stream_out(y + at, chunk, m);
         }
-        stream_end(past);
+        past_end(past);
     }
 }
 
@@ -195,24 +211,21 @@ static void activation(const void *x_, void *y_, ptrdiff_t n, int kind) {
 static void activation_backward(const void *x_, const void *dy_, void *dx_, ptrdiff_t n, int kind) {
     const real *x = x_, *dy = dy_;
     real *dx = dx_;
-    ptrdiff_t pieces = div_up(n, CHUNK);
+    ptrdiff_t pieces = div_up(n, ELEMENTS);
     int past = past_caches(n);
 #pragma omp parallel num_threads(mt_team(pieces, (kind == MT_RELU ? 2.0 : 5.0) * n))
     {
 #pragma omp for schedule(static) nowait
         for (ptrdiff_t piece = 0; piece < pieces; piece++) {
-            real chunk[CHUNK] __attribute__((aligned(64)));
-            ptrdiff_t at = piece * CHUNK, m = min_size(CHUNK, n - at);
-            real *to = past ? chunk : dx + at;
+            ptrdiff_t at = piece * ELEMENTS, m = min_size(ELEMENTS, n - at);
             switch (kind) {
-            case MT_RELU: activate_backward_piece(x + at, dy + at, to, m, MT_RELU); break;
-            case MT_GELU: activate_backward_piece(x + at, dy + at, to, m, MT_GELU); break;
-            case MT_GELU_TANH: activate_backward_piece(x + at, dy + at, to, m, MT_GELU_TANH); break;
-            default: activate_backward_piece(x + at, dy + at, to, m, MT_SILU);
+            case MT_RELU: activate_backward_piece(x + at, dy + at, dx + at, m, MT_RELU, past); break;
+            case MT_GELU: activate_backward_piece(x + at, dy + at, dx + at, m, MT_GELU, past); break;
+            case MT_GELU_TANH: activate_backward_piece(x + at, dy + at, dx + at, m, MT_GELU_TANH, past); break;
+            default: activate_backward_piece(x + at, dy + at, dx + at, m, MT_SILU, past);
             }
-            if (past) stream_out(dx + at, chunk, m);
         }
-        stream_end(past);
+        past_end(past);
     }
 }
 
@@ -239,25 +252,18 @@ static void dropout(const void *x_, void *y_, ptrdiff_t n, double p, uint64_t se
     real *y = y_;
     const real scale = (real)(1.0 / (1.0 - p));
     const uint32_t threshold = (uint32_t)(p * 4294967296.0);
-    ptrdiff_t pieces = div_up(n, CHUNK);
-    int past = past_caches(n);
-#pragma omp parallel num_threads(mt_team(pieces, 6.0 * n))
-    {
-#pragma omp for schedule(static) nowait
-        for (ptrdiff_t piece = 0; piece < pieces; piece++) {
-            real chunk[CHUNK] __attribute__((aligned(64)));
-            ptrdiff_t at = piece * CHUNK, m = min_size(CHUNK, n - at);
-            /* 2^32 is a multiple of CHUNK: a piece never spans two keys. */
-            uint64_t key = mix64(seed + ((uint64_t)at / 4294967296u + 1) * 0x9E3779B97F4A7C15u);
-            uint32_t key_low = (uint32_t)key, key_high = (uint32_t)(key >> 32), begin = (uint32_t)at;
-            const real *restrict from = x + at;
-            real *restrict to = past ? chunk : y + at;
-            for (ptrdiff_t i = 0; i < m; i++) {
-                uint32_t drawn = mix32(mix32(begin + (uint32_t)i + key_low) ^ key_high);
-                to[i] = drawn >= threshold ? from[i] * scale : 0;
-            }
-            if (past) stream_out(y + at, chunk, m);
+    ptrdiff_t pieces = div_up(n, ELEMENTS);
+#pragma omp parallel for num_threads(mt_team(pieces, 6.0 * n)) schedule(static)
+    for (ptrdiff_t piece = 0; piece < pieces; piece++) {
+        ptrdiff_t at = piece * ELEMENTS, m = min_size(ELEMENTS, n - at);
+        /* 2^32 is a multiple of ELEMENTS: a piece never spans two keys. */
+        uint64_t key = mix64(seed + ((uint64_t)at / 4294967296u + 1) * 0x9E3779B97F4A7C15u);
+        uint32_t key_low = (uint32_t)key, key_high = (uint32_t)(key >> 32), first = (uint32_t)at;
+        const real *restrict from = x + at;
+        real *restrict to = y + at;
+        for (ptrdiff_t i = 0; i < m; i++) {
+            uint32_t drawn = mix32(mix32(first + (uint32_t)i + key_low) ^ key_high);
+            to[i] = drawn >= threshold ? from[i] * scale : 0;
         }
-        stream_end(past);
     }
 }

@@ -16,12 +16,9 @@ static void embedding(const void *table, const int64_t *ids_n, void *out, ptrdif
                 if (row + AHEAD < n)
                     for (ptrdiff_t i = 0; i < d && i < 1024; i += 64 / sizeof(real))
                         __builtin_prefetch(table_vd + ids_n[row + AHEAD] * d + i);
-                if (past)
-                    stream_out(out_nd + row * d, table_vd + ids_n[row] * d, d);
-                else
-                    memcpy(out_nd + row * d, table_vd + ids_n[row] * d, d * sizeof(real));
+                copy_row(table_vd + ids_n[row] * d, out_nd + row * d, d, past);
             }
-        stream_end(past);
+        past_end(past);
     }
 }
 

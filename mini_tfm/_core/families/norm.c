@@ -54,13 +54,18 @@ static double row_spread_wide(const real *x_d, ptrdiff_t d, double centre) {
     return total;
 }
 
-/* y = (x - mean) rstd weight + bias over a stretch of a row; bias_d NULL: none. */
-INLINE void row_normed(const real *x_d, const real *weight_d, const real *bias_d, real mean, real rstd, real *y_d, ptrdiff_t d) {
+/* y = (x - mean) rstd weight + bias over a row; bias_d NULL: none. */
+INLINE void row_normed(const real *x_d, const real *weight_d, const real *bias_d, real mean, real rstd, real *y_d, ptrdiff_t d,
+                       struct stream *stream) {
     ptrdiff_t i = 0;
-    if (bias_d)
-        for (; i + VL <= d; i += VL) store(y_d + i, (load(x_d + i) - mean) * rstd * load(weight_d + i) + load(bias_d + i));
-    else
-        for (; i + VL <= d; i += VL) store(y_d + i, (load(x_d + i) - mean) * rstd * load(weight_d + i));
+    for (; i + VL <= d; i += VL) {
+        if (stream && i % LINE == 0) {
+            __builtin_prefetch(x_d + i + d);
+            stream_step(stream);
+        }
+        vec y = (load(x_d + i) - mean) * rstd * load(weight_d + i);
+        store(y_d + i, bias_d ? y + load(bias_d + i) : y);
+    }
     if (i < d) {
         ptrdiff_t some = d - i;
         vec y = (load_some(x_d + i, some, 0) - mean) * rstd * load_some(weight_d + i, some, 0);
@@ -73,13 +78,14 @@ INLINE void norm_forward(const real *x_nd, const real *weight_d, const real *bia
                          real *rstd_n, ptrdiff_t n, ptrdiff_t d) {
     real share = d ? 1 / (real)d : 0;
     ptrdiff_t rows = rows_in_chunk(d), pieces = div_up(n, rows);
-    int past = past_caches(n * d);
+    int past = past_caches(n * d) && d <= CHUNK;
 #pragma omp parallel num_threads(mt_team(pieces, 2.0 * n * d))
     {
 #pragma omp for schedule(static) nowait
         for (ptrdiff_t piece = 0; piece < pieces; piece++) {
-            real chunk[CHUNK] __attribute__((aligned(64)));
+            real room[CHUNK] __attribute__((aligned(64)));
             ptrdiff_t first = piece * rows, last = min_size(n, first + rows);
+            struct stream stream = stream_open(y_nd + first * d, room);
             for (ptrdiff_t row = first; row < last; row++) {
                 const real *x_d = x_nd + row * d;
                 real mean = mean_n ? row_sum(x_d, d) * share : 0;
@@ -87,18 +93,15 @@ INLINE void norm_forward(const real *x_nd, const real *weight_d, const real *bia
                 double spread = row_spread(x_d, d, mean);
                 if (isinf(spread)) spread = row_spread_wide(x_d, d, mean);
                 real rstd = (real)(1 / sqrt(spread * share + eps));
-                if (!past) row_normed(x_d, weight_d, bias_d, mean, rstd, y_nd + row * d, d);
-                for (ptrdiff_t i = 0; past && i < d; i += CHUNK) {
-                    ptrdiff_t m = min_size(CHUNK, d - i);
-                    row_normed(x_d + i, weight_d + i, bias_d ? bias_d + i : NULL, mean, rstd, chunk + (row - first) * d, m);
-                    if (d > CHUNK) stream_out(y_nd + row * d + i, chunk, m);
-                }
+                real *y_d = past ? stream.chunk + (row - first) * d : y_nd + row * d;
+                row_normed(x_d, weight_d, bias_d, mean, rstd, y_d, d, past ? &stream : NULL);
+                stream.ready = (row - first + 1) * d;
                 if (mean_n) mean_n[row] = mean;
                 rstd_n[row] = rstd;
             }
-            if (past && d <= CHUNK) stream_out(y_nd + first * d, chunk, (last - first) * d);
+            if (past) stream_close(&stream);
         }
-        stream_end(past);
+        past_end(past);
     }
 }
 
@@ -155,32 +158,40 @@ INLINE vec dx_of(vec dy, vec x, vec weight, vec mean, vec rstd, vec g_mean, vec 
     return (dy * weight - g_mean - z * gz_mean) * rstd;
 }
 
-/* dx = rstd (g - mean(g) - z mean(g z)) of `rows` rows (1 or 2) over columns [i0, i1), in dx_d and dx_d + dx_row; and their
- * part of the parameters' gradients. Two rows at once halve the loads and stores of the latter. */
+/* dx = rstd (g - mean(g) - z mean(g z)) of `rows` rows (1 or 2), and their part of the parameters' gradients. Two rows at
+ * once halve the loads and stores of the latter. */
 INLINE void dx_of_rows(int rows, const real *dy_d, const real *x_d, const real *weight_d, const struct row_slopes *slopes, ptrdiff_t d,
-                       ptrdiff_t i0, ptrdiff_t i1, real *dx_d, ptrdiff_t dx_row, real *dweight_d, real *dbias_d) {
+                       real *dx_d, real *dweight_d, real *dbias_d, struct stream *stream) {
     const struct row_slopes s = slopes[0], t = slopes[rows - 1];
     vec s_mean = all(s.mean), s_rstd = all(s.rstd), s_g = all(s.g_mean), s_gz = all(s.gz_mean);
     vec t_mean = all(t.mean), t_rstd = all(t.rstd), t_g = all(t.g_mean), t_gz = all(t.gz_mean);
     const real *dy2_d = dy_d + d, *x2_d = x_d + d;
-    real *dx2_d = dx_d + dx_row;
-    ptrdiff_t i = i0;
-    for (; i + VL <= i1; i += VL) {
+    real *dx2_d = dx_d + d;
+    ptrdiff_t i = 0;
+    for (; i + VL <= d; i += VL) {
+        if (stream && i % LINE == 0) {
+            for (int r = 0; r < rows; r++) {
+                __builtin_prefetch(dy_d + (rows + r) * d + i);
+                __builtin_prefetch(x_d + (rows + r) * d + i);
+                stream_step(stream);
+            }
+        }
         vec weight = load(weight_d + i), dweight = load(dweight_d + i), dbias = load(dbias_d + i);
-        store(dx_d + i - i0, dx_of(load(dy_d + i), load(x_d + i), weight, s_mean, s_rstd, s_g, s_gz, &dweight, &dbias));
-        if (rows == 2)
-            store(dx2_d + i - i0, dx_of(load(dy2_d + i), load(x2_d + i), weight, t_mean, t_rstd, t_g, t_gz, &dweight, &dbias));
+        store(dx_d + i, dx_of(load(dy_d + i), load(x_d + i), weight, s_mean, s_rstd, s_g, s_gz, &dweight, &dbias));
+        if (rows == 2) store(dx2_d + i, dx_of(load(dy2_d + i), load(x2_d + i), weight, t_mean, t_rstd, t_g, t_gz, &dweight, &dbias));
         store(dweight_d + i, dweight);
         store(dbias_d + i, dbias);
     }
-    if (i < i1) {
-        ptrdiff_t some = i1 - i;
+    if (i < d) {
+        ptrdiff_t some = d - i;
         vec weight = load_some(weight_d + i, some, 0), dweight = load_some(dweight_d + i, some, 0), dbias = load_some(dbias_d + i, some, 0);
-        store_some(dx_d + i - i0, dx_of(load_some(dy_d + i, some, 0), load_some(x_d + i, some, 0), weight, s_mean, s_rstd, s_g, s_gz,
-                                        &dweight, &dbias), some);
-        if (rows == 2)
-            store_some(dx2_d + i - i0, dx_of(load_some(dy2_d + i, some, 0), load_some(x2_d + i, some, 0), weight, t_mean, t_rstd, t_g,
-                                             t_gz, &dweight, &dbias), some);
+        vec dy = load_some(dy_d + i, some, 0), x = load_some(x_d + i, some, 0);
+        store_some(dx_d + i, dx_of(dy, x, weight, s_mean, s_rstd, s_g, s_gz, &dweight, &dbias), some);
+        if (rows == 2) {
+            dy = load_some(dy2_d + i, some, 0);
+            x = load_some(x2_d + i, some, 0);
+            store_some(dx2_d + i, dx_of(dy, x, weight, t_mean, t_rstd, t_g, t_gz, &dweight, &dbias), some);
+        }
         store_some(dweight_d + i, dweight, some);
         store_some(dbias_d + i, dbias, some);
     }
@@ -192,17 +203,18 @@ INLINE void dx_of_rows(int rows, const real *dy_d, const real *x_d, const real *
 INLINE int norm_backward(const real *dy_nd, const real *x_nd, const real *weight_d, const real *mean_n, const real *rstd_n,
                          real *dx_nd, real *dweight_d, real *dbias_d, ptrdiff_t n, ptrdiff_t d) {
     ptrdiff_t piece_rows = max_size(NORM_ROWS, div_up(n, NORM_PIECES)), pieces = div_up(n, piece_rows);
-    int past = past_caches(n * d);
+    int past = past_caches(n * d) && 2 * d <= CHUNK;
     real *sums_p2d = calloc(max_size(pieces, 1) * 2 * max_size(d, 1), sizeof(real)); /* a piece's dweight, dbias */
     if (!sums_p2d) return -1;
 #pragma omp parallel num_threads(mt_team(pieces, 3.0 * n * d))
     {
 #pragma omp for schedule(static) nowait
         for (ptrdiff_t piece = 0; piece < pieces; piece++) {
-            real chunk[CHUNK] __attribute__((aligned(64)));
+            real room[CHUNK] __attribute__((aligned(64)));
+            struct stream stream = {0};
             real *dweight_sum = sums_p2d + piece * 2 * d, *dbias_sum = dweight_sum + d;
-            ptrdiff_t last = min_size(n, (piece + 1) * piece_rows), waiting = 0;
-            for (ptrdiff_t row = piece * piece_rows; row < last; row += 2) {
+            ptrdiff_t first = piece * piece_rows, last = min_size(n, first + piece_rows), opened = first;
+            for (ptrdiff_t row = first; row < last; row += 2) {
                 const real *dy_d = dy_nd + row * d, *x_d = x_nd + row * d;
                 real *dx_d = dx_nd + row * d;
                 int rows = row + 1 < last ? 2 : 1;
@@ -210,27 +222,24 @@ INLINE int norm_backward(const real *dy_nd, const real *x_nd, const real *weight
                 for (int r = 0; r < rows; r++)
                     slopes[r] = slopes_of_row(dy_d + r * d, x_d + r * d, weight_d, mean_n ? mean_n[row + r] : 0, rstd_n[row + r],
                                               mean_n != NULL, d);
-                /* Past the caches, whole rows gather in the chunk; stretches of rows that do not fit. */
-                ptrdiff_t stretch = past ? min_size(d, CHUNK / 2) : d;
-                for (ptrdiff_t i0 = 0; i0 < d; i0 += stretch) {
-                    ptrdiff_t i1 = min_size(d, i0 + stretch), to_row = past ? stretch : d;
-                    real *to = past ? chunk + waiting : dx_d;
-                    if (rows == 2)
-                        dx_of_rows(2, dy_d, x_d, weight_d, slopes, d, i0, i1, to, to_row, dweight_sum, dbias_sum);
-                    else
-                        dx_of_rows(1, dy_d, x_d, weight_d, slopes, d, i0, i1, to, to_row, dweight_sum, dbias_sum);
-                    if (past && stretch < d)
-                        for (int r = 0; r < rows; r++) stream_out(dx_d + r * d + i0, chunk + r * stretch, i1 - i0);
+                if (past) {
+                    if (row == opened) stream = stream_open(dx_d, room);
+                    dx_d = stream.chunk + (row - opened) * d;
                 }
-                if (!past || stretch < d) continue;
-                waiting += rows * d;
-                if (waiting + 2 * d > CHUNK || row + 2 >= last) {
-                    stream_out(dx_d + rows * d - waiting, chunk, waiting);
-                    waiting = 0;
+                if (rows == 2)
+                    dx_of_rows(2, dy_d, x_d, weight_d, slopes, d, dx_d, dweight_sum, dbias_sum, past ? &stream : NULL);
+                else
+                    dx_of_rows(1, dy_d, x_d, weight_d, slopes, d, dx_d, dweight_sum, dbias_sum, past ? &stream : NULL);
+                if (past) {
+                    stream.ready += rows * d;
+                    if (stream.ready + 2 * d > CHUNK || row + 2 >= last) {
+                        stream_close(&stream);
+                        opened = row + 2;
+                    }
                 }
             }
         }
-        stream_end(past);
+        past_end(past);
     }
     for (ptrdiff_t i = 0; i < d; i++) {
         dweight_d[i] = 0;

@@ -61,12 +61,16 @@ INLINE real row_exp(const real *x_d, real *y_d, ptrdiff_t d, real shift) {
     return sum_lanes(total);
 }
 
-/* The same for a shift that is no less than any x, as row_shift gives it. Fetches `ahead` reals further on what comes next. */
-INLINE real row_exp_below(const real *x_d, real *y_d, ptrdiff_t d, real shift, ptrdiff_t ahead) {
+/* The same for a shift that is no less than any x, as row_shift gives it. With a stream: fetches the next row, sends the one
+ * before. */
+INLINE real row_exp_below(const real *x_d, real *y_d, ptrdiff_t d, real shift, struct stream *stream) {
     vec total = all(0);
     ptrdiff_t i = 0;
     for (; i + 2 * VL <= d; i += 2 * VL) {
-        if (ahead) __builtin_prefetch(x_d + i + ahead);
+        if (stream) {
+            __builtin_prefetch(x_d + i + d);
+            if (2 * VL == LINE || i % LINE == 0) stream_step(stream);
+        }
         for (int half = 0; half < 2; half++) {
             vec e = exp_below(load(x_d + i + half * VL) - shift);
             if (y_d) store(y_d + i + half * VL, e);
@@ -104,15 +108,6 @@ INLINE real row_dot(const real *a_d, const real *b_d, ptrdiff_t d) {
     return sum_lanes(total);
 }
 
-/* Rows that are made in one chunk, where they are sent past the caches. */
-INLINE ptrdiff_t rows_in_chunk(ptrdiff_t d) { return d ? max_size(1, CHUNK / d) : 1; }
-
-INLINE void softmax_row(const real *x_d, real *y_d, ptrdiff_t d, ptrdiff_t ahead) {
-    /* 1: the maximum, for stability; 2: exp and its sum; 3: the division */
-    real total = row_exp_below(x_d, y_d, d, row_shift(x_d, d), ahead);
-    if (total != 0) row_scale(y_d, d, 1 / total);
-}
-
 /* x_nd (N, d) read, y_nd (N, d) written. A row of -inf gives zeros. */
 static void softmax(const void *x, void *y, ptrdiff_t n, ptrdiff_t d) {
     const real *x_nd = x;
@@ -123,21 +118,34 @@ static void softmax(const void *x, void *y, ptrdiff_t n, ptrdiff_t d) {
     {
 #pragma omp for schedule(static) nowait
         for (ptrdiff_t piece = 0; piece < pieces; piece++) {
-            real chunk[CHUNK] __attribute__((aligned(64)));
+            real room[CHUNK] __attribute__((aligned(64)));
             ptrdiff_t first = piece * rows, last = min_size(n, first + rows);
-            const real *x_rd = x_nd + first * d;
-            real *y_rd = y_nd + first * d, *to_rd = past ? chunk : y_rd;
-            for (ptrdiff_t row = 0; row < last - first; row++) softmax_row(x_rd + row * d, to_rd + row * d, d, past ? d : 0);
-            if (past) stream_out(y_rd, chunk, (last - first) * d);
+            struct stream stream = stream_open(y_nd + first * d, room);
+            for (ptrdiff_t row = first; row < last; row++) {
+                const real *x_d = x_nd + row * d;
+                real *y_d = past ? stream.chunk + (row - first) * d : y_nd + row * d;
+                /* 1: the maximum, for stability; 2: exp and its sum; 3: the division */
+                real shift = row_shift(x_d, d), total = row_exp_below(x_d, y_d, d, shift, past ? &stream : NULL);
+                if (total != 0) row_scale(y_d, d, 1 / total);
+                stream.ready = (row - first + 1) * d;
+            }
+            if (past) stream_close(&stream);
         }
-        stream_end(past);
+        past_end(past);
     }
 }
 
-/* dx = y (dy - dot) over a stretch of a row. */
-INLINE void softmax_slope(const real *y_d, const real *dy_d, real *dx_d, ptrdiff_t d, real dot) {
+/* dx = y (dy - dot) over a row. */
+INLINE void softmax_slope(const real *y_d, const real *dy_d, real *dx_d, ptrdiff_t d, real dot, struct stream *stream) {
     ptrdiff_t i = 0;
-    for (; i + VL <= d; i += VL) store(dx_d + i, load(y_d + i) * (load(dy_d + i) - dot));
+    for (; i + VL <= d; i += VL) {
+        if (stream && i % LINE == 0) {
+            __builtin_prefetch(y_d + i + d);
+            __builtin_prefetch(dy_d + i + d);
+            stream_step(stream);
+        }
+        store(dx_d + i, load(y_d + i) * (load(dy_d + i) - dot));
+    }
     for (; i < d; i++) dx_d[i] = y_d[i] * (dy_d[i] - dot);
 }
 
@@ -146,33 +154,30 @@ static void softmax_backward(const void *y, const void *dy, void *dx, ptrdiff_t 
     const real *y_nd = y, *dy_nd = dy;
     real *dx_nd = dx;
     ptrdiff_t rows = rows_in_chunk(d), pieces = div_up(n, rows);
-    int past = past_caches(n * d);
+    int past = past_caches(n * d) && d <= CHUNK;
 #pragma omp parallel num_threads(mt_team(pieces, 2.0 * n * d))
     {
 #pragma omp for schedule(static) nowait
         for (ptrdiff_t piece = 0; piece < pieces; piece++) {
-            real chunk[CHUNK] __attribute__((aligned(64)));
+            real room[CHUNK] __attribute__((aligned(64)));
             ptrdiff_t first = piece * rows, last = min_size(n, first + rows);
+            struct stream stream = stream_open(dx_nd + first * d, room);
             for (ptrdiff_t row = first; row < last; row++) {
                 const real *y_d = y_nd + row * d, *dy_d = dy_nd + row * d;
                 real dot = row_dot(y_d, dy_d, d);
-                if (!past) softmax_slope(y_d, dy_d, dx_nd + row * d, d, dot);
-                for (ptrdiff_t i = 0; past && i < d; i += CHUNK) {
-                    ptrdiff_t m = min_size(CHUNK, d - i);
-                    softmax_slope(y_d + i, dy_d + i, chunk + (row - first) * d, m, dot);
-                    if (d > CHUNK) stream_out(dx_nd + row * d + i, chunk, m);
-                }
+                softmax_slope(y_d, dy_d, past ? stream.chunk + (row - first) * d : dx_nd + row * d, d, dot, past ? &stream : NULL);
+                stream.ready = (row - first + 1) * d;
             }
-            if (past && d <= CHUNK) stream_out(dx_nd + first * d, chunk, (last - first) * d);
+            if (past) stream_close(&stream);
         }
-        stream_end(past);
+        past_end(past);
     }
 }
 
 /* log sum exp of a row, -inf where there is nothing but -inf. */
-INLINE real row_log_sum_exp(const real *x_d, ptrdiff_t d) {
+INLINE real row_lse(const real *x_d, ptrdiff_t d, struct stream *stream) {
     real shift = row_shift(x_d, d);
-    real total = row_exp_below(x_d, NULL, d, shift, 0);
+    real total = row_exp_below(x_d, NULL, d, shift, stream);
 #if REAL_IS_DOUBLE
     return shift + log(total);
 #else
@@ -180,7 +185,9 @@ INLINE real row_log_sum_exp(const real *x_d, ptrdiff_t d) {
 #endif
 }
 
-/* x - lse over a stretch of a row; a row of -inf stays -inf. */
+INLINE real row_log_sum_exp(const real *x_d, ptrdiff_t d) { return row_lse(x_d, d, NULL); }
+
+/* x - lse; a row of -inf stays -inf. */
 INLINE void row_less(const real *x_d, real *y_d, ptrdiff_t d, real lse) {
     if (lse == -INFINITY) lse = 0;
     ptrdiff_t i = 0;
@@ -193,25 +200,22 @@ static void log_softmax(const void *x, void *y, ptrdiff_t n, ptrdiff_t d) {
     const real *x_nd = x;
     real *y_nd = y;
     ptrdiff_t rows = rows_in_chunk(d), pieces = div_up(n, rows);
-    int past = past_caches(n * d);
+    int past = past_caches(n * d) && d <= CHUNK;
 #pragma omp parallel num_threads(mt_team(pieces, 4.0 * n * d))
     {
 #pragma omp for schedule(static) nowait
         for (ptrdiff_t piece = 0; piece < pieces; piece++) {
-            real chunk[CHUNK] __attribute__((aligned(64)));
+            real room[CHUNK] __attribute__((aligned(64)));
             ptrdiff_t first = piece * rows, last = min_size(n, first + rows);
+            struct stream stream = stream_open(y_nd + first * d, room);
             for (ptrdiff_t row = first; row < last; row++) {
                 const real *x_d = x_nd + row * d;
-                real lse = row_log_sum_exp(x_d, d);
-                if (!past) row_less(x_d, y_nd + row * d, d, lse);
-                for (ptrdiff_t i = 0; past && i < d; i += CHUNK) {
-                    ptrdiff_t m = min_size(CHUNK, d - i);
-                    row_less(x_d + i, chunk + (row - first) * d, m, lse);
-                    if (d > CHUNK) stream_out(y_nd + row * d + i, chunk, m);
-                }
+                real lse = row_lse(x_d, d, past ? &stream : NULL);
+                row_less(x_d, past ? stream.chunk + (row - first) * d : y_nd + row * d, d, lse);
+                stream.ready = (row - first + 1) * d;
             }
-            if (past && d <= CHUNK) stream_out(y_nd + first * d, chunk, (last - first) * d);
+            if (past) stream_close(&stream);
         }
-        stream_end(past);
+        past_end(past);
     }
 }
