@@ -58,3 +58,37 @@ def test_attention_at_16384(bias, causal):
     forward, backward = json.loads(in_a_process(PROGRAM, json.dumps([n_threads, 16384, 64, bias, causal])).stdout)
     assert forward - 4.1 * MIB < n_threads * 16 * MIB
     assert backward - 12 * MIB < n_threads * 16 * MIB
+
+
+OUTPUT_LAYER = """
+import sys
+import numpy as np
+from mini_tfm import _core
+
+_core.set_num_threads(int(sys.argv[1]))
+rng = np.random.default_rng(0)
+
+def memory(which):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(which))
+
+def run(vocab, transposed):
+    shape = (vocab, 16) if transposed else (16, vocab)
+    x, weight, bias = rng.standard_normal((1024, 16), np.float32), rng.standard_normal(shape, np.float32), np.zeros(vocab, np.float32)
+    targets, dweight = rng.integers(0, vocab, 1024), np.ones_like(weight)
+    before = memory("VmRSS")
+    _, lse = _core.linear_cross_entropy(x, weight, targets, bias=bias, transposed=transposed)
+    _core.linear_cross_entropy_backward(x, weight, targets, lse, lse, dweight, bias=bias, transposed=transposed)
+    return memory("VmHWM") - before
+
+run(300, True)
+print(max(run(50_000, True), run(50_000, False)))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.skipif(_core.show_config()["isa"] == "reference", reason="the twins do make the logits")
+def test_the_logits_of_an_output_layer_are_never_there():
+    """1,024 x 50,000 of them would take 195 MiB; a chunk takes 4."""
+    n_threads = 2 if _core.show_config()["openmp"] else 1
+    assert int(in_a_process(OUTPUT_LAYER, n_threads).stdout) < 24 * MIB

@@ -271,6 +271,29 @@ def test_many_queries_find_what_each_finds_alone(threads, kind, case, d):
             )
 
 
+@compiled
+@pytest.mark.parametrize(
+    "kind, side", [("float32", "query"), ("float16", "query"), ("int8", "query"), ("float32", "row"), ("float16", "row")]
+)
+def test_a_score_that_coarse_steps_would_miss(threads, kind, side):
+    """The best rows have their scores from numbers that are nothing beside the largest of the query, or of the row."""
+    rng, d, m = np.random.default_rng(0), 64, 3000
+    signs, first = rng.choice([-1.0, 1.0], d), np.arange(d) == 0
+    small = np.where(first, 0, 0.45 * signs)  # with a step of 1 these are zeros
+    best = np.arange(2500, 2510)
+    if side == "query":
+        query, row, others = 31 * first + small, ~first * signs, first * 1.0
+    else:
+        query, row, others = ~first * signs, 127 * first + small, 0.4 * ~first * signs
+    bank = rng.uniform(-0.8, 0.8, (m, 1)) * others
+    bank[best] = row * np.linspace(1, 1.1, 10)[:, None]
+    scales = np.full((1, m), 0.01, np.float32) if kind == "int8" else None
+    bank = np.rint(bank * 100).astype(np.int8)[None] if kind == "int8" else bank.astype(kind)[None]
+    queries = (query * np.linspace(1, 2, 40)[:, None]).astype(np.float32)[None]
+    _, index = threads.search(queries, bank, 5, scales=scales)
+    np.testing.assert_array_equal(index, np.broadcast_to(best[:4:-1], index.shape))
+
+
 @pytest.mark.parametrize("order", ["ascending", "descending", "equal"])
 @pytest.mark.parametrize("n", [1, 4])
 def test_rows_in_order_and_all_alike(threads, order, n):

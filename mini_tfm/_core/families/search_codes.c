@@ -63,7 +63,8 @@ static struct coded_query code_query(const real *q_d, ptrdiff_t d, int8_t *codes
     vec squares = all(0), errors = all(0);
     int32_t total = 0;
     for (ptrdiff_t p = 0; p < d; p += VL) {
-        vec x = load(q_d + p), whole = (x * inverse + magic) - magic, error = x - whole * step;
+        vec x = load(q_d + p), shifted = x * inverse + magic, error = x - (shifted - magic) * step;
+        ivec whole = (ivec)shifted - (ivec)all(magic); /* by its bits, for a NaN is no integer */
         squares += x * x;
         errors += error * error;
         for (ptrdiff_t i = 0; i < VL; i++) total += codes_d[p + i] = (int8_t)whole[i];
