@@ -90,7 +90,11 @@ const struct mt_kernels *mt_kernels(int is_double);
 /* Chooses by name, or the best that this processor runs when name is NULL. -1: unknown, or the processor cannot run it. */
 int mt_choose_isa(const char *name);
 
-/* Name of the i-th instruction set that is built in and that this processor runs, best first; NULL past the end. */
-const char *mt_isa_name(int i);
+/* Name of the i-th instruction set that is built in, best first, or of the i-th of those that this processor runs; NULL past
+ * the end. */
+const char *mt_isa_name(int i, int built);
+
+/* Is it made of another one, for tests? */
+int mt_is_emulated(const char *name);
 
 #endif

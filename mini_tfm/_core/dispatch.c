@@ -1,40 +1,67 @@
-/* Which instances exist, and which of them this processor can run. A new one is a line here and two files in instances/. */
+/* Which instances exist, and which of them this processor can run. setup.py says by HAS_... which ones were compiled; a new
+ * one is a line there, two here and two files in instances/. */
 #include "core.h"
 
 #include <string.h>
 
-#if defined(__x86_64__) || defined(__i386__)
-#define ON_X86 1
-#else
-#define ON_X86 0
-#endif
-
-extern const struct mt_kernels mt_kernels_baseline_f32, mt_kernels_baseline_f64;
-
 static int always(void) { return 1; }
 
-#if ON_X86
-extern const struct mt_kernels mt_kernels_avx2_f32, mt_kernels_avx2_f64;
-
+#if HAS_AVX2
+/* The compiler's own check, for it knows what an operating system must do too: save the registers of another size. */
 static int has_avx2(void) {
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
 #endif
 
-/* Best first. */
+#if HAS_AVX512 && MINI_TFM_EMULATE
+#define has_avx512 has_avx2
+#elif HAS_AVX512
+static int has_avx512(void) {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+#define KERNELS(isa) {&mt_kernels_##isa##_f32, &mt_kernels_##isa##_f64}
+#define DECLARE(isa) extern const struct mt_kernels mt_kernels_##isa##_f32, mt_kernels_##isa##_f64
+#if HAS_AVX512
+DECLARE(avx512);
+#endif
+#if HAS_AVX2
+DECLARE(avx2);
+#endif
+#if HAS_NEON
+DECLARE(neon);
+#endif
+#if HAS_BASELINE
+DECLARE(baseline);
+#endif
+
+/* Best first; what is emulated is never the best. */
 static const struct {
     const struct mt_kernels *kernels[2]; /* float, double */
     int (*runs_here)(void);
 } INSTANCES[] = {
-#if ON_X86
-    {{&mt_kernels_avx2_f32, &mt_kernels_avx2_f64}, has_avx2},
+#if HAS_AVX512 && !MINI_TFM_EMULATE
+    {KERNELS(avx512), has_avx512},
 #endif
-    {{&mt_kernels_baseline_f32, &mt_kernels_baseline_f64}, always},
+#if HAS_AVX2
+    {KERNELS(avx2), has_avx2},
+#endif
+#if HAS_NEON
+    {KERNELS(neon), always},
+#endif
+#if HAS_BASELINE
+    {KERNELS(baseline), always},
+#endif
+#if HAS_AVX512 && MINI_TFM_EMULATE
+    {KERNELS(avx512), has_avx512},
+#endif
 };
 enum { N_INSTANCES = sizeof INSTANCES / sizeof INSTANCES[0] };
 
-static int chosen = N_INSTANCES - 1;
+static int chosen = 0;
 
 int mt_choose_isa(const char *name) {
     for (int i = 0; i < N_INSTANCES; i++)
@@ -45,10 +72,12 @@ int mt_choose_isa(const char *name) {
     return -1;
 }
 
-const char *mt_isa_name(int i) {
+const char *mt_isa_name(int i, int built) {
     for (int instance = 0; instance < N_INSTANCES; instance++)
-        if (INSTANCES[instance].runs_here() && i-- == 0) return INSTANCES[instance].kernels[0]->isa;
+        if ((built || INSTANCES[instance].runs_here()) && i-- == 0) return INSTANCES[instance].kernels[0]->isa;
     return NULL;
 }
+
+int mt_is_emulated(const char *name) { return MINI_TFM_EMULATE && !strncmp(name, "avx512", 6); }
 
 const struct mt_kernels *mt_kernels(int is_double) { return INSTANCES[chosen].kernels[is_double != 0]; }

@@ -14,6 +14,8 @@ ActivationKind = Literal["relu", "gelu", "gelu_tanh", "silu"]
 class Config(TypedDict):
     isa: str
     isas: list[str]
+    isas_built: list[str]
+    emulated: list[str]
     openmp: bool
     num_threads: int
     compiler: str | None
