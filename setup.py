@@ -61,11 +61,11 @@ class BuildWithOpenMP(build_ext):
 EMULATE, CHECKS = (os.environ.get(f"MINI_TFM_{name}") == "1" for name in ("EMULATE", "CHECKS"))
 flags = tomllib.loads(Path(SOURCE, "instances", "flags.toml").read_text())
 isas = flags.get(platform.machine().replace("arm64", "aarch64"), flags["other"]) | (flags["emulated"] if EMULATE else {})
-FLAGS = {f"{SOURCE}/instances/{isa}_{real}.c": own for isa, own in isas.items() for real in ("f32", "f64")}
+FLAGS = {str(path): own for isa, own in isas.items() for path in sorted(Path(SOURCE, "instances").glob(f"{isa}_f*.c"))}
 kernels = Extension(
     "mini_tfm._core.kernels",
     [*[f"{SOURCE}/{name}" for name in ("kernels.pyx", "dispatch.c", "threads.c")], *FLAGS],
-    depends=[str(path) for path in Path(SOURCE).rglob("*.[ch]")],
+    depends=[str(path) for suffix in ("c", "h", "pxi") for path in Path(SOURCE).rglob(f"*.{suffix}")],
     include_dirs=[numpy.get_include(), SOURCE],
     define_macros=[("MINI_TFM_EMULATE", f"{EMULATE:d}"), *[(f"HAS_{isa.upper()}", "1") for isa in isas]],
     extra_compile_args=flags["always"],

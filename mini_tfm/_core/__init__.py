@@ -13,7 +13,7 @@ row the same bits in any company. The same functions in NumPy are `mini_tfm.refe
                       includes the families; emulated.h is AVX-512 for tests on processors without it
     dispatch.c        which instances this processor runs
     threads.c         OpenMP, behind one helper; threads.py: how many to start with
-    kernels.pyx       checks, pointers, GIL
+    kernels.pyx       checks, pointers, GIL; packed.pxi: the part of it that owns packed weights
 
 `MINI_TFM_ISA` forces one of the instruction sets that run here (`show_config()["isas"]`), or `reference` for the NumPy
 twins in place of C. docs/instruction-sets.md says which there are and how each is tested.
@@ -27,6 +27,7 @@ from mini_tfm.reference import Block, BlockGrad
 __all__ = [
     "Block",
     "BlockGrad",
+    "PackedWeight",
     "activation",
     "activation_backward",
     "adamw",
@@ -41,7 +42,10 @@ __all__ = [
     "get_num_threads",
     "layer_norm",
     "layer_norm_backward",
+    "linear_top_k",
     "log_softmax",
+    "pack",
+    "packed_linear",
     "rms_norm",
     "rms_norm_backward",
     "rotary",
@@ -79,6 +83,7 @@ else:
         if _quiet:
             del os.environ["OMP_WAIT_POLICY"]
     from mini_tfm._core.kernels import (
+        PackedWeight,
         activation,
         activation_backward,
         adamw,
@@ -93,7 +98,10 @@ else:
         get_num_threads,
         layer_norm,
         layer_norm_backward,
+        linear_top_k,
         log_softmax,
+        pack,
+        packed_linear,
         rms_norm,
         rms_norm_backward,
         rotary,

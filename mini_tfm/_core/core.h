@@ -39,11 +39,33 @@ struct mt_attention_sizes {
     double scale;
 };
 
+/* A weight packed once for many products; families/packed.c lays it out, for one instruction set. */
+enum mt_weight { MT_REAL, MT_BFLOAT16, MT_INT8 };
+
+struct mt_packed {
+    void *memory;                 /* packed_bytes() bytes on a cache line of their own */
+    ptrdiff_t d_in, d_out, group; /* group: rows of int8 that share a scale; d_in where all do */
+    int kind, gated;              /* an mt_weight; whether a gate's columns lie between */
+};
+
+/* What follows a product: activation(y + bias), or activation(gate + gate_bias) * (y + bias), and + residual. */
+struct mt_epilogue {
+    const void *bias, *gate_bias; /* (d_out,) or NULL */
+    const void *residual;         /* (N, d_out) or NULL */
+    int activation;               /* an mt_activation, or -1: none */
+};
+
 struct mt_kernels {
-    const char *isa;
+    const char *isa; /* filled in when it is chosen */
 
     int (*gemm)(const void *a, const void *b, void *c, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, int trans_a, int trans_b,
                 int accumulate);
+    size_t (*packed_bytes)(const struct mt_packed *w);
+    void (*pack)(const struct mt_packed *w, const void *weight, const void *gate, int transposed);
+    void (*unpack)(const struct mt_packed *w, void *weight, void *gate);
+    int (*packed_linear)(const void *x, const struct mt_packed *w, const struct mt_epilogue *then, void *out, ptrdiff_t n);
+    int (*linear_top_k)(const void *x, const struct mt_packed *w, const void *bias, void *scores, int64_t *ids, void *lse, ptrdiff_t n,
+                        ptrdiff_t k);
 
     void (*softmax)(const void *x, void *y, ptrdiff_t n, ptrdiff_t d);
     void (*softmax_backward)(const void *y, const void *dy, void *dx, ptrdiff_t n, ptrdiff_t d);

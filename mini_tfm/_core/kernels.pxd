@@ -26,11 +26,28 @@ cdef extern from "core.h" nogil:
         ptrdiff_t batch, heads, length, d, n_blocks
         double scale
 
+    struct mt_packed:
+        void *memory
+        ptrdiff_t d_in, d_out, group
+        int kind, gated
+
+    struct mt_epilogue:
+        const void *bias
+        const void *gate_bias
+        const void *residual
+        int activation
+
     # The members are function pointers in C; to Cython they are calls.
     struct mt_kernels_table "mt_kernels":
         const char *isa
         int (*gemm)(const void *a, const void *b, void *c, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, int trans_a, int trans_b,
                     int accumulate) noexcept nogil
+        size_t (*packed_bytes)(const mt_packed *w) noexcept nogil
+        void (*pack)(const mt_packed *w, const void *weight, const void *gate, int transposed) noexcept nogil
+        void (*unpack)(const mt_packed *w, void *weight, void *gate) noexcept nogil
+        int (*packed_linear)(const void *x, const mt_packed *w, const mt_epilogue *then, void *out, ptrdiff_t n) noexcept nogil
+        int (*linear_top_k)(const void *x, const mt_packed *w, const void *bias, void *scores, int64_t *ids, void *lse, ptrdiff_t n,
+                            ptrdiff_t k) noexcept nogil
         void (*softmax)(const void *x, void *y, ptrdiff_t n, ptrdiff_t d) noexcept nogil
         void (*softmax_backward)(const void *y, const void *dy, void *dx, ptrdiff_t n, ptrdiff_t d) noexcept nogil
         void (*log_softmax)(const void *x, void *y, ptrdiff_t n, ptrdiff_t d) noexcept nogil

@@ -4,12 +4,17 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from mini_tfm import reference
 from mini_tfm.reference import Block, BlockGrad
 
 Real = NDArray[Any]  # float32 or float64; all of one dtype in one call
 Integers = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 ActivationKind = Literal["relu", "gelu", "gelu_tanh", "silu"]
+
+PackedDtype = Literal["float32", "float64", "bfloat16", "int8"]
+
+class PackedWeight(reference.PackedWeight): ...
 
 class Config(TypedDict):
     isa: str
@@ -21,6 +26,20 @@ class Config(TypedDict):
     compiler: str | None
 
 def gemm(a: Real, b: Real, *, trans_a: bool = False, trans_b: bool = False, out: Real | None = None, accumulate: bool = False) -> Real: ...
+def pack(
+    weight: Real, *, dtype: PackedDtype = "float32", transposed: bool = False, gate: Real | None = None, group: int | None = None
+) -> PackedWeight: ...
+def packed_linear(
+    x: Real,
+    weight: reference.PackedWeight,
+    bias: Real | None = None,
+    *,
+    gate_bias: Real | None = None,
+    activation: ActivationKind | None = None,
+    residual: Real | None = None,
+    out: Real | None = None,
+) -> Real: ...
+def linear_top_k(x: Real, weight: reference.PackedWeight, k: int, bias: Real | None = None, *, lse: bool = False) -> tuple[Any, ...]: ...
 def softmax(x: Real) -> Real: ...
 def softmax_backward(y: Real, dy: Real) -> Real: ...
 def log_softmax(x: Real) -> Real: ...

@@ -8,7 +8,14 @@ from libc.stdlib cimport calloc, free
 
 import numpy as np
 
+from mini_tfm import reference
+from mini_tfm.errors import InvalidType
 from mini_tfm.reference import Block, BlockGrad, _checks
+
+
+cdef extern from "stdlib.h" nogil:
+    void *aligned_alloc(size_t alignment, size_t size)
+
 
 cnp.import_array()
 
@@ -545,3 +552,6 @@ cdef extern from *:
     #endif
     """
     const char *MT_COMPILER
+
+
+include "packed.pxi"

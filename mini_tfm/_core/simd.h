@@ -10,12 +10,15 @@
 #if ISA_AVX2 || ISA_AVX512
 #include <immintrin.h>
 #endif
-#if ISA_AVX512 && MINI_TFM_EMULATE
-#include "instances/emulated.h"
+#if ISA_NEON
+#include <arm_neon.h>
 #endif
 
 #include "core.h"
 #include "threads.h"
+#if ISA_AVX512 && MINI_TFM_EMULATE
+#include "instances/emulated.h"
+#endif
 
 #if REAL_IS_DOUBLE
 typedef double real;

@@ -4,6 +4,7 @@ A twin has the name, the signature, the checks and the errors of the kernel it s
 returns the dtype it was given. One file a family:
 
     linear       gemm                               embedding   token rows, sinusoidal and rotary positions
+    packed       packed weights, products with them
     softmax      softmax, log_softmax, backward     loss        cross entropy, forward and backward
     norm         layer_norm, rms_norm, backward     optimizer   adamw, sum_of_squares
     elementwise  activations, dropout               search      exact top-k by inner product
@@ -19,6 +20,7 @@ from mini_tfm.reference.linear import gemm
 from mini_tfm.reference.loss import cross_entropy, cross_entropy_backward
 from mini_tfm.reference.norm import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward
 from mini_tfm.reference.optimizer import adamw, sum_of_squares
+from mini_tfm.reference.packed import PackedWeight, linear_top_k, pack, packed_linear
 from mini_tfm.reference.search import search
 from mini_tfm.reference.softmax import log_softmax, softmax, softmax_backward
 from mini_tfm.reference.threads import get_num_threads, set_num_threads, show_config
@@ -26,6 +28,7 @@ from mini_tfm.reference.threads import get_num_threads, set_num_threads, show_co
 __all__ = [
     "Block",
     "BlockGrad",
+    "PackedWeight",
     "activation",
     "activation_backward",
     "adamw",
@@ -40,7 +43,10 @@ __all__ = [
     "get_num_threads",
     "layer_norm",
     "layer_norm_backward",
+    "linear_top_k",
     "log_softmax",
+    "pack",
+    "packed_linear",
     "rms_norm",
     "rms_norm_backward",
     "rotary",

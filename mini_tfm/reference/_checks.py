@@ -146,6 +146,81 @@ def gemm(a, b, trans_a, trans_b, out, accumulate):
     return a, b, trans_a, trans_b, accumulate, m, n, k
 
 
+PACKED_DTYPES = ("float32", "float64", "bfloat16", "int8")
+MAX_GROUP = 65536  # 255 * 127 times that stays within the 32 bits of an int8 product's sum
+
+
+def _one_of(name, x, choices):
+    if not isinstance(x, str):
+        raise InvalidType(f"{name}: expected one of {', '.join(choices)}, got {type(x).__name__}")
+    if x not in choices:
+        raise InvalidValue(f"{name}: expected one of {', '.join(choices)}, got {x!r}")
+    return x
+
+
+def pack(weight, dtype, transposed, gate, group):
+    """weight, dtype, transposed, gate, and the rows that share a scale (1 or more)."""
+    transposed = flag("transposed", transposed)
+    _one_of("dtype", dtype, PACKED_DTYPES)
+    wanted = FLOAT64 if dtype == "float64" else FLOAT32
+    weight = real("weight", weight, like=np.empty(0, wanted), ndim=2)
+    gate = None if gate is None else real("gate", gate, like=weight, shape=weight.shape)
+    d_in = weight.shape[1 if transposed else 0]
+    if group is not None:
+        group = integer("group", group, low=4, high=MAX_GROUP)
+        if dtype != "int8" or group % 4:
+            raise InvalidValue(f"group: expected a multiple of 4 with dtype int8, or None, got {group} with dtype {dtype}")
+    elif dtype == "int8" and d_in > MAX_GROUP:
+        raise InvalidValue(f"group: expected at most {MAX_GROUP} rows that share a scale, got None for {d_in}")
+    if dtype == "int8":
+        for name, x in (("weight", weight), ("gate", gate)):
+            if x is not None and not np.isfinite(x).all():
+                raise InvalidValue(f"{name}: expected finite values to quantise, got {x[~np.isfinite(x)][0]}")
+    return weight, dtype, transposed, gate, max(d_in, 1) if group is None else group
+
+
+def packed_weight(weight):
+    """A PackedWeight, and an array of the dtype of what it multiplies."""
+    from mini_tfm.reference.packed import PackedWeight
+
+    if not isinstance(weight, PackedWeight):
+        raise InvalidType(f"weight: expected a PackedWeight (from pack), got {type(weight).__name__}")
+    return np.empty(0, FLOAT64 if weight.dtype == "float64" else FLOAT32)
+
+
+def packed_linear(x, weight, bias, gate_bias, activation, residual, out):
+    """x, bias, gate_bias, the activation's number or -1, residual, rows, the result's shape."""
+    like = packed_weight(weight)
+    d_in, d_out = weight.shape
+    x = real("x", x, like=like, min_ndim=1)
+    if x.shape[-1] != d_in:
+        raise InvalidValue(f"x: expected a last axis of {d_in} to match weight of shape {weight.shape}, got shape {x.shape}")
+    bias = None if bias is None else real("bias", bias, like=like, shape=(d_out,))
+    if gate_bias is not None:
+        gate_bias = real("gate_bias", gate_bias, like=like, shape=(d_out,))
+        if not weight.gated:
+            raise InvalidValue(f"gate_bias: expected None (weight has no gate), got an array of shape {gate_bias.shape}")
+    kind = -1 if activation is None else ACTIVATIONS.index(_one_of("activation", activation, ACTIVATIONS))
+    shape = (*x.shape[:-1], d_out)
+    residual = None if residual is None else real("residual", residual, like=like, shape=shape)
+    if out is not None:
+        given = (("x", x), ("bias", bias), ("gate_bias", gate_bias), ("residual", residual))
+        output("out", out, like=like, shape=shape, apart_from=[(name, array) for name, array in given if array is not None])
+    return x, bias, gate_bias, kind, residual, rows(x)[0], shape
+
+
+def linear_top_k(x, weight, k, bias, lse):
+    like = packed_weight(weight)
+    d_in, d_out = weight.shape
+    if weight.gated:
+        raise InvalidValue("weight: expected one without a gate, got a gated one")
+    x = real("x", x, like=like, min_ndim=1)
+    if x.shape[-1] != d_in:
+        raise InvalidValue(f"x: expected a last axis of {d_in} to match weight of shape {weight.shape}, got shape {x.shape}")
+    bias = None if bias is None else real("bias", bias, like=like, shape=(d_out,))
+    return x, integer("k", k, low=0, high=2**31 - 1), bias, flag("lse", lse), rows(x)[0]
+
+
 def rows(x):
     """The last axis and how many rows of it: (N, d)."""
     return math.prod(x.shape[:-1]), x.shape[-1]

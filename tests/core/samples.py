@@ -11,10 +11,10 @@ from core.attention_cases import drawn_case
 from core.cases import Values
 
 from mini_tfm import _core
-from mini_tfm.reference import Block
+from mini_tfm.reference import Block, PackedWeight
 
 # What a call changes; everything else that it is given stays as it is.
-IN_PLACE = {"gemm": ("out",), "embedding_backward": ("dtable",), "adamw": ("param", "m", "v")}
+IN_PLACE = {"gemm": ("out",), "packed_linear": ("out",), "embedding_backward": ("dtable",), "adamw": ("param", "m", "v")}
 SETTINGS = {"set_num_threads", "get_num_threads", "show_config"}
 
 
@@ -55,7 +55,13 @@ def sample(name, dtype, layout="contiguous", big=False, seed=0):
         "gemm": lambda: {"a": x, "b": dy, "trans_a": False, "trans_b": True, "out": plain.real(n, n), "accumulate": True},
         "layer_norm": lambda: {"x": x, "weight": weight, "bias": values.real(d), "eps": 1e-5},
         "layer_norm_backward": lambda: {"dy": dy, "x": x, "weight": weight, "mean": rows, "rstd": values.positive(n)},
+        "linear_top_k": lambda: {"x": x, "weight": packed(plain, dtype, d), "k": 5, "bias": values.real(D_OUT), "lse": True},
         "log_softmax": lambda: {"x": x},
+        "pack": lambda: {"weight": x, "dtype": np.dtype(dtype).name, "transposed": False, "gate": dy, "group": None},
+        "packed_linear": lambda: {
+            "x": x, "weight": packed(plain, dtype, d, gated=True), "bias": values.real(D_OUT), "gate_bias": values.real(D_OUT),
+            "activation": "silu", "residual": values.real(n, D_OUT), "out": plain.real(n, D_OUT)
+        },
         "rms_norm": lambda: {"x": x, "weight": weight, "eps": 1e-6},
         "rms_norm_backward": lambda: {"dy": dy, "x": x, "weight": weight, "rstd": values.positive(n)},
         "rotary": lambda: {"x": q, "positions": values.integers(0, 999, length), "base": 10000.0, "inverse": False},
@@ -72,8 +78,9 @@ def sample(name, dtype, layout="contiguous", big=False, seed=0):
 
 NAMES = (
     "activation", "activation_backward", "adamw", "attention", "attention_backward", "cross_entropy", "cross_entropy_backward",
-    "dropout", "embedding", "embedding_backward", "gemm", "layer_norm", "layer_norm_backward", "log_softmax", "rms_norm",
-    "rms_norm_backward", "rotary", "search", "sinusoidal_positions", "softmax", "softmax_backward", "sum_of_squares",
+    "dropout", "embedding", "embedding_backward", "gemm", "layer_norm", "layer_norm_backward", "linear_top_k", "log_softmax",
+    "pack", "packed_linear", "rms_norm", "rms_norm_backward",
+    "rotary", "search", "sinusoidal_positions", "softmax", "softmax_backward", "sum_of_squares",
 )  # fmt: skip
 
 
@@ -85,10 +92,20 @@ def attention_backward(case, q, values):
     return {"dout": values.real(*q.shape), "out": out, "lse": lse, "q": q, "blocks": case.blocks, "scale": 0.3, "needs": needs}
 
 
+D_OUT = 77  # of the packed weights: some panels and a tail
+
+
+def packed(values, dtype, d_in, gated=False):
+    gate = values.real(d_in, D_OUT) if gated else None
+    return _core.pack(values.real(d_in, D_OUT), dtype=np.dtype(dtype).name, gate=gate)
+
+
 def arrays_in(value):
     """Every array in a sample or a result, in order."""
     if isinstance(value, np.ndarray):
         return [value]
+    if isinstance(value, PackedWeight):
+        value = value.unpack() if value.gated else [value.unpack()]
     if isinstance(value, Block):
         value = [getattr(value, field.name) for field in fields(value)]
     if isinstance(value, dict):
@@ -99,5 +116,7 @@ def arrays_in(value):
 def call(core, name, arguments):
     """Everything that the call gives: what it returns, and what it changed in place."""
     returned = getattr(core, name)(**arguments)
+    if isinstance(returned, PackedWeight):
+        returned = arrays_in(returned)
     changed = [arguments[argument] for argument in IN_PLACE.get(name, ()) if argument in arguments]
     return [returned, *changed] if returned is not None else changed

@@ -17,7 +17,7 @@ FUNCTIONS = sorted(name for name, value in vars(reference).items() if inspect.is
 
 
 def test_every_name_behind_the_door_has_a_twin_and_the_reverse():
-    assert set(_core.__all__) == set(reference.__all__) == {*FUNCTIONS, "Block", "BlockGrad"}
+    assert set(_core.__all__) == set(reference.__all__) == {*FUNCTIONS, "Block", "BlockGrad", "PackedWeight"}
     assert all(hasattr(module, name) for module in (_core, reference) for name in module.__all__)
 
 

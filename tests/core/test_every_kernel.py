@@ -60,6 +60,7 @@ ROWS = {
     "activation": (0, ("x",), 1), "activation_backward": (0, ("x", "dy"), 1), "cross_entropy": (0, ("logits", "targets"), 2),
     "cross_entropy_backward": (0, ("logits", "targets", "lse", "dlosses"), 1), "embedding": (1, ("ids",), 1), "gemm": (0, ("a", "out"), 1),
     "layer_norm": (0, ("x",), 3), "layer_norm_backward": (0, ("dy", "x", "mean", "rstd"), 1), "log_softmax": (0, ("x",), 1),
+    "linear_top_k": (0, ("x",), 3), "packed_linear": (0, ("x", "residual", "out"), 1),
     "rms_norm": (0, ("x",), 2), "rms_norm_backward": (0, ("dy", "x", "rstd"), 1), "rotary": (0, ("x",), 1),
     "search": (1, ("queries",), 2), "softmax": (0, ("x",), 1), "softmax_backward": (0, ("y", "dy"), 1),
 }  # fmt: skip
@@ -120,6 +121,14 @@ def a_block(k, **more):
     return lambda dtype: [reference.Block(np.ones(k, dtype), np.ones(k, dtype), **{name: value(dtype) for name, value in more.items()})]
 
 
+def packed(d_in, d_out):
+    return lambda dtype: _core.pack(np.ones((d_in, d_out), dtype), dtype=dtype.name)
+
+
+def same_name(dtype):
+    return dtype.name
+
+
 # kernel, arguments, and what comes back: shapes, each filled with one value.
 EMPTY = [
     ("gemm", {"a": real(0, 3), "b": real(3, 2)}, [((0, 2), 0)]),
@@ -127,6 +136,16 @@ EMPTY = [
     ("gemm", {"a": real(2, 0), "b": real(0, 3)}, [((2, 3), 0)]),
     ("gemm", {"a": real(2, 0), "b": real(0, 3), "out": real(2, 3)}, [((2, 3), 0)]),
     ("gemm", {"a": real(2, 0), "b": real(0, 3), "out": real(2, 3), "accumulate": True}, [((2, 3), 1)]),
+    ("pack", {"weight": real(0, 3), "dtype": same_name}, [((0, 3), 0)]),
+    ("pack", {"weight": real(3, 0), "dtype": same_name, "gate": real(3, 0)}, [((3, 0), 0), ((3, 0), 0)]),
+    ("packed_linear", {"x": real(0, 3), "weight": packed(3, 2)}, [((0, 2), 0)]),
+    ("packed_linear", {"x": real(2, 3), "weight": packed(3, 0)}, [((2, 0), 0)]),
+    ("packed_linear", {"x": real(2, 0), "weight": packed(0, 3)}, [((2, 3), 0)]),
+    ("packed_linear", {"x": real(9, 0), "weight": packed(0, 3), "bias": real(3), "residual": real(9, 3)}, [((9, 3), 2)]),
+    ("linear_top_k", {"x": real(0, 3), "weight": packed(3, 2), "k": 2, "lse": True}, [((0, 2), 0), ((0, 2), 0), ((0,), 0)]),
+    ("linear_top_k", {"x": real(2, 3), "weight": packed(3, 0), "k": 2, "lse": True}, [((2, 2), -np.inf), ((2, 2), -1), ((2,), -np.inf)]),
+    ("linear_top_k", {"x": real(2, 3), "weight": packed(3, 2), "k": 0}, [((2, 0), 0), ((2, 0), 0)]),
+    ("linear_top_k", {"x": real(2, 0), "weight": packed(0, 1), "k": 1, "lse": True}, [((2, 1), 0), ((2, 1), 0), ((2,), 0)]),
     ("softmax", {"x": real(0)}, [((0,), 0)]),
     ("softmax", {"x": real(3, 0)}, [((3, 0), 0)]),
     ("softmax", {"x": real(0, 3)}, [((0, 3), 0)]),

@@ -11,7 +11,7 @@ import pytest
 from core.samples import IN_PLACE, NAMES, arrays_in, sample
 
 from mini_tfm.errors import InvalidType, InvalidValue
-from mini_tfm.reference import Block
+from mini_tfm.reference import Block, PackedWeight
 
 # These axes may have any length; an ellipsis: all of them, and any number of axes.
 FREE = {
@@ -20,9 +20,23 @@ FREE = {
     ("embedding_backward", "dtable"): (0,), ("cross_entropy", "logits"): (1,), ("cross_entropy", "targets"): (),
     ("cross_entropy_backward", "logits"): (1,), ("rotary", "x"): (0, 1), ("search", "queries"): (1,),
 }  # fmt: skip
-LAST_AXIS_ALONE = {("layer_norm", "x"), ("rms_norm", "x")}
-MAY_BE_NONE = {"bias", "valid", "lengths", "index", "dbias", "window", "offset", "needs"}
-OPTIONAL_OUT = {("gemm", "out")}
+LAST_AXIS_ALONE = {("layer_norm", "x"), ("rms_norm", "x"), ("linear_top_k", "x")}
+MAY_BE_NONE = {
+    "bias",
+    "valid",
+    "lengths",
+    "index",
+    "dbias",
+    "window",
+    "offset",
+    "needs",
+    "gate",
+    "gate_bias",
+    "group",
+    "activation",
+    "residual",
+}
+OPTIONAL_OUT = {("gemm", "out"), ("packed_linear", "out")}
 
 NUMBERS = {
     "eps": [-1e-9, np.nan, np.inf], "p": [-0.1, 1.0, np.nan], "label_smoothing": [-0.1, 1.1, np.nan], "lr": [-1.0, np.inf],
@@ -32,6 +46,7 @@ NUMBERS = {
 INTEGERS = {
     "step": [0, -1, 2**70], "seed": [-1, 2**64], "k": [-1, 2**40], "n": [-1, -(2**70), 2**70], "d_model": [-1, 2**70],
     "ignore_index": [2**63, -(2**63) - 1], "offset": [2**70], "window": [0, -1],
+    "group": [0, -4, 6, 2**20],
 }  # fmt: skip
 RANGES = {"ids": (0, 50), "targets": (0, 5), "index": (-1, 6), "lengths": (0, 7)}  # [low, high) in the samples, or past it
 
@@ -50,8 +65,10 @@ def wrong_values(argument, value):
                 yield label, np.where(np.arange(value.size).reshape(value.shape) == value.size // 2, bad, value)
     elif isinstance(value, bool):
         yield from (("1", 1), ("None", None), ("a string", "no"), ("an array", np.array([True, False])))
-    elif argument == "kind":
-        yield from (("unknown", "tanh"), ("upper case", "GELU"), ("bytes", b"gelu"), ("None", None), ("a number", 1))
+    elif isinstance(value, PackedWeight):
+        yield from (("an array", value.unpack()), ("a list", []), ("a number", 1.0), ("a string", "x"), ("the class", PackedWeight))
+    elif argument in ("kind", "activation"):
+        yield from (("unknown", "tanh"), ("upper case", "GELU"), ("bytes", b"gelu"), ("a number", 1))
     elif argument == "dtype":
         yield from (("int", int), ("float16", np.float16), ("unknown", "float31"), ("a number", 4), ("big-endian", ">f4"))
     elif argument in NUMBERS or argument in INTEGERS:

@@ -1,15 +1,63 @@
 /* Matrix product of two arrays as they come. */
 
-/* Blocks, sized for caches of 32 KB and 512 KB: a panel of B (KC x NR floats, 16 KB) stays in L1; a block of A (MC rows x
- * KC, 256 KB with its padding) and a group of panels (64 KB) in L2. Panels are packed GROUP at a time: a row of B gives GROUP * NR neighbours
- * then, not one or two cache lines from each of KC pages. A strip of A is packed STRIP wide, of which MR are used: that is
- * whole vectors. Few rows of A take shorter panels, which stay in L1 between packing and their only use. Rows of B are
- * fetched AHEAD of their packing. */
-enum { MC = 192, KC = 256, KC_FEW = 128, GROUP = 4, STRIP = MR == 12 ? 16 : 8, AHEAD = 8 };
+/* Blocks, sized for caches of 32 KB and 512 KB. A panel of B (KC x NR floats, 16 KB) stays in L1 while all strips of A pass
+ * over it; the strips (MC x KC, 96 KB) and a group of panels (KC x NC, 256 KB at most) stay in L2. A is read where it lies:
+ * MR rows of KC each are as good to the tile as a packed strip, and nothing has to be copied. It is packed only where it is
+ * transposed, when its elements lie rows apart. Few rows of A take shorter panels, which stay in L1 between packing and their
+ * only use. Rows of B are fetched AHEAD of their packing. */
+enum { MC = 96, KC = 256, NC = 256, KC_FEW = 128, GROUP = 4, AHEAD = 8 };
 
-/* What gemm_piece and gemm_few need for `rows` rows, in reals. */
-static size_t gemm_room(ptrdiff_t rows) {
-    return div_up(rows, MR) * STRIP * KC + KC * GROUP * NR + MR * GROUP * NR;
+/* What gemm_piece and gemm_few need, in reals. A strip is stored in whole vectors and may write past its last row. */
+enum { GEMM_ROOM = KC * NC + (MC + MR) * KC + 64 + MC * NR };
+
+/* c (m, NR; ldc) = or += a panel, in strips of even height: a thin last one would wait for its own chains. With a_col 0 the
+ * strips are packed one after the other, MR apart over k. */
+static void micro_strips(ptrdiff_t m, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *panel, real *c,
+                         ptrdiff_t ldc, int add) {
+    ptrdiff_t strips = div_up(m, MR), rows = m / strips, taller = m % strips;
+    for (ptrdiff_t strip = 0, i = 0; strip < strips; strip++) {
+        ptrdiff_t here = rows + (strip < taller), next = min_size(m, i + here + MR);
+        if (add && ldc != NR)
+            for (ptrdiff_t r = i + here; r < next; r++) /* the next strip's sums: a chain begins with them */
+                for (ptrdiff_t j = 0; j < NR; j += 64 / (ptrdiff_t)sizeof(real)) __builtin_prefetch(c + r * ldc + j, 1);
+        const real *from = a_col ? a + i * a_row : a + strip * k * MR;
+        (add ? micro_add : micro_set)(here, NR, k, from, a_col ? a_row : 1, a_col ? a_col : MR, panel, NR, c + i * ldc, ldc);
+        i += here;
+    }
+}
+
+/* The strips of a transposed A, each (k, MR): what micro_strips reads with a_col 0. */
+static void pack_strips(const real *a, ptrdiff_t a_col, ptrdiff_t m, ptrdiff_t k, real *to) {
+    ptrdiff_t strips = div_up(m, MR), rows = m / strips, taller = m % strips;
+    for (ptrdiff_t strip = 0, i = 0; strip < strips; strip++) {
+        ptrdiff_t here = rows + (strip < taller);
+        for (ptrdiff_t p = 0; p < k; p++, to += MR) {
+            const real *from = a + p * a_col + i;
+            if (i + round_up(MR, VL) <= m) /* what is stored past MR is written over by the next step */
+                for (ptrdiff_t r = 0; r < MR; r += VL) store(to + r, load(from + r));
+            else
+                for (ptrdiff_t r = 0; r < here; r++) to[r] = from[r];
+        }
+        i += here;
+    }
+}
+
+/* to: panels (columns / NR, kc, NR) of B, whose element (0, 0) is at `from`; zeros past `columns`. */
+static void pack_panels(const real *from, ptrdiff_t ldb, int trans_b, ptrdiff_t columns, ptrdiff_t kc, real *to) {
+    ptrdiff_t whole = trans_b ? 0 : columns / NR;
+    for (ptrdiff_t p = 0; p < kc && whole; p++)
+        for (ptrdiff_t j = 0; j < whole; j++) {
+            const real *row = from + p * ldb + j * NR;
+            __builtin_prefetch(row + AHEAD * ldb); /* the processor does not see across pages */
+            store(to + (j * kc + p) * NR, load(row));
+            store(to + (j * kc + p) * NR + VL, load(row + VL));
+        }
+    for (ptrdiff_t j = whole * NR; j < columns; j += NR) {
+        if (trans_b)
+            pack_transposed(from + j * ldb, ldb, min_size(NR, columns - j), kc, to + j * kc, NR, NR);
+        else
+            pack_plain(from + j, ldb, kc, columns - j, to + j * kc, NR);
+    }
 }
 
 /* c (rows, columns; ldc) = or += the product of a strip and a panel of `width` readable columns. Where fewer are meant, it
@@ -22,48 +70,39 @@ static void micro_edge(ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t width, ptrdi
     for (ptrdiff_t r = 0; r < rows && !whole; r++) memcpy(c + r * ldc, corner + r * width, columns * sizeof(real));
 }
 
-/* c_mn, the part of C at rows [m0, m1) and columns [n0, n1). work: gemm_room(m1 - m0) reals. */
+/* c_mn, the part of C at rows [m0, m1) and columns [n0, n1). work: GEMM_ROOM reals. */
 static void gemm_piece(const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *b, ptrdiff_t ldb, int trans_b, real *c, ptrdiff_t ldc,
                        ptrdiff_t m0, ptrdiff_t m1, ptrdiff_t n0, ptrdiff_t n1, ptrdiff_t k, int accumulate, real *work) {
-    ptrdiff_t m = m1 - m0;
-    real *packed_a = work, *packed_b = packed_a + div_up(m, MR) * STRIP * KC, *corner = packed_b + KC * GROUP * NR;
-    for (ptrdiff_t k0 = 0; k0 < k; k0 += KC) {
-        ptrdiff_t kc = min_size(KC, k - k0);
-        /* 1: A in strips, k outermost within one */
-        for (ptrdiff_t i = 0; i < m; i += MR) {
-            ptrdiff_t rows = min_size(STRIP, m - i); /* the two past MR belong to the next strip and are not used in this */
-            const real *from = a + (m0 + i) * a_row + k0 * a_col;
-            real *to = packed_a + i / MR * STRIP * kc;
-            if (a_col == 1)
-                pack_transposed(from, a_row, rows, kc, to, STRIP, STRIP);
-            else
-                pack_plain(from, a_col, kc, rows, to, STRIP);
-        }
-        for (ptrdiff_t group = n0; group < n1; group += GROUP * NR) {
-            ptrdiff_t group_n = min_size(GROUP * NR, n1 - group);
-            const real *from = trans_b ? b + group * ldb + k0 : b + k0 * ldb + group;
-            /* 2: a group of panels of B */
-            if (!trans_b && group_n == GROUP * NR) {
-                for (ptrdiff_t p = 0; p < kc; p++, from += ldb)
-                    for (ptrdiff_t j = 0; j < GROUP; j++) {
-                        __builtin_prefetch(from + AHEAD * ldb + j * NR); /* the processor does not see across pages */
-                        store(packed_b + (j * kc + p) * NR, load(from + j * NR));
-                        store(packed_b + (j * kc + p) * NR + VL, load(from + j * NR + VL));
-                    }
-            } else {
+    real *packed_b = work, *packed_a = packed_b + KC * NC, *corner = packed_a + (MC + MR) * KC + 64;
+    for (ptrdiff_t group = n0; group < n1; group += NC) {
+        ptrdiff_t group_n = min_size(NC, n1 - group);
+        for (ptrdiff_t k0 = 0; k0 < k; k0 += KC) {
+            ptrdiff_t kc = min_size(KC, k - k0);
+            int add = accumulate || k0 > 0;
+            /* 1: a group of panels of B */
+            pack_panels(trans_b ? b + group * ldb + k0 : b + k0 * ldb + group, ldb, trans_b, group_n, kc, packed_b);
+            for (ptrdiff_t i0 = m0; i0 < m1; i0 += MC) {
+                ptrdiff_t m = min_size(MC, m1 - i0), row = a_row, col = a_col;
+                const real *from = a + i0 * a_row + k0 * a_col;
+                /* 2: strips of A, if they do not lie well */
+                if (a_col != 1) {
+                    pack_strips(from, a_col, m, kc, packed_a);
+                    from = packed_a;
+                    col = 0;
+                }
+                /* 3: every strip with every panel */
                 for (ptrdiff_t j = 0; j < group_n; j += NR) {
                     ptrdiff_t columns = min_size(NR, group_n - j);
-                    if (trans_b)
-                        pack_transposed(from + j * ldb, ldb, columns, kc, packed_b + j * kc, NR, NR);
-                    else
-                        pack_plain(from + j, ldb, kc, columns, packed_b + j * kc, NR);
+                    real *to = c + i0 * ldc + group + j;
+                    if (columns == NR) {
+                        micro_strips(m, kc, from, row, col, packed_b + j * kc, to, ldc, add);
+                    } else {
+                        if (add) pack_plain(to, ldc, m, columns, corner, NR);
+                        micro_strips(m, kc, from, row, col, packed_b + j * kc, corner, NR, add);
+                        for (ptrdiff_t r = 0; r < m; r++) memcpy(to + r * ldc, corner + r * NR, columns * sizeof(real));
+                    }
                 }
             }
-            /* 3: every strip with every panel */
-            for (ptrdiff_t j = 0; j < group_n; j += NR)
-                for (ptrdiff_t i = 0; i < m; i += MR)
-                    micro_edge(min_size(MR, m - i), min_size(NR, group_n - j), NR, kc, packed_a + i / MR * STRIP * kc, 1, STRIP,
-                               packed_b + j * kc, NR, c + (m0 + i) * ldc + group + j, ldc, accumulate || k0 > 0, corner);
         }
     }
 }
@@ -122,29 +161,28 @@ static int gemm(const void *a_, const void *b_, void *c_, ptrdiff_t m, ptrdiff_t
     }
     ptrdiff_t a_row = trans_a ? 1 : k, a_col = trans_a ? m : 1, ldb = trans_b ? k : n;
     double work = 2.0 * m * n * k / VL;
-    /* About four pieces a thread, for balance, but wide ones: each packs its own block of A. */
-    ptrdiff_t row_pieces = div_up(m, MC), wanted = mt_team(1 << 20, work);
-    wanted = wanted > 1 ? div_up(4 * wanted, row_pieces) : 1;
-    wanted = max_size(wanted, div_up(n, 1024)); /* all rows go over some columns before the next: B is still in L3 then */
-    ptrdiff_t piece_n = max_size(round_up(div_up(n, wanted), GROUP * NR), GROUP * NR), column_pieces = div_up(n, piece_n);
-    ptrdiff_t piece_m = round_up(div_up(m, row_pieces), MR); /* even pieces: no thin last one */
+    /* Four pieces a thread, for balance: columns, for a piece packs its own of B, and rows only where columns are too few. */
+    ptrdiff_t wanted = mt_team(1 << 20, work), panels = div_up(n, NR), few = m <= MR;
+    wanted = wanted > 1 ? 4 * wanted : 1;
+    ptrdiff_t column_pieces = min_size(wanted, few ? div_up(panels, GROUP) : div_up(panels, 4));
+    ptrdiff_t row_pieces = few ? 1 : min_size(div_up(wanted, column_pieces), div_up(m, 4 * MR));
+    ptrdiff_t piece_n = round_up(div_up(n, column_pieces), few ? GROUP * NR : NR), piece_m = round_up(div_up(m, row_pieces), MR);
     ptrdiff_t pieces = row_pieces * column_pieces;
     int team = mt_team(pieces, work), one_row = m == 1 && a_col == 1 && !trans_b && n >= 8 * NR;
-    size_t room = gemm_room(piece_m);
-    real *workspace = new_reals(room * team);
+    real *workspace = new_reals((size_t)GEMM_ROOM * team);
     if (!workspace) return -1;
 #pragma omp parallel for num_threads(team) schedule(dynamic)
     for (ptrdiff_t piece = 0; piece < pieces; piece++) {
         ptrdiff_t m0 = piece % row_pieces * piece_m, n0 = piece / row_pieces * piece_n;
         ptrdiff_t m1 = min_size(m, m0 + piece_m), n1 = min_size(n, n0 + piece_n);
-        real *mine = workspace + room * mt_thread_id();
-        if (m0 >= m1) continue;
+        real *mine = workspace + (size_t)GEMM_ROOM * mt_thread_id();
+        if (m0 >= m1 || n0 >= n1) continue;
         if (one_row) {
             ptrdiff_t streamed = n0 + (n1 - n0) / VL * VL;
             gemv_piece(a, b, ldb, c, n0, streamed, k, accumulate);
             n0 = streamed;
         }
-        if (m <= MR)
+        if (few)
             gemm_few(a, a_row, a_col, b, ldb, trans_b, c, n, m, n0, n1, k, accumulate, mine);
         else
             gemm_piece(a, a_row, a_col, b, ldb, trans_b, c, n, m0, m1, n0, n1, k, accumulate, mine);

@@ -19,20 +19,23 @@
  * what c holds. skip_zeros: a zero of A takes no part, for 0 * NaN of something hidden is not to get in. */
 INLINE void micro_tile(const int rows, const int panels, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *b,
                        ptrdiff_t ldb, real *c, ptrdiff_t ldc, const int add, const int skip_zeros) {
-    vec sum[MR][MR * 2];
+    vec sum[2 * MR], b_j[8]; /* rows * panels <= MR and panels <= 4 */
     for (int i = 0; i < rows; i++)
-        for (int j = 0; j < 2 * panels; j++) sum[i][j] = add ? load(c + i * ldc + j * VL) : all(0);
-    for (ptrdiff_t p = 0; p < k; p++, a += a_col, b += ldb) {
-        vec b_j[MR * 2];
+        for (int j = 0; j < 2 * panels; j++) sum[i * 2 * panels + j] = add ? load(c + i * ldc + j * VL) : all(0);
+    /* A pointer to every third row: a row's address is then a pointer plus 0, 1 or 2 times a_row, and few registers do. */
+    const real *a_3[(MR + 2) / 3];
+    for (int i = 0; i < rows; i += 3) a_3[i / 3] = a + i * a_row;
+    for (ptrdiff_t p = 0; p < k; p++, b += ldb) {
         for (int j = 0; j < 2 * panels; j++) b_j[j] = load(b + j * VL);
         for (int i = 0; i < rows; i++) {
-            real x = a[i * a_row];
+            real x = a_3[i / 3][i % 3 * a_row];
             if (skip_zeros && x == 0) continue;
-            for (int j = 0; j < 2 * panels; j++) sum[i][j] += x * b_j[j];
+            for (int j = 0; j < 2 * panels; j++) sum[i * 2 * panels + j] += x * b_j[j];
         }
+        for (int i = 0; i < rows; i += 3) a_3[i / 3] += a_col;
     }
     for (int i = 0; i < rows; i++)
-        for (int j = 0; j < 2 * panels; j++) store(c + i * ldc + j * VL, sum[i][j]);
+        for (int j = 0; j < 2 * panels; j++) store(c + i * ldc + j * VL, sum[i * 2 * panels + j]);
 }
 
 /* Few rows take several panels at once: a chain waits for its own last step, so there must be enough of them. */

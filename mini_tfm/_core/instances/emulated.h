@@ -48,6 +48,46 @@ static double emulated_ldexp_single(double a, int n) { return ldexpf((float)a, n
 EMULATED(__m512, scalef_ps, __m512 a, __m512 b) { EACH(16) a[i] = (float)emulated_scalef(a[i], b[i], emulated_ldexp_single); return a; }
 EMULATED(__m512d, scalef_pd, __m512d a, __m512d b) { EACH(8) a[i] = emulated_scalef(a[i], b[i], ldexp); return a; }
 
+/* Pairs of 16-bit products, quadruples of an unsigned byte times a signed one: summed in 32 bits without saturation. */
+EMULATED(__m512i, madd_epi16, __m512i a, __m512i b) {
+    int16_t x[32], y[32];
+    int32_t sum[16];
+    memcpy(x, &a, sizeof x), memcpy(y, &b, sizeof y);
+    EACH(16) sum[i] = (int32_t)((uint32_t)(x[2 * i] * y[2 * i]) + (uint32_t)(x[2 * i + 1] * y[2 * i + 1]));
+    memcpy(&a, sum, sizeof a);
+    return a;
+}
+
+EMULATED(__m512i, dpbusd_epi32, __m512i sums, __m512i a, __m512i b) {
+    uint8_t x[64];
+    int8_t y[64];
+    int32_t sum[16];
+    memcpy(x, &a, sizeof x), memcpy(y, &b, sizeof y), memcpy(sum, &sums, sizeof sum);
+    EACH(16) sum[i] = (int32_t)((uint32_t)sum[i] + (uint32_t)(x[4 * i] * y[4 * i] + x[4 * i + 1] * y[4 * i + 1] +
+                                                              x[4 * i + 2] * y[4 * i + 2] + x[4 * i + 3] * y[4 * i + 3]));
+    memcpy(&sums, sum, sizeof sums);
+    return sums;
+}
+
+/* Signed bytes to 16 bits; to the nearest integer, ties to even, the least one where there is none. */
+EMULATED(__m512i, cvtepi8_epi16, __m256i a) {
+    int8_t x[32];
+    int16_t y[32];
+    __m512i wide;
+    memcpy(x, &a, sizeof x);
+    EACH(32) y[i] = x[i];
+    memcpy(&wide, y, sizeof wide);
+    return wide;
+}
+
+EMULATED(__m512i, cvtps_epi32, __m512 a) {
+    int32_t n[16];
+    __m512i whole;
+    EACH(16) n[i] = a[i] >= -0x1p31f && a[i] < 0x1p31f ? (int32_t)nearbyintf(a[i]) : INT32_MIN;
+    memcpy(&whole, n, sizeof whole);
+    return whole;
+}
+
 #define _mm512_max_ps emulated_max_ps
 #define _mm512_max_pd emulated_max_pd
 #define _mm512_min_ps emulated_min_ps
@@ -71,5 +111,9 @@ EMULATED(__m512d, scalef_pd, __m512d a, __m512d b) { EACH(8) a[i] = emulated_sca
 #define _mm512_insertf64x2 emulated_insertf64x2
 #define _mm512_scalef_ps emulated_scalef_ps
 #define _mm512_scalef_pd emulated_scalef_pd
+#define _mm512_madd_epi16 emulated_madd_epi16
+#define _mm512_dpbusd_epi32 emulated_dpbusd_epi32
+#define _mm512_cvtepi8_epi16 emulated_cvtepi8_epi16
+#define _mm512_cvtps_epi32 emulated_cvtps_epi32
 
 #endif

@@ -1,0 +1,496 @@
+/* Products with a weight packed once, and what follows them: bias, activation, gate, residual; or the best k of a row.
+ *
+ * A weight lies in panels of NR columns, d_in rows each, one after the other as a tile reads them; of a gated pair every panel
+ * is followed by its gate's. A block of rows goes over a few panels at a time, in chunks of KC rows of the weight, its sums in a
+ * small array that stays in cache; there they are finished while they are warm. A sum is one chain over k whatever the block,
+ * so a row has the same bits in any company. x is read where it lies. */
+
+enum { PANELS = 8 };      /* whose sums are held at once, at most */
+enum { PART = 512 };      /* columns of linear_top_k that share a list of candidates */
+enum { STAYS = 1 << 22 }; /* bytes of weight that go over all rows before the next: they stay in L3 */
+
+/* What lies where in a packed weight. Scales and sums of columns are of int8 alone: (panels, groups, NR) each. */
+struct packed_layout {
+    ptrdiff_t panels, groups;
+    size_t panel, scales, column_sums, bytes; /* a panel's bytes; where the rest begins; all */
+};
+
+static struct packed_layout packed_layout(const struct mt_packed *w) {
+    struct packed_layout at;
+    at.panels = div_up(w->d_out, NR) * (w->gated ? 2 : 1);
+    at.groups = w->kind == MT_INT8 && w->d_in ? div_up(w->d_in, w->group) : 0;
+    size_t element = w->kind == MT_REAL ? sizeof(real) : w->kind == MT_BFLOAT16 ? 2 : 1;
+    at.panel = round_up(round_up(w->d_in, 4) * NR * element, 64);
+    size_t rest = (size_t)at.panels * at.groups * NR * 4;
+    at.scales = at.panels * at.panel;
+    at.column_sums = at.scales + (rest + 63) / 64 * 64;
+    at.bytes = at.column_sums + (rest + 63) / 64 * 64;
+    return at;
+}
+
+static size_t packed_bytes(const struct mt_packed *w) { return packed_layout(w).bytes; }
+
+/* One panel's column j of a weight at `from`, `step` apart over k. */
+#if !REAL_IS_DOUBLE
+INLINE uint32_t to_bfloat16(real x) {
+    union {
+        real x;
+        uint32_t bits;
+    } u = {x};
+    if (x != x) return (u.bits >> 16) | 64; /* NaN stays one */
+    return (u.bits + 0x7FFF + ((u.bits >> 16) & 1)) >> 16;
+}
+
+INLINE real from_bfloat16(uint32_t bits) {
+    union {
+        uint32_t bits;
+        real x;
+    } u = {bits << 16};
+    return u.x;
+}
+
+/* Where column j of row p is in a bfloat16 panel: a lane of 4 bytes holds column i below and column i + VL above, so that two
+ * vectors come out of one by a shift and a mask. */
+INLINE ptrdiff_t bfloat16_at(ptrdiff_t p, ptrdiff_t j) { return p * NR + j % VL * 2 + j / VL; }
+
+/* And in an int8 one. */
+INLINE ptrdiff_t int8_at(ptrdiff_t p, ptrdiff_t j) { return (p / STEP * NR + j) * STEP + p % STEP; }
+#endif
+
+static void pack_column(const struct mt_packed *w, const struct packed_layout *at, ptrdiff_t panel, ptrdiff_t j, const real *from,
+                        ptrdiff_t step) {
+    char *to = (char *)w->memory + panel * at->panel;
+    if (w->kind == MT_REAL) {
+        for (ptrdiff_t p = 0; p < w->d_in; p++) ((real *)to)[p * NR + j] = from[p * step];
+        return;
+    }
+#if !REAL_IS_DOUBLE
+    if (w->kind == MT_BFLOAT16) {
+        for (ptrdiff_t p = 0; p < w->d_in; p++) ((uint16_t *)to)[bfloat16_at(p, j)] = (uint16_t)to_bfloat16(from[p * step]);
+        return;
+    }
+    for (ptrdiff_t g = 0; g < at->groups; g++) {
+        ptrdiff_t end = min_size(w->d_in, (g + 1) * w->group), place = (panel * at->groups + g) * NR + j;
+        real largest = 0;
+        for (ptrdiff_t p = g * w->group; p < end; p++) largest = fabsf(from[p * step]) > largest ? fabsf(from[p * step]) : largest;
+        real scale = largest / 127;
+        int32_t sum = 0;
+        for (ptrdiff_t p = g * w->group; p < end; p++) {
+            real q = scale > 0 ? nearbyintf(from[p * step] / scale) : 0;
+            q = q > 127 ? 127 : q < -127 ? -127 : q;
+            ((int8_t *)to)[int8_at(p, j)] = (int8_t)q;
+            sum += (int32_t)q;
+        }
+        ((real *)((char *)w->memory + at->scales))[place] = scale;
+        ((int32_t *)((char *)w->memory + at->column_sums))[place] = sum;
+    }
+#endif
+}
+
+/* weight, gate (d_in, d_out), transposed (d_out, d_in), read; w->memory (packed_bytes) written. */
+static void pack(const struct mt_packed *w, const void *weight, const void *gate, int transposed) {
+    struct packed_layout at = packed_layout(w);
+    memset(w->memory, 0, at.bytes);
+    ptrdiff_t step = transposed ? 1 : w->d_out, next = transposed ? w->d_in : 1;
+#pragma omp parallel for num_threads(mt_team(at.panels, 20.0 * w->d_in * w->d_out)) schedule(static)
+    for (ptrdiff_t panel = 0; panel < at.panels; panel++) {
+        const real *from = w->gated && panel % 2 ? gate : weight;
+        ptrdiff_t first = panel / (w->gated + 1) * NR;
+        for (ptrdiff_t j = first; j < min_size(w->d_out, first + NR); j++) pack_column(w, &at, panel, j - first, from + j * next, step);
+    }
+}
+
+/* weight, and gate if w has one, (d_in, d_out) written: what products are made with. */
+static void unpack(const struct mt_packed *w, void *weight, void *gate) {
+    struct packed_layout at = packed_layout(w);
+    for (ptrdiff_t panel = 0; panel < at.panels; panel++) {
+        const char *from = (const char *)w->memory + panel * at.panel;
+        real *to = w->gated && panel % 2 ? gate : weight;
+        ptrdiff_t first = panel / (w->gated + 1) * NR;
+        for (ptrdiff_t p = 0; p < w->d_in; p++)
+            for (ptrdiff_t j = 0; first + j < w->d_out && j < NR; j++) {
+                real x = 0;
+                if (w->kind == MT_REAL) x = ((const real *)from)[p * NR + j];
+#if !REAL_IS_DOUBLE
+                else if (w->kind == MT_BFLOAT16)
+                    x = from_bfloat16(((const uint16_t *)from)[bfloat16_at(p, j)]);
+                else
+                    x = ((const int8_t *)from)[int8_at(p, j)] *
+                        ((const real *)((const char *)w->memory + at.scales))[(panel * at.groups + p / w->group) * NR + j];
+#endif
+                to[p * w->d_out + first + j] = x;
+            }
+    }
+}
+
+/* Two vectors of a panel's row. */
+INLINE void load_panel(const int kind, const char *b, vec *b_2) {
+#if !REAL_IS_DOUBLE
+    if (kind == MT_BFLOAT16) {
+        ivec both = *(const ivec_anywhere *)b;
+        b_2[0] = (vec)(both << 16);
+        b_2[1] = (vec)(both & all_lanes((lane)0xFFFF0000u));
+        return;
+    }
+#endif
+    (void)kind;
+    b_2[0] = load((const real *)b);
+    b_2[1] = load((const real *)b + VL);
+}
+
+/* micro_tile for panels b_panel bytes apart, sums (panels, rows, NR). */
+INLINE void packed_tile(const int rows, const int panels, const int kind, ptrdiff_t k, const real *x, ptrdiff_t x_row, const char *b,
+                        ptrdiff_t b_panel, real *sums) {
+    vec sum[2 * MR], b_j[8];
+    for (int i = 0; i < 2 * panels * rows; i++) sum[i] = all(0);
+    const real *x_3[(MR + 2) / 3];
+    for (int i = 0; i < rows; i += 3) x_3[i / 3] = x + i * x_row;
+    for (ptrdiff_t p = 0; p < k; p++, b += kind == MT_REAL ? 2 * VECTOR_BYTES : VECTOR_BYTES) {
+        for (int j = 0; j < panels; j++) load_panel(kind, b + j * b_panel, b_j + 2 * j);
+        for (int i = 0; i < rows; i++) {
+            real factor = x_3[i / 3][i % 3 * x_row];
+            for (int j = 0; j < 2 * panels; j++) sum[i * 2 * panels + j] += factor * b_j[j];
+        }
+        for (int i = 0; i < rows; i += 3) x_3[i / 3]++;
+    }
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < 2 * panels; j++) store(sums + (j / 2 * rows + i) * NR + j % 2 * VL, sum[i * 2 * panels + j]);
+}
+
+/* sums (panels, rows, NR) for at most MR rows: every panel is read once, so nothing is cut over k. */
+INLINE void packed_few(const int kind, ptrdiff_t rows, ptrdiff_t panels, ptrdiff_t k, const real *x, const char *b, ptrdiff_t b_panel,
+                       real *sums) {
+    const ptrdiff_t s_panel = rows * NR;
+#define PACKED_FEW(n, at_once)                                                                                               \
+    case n:                                                                                                                  \
+        for (; at_once > 1 && panels >= at_once; panels -= at_once, b += at_once * b_panel, sums += at_once * s_panel)       \
+            packed_tile(n, at_once, kind, k, x, k, b, b_panel, sums);                                                        \
+        for (; panels; panels--, b += b_panel, sums += s_panel) packed_tile(n, 1, kind, k, x, k, b, 0, sums);                \
+        break;
+    switch (rows) {
+        PACKED_FEW(1, 4) PACKED_FEW(2, 2) PACKED_FEW(3, 2) PACKED_FEW(4, 1) PACKED_FEW(5, 1) PACKED_FEW(6, 1)
+#if MR == 12
+        PACKED_FEW(7, 1) PACKED_FEW(8, 1) PACKED_FEW(9, 1) PACKED_FEW(10, 1) PACKED_FEW(11, 1) PACKED_FEW(12, 1)
+#endif
+    }
+}
+
+/* The rows of one call: as they came, or quantised. */
+struct packed_rows {
+    const real *x;       /* (N, d_in) */
+    int32_t *q;          /* (N, steps) */
+    real *scale;         /* (N, groups) */
+    int32_t *zero;       /* (N, groups) */
+    ptrdiff_t steps;
+};
+
+/* What packed_sums works in, in bytes: sums, and a chunk of a panel as the tile wants it with its integer sums. */
+enum { SUMS_ROOM = PANELS * MC * NR * sizeof(real), CHUNK_ROOM = 2 * KC * NR * sizeof(real), PACKED_ROOM = SUMS_ROOM + CHUNK_ROOM };
+
+/* sums (panels, m, NR) of rows [r0, r0 + m) with panels from `first` on; m <= MC, panels <= PANELS. chunk: CHUNK_ROOM bytes, then
+ * room for integer sums in what is left. */
+static void packed_sums(const struct mt_packed *w, const struct packed_layout *at, const struct packed_rows *rows, ptrdiff_t r0,
+                        ptrdiff_t m, ptrdiff_t first, ptrdiff_t panels, real *sums, char *chunk) {
+    const char *b = (const char *)w->memory + first * at->panel;
+    const real *x = rows->x + r0 * w->d_in;
+    if (!w->d_in) {
+        memset(sums, 0, panels * m * NR * sizeof(real));
+        return;
+    }
+#if !REAL_IS_DOUBLE
+    if (w->kind == MT_INT8) {
+        const int32_t *q = rows->q + r0 * rows->steps, *zero = rows->zero + r0 * at->groups;
+        const real *x_scale = rows->scale + r0 * at->groups, *scale = (const real *)((const char *)w->memory + at->scales);
+        const int32_t *column_sums = (const int32_t *)((const char *)w->memory + at->column_sums);
+        int32_t *c = (int32_t *)(chunk + CHUNK_ROOM);
+        for (ptrdiff_t g = 0; g < at->groups; g++) {
+            ptrdiff_t s0 = g * w->group / STEP, s1 = div_up(min_size(w->d_in, (g + 1) * w->group), STEP);
+            if (m <= MR) {
+                int8_few(m, panels, s1 - s0, q + s0, rows->steps, b + s0 * NR * STEP, at->panel, c);
+            } else {
+                ptrdiff_t strips = div_up(m, MR), height = m / strips, taller = m % strips;
+                for (ptrdiff_t s = s0; s < s1; s += STEPS)
+                    for (ptrdiff_t j = 0; j < panels; j++) {
+                        ptrdiff_t steps = min_size(STEPS, s1 - s);
+                        const char *from = b + j * at->panel + s * NR * STEP;
+                        if (WIDENS) {
+                            for (ptrdiff_t v = 0; v < 2 * steps; v++)
+                                *(ivec_anywhere *)(chunk + v * VECTOR_BYTES) = widened((const int8_t *)from + v * VL * STEP);
+                            from = chunk;
+                        }
+                        for (ptrdiff_t strip = 0, i = 0; strip < strips; strip++) {
+                            ptrdiff_t here = height + (strip < taller);
+                            int8_strip(here, steps, q + i * rows->steps + s, rows->steps, from, c + (j * m + i) * NR, s > s0);
+                            i += here;
+                        }
+                    }
+            }
+            for (ptrdiff_t j = 0; j < panels; j++) {
+                ptrdiff_t place = ((first + j) * at->groups + g) * NR;
+                dequantise(c + j * m * NR, m, x_scale + g, zero + g, at->groups, scale + place, column_sums + place, sums + j * m * NR, g > 0);
+            }
+        }
+        return;
+    }
+    if (m <= MR && w->kind == MT_BFLOAT16) {
+        packed_few(MT_BFLOAT16, m, panels, w->d_in, x, b, at->panel, sums);
+        return;
+    }
+#endif
+    if (m <= MR) {
+        packed_few(MT_REAL, m, panels, w->d_in, x, b, at->panel, sums);
+        return;
+    }
+    for (ptrdiff_t k0 = 0; k0 < w->d_in; k0 += KC)
+        for (ptrdiff_t j = 0; j < panels; j++) {
+            ptrdiff_t kc = min_size(KC, w->d_in - k0);
+            const char *from = b + j * at->panel;
+            const real *panel = (const real *)from + k0 * NR;
+            if (w->kind == MT_BFLOAT16) {
+                for (ptrdiff_t p = 0; p < kc; p++) {
+                    vec b_2[2];
+                    load_panel(MT_BFLOAT16, from + (k0 + p) * VECTOR_BYTES, b_2);
+                    store((real *)chunk + p * NR, b_2[0]);
+                    store((real *)chunk + p * NR + VL, b_2[1]);
+                }
+                panel = (const real *)chunk;
+            }
+            micro_strips(m, kc, x + k0, w->d_in, 1, panel, sums + j * m * NR, NR, k0 > 0);
+        }
+}
+
+INLINE vec load_columns(const real *p, ptrdiff_t n) { return n >= VL ? load(p) : load_some(p, max_size(n, 0), 0); }
+
+/* out (m, columns; ld) = activation(sums + bias) + residual, or activation(gates + gate_bias) * (sums + bias) + residual. */
+INLINE void finish_kind(const int kind, const real *sums, const real *gates, ptrdiff_t m, ptrdiff_t columns, const real *bias,
+                        const real *gate_bias, const real *residual, real *out, ptrdiff_t ld) {
+    for (ptrdiff_t j = 0; j < min_size(columns, NR); j += VL) {
+        ptrdiff_t n = min_size(VL, columns - j);
+        vec bias_j = bias ? load_columns(bias + j, n) : all(0), gate_j = gate_bias ? load_columns(gate_bias + j, n) : all(0);
+        for (ptrdiff_t i = 0; i < m; i++) {
+            vec y = load(sums + i * NR + j) + bias_j;
+            if (gates) {
+                vec gate = load(gates + i * NR + j) + gate_j;
+                y *= kind < 0 ? gate : activate(gate, kind);
+            } else if (kind >= 0) {
+                y = activate(y, kind);
+            }
+            if (residual) y += load_columns(residual + i * ld + j, n);
+            if (n == VL)
+                store(out + i * ld + j, y);
+            else
+                store_some(out + i * ld + j, y, n);
+        }
+    }
+}
+
+static void finish(int kind, const real *sums, const real *gates, ptrdiff_t m, ptrdiff_t columns, const real *bias, const real *gate_bias,
+                   const real *residual, real *out, ptrdiff_t ld) {
+#define FINISH(kind) finish_kind(kind, sums, gates, m, columns, bias, gate_bias, residual, out, ld); break;
+    switch (kind) {
+    case MT_RELU: FINISH(MT_RELU)
+    case MT_GELU: FINISH(MT_GELU)
+    case MT_GELU_TANH: FINISH(MT_GELU_TANH)
+    case MT_SILU: FINISH(MT_SILU)
+    default: FINISH(-1)
+    }
+}
+
+/* The place for quantised rows, in one piece that `rows->q` begins: 0, or -1 without memory. */
+static int packed_rows(struct packed_rows *rows, const real *x, ptrdiff_t n, const struct mt_packed *w, const struct packed_layout *at) {
+    *rows = (struct packed_rows){x, NULL, NULL, NULL, 0};
+#if !REAL_IS_DOUBLE
+    if (w->kind == MT_INT8) {
+        rows->steps = round_up(div_up(w->d_in, STEP), 16);
+        rows->q = aligned_alloc(64, ((size_t)n * (rows->steps + 2 * at->groups) * 4 + 64) / 64 * 64);
+        if (!rows->q) return -1;
+        rows->scale = (real *)(rows->q + (size_t)n * rows->steps);
+        rows->zero = (int32_t *)(rows->scale + (size_t)n * at->groups);
+    }
+#endif
+    (void)n, (void)w, (void)at;
+    return 0;
+}
+
+INLINE void packed_row(const struct packed_rows *rows, ptrdiff_t row, const struct mt_packed *w, const struct packed_layout *at) {
+#if !REAL_IS_DOUBLE
+    quantise_row(rows->x + row * w->d_in, w->d_in, w->group, (factor *)(rows->q + row * rows->steps), rows->scale + row * at->groups,
+                 rows->zero + row * at->groups);
+#endif
+    (void)rows, (void)row, (void)w, (void)at;
+}
+
+/* x (N, d_in), w read; out (N, d_out) written. -1: no workspace. */
+static int packed_linear(const void *x, const struct mt_packed *w, const struct mt_epilogue *then, void *out_, ptrdiff_t n) {
+    real *out = out_;
+    if (!n || !w->d_out) return 0;
+    struct packed_layout at = packed_layout(w);
+    const int per = w->gated ? 2 : 1;
+    ptrdiff_t blocks = div_up(n, MC), m = div_up(n, blocks), columns = at.panels / per;
+    double work = 2.0 * n * w->d_in * w->d_out * per / VL;
+    /* Few rows are bound by memory: one stretch of it for each thread. More are cut for balance. */
+    ptrdiff_t team = mt_team(max_size(columns, blocks), work), wanted = team == 1 ? 1 : n <= 2 * MR ? team : 4 * team;
+    ptrdiff_t cuts = max_size(div_up(wanted, blocks), blocks > 1 ? (ptrdiff_t)(at.scales / STAYS) : 1);
+    ptrdiff_t width = div_up(columns, min_size(columns, max_size(cuts, 1))), pieces = div_up(columns, width) * blocks;
+    team = min_size(team, pieces);
+    struct packed_rows rows;
+    size_t room = PACKED_ROOM + (w->kind == MT_INT8 ? SUMS_ROOM : 0);
+    char *workspace = aligned_alloc(64, room * team);
+    if (!workspace || packed_rows(&rows, x, n, w, &at)) {
+        free(workspace);
+        return -1;
+    }
+#pragma omp parallel num_threads((int)team)
+    {
+#pragma omp for schedule(static)
+        for (ptrdiff_t row = 0; row < (w->kind == MT_INT8 ? n : 0); row++) packed_row(&rows, row, w, &at);
+#pragma omp for schedule(dynamic)
+        for (ptrdiff_t piece = 0; piece < pieces; piece++) {
+            ptrdiff_t r0 = piece % blocks * m, here = min_size(m, n - r0), end = min_size(columns, (piece / blocks + 1) * width);
+            real *sums = (real *)(workspace + room * mt_thread_id());
+            if (here <= 0) continue;
+            for (ptrdiff_t c = piece / blocks * width; c < end; c += PANELS / per) {
+                ptrdiff_t some = min_size(PANELS / per, end - c);
+                packed_sums(w, &at, &rows, r0, here, c * per, some * per, sums, (char *)sums + SUMS_ROOM);
+                for (ptrdiff_t j = 0; j < some; j++) {
+                    ptrdiff_t column = (c + j) * NR, corner = r0 * w->d_out + column;
+                    const real *value = sums + j * per * here * NR, *bias = then->bias, *gate_bias = then->gate_bias, *residual = then->residual;
+                    finish(then->activation, value, w->gated ? value + here * NR : NULL, here, w->d_out - column, bias ? bias + column : NULL,
+                           gate_bias ? gate_bias + column : NULL, residual ? residual + corner : NULL, out + corner, w->d_out);
+                }
+            }
+        }
+    }
+    free(rows.q);
+    free(workspace);
+    return 0;
+}
+
+/* One score of linear_top_k; id -1: nothing yet, which is worse than anything found. */
+struct candidate {
+    real score;
+    int64_t id;
+};
+
+INLINE int worse(struct candidate a, struct candidate b) {
+    if (a.id < 0 || b.id < 0) return a.id < 0 && b.id >= 0;
+    return a.score < b.score || (a.score == b.score && a.id > b.id);
+}
+
+/* best_k, best first, takes one more if it is among them. k is small: a sorted list beats a heap. */
+static void offer(struct candidate *best_k, ptrdiff_t k, struct candidate here) {
+    if (!worse(best_k[k - 1], here)) return;
+    ptrdiff_t at = k - 1;
+    for (; at > 0 && worse(best_k[at - 1], here); at--) best_k[at] = best_k[at - 1];
+    best_k[at] = here;
+}
+
+/* x (N, d_in), w read; scores_nk, ids_nk (N, k) written, best first, and lse (N,) if not NULL: log sum exp over all columns.
+ * -1: no workspace. The columns are cut into parts of a fixed width, each with its own candidates and its own maximum and sum,
+ * which are merged in order; so no result depends on threads or rows. */
+static int linear_top_k(const void *x, const struct mt_packed *w, const void *bias_, void *scores_, int64_t *ids_nk, void *lse_,
+                        ptrdiff_t n, ptrdiff_t k) {
+    const real *bias = bias_;
+    real *scores_nk = scores_, *lse_n = lse_;
+    if (!n) return 0;
+    struct packed_layout at = packed_layout(w);
+    ptrdiff_t part_panels = max_size(PART / NR, 1), parts = div_up(at.panels, part_panels), kept = min_size(k, part_panels * NR);
+    ptrdiff_t blocks = div_up(n, MC), m = div_up(n, blocks), pieces = blocks * parts;
+    int team = mt_team(pieces, 2.0 * n * w->d_in * w->d_out / VL);
+    size_t room = PACKED_ROOM + (w->kind == MT_INT8 ? SUMS_ROOM : 0);
+    struct packed_rows rows;
+    char *workspace = aligned_alloc(64, room * team);
+    struct candidate *best = malloc(((size_t)n * parts * kept + 1) * sizeof *best); /* (N, parts, kept) */
+    real *peaks = malloc(((size_t)n * parts * 2 + 1) * sizeof *peaks);               /* (N, parts, 2): maximum, sum above it */
+    if (!workspace || !best || !peaks || packed_rows(&rows, x, n, w, &at)) {
+        free(workspace);
+        free(best);
+        free(peaks);
+        return -1;
+    }
+#pragma omp parallel num_threads(team)
+    {
+#pragma omp for schedule(static)
+        for (ptrdiff_t row = 0; row < (w->kind == MT_INT8 ? n : 0); row++) packed_row(&rows, row, w, &at);
+#pragma omp for schedule(dynamic)
+        for (ptrdiff_t piece = 0; piece < pieces; piece++) {
+            ptrdiff_t part = piece / blocks, r0 = piece % blocks * m, here = min_size(m, n - r0);
+            ptrdiff_t end = min_size(at.panels, (part + 1) * part_panels);
+            real *sums = (real *)(workspace + room * mt_thread_id());
+            for (ptrdiff_t row = r0; row < r0 + here; row++) {
+                for (ptrdiff_t i = 0; i < kept; i++) best[(row * parts + part) * kept + i] = (struct candidate){-INFINITY, -1};
+                peaks[(row * parts + part) * 2] = -INFINITY;
+                peaks[(row * parts + part) * 2 + 1] = 0;
+            }
+            for (ptrdiff_t panel = part * part_panels; panel < end && here > 0; panel += PANELS) {
+                ptrdiff_t some = min_size(PANELS, end - panel);
+                packed_sums(w, &at, &rows, r0, here, panel, some, sums, (char *)sums + SUMS_ROOM);
+                for (ptrdiff_t i = 0; i < here; i++) {
+                    struct candidate *best_k = best + ((r0 + i) * parts + part) * kept;
+                    real *peak = peaks + ((r0 + i) * parts + part) * 2;
+                    vec largest = all(-INFINITY), y_j[2 * PANELS];
+                    /* 1: bias; past the last column -inf, which changes neither maximum nor sum */
+                    for (ptrdiff_t j = 0; j < 2 * some; j++) {
+                        ptrdiff_t column = panel * NR + j * VL, left = w->d_out - column;
+                        vec y = load(sums + (j / 2 * here + i) * NR + j % 2 * VL);
+                        if (bias && left > 0) y += load_columns(bias + column, left);
+                        for (ptrdiff_t lane = max_size(left, 0); lane < VL; lane++) y[lane] = -INFINITY;
+                        y_j[j] = y;
+                        largest = max_vec(y, largest);
+                    }
+                    /* 2: candidates. One comparison turns nearly every vector away. NaN fails it. */
+                    for (ptrdiff_t j = 0; j < 2 * some && kept; j++) {
+                        struct candidate last = best_k[kept - 1];
+                        if (last.id >= 0 && !any_lane(y_j[j] > last.score)) continue;
+                        ptrdiff_t column = panel * NR + j * VL;
+                        for (ptrdiff_t lane = 0; lane < VL && column + lane < w->d_out; lane++)
+                            if (!isnan(y_j[j][lane])) offer(best_k, kept, (struct candidate){y_j[j][lane], column + lane});
+                    }
+                    /* 3: the sum, brought to the new maximum */
+                    if (lse_n) {
+                        real top = max_lanes(largest), old = peak[0];
+                        top = top > old ? top : old;
+                        real base = top > -INFINITY ? top : 0; /* inf - inf would be NaN where all is hidden */
+                        vec sum = {0};
+                        for (ptrdiff_t j = 0; j < 2 * some; j++) sum += exp_vec(y_j[j] - base);
+                        peak[1] = (old > -INFINITY ? peak[1] * exp_real(old - base) : peak[1]) + sum_lanes(sum);
+                        peak[0] = top;
+                    }
+                }
+            }
+        }
+        /* The parts, merged in order. */
+#pragma omp for schedule(static)
+        for (ptrdiff_t row = 0; row < n; row++) {
+            struct candidate *best_p = best + row * parts * kept;
+            for (ptrdiff_t i = 0; i < k; i++) {
+                struct candidate found = {-INFINITY, -1};
+                ptrdiff_t from = 0;
+                for (ptrdiff_t c = 0; c < parts * kept; c += kept)
+                    if (worse(found, best_p[c])) {
+                        found = best_p[c];
+                        from = c;
+                    }
+                if (found.id >= 0) { /* the part's next moves up */
+                    memmove(best_p + from, best_p + from + 1, (kept - 1) * sizeof *best_p);
+                    best_p[from + kept - 1] = (struct candidate){-INFINITY, -1};
+                }
+                scores_nk[row * k + i] = found.score;
+                ids_nk[row * k + i] = found.id;
+            }
+            if (lse_n) {
+                const real *peak_p = peaks + row * parts * 2;
+                real top = -INFINITY, sum = 0;
+                for (ptrdiff_t part = 0; part < parts; part++) top = peak_p[part * 2] > top ? peak_p[part * 2] : top;
+                real base = top > -INFINITY ? top : 0;
+                for (ptrdiff_t part = 0; part < parts; part++) sum += peak_p[part * 2 + 1] * exp_real(peak_p[part * 2] - base);
+                lse_n[row] = base + log(sum);
+            }
+        }
+    }
+    free(rows.q);
+    free(best);
+    free(peaks);
+    free(workspace);
+    return 0;
+}

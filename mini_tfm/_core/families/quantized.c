@@ -1,0 +1,187 @@
+/* Products with int8 weights: sums of integers, exact, so that their order does not matter and every instruction set finds the
+ * same ones. reference/packed.py defines the quantisation of weights (symmetric, a scale for each column and group of rows) and
+ * of activations (0 to 255 with a zero point, for each row and group).
+ *
+ * A step is what one instruction multiplies into a lane: STEP consecutive k of a column, against 4 bytes of x that are the same
+ * for all columns. A panel holds, step by step, STEP weights of each of NR columns. Where the instruction takes 16-bit factors
+ * (AVX2: the one that takes bytes saturates) weights are widened on the way, once for all strips of a block. */
+#if !REAL_IS_DOUBLE
+
+#if ISA_VNNI
+enum { STEP = 4, WIDENS = 0, SHIFT = 0 };
+typedef uint8_t factor; /* of x */
+#elif ISA_AVX512 || ISA_AVX2
+enum { STEP = 2, WIDENS = 1, SHIFT = 0 };
+typedef int16_t factor;
+#elif ISA_NEON && defined(__ARM_FEATURE_DOTPROD)
+enum { STEP = 4, WIDENS = 0, SHIFT = 128 }; /* the instruction is of signed bytes: x and its zero point are shifted down */
+typedef int8_t factor;
+#else
+enum { STEP = 1, WIDENS = 1, SHIFT = 0 };
+typedef int32_t factor;
+#endif
+
+enum { MAX_GROUP = 65536 }; /* 255 * 127 times that stays within 32 bits */
+enum { STEPS = 256 };       /* in a chunk: of widened panel, 16 KB, with its strips in L1 */
+
+typedef ivec ivec_anywhere __attribute__((aligned(4), may_alias));
+typedef int8_t few_bytes __attribute__((vector_size(VECTOR_BYTES / 4), aligned(1), may_alias)); /* one for each lane */
+
+/* The four that differ: VL columns of one step as the factors that dot takes, and sum + x . w in every lane. */
+INLINE ivec widened(const int8_t *w) {
+#if ISA_VNNI || (ISA_NEON && defined(__ARM_FEATURE_DOTPROD))
+    return *(const ivec_anywhere *)w;
+#elif ISA_AVX512
+    return (ivec)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)w));
+#elif ISA_AVX2
+    return (ivec)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)w));
+#else
+    return __builtin_convertvector(*(const few_bytes *)w, ivec);
+#endif
+}
+
+INLINE ivec dot(ivec sum, ivec x, ivec w) {
+#if ISA_VNNI
+    return (ivec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)x, (__m512i)w);
+#elif ISA_AVX512
+    return sum + (ivec)_mm512_madd_epi16((__m512i)x, (__m512i)w);
+#elif ISA_AVX2
+    return sum + (ivec)_mm256_madd_epi16((__m256i)x, (__m256i)w);
+#elif ISA_NEON && defined(__ARM_FEATURE_DOTPROD)
+    return (ivec)vdotq_s32((int32x4_t)sum, (int8x16_t)w, (int8x16_t)x);
+#else
+    return sum + x * w;
+#endif
+}
+
+/* To the nearest integer, ties to even, never contracted with the product before it. */
+INLINE ivec rounded(vec x) {
+#if ISA_AVX512
+    return (ivec)_mm512_cvtps_epi32((__m512)x);
+#elif ISA_AVX2
+    return (ivec)_mm256_cvtps_epi32((__m256)x);
+#elif defined(__aarch64__)
+    return (ivec)vcvtnq_s32_f32((float32x4_t)x);
+#else
+    ivec n;
+    for (ptrdiff_t i = 0; i < VL; i++) n[i] = (int32_t)nearbyintf(x[i]);
+    return n;
+#endif
+}
+
+INLINE vec as_reals(ivec x) { return __builtin_convertvector(x, vec); }
+
+/* x (d,) read; q (d padded to steps), and for each group its scale and zero point, written: x = scale * (q - zero). A group
+ * that is not all finite, or whose range is not, has the scale NaN. */
+static void quantise_row(const real *x, ptrdiff_t d, ptrdiff_t group, factor *q, real *scale, int32_t *zero) {
+    for (ptrdiff_t g = 0; g * group < d; g++) {
+        ptrdiff_t at = g * group, n = min_size(group, d - at), whole = n / VL * VL;
+        vec low = {0}, high = {0}, bad = {0};
+        for (ptrdiff_t i = 0; i < whole; i += VL) {
+            vec v = load(x + at + i);
+            low = min_vec(v, low);
+            high = max_vec(v, high);
+            bad += v * 0;
+        }
+        if (whole < n) {
+            vec v = load_some(x + at + whole, n - whole, 0);
+            low = min_vec(v, low);
+            high = max_vec(v, high);
+            bad += v * 0;
+        }
+        real lowest = -max_lanes(-low), range = max_lanes(high) - lowest;
+        if (range <= 1e-30f || !(range < INFINITY) || sum_lanes(bad) != 0) { /* sum_lanes is 0 or NaN */
+            scale[g] = sum_lanes(bad) + (range < INFINITY ? 0 : NAN);
+            zero[g] = -SHIFT;
+            for (ptrdiff_t i = 0; i < round_up(n, STEP); i++) q[at + i] = (factor)-SHIFT;
+            continue;
+        }
+        scale[g] = range / 255;
+        real inverse = 255 / range;
+        ivec origin = rounded(all(-lowest) * inverse);
+        zero[g] = origin[0] - SHIFT;
+        for (ptrdiff_t i = 0; i < n; i += VL) {
+            vec v = i < whole ? load(x + at + i) : load_some(x + at + i, n - i, 0);
+            ivec k = rounded(v * inverse) + origin;
+            k &= ~(k < 0);
+            k = (((k > 255) & 255) | (~(k > 255) & k)) - SHIFT; /* rounding may go one too far */
+            if (i < whole)
+                for (ptrdiff_t lane = 0; lane < VL; lane++) q[at + i + lane] = (factor)k[lane];
+            else
+                for (ptrdiff_t lane = 0; lane < n - i; lane++) q[at + i + lane] = (factor)k[lane];
+        }
+        for (ptrdiff_t i = n; i < round_up(n, STEP); i++) q[at + i] = 0; /* meets weights that are 0 */
+    }
+}
+
+/* sum_ij (rows, panels * NR) = or += x (rows, steps) . panels. */
+INLINE void int8_tile(const int rows, const int panels, const int widens, ptrdiff_t steps, const int32_t *x, ptrdiff_t x_row,
+                      const char *b, ptrdiff_t b_panel, int32_t *c, ptrdiff_t c_panel, const int add) {
+    ivec sum[2 * MR], b_j[8];
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < 2 * panels; j++)
+            sum[i * 2 * panels + j] = add ? (ivec)*(ivec_anywhere *)(c + j / 2 * c_panel + i * NR + j % 2 * VL) : (ivec){0};
+    const ptrdiff_t b_vector = widens ? VL * STEP : VECTOR_BYTES;
+    const int32_t *x_3[(MR + 2) / 3];
+    for (int i = 0; i < rows; i += 3) x_3[i / 3] = x + i * x_row;
+    for (ptrdiff_t p = 0; p < steps; p++, b += 2 * b_vector) {
+        for (int j = 0; j < 2 * panels; j++) {
+            const char *at = b + j / 2 * b_panel + j % 2 * b_vector;
+            b_j[j] = widens ? widened((const int8_t *)at) : (ivec)*(const ivec_anywhere *)at;
+        }
+        for (int i = 0; i < rows; i++) {
+            ivec factors = all_lanes(x_3[i / 3][i % 3 * x_row]);
+            for (int j = 0; j < 2 * panels; j++) sum[i * 2 * panels + j] = dot(sum[i * 2 * panels + j], factors, b_j[j]);
+        }
+        for (int i = 0; i < rows; i += 3) x_3[i / 3]++;
+    }
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < 2 * panels; j++) *(ivec_anywhere *)(c + j / 2 * c_panel + i * NR + j % 2 * VL) = sum[i * 2 * panels + j];
+}
+
+/* One strip of one panel whose factors are as dot takes them. */
+static void int8_strip(ptrdiff_t rows, ptrdiff_t steps, const int32_t *x, ptrdiff_t x_row, const char *b, int32_t *c, int add) {
+#define INT8_CASE(n)                                                                   \
+    case n:                                                                            \
+        if (add) int8_tile(n, 1, 0, steps, x, x_row, b, 0, c, 0, 1);                   \
+        else int8_tile(n, 1, 0, steps, x, x_row, b, 0, c, 0, 0);                       \
+        break;
+    switch (rows) {
+        INT8_CASE(1) INT8_CASE(2) INT8_CASE(3) INT8_CASE(4) INT8_CASE(5) INT8_CASE(6)
+#if MR == 12
+        INT8_CASE(7) INT8_CASE(8) INT8_CASE(9) INT8_CASE(10) INT8_CASE(11) INT8_CASE(12)
+#endif
+    }
+}
+
+/* Few rows against panels that are read once: widened on the way, several panels at once as in micro_switch. */
+static void int8_few(ptrdiff_t rows, ptrdiff_t panels, ptrdiff_t steps, const int32_t *x, ptrdiff_t x_row, const char *b,
+                     ptrdiff_t b_panel, int32_t *c) {
+    const ptrdiff_t c_panel = rows * NR;
+#define INT8_FEW(n, at_once)                                                                                           \
+    case n:                                                                                                            \
+        for (; at_once > 1 && panels >= at_once; panels -= at_once, b += at_once * b_panel, c += at_once * c_panel)    \
+            int8_tile(n, at_once, WIDENS, steps, x, x_row, b, b_panel, c, c_panel, 0);                                 \
+        for (; panels; panels--, b += b_panel, c += c_panel) int8_tile(n, 1, WIDENS, steps, x, x_row, b, 0, c, 0, 0);  \
+        break;
+    switch (rows) {
+        INT8_FEW(1, 4) INT8_FEW(2, 2) INT8_FEW(3, 2) INT8_FEW(4, 1) INT8_FEW(5, 1) INT8_FEW(6, 1)
+#if MR == 12
+        INT8_FEW(7, 1) INT8_FEW(8, 1) INT8_FEW(9, 1) INT8_FEW(10, 1) INT8_FEW(11, 1) INT8_FEW(12, 1)
+#endif
+    }
+}
+
+/* sums (m, NR) = or += the integers of one group, scaled. */
+INLINE void dequantise(const int32_t *c, ptrdiff_t m, const real *x_scale, const int32_t *x_zero, ptrdiff_t groups, const real *scale,
+                       const int32_t *column_sums, real *sums, int add) {
+    for (ptrdiff_t i = 0; i < m; i++)
+        for (ptrdiff_t j = 0; j < NR; j += VL) {
+            ivec n = *(const ivec_anywhere *)(c + i * NR + j) - x_zero[i * groups] * *(const ivec_anywhere *)(column_sums + j);
+            vec y = as_reals(n) * (x_scale[i * groups] * load(scale + j));
+            if (add) y += load(sums + i * NR + j);
+            store(sums + i * NR + j, y);
+        }
+}
+
+#endif

@@ -1,0 +1,124 @@
+# Weights packed once, and products with them
+
+
+cdef class PackedWeight:
+    """A weight as the kernels of one instruction set read it; owns its memory. Made by pack(), for products of any rows."""
+
+    cdef mt_packed at
+    cdef const mt_kernels_table *c
+    cdef size_t n_bytes
+    cdef object kind, real, grouped
+
+    def __cinit__(self):
+        self.at.memory = NULL
+
+    def __init__(self):
+        raise InvalidType("PackedWeight: expected one made by pack(), got a call of the class")
+
+    def __dealloc__(self):
+        free(self.at.memory)
+
+    @property
+    def shape(self):
+        """(d_in, d_out)."""
+        return self.at.d_in, self.at.d_out
+
+    @property
+    def dtype(self):
+        """"float32", "float64", "bfloat16" or "int8"."""
+        return self.kind
+
+    @property
+    def gated(self):
+        """Whether a gate of the same shape is packed with it."""
+        return bool(self.at.gated)
+
+    @property
+    def group(self):
+        """Rows that share a scale, or None: all."""
+        return self.grouped
+
+    @property
+    def nbytes(self):
+        """Bytes of memory that it owns."""
+        return self.n_bytes
+
+    def unpack(self):
+        """The weight (d_in, d_out) that products are made with, or (weight, gate)."""
+        weight = np.empty(self.shape, self.real)
+        gate = np.empty(self.shape, self.real) if self.at.gated else None
+        cdef void *pw = ptr(weight)
+        cdef void *pg = ptr_or_null(gate)
+        with nogil:
+            self.c.unpack(&self.at, pw, pg)
+        return weight if gate is None else (weight, gate)
+
+
+reference.PackedWeight.register(PackedWeight)
+
+
+cdef PackedWeight own_weight(weight):
+    """A checked weight, which may be the twin's."""
+    if not isinstance(weight, PackedWeight):
+        raise InvalidType(f"weight: expected a PackedWeight of the compiled pack(), got one of {type(weight).__module__}")
+    return weight
+
+
+def pack(weight, *, dtype="float32", transposed=False, gate=None, group=None):
+    """A PackedWeight of weight (d_in, d_out), or (d_out, d_in) when transposed; gate: a second one, for gated feed-forwards."""
+    cdef int t
+    weight, dtype, t, gate, rows = _checks.pack(weight, dtype, transposed, gate, group)
+    cdef PackedWeight w = PackedWeight.__new__(PackedWeight)
+    w.kind, w.real, w.grouped = dtype, weight.dtype, group
+    w.at.d_in, w.at.d_out = weight.shape[::-1] if t else weight.shape
+    w.at.group, w.at.gated = rows, gate is not None
+    w.at.kind = {"float32": 0, "float64": 0, "bfloat16": 1, "int8": 2}[dtype]
+    w.c = c_for(weight)
+    w.n_bytes = w.c.packed_bytes(&w.at)
+    w.at.memory = aligned_alloc(64, w.n_bytes + 64)
+    if w.at.memory == NULL:
+        raise MemoryError("mini_tfm: no memory for a packed weight")
+    cdef void *pw = ptr(weight)
+    cdef void *pg = ptr_or_null(gate)
+    with nogil:
+        w.c.pack(&w.at, pw, pg, t)
+    return w
+
+
+def packed_linear(x, weight, bias=None, *, gate_bias=None, activation=None, residual=None, out=None):
+    """activation(x W + bias) + residual, or activation(x W_gate + gate_bias) * (x W + bias) + residual."""
+    cdef mt_epilogue then
+    cdef int failed
+    cdef ptrdiff_t n
+    x, bias, gate_bias, kind, residual, n, shape = _checks.packed_linear(x, weight, bias, gate_bias, activation, residual, out)
+    cdef PackedWeight w = own_weight(weight)
+    if out is None:
+        out = np.empty(shape, x.dtype)
+    then.bias, then.gate_bias, then.residual = ptr_or_null(bias), ptr_or_null(gate_bias), ptr_or_null(residual)
+    then.activation = kind
+    cdef void *px = ptr(x)
+    cdef void *po = ptr(out)
+    with nogil:
+        failed = w.c.packed_linear(px, &w.at, &then, po, n)
+    no_memory_if(failed)
+    return out
+
+
+def linear_top_k(x, weight, k, bias=None, *, lse=False):
+    """The k best of x W + bias in each row: scores, ids (..., k), best first; with lse also log sum exp over all, (...)."""
+    cdef int failed, wants_lse
+    cdef ptrdiff_t n, wanted
+    x, wanted, bias, wants_lse, n = _checks.linear_top_k(x, weight, k, bias, lse)
+    cdef PackedWeight w = own_weight(weight)
+    leading = x.shape[:-1]
+    scores, ids = np.empty((*leading, wanted), x.dtype), np.empty((*leading, wanted), np.int64)
+    totals = np.empty(leading, x.dtype) if wants_lse else None
+    cdef void *px = ptr(x)
+    cdef void *pb = ptr_or_null(bias)
+    cdef void *ps = ptr(scores)
+    cdef int64_t *pi = <int64_t *>ptr(ids)
+    cdef void *pl = ptr_or_null(totals)
+    with nogil:
+        failed = w.c.linear_top_k(px, &w.at, pb, ps, pi, pl, n, wanted)
+    no_memory_if(failed)
+    return (scores, ids, totals) if wants_lse else (scores, ids)

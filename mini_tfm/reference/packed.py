@@ -1,0 +1,141 @@
+"""Weights packed once for many products, products with them, and the best k of a row."""
+
+from abc import ABC
+
+import numpy as np
+
+from mini_tfm.reference import _checks
+from mini_tfm.reference.elementwise import activation as activated
+
+
+class PackedWeight(ABC):  # the compiled one is registered as a kind of it
+    """A weight (d_in, d_out), and perhaps a gate of the same shape, as products are made with them. Made by pack().
+
+    shape (d_in, d_out); dtype "float32", "float64", "bfloat16" or "int8"; gated; group: rows that share a scale in int8,
+    None: all of them; nbytes. `unpack()` gives the weight back, or (weight, gate), in float32 (float64 if it is that).
+    """
+
+    shape: tuple[int, int]
+    dtype: str
+    gated: bool
+    group: int | None
+    nbytes: int
+
+    def __init__(self, weights, dtype, group):
+        self._weights, self.dtype, self.group = weights, dtype, group
+        self.shape, self.gated = weights[0].shape, len(weights) == 2
+        self.nbytes = sum(weight.nbytes for weight in weights)
+
+    def unpack(self):
+        return tuple(weight.copy() for weight in self._weights) if self.gated else self._weights[0].copy()
+
+
+def _in_bfloat16(x):
+    """To the nearest bfloat16, ties to even, as float32."""
+    bits = x.view(np.uint32)
+    nearest = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return np.where(np.isnan(x), (bits >> np.uint32(16)) | np.uint32(64), nearest).astype(np.uint32) << np.uint32(16)
+
+
+def _in_int8(weight, group):
+    """scale * q, q in [-127, 127] to the nearest, scale = max|w| / 127 of `group` rows of a column: all in float32."""
+    result = np.empty_like(weight)
+    for at in range(0, len(weight), group):
+        part = weight[at : at + group]
+        scale = np.abs(part).max(0, initial=0) / np.float32(127)
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            q = np.clip(np.where(scale > 0, np.rint(part / scale), 0), -127, 127)
+        result[at : at + group] = q.astype(np.float32) * scale
+    return result
+
+
+def pack(weight, *, dtype="float32", transposed=False, gate=None, group=None):
+    """A PackedWeight of weight (d_in, d_out) float32, or of (d_out, d_in) when transposed.
+
+    dtype  what it is kept in: float32; bfloat16 (to the nearest); int8 (symmetric, a scale for each column, or for each
+           column and `group` rows); float64, of float64 weights
+    gate   a second weight of the same shape, for gated feed-forwards
+    group  a multiple of 4 rows, at most 65536, or None: all share a scale. Smaller groups follow the values more closely;
+           activations are quantised for the same groups
+    """
+    weight, dtype, transposed, gate, rows = _checks.pack(weight, dtype, transposed, gate, group)
+    weights = []
+    for given in (weight,) if gate is None else (weight, gate):
+        kept = np.array(given.T if transposed else given, order="C")
+        if dtype == "bfloat16":
+            kept = _in_bfloat16(kept).view(np.float32)
+        elif dtype == "int8":
+            kept = _in_int8(kept, rows)
+        weights.append(kept)
+    return PackedWeight(weights, dtype, group)
+
+
+def _quantised(x, group):
+    """scale * (q - zero) of x (N, d), q from 0 to 255 with an integral zero, for each row and `group` columns.
+
+    The range is that of the values and 0. A group that is not all finite, or whose range is not, is all NaN.
+    """
+    result = np.empty(x.shape, np.float64)
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        for at in range(0, x.shape[1], group):
+            part = x[:, at : at + group]
+            low = np.minimum(part.min(1, keepdims=True), np.float32(0))
+            extent = np.maximum(part.max(1, keepdims=True), np.float32(0)) - low
+            inverse = np.float32(255) / extent
+            zero = np.rint(-low * inverse)
+            q = np.clip(np.rint(part * inverse) + zero, 0, 255)
+            values = (extent / np.float32(255)).astype(np.float64) * (q.astype(np.float64) - zero)
+            result[:, at : at + group] = np.where(np.isfinite(extent), np.where(extent > 1e-30, values, 0.0), np.nan)
+    return result
+
+
+def _product(x, weight, packed):
+    x = x.reshape(_checks.rows(x))
+    x64 = _quantised(x, packed.group or max(x.shape[1], 1)) if packed.dtype == "int8" else x.astype(np.float64)
+    return x64 @ weight.astype(np.float64)
+
+
+def packed_linear(x, weight, bias=None, *, gate_bias=None, activation=None, residual=None, out=None):
+    """y (..., d_out) = activation(x W + bias) + residual for x (..., d_in) and a PackedWeight.
+
+    With a gate (arXiv 2002.05202): activation(x W_gate + gate_bias) * (x W + bias) + residual. activation: None or a kind
+    of `activation`. x and all else are float32 (float64 with a float64 weight). bfloat16 weights are widened and
+    multiplied in float32. With int8 weights every row of x is quantised first, see `_quantised`; what is left of both
+    roundings is about 1 % of a result for normal values, less with groups.
+    """
+    x, bias, gate_bias, kind, residual, _, shape = _checks.packed_linear(x, weight, bias, gate_bias, activation, residual, out)
+    value, gate = weight.unpack() if weight.gated else (weight.unpack(), None)
+    with np.errstate(invalid="ignore", over="ignore"):
+        y = _product(x, value, weight) + (0.0 if bias is None else bias)
+        if gate is not None:
+            gated = _product(x, gate, weight) + (0.0 if gate_bias is None else gate_bias)
+            y = y * (gated if kind < 0 else activated(gated, activation))
+        elif kind >= 0:
+            y = activated(y, activation)
+        y = y.reshape(shape) + (0.0 if residual is None else residual)
+        if out is None:
+            return y.astype(x.dtype)
+        out[...] = y
+    return out
+
+
+def linear_top_k(x, weight, k, bias=None, *, lse=False):
+    """The k largest of x W + bias in every row of x (..., d_in): scores (..., k), ids (..., k) int64.
+
+    Best first; of equal scores the smaller id first. A score that is NaN is never returned; where fewer than k are left, id
+    is -1 and score -inf. lse: also log(sum(exp(scores))) over all d_out, (...).
+    """
+    x, k, bias, lse, n = _checks.linear_top_k(x, weight, k, bias, lse)
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        y = _product(x, weight.unpack(), weight) + (0.0 if bias is None else bias)
+        scores, ids = np.full((n, k), -np.inf, x.dtype), np.full((n, k), -1, np.int64)
+        rounded = y.astype(x.dtype)  # equal scores are those that come out equal
+        for row in range(n):
+            real = np.flatnonzero(~np.isnan(y[row]))
+            best = real[np.argsort(-rounded[row, real], kind="stable")[:k]]
+            scores[row, : len(best)], ids[row, : len(best)] = rounded[row, best], best
+        top = y.max(1, initial=-np.inf, keepdims=True)
+        totals = (np.where(np.isneginf(top), 0, top) + np.log(np.exp(y - np.where(np.isneginf(top), 0, top)).sum(1, keepdims=True)))[:, 0]
+    leading = x.shape[:-1]
+    found = scores.reshape(*leading, k), ids.reshape(*leading, k)
+    return (*found, totals.astype(x.dtype).reshape(leading)) if lse else found
