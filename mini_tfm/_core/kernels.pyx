@@ -18,6 +18,7 @@ cdef extern from "stdlib.h" nogil:
 
 
 cnp.import_array()
+mt_choose_isa(NULL)
 
 
 cdef inline void *ptr(cnp.ndarray x) noexcept:
