@@ -1,27 +1,28 @@
 /* Matrix product of two arrays as they come. */
 
 /* Blocks, sized for caches of 32 KB and 512 KB. A panel of B (KC x NR floats, 16 KB) stays in L1 while all strips of A pass
- * over it; the strips (MC x KC, 96 KB) and a group of panels (KC x NC, 256 KB at most) stay in L2. A is read where it lies:
- * MR rows of KC each are as good to the tile as a packed strip, and nothing has to be copied. It is packed only where it is
- * transposed, when its elements lie rows apart. Few rows of A take shorter panels, which stay in L1 between packing and their
- * only use. Rows of B are fetched AHEAD of their packing. */
-enum { MC = 96, KC = 256, NC = 256, KC_FEW = 128, GROUP = 4, AHEAD = 8 };
+ * over it; the strips (MC x KC, 96 KB) and the sums of PANELS panels (48 KB) stay in L2. C itself is touched once for every
+ * KS of k, for its rows lie on pages of their own. A is read where it lies: MR rows of KC each are as good to the tile as a
+ * packed strip, and nothing has to be copied. It is packed only where it is transposed, when its elements lie rows apart.
+ * Few rows of A take shorter panels, which stay in L1 between packing and their only use. Rows of B are fetched AHEAD of
+ * their packing, and panels read but once FETCHED bytes ahead. */
+enum { MC = 96, KC = 256, KS = 3072, PANELS = 8, KC_FEW = 128, GROUP = 4, AHEAD = 8, FETCHED = 2048 };
 
-/* What gemm_piece and gemm_few need, in reals. A strip is stored in whole vectors and may write past its last row. */
-enum { GEMM_ROOM = KC * NC + (MC + MR) * KC + 64 + MC * NR };
+/* What gemm_piece and gemm_few need for a product over k, in reals. A strip is stored in whole vectors and may write past its
+ * last row. */
+static size_t gemm_room(ptrdiff_t k) { return PANELS * NR * min_size(k, KS) + (MC + MR) * KC + 64 + PANELS * MC * NR; }
 
-/* c (m, NR; ldc) = or += a panel, in strips of even height: a thin last one would wait for its own chains. With a_col 0 the
- * strips are packed one after the other, MR apart over k. */
-static void micro_strips(ptrdiff_t m, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *panel, real *c,
-                         ptrdiff_t ldc, int add) {
+/* sums (m, NR) = or += a panel, in strips of even height: a thin last one would wait for its own chains. With a_col 0 the
+ * strips are packed one after the other, MR apart over k. Meanwhile `ahead_bytes` from `ahead` on are brought into L2. */
+static void micro_strips(ptrdiff_t m, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *panel, real *sums, int add,
+                         const char *ahead, ptrdiff_t ahead_bytes) {
     ptrdiff_t strips = div_up(m, MR), rows = m / strips, taller = m % strips;
     for (ptrdiff_t strip = 0, i = 0; strip < strips; strip++) {
-        ptrdiff_t here = rows + (strip < taller), next = min_size(m, i + here + MR);
-        if (add && ldc != NR)
-            for (ptrdiff_t r = i + here; r < next; r++) /* the next strip's sums: a chain begins with them */
-                for (ptrdiff_t j = 0; j < NR; j += 64 / (ptrdiff_t)sizeof(real)) __builtin_prefetch(c + r * ldc + j, 1);
+        ptrdiff_t here = rows + (strip < taller);
+        for (ptrdiff_t at = strip * ahead_bytes / strips / 64 * 64; at < (strip + 1) * ahead_bytes / strips; at += 64)
+            __builtin_prefetch(ahead + at, 0, 2);
         const real *from = a_col ? a + i * a_row : a + strip * k * MR;
-        (add ? micro_add : micro_set)(here, NR, k, from, a_col ? a_row : 1, a_col ? a_col : MR, panel, NR, c + i * ldc, ldc);
+        (add ? micro_add : micro_set)(here, NR, k, from, a_col ? a_row : 1, a_col ? a_col : MR, panel, NR, sums + i * NR, NR);
         i += here;
     }
 }
@@ -70,41 +71,47 @@ static void micro_edge(ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t width, ptrdi
     for (ptrdiff_t r = 0; r < rows && !whole; r++) memcpy(c + r * ldc, corner + r * width, columns * sizeof(real));
 }
 
-/* c_mn, the part of C at rows [m0, m1) and columns [n0, n1). work: GEMM_ROOM reals. */
+/* c_mn, the part of C at rows [m0, m1) and columns [n0, n1). work: gemm_room(k) reals. */
 static void gemm_piece(const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *b, ptrdiff_t ldb, int trans_b, real *c, ptrdiff_t ldc,
                        ptrdiff_t m0, ptrdiff_t m1, ptrdiff_t n0, ptrdiff_t n1, ptrdiff_t k, int accumulate, real *work) {
-    real *packed_b = work, *packed_a = packed_b + KC * NC, *corner = packed_a + (MC + MR) * KC + 64;
-    for (ptrdiff_t group = n0; group < n1; group += NC) {
-        ptrdiff_t group_n = min_size(NC, n1 - group);
-        for (ptrdiff_t k0 = 0; k0 < k; k0 += KC) {
-            ptrdiff_t kc = min_size(KC, k - k0);
-            int add = accumulate || k0 > 0;
+    real *packed_b = work, *sums = packed_b + PANELS * NR * min_size(k, KS), *packed_a = sums + PANELS * MC * NR;
+    for (ptrdiff_t group = n0; group < n1; group += PANELS * NR)
+        for (ptrdiff_t s0 = 0; s0 < k; s0 += KS) {
+            ptrdiff_t columns = min_size(PANELS * NR, n1 - group), ks = min_size(KS, k - s0);
             /* 1: a group of panels of B */
-            pack_panels(trans_b ? b + group * ldb + k0 : b + k0 * ldb + group, ldb, trans_b, group_n, kc, packed_b);
+            pack_panels(trans_b ? b + group * ldb + s0 : b + s0 * ldb + group, ldb, trans_b, columns, ks, packed_b);
             for (ptrdiff_t i0 = m0; i0 < m1; i0 += MC) {
-                ptrdiff_t m = min_size(MC, m1 - i0), row = a_row, col = a_col;
-                const real *from = a + i0 * a_row + k0 * a_col;
-                /* 2: strips of A, if they do not lie well */
-                if (a_col != 1) {
-                    pack_strips(from, a_col, m, kc, packed_a);
-                    from = packed_a;
-                    col = 0;
-                }
-                /* 3: every strip with every panel */
-                for (ptrdiff_t j = 0; j < group_n; j += NR) {
-                    ptrdiff_t columns = min_size(NR, group_n - j);
-                    real *to = c + i0 * ldc + group + j;
-                    if (columns == NR) {
-                        micro_strips(m, kc, from, row, col, packed_b + j * kc, to, ldc, add);
-                    } else {
-                        if (add) pack_plain(to, ldc, m, columns, corner, NR);
-                        micro_strips(m, kc, from, row, col, packed_b + j * kc, corner, NR, add);
-                        for (ptrdiff_t r = 0; r < m; r++) memcpy(to + r * ldc, corner + r * NR, columns * sizeof(real));
+                ptrdiff_t m = min_size(MC, m1 - i0);
+                real *to = c + i0 * ldc + group;
+                int add = accumulate || s0 > 0;
+                for (ptrdiff_t j = 0; j < columns && add; j += NR) pack_plain(to + j, ldc, m, min_size(NR, columns - j), sums + j * m, NR);
+                for (ptrdiff_t k0 = 0; k0 < ks; k0 += KC) {
+                    ptrdiff_t kc = min_size(KC, ks - k0);
+                    const real *from = a + i0 * a_row + (s0 + k0) * a_col;
+                    /* 2: strips of A, if they do not lie well */
+                    if (a_col != 1) {
+                        pack_strips(from, a_col, m, kc, packed_a);
+                        from = packed_a;
                     }
+                    /* 3: every strip with every panel */
+                    for (ptrdiff_t j = 0; j < columns; j += NR) {
+                        const real *panel = packed_b + j * ks + k0 * NR;
+                        micro_strips(m, kc, from, a_row, a_col == 1, panel, sums + j * m, add || k0, (const char *)(panel + ks * NR),
+                                     kc * NR * (ptrdiff_t)sizeof(real));
+                    }
+                }
+                for (ptrdiff_t r = 0; r < m; r++) {
+                    if (r + 4 < m)
+                        for (ptrdiff_t j = 0; j < columns; j += 64 / (ptrdiff_t)sizeof(real)) __builtin_prefetch(to + (r + 4) * ldc + j, 1);
+                    ptrdiff_t j = 0;
+                    for (; j + NR <= columns; j += NR) {
+                        store(to + r * ldc + j, load(sums + j * m + r * NR));
+                        store(to + r * ldc + j + VL, load(sums + j * m + r * NR + VL));
+                    }
+                    if (j < columns) memcpy(to + r * ldc + j, sums + j * m + r * NR, (columns - j) * sizeof(real));
                 }
             }
         }
-    }
 }
 
 /* The same for at most MR rows: A is read where it lies, and so is B unless it is transposed, for it is used but once. */
@@ -169,13 +176,14 @@ static int gemm(const void *a_, const void *b_, void *c_, ptrdiff_t m, ptrdiff_t
     ptrdiff_t piece_n = round_up(div_up(n, column_pieces), few ? GROUP * NR : NR), piece_m = round_up(div_up(m, row_pieces), MR);
     ptrdiff_t pieces = row_pieces * column_pieces;
     int team = mt_team(pieces, work), one_row = m == 1 && a_col == 1 && !trans_b && n >= 8 * NR;
-    real *workspace = new_reals((size_t)GEMM_ROOM * team);
+    size_t room = gemm_room(k);
+    real *workspace = new_reals(room * team);
     if (!workspace) return -1;
 #pragma omp parallel for num_threads(team) schedule(dynamic)
     for (ptrdiff_t piece = 0; piece < pieces; piece++) {
         ptrdiff_t m0 = piece % row_pieces * piece_m, n0 = piece / row_pieces * piece_n;
         ptrdiff_t m1 = min_size(m, m0 + piece_m), n1 = min_size(n, n0 + piece_n);
-        real *mine = workspace + (size_t)GEMM_ROOM * mt_thread_id();
+        real *mine = workspace + room * mt_thread_id();
         if (m0 >= m1 || n0 >= n1) continue;
         if (one_row) {
             ptrdiff_t streamed = n0 + (n1 - n0) / VL * VL;

@@ -5,7 +5,6 @@
  * small array that stays in cache; there they are finished while they are warm. A sum is one chain over k whatever the block,
  * so a row has the same bits in any company. x is read where it lies. */
 
-enum { PANELS = 8 };      /* whose sums are held at once, at most */
 enum { PART = 512 };      /* columns of linear_top_k that share a list of candidates */
 enum { STAYS = 1 << 22 }; /* bytes of weight that go over all rows before the next: they stay in L3 */
 
@@ -146,7 +145,10 @@ INLINE void packed_tile(const int rows, const int panels, const int kind, ptrdif
     const real *x_3[(MR + 2) / 3];
     for (int i = 0; i < rows; i += 3) x_3[i / 3] = x + i * x_row;
     for (ptrdiff_t p = 0; p < k; p++, b += kind == MT_REAL ? 2 * VECTOR_BYTES : VECTOR_BYTES) {
-        for (int j = 0; j < panels; j++) load_panel(kind, b + j * b_panel, b_j + 2 * j);
+        for (int j = 0; j < panels; j++) {
+            if (rows > 2) __builtin_prefetch(b + j * b_panel + FETCHED); /* one or two rows wait for memory as it is */
+            load_panel(kind, b + j * b_panel, b_j + 2 * j);
+        }
         for (int i = 0; i < rows; i++) {
             real factor = x_3[i / 3][i % 3 * x_row];
             for (int j = 0; j < 2 * panels; j++) sum[i * 2 * panels + j] += factor * b_j[j];
@@ -157,22 +159,39 @@ INLINE void packed_tile(const int rows, const int panels, const int kind, ptrdif
         for (int j = 0; j < 2 * panels; j++) store(sums + (j / 2 * rows + i) * NR + j % 2 * VL, sum[i * 2 * panels + j]);
 }
 
-/* sums (panels, rows, NR) for at most MR rows: every panel is read once, so nothing is cut over k. */
-INLINE void packed_few(const int kind, ptrdiff_t rows, ptrdiff_t panels, ptrdiff_t k, const real *x, const char *b, ptrdiff_t b_panel,
-                       real *sums) {
+/* sums (panels, rows, NR) for at most MR rows, read once over all of k. */
+INLINE void packed_strip(const int kind, ptrdiff_t rows, ptrdiff_t panels, ptrdiff_t k, const real *x, const char *b, ptrdiff_t b_panel,
+                         real *sums) {
     const ptrdiff_t s_panel = rows * NR;
-#define PACKED_FEW(n, at_once)                                                                                               \
+#define PACKED_STRIP(n, at_once)                                                                                             \
     case n:                                                                                                                  \
         for (; at_once > 1 && panels >= at_once; panels -= at_once, b += at_once * b_panel, sums += at_once * s_panel)       \
             packed_tile(n, at_once, kind, k, x, k, b, b_panel, sums);                                                        \
         for (; panels; panels--, b += b_panel, sums += s_panel) packed_tile(n, 1, kind, k, x, k, b, 0, sums);                \
         break;
     switch (rows) {
-        PACKED_FEW(1, 4) PACKED_FEW(2, 2) PACKED_FEW(3, 2) PACKED_FEW(4, 1) PACKED_FEW(5, 1) PACKED_FEW(6, 1)
+        PACKED_STRIP(1, 4) PACKED_STRIP(2, 2) PACKED_STRIP(3, 2) PACKED_STRIP(4, 1) PACKED_STRIP(5, 1) PACKED_STRIP(6, 1)
 #if MR == 12
-        PACKED_FEW(7, 1) PACKED_FEW(8, 1) PACKED_FEW(9, 1) PACKED_FEW(10, 1) PACKED_FEW(11, 1) PACKED_FEW(12, 1)
+        PACKED_STRIP(7, 1) PACKED_STRIP(8, 1) PACKED_STRIP(9, 1) PACKED_STRIP(10, 1) PACKED_STRIP(11, 1) PACKED_STRIP(12, 1)
 #endif
     }
+}
+
+/* The same for at most two strips: the second finds the panel in L2. */
+static void packed_few(int kind, ptrdiff_t rows, ptrdiff_t panels, ptrdiff_t k, const real *x, const char *b, ptrdiff_t b_panel, real *sums) {
+    ptrdiff_t first = rows > MR ? (rows + 1) / 2 : rows, at_once = rows > MR ? 1 : panels;
+    for (ptrdiff_t j = 0; j < panels; j += at_once, b += at_once * b_panel, sums += rows * NR)
+        for (ptrdiff_t i = 0; i < rows; i += first) {
+            ptrdiff_t here = min_size(first, rows - i);
+#if !REAL_IS_DOUBLE
+            if (kind == MT_BFLOAT16) {
+                packed_strip(MT_BFLOAT16, here, at_once, k, x + i * k, b, b_panel, sums + i * NR);
+                continue;
+            }
+#endif
+            packed_strip(MT_REAL, here, at_once, k, x + i * k, b, b_panel, sums + i * NR);
+        }
+    (void)kind;
 }
 
 /* The rows of one call: as they came, or quantised. */
@@ -207,6 +226,12 @@ static void packed_sums(const struct mt_packed *w, const struct packed_layout *a
             ptrdiff_t s0 = g * w->group / STEP, s1 = div_up(min_size(w->d_in, (g + 1) * w->group), STEP);
             if (m <= MR) {
                 int8_few(m, panels, s1 - s0, q + s0, rows->steps, b + s0 * NR * STEP, at->panel, c);
+            } else if (m <= 2 * MR) {
+                ptrdiff_t half = (m + 1) / 2;
+                for (ptrdiff_t j = 0; j < panels; j++)
+                    for (ptrdiff_t i = 0; i < m; i += half)
+                        int8_few(min_size(half, m - i), 1, s1 - s0, q + i * rows->steps + s0, rows->steps,
+                                 b + j * at->panel + s0 * NR * STEP, 0, c + (j * m + i) * NR);
             } else {
                 ptrdiff_t strips = div_up(m, MR), height = m / strips, taller = m % strips;
                 for (ptrdiff_t s = s0; s < s1; s += STEPS)
@@ -232,13 +257,9 @@ static void packed_sums(const struct mt_packed *w, const struct packed_layout *a
         }
         return;
     }
-    if (m <= MR && w->kind == MT_BFLOAT16) {
-        packed_few(MT_BFLOAT16, m, panels, w->d_in, x, b, at->panel, sums);
-        return;
-    }
 #endif
-    if (m <= MR) {
-        packed_few(MT_REAL, m, panels, w->d_in, x, b, at->panel, sums);
+    if (m <= 2 * MR) {
+        packed_few(w->kind, m, panels, w->d_in, x, b, at->panel, sums);
         return;
     }
     for (ptrdiff_t k0 = 0; k0 < w->d_in; k0 += KC)
@@ -255,22 +276,30 @@ static void packed_sums(const struct mt_packed *w, const struct packed_layout *a
                 }
                 panel = (const real *)chunk;
             }
-            micro_strips(m, kc, x + k0, w->d_in, 1, panel, sums + j * m * NR, NR, k0 > 0);
+            /* The next chunk comes from L3 or beyond: the next panel's, or the first's further down, or the next group's. */
+            ptrdiff_t row = w->kind == MT_BFLOAT16 ? VECTOR_BYTES : 2 * VECTOR_BYTES, down = k0 + KC < w->d_in ? k0 + KC : 0;
+            const char *next = j + 1 < panels ? from + at->panel + k0 * row : (down ? b : b + panels * at->panel) + down * row;
+            micro_strips(m, kc, x + k0, w->d_in, 1, panel, sums + j * m * NR, k0 > 0, next, kc * row);
         }
 }
 
 INLINE vec load_columns(const real *p, ptrdiff_t n) { return n >= VL ? load(p) : load_some(p, max_size(n, 0), 0); }
 
-/* out (m, columns; ld) = activation(sums + bias) + residual, or activation(gates + gate_bias) * (sums + bias) + residual. */
-INLINE void finish_kind(const int kind, const real *sums, const real *gates, ptrdiff_t m, ptrdiff_t columns, const real *bias,
+/* out (m, columns; ld) = activation(y + bias) + residual, or activation(gate + gate_bias) * (y + bias) + residual, of sums
+ * (panels, m, NR), where gates lie between. Row by row, for rows of `out` lie on pages of their own. */
+INLINE void finish_kind(const int kind, const int gated, const real *sums, ptrdiff_t m, ptrdiff_t columns, const real *bias,
                         const real *gate_bias, const real *residual, real *out, ptrdiff_t ld) {
-    for (ptrdiff_t j = 0; j < min_size(columns, NR); j += VL) {
-        ptrdiff_t n = min_size(VL, columns - j);
-        vec bias_j = bias ? load_columns(bias + j, n) : all(0), gate_j = gate_bias ? load_columns(gate_bias + j, n) : all(0);
-        for (ptrdiff_t i = 0; i < m; i++) {
-            vec y = load(sums + i * NR + j) + bias_j;
-            if (gates) {
-                vec gate = load(gates + i * NR + j) + gate_j;
+    for (ptrdiff_t i = 0; i < m; i++) {
+        if (i + 4 < m)
+            for (ptrdiff_t j = 0; j < columns; j += 64 / (ptrdiff_t)sizeof(real)) __builtin_prefetch(out + (i + 4) * ld + j, 1);
+        for (ptrdiff_t j = 0; j < columns; j += VL) {
+            ptrdiff_t n = min_size(VL, columns - j);
+            const real *at = sums + (j / NR * (1 + gated) * m + i) * NR + j % NR;
+            vec y = load(at);
+            if (bias) y += load_columns(bias + j, n);
+            if (gated) {
+                vec gate = load(at + m * NR);
+                if (gate_bias) gate += load_columns(gate_bias + j, n);
                 y *= kind < 0 ? gate : activate(gate, kind);
             } else if (kind >= 0) {
                 y = activate(y, kind);
@@ -284,9 +313,12 @@ INLINE void finish_kind(const int kind, const real *sums, const real *gates, ptr
     }
 }
 
-static void finish(int kind, const real *sums, const real *gates, ptrdiff_t m, ptrdiff_t columns, const real *bias, const real *gate_bias,
+static void finish(int kind, int gated, const real *sums, ptrdiff_t m, ptrdiff_t columns, const real *bias, const real *gate_bias,
                    const real *residual, real *out, ptrdiff_t ld) {
-#define FINISH(kind) finish_kind(kind, sums, gates, m, columns, bias, gate_bias, residual, out, ld); break;
+#define FINISH(kind)                                                                               \
+    if (gated) finish_kind(kind, 1, sums, m, columns, bias, gate_bias, residual, out, ld);         \
+    else finish_kind(kind, 0, sums, m, columns, bias, gate_bias, residual, out, ld);               \
+    break;
     switch (kind) {
     case MT_RELU: FINISH(MT_RELU)
     case MT_GELU: FINISH(MT_GELU)
@@ -352,12 +384,10 @@ static int packed_linear(const void *x, const struct mt_packed *w, const struct 
             for (ptrdiff_t c = piece / blocks * width; c < end; c += PANELS / per) {
                 ptrdiff_t some = min_size(PANELS / per, end - c);
                 packed_sums(w, &at, &rows, r0, here, c * per, some * per, sums, (char *)sums + SUMS_ROOM);
-                for (ptrdiff_t j = 0; j < some; j++) {
-                    ptrdiff_t column = (c + j) * NR, corner = r0 * w->d_out + column;
-                    const real *value = sums + j * per * here * NR, *bias = then->bias, *gate_bias = then->gate_bias, *residual = then->residual;
-                    finish(then->activation, value, w->gated ? value + here * NR : NULL, here, w->d_out - column, bias ? bias + column : NULL,
-                           gate_bias ? gate_bias + column : NULL, residual ? residual + corner : NULL, out + corner, w->d_out);
-                }
+                ptrdiff_t column = c * NR, corner = r0 * w->d_out + column;
+                const real *bias = then->bias, *gate_bias = then->gate_bias, *residual = then->residual;
+                finish(then->activation, w->gated, sums, here, min_size(some * NR, w->d_out - column), bias ? bias + column : NULL,
+                       gate_bias ? gate_bias + column : NULL, residual ? residual + corner : NULL, out + corner, w->d_out);
             }
         }
     }
