@@ -16,7 +16,7 @@ from helpers import in_a_process
 import mini_tfm as mt
 from mini_tfm import _core
 
-SOURCE = Path(_core.__file__).parent
+SOURCE = Path(__file__).parents[2] / "mini_tfm" / "_core"  # what is installed has no sources
 FLAGS = tomllib.loads((SOURCE / "instances/flags.toml").read_text()) if (SOURCE / "instances/flags.toml").exists() else {}
 CONFIG = _core.show_config()
 COMPILER = shlex.split(os.environ.get("CC", "cc"))
