@@ -1,6 +1,7 @@
 """The extension, and the OpenMP probe. Everything else is in pyproject.toml.
 
 MINI_TFM_OPENMP=auto (default) uses OpenMP where a program built with it runs, 0 builds without, 1 refuses to build without.
+For tests only: MINI_TFM_EMULATE=1 makes the AVX-512 instances out of AVX2, MINI_TFM_CHECKS=1 has Cython check indices.
 """
 
 import os
@@ -8,6 +9,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import tomllib
 from pathlib import Path
 
 import numpy
@@ -36,9 +38,10 @@ class BuildWithOpenMP(build_ext):
         if problem and wanted == "1":
             sys.exit(f"MINI_TFM_OPENMP=1, but a program with -fopenmp did not build and run: {problem}")
         print(f"mini_tfm: building {f'without OpenMP ({problem})' if problem else 'with OpenMP (-fopenmp)'}")
-        for extension in self.extensions:
-            extension.extra_compile_args += [] if problem else ["-fopenmp"]
-            extension.extra_link_args += [] if problem else ["-fopenmp"]
+        openmp = [] if problem else ["-fopenmp"]
+        self.extensions[0].extra_link_args += openmp
+        compile = self.compiler._compile  # each instance has flags of its own, and there is no public way to that
+        self.compiler._compile = lambda obj, src, ext, cc, post, pp: compile(obj, src, ext, cc, post + openmp + FLAGS.get(src, []), pp)
         super().build_extensions()
 
     def trial(self, program, flags):
@@ -55,18 +58,19 @@ class BuildWithOpenMP(build_ext):
         return None
 
 
-on_x86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
+EMULATE, CHECKS = (os.environ.get(f"MINI_TFM_{name}") == "1" for name in ("EMULATE", "CHECKS"))
+flags = tomllib.loads(Path(SOURCE, "instances", "flags.toml").read_text())
+isas = flags.get(platform.machine().replace("arm64", "aarch64"), flags["other"]) | (flags["emulated"] if EMULATE else {})
+FLAGS = {str(path): own for isa, own in isas.items() for path in sorted(Path(SOURCE, "instances").glob(f"{isa}_f*.c"))}
 kernels = Extension(
     "mini_tfm._core.kernels",
-    [f"{SOURCE}/{name}" for name in ["kernels.pyx", "dispatch.c", "threads.c"]]
-    + [f"{SOURCE}/instances/{isa}_{real}.c" for isa in ["baseline", *["avx2"] * on_x86] for real in ["f32", "f64"]],
+    [*[f"{SOURCE}/{name}" for name in ("kernels.pyx", "dispatch.c", "threads.c")], *FLAGS],
     depends=[str(path) for suffix in ("c", "h", "pxi") for path in Path(SOURCE).rglob(f"*.{suffix}")],
     include_dirs=[numpy.get_include(), SOURCE],
-    define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
-    # Fused multiply-add is wanted where the instruction set has it; reassociation (-ffast-math) never is.
-    extra_compile_args=["-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-g0", "-Wno-unknown-pragmas"],
+    define_macros=[("MINI_TFM_EMULATE", f"{EMULATE:d}"), *[(f"HAS_{isa.upper()}", "1") for isa in isas]],
+    extra_compile_args=flags["always"],
 )
-directives = {"language_level": 3, "boundscheck": False, "wraparound": False, "embedsignature": True}
+directives = {"language_level": 3, "embedsignature": True} | dict.fromkeys(["boundscheck", "wraparound", "initializedcheck"], CHECKS)
 setup(
     packages=[*find_packages(".", include=["mini_tfm", "mini_tfm.*"]), "mini_tfm_plugins"],
     package_dir={"mini_tfm": "mini_tfm", "mini_tfm_plugins": "plugins"},

@@ -125,7 +125,8 @@ def get_num_threads():
 
 
 def show_config():
-    """Prints what computes here: version, instruction set, OpenMP, threads, compiler, and the versions of NumPy and Python."""
+    """Prints what computes here: version, instruction set in use, those that run here and those built in, OpenMP, threads,
+    compiler, and the versions of NumPy and Python."""
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
@@ -136,7 +137,9 @@ def show_config():
     config = _core.show_config()
     rows = {
         "mini_tfm": ours,
-        "instruction set": f"{config['isa']} (of {', '.join(config['isas'])}; MINI_TFM_ISA chooses)",
+        "instruction set": config["isa"] + (", emulated: for tests alone" if config["isa"] in config["emulated"] else ""),
+        "run here": f"{', '.join(config['isas'])} (MINI_TFM_ISA chooses)",
+        "built in": ", ".join(config["isas_built"]),
         "OpenMP": "yes" if config["openmp"] else "no",
         "threads": config["num_threads"],
         "compiler": config["compiler"] or "none",

@@ -10,12 +10,14 @@ its strides, and may be float16 or int8. The same functions in NumPy are `mini_t
     core.h            what C offers: one table of kernels for each instruction set and real
     families/         the kernels, one family a file, written once
     simd.h            vectors, exp and erf for one instruction set
-    instances/        one translation unit for each instruction set and real; all.h includes the families
+    instances/        one translation unit for each instruction set and real, flags.toml says how it is compiled; all.h
+                      includes the families; emulated.h is AVX-512 for tests on processors without it
     dispatch.c        which instances this processor runs
     threads.c         OpenMP, behind one helper; threads.py: how many to start with
     kernels.pyx       checks, pointers, GIL; packed.pxi: the part of it that owns packed weights
 
-`MINI_TFM_ISA` forces an instruction set (`baseline`, `avx2`), or `reference` for the NumPy twins in place of C.
+`MINI_TFM_ISA` forces one of the instruction sets that run here (`show_config()["isas"]`), or `reference` for the NumPy
+twins in place of C. docs/instruction-sets.md says which there are and how each is tested.
 """
 
 import os

@@ -80,7 +80,7 @@ struct mt_epilogue {
 };
 
 struct mt_kernels {
-    const char *isa;
+    const char *isa; /* filled in when it is chosen */
 
     int (*gemm)(const void *a, const void *b, void *c, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, int trans_a, int trans_b,
                 int accumulate);
@@ -140,7 +140,11 @@ const struct mt_kernels *mt_kernels(int is_double);
 /* Chooses by name, or the best that this processor runs when name is NULL. -1: unknown, or the processor cannot run it. */
 int mt_choose_isa(const char *name);
 
-/* Name of the i-th instruction set that is built in and that this processor runs, best first; NULL past the end. */
-const char *mt_isa_name(int i);
+/* Name of the i-th instruction set that is built in, best first, or of the i-th of those that this processor runs; NULL past
+ * the end. */
+const char *mt_isa_name(int i, int built);
+
+/* Is it made of another one, for tests? */
+int mt_is_emulated(const char *name);
 
 #endif

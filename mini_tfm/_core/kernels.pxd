@@ -103,7 +103,8 @@ cdef extern from "core.h" nogil:
 
     const mt_kernels_table *mt_kernels(int is_double)
     int mt_choose_isa(const char *name)
-    const char *mt_isa_name(int i)
+    const char *mt_isa_name(int i, int built)
+    int mt_is_emulated(const char *name)
 
 
 cdef extern from "threads.h" nogil:

@@ -19,6 +19,8 @@ class PackedWeight(reference.PackedWeight): ...
 class Config(TypedDict):
     isa: str
     isas: list[str]
+    isas_built: list[str]
+    emulated: list[str]
     openmp: bool
     num_threads: int
     compiler: str | None

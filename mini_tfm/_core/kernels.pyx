@@ -21,6 +21,7 @@ cdef extern from "stdlib.h" nogil:
 
 
 cnp.import_array()
+mt_choose_isa(NULL)
 
 
 cdef inline void *ptr(cnp.ndarray x) noexcept:
@@ -776,14 +777,20 @@ def _choose_isa(name):
     return mt_choose_isa(encoded) == 0
 
 
+cdef list isa_names(bint built):
+    names = []
+    while mt_isa_name(len(names), built) != NULL:
+        names.append(mt_isa_name(len(names), built).decode())
+    return names
+
+
 def show_config():
-    """What computes: the instruction set in use and those that run here, OpenMP, threads, compiler."""
-    isas = []
-    while mt_isa_name(len(isas)) != NULL:
-        isas.append(mt_isa_name(len(isas)).decode())
+    """What computes: the instruction set in use, those that run here, those built in, OpenMP, threads, compiler."""
     return {
         "isa": mt_kernels(0).isa.decode(),
-        "isas": isas,
+        "isas": isa_names(False),
+        "isas_built": isa_names(True),
+        "emulated": [name for name in isa_names(False) if mt_is_emulated(name.encode())],
         "openmp": bool(mt_has_openmp()),
         "num_threads": mt_get_threads(),
         "compiler": MT_COMPILER.decode(),

@@ -110,7 +110,7 @@ def linear_top_k(x, weight, k, bias=None, *, lse=False):
     cdef ptrdiff_t n, wanted
     x, wanted, bias, wants_lse, n = _checks.linear_top_k(x, weight, k, bias, lse)
     cdef PackedWeight w = own_weight(weight)
-    leading = x.shape[:-1]
+    leading = x.shape[: x.ndim - 1]
     scores, ids = np.empty((*leading, wanted), x.dtype), np.empty((*leading, wanted), np.int64)
     totals = np.empty(leading, x.dtype) if wants_lse else None
     cdef void *px = ptr(x)

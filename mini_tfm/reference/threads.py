@@ -18,4 +18,12 @@ def get_num_threads():
 
 def show_config():
     """What computes: a dict with the keys of the compiled layer's."""
-    return {"isa": "reference", "isas": ["reference"], "openmp": False, "num_threads": _n_threads, "compiler": None}
+    return {
+        "isa": "reference",
+        "isas": ["reference"],
+        "isas_built": ["reference"],
+        "emulated": [],
+        "openmp": False,
+        "num_threads": _n_threads,
+        "compiler": None,
+    }

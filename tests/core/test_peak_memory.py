@@ -50,6 +50,7 @@ print(json.dumps(run(*problem(length))))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.skipif(_core.show_config()["isa"] == "reference", reason="the twins do make the matrix")
+@pytest.mark.skipif(_core.show_config()["isa"] in _core.show_config()["emulated"], reason="half a minute, and the memory of any other")
 @pytest.mark.parametrize("bias, causal", [(None, True), pytest.param("distance", False, marks=pytest.mark.long)])
 def test_attention_at_16384(bias, causal):
     """Less than 16 MiB a thread beyond what comes out: 4 MiB forward, 12 MiB backward."""

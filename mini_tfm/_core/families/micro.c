@@ -105,9 +105,51 @@ INLINE void transpose_square(const real *from, ptrdiff_t ld, real *to, ptrdiff_t
         _mm256_storeu_ps(column + 2 * ld_to, _mm256_shuffle_ps(s[1], s[3], 0x44));
         _mm256_storeu_ps(column + 3 * ld_to, _mm256_shuffle_ps(s[1], s[3], 0xEE));
     }
+#elif ISA_AVX512 && REAL_IS_DOUBLE
+    /* Quarters of rows i, i + 2, i + 4, i + 6 are loaded into one register, for the same reason. */
+    for (int quarter = 0; quarter < 4; quarter++) {
+        vec r[2];
+        for (int i = 0; i < 2; i++) {
+            const real *row = from + i * ld + 2 * quarter;
+            __m512d x = _mm512_castpd128_pd512(_mm_loadu_pd(row));
+            x = _mm512_insertf64x2(x, _mm_loadu_pd(row + 2 * ld), 1);
+            x = _mm512_insertf64x2(x, _mm_loadu_pd(row + 4 * ld), 2);
+            r[i] = (vec)_mm512_insertf64x2(x, _mm_loadu_pd(row + 6 * ld), 3);
+        }
+        store(to + 2 * quarter * ld_to, SHUFFLE(r[0], r[1], 0, 8, 2, 10, 4, 12, 6, 14));
+        store(to + (2 * quarter + 1) * ld_to, SHUFFLE(r[0], r[1], 1, 9, 3, 11, 5, 13, 7, 15));
+    }
+#elif ISA_AVX512
+    for (int quarter = 0; quarter < 4; quarter++) {
+        vec r[4], s[4];
+        for (int i = 0; i < 4; i++) {
+            const real *row = from + i * ld + 4 * quarter;
+            __m512 x = _mm512_castps128_ps512(_mm_loadu_ps(row));
+            x = _mm512_insertf32x4(x, _mm_loadu_ps(row + 4 * ld), 1);
+            x = _mm512_insertf32x4(x, _mm_loadu_ps(row + 8 * ld), 2);
+            r[i] = (vec)_mm512_insertf32x4(x, _mm_loadu_ps(row + 12 * ld), 3);
+        }
+        s[0] = SHUFFLE(r[0], r[1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+        s[1] = SHUFFLE(r[0], r[1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+        s[2] = SHUFFLE(r[2], r[3], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+        s[3] = SHUFFLE(r[2], r[3], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+        real *column = to + 4 * quarter * ld_to;
+        store(column, SHUFFLE(s[0], s[2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29));
+        store(column + ld_to, SHUFFLE(s[0], s[2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31));
+        store(column + 2 * ld_to, SHUFFLE(s[1], s[3], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29));
+        store(column + 3 * ld_to, SHUFFLE(s[1], s[3], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31));
+    }
+#elif REAL_IS_DOUBLE
+    vec r0 = load(from), r1 = load(from + ld);
+    store(to, SHUFFLE(r0, r1, 0, 2));
+    store(to + ld_to, SHUFFLE(r0, r1, 1, 3));
 #else
-    for (ptrdiff_t i = 0; i < VL; i++)
-        for (ptrdiff_t j = 0; j < VL; j++) to[j * ld_to + i] = from[i * ld + j];
+    vec r0 = load(from), r1 = load(from + ld), r2 = load(from + 2 * ld), r3 = load(from + 3 * ld);
+    vec t0 = SHUFFLE(r0, r1, 0, 4, 1, 5), t1 = SHUFFLE(r0, r1, 2, 6, 3, 7), t2 = SHUFFLE(r2, r3, 0, 4, 1, 5), t3 = SHUFFLE(r2, r3, 2, 6, 3, 7);
+    store(to, SHUFFLE(t0, t2, 0, 1, 4, 5));
+    store(to + ld_to, SHUFFLE(t0, t2, 2, 3, 6, 7));
+    store(to + 2 * ld_to, SHUFFLE(t1, t3, 0, 1, 4, 5));
+    store(to + 3 * ld_to, SHUFFLE(t1, t3, 2, 3, 6, 7));
 #endif
 }
 

@@ -18,19 +18,28 @@
 #include "families/attention.c"
 #include "families/attention_backward.c"
 
-#define PASTE(isa, suffix) mt_kernels_##isa##_##suffix
-#define TABLE(isa, suffix) PASTE(isa, suffix)
-#define TEXT(isa) #isa
-#define NAME(isa) TEXT(isa)
-#if REAL_IS_DOUBLE
-#define SUFFIX f64
-#else
-#define SUFFIX f32
-#endif
+#define PASTE(start, isa, end) start##isa##end
+#define NAMED(start, isa, end) PASTE(start, isa, end)
 
-extern const struct mt_kernels TABLE(ISA, SUFFIX);
-const struct mt_kernels TABLE(ISA, SUFFIX) = {
-    .isa = NAME(ISA),
+#if ISA_VNNI || ISA_DOT
+/* An instruction set that adds to another one for a few kernels: these in place of the other's, and nothing else is compiled
+ * again. */
+void NAMED(mt_refine_, ISA, )(struct mt_kernels *kernels);
+void NAMED(mt_refine_, ISA, )(struct mt_kernels *kernels) {
+    kernels->packed_bytes = packed_bytes;
+    kernels->pack = pack;
+    kernels->unpack = unpack;
+    kernels->packed_linear = packed_linear;
+    kernels->linear_top_k = linear_top_k;
+}
+#else
+#if REAL_IS_DOUBLE
+#define TABLE NAMED(mt_kernels_, ISA, _f64)
+#else
+#define TABLE NAMED(mt_kernels_, ISA, _f32)
+#endif
+extern const struct mt_kernels TABLE;
+const struct mt_kernels TABLE = {
     .gemm = gemm,
     .packed_bytes = packed_bytes,
     .pack = pack,
@@ -61,3 +70,4 @@ const struct mt_kernels TABLE(ISA, SUFFIX) = {
     .attention = attention,
     .attention_backward = attention_backward,
 };
+#endif
