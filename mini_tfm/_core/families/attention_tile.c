@@ -239,9 +239,7 @@ static void rows_scores(ptrdiff_t rows, const struct span *spans, ptrdiff_t d, c
  * [first, last) or not shown. Returns the maximum, NaN passed over. */
 static real row_scores(real *s_j, ptrdiff_t lo, ptrdiff_t hi, const real *bias_j, ptrdiff_t bias_stride, ptrdiff_t first, ptrdiff_t last,
                        const lane *shown_j) {
-    static const lane LANES[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    ivec lanes;
-    memcpy(&lanes, LANES, sizeof lanes);
+    ivec lanes = lane_numbers();
     vec top = all(-INFINITY);
     for (ptrdiff_t j = lo; j < hi; j += VL) {
         vec s = load(s_j + j);
@@ -329,7 +327,7 @@ INLINE vec exp2_below(vec s, vec lowest, vec magic) {
     vec r = s - (shifted - magic);
     vec power = (vec)((ivec)shifted << MANTISSA);
 #if REAL_IS_DOUBLE
-    r *= LN_2; /* Taylor to r^13, as in exp_reduced */
+    r *= LN_2; /* Taylor to r^13, as in simd.h */
     vec p = r * (1.0 / 6227020800.0) + 1.0 / 479001600.0;
     p = p * r + 1.0 / 39916800.0;
     p = p * r + 1.0 / 3628800.0;

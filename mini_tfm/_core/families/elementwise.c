@@ -6,7 +6,7 @@ INLINE vec size_of(vec x) { return (vec)((ivec)x & ~(ivec)all(-(real)0)); }
 
 /* s = sigmoid(x), and its derivative s (1 - s) without the cancellation of 1 - s. */
 INLINE vec sigmoid_and_slope(vec x, vec *slope) {
-    vec e = exp_below(-size_of(x)); /* at most 1 */
+    vec e = exp_weight(-size_of(x)); /* at most 1 */
     vec larger = 1 / (1 + e), smaller = e * larger;
     *slope = larger * smaller;
     return choose(x < 0, smaller, larger);
@@ -71,7 +71,7 @@ INLINE void gelu_slope(int count, const vec *x, vec *slope) {
     gelu_phi(count, x, slope);
     for (int j = 0; j < count; j++) {
         vec near = min_vec(all(40), max_vec(all(-40), x[j])); /* beyond, the density is 0, and inf times it would be NaN */
-        slope[j] += near * exp_below(near * near * (real)-0.5) * ROOT_2PI_INVERSE;
+        slope[j] += near * exp_weight(near * near * (real)-0.5) * ROOT_2PI_INVERSE;
     }
 #else
     static const real even[] = {0.0124674784f, 0.00297605526f, 0.0509886518f, 0.0597710796f,

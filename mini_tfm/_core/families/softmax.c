@@ -1,31 +1,5 @@
 /* Softmax over rows, its backward, and its logarithm. */
 
-/* exp for x <= 0, which is a softmax's: 0 from about the smallest normal number down, NaN stays NaN. At the lowest x the
- * exponent's bits are those of 0. In float n carries BIAS from the start, so that a shift makes 2^n of it; and ln 2 is one
- * number where products are fused, for its error, n 2e-9, is less than the rounding of x. */
-INLINE vec exp_below(vec x) {
-#if REAL_IS_DOUBLE
-    ivec n;
-    vec p = exp_reduced(max_vec(all(-709.0), x), &n);
-    return p * (vec)((n + BIAS) << MANTISSA);
-#else
-    const real magic = 0x1.8p23f + BIAS;
-    x = max_vec(all(-88.0f), x); /* this way round NaN stays */
-    vec shifted = x * 1.44269504f + magic, n = shifted - magic;
-#if ISA_AVX2 || ISA_AVX512 || defined(__aarch64__)
-    vec r = x - n * 0.693147182f;
-#else
-    vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-#endif
-    vec p = r * 0.008312520571f + 0.041890155524f;
-    p = p * r + 0.166671141982f;
-    p = p * r + 0.499992311001f;
-    p = p * r + 1;
-    p = p * r + 1;
-    return p * (vec)((ivec)shifted << MANTISSA);
-#endif
-}
-
 /* What a row is shifted by: its maximum, so that no exp overflows, or 0 when there is nothing but -inf. NaN is passed
  * over here and comes back through exp. */
 INLINE real row_shift(const real *x_d, ptrdiff_t d) {
@@ -63,7 +37,7 @@ INLINE real row_exp(const real *x_d, real *y_d, ptrdiff_t d, real shift) {
 
 /* The same for a shift that is no less than any x, as row_shift gives it. With a stream: fetches the next row, sends the one
  * before. */
-INLINE real row_exp_below(const real *x_d, real *y_d, ptrdiff_t d, real shift, struct stream *stream) {
+INLINE real row_exp_weight(const real *x_d, real *y_d, ptrdiff_t d, real shift, struct stream *stream) {
     vec total = all(0);
     ptrdiff_t i = 0;
     for (; i + 2 * VL <= d; i += 2 * VL) {
@@ -72,14 +46,14 @@ INLINE real row_exp_below(const real *x_d, real *y_d, ptrdiff_t d, real shift, s
             if (2 * VL == LINE || i % LINE == 0) stream_step(stream);
         }
         for (int half = 0; half < 2; half++) {
-            vec e = exp_below(load(x_d + i + half * VL) - shift);
+            vec e = exp_weight(load(x_d + i + half * VL) - shift);
             if (y_d) store(y_d + i + half * VL, e);
             total += e;
         }
     }
     for (; i < d; i += VL) {
         int whole = i + VL <= d;
-        vec e = exp_below((whole ? load(x_d + i) : load_some(x_d + i, d - i, -INFINITY)) - shift);
+        vec e = exp_weight((whole ? load(x_d + i) : load_some(x_d + i, d - i, -INFINITY)) - shift);
         if (y_d && whole) store(y_d + i, e);
         if (y_d && !whole) store_some(y_d + i, e, d - i);
         total += e;
@@ -125,7 +99,7 @@ static void softmax(const void *x, void *y, ptrdiff_t n, ptrdiff_t d) {
                 const real *x_d = x_nd + row * d;
                 real *y_d = past ? stream.chunk + (row - first) * d : y_nd + row * d;
                 /* 1: the maximum, for stability; 2: exp and its sum; 3: the division */
-                real shift = row_shift(x_d, d), total = row_exp_below(x_d, y_d, d, shift, past ? &stream : NULL);
+                real shift = row_shift(x_d, d), total = row_exp_weight(x_d, y_d, d, shift, past ? &stream : NULL);
                 if (total != 0) row_scale(y_d, d, 1 / total);
                 stream.ready = (row - first + 1) * d;
             }
@@ -177,7 +151,7 @@ static void softmax_backward(const void *y, const void *dy, void *dx, ptrdiff_t 
 /* log sum exp of a row, -inf where there is nothing but -inf. */
 INLINE real row_lse(const real *x_d, ptrdiff_t d, struct stream *stream) {
     real shift = row_shift(x_d, d);
-    real total = row_exp_below(x_d, NULL, d, shift, stream);
+    real total = row_exp_weight(x_d, NULL, d, shift, stream);
 #if REAL_IS_DOUBLE
     return shift + log(total);
 #else

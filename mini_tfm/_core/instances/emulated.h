@@ -69,6 +69,35 @@ EMULATED(__m512i, dpbusd_epi32, __m512i sums, __m512i a, __m512i b) {
     return sums;
 }
 
+/* Halves, bytes and whole numbers as floats, by the instructions of half the width; a store past the caches is a store. */
+EMULATED(__m512, cvtph_ps, __m256i a) {
+    __m256 low = _mm256_cvtph_ps(_mm256_castsi256_si128(a)), high = _mm256_cvtph_ps(_mm256_extracti128_si256(a, 1));
+    __m512 x;
+    memcpy(&x, &low, sizeof low), memcpy((char *)&x + sizeof low, &high, sizeof high);
+    return x;
+}
+
+EMULATED(__m512i, cvtepi8_epi32, __m128i a) {
+    int8_t x[16];
+    int32_t y[16];
+    __m512i wide;
+    memcpy(x, &a, sizeof x);
+    EACH(16) y[i] = x[i];
+    memcpy(&wide, y, sizeof wide);
+    return wide;
+}
+
+EMULATED(__m512, cvtepi32_ps, __m512i a) {
+    int32_t n[16];
+    __m512 x;
+    memcpy(n, &a, sizeof n);
+    EACH(16) x[i] = (float)n[i];
+    return x;
+}
+
+EMULATED(__m512d, castps_pd, __m512 x) { return (__m512d)x; }
+EMULATED(void, stream_si512, void *p, __m512i x) { memcpy(p, &x, sizeof x); }
+
 /* Signed bytes to 16 bits; to the nearest integer, ties to even, the least one where there is none. */
 EMULATED(__m512i, cvtepi8_epi16, __m256i a) {
     int8_t x[32];
@@ -115,5 +144,10 @@ EMULATED(__m512i, cvtps_epi32, __m512 a) {
 #define _mm512_dpbusd_epi32 emulated_dpbusd_epi32
 #define _mm512_cvtepi8_epi16 emulated_cvtepi8_epi16
 #define _mm512_cvtps_epi32 emulated_cvtps_epi32
+#define _mm512_cvtph_ps emulated_cvtph_ps
+#define _mm512_cvtepi8_epi32 emulated_cvtepi8_epi32
+#define _mm512_cvtepi32_ps emulated_cvtepi32_ps
+#define _mm512_castps_pd emulated_castps_pd
+#define _mm512_stream_si512 emulated_stream_si512
 
 #endif
