@@ -27,6 +27,7 @@ from benchmarks.common import PAIRS, Ratio, Side, Workers, relative_error  # noq
 from benchmarks import attention, kernels, machine  # noqa: E402
 
 MIB = 2**20
+IDLE = 5  # percent of a processor that others may use, beyond which the page says so
 
 
 # What there is to measure
@@ -355,18 +356,31 @@ def measured(case, n_threads, workers, pairs, exact):
     )
 
 
+class Found(NamedTuple):
+    """Of a section at a number of threads. `others`: percent of a processor that something else used meanwhile."""
+
+    rows: list
+    others: float | None = None
+
+
 def measure(chosen, threads, pairs, progress=lambda text: None):
-    """{(section's name, threads): rows}."""
+    """{(section's name, threads): Found}."""
     found, exact = {}, {}
     with Workers() as workers:
         for section in chosen:
             began = time.monotonic()
+            others = {n: machine.Others(workers.processes) for n in threads}
             rows = {n: section.measure(n) if section.measure else [] for n in threads}
             for case in section.cases:
                 for n in threads:
+                    workers.ready(case.ours, case.theirs, n)
+                    others[n].begin()
                     rows[n].append(measured(case, n, workers, pairs, exact))
-            found.update({(section.name, n): of for n, of in rows.items()})
-            progress(f"{section.name}: {len(section.cases)} cases, {time.monotonic() - began:.0f} s")
+                    others[n].end()
+            found.update({(section.name, n): Found(rows[n], others[n].share()) for n in threads})
+            disturbed = [f"{n}: {others[n].share():.0f} %" for n in threads if (others[n].share() or 0) > IDLE]
+            told = f", NOT IDLE, others used of a processor at threads {', '.join(disturbed)}" if disturbed else ""
+            progress(f"{section.name}: {len(section.cases)} cases, {time.monotonic() - began:.0f} s{told}")
     return found
 
 
@@ -437,7 +451,7 @@ def wanted_and_got(chosen, threads, found):
         [
             figure.what,
             f"{'<' if figure.at_most else '>='} {number(figure.wanted, figure.unit)}",
-            *(verdict(figure, found[section.name, n]) for n in threads),
+            *(verdict(figure, found[section.name, n].rows) for n in threads),
         ]
         for section in chosen
         for figure in section.figures
@@ -478,6 +492,10 @@ def section_rows(section, rows):
     return table(head + [noted] * bool(noted), lines)
 
 
+def disturbance(others):
+    return f", not idle: other processes used {others:.0f} % of a processor" if others is not None and others > IDLE else ""
+
+
 def page(chosen, threads, found, of_machine, command, began, took, pairs):
     counts = " and ".join(map(str, threads))
     parts = [
@@ -516,7 +534,8 @@ def page(chosen, threads, found, of_machine, command, began, took, pairs):
     for section in chosen:
         parts += [f"## {section.title}"] + [section.text] * bool(section.text)
         for n in threads:
-            parts += [f"**{n} thread{'s' * (n > 1)}**", section_rows(section, found[section.name, n])]
+            rows, others = found[section.name, n]
+            parts += [f"**{n} thread{'s' * (n > 1)}**{disturbance(others)}", section_rows(section, rows)]
     return "\n\n".join(parts) + "\n"
 
 

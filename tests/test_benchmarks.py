@@ -12,6 +12,8 @@ import os
 import re
 import sys
 import textwrap
+import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +76,7 @@ class InThisProcess:
     """A Worker that is none."""
 
     def __init__(self, n_threads):
-        self.server = common._Server()
+        self.server, self.process = common._Server(), types.SimpleNamespace(pid=os.getpid())
 
     def ask(self, name, *arguments):
         return getattr(self.server, name)(*arguments)
@@ -384,6 +386,21 @@ def test_a_worker_has_the_threads_it_was_given_and_no_settings_of_others(monkeyp
             worker.ask("run", divmod, 1, 0)
         with pytest.raises(RuntimeError, match="exit code 3"):
             worker.ask("run", sys.exit, 3)
+    finally:
+        worker.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_others_use_is_told_apart_from_ours():
+    """A busy process that is not ours is others' time; ours is not."""
+    worker = common.Worker(1)
+    try:
+        outer, inner = machine.Others(list), machine.Others(lambda: [worker.process.pid])
+        worker.ask("run", time.process_time)  # it is there
+        outer.begin(), inner.begin()
+        worker.ask("run", sum, range(20_000_000))
+        outer.end(), inner.end()
+        assert outer.other - inner.other > 0.05
     finally:
         worker.close()
 

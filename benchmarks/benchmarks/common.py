@@ -384,10 +384,16 @@ class Workers:
             self.all[key] = self.start(n_threads)
         return self.all[key]
 
+    def processes(self):
+        return [worker.process.pid for worker in self.all.values()]
+
+    def ready(self, ours, theirs, n_threads):
+        """A Worker for each of the two Sides, started if need be."""
+        return [self.get(role, side.library, n_threads) for role, side in enumerate((ours, theirs))]
+
     def compare(self, ours, theirs, n_threads=None, pairs=None):
         """The Ratio of two Sides, in which way each was called, and a Worker for each, which can be asked for its result."""
-        n_threads = n_threads or thread_count()
-        workers = [self.get(role, side.library, n_threads) for role, side in enumerate((ours, theirs))]
+        workers = self.ready(ours, theirs, n_threads or thread_count())
         hows, repeats = zip(*(worker.ask("prepare", *side) for worker, side in zip(workers, (ours, theirs), strict=True)), strict=True)
         settle()  # this process may have computed in float64
         calls = [lambda worker=worker: worker.ask("burst") for worker in workers]

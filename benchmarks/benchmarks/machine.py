@@ -2,6 +2,7 @@
 
 import os
 import platform
+import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
@@ -153,6 +154,43 @@ def processor():
         "memory": f"{memory[0]:.0f} GiB" if memory else "unknown",
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
     }
+
+
+class Others:
+    """How much of a processor everything else on this machine uses, and the hypervisor takes, while something is measured."""
+
+    def __init__(self, processes):
+        """`processes` gives the ids of those that do not count, beside this one."""
+        self.processes, self.other, self.elapsed = processes, 0.0, 0.0
+        self.before = self._now()
+
+    def _now(self):
+        """Seconds: of the clock, of all processors at work, of ours at work. None where there is no /proc."""
+        tick = 100  # of the numbers in /proc, whatever the kernel's own
+        try:
+            busy = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+            ours = 0
+            for process in (os.getpid(), *self.processes()):
+                fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+                ours += int(fields[11]) + int(fields[12])
+        except OSError:
+            return None
+        user, nice, system, _, _, interrupts, soft, stolen = busy
+        return time.monotonic(), (user + nice + system + interrupts + soft + stolen) / tick, ours / tick
+
+    def begin(self):
+        self.before = self._now()
+
+    def end(self):
+        after = self._now()
+        if self.before is not None and after is not None:
+            elapsed, busy, ours = (b - a for a, b in zip(self.before, after, strict=True))
+            self.other += max(0.0, busy - ours)
+            self.elapsed += elapsed
+
+    def share(self):
+        """Of one processor, in percent; None where it is not known."""
+        return 100 * self.other / self.elapsed if self.elapsed else None
 
 
 def describe(name):
