@@ -51,7 +51,7 @@ TINY = {
     "OneQuery": "2 x 2 x 1 x 9 x 4",
     "RelativeBias": "1 x 2 x 3 x 5 x 4",
     "ForwardAndBackward": "2 x 2 x 5 x 5 x 4, causal",
-    "ForwardAndBackwardTrainedBias": "2 x 2 x 5 x 5 x 4",
+    "ForwardAndBackwardTrainedBias": "2 x 2 x 5 x 5 x 4, causal",
     "ForwardAndBackwardDropout": "2 x 2 x 5 x 5 x 4",
     "Gemm": (2, 3, 4),
     "PackedLinear": (2, 16, 8, "float32", "gelu"),
@@ -276,6 +276,15 @@ def test_pairs_alternate_and_those_that_warm_do_not_count(clock):
     assert got == pytest.approx((4, 3, 5, 1, 4, 5)), "median and quartiles of theirs over ours, the median times, the pairs"
 
 
+def test_of_what_takes_very_long_there_are_few_pairs(clock):
+    def compared(*durations):
+        calls = [clock.taking(duration) for duration in durations]
+        return common.interleaved(*(lambda call=call: common.seconds(call) for call in calls), pairs=15, warm=0)
+
+    assert compared(1.0, 4.0)[-2:] == (4.0, common.ENOUGH)
+    assert compared(0.2, 0.4).pairs == 15
+
+
 def test_a_side_answers_when_its_threads_are_quiet(clock):
     clock.spinning = clock.now + 0.1
     common.settle()
@@ -403,6 +412,12 @@ def test_what_others_use_is_told_apart_from_ours():
         assert outer.other - inner.other > 0.05
     finally:
         worker.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_that_is_given_back_was_used():
+    grown, (out,) = attention.grown_by(lambda: (np.ones(50 * 2**20, np.uint8)[:: 2**20].copy(),))
+    assert 49 * 2**20 < grown < 60 * 2**20 and out.nbytes == 50
 
 
 # The page

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 LIBRARIES = ["mini_tfm", "torch"]
-PAIRS = 15
+PAIRS, ENOUGH, PATIENCE = 15, 5, 12.0  # seconds, beyond which a comparison ends when it has enough pairs
 REPETITION = 1e-3  # seconds that a repetition takes at least: a tick of the clock and a late interrupt are little in it
 QUIET = 0.012  # seconds: longer than a tick of the kernel, by which it counts the time of other threads
 OPENBLAS_SPINS = "25"  # for 2^25 turns of the clock, 14 ms: longer than anything that lies between two calls in a burst
@@ -175,12 +175,19 @@ class Ratio(NamedTuple):
 
 
 def interleaved(ours, theirs, pairs, warm=2):
-    """The Ratio of two functions that give seconds, called in turn. The first `warm` pairs do not count."""
+    """The Ratio of two functions that give seconds, called in turn. The first `warm` pairs do not count.
+
+    Where one side takes very long, as few as ENOUGH pairs do: the Ratio says how many there were.
+    """
     for _ in range(warm):
         ours(), theirs()
-    times = np.array([(ours(), theirs()) for _ in range(pairs)])
+    times: list = []
+    ends = time.monotonic() + PATIENCE
+    while len(times) < pairs and (len(times) < ENOUGH or time.monotonic() < ends):
+        times.append((ours(), theirs()))
+    times = np.array(times)
     low, median, high = np.percentile(times[:, 1] / times[:, 0], [25, 50, 75])
-    return Ratio(float(median), float(low), float(high), *map(float, np.median(times, axis=0)), pairs)
+    return Ratio(float(median), float(low), float(high), *map(float, np.median(times, axis=0)), len(times))
 
 
 # What is measured
@@ -274,7 +281,7 @@ class Prepared:
     def _try(self, call, context, timed):
         with context():
             planned = plan(call)
-            return planned, min(burst(call, *planned) for _ in range(planned.repeats)) if timed else 0.0
+            return planned, burst(call, *planned) if timed else 0.0
 
     def burst(self):
         return burst(self.call, *self.plan)
@@ -333,8 +340,8 @@ class Worker:
         environment.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(n_threads)))
         environment["OPENBLAS_THREAD_TIMEOUT"] = OPENBLAS_SPINS
         program = "import sys; sys.path.insert(0, sys.argv[1]); from benchmarks.common import _serve; _serve(int(sys.argv[2]))"
-        folder = str(Path(__file__).parents[1])
-        command = [sys.executable, "-c", program, folder, str(its.fileno())]
+        folder = str(Path(__file__).parents[1])  # -P: the package that is installed, not what lies in the folder we are in
+        command = [sys.executable, "-P", "-c", program, folder, str(its.fileno())]
         self.process = subprocess.Popen(command, pass_fds=[its.fileno()], env=environment, stdin=subprocess.DEVNULL)
         its.close()
         self.connection = mine
