@@ -249,9 +249,13 @@ def sections():
         Section(
             "rows",
             "Softmax and norms",
-            "Within the caches against torch; beyond them as a share of the bandwidth of the best copy of as many bytes.",
+            "Within the caches against torch; beyond them, several inputs in turn, as a share of the bandwidth of the best copy there.",
             [case for task in row_kernels for case in against(task, "torch", ROWS_IN_CACHE, named(task))]
-            + [case for task in row_kernels for case in of_limit(task, machine.Copying, ROWS_BEYOND, task().work, named(task))],
+            + [
+                case
+                for task in row_kernels
+                for case in of_limit(task, machine.Copying, ROWS_BEYOND, lambda size: machine.BEYOND, named(task))
+            ],
             [
                 Figure("Softmax and norms within the caches against torch, geometric mean", 1.5, "x", geometric_mean, by("torch")),
                 Figure("Softmax and norms beyond the caches: share of the bandwidth of a copy, each", 80, "%", which=by("Copying")),

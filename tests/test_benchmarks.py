@@ -60,7 +60,7 @@ TINY = {
     "LinearTopK": (2, 16, 8, "float32", 4),
     "Search": (2, 50, 16, "float32"),
     "Softmax": (3, 8),
-    "LayerNorm": (3, 8),
+    "LayerNorm": (3, 8, 2),
     "RmsNorm": (3, 8),
     "LayerNormForwardAndBackward": (3, 8),
     "CrossEntropy": (3, 5),
@@ -93,6 +93,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(common, "REPETITION", 1e-6)
     monkeypatch.setattr(common, "settle", lambda: None)
     monkeypatch.setattr(machine, "PEAK", 8)
+    monkeypatch.setattr(machine, "BEYOND", 8192)
     monkeypatch.setattr(MODULES["model"].TrainingStepAgainstTorch, "pairs", 1)
     for kernel in kernels.StreamShare.of.values():
         monkeypatch.setattr(kernel, "params", ([TINY[kernel.__name__]], *kernel.params[1:]))

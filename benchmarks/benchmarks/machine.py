@@ -13,6 +13,7 @@ from .common import Prepared, _Task, library, normal, thread_count
 
 MIB = 2**20
 TRIES = 7
+BEYOND = 256 * MIB  # a working set beyond all caches
 PEAK = 2048  # the side of the matrices whose product is the peak that shares are of
 SIZES = [MIB // 4, MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB]  # bytes, from a core's cache to far beyond all of them
 
