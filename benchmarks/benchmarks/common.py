@@ -216,6 +216,10 @@ class _Task:
         """Multiplications and additions that have to be done, or bytes that have to be moved."""
         raise NotImplementedError
 
+    def note(self, size, seconds):
+        """What else there is to say of our time."""
+        return ""
+
     def mini_tfm(self, kernels, *inputs):
         raise NotImplementedError
 

@@ -169,6 +169,10 @@ class Gemv(PackedLinear):
         """Of the weights alone."""
         return size[1] * size[2] * {"float32": 4, "bfloat16": 2, "int8": 1}[size[3]]
 
+    def note(self, size, seconds):
+        """With more rows it is arithmetic that bounds, not memory."""
+        return f"{2 * size[0] * size[1] * size[2] / seconds / 1e9:.0f} GFLOP/s"
+
 
 class Int8(PackedLinear):
     """The same product by weights of eight bits."""
@@ -193,6 +197,9 @@ class LinearTopK(_Kernel):
 
     def work(self, size):
         return Gemv().work(size)
+
+    def note(self, size, seconds):
+        return Gemv().note(size, seconds)
 
     def mini_tfm(self, kernels, x, weight, dtype, k):
         needs(kernels, "pack", "linear_top_k")
