@@ -1,35 +1,102 @@
-"""Every benchmark runs, at its smallest size; what asv would do with it is done here without asv."""
+"""Every benchmark runs, on something tiny; what takes a time takes the right one, on a clock of its own; the page says what was got.
+
+What asv would do with the suite is done here without asv, and without the processes in which the peers otherwise run.
+"""
 
 import importlib.util
 import inspect
 import itertools
 import json
 import math
+import os
 import re
 import sys
 import textwrap
+import time
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import in_a_process
 
 import mini_tfm as mt
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
-HAS_TORCH = importlib.util.find_spec("torch") is not None
+HAS = {name: importlib.util.find_spec(name) is not None for name in ("torch", "faiss")}
 KINDS = re.compile(r"(time|timeraw|track|peakmem)_")
+
+
+def import_from(path, name, **options):
+    spec = importlib.util.spec_from_file_location(name, path, **options)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def import_benchmarks():
     """The package benchmarks/benchmarks, whatever else that name may find, and its modules."""
     package = FOLDER / "benchmarks"
-    spec = importlib.util.spec_from_file_location("benchmarks", package / "__init__.py", submodule_search_locations=[str(package)])
-    sys.modules["benchmarks"] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    import_from(package / "__init__.py", "benchmarks", submodule_search_locations=[str(package)])
     return {path.stem: importlib.import_module(f"benchmarks.{path.stem}") for path in package.glob("[!_]*.py")}
 
 
 MODULES = import_benchmarks()
+common, machine, kernels, attention = (MODULES[name] for name in ("common", "machine", "kernels", "attention"))
+performance = import_from(FOLDER / "performance.py", "performance_page")
+
+# Instead of a class's sizes; a class that is not here has small ones.
+TINY = {
+    "Forward": "2 x 2 x 3 x 5 x 4, causal, bias, lengths",
+    "OneQuery": "2 x 2 x 1 x 9 x 4",
+    "RelativeBias": "1 x 2 x 3 x 5 x 4",
+    "ForwardAndBackward": "2 x 2 x 5 x 5 x 4, causal",
+    "ForwardAndBackwardTrainedBias": "2 x 2 x 5 x 5 x 4, causal",
+    "ForwardAndBackwardDropout": "2 x 2 x 5 x 5 x 4",
+    "Gemm": (2, 3, 4),
+    "PackedLinear": (2, 16, 8, "float32", "gelu"),
+    "Gemv": (1, 64, 16, "int8", "none"),
+    "Int8": (2, 64, 16, "int8", "none"),
+    "LinearTopK": (2, 16, 8, "float32", 4),
+    "Search": (2, 50, 16, "float32"),
+    "Softmax": (3, 8),
+    "LayerNorm": (3, 8, 2),
+    "RmsNorm": (3, 8),
+    "LayerNormForwardAndBackward": (3, 8),
+    "CrossEntropy": (3, 5),
+    "SinusoidalPositions": (3, 4),
+    "AdamW": 10,
+    "Sgemm": 8,
+    "Reading": 8192,
+    "Copying": 8192,
+}
+
+
+class InThisProcess:
+    """A Worker that is none."""
+
+    def __init__(self, n_threads):
+        self.server, self.process = common._Server(), types.SimpleNamespace(pid=os.getpid())
+
+    def ask(self, name, *arguments):
+        return getattr(self.server, name)(*arguments)
+
+    def close(self):
+        self.server.drop()
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Everything in this process, two pairs, hardly a repetition, and small limits to compare with."""
+    monkeypatch.setattr(common.Workers, "start", InThisProcess)
+    monkeypatch.setattr(common, "PAIRS", 2)
+    monkeypatch.setattr(common, "REPETITION", 1e-6)
+    monkeypatch.setattr(common, "settle", lambda: None)
+    monkeypatch.setattr(machine, "PEAK", 8)
+    monkeypatch.setattr(machine, "BEYOND", 8192)
+    monkeypatch.setattr(MODULES["model"].TrainingStepAgainstTorch, "pairs", 1)
+    for kernel in kernels.StreamShare.of.values():
+        monkeypatch.setattr(kernel, "params", ([TINY[kernel.__name__]], *kernel.params[1:]))
 
 
 def params_of(cls):
@@ -39,13 +106,14 @@ def params_of(cls):
 
 
 def smallest(cls, method):
-    """The first value of each parameter; every library, as each is code of its own, and once every memory."""
-    if cls.__name__.endswith("AgainstTorch") and not HAS_TORCH:
-        return []
+    """Something tiny or else the first value of each parameter; every library, as each is code of its own, and once every memory."""
     names = getattr(cls, "param_names", [])
     every = {"library"} | ({"memory"} if method.startswith("track_error") else set())
     chosen = [values if name in every else values[:1] for name, values in zip(names, params_of(cls), strict=True)]
-    return [each for each in itertools.product(*chosen) if HAS_TORCH or "torch" not in each]
+    of = getattr(cls, "kernel", cls).__name__.removesuffix("AgainstFloat32").removesuffix("Share")
+    if "size" in names and of in TINY:
+        chosen[names.index("size")] = [TINY[of]]
+    return list(itertools.product(*chosen))
 
 
 CASES = [
@@ -59,13 +127,16 @@ CASES = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.*")
 @pytest.mark.parametrize("cls, method, chosen", CASES)
-def test_it_runs(cls, method, chosen):
+def test_it_runs(cls, method, chosen, tiny):
     benchmark = cls()
-    if hasattr(benchmark, "setup"):
-        benchmark.setup(*chosen)
     try:
+        if hasattr(benchmark, "setup"):
+            benchmark.setup(*chosen)
         result = getattr(benchmark, method)(*chosen)
+    except NotImplementedError as error:
+        pytest.skip(str(error))
     finally:
         if hasattr(benchmark, "teardown"):
             benchmark.teardown(*chosen)
@@ -73,23 +144,39 @@ def test_it_runs(cls, method, chosen):
     if kind == "timeraw":
         in_a_process(textwrap.dedent(result))
     elif kind == "track":
-        assert isinstance(result, int | float) and math.isfinite(result) and result >= 0
+        assert isinstance(result, int | float) and math.isfinite(result)
+        assert result >= 0 or "beyond" in method, "beyond what was there before, a process may have become smaller"
         assert getattr(getattr(benchmark, method), "unit", None), "a number without its unit says nothing"
         if method.startswith("track_error"):
-            assert result < 1e-3, "as far from float64 as this is wrong, not fast"
+            assert result < getattr(benchmark, "tolerance", 1e-3), "as far from float64 as this is wrong, not fast"
     else:
         assert result is None, "asv would drop what this returns"
 
 
-def test_without_torch_what_needs_it_is_left_out(monkeypatch):
+@pytest.mark.parametrize("peer", ["torch", "faiss"])
+def test_without_a_peer_what_needs_it_is_left_out(monkeypatch, peer):
     """asv takes NotImplementedError in setup for a benchmark that does not apply."""
-    monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(NotImplementedError, match="torch is not installed"):
-        MODULES["kernels"].Softmax().setup((1, 1), "torch")
-    with pytest.raises(NotImplementedError, match="torch is not installed"):
-        MODULES["attention"].ForwardAgainstTorch().setup("1 x 8 x 128 x 64")
-    with pytest.raises(NotImplementedError, match="torch is not installed"):
-        MODULES["model"].TrainingStepAgainstTorch().setup("1.0 M")
+    monkeypatch.setitem(sys.modules, peer, None)
+    needing = [cls for module in MODULES.values() for cls in vars(module).values() if getattr(cls, "peer", None) == peer]
+    assert needing
+    for cls in needing:
+        with pytest.raises(NotImplementedError, match=f"{peer} is not installed"):
+            cls().setup("any size")
+    with pytest.raises(NotImplementedError, match=f"{peer} is not installed"):
+        kernels.Search().setup(TINY["Search"], peer)
+
+
+def test_a_peer_is_a_parameter_and_has_a_ratio():
+    """Of each kernel that a peer computes, too: ("Softmax", "torch") and so on."""
+    parameters, ratios = set(), set()
+    for module in MODULES.values():
+        for cls in vars(module).values():
+            if inspect.isclass(cls) and issubclass(cls, common._Task) and not cls.__name__.startswith("_"):
+                parameters |= {(cls.__name__, peer) for peer in cls.params[1] if peer in ("torch", "faiss")}
+            if inspect.isclass(cls) and issubclass(cls, common._Against) and cls.kernel is not common._Task:
+                assert hasattr(cls, f"track_ratio_{cls.peer}") and hasattr(cls.kernel, cls.peer)
+                ratios.add((cls.kernel.__name__, cls.peer))
+    assert parameters and not parameters - ratios
 
 
 def test_beside_each_time_stands_an_error():
@@ -113,3 +200,308 @@ def test_the_configuration_is_what_asv_reads():
     lines = (FOLDER / "asv.conf.json").read_text().splitlines()
     configuration = json.loads("\n".join(line for line in lines if not line.strip().startswith("//")))
     assert configuration["project"] == "mini_tfm" and (FOLDER / configuration["repo"] / "pyproject.toml").exists()
+
+
+# How a time is taken, on a clock that only what is called here moves
+
+
+class Clock:
+    """Of seconds. `spinning`: until then the process's threads use a processor whatever happens."""
+
+    def __init__(self):
+        self.now = self.slept = self.spinning = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    monotonic = perf_counter
+
+    def process_time(self):
+        return min(self.now, self.spinning)
+
+    def sleep(self, seconds):
+        self.now += seconds
+        self.slept += seconds
+
+    def taking(self, *durations, calls=None, name=None):
+        """A function that takes these times in turn, the last one from then on, and notes that it was called."""
+        left = list(durations)
+
+        def call():
+            self.now += left.pop(0) if len(left) > 1 else left[0]
+            if calls is not None:
+                calls.append(name)
+
+        return call
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(common, "time", clock)
+    monkeypatch.setattr(common, "thread_count", lambda: 2)
+    return clock
+
+
+@pytest.mark.parametrize("duration", [2e-7, 3e-6, 1e-4, 9e-4, 2e-3, 8e-3])
+def test_of_short_calls_milliseconds_are_timed(clock, duration):
+    warm, number, repeats = common.plan(clock.taking(duration))
+    assert number * duration >= 0.99 * common.REPETITION and repeats == 3
+    assert number * repeats * duration >= 2e-3 and warm * duration >= 0.99 * common.REPETITION
+
+
+def test_of_long_calls_few_are_made(clock):
+    assert common.plan(clock.taking(0.03)) == (1, 1, 2)
+    assert common.plan(clock.taking(0.5)) == (0, 1, 1)
+
+
+def test_the_first_call_does_not_decide_how_many(clock):
+    assert common.plan(clock.taking(2.0, 0.002)).repeats == 3
+
+
+def test_a_burst_is_its_quickest_repetition(clock):
+    #                                  warm  |  two calls a repetition
+    call = clock.taking(9.0, 9.0, 3.0, 3.0, 1.0, 2.0, 5.0, 5.0)
+    assert common.burst(call, warm=2, number=2, repeats=3) == pytest.approx(1.5)
+
+
+def test_pairs_alternate_and_those_that_warm_do_not_count(clock):
+    calls = []
+
+    def side(name, *durations):
+        call = clock.taking(*durations, calls=calls, name=name)
+        return lambda: common.seconds(call)
+
+    got = common.interleaved(side("A", 100, 1, 1, 1, 1, 1), side("B", 1, 2, 3, 4, 5, 6), pairs=5, warm=1)
+    assert calls == ["A", "B"] * 6
+    assert got == pytest.approx((4, 3, 5, 1, 4, 5)), "median and quartiles of theirs over ours, the median times, the pairs"
+
+
+def test_of_what_takes_very_long_there_are_few_pairs(clock):
+    def compared(*durations):
+        calls = [clock.taking(duration) for duration in durations]
+        return common.interleaved(*(lambda call=call: common.seconds(call) for call in calls), pairs=15, warm=0)
+
+    assert compared(1.0, 4.0)[-2:] == (4.0, common.ENOUGH)
+    assert compared(0.2, 0.4).pairs == 15
+
+
+def test_a_side_answers_when_its_threads_are_quiet(clock):
+    clock.spinning = clock.now + 0.1
+    common.settle()
+    assert 0.1 <= clock.now < 0.1 + 2 * common.QUIET
+
+
+def test_threads_that_never_rest_are_not_waited_for_forever(clock):
+    clock.spinning = math.inf
+    common.settle(limit=0.5)
+    assert 0.5 <= clock.now < 0.6
+
+
+def test_one_thread_leaves_nothing_to_wait_for(clock, monkeypatch):
+    monkeypatch.setattr(common, "thread_count", lambda: 1)
+    clock.spinning = math.inf
+    common.settle()
+    assert clock.slept == 0
+
+
+def fake_task(clock, amount, wrong=0.0, **durations):
+    """Computes 1.0, `wrong` beside it, in so many seconds by each library: {"": 0.1} or {way: seconds}."""
+
+    class Fake(common._Task):
+        params = ([1], list(durations))
+
+        def make(self, size):
+            return ()
+
+        def work(self, size):
+            return amount
+
+        def ways(self, size, name):
+            ways = durations[name] if isinstance(durations[name], dict) else {"": durations[name]}
+            answer = np.array([1.0 + (wrong if name == "mini_tfm" else 0.0)])
+
+            def way(seconds):
+                call = clock.taking(seconds)
+                return lambda: (call(), answer)[1]
+
+            return {how: way(seconds) for how, seconds in ways.items()}
+
+        def exact(self):
+            return np.array([1.0])
+
+    return Fake
+
+
+@pytest.fixture
+def here(monkeypatch):
+    monkeypatch.setattr(common.Workers, "start", InThisProcess)
+
+
+def test_above_one_is_faster_than_the_peer(clock, here):
+    task = fake_task(clock, 1, mini_tfm=0.002, numpy=0.003)
+    assert common.ratio(common.Side(task, 1, "mini_tfm"), common.Side(task, 1, "numpy")) == pytest.approx(1.5)
+
+
+def test_the_quickest_way_of_a_peer_counts(clock, here):
+    task = fake_task(clock, 1, mini_tfm=0.002, numpy={"slow": 0.1, "quick": 0.001, "other": 0.2})
+    with common.Workers() as workers:
+        got, hows, _ = workers.compare(common.Side(task, 1, "mini_tfm"), common.Side(task, 1, "numpy"))
+    assert got.median == pytest.approx(0.5) and hows == ("", "quick")
+    assert got.pairs == common.PAIRS >= 15
+
+
+def test_a_share_counts_the_work(clock, here):
+    ours, limit = fake_task(clock, 30, mini_tfm=0.002), fake_task(clock, 100, numpy=0.004)
+    share = common.share(common.Side(ours, 1, "mini_tfm"), common.Side(limit, 1, "numpy"))
+    assert share == pytest.approx(100 * (30 / 0.002) / (100 / 0.004))
+
+
+def test_an_error_is_of_the_largest_value():
+    assert common.relative_error(np.array([1.0, 2.5]), np.array([1.0, 2.0])) == 0.25
+    assert common.relative_error((np.zeros(2), 3.0), (np.zeros(2), 4.0)) == 0.25
+    with pytest.raises(ValueError, match=r"shape \(1,\), expected \(2,\)"):
+        common.relative_error(np.zeros(1), np.zeros(2))
+
+
+def test_work_that_is_hidden_does_not_count():
+    scores = {"1 x 1 x 4 x 4 x 8": 16, "2 x 3 x 4 x 4 x 8, causal": 60, "1 x 1 x 2 x 4 x 8, causal": 7, "1 x 1 x 4 x 2 x 8, causal": 3}
+    assert {text: attention.Problem.of(text).scores() for text in scores} == scores
+    problem = attention.Problem.of("3 x 1 x 4 x 9 x 8, lengths")
+    assert problem.scores() == 4 * problem.lengths().sum() and (problem.lengths() >= 5).all()
+
+
+# The processes
+
+
+def test_a_worker_has_the_threads_it_was_given_and_no_settings_of_others(monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    worker = common.Worker(1)
+    try:
+        assert worker.ask("run", common.thread_count) == 1
+        assert worker.ask("run", mt.get_num_threads) == 1
+        assert worker.ask("run", os.getenv, "OMP_WAIT_POLICY") is None
+        assert worker.ask("run", machine.describe, "mini_tfm").startswith("mini_tfm ")
+        assert worker.ask("prepare", machine.Reading, 8192, "numpy")[0] in (
+            "sdot",
+            "maximum",
+            "maximum, in pieces",
+            "sgemv",
+            "sgemv, transposed",
+        )
+        assert 0 < worker.ask("burst") < 1
+        with pytest.raises(NotImplementedError, match="nothing of this name is not installed"):
+            worker.ask("run", common.library, "nothing of this name")
+        with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+            worker.ask("run", divmod, 1, 0)
+        with pytest.raises(RuntimeError, match="exit code 3"):
+            worker.ask("run", sys.exit, 3)
+    finally:
+        worker.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_others_use_is_told_apart_from_ours():
+    """A busy process that is not ours is others' time; ours is not."""
+    worker = common.Worker(1)
+    try:
+        outer, inner = machine.Others(list), machine.Others(lambda: [worker.process.pid])
+        worker.ask("run", time.process_time)  # it is there
+        outer.begin(), inner.begin()
+        worker.ask("run", sum, range(20_000_000))
+        outer.end(), inner.end()
+        assert outer.other - inner.other > 0.05
+    finally:
+        worker.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_that_is_given_back_was_used():
+    grown, (out,) = attention.grown_by(lambda: (np.ones(50 * 2**20, np.uint8)[:: 2**20].copy(),))
+    assert 49 * 2**20 < grown < 60 * 2**20 and out.nbytes == 50
+
+
+# The page
+
+
+def rows(*values, label="a", peer="torch"):
+    return [
+        performance.Row(f"{label} {i}", peer, value, common.Ratio(value, value, value, 1.0, value, 15)) for i, value in enumerate(values)
+    ]
+
+
+@pytest.mark.parametrize(
+    "figure, values, said",
+    [
+        (performance.Figure("f", 1.3, "x", performance.geometric_mean), [1.0, 4.0], "2.00"),
+        (performance.Figure("f", 1.3, "x", performance.geometric_mean), [1.0, 1.5], "1.22 **missed**"),
+        (performance.Figure("f", 1.0, "x"), [1.0, 1.7], "1.00"),
+        (performance.Figure("f", 1.0, "x"), [0.99, 7.0], "0.99 **missed**"),
+        (performance.Figure("f", 1.0, "x"), [0.996, 7.0], "0.99 **missed**"),  # not rounded up to what was wanted
+        (performance.Figure("f", 80, "%"), [79.9, 95.0], "79 % **missed**"),
+        (performance.Figure("f", 80, "%"), [81.2, 95.0], "81 %"),
+        (performance.Figure("f", 16, "MB", max, at_most=True), [3.0, 15.94], "16.0 MB"),
+        (performance.Figure("f", 16, "MB", max, at_most=True), [3.0, 16.0], "16.0 MB **missed**"),
+        (performance.Figure("f", 1.0, "x", which=lambda row: "a 1" in row.label), [0.5, 1.25], "1.25"),
+        (performance.Figure("f", 1.0, "x"), [], "not measured"),
+    ],
+)
+def test_a_figure_says_what_was_got_and_whether_that_is_missed(figure, values, said):
+    assert performance.verdict(figure, rows(*values)) == said
+
+
+def test_a_page_of_sections(clock, here, monkeypatch, tmp_path):
+    """Faster, slower, wrong, and left out, from the comparison to the page."""
+    quick = fake_task(clock, 1e6, mini_tfm=0.001, torch={"way": 0.0015})
+    slow = fake_task(clock, 1e6, mini_tfm=0.004, torch=0.002)
+    wrong = fake_task(clock, 1e6, wrong=0.5, mini_tfm=0.001, torch=0.1)
+    absent = fake_task(clock, 1e6, mini_tfm=0.001)
+    absent.ways = lambda self, size, name: common.needs(None, "kernel")
+    sections = [
+        performance.Section(
+            "one", "First", "About it.", performance.against(quick, "torch"), [performance.Figure("Figure one", 1.3, "x")], ("size", "way")
+        ),
+        performance.Section("two", "Second", "", performance.against(slow, "torch"), [performance.Figure("Figure two", 0.7, "x")]),
+        performance.Section("three", "Third", "", performance.against(wrong, "torch"), [performance.Figure("Figure three", 1, "x")]),
+        performance.Section("four", "Fourth", "", performance.against(absent, "torch"), [performance.Figure("Figure four", 1, "x")]),
+    ]
+    monkeypatch.setattr(performance, "sections", lambda: sections)
+    monkeypatch.setattr(performance, "libraries", lambda threads: ["numpy 2"])
+    monkeypatch.setattr(performance, "limits", lambda threads, tries: {n: (99.5, [(2**20, 40.0, "sdot", 30.0, "copy")]) for n in threads})
+    performance.main(["--threads", "1,2", "--out", str(tmp_path / "page.md")])
+    page = (tmp_path / "page.md").read_text(encoding="utf-8")
+    assert "| Figure one | >= 1.30 | 1.50 | 1.50 |" in page
+    assert "| Figure two | >= 0.70 | 0.50 **missed** | 0.50 **missed** |" in page
+    assert "| Figure three | >= 1.00 | 0.00 **missed** | 0.00 **missed** |" in page
+    assert "| Figure four | >= 1.00 | not measured | not measured |" in page
+    assert "| 1 | torch | 1 ms, 1 GFLOP/s | 1.5 ms, 0.667 GFLOP/s | 1.50 | 1.50 to 1.50 | 0 | 0 | 0 | way |" in page
+    assert "**wrong**" in page and "5e-1" in page
+    assert "**2 threads**: sgemm 99.5 GFLOP/s" in page and "| 1 MiB | 40.0 (sdot) | 30.0 (copy) |" in page
+    assert "15 pairs each" in page and "About it." in page
+    performance.main(["--only", "two", "--quick", "--threads", "1", "--out", str(tmp_path / "page.md")])
+    page = (tmp_path / "page.md").read_text(encoding="utf-8")
+    assert "Figure two" in page and "Figure one" not in page and "3 pairs each" in page
+
+
+def test_an_unknown_section_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        performance.main(["--only", "attention,speed"])
+    assert "got speed" in capsys.readouterr().err
+
+
+def test_every_figure_is_of_something_that_is_measured():
+    sections = performance.sections()
+    assert len({section.name for section in sections}) == len(sections)
+    for section in sections:
+        if section.measure:
+            continue
+        made = [performance.Row(case.label, performance.peer_of(case), 1.0) for case in section.cases]
+        assert made and all(figure.got(made) == pytest.approx(1.0) for figure in section.figures), section.name
+    by_name = {section.name: section for section in sections}
+    assert len(by_name["attention"].cases) >= 28
+    peers = {case.theirs.library for section in sections for case in section.cases}
+    assert peers == {"torch", "numpy", "faiss", "mini_tfm"}
+    for case in itertools.chain.from_iterable(section.cases for section in sections):
+        assert (
+            case.ours.library == "mini_tfm" and case.ours.task().work(case.ours.size) > 0 and case.theirs.task().work(case.theirs.size) > 0
+        )

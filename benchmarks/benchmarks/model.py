@@ -4,7 +4,7 @@ import numpy as np
 
 import mini_tfm as mt
 
-from .common import LIBRARIES, import_torch, ratio, relative_error
+from .common import LIBRARIES, _AgainstTorch, _Task, relative_error
 
 MODELS = {
     "1.0 M": {"vocab_size": 1000, "d_model": 128, "n_heads": 4, "n_encoder_layers": 2, "n_decoder_layers": 2},
@@ -80,16 +80,19 @@ class Generate:
     track_error_generate.unit = "nats"
 
 
-class TrainingStep:
+class TrainingStep(_Task):
     """Forward, backward and AdamW on a batch of `TRAINED_ON`. torch trains the same model from the same weights."""
 
     params = (list(MODELS), LIBRARIES)
     param_names = ["model", "library"]
     timeout = 300
+    gradient = in_place = True
+
+    def make(self, name):
+        return (name, *(tokens(name, *TRAINED_ON[name], seed=seed) for seed in (1, 2)))
 
     def setup(self, name, library):
-        self.source, self.target = (tokens(name, *TRAINED_ON[name], seed=seed) for seed in (1, 2))
-        self.step = self._torch_step(name) if library == "torch" else self._step(make_model(name))
+        (self.step,) = self.ways(name, library).values()
         self.first_loss = self.step()
 
     def time_step(self, name, library):
@@ -97,22 +100,23 @@ class TrainingStep:
 
     def track_error_loss(self, name, library):
         """Of the first step's loss and of the one after it, which has the gradient in it."""
-        want = self._step(in_double(make_model(name)))
+        want = self._step(in_double(make_model(name)), *self.make(name)[1:])
         return relative_error((self.first_loss, self.step()), (want(), want()))
 
     track_error_loss.unit = "|error| / |loss|"
 
-    def _step(self, model):
-        trainer = mt.Trainer(model, learning_rate=RATE, clip=None, weight_decay=0.0)
-        return lambda: trainer.step(self.source, self.target)
+    def mini_tfm(self, kernels, name, source, target):
+        return self._step(make_model(name), source, target)
 
-    def _torch_step(self, name):
-        torch = import_torch()
+    def _step(self, model, source, target):
+        trainer = mt.Trainer(model, learning_rate=RATE, clip=None, weight_decay=0.0)
+        return lambda: trainer.step(source, target)
+
+    def torch(self, torch, name, source, target):
         ours = make_model(name)
         theirs, embedding = as_torch(torch, ours)
         adamw = torch.optim.AdamW([*theirs.parameters(), embedding], lr=RATE, betas=(0.9, 0.98), eps=1e-9, weight_decay=0.0, fused=True)
-        source, target = torch.from_numpy(self.source), torch.from_numpy(self.target)
-        inputs = torch.from_numpy(ours.shift_right(self.target))
+        inputs = torch.from_numpy(ours.shift_right(target.numpy()))
         length, d = target.shape[1], ours.config.d_model
         positions = torch.from_numpy(mt.sinusoidal_positions(max(length, source.shape[1]), d))
         mask = torch.nn.Transformer.generate_square_subsequent_mask(length)
@@ -126,25 +130,14 @@ class TrainingStep:
             loss = torch.nn.functional.cross_entropy((hidden @ embedding.T).flatten(0, 1), target.flatten())
             loss.backward()
             adamw.step()
-            return float(loss)
+            return float(loss.detach())
 
         return step
 
 
-class TrainingStepAgainstTorch:
-    params = [list(MODELS)]
-    param_names = ["model"]
-    timeout = 300
-
-    def setup(self, name):
-        self.theirs, self.ours = TrainingStep(), TrainingStep()
-        self.theirs.setup(name, "torch")
-        self.ours.setup(name, "mini_tfm")
-
-    def track_ratio_torch(self, name):
-        return ratio(self.ours.step, self.theirs.step, pairs=3)
-
-    track_ratio_torch.unit = "times torch's time"
+class TrainingStepAgainstTorch(_AgainstTorch):
+    kernel = TrainingStep
+    pairs = 7
 
 
 def as_torch(torch, model):
