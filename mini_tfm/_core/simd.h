@@ -223,13 +223,13 @@ enum { MANTISSA = 52, BIAS = 1023 };
 #define ROUND 0x1.8p52
 #define EXP_LOWEST (-760.0)             /* exp is 0 below */
 #define EXP_HIGHEST 720.0               /* exp is inf above */
-#define EXP_LOWEST_WEIGHT (-709.0)      /* rounds to -1023 ln 2 */
+#define EXP_LOWEST_WEIGHT (-708.3964)   /* -1022 ln 2 */
 #else
 enum { MANTISSA = 23, BIAS = 127 };
 #define ROUND 0x1.8p23f
 #define EXP_LOWEST (-105.0f)
 #define EXP_HIGHEST 89.0f
-#define EXP_LOWEST_WEIGHT (-88.0f)      /* rounds to -127 ln 2 */
+#define EXP_LOWEST_WEIGHT (-87.33654f)  /* -126 ln 2 */
 #endif
 
 /* x = n ln 2 + r with |r| <= ln(2)/2; returns exp(r) times `times`. Adding ROUND = 1.5 * 2^MANTISSA rounds x / ln 2 to the
@@ -268,11 +268,11 @@ INLINE vec exp_vec(vec x) {
 #endif
 }
 
-/* exp for the weights of a softmax, x at most a rounding above 0. Cheaper, and results below about the smallest normal number are 0:
- * at the lowest x the exponent's bits are those of zero. ln 2 is not split: x is a difference, and its own rounding is worth as
- * much. NaN stays NaN. */
+/* exp for the weights of a softmax, x at most a rounding above 0. Cheaper, and no denormal slows down what follows: 2 exp(r)
+ * is multiplied by 2^(n - 1), whose exponent n - 1 + BIAS is that of zero at the lowest n, so results below 2^(-BIAS + 1.5)
+ * are 0. ln 2 is not split: x is a difference, and its own rounding is worth as much. NaN stays NaN. */
 INLINE vec exp_weight(vec x) {
-    vec rounded, p = exp_reduced(max_vec(all(EXP_LOWEST_WEIGHT), x), BIAS, 0, 1, &rounded);
+    vec rounded, p = exp_reduced(max_vec(all(EXP_LOWEST_WEIGHT), x), BIAS - 1, 0, 2, &rounded);
     return p * (vec)((uvec)rounded << MANTISSA);
 }
 
