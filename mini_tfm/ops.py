@@ -248,30 +248,8 @@ def _bias_view(bias: Any, table: Any) -> np.ndarray | None:
 
 
 def attention_mass(q: Array, block: Block, lse: np.ndarray, scale: float, asking: np.ndarray) -> np.ndarray:
-    """Attention each row of `block` received, summed over heads and the queries `asking` (B, T): (B, S). No gradient.
-
-    In NumPy, 64 queries at a time: only strategies that ask for it pay.
-    """
-    vq, k = value_of(q), value_of(block.k)
-    k = np.repeat(k, vq.shape[1] // k.shape[1], axis=1)
-    n_queries, n_keys = vq.shape[2], k.shape[2]
+    """Attention each row of `block` received, summed over heads and the queries `asking` (B, T): (B, S). No gradient."""
     bias = block.bias
     bias = _bias_view(bias, value_of(bias.table if isinstance(bias, DistanceBias) else bias))
-    if bias is not None:
-        bias = np.broadcast_to(bias, (*vq.shape[:3], n_keys))
-    seen = np.ones((len(vq), n_keys), bool) if block.valid is None else block.valid.copy()
-    if block.lengths is not None:
-        seen &= np.arange(n_keys) < block.lengths[:, None]
-    offset = n_keys - n_queries if block.offset is None else block.offset
-    mass = np.zeros((len(vq), n_keys), vq.dtype)
-    for first in range(0, n_queries, 64):
-        part = slice(first, min(first + 64, n_queries))
-        scores = vq[:, :, part] @ np.swapaxes(k, -1, -2) * scale
-        if bias is not None:
-            scores = scores + bias[:, :, part]
-        shown = seen[:, None, None, :] & asking[:, None, part, None]
-        if block.causal:
-            shown = shown & (np.arange(n_keys) <= np.arange(n_queries)[part, None] + offset)
-        total = np.where(np.isfinite(lse[:, :, part]), lse[:, :, part], 0)[..., None]
-        mass += np.where(shown, np.exp(np.where(shown, scores - total, 0)), 0).sum(axis=(1, 2))
-    return mass
+    plain = dataclasses.replace(block, k=value_of(block.k), v=value_of(block.v), bias=bias)
+    return _core.attention_mass(value_of(q), plain, lse, scale, asking)

@@ -132,6 +132,8 @@ struct mt_kernels {
     int (*attention)(const void *q, const struct mt_block *blocks, const struct mt_attention_sizes *sizes, void *out, void *lse);
     int (*attention_backward)(const void *dout, const void *out, const void *lse, const void *q, const struct mt_block *blocks,
                               const struct mt_attention_sizes *sizes, void *dq);
+    int (*attention_mass)(const void *q, const struct mt_block *block, const struct mt_attention_sizes *sizes, const void *lse,
+                          const uint8_t *asking, void *mass);
 };
 
 /* The table for float (is_double 0) or double (1) of the instruction set chosen by mt_choose_isa. */

@@ -100,6 +100,8 @@ cdef extern from "core.h" nogil:
         int (*attention)(const void *q, const mt_block *blocks, const mt_attention_sizes *sizes, void *out, void *lse) noexcept nogil
         int (*attention_backward)(const void *dout, const void *out, const void *lse, const void *q, const mt_block *blocks,
                                   const mt_attention_sizes *sizes, void *dq) noexcept nogil
+        int (*attention_mass)(const void *q, const mt_block *block, const mt_attention_sizes *sizes, const void *lse,
+                              const uint8_t *asking, void *mass) noexcept nogil
 
     const mt_kernels_table *mt_kernels(int is_double)
     int mt_choose_isa(const char *name)

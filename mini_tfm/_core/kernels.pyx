@@ -747,6 +747,24 @@ def attention_backward(dout, out, lse, q, blocks, scale, needs=None, *, dropout=
     return dq, grads
 
 
+def attention_mass(q, block, lse, scale, asking):
+    """(B, S): the weights that each row of the block received from the queries asking (B, T), summed over heads."""
+    cdef int failed
+    q, block, lse, scale, asking = _checks.attention_mass(q, block, lse, scale, asking)
+    mass = np.empty((q.shape[0], block.k.shape[2]), q.dtype)
+    cdef Blocks c_blocks = Blocks(q, [block])
+    cdef mt_attention_sizes sizes = attention_sizes(q, [block], scale, 0.0, 0)
+    cdef const mt_kernels_table *c = c_for(q)
+    cdef void *pq = ptr(q)
+    cdef void *pl = ptr(lse)
+    cdef const uint8_t *pa = <const uint8_t *>ptr(asking)
+    cdef void *pm = ptr(mass)
+    with nogil:
+        failed = c.attention_mass(pq, c_blocks.at, &sizes, pl, pa, pm)
+    no_memory_if(failed)
+    return mass
+
+
 # Threads and configuration
 
 

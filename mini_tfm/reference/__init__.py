@@ -13,7 +13,7 @@ returns the dtype it was given. One file a family:
 `MINI_TFM_ISA=reference` puts them behind the door `mini_tfm._core` in place of the compiled ones.
 """
 
-from mini_tfm.reference.attention import Block, BlockGrad, attention, attention_backward
+from mini_tfm.reference.attention import Block, BlockGrad, attention, attention_backward, attention_mass
 from mini_tfm.reference.elementwise import activation, activation_backward, dropout
 from mini_tfm.reference.embedding import embedding, embedding_backward, rotary, sinusoidal_positions
 from mini_tfm.reference.linear import gemm
@@ -39,6 +39,7 @@ __all__ = [
     "adamw",
     "attention",
     "attention_backward",
+    "attention_mass",
     "cross_entropy",
     "cross_entropy_backward",
     "dropout",

@@ -466,5 +466,12 @@ def attention_backward(dout, out, lse, q, blocks, scale, needs, dropout, seed):
     return dout, out, lse, q, checked, scale, needs, dropout, seed
 
 
+def attention_mass(q, block, lse, scale, asking):
+    q = real("q", q, ndim=4)
+    scale = number("scale", scale)
+    block = attention_block(block, "block", q)
+    return q, block, real("lse", lse, like=q, shape=q.shape[:3]), scale, mask("asking", asking, shape=(q.shape[0], q.shape[2]))
+
+
 def thread_count(n):
     return integer("n", n, low=1, high=4096)

@@ -199,6 +199,26 @@ def attention_backward(dout, out, lse, q, blocks, scale, needs=None, *, dropout=
         return dq.astype(q.dtype), grads
 
 
+def attention_mass(q, block, lse, scale, asking):
+    """(B, S): the weights exp(score - lse) that each row of the block received from the queries asking (B, T), summed over heads.
+
+    lse is that of `attention` over all blocks together. No gradient: what it is for (arXiv 2306.14048) chooses rows by it.
+    """
+    q, block, lse, scale, asking = _checks.attention_mass(q, block, lse, scale, asking)
+    mass = np.zeros((q.shape[0], block.k.shape[2]))
+    with np.errstate(invalid="ignore", over="ignore"):
+        for b, h in np.ndindex(q.shape[:2]):
+            scores, seen = _scores(q, block, b, h, scale)
+            row_lse = lse[b, h].astype(np.float64)[:, None]
+            seen = seen & asking[b][:, None] & (row_lse != -np.inf)
+            weights = np.where(seen, np.exp(scores - row_lse), 0.0)
+            if block.index is None:
+                mass[b] += weights.sum(axis=0)
+            else:
+                np.add.at(mass[b], block.index[b, h][seen], weights[seen])
+    return mass.astype(q.dtype)
+
+
 def _add_through_strides(view, values):
     """view += values where several elements of `view` may be the same memory: each of them adds."""
     if not view.size:

@@ -62,6 +62,9 @@ def sample(name, dtype, layout="contiguous", big=False, seed=0):
             "param": plain.real(flat), "grad": values.real(flat), "m": plain.real(flat), "v": plain.positive(flat), **adam
         },
         "attention": lambda: {"q": q, "blocks": case.blocks, "scale": 0.3, "dropout": 0.2, "seed": 5},
+        "attention_mass": lambda: {
+            "q": q, "block": case.blocks[0], "lse": values.real(batch, heads, length) + 5, "scale": 0.3, "asking": values.mask(batch, length)
+        },
         "attention_backward": lambda: attention_backward(case, q, values),
         "cross_entropy": lambda: {"logits": x, "targets": targets, **smoothing},
         "cross_entropy_backward": lambda: {
@@ -101,7 +104,7 @@ def sample(name, dtype, layout="contiguous", big=False, seed=0):
 
 
 NAMES = (
-    "activation", "activation_backward", "adamw", "attention", "attention_backward", "cross_entropy", "cross_entropy_backward",
+    "activation", "activation_backward", "adamw", "attention", "attention_backward", "attention_mass", "cross_entropy", "cross_entropy_backward",
     "dropout", "embedding", "embedding_backward", "gemm", "layer_norm", "layer_norm_backward", "linear_cross_entropy",
     "linear_cross_entropy_backward", "linear_top_k", "log_softmax", "pack", "packed_linear", "rms_norm", "rms_norm_backward", "rotary",
     "search", "sinusoidal_positions", "softmax", "softmax_backward", "sum_of_squares",

@@ -164,3 +164,62 @@ def test_a_batch_row_alone_has_the_same_bits(core, dtype, seed, length):
     for row in range(3):
         alone = core.attention(case.q[row : row + 1], [only_row(block, row) for block in case.blocks], case.scale)
         assert_same_bits(alone, (out[row : row + 1], lse[row : row + 1]))
+
+
+@pytest.mark.parametrize("feature", ["plain", "causal", "causal window", "lengths", "valid", "distance bias", "index", "blocks"])
+@pytest.mark.parametrize("source, d", [(70, 8), (300, 64), (517, 40)])
+def test_a_query_alone_has_the_bits_it_has_among_many(dtype, feature, source, d):
+    """Of the compiled kernel: one query takes another way through C than many, split over keys, and the tiles are the same."""
+    case = drawn_case(feature, Values(source, dtype), 2, 4, 2, 40, source, d)
+    out, lse = _core.attention(case.q, case.blocks, case.scale)
+    for first, last in ((0, 1), (7, 8), (20, 23), (39, 40)):
+        part = slice(first, last)
+        blocks = []
+        for block in case.blocks:
+            offset = block.k.shape[2] - 40 if block.offset is None else block.offset
+            bias = None if block.bias is None else block.bias[..., part, :]
+            index = None if block.index is None else np.ascontiguousarray(block.index[:, :, part])
+            blocks.append(replace(block, offset=offset + first, bias=bias, index=index))
+        alone = _core.attention(np.ascontiguousarray(case.q[:, :, part]), blocks, case.scale)
+        assert_same_bits(alone, (np.ascontiguousarray(out[:, :, part]), np.ascontiguousarray(lse[:, :, part])))
+
+
+@pytest.mark.parametrize("feature", ["plain", "causal", "index", "everything"])
+def test_dropout_zeroes_its_share_and_leaves_the_mean(core, dtype, feature):
+    """With values of one the output is the sum of the weights kept, over 1 - p: 1 on average, and not the same in every row."""
+    case = drawn_case(feature, Values(5, dtype), 4, 4, 2, 40, 90, 8)
+    for block in case.blocks:
+        block.v = np.ones_like(block.v)
+    plain, lse = core.attention(case.q, case.blocks, case.scale)
+    sums = []
+    for seed in range(8):
+        out, lse_too = core.attention(case.q, case.blocks, case.scale, dropout=0.3, seed=seed)
+        assert_same_bits(lse_too, lse)
+        sums.append(out[..., 0][plain[..., 0] > 0.5])
+    sums = np.stack(sums)
+    assert abs(sums.mean() - 1) < 0.02
+    assert sums.std(axis=0).min() > 0
+    assert not np.array_equal(sums[0], sums[1])
+    again, _ = core.attention(case.q, case.blocks, case.scale, dropout=0.3, seed=7)
+    assert_same_bits(again[..., 0][plain[..., 0] > 0.5], sums[7])
+
+
+def test_plain_arrays_take_the_short_way_to_the_same_bits(dtype):
+    """mt.attention's own way past the checks, against the long one; what it does not know goes the long way."""
+    values = Values(1, dtype)
+    q, k, v = values.real(2, 4, 9, 16), values.real(2, 2, 30, 16), values.real(2, 2, 30, 16)
+    bias = values.real(1, 4, 9, 30)
+    for given in (
+        {}, {"causal": True}, {"window": 5}, {"lengths": np.array([30, 4])}, {"bias": bias}, {"scale": 0.3},
+        {"bias": bias[:, :1, :, ::-1], "causal": True, "window": 3, "lengths": np.array([0, 17]), "scale": 2.0},
+    ):  # fmt: skip
+        block = Block(k, v, **{name: value for name, value in given.items() if name != "scale"})
+        expected = _core.attention(q, [block], given.get("scale", 0.25))[0]
+        arguments = {"bias": None, "causal": False, "window": None, "lengths": None, "scale": None} | given
+        assert_same_bits(_core._attention_at_once(q, k, v, *arguments.values()), expected)
+    for bad in (q[0], q.tolist(), q[:, :, :, ::2], q.astype(np.float16), np.ones((2, 3, 9, 16), dtype), np.ones((1, 4, 9, 16), dtype)):
+        assert _core._attention_at_once(bad, k, v, None, False, None, None, None) is None
+    for arguments in ((bias[0], False, None, None, None), (None, 1, None, None, None), (None, False, 0, None, None),
+                      (None, False, None, np.array([31, 0]), None), (None, False, None, [30, 4], None),
+                      (None, False, None, None, np.inf)):  # fmt: skip
+        assert _core._attention_at_once(q, k, v, *arguments) is None

@@ -141,7 +141,7 @@ def faults(name, dtype):
             if not (bad is None and (name, argument) in OPTIONAL_OUT):
                 yield argument, f"{argument}: {label}", {**arguments, argument: bad}
         for label, bad in misfits(name, argument, value):
-            yield "|".join([*arguments, r"blocks\[\d\]\.\w+"]), f"{argument}: {label}", {**arguments, argument: bad}
+            yield "|".join([*arguments, r"blocks\[\d\]\.\w+", r"block\.\w+"]), f"{argument}: {label}", {**arguments, argument: bad}
     for named, label, changed in overlapping(name, arguments):
         yield named, label, {**arguments, **changed}
     if "blocks" in arguments:

@@ -17,6 +17,7 @@
 #include "families/attention_tile.c"
 #include "families/attention.c"
 #include "families/attention_backward.c"
+#include "families/attention_mass.c"
 
 #define PASTE(start, isa, end) start##isa##end
 #define NAMED(start, isa, end) PASTE(start, isa, end)
@@ -69,5 +70,6 @@ const struct mt_kernels TABLE = {
     .search = search,
     .attention = attention,
     .attention_backward = attention_backward,
+    .attention_mass = attention_mass,
 };
 #endif
