@@ -85,7 +85,7 @@ struct mt_kernels {
     int (*gemm)(const void *a, const void *b, void *c, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, int trans_a, int trans_b,
                 int accumulate);
     size_t (*packed_bytes)(const struct mt_packed *w);
-    void (*pack)(const struct mt_packed *w, const void *weight, const void *gate, int transposed);
+    int (*pack)(const struct mt_packed *w, const void *weight, const void *gate, int transposed);
     void (*unpack)(const struct mt_packed *w, void *weight, void *gate);
     int (*packed_linear)(const void *x, const struct mt_packed *w, const struct mt_epilogue *then, void *out, ptrdiff_t n);
     int (*linear_top_k)(const void *x, const struct mt_packed *w, const void *bias, void *scores, int64_t *ids, void *lse, ptrdiff_t n,

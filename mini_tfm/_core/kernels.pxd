@@ -61,7 +61,7 @@ cdef extern from "core.h" nogil:
         int (*gemm)(const void *a, const void *b, void *c, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, int trans_a, int trans_b,
                     int accumulate) noexcept nogil
         size_t (*packed_bytes)(const mt_packed *w) noexcept nogil
-        void (*pack)(const mt_packed *w, const void *weight, const void *gate, int transposed) noexcept nogil
+        int (*pack)(const mt_packed *w, const void *weight, const void *gate, int transposed) noexcept nogil
         void (*unpack)(const mt_packed *w, void *weight, void *gate) noexcept nogil
         int (*packed_linear)(const void *x, const mt_packed *w, const mt_epilogue *then, void *out, ptrdiff_t n) noexcept nogil
         int (*linear_top_k)(const void *x, const mt_packed *w, const void *bias, void *scores, int64_t *ids, void *lse, ptrdiff_t n,

@@ -66,7 +66,7 @@ cdef PackedWeight own_weight(weight):
 
 def pack(weight, *, dtype="float32", transposed=False, gate=None, group=None):
     """A PackedWeight of weight (d_in, d_out), or (d_out, d_in) when transposed; gate: a second one, for gated feed-forwards."""
-    cdef int t
+    cdef int t, failed
     weight, dtype, t, gate, rows = _checks.pack(weight, dtype, transposed, gate, group)
     cdef PackedWeight w = PackedWeight.__new__(PackedWeight)
     w.kind, w.real, w.grouped = dtype, weight.dtype, group
@@ -81,7 +81,8 @@ def pack(weight, *, dtype="float32", transposed=False, gate=None, group=None):
     cdef void *pw = ptr(weight)
     cdef void *pg = ptr_or_null(gate)
     with nogil:
-        w.c.pack(&w.at, pw, pg, t)
+        failed = w.c.pack(&w.at, pw, pg, t)
+    no_memory_if(failed)
     return w
 
 

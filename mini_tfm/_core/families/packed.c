@@ -29,7 +29,6 @@ static struct packed_layout packed_layout(const struct mt_packed *w) {
 
 static size_t packed_bytes(const struct mt_packed *w) { return packed_layout(w).bytes; }
 
-/* One panel's column j of a weight at `from`, `step` apart over k. */
 #if !REAL_IS_DOUBLE
 INLINE uint32_t to_bfloat16(real x) {
     union {
@@ -56,47 +55,61 @@ INLINE ptrdiff_t bfloat16_at(ptrdiff_t p, ptrdiff_t j) { return p * NR + j % VL 
 INLINE ptrdiff_t int8_at(ptrdiff_t p, ptrdiff_t j) { return (p / STEP * NR + j) * STEP + p % STEP; }
 #endif
 
-static void pack_column(const struct mt_packed *w, const struct packed_layout *at, ptrdiff_t panel, ptrdiff_t j, const real *from,
-                        ptrdiff_t step) {
-    char *to = (char *)w->memory + panel * at->panel;
-    if (w->kind == MT_REAL) {
-        for (ptrdiff_t p = 0; p < w->d_in; p++) ((real *)to)[p * NR + j] = from[p * step];
-        return;
-    }
+/* One panel of a weight, from its rows as pack_panels leaves them, (d_in, NR) with zeros past the last column. */
 #if !REAL_IS_DOUBLE
-    if (w->kind == MT_BFLOAT16) {
-        for (ptrdiff_t p = 0; p < w->d_in; p++) ((uint16_t *)to)[bfloat16_at(p, j)] = (uint16_t)to_bfloat16(from[p * step]);
-        return;
-    }
-    for (ptrdiff_t g = 0; g < at->groups; g++) {
-        ptrdiff_t end = min_size(w->d_in, (g + 1) * w->group), place = (panel * at->groups + g) * NR + j;
-        real largest = 0;
-        for (ptrdiff_t p = g * w->group; p < end; p++) largest = fabsf(from[p * step]) > largest ? fabsf(from[p * step]) : largest;
-        real scale = largest / 127;
-        int32_t sum = 0;
-        for (ptrdiff_t p = g * w->group; p < end; p++) {
-            real q = scale > 0 ? nearbyintf(from[p * step] / scale) : 0;
-            q = q > 127 ? 127 : q < -127 ? -127 : q;
-            ((int8_t *)to)[int8_at(p, j)] = (int8_t)q;
-            sum += (int32_t)q;
-        }
-        ((real *)((char *)w->memory + at->scales))[place] = scale;
-        ((int32_t *)((char *)w->memory + at->column_sums))[place] = sum;
-    }
-#endif
+static void pack_bfloat16(const struct mt_packed *w, const real *from, uint16_t *to) {
+    for (ptrdiff_t p = 0; p < w->d_in; p++)
+        for (ptrdiff_t j = 0; j < NR; j++) to[bfloat16_at(p, j)] = (uint16_t)to_bfloat16(from[p * NR + j]);
 }
 
-/* weight, gate (d_in, d_out), transposed (d_out, d_in), read; w->memory (packed_bytes) written. */
-static void pack(const struct mt_packed *w, const void *weight, const void *gate, int transposed) {
+/* scales, column_sums (groups, NR) of this panel */
+static void pack_int8(const struct mt_packed *w, ptrdiff_t groups, const real *from, int8_t *to, real *scales, int32_t *column_sums) {
+    for (ptrdiff_t g = 0; g < groups; g++) {
+        ptrdiff_t end = min_size(w->d_in, (g + 1) * w->group);
+        real *scale = scales + g * NR;
+        int32_t *sum = column_sums + g * NR;
+        for (ptrdiff_t p = g * w->group; p < end; p++)
+            for (ptrdiff_t j = 0; j < NR; j++) scale[j] = fabsf(from[p * NR + j]) > scale[j] ? fabsf(from[p * NR + j]) : scale[j];
+        for (ptrdiff_t j = 0; j < NR; j++) scale[j] /= 127;
+        for (ptrdiff_t p = g * w->group; p < end; p++)
+            for (ptrdiff_t j = 0; j < NR; j += VL) {
+                vec scale_j = load(scale + j);
+                ivec q = rounded(load(from + p * NR + j) / choose(scale_j > 0, scale_j, all(1)));
+                q &= ~(ivec)(scale_j == 0);
+                for (ptrdiff_t lane = 0; lane < VL; lane++) { /* a denormal scale may be too small by its own rounding */
+                    int32_t n = q[lane] > 127 ? 127 : q[lane] < -127 ? -127 : q[lane];
+                    to[int8_at(p, j + lane)] = (int8_t)n;
+                    sum[j + lane] += n;
+                }
+            }
+    }
+}
+#endif
+
+/* weight, gate (d_in, d_out), transposed (d_out, d_in), read; w->memory (packed_bytes) written. -1: no workspace. */
+static int pack(const struct mt_packed *w, const void *weight, const void *gate, int transposed) {
     struct packed_layout at = packed_layout(w);
+    size_t room = w->kind == MT_REAL ? 0 : (size_t)round_up(w->d_in * NR, 16);
+    int team = mt_team(at.panels, 20.0 * w->d_in * w->d_out);
+    real *workspace = new_reals(room * team);
+    if (!workspace) return -1;
     memset(w->memory, 0, at.bytes);
-    ptrdiff_t step = transposed ? 1 : w->d_out, next = transposed ? w->d_in : 1;
-#pragma omp parallel for num_threads(mt_team(at.panels, 20.0 * w->d_in * w->d_out)) schedule(static)
+#pragma omp parallel for num_threads(team) schedule(static)
     for (ptrdiff_t panel = 0; panel < at.panels; panel++) {
         const real *from = w->gated && panel % 2 ? gate : weight;
-        ptrdiff_t first = panel / (w->gated + 1) * NR;
-        for (ptrdiff_t j = first; j < min_size(w->d_out, first + NR); j++) pack_column(w, &at, panel, j - first, from + j * next, step);
+        ptrdiff_t first = panel / (w->gated + 1) * NR, ld = transposed ? w->d_in : w->d_out;
+        char *to = (char *)w->memory + panel * at.panel;
+        real *rows = w->kind == MT_REAL ? (real *)to : workspace + room * mt_thread_id();
+        pack_panels(from + first * (transposed ? ld : 1), ld, transposed, min_size(NR, w->d_out - first), w->d_in, rows);
+#if !REAL_IS_DOUBLE
+        if (w->kind == MT_BFLOAT16) pack_bfloat16(w, rows, (uint16_t *)to);
+        if (w->kind == MT_INT8)
+            pack_int8(w, at.groups, rows, (int8_t *)to, (real *)((char *)w->memory + at.scales) + panel * at.groups * NR,
+                      (int32_t *)((char *)w->memory + at.column_sums) + panel * at.groups * NR);
+#endif
     }
+    free(workspace);
+    return 0;
 }
 
 /* weight, and gate if w has one, (d_in, d_out) written: what products are made with. */
