@@ -210,15 +210,16 @@ def relative_buckets(distance: np.ndarray, n_buckets: int, max_distance: int, bi
     return bucket + np.where(far < exact, far, np.minimum(exact + scaled.astype(np.int64), n_buckets - 1))
 
 
-def attention(q: Array, blocks: Sequence[Block], scale: float) -> Array:
+def attention(q: Array, blocks: Sequence[Block], scale: float, *, dropout: float = 0.0, seed: int = 0) -> Array:
     """softmax(scale q k^T + bias) v over the rows of all blocks together: q (B, H, T, D) -> (B, H, T, D).
 
-    k, v and bias of a Block may be Vars; bias may be a DistanceBias.
+    k, v and bias of a Block may be Vars; bias may be a DistanceBias. dropout: the share of the weights that is zeroed, a
+    function of the seed alone, so that the backward draws it again.
     """
-    return attention_with_lse(q, blocks, scale)[0]
+    return attention_with_lse(q, blocks, scale, dropout=dropout, seed=seed)[0]
 
 
-def attention_with_lse(q: Array, blocks: Sequence[Block], scale: float) -> tuple[Array, np.ndarray]:
+def attention_with_lse(q: Array, blocks: Sequence[Block], scale: float, *, dropout: float = 0.0, seed: int = 0) -> tuple[Array, np.ndarray]:
     """`attention`, and the log-sum-exp of each query's scores (B, H, T), which carries no gradient."""
     tables = [block.bias.table if isinstance(block.bias, DistanceBias) else block.bias for block in blocks]
     plain = [
@@ -226,7 +227,7 @@ def attention_with_lse(q: Array, blocks: Sequence[Block], scale: float) -> tuple
         for block, table in zip(blocks, tables, strict=True)
     ]
     vq = value_of(q)
-    out, lse = _core.attention(vq, plain, scale)
+    out, lse = _core.attention(vq, plain, scale, dropout=dropout, seed=seed)
     parents = [q, *(x for block, table in zip(blocks, tables, strict=True) for x in (block.k, block.v, table))]
     if not is_traced(*parents):
         return out, lse
@@ -237,7 +238,7 @@ def attention_with_lse(q: Array, blocks: Sequence[Block], scale: float) -> tuple
             block if d is None else dataclasses.replace(block, dbias=_bias_view(original.bias, d), needs_dbias=True)
             for block, original, d in zip(plain, blocks, dtables, strict=True)
         ]
-        dq, grads = _core.attention_backward(dy, out, lse, vq, asked, scale)
+        dq, grads = _core.attention_backward(dy, out, lse, vq, asked, scale, dropout=dropout, seed=seed)
         return [dq, *(x for grad, d in zip(grads, dtables, strict=True) for x in (grad.dk, grad.dv, d))]
 
     return record(out, parents, vjp), lse

@@ -104,9 +104,11 @@ def sample(name, dtype, layout="contiguous", big=False, seed=0):
 
 
 NAMES = (
-    "activation", "activation_backward", "adamw", "attention", "attention_backward", "attention_mass", "cross_entropy", "cross_entropy_backward",
+    "activation", "activation_backward", "adamw", "attention", "attention_backward", "attention_mass", "cross_entropy",
+    "cross_entropy_backward",
     "dropout", "embedding", "embedding_backward", "gemm", "layer_norm", "layer_norm_backward", "linear_cross_entropy",
-    "linear_cross_entropy_backward", "linear_top_k", "log_softmax", "pack", "packed_linear", "rms_norm", "rms_norm_backward", "rotary",
+    "linear_cross_entropy_backward", "linear_top_k", "log_softmax", "pack", "packed_linear", "rms_norm", "rms_norm_backward",
+    "rotary",
     "search", "sinusoidal_positions", "softmax", "softmax_backward", "sum_of_squares",
 )  # fmt: skip
 

@@ -184,3 +184,30 @@ def test_hidden_rows_get_zero_and_nan_stays_out(core, dtype):
             assert_close(dq, expected.dq, "attention_backward", k=expected.n, terms=expected.terms_dq)
             for d_bank in (grad.dk, grad.dv):
                 assert np.isfinite(d_bank).all() and not d_bank.transpose(0, 2, 1, 3)[~used].any()
+
+
+@pytest.mark.parametrize("feature", ["plain", "causal", "distance bias", "index", "everything"])
+@pytest.mark.parametrize("length, source", [(3, 5), (30, 140)])
+def test_with_dropout_it_is_the_slope_of_what_was_kept(core, feature, length, source):
+    """The backward draws the forward's weights again: along random directions, against differences of the forward."""
+    values = Values(length, "float64")
+    case = drawn_case(feature, values, 2, 4, 2, length, source, 8)
+    drops = {"dropout": 0.4, "seed": 11}
+    dout = values.real(*case.q.shape)
+    tables = case.ask_for_dbias(lambda shape: np.zeros(shape))
+    out, lse = core.attention(case.q, case.blocks, case.scale, **drops)
+    dq, grads = core.attention_backward(dout, out, lse, case.q, case.blocks, case.scale, **drops)
+    arrays = [case.q, *(x for block in case.blocks for x in (block.k, block.v))]
+    slopes = [dq, *(x for grad in grads for x in (grad.dk, grad.dv))]
+    for bias, table in zip(case.biases, tables, strict=True):
+        if bias is not None and np.isfinite(bias.table).all():
+            arrays.append(bias.table)
+            slopes.append(table)
+    for x, slope in zip(arrays, slopes, strict=True):
+        direction, step = values.real(*x.shape), 1e-6
+        kept, loss = x.copy(), []
+        for sign in (1, -1):
+            x[...] = kept + sign * step * direction
+            loss.append((core.attention(case.q, case.blocks, case.scale, **drops)[0] * dout).sum())
+        x[...] = kept
+        np.testing.assert_allclose((loss[0] - loss[1]) / (2 * step), (slope * direction).sum(), rtol=2e-6, atol=1e-6)
