@@ -93,7 +93,7 @@ else:
             del os.environ["GOMP_SPINCOUNT"]
     from mini_tfm._core.kernels import (
         PackedWeight,
-        _attention_at_once,
+        _attention_at_once,  # noqa: F401  (kernels.py's)
         activation,
         activation_backward,
         adamw,

@@ -63,7 +63,8 @@ def sample(name, dtype, layout="contiguous", big=False, seed=0):
         },
         "attention": lambda: {"q": q, "blocks": case.blocks, "scale": 0.3, "dropout": 0.2, "seed": 5},
         "attention_mass": lambda: {
-            "q": q, "block": case.blocks[0], "lse": values.real(batch, heads, length) + 5, "scale": 0.3, "asking": values.mask(batch, length)
+            "q": q, "block": case.blocks[0], "lse": values.real(batch, heads, length) + 5, "scale": 0.3,
+            "asking": values.mask(batch, length)
         },
         "attention_backward": lambda: attention_backward(case, q, values),
         "cross_entropy": lambda: {"logits": x, "targets": targets, **smoothing},
