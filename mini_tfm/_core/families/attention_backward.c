@@ -37,11 +37,7 @@ static size_t backward_room_at(real *work, ptrdiff_t queries, ptrdiff_t d, struc
     ptrdiff_t sizes[] = {KEYS * d, KEYS * d, KEYS * d_panels, (KEYS + MR) * d_panels, (KEYS + MR) * d_panels, queries * d + VL, queries * d + VL,
                          queries * d_panels, queries * d_panels, (queries + MR) * KEYS, (queries + MR) * KEYS, MR * NR, KEYS, FEW_ROOM, d_panels};
     real *at[sizeof sizes / sizeof sizes[0]];
-    size_t total = 0;
-    for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) {
-        at[i] = work + total;
-        total += round_up(sizes[i], 16);
-    }
+    size_t total = share_out(work, sizes, sizeof sizes / sizeof sizes[0], at);
     if (room)
         *room = (struct backward_room){at[0], at[1], at[2],  at[3],  at[4],          at[5],                        at[6], at[7],
                                        at[8], at[9], at[10], at[11], (lane *)at[12], (struct few_room *)at[13], at[14]};

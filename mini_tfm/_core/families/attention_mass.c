@@ -13,11 +13,7 @@ struct mass_room {
 static size_t mass_room_at(real *work, ptrdiff_t d, struct mass_room *room) {
     ptrdiff_t sizes[] = {KEYS * d, ROWS * d + VL, ROWS * KEYS, d, KEYS, FEW_ROOM};
     real *at[sizeof sizes / sizeof sizes[0]];
-    size_t total = 0;
-    for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) {
-        at[i] = work + total;
-        total += round_up(sizes[i], 16);
-    }
+    size_t total = share_out(work, sizes, sizeof sizes / sizeof sizes[0], at);
     if (room) *room = (struct mass_room){at[0], at[1], at[2], at[3], (lane *)at[4], (struct few_room *)at[5]};
     return total;
 }

@@ -11,7 +11,7 @@
  *
  * Scores are in units of the binary logarithm: 1 / ln 2 is part of the scale that queries are multiplied with. */
 
-enum { KEYS = 128 };
+enum { KEYS = 128, ROWS = 24 }; /* keys of a tile; queries whose scores against it stay in L1: a multiple of MR */
 
 #define LOG2_E 1.44269504088896340736
 #define LN_2 0.69314718055994530942
@@ -51,6 +51,23 @@ INLINE ptrdiff_t last_seen(const struct head *head, ptrdiff_t i) {
     const struct mt_block *block = head->block;
     if (block->causal) return min_size(head->end, i + block->offset + 1);
     return block->window ? min_size(head->end, i + block->offset + block->window) : head->end;
+}
+
+/* Scores that exist, at most; for judging the work. */
+static double attention_scores(const struct mt_block *blocks, const struct mt_attention_sizes *sizes) {
+    double scores = 0;
+    for (ptrdiff_t at = 0; at < sizes->n_blocks; at++) scores += (double)blocks[at].width;
+    return scores * sizes->batch * sizes->heads * sizes->length;
+}
+
+/* Cuts workspace into parts of these sizes, each on cache lines of its own. Returns the reals it takes; work may be NULL then. */
+static size_t share_out(real *work, const ptrdiff_t *sizes, size_t n, real **at) {
+    size_t total = 0;
+    for (size_t i = 0; i < n; i++) {
+        at[i] = work ? work + total : NULL;
+        total += round_up(sizes[i], 16);
+    }
+    return total;
 }
 
 /* ---- the micro-kernel of tiles ---- */
@@ -173,10 +190,10 @@ INLINE void transpose_vectors(vec x[VL]) {
     }
     for (int i = 0; i < 8; i++) x[i] = y[i];
 #else
-    real square[VL * VL];
-    for (ptrdiff_t i = 0; i < VL; i++)
-        for (ptrdiff_t j = 0; j < VL; j++) square[j * VL + i] = x[i][j];
-    for (ptrdiff_t i = 0; i < VL; i++) x[i] = load(square + i * VL);
+    real rows[VL * VL], columns[VL * VL];
+    for (ptrdiff_t i = 0; i < VL; i++) store(rows + i * VL, x[i]);
+    transpose_square(rows, VL, columns, VL);
+    for (ptrdiff_t i = 0; i < VL; i++) x[i] = load(columns + i * VL);
 #endif
 }
 
@@ -369,6 +386,17 @@ static __attribute__((noinline)) real row_weights(real *s_j, ptrdiff_t lo, ptrdi
         total += p;
     }
     return sum_lanes(total);
+}
+
+/* out_d, lse of row `row` from what all tiles gave. lse_bht may be NULL. */
+static void finish_row(const struct mt_attention_sizes *sizes, real top, real total, const real *o_d, ptrdiff_t row, real *out_bhtd,
+                       real *lse_bht) {
+    real share = total == 0 ? 0 : (real)(1 / (total * (1 - sizes->dropout))); /* 0: the query sees no key */
+    real *out_d = out_bhtd + row * sizes->d;
+    ptrdiff_t c = 0;
+    for (; c + VL <= sizes->d; c += VL) store(out_d + c, load(o_d + c) * share);
+    for (; c < sizes->d; c++) out_d[c] = o_d[c] * share;
+    if (lse_bht) lse_bht[row] = total == 0 ? -INFINITY : (real)(top * LN_2 + log(total));
 }
 
 /* ---- dropout ---- */

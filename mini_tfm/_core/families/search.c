@@ -89,7 +89,7 @@ INLINE vec load_elements(const int kind, const char *p) {
     /* Exponent and fraction moved to their places, then times 2^(127 - 15): exact, denormals too. Exponent 31 is inf or NaN. */
     uint16_t halves[VL];
     memcpy(halves, p, sizeof halves);
-    ivec bits;
+    ivec bits = {0};
     for (ptrdiff_t i = 0; i < VL; i++) bits[i] = halves[i];
     ivec magnitude = (bits & 0x7FFF) << 13, sign = (bits & 0x8000) << 16;
     ivec x = (ivec)((vec)magnitude * 0x1p112f);

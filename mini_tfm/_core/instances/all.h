@@ -15,6 +15,7 @@
 #include "families/optimizer.c"
 #include "families/search.c"
 #include "families/attention_tile.c"
+#include "families/attention_few.c"
 #include "families/attention.c"
 #include "families/attention_backward.c"
 #include "families/attention_mass.c"
