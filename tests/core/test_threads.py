@@ -39,12 +39,14 @@ def test_the_same_bits_for_any_number_of_threads(threads, dtype, name):
 
 
 # Sizes in which heads, queries or keys are what there is to share out.
-SHAPES = [(1, 1, 1, 1, 600), (1, 1, 1, 200, 200), (1, 2, 1, 300, 70), (3, 4, 2, 3, 900), (1, 8, 8, 2, 1500), (2, 6, 3, 129, 65)]
+SHAPES = [(1, 1, 1, 1, 600), (1, 1, 1, 200, 200), (1, 2, 1, 300, 70), (3, 4, 2, 3, 900), (1, 8, 8, 2, 1500), (2, 6, 3, 129, 65),
+          (1, 4, 1, 6, 1100), (1, 3, 3, 1, 5000), (4, 2, 1, 96, 385)]  # fmt: skip
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("feature", ["causal window", "distance bias", "per key bias", "masked index", "blocks", "everything"])
 def test_attention_has_the_same_bits(threads, feature, shape):
+    """Forward, backward with dropout, and mass, over 54 cases."""
     batch, heads, kv_heads, length, source = shape
     results = []
     for n in (1, 2, 3, 4, 8):
@@ -52,9 +54,12 @@ def test_attention_has_the_same_bits(threads, feature, shape):
         values = Values(source, "float32")
         case = drawn_case(feature, values, batch, heads, kv_heads, length, source, 32)
         tables = case.ask_for_dbias(lambda shape: np.zeros(shape, np.float32))
-        out, lse = threads.attention(case.q, case.blocks, case.scale)
-        backward = threads.attention_backward(values.real(*case.q.shape), out, lse, case.q, case.blocks, case.scale)
-        results.append(copied([out, lse, backward, tables]))
+        drops = {"dropout": 0.1 * (length % 2), "seed": 3}
+        out, lse = threads.attention(case.q, case.blocks, case.scale, **drops)
+        backward = threads.attention_backward(values.real(*case.q.shape), out, lse, case.q, case.blocks, case.scale, **drops)
+        asking = values.mask(batch, length)
+        masses = [threads.attention_mass(case.q, block, lse, case.scale, asking) for block in case.blocks]
+        results.append(copied([out, lse, backward, tables, masses]))
     for other in results[1:]:
         assert_same_bits(other, results[0])
 

@@ -150,6 +150,7 @@ static void attention_piece(const real *q_bhtd, const struct mt_block *blocks, c
         finish_row(sizes, room->top_i[i], room->total_i[i], room->o_id + i * d_room, row0 + i0 + i, out_bhtd, lse_bht);
 }
 
+/* As attention(). */
 static int attention_many(const real *q, const struct mt_block *blocks, const struct mt_attention_sizes *sizes, real *out, real *lse,
                           double work) {
     enum { QUERIES_MOST = 384, QUERIES_LEAST = 48 };

@@ -162,6 +162,8 @@ static void few_finish(const struct mt_attention_sizes *sizes, const real *parts
     finish_row(sizes, so_far.top, so_far.total, so_far_d, row, out, lse);
 }
 
+/* As attention(), for at most FEW_MOST queries of each of the `group` heads together that read one kv head. A span's size
+ * does not show in the result: every tile's part is kept apart until all are there. */
 static int attention_few(const real *q_bhtd, const struct mt_block *blocks, const struct mt_attention_sizes *sizes, real *out, real *lse,
                          ptrdiff_t group, double work) {
     ptrdiff_t d = sizes->d, d_room = round_up(d, VL), heads = sizes->heads, length = sizes->length;
