@@ -452,18 +452,18 @@ def test_a_figure_says_what_was_got_and_whether_that_is_missed(figure, values, s
 
 def test_a_page_of_sections(clock, here, monkeypatch, tmp_path):
     """Faster, slower, wrong, and left out, from the comparison to the page."""
-    quick = fake_task(clock, 1e6, mini_tfm=0.001, torch={"way": 0.0015})
-    slow = fake_task(clock, 1e6, mini_tfm=0.004, torch=0.002)
-    wrong = fake_task(clock, 1e6, wrong=0.5, mini_tfm=0.001, torch=0.1)
+    quick = fake_task(clock, 1e6, mini_tfm=0.001, numpy={"way": 0.0015})
+    slow = fake_task(clock, 1e6, mini_tfm=0.004, numpy=0.002)
+    wrong = fake_task(clock, 1e6, wrong=0.5, mini_tfm=0.001, numpy=0.1)
     absent = fake_task(clock, 1e6, mini_tfm=0.001)
     absent.ways = lambda self, size, name: common.needs(None, "kernel")
     sections = [
         performance.Section(
-            "one", "First", "About it.", performance.against(quick, "torch"), [performance.Figure("Figure one", 1.3, "x")], ("size", "way")
+            "one", "First", "About it.", performance.against(quick, "numpy"), [performance.Figure("Figure one", 1.3, "x")], ("size", "way")
         ),
-        performance.Section("two", "Second", "", performance.against(slow, "torch"), [performance.Figure("Figure two", 0.7, "x")]),
-        performance.Section("three", "Third", "", performance.against(wrong, "torch"), [performance.Figure("Figure three", 1, "x")]),
-        performance.Section("four", "Fourth", "", performance.against(absent, "torch"), [performance.Figure("Figure four", 1, "x")]),
+        performance.Section("two", "Second", "", performance.against(slow, "numpy"), [performance.Figure("Figure two", 0.7, "x")]),
+        performance.Section("three", "Third", "", performance.against(wrong, "numpy"), [performance.Figure("Figure three", 1, "x")]),
+        performance.Section("four", "Fourth", "", performance.against(absent, "numpy"), [performance.Figure("Figure four", 1, "x")]),
     ]
     monkeypatch.setattr(performance, "sections", lambda: sections)
     monkeypatch.setattr(performance, "libraries", lambda threads: ["numpy 2"])
@@ -474,7 +474,7 @@ def test_a_page_of_sections(clock, here, monkeypatch, tmp_path):
     assert "| Figure two | >= 0.70 | 0.50 **missed** | 0.50 **missed** |" in page
     assert "| Figure three | >= 1.00 | 0.00 **missed** | 0.00 **missed** |" in page
     assert "| Figure four | >= 1.00 | not measured | not measured |" in page
-    assert "| 1 | torch | 1 ms, 1 GFLOP/s | 1.5 ms, 0.667 GFLOP/s | 1.50 | 1.50 to 1.50 | 0 | 0 | 0 | way |" in page
+    assert "| 1 | numpy | 1 ms, 1 GFLOP/s | 1.5 ms, 0.667 GFLOP/s | 1.50 | 1.50 to 1.50 | 0 | 0 | 0 | way |" in page
     assert "**wrong**" in page and "5e-1" in page
     assert "**2 threads**: sgemm 99.5 GFLOP/s" in page and "| 1 MiB | 40.0 (sdot) | 30.0 (copy) |" in page
     assert "15 pairs each" in page and "About it." in page
