@@ -11,7 +11,9 @@
  *
  * Scores are in units of the binary logarithm: 1 / ln 2 is part of the scale that queries are multiplied with. */
 
-enum { KEYS = 128, ROWS = 24 }; /* keys of a tile; queries whose scores against it stay in L1: a multiple of MR */
+/* Keys of a tile; queries whose scores against it stay in L1: whole strips and whole vectors. */
+enum { KEYS = 128, ROWS = VL == 16 ? 48 : 24 };
+_Static_assert(ROWS % MR == 0 && ROWS % VL == 0 && KEYS % (4 * VL) == 0, "ROWS and KEYS are cut into strips and vectors");
 
 #define LOG2_E 1.44269504088896340736
 #define LN_2 0.69314718055994530942
