@@ -147,6 +147,32 @@ print(len(os.listdir("/proc/self/task")) - before)
 
 
 @needs_openmp
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs two processors on Linux")
+@pytest.mark.parametrize("bound, kept_off", [(False, 1), (True, 0)])
+def test_workers_are_kept_off_their_callers_processor(bound, kept_off):
+    """Where the user has not placed threads. The caller's own processors, and those of other threads, stay as they are."""
+    program = """
+import os, threading
+import numpy as np
+from mini_tfm import _core
+ids = lambda: {int(each) for each in os.listdir("/proc/self/task")}
+event = threading.Event()
+other = threading.Thread(target=event.wait)
+other.start()
+before, allowed = ids(), os.sched_getaffinity(0)
+_core.set_num_threads(2)
+for _ in range(20):
+    _core.softmax(np.ones((500, 500), np.float32))
+[worker] = ids() - before
+event.set()
+print(len(allowed - os.sched_getaffinity(worker)), *{len(allowed - os.sched_getaffinity(each)) for each in (0, other.native_id)})
+"""
+    everywhere = ",".join(map(str, os.sched_getaffinity(0)))
+    asked = {"OMP_PROC_BIND": "true", "OMP_PLACES": f"{{{everywhere}}}"} if bound else {}
+    assert in_a_process(program, **asked).stdout.split() == [str(kept_off), "0"]
+
+
+@needs_openmp
 @pytest.mark.parametrize("asked, expected", [("1", 1), ("3", 3), ("2,1", 2)])
 def test_omp_num_threads_is_honoured(asked, expected):
     assert int(in_a_process("from mini_tfm import _core; print(_core.get_num_threads())", OMP_NUM_THREADS=asked).stdout) == expected
