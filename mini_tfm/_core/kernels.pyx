@@ -89,6 +89,42 @@ cdef inline ptrdiff_t n_rows(cnp.ndarray x) noexcept:
     return n
 
 
+cdef inline bint plain_result(y, cnp.ndarray x, ptrdiff_t n) noexcept:
+    """As `plain`, with x's dtype and shape, but for a last axis of n."""
+    cdef int axis
+    if not (plain(y) and cnp.PyArray_TYPE(<cnp.ndarray>y) == cnp.PyArray_TYPE(x) and cnp.PyArray_NDIM(<cnp.ndarray>y) == cnp.PyArray_NDIM(x)):
+        return False
+    for axis in range(cnp.PyArray_NDIM(x) - 1):
+        if cnp.PyArray_DIM(<cnp.ndarray>y, axis) != cnp.PyArray_DIM(x, axis):
+            return False
+    return last_axis(y) == n
+
+
+cdef inline bint plain_bool(x) noexcept:
+    return x is True or x is False
+
+
+cdef inline bint written_apart(cnp.ndarray out, x) noexcept:
+    """Whether `out`, plain, may be written, and shares no memory with x, plain or None."""
+    if not cnp.PyArray_ISWRITEABLE(out):
+        return False
+    if x is None:
+        return True
+    cdef char *at = <char *>cnp.PyArray_DATA(out)
+    cdef char *other = <char *>cnp.PyArray_DATA(<cnp.ndarray>x)
+    return at + cnp.PyArray_NBYTES(out) <= other or other + cnp.PyArray_NBYTES(<cnp.ndarray>x) <= at
+
+
+cdef inline cnp.ndarray new_result(cnp.ndarray x, ptrdiff_t n):
+    """An array of x's dtype and shape, but for a last axis of n; not filled."""
+    cdef cnp.npy_intp shape[64]
+    cdef int axis, last = cnp.PyArray_NDIM(x) - 1
+    for axis in range(last):
+        shape[axis] = cnp.PyArray_DIM(x, axis)
+    shape[last] = n
+    return cnp.PyArray_EMPTY(last + 1, shape, cnp.PyArray_TYPE(x), 0)
+
+
 cdef inline cnp.ndarray new_like(cnp.ndarray x):
     """An array of x's dtype and shape, not filled."""
     return cnp.PyArray_EMPTY(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), cnp.PyArray_TYPE(x), 0)
@@ -108,11 +144,33 @@ cdef int no_memory_if(int failed) except -1:
 # Matrix product
 
 
+cdef bint plain_product(a, b, bint t_a, bint t_b, out, bint add) noexcept:
+    if not (plain(a) and plain(b) and cnp.PyArray_NDIM(a) == 2 and cnp.PyArray_NDIM(b) == 2 and cnp.PyArray_TYPE(a) == cnp.PyArray_TYPE(b)):
+        return False
+    if cnp.PyArray_DIM(a, 1 - t_a) != cnp.PyArray_DIM(b, t_b):
+        return False
+    if out is None:
+        return not add
+    return (
+        plain(out)
+        and cnp.PyArray_NDIM(out) == 2
+        and cnp.PyArray_TYPE(out) == cnp.PyArray_TYPE(a)
+        and cnp.PyArray_DIM(out, 0) == cnp.PyArray_DIM(a, t_a)
+        and cnp.PyArray_DIM(out, 1) == cnp.PyArray_DIM(b, 1 - t_b)
+        and written_apart(out, a)
+        and written_apart(out, b)
+    )
+
+
 def gemm(a, b, *, trans_a=False, trans_b=False, out=None, accumulate=False):
     """out (M, N) = op(a) @ op(b), or out += ... when `accumulate`."""
     cdef int t_a, t_b, add, failed
     cdef ptrdiff_t m, n, k
-    a, b, t_a, t_b, add, m, n, k = _checks.gemm(a, b, trans_a, trans_b, out, accumulate)
+    if plain_bool(trans_a) and plain_bool(trans_b) and plain_bool(accumulate) and plain_product(a, b, trans_a, trans_b, out, accumulate):
+        t_a, t_b, add = trans_a, trans_b, accumulate
+        m, k, n = cnp.PyArray_DIM(a, t_a), cnp.PyArray_DIM(a, 1 - t_a), cnp.PyArray_DIM(b, 1 - t_b)
+    else:
+        a, b, t_a, t_b, add, m, n, k = _checks.gemm(a, b, trans_a, trans_b, out, accumulate)
     if out is None:
         out = np.empty((m, n), a.dtype)
     cdef const mt_kernels_table *c = c_for(a)

@@ -8,6 +8,7 @@ cdef class PackedWeight:
     cdef const mt_kernels_table *c
     cdef size_t n_bytes
     cdef object kind, real, grouped
+    cdef bint wide
 
     def __cinit__(self):
         self.at.memory = NULL
@@ -69,7 +70,7 @@ def pack(weight, *, dtype="float32", transposed=False, gate=None, group=None):
     cdef int t, failed
     weight, dtype, t, gate, rows = _checks.pack(weight, dtype, transposed, gate, group)
     cdef PackedWeight w = PackedWeight.__new__(PackedWeight)
-    w.kind, w.real, w.grouped = dtype, weight.dtype, group
+    w.kind, w.real, w.grouped, w.wide = dtype, weight.dtype, group, dtype == "float64"
     w.at.d_in, w.at.d_out = weight.shape[::-1] if t else weight.shape
     w.at.group, w.at.gated = rows, gate is not None
     w.at.kind = {"float32": 0, "float64": 0, "bfloat16": 1, "int8": 2}[dtype]
@@ -86,15 +87,40 @@ def pack(weight, *, dtype="float32", transposed=False, gate=None, group=None):
     return w
 
 
+cdef bint plain_linear(x, PackedWeight w, bias, residual, out) noexcept:
+    return (
+        plain_rows(x)
+        and (cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT64) == w.wide
+        and last_axis(x) == w.at.d_in
+        and (bias is None or plain_vector(bias, x, w.at.d_out))
+        and (residual is None or plain_result(residual, x, w.at.d_out))
+        and (
+            out is None
+            or (plain_result(out, x, w.at.d_out) and written_apart(out, x) and written_apart(out, bias) and written_apart(out, residual))
+        )
+    )
+
+
+cdef dict activation_numbers = {None: -1, **{name: number for number, name in enumerate(_checks.ACTIVATIONS)}}
+
+
 def packed_linear(x, weight, bias=None, *, gate_bias=None, activation=None, residual=None, out=None):
     """activation(x W + bias) + residual, or activation(x W_gate + gate_bias) * (x W + bias) + residual."""
     cdef mt_epilogue then
     cdef int failed
     cdef ptrdiff_t n
-    x, bias, gate_bias, kind, residual, n, shape = _checks.packed_linear(x, weight, bias, gate_bias, activation, residual, out)
+    if (
+        gate_bias is None
+        and (activation is None or (type(activation) is str and activation in activation_numbers))
+        and isinstance(weight, PackedWeight)
+        and plain_linear(x, weight, bias, residual, out)
+    ):
+        kind, n = activation_numbers[activation], n_rows(x)
+    else:
+        x, bias, gate_bias, kind, residual, n = _checks.packed_linear(x, weight, bias, gate_bias, activation, residual, out)
     cdef PackedWeight w = own_weight(weight)
     if out is None:
-        out = np.empty(shape, x.dtype)
+        out = new_result(x, w.at.d_out)
     then.bias, then.gate_bias, then.residual = ptr_or_null(bias), ptr_or_null(gate_bias), ptr_or_null(residual)
     then.activation = kind
     cdef void *px = ptr(x)

@@ -203,7 +203,7 @@ def packed_weight(weight):
 
 
 def packed_linear(x, weight, bias, gate_bias, activation, residual, out):
-    """x, bias, gate_bias, the activation's number or -1, residual, rows, the result's shape."""
+    """x, bias, gate_bias, the activation's number or -1, residual, rows."""
     like = packed_weight(weight)
     d_in, d_out = weight.shape
     x = real("x", x, like=like, min_ndim=1)
@@ -220,7 +220,7 @@ def packed_linear(x, weight, bias, gate_bias, activation, residual, out):
     if out is not None:
         given = (("x", x), ("bias", bias), ("gate_bias", gate_bias), ("residual", residual))
         output("out", out, like=like, shape=shape, apart_from=[(name, array) for name, array in given if array is not None])
-    return x, bias, gate_bias, kind, residual, rows(x)[0], shape
+    return x, bias, gate_bias, kind, residual, rows(x)[0]
 
 
 def linear_top_k(x, weight, k, bias, lse):

@@ -103,7 +103,7 @@ def packed_linear(x, weight, bias=None, *, gate_bias=None, activation=None, resi
     multiplied in float32. With int8 weights every row of x is quantised first, see `_quantised`; what is left of both
     roundings is about 1 % of a result for normal values, less with groups.
     """
-    x, bias, gate_bias, kind, residual, _, shape = _checks.packed_linear(x, weight, bias, gate_bias, activation, residual, out)
+    x, bias, gate_bias, kind, residual, _ = _checks.packed_linear(x, weight, bias, gate_bias, activation, residual, out)
     value, gate = weight.unpack() if weight.gated else (weight.unpack(), None)
     with np.errstate(invalid="ignore", over="ignore"):
         y = _product(x, value, weight) + (0.0 if bias is None else bias)
@@ -112,7 +112,7 @@ def packed_linear(x, weight, bias=None, *, gate_bias=None, activation=None, resi
             y = y * (gated if kind < 0 else activated(gated, activation))
         elif kind >= 0:
             y = activated(y, activation)
-        y = y.reshape(shape) + (0.0 if residual is None else residual)
+        y = y.reshape(*x.shape[:-1], weight.shape[1]) + (0.0 if residual is None else residual)
         if out is None:
             return y.astype(x.dtype)
         out[...] = y

@@ -6,7 +6,7 @@
  * packed strip, and nothing has to be copied. It is packed only where it is transposed, when its elements lie rows apart.
  * Few rows of A take shorter panels, which stay in L1 between packing and their only use. Rows of B are fetched AHEAD of
  * their packing, and panels read but once FETCHED bytes ahead. */
-enum { MC = 96, KC = 256, KS = 3072, PANELS = 8, KC_FEW = 128, GROUP = 4, AHEAD = 8, FETCHED = 2048 };
+enum { MC = 96, KC = 256, KS = 3072, PANELS = 8, KC_FEW = 128, GROUP = 4, AHEAD = 8, FETCHED = 2048, FETCHED_FAR = 16384 };
 
 /* What gemm_piece and gemm_few need for a product over k, in reals. A strip is stored in whole vectors and may write past its
  * last row. */

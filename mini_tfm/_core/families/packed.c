@@ -159,7 +159,7 @@ INLINE void packed_tile(const int rows, const int panels, const int kind, ptrdif
     for (int i = 0; i < rows; i += 3) x_3[i / 3] = x + i * x_row;
     for (ptrdiff_t p = 0; p < k; p++, b += kind == MT_REAL ? 2 * VECTOR_BYTES : VECTOR_BYTES) {
         for (int j = 0; j < panels; j++) {
-            if (rows > 2) __builtin_prefetch(b + j * b_panel + FETCHED); /* one or two rows wait for memory as it is */
+            if (rows > 2 || kind == MT_BFLOAT16) __builtin_prefetch(b + j * b_panel + (rows > 2 ? FETCHED : FETCHED_FAR));
             load_panel(kind, b + j * b_panel, b_j + 2 * j);
         }
         for (int i = 0; i < rows; i++) {
@@ -210,10 +210,10 @@ static void packed_few(int kind, ptrdiff_t rows, ptrdiff_t panels, ptrdiff_t k, 
 /* The rows of one call: as they came, or quantised. */
 struct packed_rows {
     const real *x;       /* (N, d_in) */
-    int32_t *q;          /* (N, steps) */
+    int32_t *q;          /* (N, steps), or (N, steps, 2) as halve_row leaves it */
     real *scale;         /* (N, groups) */
     int32_t *zero;       /* (N, groups) */
-    ptrdiff_t steps;
+    ptrdiff_t steps, halves;
 };
 
 /* What packed_sums works in, in bytes: sums, and a chunk of a panel as the tile wants it with its integer sums. */
@@ -231,13 +231,15 @@ static void packed_sums(const struct mt_packed *w, const struct packed_layout *a
     }
 #if !REAL_IS_DOUBLE
     if (w->kind == MT_INT8) {
-        const int32_t *q = rows->q + r0 * rows->steps, *zero = rows->zero + r0 * at->groups;
+        const int32_t *q = rows->q + r0 * rows->steps * rows->halves, *zero = rows->zero + r0 * at->groups;
         const real *x_scale = rows->scale + r0 * at->groups, *scale = (const real *)((const char *)w->memory + at->scales);
         const int32_t *column_sums = (const int32_t *)((const char *)w->memory + at->column_sums);
         int32_t *c = (int32_t *)(chunk + CHUNK_ROOM);
         for (ptrdiff_t g = 0; g < at->groups; g++) {
             ptrdiff_t s0 = g * w->group / STEP, s1 = div_up(min_size(w->d_in, (g + 1) * w->group), STEP);
-            if (m <= MR) {
+            if (rows->halves == 2) {
+                int8_fewest(m, panels, s1 - s0, q + 2 * s0, 2 * rows->steps, b + s0 * NR * STEP, at->panel, c);
+            } else if (m <= MR) {
                 int8_few(m, panels, s1 - s0, q + s0, rows->steps, b + s0 * NR * STEP, at->panel, c);
             } else if (m <= 2 * MR) {
                 ptrdiff_t half = (m + 1) / 2;
@@ -343,13 +345,14 @@ static void finish(int kind, int gated, const real *sums, ptrdiff_t m, ptrdiff_t
 
 /* The place for quantised rows, in one piece that `rows->q` begins: 0, or -1 without memory. */
 static int packed_rows(struct packed_rows *rows, const real *x, ptrdiff_t n, const struct mt_packed *w, const struct packed_layout *at) {
-    *rows = (struct packed_rows){x, NULL, NULL, NULL, 0};
+    *rows = (struct packed_rows){x, NULL, NULL, NULL, 0, 1};
 #if !REAL_IS_DOUBLE
     if (w->kind == MT_INT8) {
         rows->steps = round_up(div_up(w->d_in, STEP), 16);
-        rows->q = aligned_alloc(64, ((size_t)n * (rows->steps + 2 * at->groups) * 4 + 64) / 64 * 64);
+        rows->halves = n <= HALVED ? 2 : 1;
+        rows->q = aligned_alloc(64, ((size_t)n * (rows->steps * rows->halves + 2 * at->groups) * 4 + 64) / 64 * 64);
         if (!rows->q) return -1;
-        rows->scale = (real *)(rows->q + (size_t)n * rows->steps);
+        rows->scale = (real *)(rows->q + (size_t)n * rows->steps * rows->halves);
         rows->zero = (int32_t *)(rows->scale + (size_t)n * at->groups);
     }
 #endif
@@ -359,8 +362,9 @@ static int packed_rows(struct packed_rows *rows, const real *x, ptrdiff_t n, con
 
 INLINE void packed_row(const struct packed_rows *rows, ptrdiff_t row, const struct mt_packed *w, const struct packed_layout *at) {
 #if !REAL_IS_DOUBLE
-    quantise_row(rows->x + row * w->d_in, w->d_in, w->group, (factor *)(rows->q + row * rows->steps), rows->scale + row * at->groups,
-                 rows->zero + row * at->groups);
+    int32_t *q = rows->q + row * rows->steps * rows->halves;
+    quantise_row(rows->x + row * w->d_in, w->d_in, w->group, (factor *)q, rows->scale + row * at->groups, rows->zero + row * at->groups);
+    if (rows->halves == 2) halve_row(div_up(w->d_in, STEP), q);
 #endif
     (void)rows, (void)row, (void)w, (void)at;
 }

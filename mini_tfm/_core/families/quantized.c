@@ -155,6 +155,72 @@ static void int8_strip(ptrdiff_t rows, ptrdiff_t steps, const int32_t *x, ptrdif
     }
 }
 
+#if ISA_AVX2
+/* Of so few rows, x is taken in halves of 4 bits: sums of 8 steps of bytes fit 16 bits then, and no weight is widened. With more
+ * rows, products of bytes are too slow for twice as many of them to pay. */
+enum { HALVED = 2, HALVED_STEPS = 8 };
+
+/* q (steps) becomes (steps, 2): 4 bytes that are the upper halves of one step twice, then the lower ones. */
+INLINE void halve_row(ptrdiff_t steps, int32_t *q) {
+    for (ptrdiff_t s = steps - 1; s >= 0; s--) {
+        int32_t bytes = (q[s] & 0xFF) | q[s] >> 8, upper = bytes >> 4 & 0x0F0F, lower = bytes & 0x0F0F;
+        q[2 * s] = upper | upper << 16;
+        q[2 * s + 1] = lower | lower << 16;
+    }
+}
+
+/* sum_ij (rows, panels * NR) = x (rows, steps, 2) . panels. */
+INLINE void int8_halves(const int rows, const int panels, ptrdiff_t steps, const int32_t *x, ptrdiff_t x_row, const char *b,
+                        ptrdiff_t b_panel, int32_t *c, ptrdiff_t c_panel) {
+    __m256i total[8] = {0};
+    for (ptrdiff_t p = 0; p < steps; p += HALVED_STEPS) {
+        __m256i upper[4] = {0}, lower[4] = {0};
+        for (ptrdiff_t s = p, end = min_size(steps, p + HALVED_STEPS); s < end; s++)
+            for (int j = 0; j < panels; j++) {
+                const char *at = b + j * b_panel + s * VECTOR_BYTES;
+                if (s % 2 == 0) __builtin_prefetch(at + FETCHED_FAR);
+                __m256i w = _mm256_load_si256((const __m256i *)at);
+                for (int i = 0; i < rows; i++) {
+                    const int32_t *x_s = x + i * x_row + 2 * s;
+                    upper[i * panels + j] = _mm256_add_epi16(upper[i * panels + j], _mm256_maddubs_epi16(_mm256_set1_epi32(x_s[0]), w));
+                    lower[i * panels + j] = _mm256_add_epi16(lower[i * panels + j], _mm256_maddubs_epi16(_mm256_set1_epi32(x_s[1]), w));
+                }
+            }
+        const __m256i weigh = _mm256_set1_epi32(1 << 16 | 16); /* 16 upper + 1 lower */
+        for (int i = 0; i < rows * panels; i++) {
+            total[2 * i] = _mm256_add_epi32(total[2 * i], _mm256_madd_epi16(_mm256_unpacklo_epi16(upper[i], lower[i]), weigh));
+            total[2 * i + 1] = _mm256_add_epi32(total[2 * i + 1], _mm256_madd_epi16(_mm256_unpackhi_epi16(upper[i], lower[i]), weigh));
+        }
+    }
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < panels; j++) {
+            const __m256i *both = total + 2 * (i * panels + j);
+            _mm256_storeu_si256((__m256i *)(c + j * c_panel + i * NR), _mm256_permute2x128_si256(both[0], both[1], 0x20));
+            _mm256_storeu_si256((__m256i *)(c + j * c_panel + i * NR + VL), _mm256_permute2x128_si256(both[0], both[1], 0x31));
+        }
+}
+#else
+enum { HALVED = 0 };
+INLINE void halve_row(ptrdiff_t steps, int32_t *q) { (void)steps, (void)q; }
+INLINE void int8_halves(const int rows, const int panels, ptrdiff_t steps, const int32_t *x, ptrdiff_t x_row, const char *b,
+                        ptrdiff_t b_panel, int32_t *c, ptrdiff_t c_panel) {
+    (void)rows, (void)panels, (void)steps, (void)x, (void)x_row, (void)b, (void)b_panel, (void)c, (void)c_panel;
+}
+#endif
+
+/* At most HALVED rows: x as halve_row leaves it. */
+static void int8_fewest(ptrdiff_t rows, ptrdiff_t panels, ptrdiff_t steps, const int32_t *x, ptrdiff_t x_row, const char *b,
+                        ptrdiff_t b_panel, int32_t *c) {
+    const ptrdiff_t c_panel = rows * NR;
+#define INT8_FEWEST(n, at_once)                                                                                      \
+    case n:                                                                                                          \
+        for (; at_once > 1 && panels >= at_once; panels -= at_once, b += at_once * b_panel, c += at_once * c_panel)  \
+            int8_halves(n, at_once, steps, x, x_row, b, b_panel, c, c_panel);                                        \
+        for (; panels; panels--, b += b_panel, c += c_panel) int8_halves(n, 1, steps, x, x_row, b, 0, c, 0);         \
+        break;
+    switch (rows) { INT8_FEWEST(1, 4) INT8_FEWEST(2, 2) }
+}
+
 /* Few rows against panels that are read once: widened on the way, several panels at once as in micro_switch. */
 static void int8_few(ptrdiff_t rows, ptrdiff_t panels, ptrdiff_t steps, const int32_t *x, ptrdiff_t x_row, const char *b,
                      ptrdiff_t b_panel, int32_t *c) {
