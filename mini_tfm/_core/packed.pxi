@@ -36,7 +36,7 @@ cdef class PackedWeight:
 
     @property
     def group(self):
-        """Rows that share a scale, or None: all."""
+        """Rows that share a scale in int8, else None."""
         return self.grouped
 
     @property
@@ -68,11 +68,11 @@ cdef PackedWeight own_weight(weight):
 def pack(weight, *, dtype="float32", transposed=False, gate=None, group=None):
     """A PackedWeight of weight (d_in, d_out), or (d_out, d_in) when transposed; gate: a second one, for gated feed-forwards."""
     cdef int t, failed
-    weight, dtype, t, gate, rows = _checks.pack(weight, dtype, transposed, gate, group)
+    weight, dtype, t, gate, group = _checks.pack(weight, dtype, transposed, gate, group)
     cdef PackedWeight w = PackedWeight.__new__(PackedWeight)
     w.kind, w.real, w.grouped, w.wide = dtype, weight.dtype, group, dtype == "float64"
     w.at.d_in, w.at.d_out = weight.shape[::-1] if t else weight.shape
-    w.at.group, w.at.gated = rows, gate is not None
+    w.at.group, w.at.gated = group or 1, gate is not None
     w.at.kind = {"float32": 0, "float64": 0, "bfloat16": 1, "int8": 2}[dtype]
     w.c = c_for(weight)
     w.n_bytes = w.c.packed_bytes(&w.at)

@@ -161,6 +161,7 @@ def gemm(a, b, trans_a, trans_b, out, accumulate):
 
 
 PACKED_DTYPES = ("float32", "float64", "bfloat16", "int8")
+GROUP = 256  # rows that share a scale by default: more and the error of normal values goes over 1 %
 MAX_GROUP = 65536  # 255 * 127 times that stays within the 32 bits of an int8 product's sum
 
 
@@ -173,24 +174,22 @@ def _one_of(name, x, choices):
 
 
 def pack(weight, dtype, transposed, gate, group):
-    """weight, dtype, transposed, gate, and the rows that share a scale (1 or more)."""
+    """weight, dtype, transposed, gate, and the rows that share a scale, None where there are none."""
     transposed = flag("transposed", transposed)
     _one_of("dtype", dtype, PACKED_DTYPES)
     wanted = FLOAT64 if dtype == "float64" else FLOAT32
     weight = real("weight", weight, like=np.empty(0, wanted), ndim=2)
     gate = None if gate is None else real("gate", gate, like=weight, shape=weight.shape)
-    d_in = weight.shape[1 if transposed else 0]
     if group is not None:
         group = integer("group", group, low=4, high=MAX_GROUP)
         if dtype != "int8" or group % 4:
             raise InvalidValue(f"group: expected a multiple of 4 with dtype int8, or None, got {group} with dtype {dtype}")
-    elif dtype == "int8" and d_in > MAX_GROUP:
-        raise InvalidValue(f"group: expected at most {MAX_GROUP} rows that share a scale, got None for {d_in}")
     if dtype == "int8":
+        group = GROUP if group is None else group
         for name, x in (("weight", weight), ("gate", gate)):
             if x is not None and not np.isfinite(x).all():
                 raise InvalidValue(f"{name}: expected finite values to quantise, got {x[~np.isfinite(x)][0]}")
-    return weight, dtype, transposed, gate, max(d_in, 1) if group is None else group
+    return weight, dtype, transposed, gate, group
 
 
 def packed_weight(weight):

@@ -12,7 +12,7 @@ class PackedWeight(ABC):  # the compiled one is registered as a kind of it
     """A weight (d_in, d_out), and perhaps a gate of the same shape, as products are made with them. Made by pack().
 
     shape (d_in, d_out); dtype "float32", "float64", "bfloat16" or "int8"; gated; group: rows that share a scale in int8,
-    None: all of them; nbytes. `unpack()` gives the weight back, or (weight, gate), in float32 (float64 if it is that).
+    else None; nbytes. `unpack()` gives the weight back, or (weight, gate), in float32 (float64 if it is that).
     """
 
     shape: tuple[int, int]
@@ -52,20 +52,20 @@ def _in_int8(weight, group):
 def pack(weight, *, dtype="float32", transposed=False, gate=None, group=None):
     """A PackedWeight of weight (d_in, d_out) float32, or of (d_out, d_in) when transposed.
 
-    dtype  what it is kept in: float32; bfloat16 (to the nearest); int8 (symmetric, a scale for each column, or for each
-           column and `group` rows); float64, of float64 weights
+    dtype  what it is kept in: float32; bfloat16 (to the nearest); int8 (symmetric, a scale for each column and
+           `group` rows); float64, of float64 weights
     gate   a second weight of the same shape, for gated feed-forwards
-    group  a multiple of 4 rows, at most 65536, or None: all share a scale. Smaller groups follow the values more closely;
-           activations are quantised for the same groups
+    group  rows that share a scale in int8: a multiple of 4, at most 65536; None: 256. Smaller groups follow the values more
+           closely; activations are quantised for the same groups
     """
-    weight, dtype, transposed, gate, rows = _checks.pack(weight, dtype, transposed, gate, group)
+    weight, dtype, transposed, gate, group = _checks.pack(weight, dtype, transposed, gate, group)
     weights = []
     for given in (weight,) if gate is None else (weight, gate):
         kept = np.array(given.T if transposed else given, order="C")
         if dtype == "bfloat16":
             kept = _in_bfloat16(kept).view(np.float32)
         elif dtype == "int8":
-            kept = _in_int8(kept, rows)
+            kept = _in_int8(kept, group)
         weights.append(kept)
     return PackedWeight(weights, dtype, group)
 
@@ -91,7 +91,7 @@ def _quantised(x, group):
 
 def _product(x, weight, packed):
     x = x.reshape(_checks.rows(x))
-    x64 = _quantised(x, packed.group or max(x.shape[1], 1)) if packed.dtype == "int8" else x.astype(np.float64)
+    x64 = _quantised(x, packed.group) if packed.dtype == "int8" else x.astype(np.float64)
     return x64 @ weight.astype(np.float64)
 
 
@@ -101,7 +101,7 @@ def packed_linear(x, weight, bias=None, *, gate_bias=None, activation=None, resi
     With a gate (arXiv 2002.05202): activation(x W_gate + gate_bias) * (x W + bias) + residual. activation: None or a kind
     of `activation`. x and all else are float32 (float64 with a float64 weight). bfloat16 weights are widened and
     multiplied in float32. With int8 weights every row of x is quantised first, see `_quantised`; what is left of both
-    roundings is about 1 % of a result for normal values, less with groups.
+    roundings is below 1 % of a result for normal values.
     """
     x, bias, gate_bias, kind, residual, _ = _checks.packed_linear(x, weight, bias, gate_bias, activation, residual, out)
     value, gate = weight.unpack() if weight.gated else (weight.unpack(), None)

@@ -46,11 +46,11 @@ def test_unpack_gives_what_was_packed(core, kind, group, seed, d_in, d_out, layo
     weights = [values.real(d_in, d_out) for _ in range(1 + gated)]
     given_as = [laid_out(w.T if transposed else w, layout) for w in weights]
     packed = core.pack(given_as[0], dtype=kind, transposed=transposed, gate=given_as[1] if gated else None, group=group)
-    assert (packed.shape, packed.dtype, packed.gated, packed.group) == ((d_in, d_out), kind, gated, group)
+    assert (packed.shape, packed.dtype, packed.gated, packed.group) == ((d_in, d_out), kind, gated, group or (256 if kind == "int8" else None))
     for weight, found in zip(weights, packed.unpack() if gated else [packed.unpack()], strict=True):
         assert found.dtype == weight.dtype
         if kind == "int8":
-            step = int8_step(weight, group or max(d_in, 1), 127)
+            step = int8_step(weight, group or 256, 127)
             assert (np.abs(found.astype(np.float64) - weight) <= step * 0.5001).all()
         else:
             np.testing.assert_array_equal(found, bfloat16(weight) if kind == "bfloat16" else weight)
@@ -58,9 +58,9 @@ def test_unpack_gives_what_was_packed(core, kind, group, seed, d_in, d_out, layo
 
 @pytest.mark.parametrize("kind, share", [("float32", 1), ("bfloat16", 0.5), ("int8", 0.25)])
 def test_the_memory_it_takes(kind, share):
-    """A weight of whole panels, and at most a fortieth for scales."""
+    """A weight of whole panels, and at most a thirtieth for scales."""
     packed = _core.pack(np.ones((512, 2048), np.float32), dtype=kind)
-    assert 0 <= packed.nbytes / (512 * 2048 * 4 * share) - 1 < 0.025 or _core.show_config()["isa"] == "reference"
+    assert 0 <= packed.nbytes / (512 * 2048 * 4 * share) - 1 < 0.033 or _core.show_config()["isa"] == "reference"
 
 
 def product(x, w, kind, group):
@@ -69,7 +69,7 @@ def product(x, w, kind, group):
     if kind != "int8" or not x.size:
         return exact, 0.0
     # A value at the end of the range may lose a whole step to the rounding of the zero point.
-    return exact, int8_step(x.T, group or x.shape[1], 255).T @ np.abs(w.astype(np.float64)) * 1.001
+    return exact, int8_step(x.T, group or 256, 255).T @ np.abs(w.astype(np.float64)) * 1.001
 
 
 @every_kind
@@ -185,7 +185,7 @@ def test_int8_sums_stay_within_32_bits(core, d_in):
     np.testing.assert_allclose(y, (x.astype(np.int64) @ w.astype(np.int64)), rtol=1e-7)
 
 
-@pytest.mark.parametrize("d_in, group, most", [(512, None, 0.0115), (512, 64, 0.0085), (2048, 128, 0.0095), (2048, None, 0.0125)])
+@pytest.mark.parametrize("d_in, group, most", [(512, None, 0.01), (2048, None, 0.01), (2048, 128, 0.0092), (2048, 2048, 0.0125)])
 def test_the_error_of_an_int8_layer(core, d_in, group, most):
     """Of normal values, relative, over a layer."""
     values = Values(2, "float32")
@@ -296,7 +296,7 @@ WRONG = [
     ("pack", {"dtype": "int8", "group": 6}, InvalidValue, "group"),
     ("pack", {"dtype": "int8", "group": 2}, InvalidValue, "group"),
     ("pack", {"dtype": "bfloat16", "group": 8}, InvalidValue, "group"),
-    ("pack", {"dtype": "int8", "weight": np.zeros((65537, 1), np.float32)}, InvalidValue, "group"),
+    ("pack", {"dtype": "int8", "group": 65540}, InvalidValue, "group"),
     ("pack", {"dtype": "float64"}, InvalidType, "weight"),
     ("pack", {"dtype": "int8", "weight": np.ones((8, 4))}, InvalidType, "weight"),
     ("pack", {"gate": np.ones((4, 8), np.float32)}, InvalidValue, "gate"),
