@@ -3,14 +3,18 @@
 /* Blocks, sized for caches of 32 KB and 512 KB. A panel of B (KC x NR floats, 16 KB) stays in L1 while all strips of A pass
  * over it; the strips (MC x KC, 96 KB) and the sums of PANELS panels (48 KB) stay in L2. C itself is touched once for every
  * KS of k, for its rows lie on pages of their own. A is read where it lies: MR rows of KC each are as good to the tile as a
- * packed strip, and nothing has to be copied. It is packed only where it is transposed, when its elements lie rows apart.
+ * packed strip, and nothing has to be copied. It is packed only where it is transposed, when its elements lie rows apart:
+ * once for every group of panels, so the groups are wider then (PANELS_T), and shorter (KS_T) to stay in L3.
  * Few rows of A take shorter panels, which stay in L1 between packing and their only use. Rows of B are fetched AHEAD of
- * their packing, and panels read but once FETCHED bytes ahead. */
-enum { MC = 96, KC = 256, KS = 3072, PANELS = 8, KC_FEW = 128, GROUP = 4, AHEAD = 8, FETCHED = 2048, FETCHED_FAR = 16384 };
+ * their packing, and panels read but once FETCHED bytes ahead, or FETCHED_FAR where a row of x takes little time. */
+enum { MC = 96, KC = 256, KS = 3072, PANELS = 8, KS_T = 1024, PANELS_T = 32, KC_FEW = 128, GROUP = 4 };
+enum { AHEAD = 8, FETCHED = 2048, FETCHED_FAR = 16384 };
 
 /* What gemm_piece and gemm_few need for a product over k, in reals. A strip is stored in whole vectors and may write past its
  * last row. */
-static size_t gemm_room(ptrdiff_t k) { return PANELS * NR * min_size(k, KS) + (MC + MR) * KC + 64 + PANELS * MC * NR; }
+static size_t gemm_room(ptrdiff_t k) {
+    return max_size(PANELS * NR * min_size(k, KS), PANELS_T * NR * min_size(k, KS_T)) + (MC + MR) * KC + 64 + PANELS_T * MC * NR;
+}
 
 /* sums (m, NR) = or += a panel, in strips of even height: a thin last one would wait for its own chains. With a_col 0 the
  * strips are packed one after the other, MR apart over k. Meanwhile `ahead_bytes` from `ahead` on are brought into L2. */
@@ -27,19 +31,21 @@ static void micro_strips(ptrdiff_t m, ptrdiff_t k, const real *a, ptrdiff_t a_ro
     }
 }
 
-/* The strips of a transposed A, each (k, MR): what micro_strips reads with a_col 0. */
+/* The strips of a transposed A, each (k, MR): what micro_strips reads with a_col 0. Row by row of A, which lie far apart. */
 static void pack_strips(const real *a, ptrdiff_t a_col, ptrdiff_t m, ptrdiff_t k, real *to) {
     ptrdiff_t strips = div_up(m, MR), rows = m / strips, taller = m % strips;
-    for (ptrdiff_t strip = 0, i = 0; strip < strips; strip++) {
-        ptrdiff_t here = rows + (strip < taller);
-        for (ptrdiff_t p = 0; p < k; p++, to += MR) {
-            const real *from = a + p * a_col + i;
-            if (i + round_up(MR, VL) <= m) /* what is stored past MR is written over by the next step */
-                for (ptrdiff_t r = 0; r < MR; r += VL) store(to + r, load(from + r));
+    for (ptrdiff_t p = 0; p < k; p++) {
+        const real *from = a + p * a_col;
+        real *strip_to = to + p * MR;
+        for (ptrdiff_t i = 0; i < m; i += 64 / (ptrdiff_t)sizeof(real)) __builtin_prefetch(from + AHEAD * a_col + i);
+        for (ptrdiff_t strip = 0, i = 0; strip < strips; strip++, strip_to += k * MR) {
+            ptrdiff_t here = rows + (strip < taller);
+            if (p + 1 < k && i + round_up(MR, VL) <= m) /* what is stored past MR is written over by the next row */
+                for (ptrdiff_t r = 0; r < MR; r += VL) store(strip_to + r, load(from + i + r));
             else
-                for (ptrdiff_t r = 0; r < here; r++) to[r] = from[r];
+                for (ptrdiff_t r = 0; r < here; r++) strip_to[r] = from[i + r];
+            i += here;
         }
-        i += here;
     }
 }
 
@@ -74,10 +80,11 @@ static void micro_edge(ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t width, ptrdi
 /* c_mn, the part of C at rows [m0, m1) and columns [n0, n1). work: gemm_room(k) reals. */
 static void gemm_piece(const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *b, ptrdiff_t ldb, int trans_b, real *c, ptrdiff_t ldc,
                        ptrdiff_t m0, ptrdiff_t m1, ptrdiff_t n0, ptrdiff_t n1, ptrdiff_t k, int accumulate, real *work) {
-    real *packed_b = work, *sums = packed_b + PANELS * NR * min_size(k, KS), *packed_a = sums + PANELS * MC * NR;
-    for (ptrdiff_t group = n0; group < n1; group += PANELS * NR)
-        for (ptrdiff_t s0 = 0; s0 < k; s0 += KS) {
-            ptrdiff_t columns = min_size(PANELS * NR, n1 - group), ks = min_size(KS, k - s0);
+    const ptrdiff_t wide = (a_col == 1 ? PANELS : PANELS_T) * NR, deep = min_size(k, a_col == 1 ? KS : KS_T);
+    real *packed_b = work, *sums = packed_b + wide * deep, *packed_a = sums + wide * MC;
+    for (ptrdiff_t group = n0; group < n1; group += wide)
+        for (ptrdiff_t s0 = 0; s0 < k; s0 += deep) {
+            ptrdiff_t columns = min_size(wide, n1 - group), ks = min_size(deep, k - s0);
             /* 1: a group of panels of B */
             pack_panels(trans_b ? b + group * ldb + s0 : b + s0 * ldb + group, ldb, trans_b, columns, ks, packed_b);
             for (ptrdiff_t i0 = m0; i0 < m1; i0 += MC) {
