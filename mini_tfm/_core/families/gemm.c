@@ -12,8 +12,9 @@ enum { AHEAD = 8, FETCHED = 2048, FETCHED_FAR = 16384 };
 
 /* What gemm_piece and gemm_few need for a product over k, in reals. A strip is stored in whole vectors and may write past its
  * last row. */
-static size_t gemm_room(ptrdiff_t k) {
-    return max_size(PANELS * NR * min_size(k, KS), PANELS_T * NR * min_size(k, KS_T)) + (MC + MR) * KC + 64 + PANELS_T * MC * NR;
+static size_t gemm_room(ptrdiff_t k, int trans_a) {
+    size_t wide = (trans_a ? PANELS_T : PANELS) * NR, deep = min_size(k, trans_a ? KS_T : KS);
+    return wide * (deep + MC) + (MC + MR) * KC + 64;
 }
 
 /* sums (m, NR) = or += a panel, in strips of even height: a thin last one would wait for its own chains. With a_col 0 the
@@ -77,7 +78,7 @@ static void micro_edge(ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t width, ptrdi
     for (ptrdiff_t r = 0; r < rows && !whole; r++) memcpy(c + r * ldc, corner + r * width, columns * sizeof(real));
 }
 
-/* c_mn, the part of C at rows [m0, m1) and columns [n0, n1). work: gemm_room(k) reals. */
+/* c_mn, the part of C at rows [m0, m1) and columns [n0, n1). work: gemm_room() reals. */
 static void gemm_piece(const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *b, ptrdiff_t ldb, int trans_b, real *c, ptrdiff_t ldc,
                        ptrdiff_t m0, ptrdiff_t m1, ptrdiff_t n0, ptrdiff_t n1, ptrdiff_t k, int accumulate, real *work) {
     const ptrdiff_t wide = (a_col == 1 ? PANELS : PANELS_T) * NR, deep = min_size(k, a_col == 1 ? KS : KS_T);
@@ -183,7 +184,7 @@ static int gemm(const void *a_, const void *b_, void *c_, ptrdiff_t m, ptrdiff_t
     ptrdiff_t piece_n = round_up(div_up(n, column_pieces), few ? GROUP * NR : NR), piece_m = round_up(div_up(m, row_pieces), MR);
     ptrdiff_t pieces = row_pieces * column_pieces;
     int team = mt_team(pieces, work), one_row = m == 1 && a_col == 1 && !trans_b && n >= 8 * NR;
-    size_t room = gemm_room(k);
+    size_t room = gemm_room(k, a_col != 1);
     real *workspace = new_reals(room * team);
     if (!workspace) return -1;
 #pragma omp parallel for num_threads(team) schedule(dynamic)
