@@ -17,7 +17,9 @@ inference.
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Sequence
+from heapq import heappop, heappush
 from typing import Any
 
 import numpy as np
@@ -25,7 +27,8 @@ from numpy.lib.mixins import NDArrayOperatorsMixin
 
 from .errors import InvalidType, InvalidValue
 
-_order = itertools.count()  # parents are always older than children: sorting by it is a topological order
+# Falls: parents are always older than children, so that whoever holds the least number in a heap is the newest.
+_order = itertools.count(0, -1)
 
 
 class Var(NDArrayOperatorsMixin):
@@ -35,7 +38,8 @@ class Var(NDArrayOperatorsMixin):
     a leaf made with a `grad` array has the gradient ADDED to it (parameters: views of one flat arena).
     """
 
-    __slots__ = ("_order", "_owns_grad", "_parents", "_vjp", "grad", "value")
+    # _rule(var, dy, waiting) hands gradients to the _parents, which may be plain values, too; None: a leaf.
+    __slots__ = ("_order", "_owns_grad", "_parents", "_rule", "_saved", "grad", "value")
 
     def __init__(self, value: Any, grad: np.ndarray | None = None):
         self.value = np.asarray(value)
@@ -46,14 +50,15 @@ class Var(NDArrayOperatorsMixin):
         self.grad = grad
         self._owns_grad = grad is not None
         self._parents: tuple[Any, ...] = ()
-        self._vjp: Callable | None = None
+        self._rule: Callable | None = None
+        self._saved: Any = None
         self._order = next(_order)
 
     shape = property(lambda self: self.value.shape)
     ndim = property(lambda self: self.value.ndim)
     size = property(lambda self: self.value.size)
     dtype = property(lambda self: self.value.dtype)
-    T = property(lambda self: np.transpose(self))
+    T = property(lambda self: _transpose(self))
 
     def __len__(self) -> int:
         return len(self.value)
@@ -74,60 +79,46 @@ class Var(NDArrayOperatorsMixin):
         )
 
     def __getitem__(self, index: Any) -> Var:
-        value = self.value[index]
-        basic = not _has_array(index)
-
-        def vjp(dy: np.ndarray) -> tuple[np.ndarray]:
-            dx = np.zeros_like(self.value)
-            if basic:
-                dx[index] = dy
-            else:
-                np.add.at(dx, index, dy)  # an index array may name a row twice
-            return (dx,)
-
-        return record(value, (self,), vjp)
+        return _new(self.value[index], _send_item, (self,), index)
 
     def reshape(self, *shape: Any) -> Any:
-        return np.reshape(self, shape[0] if len(shape) == 1 else shape)
+        return _new(self.value.reshape(*shape), _send_reshaped, (self,))
 
     def transpose(self, *axes: Any) -> Any:
-        return np.transpose(self, (axes[0] if len(axes) == 1 else axes) or None)
+        return _transpose(self, (axes[0] if len(axes) == 1 else axes) or None)
 
     def swapaxes(self, a: int, b: int) -> Any:
-        return np.swapaxes(self, a, b)
+        return _new(self.value.swapaxes(a, b), _send_swapped, (self,), (a, b))
 
     def sum(self, axis: Any = None, keepdims: bool = False) -> Var:
-        return np.sum(self, axis=axis, keepdims=keepdims)
+        y: Any = np.add.reduce(self.value, axis=axis, keepdims=keepdims)  # type: ignore[call-overload]
+        return _new(y, _send_spread, (self,), (axis, keepdims, 1))
 
     def mean(self, axis: Any = None, keepdims: bool = False) -> Var:
-        return np.mean(self, axis=axis, keepdims=keepdims)
+        return _mean(self, axis, keepdims)
 
     def max(self, axis: Any = None, keepdims: bool = False) -> Var:
-        return np.max(self, axis=axis, keepdims=keepdims)
+        return _max(self, axis, keepdims)
 
     def detach(self) -> np.ndarray:
         """The plain array: gradients stop here."""
         return self.value
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
-        if method == "reduce" and ufunc in (np.add, np.maximum):
-            return (np.sum if ufunc is np.add else np.max)(*inputs, **kwargs)
         rules = _UFUNC_VJPS.get(ufunc)
         if method != "__call__" or kwargs:
+            if method == "reduce" and ufunc in (np.add, np.maximum):
+                return (_sum if ufunc is np.add else _max)(*inputs, **kwargs)
             given = f"{method} " + ", ".join(f"{name}=" for name in kwargs)
             raise InvalidType(f"np.{ufunc.__name__}: {given.strip()} is not differentiable; call it plainly, for a new array")
-        values = [value_of(x) for x in inputs]
-        y = ufunc(*values)
-        if rules == ():  # comparisons and the like: no gradient, plain result
-            return y
         if rules is None:
             raise InvalidType(f"np.{ufunc.__name__}: no gradient is known; supported: {_supported()}")
-        parents = tuple((x, rule) for x, rule in zip(inputs, rules, strict=True) if isinstance(x, Var))
-
-        def vjp(dy: np.ndarray) -> tuple[np.ndarray, ...]:
-            return tuple(_unbroadcast(rule(dy, y, *values), x.value.shape) for x, rule in parents)
-
-        return record(y, tuple(x for x, _ in parents), vjp)
+        if len(inputs) == 1:
+            y = ufunc(self.value)
+            return _new(y, _send_unary, inputs, rules[0]) if rules else y
+        a, b = inputs
+        y = ufunc(a.value if type(a) is Var else a, b.value if type(b) is Var else b)
+        return _new(y, _send_binary, inputs, rules) if rules else y  # comparisons and the like: no gradient, plain result
 
     def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
         rule = _FUNCTIONS.get(function)
@@ -147,46 +138,143 @@ def is_traced(*xs: Any) -> bool:
 
 def record(value: np.ndarray, parents: Sequence[Any], vjp: Callable) -> Var:
     """A new Var. `vjp(dy)` gives one gradient a parent, or None where there is none (or it was added already)."""
-    out = Var(value)
-    out._parents, out._vjp = tuple(parents), vjp
-    return out
+    return _new(value, _send_recorded, tuple(parents), vjp)
 
 
-def add_grad(x: Any, dx: np.ndarray | None) -> None:
-    """Adds `dx` to the gradient of `x`. The first gradient is kept without a copy, so it is never written to."""
-    if dx is None or not isinstance(x, Var):
-        return
-    if dx.dtype != x.value.dtype:
-        dx = dx.astype(x.value.dtype)
-    if x.grad is None:
-        x.grad = dx
-    elif x._owns_grad:
-        x.grad += dx
-    else:
-        x.grad = x.grad + dx
-        x._owns_grad = True
+def gathered(x: Any) -> np.ndarray | None:
+    """The gradient of `x` so far, if it may be added to in place: that of a parameter, for one, in its arena."""
+    return x.grad if isinstance(x, Var) and x._owns_grad else None
 
 
 def backward(*outputs: Var, grads: Sequence[np.ndarray | None] | None = None) -> None:
-    """Sends gradients from `outputs` (default: ones) to every leaf below them; leaves keep theirs in `.grad`."""
-    nodes: dict[int, Var] = {}
+    """Sends gradients from `outputs` (default: ones) to every leaf below them; leaves keep theirs in `.grad`.
+
+    What was remembered on the way is forgotten as it is used: a graph is walked once.
+    """
+    waiting: list[tuple[int, Var]] = []
     for output, dy in zip(outputs, grads or [None] * len(outputs), strict=True):
-        add_grad(output, np.ones_like(output.value) if dy is None else np.asarray(dy))
-        nodes[output._order] = output
-    waiting = list(nodes.values())
+        _give(output, np.ones_like(output.value) if dy is None else np.asarray(dy), waiting)
     while waiting:
-        for parent in waiting.pop()._parents:
-            if isinstance(parent, Var) and parent._order not in nodes:
-                nodes[parent._order] = parent
-                waiting.append(parent)
-    for order in sorted(nodes, reverse=True):
-        node = nodes[order]
-        if node._vjp is None:
-            continue  # a leaf keeps its gradient
-        dy, node.grad, node._owns_grad = node.grad, None, False
-        if dy is not None:
-            for parent, dx in zip(node._parents, node._vjp(dy), strict=True):
-                add_grad(parent, dx)
+        node = heappop(waiting)[1]
+        node._rule(node, node.grad, waiting)  # type: ignore[misc]
+        node._rule = _spent
+        node._parents = ()
+        node._saved = node.grad = None
+
+
+def _new(value: Any, rule: Callable, parents: tuple[Any, ...], saved: Any = None) -> Var:
+    out = _blank(Var)
+    out.value = value if type(value) is _ndarray else np.asarray(value)
+    out.grad = None
+    out._owns_grad = False
+    out._rule = rule
+    out._parents = parents
+    out._saved = saved
+    out._order = next(_order)
+    return out
+
+
+_blank, _ndarray = object.__new__, np.ndarray
+
+
+def _give(x: Var, dx: Any, waiting: list[tuple[int, Var]]) -> None:
+    """Adds `dx` to the gradient of `x`. The first gradient is kept without a copy, so it is never written to."""
+    if dx.dtype is not x.value.dtype:
+        dx = dx.astype(x.value.dtype, copy=False)
+    grad = x.grad
+    if grad is None:
+        x.grad = dx
+        if x._rule is not None:
+            heappush(waiting, (x._order, x))
+    elif x._owns_grad:
+        x.grad += dx
+    else:
+        x.grad = grad + dx
+        x._owns_grad = True
+
+
+def _spent(node: Var, dy: np.ndarray, waiting: Any) -> None:
+    raise InvalidValue("backward: a gradient has gone through here already and what it needs is forgotten; add up the losses first")
+
+
+# How a gradient goes on.
+
+
+def _send_recorded(node: Var, dy: np.ndarray, waiting: Any) -> None:
+    for parent, dx in zip(node._parents, node._saved(dy), strict=True):
+        if dx is not None and type(parent) is Var:
+            _give(parent, dx, waiting)
+
+
+def _send_unary(node: Var, dy: np.ndarray, waiting: Any) -> None:
+    (x,) = node._parents
+    _give(x, node._saved(dy, node.value, x.value), waiting)
+
+
+def _send_binary(node: Var, dy: np.ndarray, waiting: Any) -> None:
+    x, z = node._parents
+    a, b = x.value if type(x) is Var else x, z.value if type(z) is Var else z
+    if type(x) is Var:
+        dx = node._saved[0](dy, node.value, a, b)
+        _give(x, dx if dx.shape == a.shape else _unbroadcast(dx, a.shape), waiting)
+    if type(z) is Var:
+        dz = node._saved[1](dy, node.value, a, b)
+        _give(z, dz if dz.shape == b.shape else _unbroadcast(dz, b.shape), waiting)
+
+
+def _send_item(node: Var, dy: np.ndarray, waiting: Any) -> None:
+    """Into the parent's gradient where it lies: many parts of an array cost no more than the array."""
+    (x,), index = node._parents, node._saved
+    fresh = x.grad is None
+    if fresh:
+        _give(x, np.zeros(x.value.shape, x.value.dtype), waiting)
+    elif not x._owns_grad:
+        x.grad = x.grad.copy()
+    x._owns_grad = True
+    for part in index if type(index) is tuple else (index,):
+        if isinstance(part, _ROWS):
+            np.add.at(x.grad, index, dy)  # an array may name a row twice
+            return
+    if fresh:
+        x.grad[index] = dy
+    else:
+        x.grad[index] += dy
+
+
+_ROWS = (list, np.ndarray)
+
+
+def _send_reshaped(node: Var, dy: np.ndarray, waiting: Any) -> None:
+    (x,) = node._parents
+    _give(x, dy.reshape(x.value.shape), waiting)
+
+
+def _send_transposed(node: Var, dy: np.ndarray, waiting: Any) -> None:
+    axes = node._saved
+    if axes is not None:
+        axes = [axis % dy.ndim for axis in axes]
+        axes = [axes.index(i) for i in range(dy.ndim)]
+    _give(node._parents[0], dy.transpose(axes), waiting)
+
+
+def _send_swapped(node: Var, dy: np.ndarray, waiting: Any) -> None:
+    _give(node._parents[0], dy.swapaxes(*node._saved), waiting)
+
+
+def _send_spread(node: Var, dy: np.ndarray, waiting: Any) -> None:
+    """To everything that a sum over some axes was of, or a mean of n."""
+    (x,), (axis, keepdims, n) = node._parents, node._saved
+    dy = dy if n == 1 else dy / n
+    if axis is not None and not keepdims:
+        shape = list(x.value.shape)
+        for i in axis if type(axis) is tuple else (axis,):
+            shape[i] = 1
+        dy = dy.reshape(shape)
+    if x.grad is None:
+        dx = np.empty(x.value.shape, dy.dtype)
+        dx[...] = dy
+        dy = dx
+    _give(x, dy, waiting)
 
 
 # Rules for ufuncs: one function of (dy, y, *inputs) an input; () marks results that carry no gradient.
@@ -218,10 +306,42 @@ _UFUNC_VJPS: dict[Any, tuple[Callable, ...]] = {
 }
 
 
+def _operator(name: str, ufunc: Any) -> None:
+    """`x + y` and the like without the detour through NumPy, where the other side is a Var, an array or a number."""
+    rules, operate = _UFUNC_VJPS[ufunc], getattr(operator, name)
+
+    def forward(self: Var, other: Any) -> Any:
+        if type(other) is Var:
+            return _new(operate(self.value, other.value), _send_binary, (self, other), rules)
+        if isinstance(other, _NUMBERS):
+            return _new(operate(self.value, other), _send_binary, (self, other), rules)
+        return ufunc(self, other)
+
+    def reflected(self: Var, other: Any) -> Any:
+        if isinstance(other, _NUMBERS):
+            return _new(operate(other, self.value), _send_binary, (other, self), rules)
+        return ufunc(other, self)
+
+    setattr(Var, f"__{name}__", forward)
+    setattr(Var, f"__r{name}__", reflected)
+
+
+_NUMBERS = (np.ndarray, np.number, float, int)
+for _name, _ufunc in {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "truediv": np.divide,
+    "pow": np.power,
+    "matmul": np.matmul,
+}.items():
+    _operator(_name, _ufunc)
+
+
 def _matmul_da(dy: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     if b.ndim == 1:
         return dy[..., None] * b
-    return (dy[..., None, :] if a.ndim == 1 else dy) @ np.swapaxes(b, -1, -2)
+    return (dy[..., None, :] if a.ndim == 1 else dy) @ b.swapaxes(-1, -2)
 
 
 def _matmul_db(dy: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -229,23 +349,18 @@ def _matmul_db(dy: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return a[:, None] * dy[..., None, :] if b.ndim > 1 else a * dy
     if b.ndim == 1:
         return np.sum(a * dy[..., None], axis=tuple(range(a.ndim - 1)))
-    return np.swapaxes(a, -1, -2) @ dy
+    return a.swapaxes(-1, -2) @ dy
 
 
 def _unbroadcast(dx: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Sums `dx` over the axes along which an input of `shape` was broadcast."""
+    if more := dx.ndim - len(shape):
+        dx = np.add.reduce(dx, axis=0 if more == 1 else tuple(range(more)))
     if dx.shape == shape:
         return dx
-    if dx.ndim > len(shape):
-        dx = dx.sum(axis=tuple(range(dx.ndim - len(shape))))
-    stretched = tuple(i for i, n in enumerate(shape) if n == 1 and dx.shape[i] != 1)
-    dx = dx.sum(axis=stretched, keepdims=True) if stretched else dx
+    stretched = tuple([i for i, n in enumerate(shape) if n == 1 and dx.shape[i] != 1])
+    dx = np.add.reduce(dx, axis=stretched, keepdims=True) if stretched else dx
     return np.broadcast_to(dx, shape) if dx.shape != shape else dx
-
-
-def _has_array(index: Any) -> bool:
-    parts = index if isinstance(index, tuple) else (index,)
-    return any(isinstance(part, np.ndarray | list) for part in parts)
 
 
 # Rules for functions.
@@ -259,19 +374,13 @@ def _plainly(function: str, options: dict[str, Any]) -> None:
 
 def _sum(x: Var, axis: Any = None, keepdims: bool = False, **options: Any) -> Var:
     _plainly("sum", options)
-    shape = x.value.shape
-
-    def vjp(dy: np.ndarray) -> tuple[np.ndarray]:
-        dy = dy if keepdims or axis is None else np.expand_dims(dy, axis)
-        return (np.broadcast_to(dy, shape),)
-
-    return record(np.sum(x.value, axis=axis, keepdims=keepdims), (x,), vjp)
+    return x.sum(axis, keepdims)
 
 
 def _mean(x: Var, axis: Any = None, keepdims: bool = False, **options: Any) -> Var:
     _plainly("mean", options)
-    total = _sum(x, axis, keepdims)
-    return total * x.dtype.type(total.size / x.size)
+    y = np.mean(x.value, axis=axis, keepdims=keepdims)
+    return _new(y, _send_spread, (x,), (axis, keepdims, x.size // max(1, np.size(y))))
 
 
 def _max(x: Var, axis: Any = None, keepdims: bool = False, **options: Any) -> Var:
@@ -279,26 +388,24 @@ def _max(x: Var, axis: Any = None, keepdims: bool = False, **options: Any) -> Va
     full = np.max(x.value, axis=axis, keepdims=True)
     chosen = x.value == full
     share = chosen / chosen.sum(axis=axis, keepdims=True, dtype=x.dtype)  # ties share the gradient
-    y = full if keepdims else np.max(x.value, axis=axis)
-
-    def vjp(dy: np.ndarray) -> tuple[np.ndarray]:
-        return (np.reshape(dy, full.shape) * share,)
-
-    return record(y, (x,), vjp)
-
-
-def _moved(function: Callable, inverse: Callable) -> Callable:
-    """A rule for a function that only moves elements; `inverse(dy, shape of x, *args)` moves them back."""
-
-    def rule(x: Var, *args: Any, **kwargs: Any) -> Var:
-        shape = x.value.shape
-        return record(function(x.value, *args, **kwargs), (x,), lambda dy: (inverse(dy, shape, *args, **kwargs),))
-
-    return rule
+    return record(full if keepdims else np.max(x.value, axis=axis), (x,), lambda dy: (np.reshape(dy, full.shape) * share,))
 
 
 def _reshaped(function: Callable) -> Callable:
-    return _moved(function, lambda dy, shape, *args, **kwargs: dy.reshape(shape))
+    """A rule for a function that only gives the elements another shape."""
+    return lambda x, *args, **kwargs: _new(function(x.value, *args, **kwargs), _send_reshaped, (x,))
+
+
+def _transpose(x: Var, axes: Any = None) -> Var:
+    return _new(x.value.transpose(axes), _send_transposed, (x,), axes)
+
+
+def _moveaxis(x: Var, source: Any, destination: Any) -> Var:
+    return record(np.moveaxis(x.value, source, destination), (x,), lambda dy: (np.moveaxis(dy, destination, source),))
+
+
+def _broadcast_to(x: Var, shape: Any, **_: Any) -> Var:
+    return record(np.broadcast_to(x.value, shape), (x,), lambda dy: (_unbroadcast(dy, x.value.shape),))
 
 
 def _cumsum(x: Var, axis: int | None = None) -> Var:
@@ -308,9 +415,21 @@ def _cumsum(x: Var, axis: int | None = None) -> Var:
 
 
 def _concatenate(xs: Sequence[Any], axis: int = 0) -> Var:
-    values = [value_of(x) for x in xs]
-    ends = np.cumsum([v.shape[axis] for v in values])[:-1]
-    return record(np.concatenate(values, axis), xs, lambda dy: np.split(dy, ends, axis))
+    values = [x.value if type(x) is Var else x for x in xs]
+    return _new(np.concatenate(values, axis), _send_parts, tuple(xs), axis)
+
+
+def _send_parts(node: Var, dy: np.ndarray, waiting: Any) -> None:
+    start, axis = 0, node._saved
+    dy = dy if axis == 0 else dy.swapaxes(0, axis)
+    for x in node._parents:
+        if type(x) is Var:
+            stop = start + x.value.shape[axis]
+            dx = dy[start:stop]
+            _give(x, dx if axis == 0 else dx.swapaxes(0, axis), waiting)
+        else:
+            stop = start + np.shape(x)[axis]
+        start = stop
 
 
 def _stack(xs: Sequence[Any], axis: int = 0) -> Var:
@@ -390,12 +509,10 @@ _FUNCTIONS: dict[Any, Callable] = {
     np.ravel: _reshaped(np.ravel),
     np.expand_dims: _reshaped(np.expand_dims),
     np.squeeze: _reshaped(np.squeeze),
-    np.transpose: _moved(
-        np.transpose, lambda dy, shape, axes=None: np.transpose(dy, None if axes is None else np.argsort(np.mod(axes, dy.ndim)))
-    ),
-    np.swapaxes: _moved(np.swapaxes, lambda dy, shape, a, b: np.swapaxes(dy, a, b)),
-    np.moveaxis: _moved(np.moveaxis, lambda dy, shape, a, b: np.moveaxis(dy, b, a)),
-    np.broadcast_to: _moved(np.broadcast_to, lambda dy, shape, *args, **kwargs: _unbroadcast(dy, shape)),
+    np.transpose: _transpose,
+    np.swapaxes: lambda x, axis1, axis2: x.swapaxes(axis1, axis2),
+    np.moveaxis: _moveaxis,
+    np.broadcast_to: _broadcast_to,
     np.cumsum: _cumsum,
     np.concatenate: _concatenate,
     np.stack: _stack,

@@ -47,17 +47,37 @@ class Encoded:
         return self.hidden[:, self.n_rows :] if self.n_rows else self.hidden
 
 
+@dataclasses.dataclass(frozen=True)
 class Dropout:
-    """Dropout with rate p whose masks are a function of (seed, number of the call): a run can be repeated."""
+    """Rates of dropout: p of embeddings and sublayers' outputs, of attention weights, of the feed-forward's hidden layer.
 
-    def __init__(self, p: float = 0.0, seed: int = 0):
-        self.p, self.seed, self.calls = p, seed, 0
+    A mask is a function of (seed, step, segment, place) and of where in its array an element stands, of nothing else:
+    a run can be repeated, and a segment computed twice draws the same. place: the name of a sublayer.
+    """
 
-    def __call__(self, x: Array) -> Array:
-        if self.p == 0:
-            return x
-        self.calls += 1
-        return ops.dropout(x, self.p, (self.seed * 0x9E3779B1 + self.calls) & 0x7FFFFFFFFFFFFFFF)
+    p: float = 0.0
+    seed: int = 0
+    attention: float = 0.0
+    feed_forward: float = 0.0
+    step: int = 0
+    segment: int = 0
+
+    def at(self, segment: int) -> Dropout:
+        return dataclasses.replace(self, segment=segment)
+
+    def seed_of(self, place: str) -> int:
+        drawn = hashlib.blake2b(f"{self.seed} {self.step} {self.segment} {place}".encode(), digest_size=8)
+        return int.from_bytes(drawn.digest(), "little") >> 1
+
+    def __call__(self, x: Array, place: str) -> Array:
+        return ops.dropout(x, self.p, self.seed_of(place)) if self.p else x
+
+    def hidden(self, x: Array, place: str) -> Array:
+        return ops.dropout(x, self.feed_forward, self.seed_of(place)) if self.feed_forward else x
+
+    def weights(self, place: str) -> dict[str, Any]:
+        """Options of `ops.attention`."""
+        return {"dropout": self.attention, "seed": self.seed_of(place + ".weights")} if self.attention else {}
 
 
 NO_DROPOUT = Dropout()
@@ -135,7 +155,7 @@ class Transformer:
     ) -> Encoded:
         """The encoder over (B, S) tokens with the memory of `run`."""
         w = self.weights if w is None else w
-        x = dropout(self._embed(w, "encoder", tokens))
+        x = dropout(self._embed(w, "encoder", tokens), "encoder.embedding")
         rows = [r.values for r in run.begin("encoder", tokens)]
         ends = np.cumsum([r.shape[1] for r in rows], dtype=int).tolist()
         m = ends[-1] if ends else 0
@@ -144,9 +164,12 @@ class Transformer:
         sight = _Sight(valid, np.arange(-m, tokens.shape[1]), rows=m)
         for i in range(self.config.n_encoder_layers):
             name = f"encoder.{i}."
-            attend = functools.partial(self._self_attention, w, name + "attention", site="encoder", layer=i, sight=sight, run=run)
+            attend = functools.partial(
+                self._self_attention, w, name + "attention", site="encoder", layer=i, sight=sight, run=run, dropout=dropout
+            )
             x = self._sublayer(w, name + "attention", x, attend, dropout)
-            x = self._sublayer(w, name + "feed_forward", x, functools.partial(self._feed_forward, w, name + "feed_forward"), dropout)
+            feed = functools.partial(self._feed_forward, w, name + "feed_forward", dropout)
+            x = self._sublayer(w, name + "feed_forward", x, feed, dropout)
         x = self._last_norm(w, "encoder", x)
         run.end("encoder", _cut(x, ends))
         return Encoded(x, valid, m)
@@ -167,7 +190,7 @@ class Transformer:
         """
         w = self.weights if w is None else w
         done = cache.length if cache else 0
-        x = dropout(self._embed(w, "decoder", tokens, done))
+        x = dropout(self._embed(w, "decoder", tokens, done), "decoder.embedding")
         given = run.begin("decoder", tokens) if done == 0 else []
         front = [r.values for r in given]
         back = [r.values for r in given if r.where == "around"] if cache is None else []
@@ -186,15 +209,16 @@ class Transformer:
         for i in range(self.config.n_decoder_layers):
             name = f"decoder.{i}."
             attend = functools.partial(
-                self._self_attention, w, name + "attention", site="decoder", layer=i, sight=sight, run=run, cache=cache
+                self._self_attention, w, name + "attention", site="decoder", layer=i, sight=sight, run=run, dropout=dropout, cache=cache
             )
             x = self._sublayer(w, name + "attention", x, attend, dropout)
             if encoded is not None:
                 attend = functools.partial(
-                    self._cross_attention, w, name + "cross", encoded=encoded, layer=i, sight=sight, run=run, cache=cache
+                    self._cross_attention, w, name + "cross", encoded=encoded, layer=i, sight=sight, run=run, dropout=dropout, cache=cache
                 )
                 x = self._sublayer(w, name + "cross", x, attend, dropout)
-            x = self._sublayer(w, name + "feed_forward", x, functools.partial(self._feed_forward, w, name + "feed_forward"), dropout)
+            feed = functools.partial(self._feed_forward, w, name + "feed_forward", dropout)
+            x = self._sublayer(w, name + "feed_forward", x, feed, dropout)
         x = self._last_norm(w, "decoder", x)
         first = x.shape[1] - n_back - tokens.shape[1]
         if given and cache is None:
@@ -222,8 +246,8 @@ class Transformer:
     def _sublayer(self, w: Weights, name: str, x: Array, sublayer: Callable[[Array], Array], dropout: Dropout) -> Array:
         """norm(x + f(x)), or with pre-norm x + f(norm(x))."""
         if self.config.norm_position == "pre":
-            return x + dropout(sublayer(self._norm(w, name + "_norm", x)))
-        return self._norm(w, name + "_norm", x + dropout(sublayer(x)))
+            return x + dropout(sublayer(self._norm(w, name + "_norm", x)), name)
+        return self._norm(w, name + "_norm", x + dropout(sublayer(x), name))
 
     def _norm(self, w: Weights, name: str, x: Array) -> Array:
         return ops.norm(x, w[name + ".weight"], w.get(name + ".bias"), self.config.norm_eps, self.config.norm)
@@ -234,8 +258,9 @@ class Transformer:
     def _linear(self, w: Weights, name: str, x: Array) -> Array:
         return ops.linear(x, w[name + ".weight"], w.get(name + ".bias"))
 
-    def _feed_forward(self, w: Weights, name: str, x: Array) -> Array:
-        return self._linear(w, name + ".out", ops.activation(self._linear(w, name + ".in", x), self.config.activation))
+    def _feed_forward(self, w: Weights, name: str, dropout: Dropout, x: Array) -> Array:
+        hidden = ops.activation(self._linear(w, name + ".in", x), self.config.activation)
+        return self._linear(w, name + ".out", dropout.hidden(hidden, name + ".hidden"))
 
     def _embed(self, w: Weights, stack: str, tokens: np.ndarray, first: int = 0) -> Array:
         """Token embeddings and, where they are added, positions `first`, `first` + 1, ..."""
@@ -262,6 +287,7 @@ class Transformer:
         layer: int,
         sight: _Sight,
         run: MemoryRun,
+        dropout: Dropout,
         cache: KVCache | None = None,
     ) -> Array:
         q, k, v = (self._heads(w, f"{name}.{part}", x) for part in "qkv")
@@ -271,20 +297,30 @@ class Transformer:
             k, v = cache.append(layer, k, v)
         blocks = self._own_blocks(w, site, q, k, v, sight)
         text, asking = slice(sight.rows, sight.rows + sight.text.shape[1]), sight.valid[:, -x.shape[1] :]
-        out = self._with_memory(w, name, site, layer, q, free_q, at, blocks, run, asking, None if cache else text)
+        out = self._with_memory(w, name, site, layer, q, free_q, at, blocks, run, dropout, asking, None if cache else text)
         if cache is None:
             project = lambda rows: (self._heads(w, name + ".k", rows), self._heads(w, name + ".v", rows))  # noqa: E731
             run.wrote(site, layer, x if x.shape[1] == sight.text.shape[1] else x[:, text], sight.text, project)
         return self._linear(w, name + ".o", _merge_heads(out))
 
     def _cross_attention(
-        self, w: Weights, name: str, x: Array, *, encoded: Encoded, layer: int, sight: _Sight, run: MemoryRun, cache: KVCache | None = None
+        self,
+        w: Weights,
+        name: str,
+        x: Array,
+        *,
+        encoded: Encoded,
+        layer: int,
+        sight: _Sight,
+        run: MemoryRun,
+        dropout: Dropout,
+        cache: KVCache | None = None,
     ) -> Array:
         q = self._heads(w, name + ".q", x)
         project = lambda: tuple(self._heads(w, f"{name}.{part}", encoded.hidden) for part in "kv")  # noqa: E731
         k, v = cache.cross(layer, project) if cache else project()
         blocks, asking = [Block(k, v, valid=encoded.valid)], sight.valid[:, -x.shape[1] :]
-        out = self._with_memory(w, name, "cross", layer, q, q, sight.at, blocks, run, asking, slice(encoded.n_rows, None))
+        out = self._with_memory(w, name, "cross", layer, q, q, sight.at, blocks, run, dropout, asking, slice(encoded.n_rows, None))
         return self._linear(w, name + ".o", _merge_heads(out))
 
     def _own_blocks(self, w: Weights, site: str, q: Array, k: Array, v: Array, sight: _Sight) -> list[Block]:
@@ -323,6 +359,7 @@ class Transformer:
         at: np.ndarray,
         blocks: list[Block],
         run: MemoryRun,
+        dropout: Dropout,
         asking: np.ndarray,
         text: slice | None,
     ) -> Array:
@@ -337,7 +374,7 @@ class Transformer:
         own = len(blocks)
         joint = [(i, v) for i, v in shown if isinstance(v, View) and run.merge(i, v) == "joint"]
         blocks = blocks + [self._view_block(w, name, site, view, at, run) for _, view in joint]
-        out, lse = ops.attention_with_lse(q, blocks, scale)
+        out, lse = ops.attention_with_lse(q, blocks, scale, **dropout.weights(name))
         if text is not None and run.wants_mass():
             mass = np.concatenate([ops.attention_mass(q, block, lse, scale, asking) for block in blocks[:own]], axis=1)
             run.received(site, layer, None, mass[:, text])
@@ -346,7 +383,7 @@ class Transformer:
                 if run.wants_mass(i) and view.index is None and i not in told:
                     told.add(i)
                     run.received(site, layer, i, ops.attention_mass(q, block, lse, scale, asking))
-        for i, more in shown:
+        for n, (i, more) in enumerate(shown):
             merge = run.merge(i, more)
             if merge == "joint":
                 continue
@@ -354,7 +391,8 @@ class Transformer:
                 other = more.output
                 has = np.ones(1, bool) if more.valid is None else more.valid
             else:
-                other = ops.attention(q, [self._view_block(w, name, site, more, at, run)], scale)
+                block = self._view_block(w, name, site, more, at, run)
+                other = ops.attention(q, [block], scale, **dropout.weights(f"{name}.view.{n}"))
                 has = np.asarray(more.valid.any(axis=1))
             if merge == "add":
                 out = out + (other if has.all() else np.where(has[:, None, None, None], other, 0))

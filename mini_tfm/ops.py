@@ -14,7 +14,7 @@ import numpy as np
 
 from . import _core
 from ._core import Block
-from .autodiff import Var, add_grad, is_traced, record, value_of
+from .autodiff import Var, gathered, is_traced, record, value_of
 
 Array: TypeAlias = Any  # an np.ndarray or a Var: NumPy's functions take both, its stubs know only the first
 
@@ -38,13 +38,11 @@ def linear(x: Array, weight: Array, bias: Array | None = None, *, transposed: bo
     def vjp(dy: np.ndarray) -> tuple[Any, ...]:
         d_out = np.ascontiguousarray(_flat(dy))
         dx = _core.gemm(d_out, vw, trans_b=not transposed).reshape(vx.shape) if isinstance(x, Var) else None
+        dw = gathered(weight)
         if isinstance(weight, Var):
             a, b = (d_out, rows) if transposed else (rows, d_out)
-            if weight.grad is not None and weight._owns_grad:  # a parameter: straight into the arena
-                _core.gemm(a, b, trans_a=True, out=weight.grad, accumulate=True)
-            else:
-                add_grad(weight, _core.gemm(a, b, trans_a=True))
-        return dx, None, d_out.sum(axis=0) if isinstance(bias, Var) else None
+            made = _core.gemm(a, b, trans_a=True, out=dw, accumulate=dw is not None)
+        return dx, made if isinstance(weight, Var) and dw is None else None, d_out.sum(axis=0) if isinstance(bias, Var) else None
 
     return record(y, (x, weight, bias), vjp)
 
@@ -93,14 +91,10 @@ def embedding(table: Array, ids: np.ndarray) -> Array:
     if not is_traced(table):
         return y
 
-    def vjp(dy: np.ndarray) -> tuple[None]:
-        if table.grad is None or not table._owns_grad:
-            fresh = np.zeros_like(vt)
-            _core.embedding_backward(ids, dy, fresh)
-            add_grad(table, fresh)
-        else:
-            _core.embedding_backward(ids, dy, table.grad)
-        return (None,)
+    def vjp(dy: np.ndarray) -> tuple[Any]:
+        into = gathered(table)
+        made = _core.embedding_backward(ids, dy, np.zeros_like(vt) if into is None else into)
+        return (made if into is None else None,)
 
     return record(y, (table,), vjp)
 
@@ -147,14 +141,10 @@ def linear_cross_entropy(
         return loss
 
     def vjp(dy: np.ndarray) -> tuple[Any, ...]:
-        dweight = None
-        if isinstance(weight, Var):
-            in_arena = weight.grad is not None and weight._owns_grad
-            dweight = weight.grad if in_arena else np.zeros_like(vw)
+        into = gathered(weight)
+        dweight = np.zeros_like(vw) if into is None and isinstance(weight, Var) else into
         dx, _, dbias = _core.linear_cross_entropy_backward(rows, vw, ids, lse, share * dy, dweight, **options)
-        if isinstance(weight, Var) and not in_arena:
-            add_grad(weight, dweight)
-        return dx.reshape(vx.shape), None, dbias
+        return dx.reshape(vx.shape), dweight if into is None else None, dbias
 
     return record(loss, (x, weight, bias), vjp)
 

@@ -302,3 +302,65 @@ def test_a_var_holds_real_numbers(value):
 def test_a_leafs_gradient_must_fit(grad):
     with pytest.raises(InvalidValue, match="grad: expected"):
         Var(np.zeros(3), grad)
+
+
+def test_a_function_gives_the_same_bits_on_plain_arrays_and_on_vars():
+    x = np.random.default_rng(0).standard_normal((7, 13)).astype(np.float32)
+    for function in (
+        np.mean,
+        lambda a: a.mean(axis=0),
+        lambda a: a**2,
+        lambda a: a**0.5,
+        lambda a: a.sum(axis=1),
+        lambda a: 3 / (a * a),
+        np.tanh,
+    ):
+        with np.errstate(invalid="ignore"):
+            plain = np.asarray(function(x))
+            assert function(Var(x)).value.tobytes() == plain.tobytes()
+
+
+def test_a_graph_is_walked_once():
+    """What it remembered is forgotten as it is used: a second time would go on with nothing."""
+    x = Var(np.ones(2))
+    y = x * 3
+    loss = (y * y).sum()
+    backward(loss)
+    for again in (loss, (y * 2).sum()):
+        with pytest.raises(InvalidValue, match="add up the losses"):
+            backward(again)
+
+
+def test_what_is_remembered_is_freed_on_the_way():
+    import weakref
+
+    x = Var(np.ones((100, 100)))
+    y = x
+    kept = []
+    for _ in range(5):
+        y = np.exp(y) * 0.1
+        kept.append(weakref.ref(y.value))
+    last = y
+    del y
+    backward(last.sum())
+    assert [ref() is not None for ref in kept] == [False] * 4 + [True]
+
+
+def test_many_parts_of_an_array_share_one_gradient(monkeypatch):
+    """Each adds to it in place: no array of the whole size for each part."""
+    made = []
+    real = np.zeros
+    x = Var(np.ones((50, 3)))
+    total = sum((x[i] * float(i) for i in range(50)), Var(np.zeros(3)))
+    monkeypatch.setattr(np, "zeros", lambda shape, *a, **k: made.append(shape) or real(shape, *a, **k))
+    backward(total)
+    assert len(made) == 1
+    np.testing.assert_array_equal(x.grad, np.repeat(np.arange(50.0)[:, None], 3, 1))
+
+
+def test_parts_are_added_to_a_gradient_that_others_share():
+    a, b = Var(np.ones(3)), Var(np.ones(3))
+    both = a + b
+    backward((both * 1 + 0).sum() + a[1:].sum() * 10 + a[np.array([0, 0])].sum() * 100 + a[np.array([True, False, True])].sum())
+    np.testing.assert_array_equal(a.grad, [202, 11, 12])
+    np.testing.assert_array_equal(b.grad, [1, 1, 1])

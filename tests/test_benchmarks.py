@@ -95,6 +95,10 @@ def tiny(monkeypatch):
     monkeypatch.setattr(machine, "PEAK", 8)
     monkeypatch.setattr(machine, "BEYOND", 8192)
     monkeypatch.setattr(MODULES["model"].TrainingStepAgainstTorch, "pairs", 1)
+    monkeypatch.setattr(MODULES["segments"].Recomputed, "pairs", 1)
+    monkeypatch.setattr(MODULES["tape"], "REPEATS", 1)
+    for name in ("BATCH", "SEGMENT"):
+        monkeypatch.setattr(MODULES["segments"], name, 4)
     for kernel in kernels.StreamShare.of.values():
         monkeypatch.setattr(kernel, "params", ([TINY[kernel.__name__]], *kernel.params[1:]))
 

@@ -80,7 +80,9 @@ _FIXED = (
     "--warmup-steps", type=int, metavar="STEPS", help="Steps until the peak; default: 50, or a quarter of --steps if that is less."
 )
 @click.option("--schedule", default="cosine", show_default=True, help="cosine (to 0 at --steps) or constant.")
-@click.option("--dropout", default=0.0, show_default=True, metavar="SHARE", help="Of embeddings and sublayers.")
+@click.option(
+    "--dropout", default=0.0, show_default=True, metavar="SHARE", help="Of embeddings, sublayers, attention weights and hidden layers."
+)
 @click.option(
     "--source-dropout",
     default=0.0,

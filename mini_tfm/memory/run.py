@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..autodiff import value_of
+from ..autodiff import Var, value_of
 from ..config import Config
 from ..errors import InvalidValue
 from .base import MERGES, Array, Dims, Memory, New, Param, Query, Rows, Segment, Side, State, View
@@ -352,6 +352,26 @@ class MemoryRun:
         for state in self.states:
             for name in state:
                 state[name] = value_of(state[name])
+
+    def traced(self) -> dict[tuple[int, str], Var]:
+        """The Vars among the states, by (member, name)."""
+        return {(i, name): x for i, state in enumerate(self.states) for name, x in state.items() if isinstance(x, Var)}
+
+    def cut(self) -> None:
+        """Between segments: each Var of the states becomes a leaf, whose gradient is for the Var that it was.
+
+        States are kept from here on: none of their arrays can be written into, and what is a part of a larger array is
+        copied, as the rest of the segment need not be kept.
+        """
+        for state in self.states:
+            for name, x in state.items():
+                value = value_of(x)
+                if value.base is not None and value.nbytes < getattr(value.base, "nbytes", 0):
+                    value = value.copy()
+                value = value.view()
+                value.flags.writeable = False
+                state[name] = Var(value) if isinstance(x, Var) else value
+        self._before, self._rows, self._output = [dict(state) for state in self.states], {}, None  # they hold on to the tape
 
     def copy(self) -> MemoryRun:
         """An independent run from here on; arrays are shared, as nobody writes into one."""

@@ -15,17 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from .. import ops
-from ..autodiff import Var, backward, value_of
 from ..errors import InvalidType, InvalidValue, PluginError, TrainingError
 from ..memory.base import Memory
 from ..memory.run import memory_parameters
-from ..model import NO_DROPOUT, Dropout, Transformer, check_tokens
+from ..model import Dropout, Transformer, check_tokens
 from ..progress import training_progress
 from ..tokenizer import Tokenizer
 from .data import Batch, TextStreams, fields
 from .optimizer import SCHEDULES, AdamW, schedule_factor
-from .walk import walk
+from .segments import SegmentLoss, backpropagate
 
 TRAINING_FILE = "training.json"
 OPTIMIZER_FILE = "training.safetensors"
@@ -39,7 +37,10 @@ class Trainer:
     dropout: on the embeddings and each sublayer's output (arXiv 1706.03762, section 5.4).
     label_smoothing: section 5.4. source_dropout: the chance that the decoder does not see a segment's own
     encoder outputs but the memory alone, which teaches a memory to carry what will be asked for.
+    attention_dropout, ff_dropout: of attention weights and of the feed-forward's hidden layer; None: `dropout`.
     bptt_segments: gradients stop after so many segments; None: full backpropagation through all of a batch.
+    recompute: what a segment computed is not kept for the backward pass but computed again: the same gradients, bit
+    for bit, in the RAM of one segment and the states between them, for about a third more time.
     seed: of dropout. tokenizer: saved with the model.
     """
 
@@ -57,9 +58,12 @@ class Trainer:
         eps: float = 1e-9,
         clip: float | None = 1.0,
         dropout: float = 0.0,
+        attention_dropout: float | None = None,
+        ff_dropout: float | None = None,
         label_smoothing: float = 0.0,
         source_dropout: float = 0.0,
         bptt_segments: int | None = None,
+        recompute: bool = False,
         seed: int = 0,
         tokenizer: Tokenizer | None = None,
     ):
@@ -79,9 +83,12 @@ class Trainer:
             "eps": eps,
             "clip": clip,
             "dropout": dropout,
+            "attention_dropout": attention_dropout,
+            "ff_dropout": ff_dropout,
             "label_smoothing": label_smoothing,
             "source_dropout": source_dropout,
             "bptt_segments": bptt_segments,
+            "recompute": recompute,
             "seed": seed,
         }
         _check_options(self.options)
@@ -111,17 +118,13 @@ class Trainer:
         """
         batch = self._batch(source, target, source_lengths, target_lengths, weights)
         self.optimizer.zero_grad()
-        dropout = Dropout(self.options["dropout"], self.options["seed"] * 1_000_003 + self.step_count)
         try:
-            loss = self._loss(batch, self.optimizer.leaves(), dropout, training=True)
+            value = self._backward(batch, self._dropout())
         except PluginError:
             # A strategy is blamed for the NaN it holds; where the model alone gives them, the fault is not its own.
-            loss = self._loss(batch, self.model.weights, NO_DROPOUT, training=False, with_memory=False)
-            if np.isfinite(loss):
+            value = self._loss(batch, with_memory=False)
+            if np.isfinite(value):
                 raise
-        value = float(value_of(loss))
-        if np.isfinite(value):
-            backward(loss)
         norm = self.optimizer.grad_norm()
         if not np.isfinite(value) or not np.isfinite(norm):
             raise TrainingError(self._diagnosis(value))
@@ -134,7 +137,7 @@ class Trainer:
 
     def evaluate(self, batch: Batch) -> float:
         """The loss of a batch, in nats per target token; changes nothing."""
-        return float(value_of(self._loss(self._batch(*fields(batch)), self.model.weights, NO_DROPOUT, training=False)))
+        return self._loss(self._batch(*fields(batch)))
 
     def fit(
         self,
@@ -237,26 +240,29 @@ class Trainer:
             weights = _weights(weights, target.shape, self.model.dtype)
         return Batch(source, target, source_lengths, target_lengths, weights)
 
-    def _loss(self, batch: Batch, w: dict[str, Any], dropout: Dropout, training: bool, with_memory: bool = True) -> Any:
+    def _dropout(self) -> Dropout:
+        """Of the next step."""
+        o = self.options
+        attention, hidden = (o["dropout"] if o[name] is None else o[name] for name in ("attention_dropout", "ff_dropout"))
+        return Dropout(o["dropout"], o["seed"], attention, hidden, self.step_count)
+
+    def _backward(self, batch: Batch, dropout: Dropout) -> float:
+        """The loss through all segments of the batch, as it is in training; its gradient is added into the arena."""
+        o, w = self.options, self.optimizer.leaves()
+        loss = SegmentLoss(self.model, batch, w, dropout=dropout, hide_source=self._hidden(batch), label_smoothing=o["label_smoothing"])
+        run = self.model.start_run(self.memory, len(batch.target), w, training=True)
+        return backpropagate(loss, run, truncate=o["bptt_segments"], recompute=o["recompute"])
+
+    def _hidden(self, batch: Batch) -> np.ndarray | None:
+        """(B, n) bool: segments hidden from the decoder at the next step."""
+        o = self.options
+        draw = np.random.default_rng([o["seed"], self.step_count]).random
+        return draw(batch.target.shape[:2]) < o["source_dropout"] if o["source_dropout"] else None
+
+    def _loss(self, batch: Batch, *, with_memory: bool = True) -> float:
         """Mean negative log-likelihood of all target tokens, through all segments of the batch."""
-        model, o = self.model, self.options
-        size, n_segments, length = batch.target.shape
-        run = model.start_run(self.memory if with_memory else None, size, w, training=True)
-        counts = (np.arange(length) < batch.target_lengths[..., None]).astype(model.dtype)
-        counts = counts if batch.weights is None else counts * batch.weights
-        total = counts.sum(dtype=np.float64) or 1.0
-        hide = None
-        if training and o["source_dropout"]:
-            hide = np.random.default_rng([o["seed"], self.step_count]).random((size, n_segments)) < o["source_dropout"]
-        smoothing = o["label_smoothing"] if training else 0.0
-        loss: Any = np.zeros((), model.dtype)
-        for t, hidden in walk(model, run, batch, w, dropout=dropout, hide_source=hide, detach_every=o["bptt_segments"]):
-            share = counts[:, t].sum(dtype=np.float64) / total
-            if share > 0:
-                logits = np.reshape(model.output_logits(hidden, w), (-1, model.config.vocab_size))
-                part = ops.cross_entropy(logits, batch.target[:, t].ravel(), counts[:, t].ravel(), smoothing)
-                loss = loss + part * model.dtype.type(share)
-        return loss if isinstance(loss, Var) or not training else Var(loss)
+        loss = SegmentLoss(self.model, batch, self.model.weights)
+        return loss.value(self.model.start_run(self.memory if with_memory else None, len(batch.target), training=True))
 
     def _diagnosis(self, loss: float) -> str:
         sizes = {name: float(np.max(np.abs(g))) if g.size else 0.0 for name, g in self.optimizer.grads.items()}
@@ -348,6 +354,8 @@ def _check_options(options: dict[str, Any]) -> None:
         ("weight_decay", 0, None),
         ("eps", 0, None),
         ("dropout", 0, 1),
+        ("attention_dropout", 0, 1),
+        ("ff_dropout", 0, 1),
         ("label_smoothing", 0, 1),
         ("source_dropout", 0, 1),
         ("seed", 0, None),
@@ -357,7 +365,7 @@ def _check_options(options: dict[str, Any]) -> None:
     )
     for name, low, high in limits:
         value: Any = options.get(name)
-        if value is None and name in ("clip", "total_steps", "bptt_segments"):
+        if value is None and name in ("clip", "total_steps", "bptt_segments", "attention_dropout", "ff_dropout"):
             continue
         whole = name in ("warmup_steps", "seed", "total_steps", "bptt_segments")
         number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
@@ -367,6 +375,8 @@ def _check_options(options: dict[str, Any]) -> None:
     betas = options.get("betas")
     if not isinstance(betas, list) or len(betas) != 2 or not all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in betas):
         faults.append(f"betas: expected two numbers of at least 0 and below 1, got {betas!r}")
+    if not isinstance(options.get("recompute", False), bool):
+        faults.append(f"recompute: expected True or False, got {options['recompute']!r}")
     if options.get("schedule") not in SCHEDULES:
         faults.append(f"schedule: expected one of {', '.join(SCHEDULES)}, got {options.get('schedule')!r}")
     if faults:

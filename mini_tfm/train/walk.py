@@ -17,41 +17,51 @@ from ..model import NO_DROPOUT, Dropout, Encoded, Transformer
 from .data import Batch
 
 
-def walk(
-    model: Transformer,
-    run: MemoryRun,
-    batch: Batch,
-    w: Mapping[str, Any] | None = None,
-    *,
-    dropout: Dropout = NO_DROPOUT,
-    hide_source: np.ndarray | None = None,
-    detach_every: int | None = None,
-) -> Iterator[tuple[int, Any]]:
-    """Yields (t, decoder outputs (B, T, d)) for each segment t of the batch.
+def walk(model: Transformer, run: MemoryRun, batch: Batch) -> Iterator[tuple[int, Any]]:
+    """Yields (t, decoder outputs (B, T, d)) for each segment t of the batch, which is closed when the next is asked for."""
+    segments = Segments(model, batch)
+    for t in range(batch.target.shape[1]):
+        encoded, hidden = segments.read(run, t)
+        yield t, hidden
+        model.finish_segment(encoded, run)
 
-    hide_source: (B, n) bool, where the decoder sees the memory alone. detach_every: gradients stop after so many
-    segments.
+
+class Segments:
+    """The segments of a batch, to be read in turn; reading one again, from the same states, gives the same again.
+
+    w: the weights, if not the model's; hide_source: (B, n) bool, where the decoder sees the memory alone.
     """
-    size, n_segments, _ = batch.target.shape
-    last = None  # a decoder-only model's first input of a segment is the last token of the one before
-    for t in range(n_segments):
-        if detach_every and t and t % detach_every == 0:
-            run.detach()
+
+    def __init__(
+        self,
+        model: Transformer,
+        batch: Batch,
+        w: Mapping[str, Any] | None = None,
+        *,
+        dropout: Dropout = NO_DROPOUT,
+        hide_source: np.ndarray | None = None,
+    ):
+        self.model, self.batch, self.w, self.dropout, self.hide_source = model, batch, w, dropout, hide_source
+        self.firsts: list[np.ndarray | None] = [None]  # a decoder-only model's first input is the last token of the segment before
+        last = np.full(len(batch.target), model.config.bos_id)
+        for t in range(batch.target.shape[1] - 1):
+            target, lengths = batch.target[:, t], batch.target_lengths[:, t]
+            last = np.where(lengths > 0, target[np.arange(len(target)), np.maximum(lengths - 1, 0)], last)  # others pause
+            self.firsts.append(None if model.config.has_encoder else last)
+
+    def read(self, run: MemoryRun, t: int) -> tuple[Encoded | None, Any]:
+        """What `Transformer.finish_segment` asks for, and the decoder's outputs (B, T, d) of segment t, which stays open."""
+        model, batch, w, dropout = self.model, self.batch, self.w, self.dropout.at(t)
         target, target_lengths = batch.target[:, t], batch.target_lengths[:, t]
-        encoded = None
+        encoded = seen = None
         if batch.source is not None and batch.source_lengths is not None:
             run.open(batch.source_lengths[:, t], target)
-            encoded = model.encode_segment(batch.source[:, t], batch.source_lengths[:, t], run, w, dropout)
+            encoded = seen = model.encode_segment(batch.source[:, t], batch.source_lengths[:, t], run, w, dropout)
+            if self.hide_source is not None and t > 0:
+                seen = _without_text(encoded, self.hide_source[:, t])
         else:
             run.open(target_lengths, target)
-        inputs = model.shift_right(target, None if encoded is not None else last)
-        seen = encoded
-        if encoded is not None and hide_source is not None and t > 0:
-            seen = _without_text(encoded, hide_source[:, t])
-        yield t, model.decode_segment(inputs, target_lengths, seen, run, w, dropout)
-        model.finish_segment(encoded, run)
-        ends = target[np.arange(size), np.maximum(target_lengths - 1, 0)]
-        last = np.where(target_lengths > 0, ends, model.config.bos_id if last is None else last)  # others pause
+        return encoded, model.decode_segment(model.shift_right(target, self.firsts[t]), target_lengths, seen, run, w, dropout)
 
 
 def _without_text(encoded: Encoded, rows: np.ndarray) -> Encoded:

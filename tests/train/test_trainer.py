@@ -11,7 +11,7 @@ from helpers import assert_same_bits
 from variants import VARIANTS, assert_gradients, tiny_model, tokens
 
 import mini_tfm as mt
-from mini_tfm.autodiff import backward, value_of
+from mini_tfm.autodiff import value_of
 from mini_tfm.checkpoint import read_safetensors
 from mini_tfm.config import Config
 from mini_tfm.errors import FileProblem, InvalidType, InvalidValue, PluginError, TrainingError
@@ -21,6 +21,7 @@ from mini_tfm.tokenizer import ByteTokenizer
 from mini_tfm.train import TextStreams, Trainer
 from mini_tfm.train import optimizer as optimizer_module
 from mini_tfm.train.data import Batch, fields
+from mini_tfm.train.segments import SegmentLoss
 
 MEMORIES = ["window:size=5", "window:size=4,sinks=2,site=all", "recurrent:tokens=2", "recurrent:tokens=2,residual=true", "store:top_k=3",
             "store:top_k=2,merge=gate", "window:size=3+store:top_k=2"]  # fmt: skip
@@ -137,9 +138,15 @@ def taped(trainer, batch, **options):
         if name.startswith("memory."):
             weight += 0.3 * np.random.default_rng(0).standard_normal(weight.shape)
     batch = trainer._batch(*fields(batch))
-    backward(trainer._loss(batch, trainer.optimizer.leaves(), NO_DROPOUT, training=True))
+    trainer._backward(batch, NO_DROPOUT)
     gradients = {name: g.copy() for name, g in trainer.optimizer.grads.items()}
-    return lambda w: float(value_of(trainer._loss(batch, w, NO_DROPOUT, training=True))), weights_of(trainer), gradients
+    return lambda w: training_loss(trainer, batch, w), weights_of(trainer), gradients
+
+
+def training_loss(trainer, batch, w, dropout=NO_DROPOUT):
+    smoothing = trainer.options["label_smoothing"]
+    loss = SegmentLoss(trainer.model, batch, w, dropout=dropout, hide_source=trainer._hidden(batch), label_smoothing=smoothing)
+    return loss.value(trainer.model.start_run(trainer.memory, len(batch.target), w, training=True))
 
 
 @pytest.mark.parametrize(
@@ -220,7 +227,7 @@ def test_label_smoothing_is_for_training_alone():
     plain, smooth = (Trainer(tiny_model("pre norm"), label_smoothing=e) for e in (0.0, 0.3))
     assert plain.evaluate(batch) == smooth.evaluate(batch)
     given = plain._batch(*fields(batch))
-    sharp, soft = (float(value_of(t._loss(given, t.model.weights, NO_DROPOUT, training=True))) for t in (plain, smooth))
+    sharp, soft = (training_loss(t, given, t.model.weights) for t in (plain, smooth))
     # The mean over all classes takes part with its share: worked out from the logits.
     total = counted = 0.0
     for t in range(3):
@@ -420,8 +427,10 @@ def test_an_interrupt_saves_and_goes_on_to_the_caller(place, tmp_path, monkeypat
             raise KeyboardInterrupt
 
     if place == "in a step":
-        real = trainer._loss
-        monkeypatch.setattr(trainer, "_loss", lambda *a, **k: real(*a, **k) if trainer.step_count < 3 else exec("raise KeyboardInterrupt"))
+        real = trainer._backward
+        monkeypatch.setattr(
+            trainer, "_backward", lambda *a, **k: real(*a, **k) if trainer.step_count < 3 else exec("raise KeyboardInterrupt")
+        )
     with pytest.raises(KeyboardInterrupt):
         trainer.fit(interrupted, 9, folder=tmp_path / "run", on_step=on_step, progress=False)
     resumed = Trainer.resume(tmp_path / "run")
