@@ -363,13 +363,13 @@ def _fit(trainer: Trainer, run: _Run, out: Path, options: dict[str, Any], as_jso
     with interrupt_between_steps() as stop_asked:
 
         def on_step(trainer: Trainer, loss: float) -> None:
-            if trainer.validations and trainer.validations[-1][0] == trainer.step_count:
-                found = trainer.validations[-1][1]
-                pace = clock.seconds / (trainer.step_count - steps_before)
-                left = f", about {duration(pace * (options['steps'] - trainer.step_count))} left" if options["seconds"] is None else ""
+            step, looks = trainer.step_count, trainer.validations
+            if looks and looks[-1][0] == step:
+                speed = (trainer.tokens_seen - tokens_before) / clock.seconds
+                left = clock.seconds / (step - steps_before) * (options["steps"] - step)
                 note(
-                    f"step {trainer.step_count}: loss {loss:.3f}, held out {found:.3f} nats/token, {run.bits_per_byte(found):.3f} bits/byte;"
-                    f" rate {trainer.learning_rate:.2g}, {count((trainer.tokens_seen - tokens_before) / clock.seconds)} tokens/s{left}"
+                    f"step {step}: loss {loss:.3f}, held out {looks[-1][1]:.3f} nats/token, {run.bits_per_byte(looks[-1][1]):.3f} bits/byte;"
+                    f" rate {trainer.learning_rate:.2g}, {count(speed)} tokens/s, {duration(left)} left"
                 )
             if ranks.any(stop_asked()):
                 raise StoppedTogether

@@ -92,6 +92,7 @@ class Fitting:
         """Measures the mean loss of the validation batches, which ranks share out, and keeps the best so far."""
         assert self.validation_of is not None
         trainer, ranks = self.trainer, self.trainer.communicator
+        check_finite(trainer)  # or a memory would be blamed for what it was given
         losses = np.zeros(self.options["validation_batches"])
         for i in range(ranks.rank, len(losses), ranks.size):
             losses[i] = trainer.evaluate(self.validation_of(i))

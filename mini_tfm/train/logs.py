@@ -150,7 +150,9 @@ class TensorBoard:
             raise InvalidValue(f"tensorboard_log: needs tensorboardX ({error}): pip install 'mini-tfm[tensorboard]'") from error
         self.path = Path(path)
         try:
-            self._writer = SummaryWriter(str(path), purge_step=len(losses) + 1 if losses else None)
+            # Files are named by the second they are made in: the step keeps those of a run resumed at once apart.
+            step = len(losses)
+            self._writer = SummaryWriter(str(path), purge_step=step + 1 if step else None, filename_suffix=f".{step}")
         except OSError as error:
             raise _problem(self.path, error) from error
 
