@@ -12,13 +12,18 @@ from .shared import check_out, command_line, json_option, note, print_json
 
 @click.command(short_help="Average the models of a run.")
 @click.argument("folders", nargs=-1, required=True, metavar="FOLDER...", type=click.Path(path_type=Path))
-@click.option("--last", type=click.IntRange(1), metavar="MODELS", help="Of the one FOLDER, a run, take its newest checkpoint-STEP folders.")
+@click.option(
+    "--last",
+    type=click.IntRange(1),
+    metavar="MODELS",
+    help="Of the one FOLDER, a run, take so many of its checkpoint-STEP folders, the last steps.",
+)
 @click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Where the average is saved.")
 @json_option
 def average(folders: tuple[Path, ...], last: int | None, out: Path, as_json: bool) -> None:
     """Saves the model whose weights are the mean of those of the models in FOLDERs, which must be of one kind.
 
-    Sums are in float64. A folder that holds a model is never written over.
+    Sums are in float64. With --last, FOLDER is a run, and its checkpoints of the last steps are taken. A folder that holds a model is never written over.
 
     \b
     Example:

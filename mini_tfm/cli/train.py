@@ -367,8 +367,9 @@ def _fit(trainer: Trainer, run: _Run, out: Path, options: dict[str, Any], as_jso
             if looks and looks[-1][0] == step:
                 speed = (trainer.tokens_seen - tokens_before) / clock.seconds
                 left = clock.seconds / (step - steps_before) * (options["steps"] - step)
+                found = looks[-1][1]
                 note(
-                    f"step {step}: loss {loss:.3f}, held out {looks[-1][1]:.3f} nats/token, {run.bits_per_byte(looks[-1][1]):.3f} bits/byte;"
+                    f"step {step}: loss {loss:.3f}, held out {found:.3f} nats/token, {run.bits_per_byte(found):.3f} bits/byte;"
                     f" rate {trainer.learning_rate:.2g}, {count(speed)} tokens/s, {duration(left)} left"
                 )
             if ranks.any(stop_asked()):

@@ -79,6 +79,55 @@ def interrupt_at(step):
     yield lambda: next(checks, None) is None
 
 
+def test_what_a_run_was_told_is_remembered(run, train, tmp_path):
+    """Logs, rhythm and patience go on as they were, but for what is told anew."""
+    told = ["--validate-every", 2, "--save-every", 3, "--save-total-limit", 2, "--save-best", "--schedule", "linear", "--weight-decay", 0.1]
+    told += ["--gradient-accumulation-steps", 2, "--early-stopping-patience", 50, "--early-stopping-threshold", 0.01, "--max-grad-norm", 0]
+    told += ["--label-smoothing", 0.1, "--bptt-segments", 1, "--jsonl-log", tmp_path / "l.jsonl", "--csv-log", tmp_path / "l.csv"]
+    assert train(tmp_path / "m", "--steps", 4, *told).code == 0
+    resumed = run("train", "--resume", tmp_path / "m", "--steps", 9, "--validate-every", 3, "--json")
+    assert resumed.json["steps"] == 9 and resumed.json["best_step"] and not resumed.json["stopped_early"]
+    log = [json.loads(line) for line in (tmp_path / "l.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == list(range(1, 10)) and len((tmp_path / "l.csv").read_text().splitlines()) == 10
+    assert [line["step"] for line in log if "validation_loss" in line] == [2, 4, 6, 9]
+    assert sorted(path.name for path in (tmp_path / "m").glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-9"]
+    assert (tmp_path / "m" / "best").is_dir()
+    about = json.loads((tmp_path / "m" / "training.json").read_text())
+    for name, value in (("gradient_accumulation_steps", 2), ("early_stopping_patience", 50), ("clip", None), ("schedule", "linear"),
+                        ("weight_decay", 0.1), ("label_smoothing", 0.1), ("bptt_segments", 1)):  # fmt: skip
+        assert about["options"][name] == value, name
+    refused = run("train", "--resume", tmp_path / "m", "--steps", 12, "--gradient-accumulation-steps", 3)
+    assert refused.code == 2 and "--gradient-accumulation-steps comes from the folder" in refused.err
+
+
+def test_train_stops_early_and_says_where_the_best_is(run, train, tmp_path):
+    said = train(
+        tmp_path / "m", "--steps", 40, "--learning-rate", 0.5, "--validate-every", 1, "--early-stopping-patience", 2, "--save-best"
+    )
+    assert said.code == 0 and re.search(r"stopped early at step \d+: 2 looks in a row .* at step \d+; that model is in .*best", said.err)
+    answer = run("train", "--resume", tmp_path / "m", "--steps", 41, "--json").json
+    assert answer["stopped_early"] and answer["steps"] < 40 and answer["best_step"] == answer["steps"] - 2
+    assert run("generate", tmp_path / "m" / "best", "The", "--max-new-tokens", 2).code == 0
+
+
+def test_average_is_a_model_that_works(run, train, tmp_path):
+    assert train(tmp_path / "m", "--steps", 6, "--save-every", 2, "--save-total-limit", 3).code == 0
+    answer = run("average", tmp_path / "m", "--last", 2, "--out", tmp_path / "a", "--json").json
+    assert answer["models"] == [str(tmp_path / "m" / f"checkpoint-{step}") for step in (4, 6)]
+    one, other, mean = (load_saved(path).model.weights for path in (*answer["models"], tmp_path / "a"))
+    assert all(((one[n].astype(float) + other[n]) / 2).astype("f4").tobytes() == mean[n].tobytes() for n in mean)
+    said = run("average", *answer["models"], "--out", tmp_path / "b")
+    assert said.code == 0 and "mean of 2 models" in said.out and weights(tmp_path / "b") == weights(tmp_path / "a")
+    for words, told in (
+        ([tmp_path / "m", tmp_path / "m", "--last", 2, "--out", tmp_path / "c"], "--last goes with one FOLDER"),
+        ([tmp_path / "m", "--last", 4, "--out", tmp_path / "c"], "found 3"),
+        ([tmp_path / "m", "--out", tmp_path / "a"], "holds a model already"),
+        ([tmp_path / "nothing", "--out", tmp_path / "c"], "nothing"),
+    ):
+        refused = run("average", *words)
+        assert refused.code == 2 and told in refused.err and not (tmp_path / "c").exists()
+
+
 def test_no_time_for_a_step_is_a_model_all_the_same(train, tmp_path):
     answer = train(tmp_path / "m", "--seconds", 1e-9, "--json").json
     assert answer["steps"] == 0 and answer["loss"] is None and load_saved(tmp_path / "m").tokenizer is not None

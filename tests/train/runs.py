@@ -22,11 +22,8 @@ def data(seed=1, batch_size=4):
 
 def make_trainer(dtype=np.float32, **options):
     config = Config(vocab_size=13, d_model=8, n_heads=2, n_encoder_layers=1, n_decoder_layers=1, d_ff=12)
-    options = {
-        **{"learning_rate": 3e-3, "warmup_steps": 3, "total_steps": STEPS, "dropout": 0.1, "source_dropout": 0.2, "seed": 4},
-        **{"gradient_accumulation_steps": 3, "early_stopping_patience": 4},
-        **options,
-    }
+    usual = {"learning_rate": 3e-3, "warmup_steps": 3, "total_steps": STEPS, "dropout": 0.1, "source_dropout": 0.2, "seed": 4}
+    options = {**usual, "gradient_accumulation_steps": 3, "early_stopping_patience": 4, **options}
     return Trainer(Transformer(config, seed=1, dtype=dtype), mt.memory("recurrent:tokens=2"), **options)
 
 

@@ -29,7 +29,8 @@ ENVIRONMENT = {
     "PYTHONWARNINGS": "error",
     # Of Open MPI: what else would need an option that no other mpirun has. More ranks than processors, in a container.
     **dict.fromkeys(("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "OMPI_MCA_rmaps_base_oversubscribe"), "1"),
-    **{"OMPI_MCA_hwloc_base_binding_policy": "none", "OMPI_MCA_mpi_yield_when_idle": "1"},
+    "OMPI_MCA_hwloc_base_binding_policy": "none",
+    "OMPI_MCA_mpi_yield_when_idle": "1",
 }
 
 
@@ -50,8 +51,8 @@ def there_is_mpi():
     pytest.importorskip("mpi4py")
     if shutil.which("mpirun") is None:
         pytest.skip("there is no mpirun")
-    code, out, err = program(2, "from mpi4py import MPI; print('size', MPI.COMM_WORLD.Get_size())")
-    if code or out.split() != ["size", "2", "size", "2"]:
+    code, out, err = program(2, "from mpi4py import MPI; print(MPI.COMM_WORLD.Get_size())")
+    if code or sorted(out.replace("\n", "")) != ["2", "2"]:  # two writers: their lines may run into each other
         pytest.skip(f"mpirun is not that of mpi4py, or does not work here: {err[-300:]}")
 
 
@@ -63,8 +64,12 @@ from mini_tfm.train import Trainer
 from runs import fit, make_trainer, state
 folder, parts, stops, dropout = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]), float(sys.argv[4])
 ranks = MPI.COMM_WORLD
-options = dict(dtype=sys.argv[5], gradient_accumulation_steps=parts, early_stopping_patience=2, early_stopping_threshold=0.02, dropout=dropout)
-trainer = Trainer.resume(folder, communicator=ranks) if (folder / 'training.json').exists() else make_trainer(communicator=ranks, **options)
+options = dict(dtype=sys.argv[5], gradient_accumulation_steps=parts, dropout=dropout)
+options |= dict(early_stopping_patience=2, early_stopping_threshold=0.02)
+if (folder / 'training.json').exists():
+    trainer = Trainer.resume(folder, communicator=ranks)
+else:
+    trainer = make_trainer(communicator=ranks, **options)
 fit(trainer, folder, **({'steps': stops} if stops else {}))
 states = ranks.gather(state(trainer))
 if ranks.rank == 0:
@@ -100,6 +105,7 @@ def test_any_number_of_ranks_is_one_run(tmp_path):
     assert {path.name for path in (tmp_path / "3").iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}
 
 
+@pytest.mark.long
 def test_two_ranks_drop_out_what_one_with_two_parts_does(tmp_path):
     two, one = trained(2, tmp_path / "two", dropout=0.2), trained(1, tmp_path / "one", parts=2, dropout=0.2)
     assert_close_runs(one, two, 1e-9)
@@ -155,11 +161,11 @@ print('went on')
     [
         ("data", "rank 1 of 3: .*the disk of this machine is gone"),
         ("killed", "signal 9"),
-        ("leaves", "rank 1 of 3: .*SystemExit"),
+        pytest.param("leaves", "rank 1 of 3: .*SystemExit", marks=pytest.mark.long),
         ("nan", "TrainingError: step 3: the loss is nan at row"),
         ("a full disk", "rank 0 of 3: .*no space left"),
         ("other data", "data: batch 0 of rank 1 is not that of rank 0"),
-        ("another step", "rank 0 stands at step 0, rank 1 at 1"),
+        pytest.param("another step", "rank 0 stands at step 0, rank 1 at 1", marks=pytest.mark.long),
     ],
 )
 def test_a_rank_that_fails_ends_all(where, told, tmp_path):

@@ -133,7 +133,7 @@ def test_other_data_is_refused_and_nothing_lost(other, tmp_path):
     folder = tmp_path / "run"
     fit(make_trainer(), folder, steps=5)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(InvalidValue, match="data: batch 4 is not what it was.*check_data=False"):
+    with pytest.raises(InvalidValue, match=r"data: batch 4 is not what it was.*check_data=False"):
         Trainer.resume(folder).fit(other, validation=data(seed=2), folder=folder, progress=False)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     trainer = Trainer.resume(folder)
@@ -143,7 +143,7 @@ def test_other_data_is_refused_and_nothing_lost(other, tmp_path):
 
 def test_another_memory_is_refused(tmp_path):
     fit(make_trainer(), tmp_path / "run", steps=2)
-    with pytest.raises(InvalidValue, match="memory: .*trained with recurrent:tokens=2.*got window:size=4"):
+    with pytest.raises(InvalidValue, match=r"memory: .*trained with recurrent:tokens=2.*got window:size=4"):
         Trainer.resume(tmp_path / "run", mt.memory("window:size=4"))
 
 
