@@ -69,6 +69,7 @@ TINY = {
     "Sgemm": 8,
     "Reading": 8192,
     "Copying": 8192,
+    "WeakScaling": (2, 8),
 }
 
 
@@ -95,6 +96,8 @@ def tiny(monkeypatch):
     monkeypatch.setattr(machine, "PEAK", 8)
     monkeypatch.setattr(machine, "BEYOND", 8192)
     monkeypatch.setattr(MODULES["model"].TrainingStepAgainstTorch, "pairs", 1)
+    monkeypatch.setattr(MODULES["parallel"].WeakScaling, "pairs", 1)
+    monkeypatch.setattr(MODULES["parallel"].WeakScaling, "steps", 1)
     for kernel in kernels.StreamShare.of.values():
         monkeypatch.setattr(kernel, "params", ([TINY[kernel.__name__]], *kernel.params[1:]))
 

@@ -23,7 +23,8 @@ from .shared import check_out, command_line, json_option, note, print_json
 def average(folders: tuple[Path, ...], last: int | None, out: Path, as_json: bool) -> None:
     """Saves the model whose weights are the mean of those of the models in FOLDERs, which must be of one kind.
 
-    Sums are in float64. With --last, FOLDER is a run, and its checkpoints of the last steps are taken. A folder that holds a model is never written over.
+    Sums are in float64. With --last, FOLDER is a run, and its checkpoints of the last steps are taken. A folder that
+    holds a model is never written over.
 
     \b
     Example:

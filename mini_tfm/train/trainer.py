@@ -205,9 +205,7 @@ class Trainer:
             "save_every": save_every,
             "save_total_limit": save_total_limit,
             "save_best": save_best,
-            "jsonl_log": _absolute(jsonl_log),
-            "csv_log": _absolute(csv_log),
-            "tensorboard_log": _absolute(tensorboard_log),
+            **_absolute(jsonl_log=jsonl_log, csv_log=csv_log, tensorboard_log=tensorboard_log),
         }
         options = {**self.fit_options, **{name: value for name, value in told.items() if value is not None}}
         check_fit_options(options)
@@ -347,8 +345,12 @@ def _rows_of(batch: Batch, rows: slice) -> Batch:
     return dataclasses.replace(batch, **{name: value[rows] for name, value in values.items() if isinstance(value, np.ndarray)})
 
 
-def _absolute(path: str | Path | None) -> str | None:
-    return None if path is None else os.path.abspath(path)
+def _absolute(**paths: Any) -> dict[str, str | None]:
+    """Paths that a run remembers, wherever it is resumed from."""
+    for name, path in paths.items():
+        if not isinstance(path, str | os.PathLike | None) or path == "":
+            raise InvalidType(f"{name}: expected a path or None, got {path!r}")
+    return {name: None if path is None else os.path.abspath(path) for name, path in paths.items()}
 
 
 def _segments(name: str, tokens: Any, lengths: Any, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
