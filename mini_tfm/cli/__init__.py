@@ -1,7 +1,7 @@
 """The command line, `mini-tfm`: one file a command, imported when it is asked for.
 
     demo.py compare.py   memories side by side: trained, measured, reported (table.py, ../report.py)
-    train.py             text files -> a model folder
+    train.py training.py text files -> a model folder
     average.py           the mean of several models of a run
     generate.py score.py embed.py read.py    a model folder at work
     plugins.py info.py   what is installed, what a folder holds

@@ -2,41 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import sys
-import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import FileProblem, MiniTfmError
-from .shared import (
-    Clock,
-    check_out,
-    command_line,
-    count,
-    duration,
-    interrupt_between_steps,
-    json_option,
-    none_of,
-    note,
-    print_json,
-    print_table,
-    read_documents,
-)
+from ..errors import FileProblem
+from .shared import check_out, count, json_option, none_of, note, read_documents
+from .training import DATA_FILE, fit, ranks_of_command
 
 if TYPE_CHECKING:
     from ..tokenizer import Tokenizer
     from ..train import TextStreams, Trainer
     from ..train.parallel import Alone
 
-DATA_FILE = "training_data.json"  # what --resume needs to see the same batches
 HELD_OUT = 0.1  # of the bytes, in whole documents
 VALIDATION_BATCHES = 4
-BEST_FOLDER = "best"
 
 # The options a resumed run takes from the folder; giving one of them with --resume is refused.
 _FIXED = (
@@ -47,8 +29,6 @@ _FIXED = (
 )
 # Those that `fit` remembers: what a resumed run is not told is as it was. A new run begins with these.
 _NEW_RUN = {"validate_every": 100, "save_every": 200, "validation_batches": VALIDATION_BATCHES}
-
-_TOLD_TO_FIT = ("validate_every", "save_every", "save_total_limit", "save_best", "jsonl_log", "csv_log", "tensorboard_log")
 
 
 @click.command(short_help="Train a model on text files.")
@@ -176,7 +156,7 @@ def train(context: click.Context, /, resume: Path | None, out: Path, as_json: bo
       mini-tfm train --resume model --steps 4000
       mpirun -n 4 mini-tfm train --text notes/*.txt --out model
     """
-    ranks = _ranks()
+    ranks = ranks_of_command()
     with ranks.together():
         if resume is not None:
             given = [name for name in _FIXED if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
@@ -193,29 +173,7 @@ def train(context: click.Context, /, resume: Path | None, out: Path, as_json: bo
         except KeyboardInterrupt:
             raise KeyboardInterrupt("training had not begun; nothing is changed") from None
         options["steps"] = trainer.options["total_steps"]
-        _fit(trainer, run, out, options, as_json)
-
-
-def _ranks() -> Alone:
-    """The processes that `mpirun` started, of which only the first says anything; else this one alone."""
-    from ..train.parallel import Alone, Ranks, launched
-
-    if not launched():
-        return Alone()
-    ranks = Ranks(tell=_as_line)
-    if ranks.rank:
-        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # until the process ends
-    return ranks
-
-
-def _as_line(error: BaseException) -> str:
-    """An error that ends all ranks, as the command line tells errors."""
-    if isinstance(error, click.ClickException):
-        return f"error: {error.format_message()}"
-    if isinstance(error, KeyboardInterrupt):
-        return f"stopped: {error}".rstrip(": ")
-    known = isinstance(error, MiniTfmError | OSError | MemoryError) and os.environ.get("MINI_TFM_DEBUG") != "1"
-    return "error: " + " ".join(str(error).splitlines()) if known else "".join(traceback.format_exception(error)).rstrip()
+        fit(trainer, run, out, options, as_json)
 
 
 class _Run:
@@ -335,6 +293,7 @@ def _resumed(folder: Path, options: dict[str, Any], ranks: Alone) -> tuple[Train
     if steps <= trainer.step_count:
         raise InvalidValue(f"--steps: {folder} has {trainer.step_count} steps already; expected more in total, got {steps}")
     trainer.options["total_steps"] = steps
+    trainer.fit_options["save_every"] = trainer.fit_options["save_every"] or _NEW_RUN["save_every"]  # 0.1.0 did not keep it
     for name in ("early_stopping_patience", "early_stopping_threshold"):
         if options[name] is not None:
             trainer.options[name] = options[name]
@@ -349,104 +308,3 @@ def _fingerprint(documents: dict[str, str]) -> str:
     for text in documents.values():
         digest.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
     return digest.hexdigest()
-
-
-def _fit(trainer: Trainer, run: _Run, out: Path, options: dict[str, Any], as_json: bool) -> None:
-    from ..checkpoint import write_folder
-    from ..train.parallel import StoppedTogether
-
-    memory, ranks = trainer.memory.text if trainer.memory is not None else None, trainer.communicator
-    parts = f"; {ranks.size} processes" if ranks.size > 1 else ""
-    note(f"model: {count(trainer.model.n_parameters)} parameters; memory: {memory or 'none'}; saved in {out}{parts}")
-    clock, tokens_before, steps_before = Clock(), trainer.tokens_seen, trainer.step_count
-
-    with interrupt_between_steps() as stop_asked:
-
-        def on_step(trainer: Trainer, loss: float) -> None:
-            step, looks = trainer.step_count, trainer.validations
-            if looks and looks[-1][0] == step:
-                speed = (trainer.tokens_seen - tokens_before) / clock.seconds
-                left = clock.seconds / (step - steps_before) * (options["steps"] - step)
-                found = looks[-1][1]
-                note(
-                    f"step {step}: loss {loss:.3f}, held out {found:.3f} nats/token, {run.bits_per_byte(found):.3f} bits/byte;"
-                    f" rate {trainer.learning_rate:.2g}, {count(speed)} tokens/s, {duration(left)} left"
-                )
-            if ranks.any(stop_asked()):
-                raise StoppedTogether
-
-        try:
-            ranks.wait()  # nobody looks at the folder any more
-            if ranks.rank == 0:
-                write_folder(out, {DATA_FILE: json.dumps(run.about, indent=2).encode()})
-            trainer.fit(
-                run.data,
-                options["steps"],
-                validation=run.held_out.__getitem__ if run.held_out is not None else None,
-                folder=out,
-                seconds=options["seconds"],
-                on_step=on_step,
-                **{name: options[name] for name in _TOLD_TO_FIT},
-            )
-        except KeyboardInterrupt as stop:
-            again = command_line("train", "--resume", out, "--steps", str(options["steps"]))
-            raise type(stop)(f"step {trainer.step_count} is saved in {out}; go on with\n  {again}") from None
-    if trainer.stopped_early and trainer.best is not None:
-        note(
-            f"stopped early at step {trainer.step_count}: {trainer.options['early_stopping_patience']} looks in a row at the held-out"
-            f" documents found nothing better than {trainer.best[1]:.3f} nats/token, at step {trainer.best[0]}"
-            + (f"; that model is in {out / BEST_FOLDER}" if trainer.fit_options["save_best"] else "")
-        )
-    if ranks.rank == 0:
-        _tell(trainer, run, out, clock.seconds, tokens_before, as_json)
-
-
-def _tell(trainer: Trainer, run: _Run, out: Path, seconds: float, tokens_before: int, as_json: bool) -> None:
-    memory = trainer.memory.text if trainer.memory is not None else None
-    measured = run.measure(trainer)  # after the last step
-    loss = trainer.losses[-1] if trainer.losses else None  # there was no time for a step
-    speed = (trainer.tokens_seen - tokens_before) / seconds
-    best = trainer.best
-    answer = {
-        "folder": str(out),
-        "memory": memory,
-        "parameters": trainer.model.n_parameters,
-        "steps": trainer.step_count,
-        "loss": loss,
-        "held_out_loss": measured[0] if measured else None,
-        "held_out_bits_per_byte": measured[1] if measured else None,
-        "best_step": best[0] if best else None,
-        "best_held_out_loss": best[1] if best else None,
-        "stopped_early": trainer.stopped_early,
-        "tokens_per_second": speed,
-        "seconds": seconds,
-    }
-    if as_json:
-        print_json(answer)
-        return
-    print_table(
-        [
-            ("model", "left"),
-            ("memory", "left"),
-            ("steps", "right"),
-            ("loss\n(nats/token)", "right"),
-            ("held out\n(bits/byte)", "right"),
-            ("tokens/s", "right"),
-            ("time", "right"),
-        ],
-        [
-            (
-                str(out),
-                memory or "none",
-                count(trainer.step_count),
-                f"{loss:.3f}" if loss is not None else "-",
-                f"{measured[1]:.3f}" if measured else "-",
-                count(speed),
-                duration(seconds),
-            )
-        ],
-    )
-    note("Try next:\n  " + command_line("generate", out, "The", "--do-sample", "--top-p", "0.9"))
-    if run.about["files"]:
-        note("  " + command_line("score", out, run.about["files"][0]))
-    note("  " + command_line("train", "--resume", out, "--steps", str(2 * trainer.step_count)))

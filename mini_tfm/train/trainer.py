@@ -210,10 +210,10 @@ class Trainer:
         options = {**self.fit_options, **{name: value for name, value in told.items() if value is not None}}
         check_fit_options(options)
         self.fit_options = options
-        batch_of = data if callable(data) else data.batch
+        batch_of = _batches("data", data)
         with self.communicator.together():
             agree(self, batch_of, check_data)
-            fitting = Fitting(self, batch_of, validation if validation is None or callable(validation) else validation.batch, folder)
+            fitting = Fitting(self, batch_of, None if validation is None else _batches("validation", validation), folder)
             fitting.run(steps, seconds, on_step, progress)
         return fitting.history
 
@@ -343,6 +343,14 @@ class Trainer:
 def _rows_of(batch: Batch, rows: slice) -> Batch:
     values = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
     return dataclasses.replace(batch, **{name: value[rows] for name, value in values.items() if isinstance(value, np.ndarray)})
+
+
+def _batches(name: str, data: Any) -> Callable[[int], Batch]:
+    """The function that gives the batch of a step number."""
+    batch_of = data if callable(data) else getattr(data, "batch", None)
+    if not callable(batch_of):
+        raise InvalidType(f"{name}: expected TextStreams, or a function of the step that gives its batch, got {type(data).__name__}")
+    return batch_of
 
 
 def _absolute(**paths: Any) -> dict[str, str | None]:

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+import signal
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -14,7 +15,7 @@ from commands import TINY_OPTIONS
 
 from mini_tfm.checkpoint.models import load_saved, save_model
 from mini_tfm.cli import demo as demo_module
-from mini_tfm.cli.shared import command_line
+from mini_tfm.cli.shared import command_line, interrupt_between_steps
 from mini_tfm.config import Config
 from mini_tfm.model import Transformer
 from mini_tfm.report import html_report, line_chart
@@ -63,7 +64,7 @@ def test_a_run_stopped_and_resumed_is_the_run_that_was_not(run, train, tmp_path,
     options = ["--steps", 6, "--memory", "recurrent:tokens=2", "--dropout", 0.1]
     assert train(tmp_path / "whole", *options).code == 0
     with monkeypatch.context() as patched:
-        patched.setattr("mini_tfm.cli.train.interrupt_between_steps", lambda: interrupt_at(3))
+        patched.setattr("mini_tfm.cli.training.interrupt_between_steps", lambda: interrupt_at(3))
         stopped = train(tmp_path / "cut", *options)
     assert stopped.code == 130 and stopped.out == ""
     assert f"stopped: step 3 is saved in {tmp_path / 'cut'}" in stopped.err
@@ -126,6 +127,18 @@ def test_average_is_a_model_that_works(run, train, tmp_path):
     ):
         refused = run("average", *words)
         assert refused.code == 2 and told in refused.err and not (tmp_path / "c").exists()
+
+
+def test_a_signal_waits_to_be_asked_for_and_the_second_does_not():
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+        with interrupt_between_steps() as asked:
+            assert not asked()
+            signal.raise_signal(number)
+            assert asked()
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(number)
+        assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
 
 
 def test_no_time_for_a_step_is_a_model_all_the_same(train, tmp_path):

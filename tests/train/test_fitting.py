@@ -147,6 +147,10 @@ def test_what_nothing_can_judge_or_keep_is_refused(tmp_path):
             trainer.fit(data(), 2, progress=False, **given)
         assert trainer.step_count == 0
     assert not (tmp_path / "run").exists()
+    for given, told in (({"data": [1, 2]}, "data: expected TextStreams"), ({"jsonl_log": 3}, "jsonl_log: expected a path"),
+                        ({"validation": "text"}, "validation: expected TextStreams")):  # fmt: skip
+        with pytest.raises(InvalidType, match=told):
+            make_trainer(**plain).fit(**{"data": data(), "steps": 2, "progress": False, **given})
 
 
 # ------------------------------------------------------------------------------------------- checkpoints
