@@ -169,6 +169,14 @@ def test_the_last_saves_are_kept_as_models(tmp_path):
         last_checkpoints(tmp_path / "run", 3)
 
 
+def test_what_a_cut_off_run_left_of_later_steps_is_not_taken_for_newer(tmp_path):
+    """A run was at step 99 and is resumed at 0: its saves at 2, 4 and 6 must not be pruned in favour of 99's."""
+    trainer = make_trainer(early_stopping_patience=None)
+    save_model(tmp_path / "run" / "checkpoint-99", trainer.model)
+    trainer.fit(data(), 6, folder=tmp_path / "run", save_every=2, save_total_limit=2, progress=False)
+    assert sorted(path.name for path in (tmp_path / "run").glob("*-*")) == ["checkpoint-4", "checkpoint-6", "checkpoint-99"]
+
+
 def test_the_average_is_that_of_float64(tmp_path):
     """Numbers that float32 cannot add up: 1, and 2^-24 twice."""
     memory = mt.memory("recurrent:tokens=2")
