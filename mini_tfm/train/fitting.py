@@ -140,15 +140,15 @@ class Fitting:
 _NO_LOGS = dict.fromkeys(("jsonl_log", "csv_log", "tensorboard_log"))
 
 
-def agree(trainer: Trainer, batch_of: Callable[[int], Batch], check_data: bool) -> None:
+def agree(trainer: Trainer, batch_of: Callable[[int], Batch], other_data: bool) -> None:
     """What has to hold before the first step: the data is that of the resumed run, and ranks have the same of everything."""
     ranks, step = trainer.communicator, trainer.step_count
-    if trainer.resumed and check_data and trainer.batch_digest is not None:
+    if trainer.resumed and not other_data and trainer.batch_digest is not None:
         again = digest(trainer._batch(*fields(batch_of(step - 1))))
         if again != trainer.batch_digest:
             raise InvalidValue(
                 f"data: batch {step - 1} is not what it was when this run was saved, so its corpus, batch size or seed has changed;"
-                " give the same data, or check_data=False to go on with another"
+                " give the same data, or other_data=True to go on with another"
             )
     trainer.resumed = False
     if ranks.size == 1:

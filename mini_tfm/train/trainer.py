@@ -178,7 +178,7 @@ class Trainer:
         seconds: float | None = None,
         on_step: Callable[[Trainer, float], None] | None = None,
         progress: bool = True,
-        check_data: bool = True,
+        other_data: bool = False,
     ) -> dict[str, Any]:
         """Trains until step `steps` (default: total_steps), for `seconds`, or until it is stopped early; returns losses by step.
 
@@ -190,7 +190,7 @@ class Trainer:
         jsonl_log, csv_log: files to which a line a step is appended (train/logs.py tells the columns);
         tensorboard_log: a folder of event files, by tensorboardX.
         What is left None of all these is as it was at the last `fit`, of a resumed run too, or the default in brackets.
-        check_data: after a resume, refuse data whose batch of the last step is not what it was.
+        other_data: after a resume, do not refuse data whose batch of the last step is not what it was.
         Ctrl-C saves (with a folder) and raises KeyboardInterrupt. Raises TrainingError as `step` does, or when a
         validation or the weights to be saved are not finite: what was saved last is then as it was.
         """
@@ -212,7 +212,7 @@ class Trainer:
         self.fit_options = options
         batch_of = _batches("data", data)
         with self.communicator.together():
-            agree(self, batch_of, check_data)
+            agree(self, batch_of, other_data)
             fitting = Fitting(self, batch_of, None if validation is None else _batches("validation", validation), folder)
             fitting.run(steps, seconds, on_step, progress)
         return fitting.history

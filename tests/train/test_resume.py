@@ -133,11 +133,11 @@ def test_other_data_is_refused_and_nothing_lost(other, tmp_path):
     folder = tmp_path / "run"
     fit(make_trainer(), folder, steps=5)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(InvalidValue, match=r"data: batch 4 is not what it was.*check_data=False"):
+    with pytest.raises(InvalidValue, match=r"data: batch 4 is not what it was.*other_data=True"):
         Trainer.resume(folder).fit(other, validation=data(seed=2), folder=folder, progress=False)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     trainer = Trainer.resume(folder)
-    trainer.fit(other, 6, validation=data(seed=2), folder=folder, progress=False, check_data=False)
+    trainer.fit(other, 6, validation=data(seed=2), folder=folder, progress=False, other_data=True)
     assert trainer.step_count == 6
 
 
