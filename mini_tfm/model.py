@@ -51,8 +51,9 @@ class Encoded:
 class Dropout:
     """Rates of dropout: p of embeddings and sublayers' outputs, of attention weights, of the feed-forward's hidden layer.
 
-    A mask is a function of (seed, step, segment, place) and of where in its array an element stands, of nothing else:
-    a run can be repeated, and a segment computed twice draws the same. place: the name of a sublayer.
+    A mask is a function of (seed, step, first_row, segment, place) and of where in its array an element stands, of
+    nothing else: a run can be repeated, and a segment computed twice draws the same. place: the name of a sublayer;
+    first_row: where the rows at hand begin in the batch.
     """
 
     p: float = 0.0
@@ -60,13 +61,14 @@ class Dropout:
     attention: float = 0.0
     feed_forward: float = 0.0
     step: int = 0
+    first_row: int = 0
     segment: int = 0
 
     def at(self, segment: int) -> Dropout:
         return dataclasses.replace(self, segment=segment)
 
     def seed_of(self, place: str) -> int:
-        drawn = hashlib.blake2b(f"{self.seed} {self.step} {self.segment} {place}".encode(), digest_size=8)
+        drawn = hashlib.blake2b(f"{self.seed} {self.step} {self.first_row} {self.segment} {place}".encode(), digest_size=8)
         return int.from_bytes(drawn.digest(), "little") >> 1
 
     def __call__(self, x: Array, place: str) -> Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -28,19 +29,25 @@ def track(items: Iterable[Any], what: str, total: int | None = None, unit: str =
 
 
 @contextlib.contextmanager
-def training_progress(shown: bool, steps: int | None, done: int) -> Iterator[Callable[[float, float | None], None]]:
-    """A bar for training; gives the function to call after each step with its loss and the last validation loss."""
+def training_progress(shown: bool, steps: int | None, done: int) -> Iterator[Callable[..., None]]:
+    """A bar for training, to be told after each step: tell(loss, last validation loss or None, learning rate, new tokens)."""
     if not shown or not sys.stderr.isatty():
-        yield lambda loss, validation: None
+        yield lambda *what: None
         return
     from rich.progress import TextColumn
 
-    with _bar("steps", TextColumn("{task.fields[loss]}")) as bar:
-        task = bar.add_task("training", total=steps, completed=done, loss="")
+    with _bar("steps", TextColumn("{task.fields[told]}")) as bar:
+        task = bar.add_task("training", total=steps, completed=done, told="")
+        began, tokens = time.perf_counter(), 0
 
-        def tell(loss: float, validation: float | None) -> None:
-            told = f"loss {loss:.3f}" + ("" if validation is None else f", validation {validation:.3f}")
-            bar.update(task, advance=1, loss=told)
+        def tell(loss: float, validation: float | None, learning_rate: float | None = None, new_tokens: int = 0) -> None:
+            nonlocal tokens
+            tokens += new_tokens
+            told = [f"loss {loss:.3f}"]
+            told += [] if validation is None else [f"validation {validation:.3f}"]
+            told += [] if learning_rate is None else [f"rate {learning_rate:.2g}"]
+            told += [] if not tokens else [f"{tokens / (time.perf_counter() - began):,.0f} tokens/s"]
+            bar.update(task, advance=1, told=", ".join(told))
 
         yield tell
 

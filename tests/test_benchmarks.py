@@ -69,6 +69,7 @@ TINY = {
     "Sgemm": 8,
     "Reading": 8192,
     "Copying": 8192,
+    "WeakScaling": (2, 8),
 }
 
 
@@ -99,6 +100,8 @@ def tiny(monkeypatch):
     monkeypatch.setattr(MODULES["tape"], "REPEATS", 1)
     for name in ("BATCH", "SEGMENT"):
         monkeypatch.setattr(MODULES["segments"], name, 4)
+    monkeypatch.setattr(MODULES["parallel"].WeakScaling, "pairs", 1)
+    monkeypatch.setattr(MODULES["parallel"].WeakScaling, "steps", 1)
     for kernel in kernels.StreamShare.of.values():
         monkeypatch.setattr(kernel, "params", ([TINY[kernel.__name__]], *kernel.params[1:]))
 

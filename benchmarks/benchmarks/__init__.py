@@ -6,6 +6,7 @@
     attention.py  attention, forward and backward; its peak memory at 16,384 tokens
     model.py      encode, generate, a training step
     memory.py     each memory: reading a stream, training through segments
+    parallel.py   training on two processes over MPI
     start.py      import and the first command
 
 `time_*` is seconds, `peakmem_*` the process's peak RAM, `track_*` a number with its unit. Beside each time stands a

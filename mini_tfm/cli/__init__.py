@@ -1,7 +1,8 @@
 """The command line, `mini-tfm`: one file a command, imported when it is asked for.
 
     demo.py compare.py   memories side by side: trained, measured, reported (table.py, ../report.py)
-    train.py             text files -> a model folder
+    train.py training.py text files -> a model folder
+    average.py           the mean of several models of a run
     generate.py score.py embed.py read.py    a model folder at work
     plugins.py info.py   what is installed, what a folder holds
     shared.py            what they have in common: options, tables, JSON, files, Ctrl-C
@@ -24,7 +25,7 @@ import click
 
 from .. import __version__
 
-COMMANDS = ("demo", "train", "generate", "score", "embed", "read", "compare", "plugins", "info")
+COMMANDS = ("demo", "train", "average", "generate", "score", "embed", "read", "compare", "plugins", "info")
 INTERRUPTED = 128 + signal.SIGINT
 PIPE_CLOSED = 128 + getattr(signal, "SIGPIPE", 13)
 

@@ -264,10 +264,11 @@ def _umask() -> int:
 
 
 @contextlib.contextmanager
-def interrupt_between_steps() -> Iterator[Callable[[], None]]:
-    """Inside, Ctrl-C waits for the function given, which raises KeyboardInterrupt; the second one does not wait.
+def interrupt_between_steps() -> Iterator[Callable[[], bool]]:
+    """Inside, Ctrl-C and SIGTERM wait to be asked for, by the function given; the second one does not wait.
 
-    What is saved after it is then a whole step, and a resumed run goes on as if it had not been stopped.
+    What is saved after it is then a whole step, and a resumed run goes on as if it had not been stopped. SIGTERM is
+    what `mpirun` makes of Ctrl-C, and how the schedulers of clusters announce the end.
     """
     asked = False
 
@@ -277,19 +278,18 @@ def interrupt_between_steps() -> Iterator[Callable[[], None]]:
             raise KeyboardInterrupt
         asked = True
 
-    def check() -> None:
-        if asked:
-            raise KeyboardInterrupt
-
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
-        yield check  # whoever runs us, in the background or in a program, has another way to stop
-        return
-    signal.signal(signal.SIGINT, on_signal)
+    usual: dict[signal.Signals, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    # Whoever has changed what a signal does, or runs us in the background or in a program, has another way to stop.
+    ours = [number for number, handler in usual.items() if signal.getsignal(number) is handler]
+    if threading.current_thread() is not threading.main_thread():
+        ours = []
+    for number in ours:
+        signal.signal(number, on_signal)
     try:
-        yield check
+        yield lambda: asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number in ours:
+            signal.signal(number, usual[number])
 
 
 class Clock:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,26 +9,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import FileProblem
-from .shared import (
-    Clock,
-    check_out,
-    command_line,
-    count,
-    duration,
-    interrupt_between_steps,
-    json_option,
-    none_of,
-    note,
-    print_json,
-    print_table,
-    read_documents,
-)
+from .shared import check_out, count, json_option, none_of, note, read_documents
+from .training import DATA_FILE, fit, ranks_of_command
 
 if TYPE_CHECKING:
     from ..tokenizer import Tokenizer
     from ..train import TextStreams, Trainer
+    from ..train.parallel import Alone
 
-DATA_FILE = "training_data.json"  # what --resume needs to see the same batches
 HELD_OUT = 0.1  # of the bytes, in whole documents
 VALIDATION_BATCHES = 4
 
@@ -39,7 +25,10 @@ _FIXED = (
     *("files", "more_files", "out", "memory", "tokenizer", "vocab_size", "seed", "segment_length", "n_segments", "batch_size"),
     *("d_model", "n_heads", "n_encoder_layers", "n_decoder_layers", "d_ff", "positions"),
     *("learning_rate", "schedule", "warmup_steps", "dropout", "source_dropout"),
+    *("weight_decay", "max_grad_norm", "label_smoothing", "bptt_segments", "gradient_accumulation_steps"),
 )
+# Those that `fit` remembers: what a resumed run is not told is as it was. A new run begins with these.
+_NEW_RUN = {"validate_every": 100, "save_every": 200, "validation_batches": VALIDATION_BATCHES}
 
 
 @click.command(short_help="Train a model on text files.")
@@ -79,7 +68,19 @@ _FIXED = (
 @click.option(
     "--warmup-steps", type=int, metavar="STEPS", help="Steps until the peak; default: 50, or a quarter of --steps if that is less."
 )
-@click.option("--schedule", default="cosine", show_default=True, help="cosine (to 0 at --steps) or constant.")
+@click.option("--schedule", default="cosine", show_default=True, help="cosine or linear (to 0 at --steps), inverse_sqrt or constant.")
+@click.option("--weight-decay", default=0.01, show_default=True, help="Decoupled, of matrices.")
+@click.option(
+    "--max-grad-norm", default=1.0, show_default=True, metavar="NORM", help="A gradient with a larger norm is scaled down; 0: no limit."
+)
+@click.option(
+    "--gradient-accumulation-steps",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1),
+    metavar="PARTS",
+    help="Cut each batch into so many parts, one after the other: less RAM, the same step.",
+)
 @click.option(
     "--dropout", default=0.0, show_default=True, metavar="SHARE", help="Of embeddings, sublayers, attention weights and hidden layers."
 )
@@ -89,6 +90,13 @@ _FIXED = (
     show_default=True,
     metavar="SHARE",
     help="Of segments hidden from the decoder, which must ask the memory.",
+)
+@click.option("--label-smoothing", default=0.0, show_default=True, metavar="SHARE", help="Of the probability, for all other tokens.")
+@click.option(
+    "--bptt-segments",
+    type=click.IntRange(1),
+    metavar="SEGMENTS",
+    help="Gradients stop after so many segments; default: they go through all of a stream.",
 )
 @click.option("--tokenizer", default="bpe", show_default=True, type=click.Choice(["bytes", "bpe"]), help="bpe is learnt from the text.")
 @click.option("--vocab-size", default=1024, show_default=True, metavar="TOKENS", help="Tokens of bpe.")
@@ -101,44 +109,73 @@ _FIXED = (
 @click.option("--seed", default=0, show_default=True, help="Of weights, batches and the split.")
 @click.option(
     "--validate-every",
-    default=100,
-    show_default=True,
+    show_default="100",
     type=click.IntRange(1),
     metavar="STEPS",
     help="How often the held-out documents are looked at.",
 )
-@click.option("--save-every", default=200, show_default=True, type=click.IntRange(1), metavar="STEPS", help="How often the run is saved.")
+@click.option(
+    "--early-stopping-patience",
+    type=click.IntRange(1),
+    metavar="TIMES",
+    help="Stop when so many looks in a row at the held-out documents find nothing better.",
+)
+@click.option(
+    "--early-stopping-threshold",
+    type=click.FloatRange(0),
+    show_default="0",
+    metavar="NATS",
+    help="By how much a loss must be below the best to be better.",
+)
+@click.option("--save-every", show_default="200", type=click.IntRange(1), metavar="STEPS", help="How often the run is saved.")
+@click.option(
+    "--save-total-limit",
+    type=click.IntRange(0),
+    show_default="0",
+    metavar="MODELS",
+    help="Keep the models of so many of the last saves as well, in DIR/checkpoint-STEP.",
+)
+@click.option("--save-best", is_flag=True, default=None, help="Keep the model that is best on the held-out documents, in DIR/best.")
 @click.option("--jsonl-log", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), help="Append a line of JSON a step.")
+@click.option("--csv-log", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), help="Append a line of CSV a step.")
+@click.option(
+    "--tensorboard-log", metavar="LOGDIR", type=click.Path(path_type=Path, file_okay=False), help="Write event files for TensorBoard."
+)
 @json_option
 @click.pass_context
-def train(context: click.Context, /, resume: Path | None, out: Path, as_json: bool, jsonl_log: Path | None, **options: Any) -> None:
+def train(context: click.Context, /, resume: Path | None, out: Path, as_json: bool, **options: Any) -> None:
     """Trains a Transformer on text, with a memory or without, and saves it in a folder.
 
     A tenth of the text (whole documents; of a single file, a tenth part) is held out, and its bits per byte tell how
-    well the rest was learnt. Ctrl-C saves; --resume goes on, bit for bit. A folder that holds a model is never
-    written over.
+    well the rest was learnt. Ctrl-C saves; --resume goes on, bit for bit, with all that the run was told. A folder
+    that holds a model is never written over. Under mpirun all processes train one model, each on its share of every
+    batch.
 
     \b
     Examples:
       mini-tfm train --text notes/*.txt --out model --steps 2000
       mini-tfm train --memory window:size=256+store --n-segments 6 --out model
       mini-tfm train --resume model --steps 4000
+      mpirun -n 4 mini-tfm train --text notes/*.txt --out model
     """
-    if resume is not None:
-        given = [name for name in _FIXED if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
-        if given:
-            raise click.UsageError(f"--{given[0].replace('_', '-')} comes from the folder with --resume; leave it out")
-        out = resume
-        if context.get_parameter_source("steps") is not click.core.ParameterSource.COMMANDLINE:
-            options["steps"] = None
-    if jsonl_log is not None and not jsonl_log.absolute().parent.is_dir():
-        raise FileProblem(f"--jsonl-log: {jsonl_log.parent} is not a folder")
-    try:
-        trainer, run = _begun(out, options) if resume is None else _resumed(resume, options)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("training had not begun; nothing is changed") from None
-    options["steps"] = trainer.options["total_steps"]
-    _fit(trainer, run, out, options, jsonl_log, as_json)
+    ranks = ranks_of_command()
+    with ranks.together():
+        if resume is not None:
+            given = [name for name in _FIXED if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
+            if given:
+                raise click.UsageError(f"--{given[0].replace('_', '-')} comes from the folder with --resume; leave it out")
+            out = resume
+            if context.get_parameter_source("steps") is not click.core.ParameterSource.COMMANDLINE:
+                options["steps"] = None
+        for name in ("jsonl_log", "csv_log", "tensorboard_log"):
+            if options[name] is not None and not options[name].absolute().parent.is_dir():
+                raise FileProblem(f"--{name.replace('_', '-')}: {options[name].parent} is not a folder")
+        try:
+            trainer, run = _begun(out, options, ranks) if resume is None else _resumed(resume, options, ranks)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("training had not begun; nothing is changed") from None
+        options["steps"] = trainer.options["total_steps"]
+        fit(trainer, run, out, options, as_json)
 
 
 class _Run:
@@ -174,10 +211,14 @@ class _Run:
         if self.held_out is None:
             return None
         loss = sum(trainer.evaluate(batch) for batch in self.held_out) / len(self.held_out)
-        return loss, loss / math.log(2) * self.tokens[1] / self.bytes[1]
+        return loss, self.bits_per_byte(loss)
+
+    def bits_per_byte(self, loss: float) -> float:
+        """Of the held-out text, from its loss in nats per token."""
+        return loss / math.log(2) * self.tokens[1] / self.bytes[1]
 
 
-def _begun(out: Path, options: dict[str, Any]) -> tuple[Trainer, _Run]:
+def _begun(out: Path, options: dict[str, Any], ranks: Alone) -> tuple[Trainer, _Run]:
     """A new model. All that can be wrong is found before the first file is read, or soon after."""
     from ..config import Config
     from ..memory import memory as make_memory
@@ -208,8 +249,14 @@ def _begun(out: Path, options: dict[str, Any]) -> tuple[Trainer, _Run]:
         memory,
         tokenizer=tokenizer,
         total_steps=options["steps"],
+        clip=options["max_grad_norm"] or None,
+        early_stopping_patience=options["early_stopping_patience"],
+        early_stopping_threshold=options["early_stopping_threshold"] or 0.0,
+        communicator=ranks,
         **{name: options[name] for name in ("learning_rate", "schedule", "warmup_steps", "dropout", "source_dropout", "seed")},
+        **{name: options[name] for name in ("weight_decay", "label_smoothing", "bptt_segments", "gradient_accumulation_steps")},
     )
+    trainer.fit_options.update(_NEW_RUN)
     about = {name: options[name] for name in ("segment_length", "n_segments", "batch_size", "seed")}
     about |= {
         "files": [str(path.resolve()) for path in files],
@@ -219,14 +266,14 @@ def _begun(out: Path, options: dict[str, Any]) -> tuple[Trainer, _Run]:
     return trainer, _Run(about, documents, name, tokenizer)
 
 
-def _resumed(folder: Path, options: dict[str, Any]) -> tuple[Trainer, _Run]:
+def _resumed(folder: Path, options: dict[str, Any], ranks: Alone) -> tuple[Trainer, _Run]:
     """The saved run, on the same text: another one would not be the same run."""
     from ..checkpoint import read_json_strict
     from ..errors import InvalidValue
     from ..train import Trainer
 
     check_out(folder)
-    trainer = Trainer.resume(folder)
+    trainer = Trainer.resume(folder, communicator=ranks)
     about = read_json_strict(folder / DATA_FILE)
     wanted = {
         "segment_length": int,
@@ -248,6 +295,10 @@ def _resumed(folder: Path, options: dict[str, Any]) -> tuple[Trainer, _Run]:
     if steps <= trainer.step_count:
         raise InvalidValue(f"--steps: {folder} has {trainer.step_count} steps already; expected more in total, got {steps}")
     trainer.options["total_steps"] = steps
+    trainer.fit_options["save_every"] = trainer.fit_options["save_every"] or _NEW_RUN["save_every"]  # 0.1.0 did not keep it
+    for name in ("early_stopping_patience", "early_stopping_threshold"):
+        if options[name] is not None:
+            trainer.options[name] = options[name]
     return trainer, _Run(about, documents, name, trainer.tokenizer)
 
 
@@ -259,85 +310,3 @@ def _fingerprint(documents: dict[str, str]) -> str:
     for text in documents.values():
         digest.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
     return digest.hexdigest()
-
-
-def _fit(trainer: Trainer, run: _Run, out: Path, options: dict[str, Any], jsonl_log: Path | None, as_json: bool) -> None:
-    from ..checkpoint import write_folder
-
-    memory = trainer.memory.text if trainer.memory is not None else None
-    note(f"model: {count(trainer.model.n_parameters)} parameters; memory: {memory or 'none'}; saved in {out}")
-    clock, tokens_before = Clock(), trainer.tokens_seen
-    measured: tuple[float, float] | None = None
-
-    with contextlib.ExitStack() as stack, interrupt_between_steps() as stop_if_asked:
-        log = stack.enter_context(open(jsonl_log, "a", encoding="utf-8")) if jsonl_log is not None else None
-
-        def on_step(trainer: Trainer, loss: float) -> None:
-            nonlocal measured
-            line = {
-                "step": trainer.step_count,
-                "loss": loss,
-                "learning_rate": trainer.learning_rate,
-                "tokens": trainer.tokens_seen,
-                "seconds": clock.seconds,
-            }
-            if trainer.step_count % options["validate_every"] == 0 and (measured := run.measure(trainer)):
-                line |= {"held_out_loss": measured[0], "held_out_bits_per_byte": measured[1]}
-                note(f"step {trainer.step_count}: loss {loss:.3f}, held out {measured[0]:.3f} nats/token, {measured[1]:.3f} bits/byte")
-            if log is not None:
-                log.write(json.dumps(line) + "\n")
-                log.flush()
-            stop_if_asked()
-
-        try:
-            write_folder(out, {DATA_FILE: json.dumps(run.about, indent=2).encode()})
-            trainer.fit(
-                run.data, options["steps"], folder=out, save_every=options["save_every"], seconds=options["seconds"], on_step=on_step
-            )
-        except KeyboardInterrupt:
-            again = command_line("train", "--resume", out, "--steps", str(options["steps"]))
-            raise KeyboardInterrupt(f"step {trainer.step_count} is saved in {out}; go on with\n  {again}") from None
-    seconds = clock.seconds
-    measured = run.measure(trainer)  # after the last step
-    loss = trainer.losses[-1] if trainer.losses else None  # there was no time for a step
-    speed = (trainer.tokens_seen - tokens_before) / seconds
-    answer = {
-        "folder": str(out),
-        "memory": memory,
-        "parameters": trainer.model.n_parameters,
-        "steps": trainer.step_count,
-        "loss": loss,
-        "held_out_loss": measured[0] if measured else None,
-        "held_out_bits_per_byte": measured[1] if measured else None,
-        "tokens_per_second": speed,
-        "seconds": seconds,
-    }
-    if as_json:
-        print_json(answer)
-        return
-    print_table(
-        [
-            ("model", "left"),
-            ("memory", "left"),
-            ("steps", "right"),
-            ("loss\n(nats/token)", "right"),
-            ("held out\n(bits/byte)", "right"),
-            ("tokens/s", "right"),
-            ("time", "right"),
-        ],
-        [
-            (
-                str(out),
-                memory or "none",
-                count(trainer.step_count),
-                f"{loss:.3f}" if loss is not None else "-",
-                f"{measured[1]:.3f}" if measured else "-",
-                count(speed),
-                duration(seconds),
-            )
-        ],
-    )
-    note("Try next:\n  " + command_line("generate", out, "The", "--do-sample", "--top-p", "0.9"))
-    if run.about["files"]:
-        note("  " + command_line("score", out, run.about["files"][0]))
-    note("  " + command_line("train", "--resume", out, "--steps", str(2 * trainer.step_count)))

@@ -12,20 +12,24 @@ from ..autodiff import Var
 from ..errors import InvalidValue
 from ..memory.base import Param
 
-SCHEDULES = ("cosine", "constant")
+SCHEDULES = ("cosine", "linear", "inverse_sqrt", "constant")
 
 
 def schedule_factor(schedule: str, step: int, warmup_steps: int, total_steps: int | None) -> float:
-    """What the learning rate is multiplied by at `step` (counted from 0): linear warm-up, then the schedule.
+    """What the learning rate is multiplied by at `step` (counted from 0): linear warm-up to 1, then the schedule.
 
-    "cosine" decays to 0 at `total_steps` (arXiv 1608.03983, eq. 5, without restarts).
+    "cosine" decays to 0 at `total_steps` (arXiv 1608.03983, eq. 5, without restarts), "linear" in a straight line; both
+    stay at 1 where `total_steps` is None. "inverse_sqrt" falls with the square root of the step (arXiv 1706.03762,
+    eq. 3, in which d_model sets the peak; here it is 1, after the warm-up).
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
+    if schedule == "inverse_sqrt":
+        return math.sqrt(max(1, warmup_steps) / (step + 1))
     if schedule == "constant" or total_steps is None:
         return 1.0
-    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    return 1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
 
 class AdamW:

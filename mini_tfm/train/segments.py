@@ -22,8 +22,17 @@ from .data import Batch
 from .walk import Segments
 
 
+def counts_of(batch: Batch, dtype: Any) -> np.ndarray:
+    """(B, n, L): what each target token weighs in the loss."""
+    counts = (np.arange(batch.target.shape[2]) < batch.target_lengths[..., None]).astype(dtype)
+    return counts if batch.weights is None else counts * batch.weights
+
+
 class SegmentLoss:
-    """The mean negative log-likelihood, in nats, of all target tokens of a batch, as a sum over its segments."""
+    """The mean negative log-likelihood, in nats, of all target tokens of a batch, as a sum over its segments.
+
+    total: what all target tokens weigh, if the batch is a part of another one, whose mean is meant.
+    """
 
     def __init__(
         self,
@@ -31,16 +40,16 @@ class SegmentLoss:
         batch: Batch,
         w: Mapping[str, Any],
         *,
+        total: float | None = None,
         dropout: Dropout = NO_DROPOUT,
         hide_source: np.ndarray | None = None,
         label_smoothing: float = 0.0,
     ):
         self.model, self.batch, self.w, self.label_smoothing = model, batch, w, label_smoothing
         self.segments = Segments(model, batch, w, dropout=dropout, hide_source=hide_source)
-        counts = (np.arange(batch.target.shape[2]) < batch.target_lengths[..., None]).astype(model.dtype)
-        self.counts = counts if batch.weights is None else counts * batch.weights
+        self.counts = counts_of(batch, model.dtype)
         shares = self.counts.sum(axis=(0, 2), dtype=np.float64)
-        self.shares = shares / (shares.sum() or 1.0)
+        self.shares = shares / (total or shares.sum() or 1.0)
         self.n_segments = len(shares)
 
     def segment(self, run: MemoryRun, t: int, states_only: bool = False) -> Any:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import inspect
-import json
-import math
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator
+import dataclasses
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +14,21 @@ from ..errors import InvalidType, InvalidValue, PluginError, TrainingError
 from ..memory.base import Memory
 from ..memory.run import memory_parameters
 from ..model import Dropout, Transformer, check_tokens
-from ..progress import training_progress
 from ..tokenizer import Tokenizer
 from .data import Batch, TextStreams, fields
-from .optimizer import SCHEDULES, AdamW, schedule_factor
-from .segments import SegmentLoss, backpropagate
-
-TRAINING_FILE = "training.json"
-OPTIMIZER_FILE = "training.safetensors"
+from .interrupts import uninterrupted
+from .optimizer import AdamW, schedule_factor
+from .options import FIT_DEFAULTS, check_fit_options, check_trainer_options
+from .parallel import communicator_of, shares
+from .segments import SegmentLoss, backpropagate, counts_of
 
 
 class Trainer:
     """Trains `model`, and the parameters of `memory`, in place.
 
-    learning_rate: the peak, after `warmup_steps`; schedule "cosine" decays to 0 at `total_steps`, "constant"
-    does not. weight_decay: decoupled, of matrices only. clip: largest norm of the gradient, None for no limit.
+    learning_rate: the peak, after `warmup_steps`; the schedules "cosine" and "linear" decay to 0 at `total_steps`,
+    "inverse_sqrt" falls with the square root of the step, "constant" does not. weight_decay: decoupled, of matrices
+    only. clip: largest norm of the gradient, None for no limit.
     dropout: on the embeddings and each sublayer's output (arXiv 1706.03762, section 5.4).
     label_smoothing: section 5.4. source_dropout: the chance that the decoder does not see a segment's own
     encoder outputs but the memory alone, which teaches a memory to carry what will be asked for.
@@ -41,7 +36,13 @@ class Trainer:
     bptt_segments: gradients stop after so many segments; None: full backpropagation through all of a batch.
     recompute: what a segment computed is not kept for the backward pass but computed again: the same gradients, bit
     for bit, in the RAM of one segment and the states between them, for about a third more time.
+    gradient_accumulation_steps: a batch is cut into so many parts by rows, whose gradients are added up one after the
+    other: less RAM, and the same step up to the order of summation (dropout masks differ).
+    early_stopping_patience: `fit` ends when so many validations in a row are not better than the best by more than
+    early_stopping_threshold (nats per token). The weights stay those of the last step; `save_best` keeps the best.
     seed: of dropout. tokenizer: saved with the model.
+    communicator: an mpi4py communicator whose processes train together: each is given the same batches, computes on
+    rows of its own, and takes the same steps as all others (docs/training.md).
     """
 
     def __init__(
@@ -64,8 +65,12 @@ class Trainer:
         source_dropout: float = 0.0,
         bptt_segments: int | None = None,
         recompute: bool = False,
+        gradient_accumulation_steps: int = 1,
+        early_stopping_patience: int | None = None,
+        early_stopping_threshold: float = 0.0,
         seed: int = 0,
         tokenizer: Tokenizer | None = None,
+        communicator: Any = None,
     ):
         if not isinstance(model, Transformer):
             raise InvalidType(f"model: expected a Transformer, got {type(model).__name__}")
@@ -89,10 +94,15 @@ class Trainer:
             "source_dropout": source_dropout,
             "bptt_segments": bptt_segments,
             "recompute": recompute,
+            "gradient_accumulation_steps": gradient_accumulation_steps,
+            "early_stopping_patience": early_stopping_patience,
+            "early_stopping_threshold": early_stopping_threshold,
             "seed": seed,
         }
-        _check_options(self.options)
+        check_trainer_options(self.options)
+        self.fit_options = dict(FIT_DEFAULTS)
         self.model, self.memory, self.tokenizer = model, memory, tokenizer
+        self.communicator = communicator_of(communicator)
         model.add_memory_weights(memory, seed)
         params = memory_parameters(memory, model.config, model.dtype)
         self.optimizer = AdamW(model.weights, params, betas=betas, eps=eps, weight_decay=weight_decay)
@@ -100,12 +110,26 @@ class Trainer:
         self.step_count = 0
         self.losses: list[float] = []
         self.tokens_seen = 0
+        self.seconds = 0.0  # in `fit`, over all its calls
+        self.gradient_norm = 0.0  # of the last step, before clipping
+        self.validations: list[list[Any]] = []  # [step, mean loss]
+        self.best: list[Any] | None = None  # the one of `validations` that early stopping compares with
+        self.batch_digest: str | None = None  # of the last step's batch, where `fit` took it
+        self.resumed = False
 
     @property
     def learning_rate(self) -> float:
         """At the next step."""
         o = self.options
         return o["learning_rate"] * schedule_factor(o["schedule"], self.step_count, o["warmup_steps"], o["total_steps"])
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether so many validations in a row as `early_stopping_patience` says were no better than the best."""
+        patience = self.options["early_stopping_patience"]
+        if patience is None or self.best is None:
+            return False
+        return sum(step > self.best[0] for step, _ in self.validations) >= patience
 
     def step(
         self, source: Any, target: Any, source_lengths: Any = None, target_lengths: Any = None, weights: np.ndarray | None = None
@@ -116,23 +140,27 @@ class Trainer:
         target: (B, T) or (B, n, T), predicted token by token. lengths: (B,) or (B, n). weights: of each target
         token. Raises TrainingError, and changes nothing, when the loss or the gradient is not finite.
         """
-        batch = self._batch(source, target, source_lengths, target_lengths, weights)
-        self.optimizer.zero_grad()
-        try:
-            value = self._backward(batch, self._dropout())
-        except PluginError:
-            # A strategy is blamed for the NaN it holds; where the model alone gives them, the fault is not its own.
-            value = self._loss(batch, with_memory=False)
-            if np.isfinite(value):
-                raise
-        norm = self.optimizer.grad_norm()
+        ranks = self.communicator
+        with ranks.together():
+            batch = self._batch(source, target, source_lengths, target_lengths, weights)
+            n_parts = self.options["gradient_accumulation_steps"]
+            parts = shares(len(batch.target), n_parts * ranks.size)
+            total = float(counts_of(batch, self.model.dtype).sum(dtype=np.float64)) or 1.0
+            losses = np.zeros(len(parts))  # each part's share of the loss; a rank fills in its own
+            self.optimizer.zero_grad()
+            for i in range(ranks.rank * n_parts, (ranks.rank + 1) * n_parts):
+                losses[i] = self._add_gradients(batch, parts[i], total)
+        ranks.sum(losses)
+        ranks.sum(self.optimizer.grad)
+        value, norm = float(losses.sum()), self.optimizer.grad_norm()
         if not np.isfinite(value) or not np.isfinite(norm):
-            raise TrainingError(self._diagnosis(value))
-        with _uninterrupted():
+            raise TrainingError(self._diagnosis(batch, value, [parts[i] for i in np.flatnonzero(~np.isfinite(losses))]))
+        with uninterrupted():
             self.optimizer.step(self.learning_rate, self.options["clip"])
             self.step_count += 1
             self.tokens_seen += batch.n_tokens
             self.losses.append(value)
+            self.gradient_norm, self.batch_digest = norm, None
         return value
 
     def evaluate(self, batch: Batch) -> float:
@@ -145,83 +173,77 @@ class Trainer:
         steps: int | None = None,
         *,
         validation: TextStreams | Callable[[int], Batch] | None = None,
-        validate_every: int = 100,
-        validation_batches: int = 4,
+        validate_every: int | None = None,
+        validation_batches: int | None = None,
         folder: str | Path | None = None,
         save_every: int | None = None,
+        save_total_limit: int | None = None,
+        save_best: bool | None = None,
+        jsonl_log: str | Path | None = None,
+        csv_log: str | Path | None = None,
+        tensorboard_log: str | Path | None = None,
         seconds: float | None = None,
         on_step: Callable[[Trainer, float], None] | None = None,
         progress: bool = True,
+        other_data: bool = False,
     ) -> dict[str, Any]:
-        """Trains until step `steps` (default: total_steps) or for `seconds`; returns losses by step.
+        """Trains until step `steps` (default: total_steps), for `seconds`, or until it is stopped early; returns losses by step.
 
         data: gives the batch of a step number, a pure function of it, so that a resumed run sees the same.
-        validation: its loss is measured every `validate_every` steps on its first batches. folder: where the
-        run is saved every `save_every` steps and at the end; `Trainer.resume(folder)` goes on from there.
-        Ctrl-C saves (with a folder) and raises KeyboardInterrupt.
+        validation: its loss is measured every `validate_every` steps (100) on its first `validation_batches` (4).
+        folder: where the run is saved every `save_every` steps and at the end; `Trainer.resume(folder)` goes on from
+        there. save_total_limit: the models of so many of the last saves are kept too, in folder/checkpoint-<step>
+        (0). save_best: that of the best validation is kept in folder/best (False).
+        jsonl_log, csv_log: files to which a line a step is appended (train/logs.py tells the columns);
+        tensorboard_log: a folder of event files, by tensorboardX.
+        What is left None of all these is as it was at the last `fit`, of a resumed run too, or the default in brackets.
+        other_data: after a resume, do not refuse data whose batch of the last step is not what it was.
+        Ctrl-C saves (with a folder) and raises KeyboardInterrupt. Raises TrainingError as `step` does, or when a
+        validation or the weights to be saved are not finite: what was saved last is then as it was.
         """
+        from .fitting import Fitting, agree
+
         steps = steps if steps is not None else self.options["total_steps"]
         if steps is None and seconds is None:
             raise InvalidValue("steps: expected a number of steps (or total_steps of the trainer, or seconds), got None")
-        batch_of = data.batch if isinstance(data, TextStreams) else data
-        validation_of = validation.batch if isinstance(validation, TextStreams) else validation
-        history: dict[str, Any] = {"loss": [], "validation": []}
-        began = time.perf_counter()
-        try:
-            with training_progress(progress, steps, self.step_count) as tell:
-                while (steps is None or self.step_count < steps) and (seconds is None or time.perf_counter() - began < seconds):
-                    loss = self.step(*fields(batch_of(self.step_count)))
-                    history["loss"].append(loss)
-                    if validation_of is not None and self.step_count % validate_every == 0:
-                        measured = float(np.mean([self.evaluate(validation_of(i)) for i in range(validation_batches)]))
-                        history["validation"].append((self.step_count, measured))
-                    if folder is not None and save_every and self.step_count % save_every == 0:
-                        self.save(folder)
-                    tell(loss, history["validation"][-1][1] if history["validation"] else None)
-                    if on_step is not None:
-                        on_step(self, loss)
-        except KeyboardInterrupt:
-            if folder is not None:
-                self.save(folder)
-            raise
-        if folder is not None:
-            self.save(folder)
-        return history
+        told = {
+            "validate_every": validate_every,
+            "validation_batches": validation_batches,
+            "save_every": save_every,
+            "save_total_limit": save_total_limit,
+            "save_best": save_best,
+            **_absolute(jsonl_log=jsonl_log, csv_log=csv_log, tensorboard_log=tensorboard_log),
+        }
+        options = {**self.fit_options, **{name: value for name, value in told.items() if value is not None}}
+        check_fit_options(options)
+        self.fit_options = options
+        batch_of = _batches("data", data)
+        with self.communicator.together():
+            agree(self, batch_of, other_data)
+            fitting = Fitting(self, batch_of, None if validation is None else _batches("validation", validation), folder)
+            fitting.run(steps, seconds, on_step, progress)
+        return fitting.history
 
     def save(self, folder: str | Path) -> None:
-        """Writes the model, the optimizer and where training stands into `folder`: old or new, never half."""
-        from ..checkpoint import encode_safetensors
-        from ..checkpoint.models import save_model
+        """Writes the model, the optimizer and where training stands into `folder`: old or new, never half.
 
-        about = {
-            "options": self.options,
-            "step_count": self.step_count,
-            "tokens_seen": self.tokens_seen,
-            "losses": self.losses,
-        }
-        extra = {
-            TRAINING_FILE: json.dumps(about).encode(),
-            OPTIMIZER_FILE: b"".join(bytes(part) for part in encode_safetensors(self.optimizer.state())),
-        }
-        save_model(folder, self.model, tokenizer=self.tokenizer, memory=self.memory, extra_files=extra)
+        Raises TrainingError, and writes nothing, when a weight is not finite. With a communicator: to be called on
+        rank 0 alone, as `fit` does.
+        """
+        from .saved import save_run
+
+        save_run(self, folder)
 
     @classmethod
-    def resume(cls, folder: str | Path, memory: Memory | None = None) -> Trainer:
+    def resume(cls, folder: str | Path, memory: Memory | None = None, *, communicator: Any = None) -> Trainer:
         """The trainer saved in `folder`: its next steps are, bit for bit, those of a run that was not stopped.
 
-        memory: needed only if it was not made from text by `mt.memory`.
+        memory: needed only if it was not made from text by `mt.memory`. communicator: as for a new Trainer; it may
+        have another number of processes than the one that saved.
         """
-        from ..checkpoint import read_json_strict, read_safetensors
-        from ..checkpoint.models import load_saved
+        from .saved import load_run
 
-        saved = load_saved(folder)
-        about = read_json_strict(Path(folder) / TRAINING_FILE, 1 << 28)
-        _check_about(about)
-        options = about["options"]
-        trainer = cls(saved.model, memory if memory is not None else saved.memory(), tokenizer=saved.tokenizer, **options)
-        trainer.optimizer.load_state(read_safetensors(Path(folder) / OPTIMIZER_FILE), about["step_count"])
-        trainer.step_count, trainer.tokens_seen, trainer.losses = about["step_count"], about["tokens_seen"], about["losses"]
-        return trainer
+        return load_run(cls, folder, memory, communicator)
 
     # Inside
 
@@ -240,38 +262,97 @@ class Trainer:
             weights = _weights(weights, target.shape, self.model.dtype)
         return Batch(source, target, source_lengths, target_lengths, weights)
 
-    def _dropout(self) -> Dropout:
-        """Of the next step."""
+    def _dropout(self, first_row: int) -> Dropout:
+        """Of the next step, of a part of the batch that begins at `first_row`."""
         o = self.options
         attention, hidden = (o["dropout"] if o[name] is None else o[name] for name in ("attention_dropout", "ff_dropout"))
-        return Dropout(o["dropout"], o["seed"], attention, hidden, self.step_count)
+        return Dropout(o["dropout"], o["seed"], attention, hidden, self.step_count, first_row)
 
-    def _backward(self, batch: Batch, dropout: Dropout) -> float:
-        """The loss through all segments of the batch, as it is in training; its gradient is added into the arena."""
+    def _add_gradients(self, batch: Batch, rows: slice, total: float) -> float:
+        """Adds those of some rows' share of the batch's loss to the arena; returns that share.
+
+        total: what the batch's target tokens weigh, so that the shares of all rows add up to the mean of the batch.
+        Draws its own dropout masks for each part, and hides the sources that would be hidden in the whole batch.
+        """
+        if rows.start == rows.stop:
+            return 0.0
+        part = batch if rows == slice(0, len(batch.target)) else _rows_of(batch, rows)
         o, w = self.options, self.optimizer.leaves()
-        loss = SegmentLoss(self.model, batch, w, dropout=dropout, hide_source=self._hidden(batch), label_smoothing=o["label_smoothing"])
-        run = self.model.start_run(self.memory, len(batch.target), w, training=True)
-        return backpropagate(loss, run, truncate=o["bptt_segments"], recompute=o["recompute"])
+        loss = SegmentLoss(
+            self.model,
+            part,
+            w,
+            total=total,
+            dropout=self._dropout(rows.start),
+            hide_source=self._hidden(batch, rows),
+            label_smoothing=o["label_smoothing"],
+        )
+        try:
+            run = self.model.start_run(self.memory, len(part.target), w, training=True)
+            return backpropagate(loss, run, truncate=o["bptt_segments"], recompute=o["recompute"])
+        except PluginError:
+            # A strategy is blamed for the NaN it holds; where the model alone gives them, the fault is not its own.
+            value = self._loss(part, with_memory=False)
+            if np.isfinite(value):
+                raise
+            return value
 
-    def _hidden(self, batch: Batch) -> np.ndarray | None:
-        """(B, n) bool: segments hidden from the decoder at the next step."""
-        o = self.options
-        draw = np.random.default_rng([o["seed"], self.step_count]).random
-        return draw(batch.target.shape[:2]) < o["source_dropout"] if o["source_dropout"] else None
+    def _hidden(self, batch: Batch, rows: slice) -> np.ndarray | None:
+        """(rows, n): the segments whose source is hidden in this step, drawn for all rows of the batch."""
+        if not self.options["source_dropout"]:
+            return None
+        draws = np.random.default_rng([self.options["seed"], self.step_count]).random(batch.target.shape[:2])
+        return draws[rows] < self.options["source_dropout"]
 
     def _loss(self, batch: Batch, *, with_memory: bool = True) -> float:
-        """Mean negative log-likelihood of all target tokens, through all segments of the batch."""
+        """Mean negative log-likelihood of all target tokens, through all segments of the batch, as it is outside of training."""
         loss = SegmentLoss(self.model, batch, self.model.weights)
         return loss.value(self.model.start_run(self.memory if with_memory else None, len(batch.target), training=True))
 
-    def _diagnosis(self, loss: float) -> str:
+    def _diagnosis(self, batch: Batch, loss: float, parts: list[slice]) -> str:
+        """What is not finite, in which rows of which batch, and the largest gradients by name."""
+        told = ""
+        if parts:
+            suspects = [row for part in parts for row in range(part.start, part.stop)]
+            rows = [row for row in suspects if not self._is_finite(_rows_of(batch, slice(row, row + 1)))]
+            which = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
+            shown = f"row {which}" if len(rows) == 1 else f"rows {which}" if rows else f"rows {suspects[0]} to {suspects[-1]} together"
+            told = f" at {shown} of batch {self.step_count}"
         sizes = {name: float(np.max(np.abs(g))) if g.size else 0.0 for name, g in self.optimizer.grads.items()}
         worst = sorted(sizes, key=lambda name: (np.isfinite(sizes[name]), -np.nan_to_num(sizes[name], posinf=0)))[:3]
-        told = ", ".join(f"{name} {sizes[name]:.3g}" for name in worst)
+        largest = ", ".join(f"{name} {sizes[name]:.3g}" for name in worst)
         return (
-            f"step {self.step_count}: the loss is {loss} or its gradient is not finite (largest gradients: {told}); the weights are those"
-            " of the step before: lower learning_rate, add warmup_steps, or check the data"
+            f"step {self.step_count}: the loss is {loss}{told} or its gradient is not finite (largest gradients: {largest}); the weights"
+            " are those of the step before: lower learning_rate, add warmup_steps, or check the data"
         )
+
+    def _is_finite(self, batch: Batch) -> bool:
+        """Whether the model, without dropout, gives a number for these rows."""
+        try:
+            return bool(np.isfinite(self._loss(batch)))
+        except PluginError:
+            return False
+
+
+def _rows_of(batch: Batch, rows: slice) -> Batch:
+    values = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    return dataclasses.replace(batch, **{name: value[rows] for name, value in values.items() if isinstance(value, np.ndarray)})
+
+
+def _batches(name: str, data: Any) -> Callable[[int], Batch]:
+    """The function that gives the batch of a step number."""
+    batch_of = data if callable(data) else getattr(data, "batch", None)
+    if not callable(batch_of):
+        raise InvalidType(f"{name}: expected TextStreams, or a function of the step that gives its batch, got {type(data).__name__}")
+    return batch_of
+
+
+def _absolute(**paths: Any) -> dict[str, str | None]:
+    """Paths that a run remembers, wherever it is resumed from."""
+    for name, path in paths.items():
+        if not isinstance(path, str | os.PathLike | None) or path == "":
+            raise InvalidType(f"{name}: expected a path or None, got {path!r}")
+    return {name: None if path is None else os.path.abspath(path) for name, path in paths.items()}
 
 
 def _segments(name: str, tokens: Any, lengths: Any, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -306,78 +387,3 @@ def _weights(weights: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarra
     if not (np.isfinite(array).all() and (array >= 0).all()):
         raise InvalidValue("weights: expected finite numbers of at least 0")
     return array.reshape(shape)
-
-
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits until the block is done: what a half-written step leaves must not be saved."""
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield
-        return
-    waiting: list[Any] = []
-    signal.signal(signal.SIGINT, lambda *what: waiting.append(what))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if waiting:
-            before(*waiting[0])
-
-
-def _check_about(about: dict[str, Any]) -> None:
-    """Refuses a training file that `save` did not write."""
-    faults = [f"field {name!r} is missing" for name in ("options", "step_count", "tokens_seen", "losses") if name not in about]
-    for name in ("step_count", "tokens_seen"):
-        value = about.get(name, 0)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            faults.append(f"{name}: expected an integer of at least 0, got {value!r}")
-    losses = about.get("losses", [])
-    if not isinstance(losses, list) or not all(isinstance(loss, float) for loss in losses):
-        faults.append("losses: expected a list of numbers")
-    options = about.get("options", {})
-    if not isinstance(options, dict):
-        faults.append(f"options: expected a mapping, got {type(options).__name__}")
-    elif "options" in about:
-        known = inspect.signature(Trainer).parameters
-        faults += [f"unknown option {name!r}" for name in options if name not in known or name in ("model", "memory", "tokenizer")]
-    if faults:
-        raise InvalidValue(f"{TRAINING_FILE}: " + "; ".join(faults))
-    _check_options(options)
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    faults = []
-    limits: tuple[tuple[str, int, int | None], ...] = (
-        ("learning_rate", 0, None),
-        ("warmup_steps", 0, None),
-        ("weight_decay", 0, None),
-        ("eps", 0, None),
-        ("dropout", 0, 1),
-        ("attention_dropout", 0, 1),
-        ("ff_dropout", 0, 1),
-        ("label_smoothing", 0, 1),
-        ("source_dropout", 0, 1),
-        ("seed", 0, None),
-        ("clip", 0, None),
-        ("total_steps", 1, None),
-        ("bptt_segments", 1, None),
-    )
-    for name, low, high in limits:
-        value: Any = options.get(name)
-        if value is None and name in ("clip", "total_steps", "bptt_segments", "attention_dropout", "ff_dropout"):
-            continue
-        whole = name in ("warmup_steps", "seed", "total_steps", "bptt_segments")
-        number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-        if not number or not low <= value < (high or math.inf):
-            kind = "an integer" if whole else "a number"
-            faults.append(f"{name}: expected {kind} of at least {low}{f' and below {high}' if high else ''}, got {value!r}")
-    betas = options.get("betas")
-    if not isinstance(betas, list) or len(betas) != 2 or not all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in betas):
-        faults.append(f"betas: expected two numbers of at least 0 and below 1, got {betas!r}")
-    if not isinstance(options.get("recompute", False), bool):
-        faults.append(f"recompute: expected True or False, got {options['recompute']!r}")
-    if options.get("schedule") not in SCHEDULES:
-        faults.append(f"schedule: expected one of {', '.join(SCHEDULES)}, got {options.get('schedule')!r}")
-    if faults:
-        raise InvalidValue("Trainer: " + "; ".join(faults))

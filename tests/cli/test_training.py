@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+import signal
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -14,7 +15,7 @@ from commands import TINY_OPTIONS
 
 from mini_tfm.checkpoint.models import load_saved, save_model
 from mini_tfm.cli import demo as demo_module
-from mini_tfm.cli.shared import command_line
+from mini_tfm.cli.shared import command_line, interrupt_between_steps
 from mini_tfm.config import Config
 from mini_tfm.model import Transformer
 from mini_tfm.report import html_report, line_chart
@@ -43,8 +44,8 @@ def test_train_saves_a_model_that_works(run, train, texts, tmp_path):
     assert answer["parameters"] == saved.model.n_parameters
     log = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     assert [line["step"] for line in log] == [1, 2, 3, 4, 5, 6]
-    assert [line["step"] for line in log if "held_out_loss" in line] == [3, 6]
-    assert log[-1]["held_out_loss"] == answer["held_out_loss"]
+    assert [line["step"] for line in log if "validation_loss" in line] == [3, 6]
+    assert log[-1]["validation_loss"] == answer["held_out_loss"] == answer["best_held_out_loss"]
     # bytes: a token is a byte, so bits per byte are bits per token
     assert answer["held_out_bits_per_byte"] == pytest.approx(answer["held_out_loss"] / math.log(2))
     assert run("score", tmp_path / "m", texts[0], "--json").json["memory"] == "window:size=8"
@@ -63,7 +64,7 @@ def test_a_run_stopped_and_resumed_is_the_run_that_was_not(run, train, tmp_path,
     options = ["--steps", 6, "--memory", "recurrent:tokens=2", "--dropout", 0.1]
     assert train(tmp_path / "whole", *options).code == 0
     with monkeypatch.context() as patched:
-        patched.setattr("mini_tfm.cli.train.interrupt_between_steps", lambda: interrupt_at(3))
+        patched.setattr("mini_tfm.cli.training.interrupt_between_steps", lambda: interrupt_at(3))
         stopped = train(tmp_path / "cut", *options)
     assert stopped.code == 130 and stopped.out == ""
     assert f"stopped: step 3 is saved in {tmp_path / 'cut'}" in stopped.err
@@ -76,12 +77,68 @@ def test_a_run_stopped_and_resumed_is_the_run_that_was_not(run, train, tmp_path,
 @contextlib.contextmanager
 def interrupt_at(step):
     checks = iter(range(1, step))
+    yield lambda: next(checks, None) is None
 
-    def check():
-        if next(checks, None) is None:
-            raise KeyboardInterrupt
 
-    yield check
+def test_what_a_run_was_told_is_remembered(run, train, tmp_path):
+    """Logs, rhythm and patience go on as they were, but for what is told anew."""
+    told = ["--validate-every", 2, "--save-every", 3, "--save-total-limit", 2, "--save-best", "--schedule", "linear", "--weight-decay", 0.1]
+    told += ["--gradient-accumulation-steps", 2, "--early-stopping-patience", 50, "--early-stopping-threshold", 0.01, "--max-grad-norm", 0]
+    told += ["--label-smoothing", 0.1, "--bptt-segments", 1, "--jsonl-log", tmp_path / "l.jsonl", "--csv-log", tmp_path / "l.csv"]
+    assert train(tmp_path / "m", "--steps", 4, *told).code == 0
+    resumed = run("train", "--resume", tmp_path / "m", "--steps", 9, "--validate-every", 3, "--json")
+    assert resumed.json["steps"] == 9 and resumed.json["best_step"] and not resumed.json["stopped_early"]
+    log = [json.loads(line) for line in (tmp_path / "l.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == list(range(1, 10)) and len((tmp_path / "l.csv").read_text().splitlines()) == 10
+    assert [line["step"] for line in log if "validation_loss" in line] == [2, 4, 6, 9]
+    assert sorted(path.name for path in (tmp_path / "m").glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-9"]
+    assert (tmp_path / "m" / "best").is_dir()
+    about = json.loads((tmp_path / "m" / "training.json").read_text())
+    for name, value in (("gradient_accumulation_steps", 2), ("early_stopping_patience", 50), ("clip", None), ("schedule", "linear"),
+                        ("weight_decay", 0.1), ("label_smoothing", 0.1), ("bptt_segments", 1)):  # fmt: skip
+        assert about["options"][name] == value, name
+    refused = run("train", "--resume", tmp_path / "m", "--steps", 12, "--gradient-accumulation-steps", 3)
+    assert refused.code == 2 and "--gradient-accumulation-steps comes from the folder" in refused.err
+
+
+def test_train_stops_early_and_says_where_the_best_is(run, train, tmp_path):
+    said = train(
+        tmp_path / "m", "--steps", 40, "--learning-rate", 0.5, "--validate-every", 1, "--early-stopping-patience", 2, "--save-best"
+    )
+    assert said.code == 0 and re.search(r"stopped early at step \d+: 2 looks in a row .* at step \d+; that model is in .*best", said.err)
+    answer = run("train", "--resume", tmp_path / "m", "--steps", 41, "--json").json
+    assert answer["stopped_early"] and answer["steps"] < 40 and answer["best_step"] == answer["steps"] - 2
+    assert run("generate", tmp_path / "m" / "best", "The", "--max-new-tokens", 2).code == 0
+
+
+def test_average_is_a_model_that_works(run, train, tmp_path):
+    assert train(tmp_path / "m", "--steps", 6, "--save-every", 2, "--save-total-limit", 3).code == 0
+    answer = run("average", tmp_path / "m", "--last", 2, "--out", tmp_path / "a", "--json").json
+    assert answer["models"] == [str(tmp_path / "m" / f"checkpoint-{step}") for step in (4, 6)]
+    one, other, mean = (load_saved(path).model.weights for path in (*answer["models"], tmp_path / "a"))
+    assert all(((one[n].astype(float) + other[n]) / 2).astype("f4").tobytes() == mean[n].tobytes() for n in mean)
+    said = run("average", *answer["models"], "--out", tmp_path / "b")
+    assert said.code == 0 and "mean of 2 models" in said.out and weights(tmp_path / "b") == weights(tmp_path / "a")
+    for words, told in (
+        ([tmp_path / "m", tmp_path / "m", "--last", 2, "--out", tmp_path / "c"], "--last goes with one FOLDER"),
+        ([tmp_path / "m", "--last", 4, "--out", tmp_path / "c"], "found 3"),
+        ([tmp_path / "m", "--out", tmp_path / "a"], "holds a model already"),
+        ([tmp_path / "nothing", "--out", tmp_path / "c"], "nothing"),
+    ):
+        refused = run("average", *words)
+        assert refused.code == 2 and told in refused.err and not (tmp_path / "c").exists()
+
+
+def test_a_signal_waits_to_be_asked_for_and_the_second_does_not():
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+        with interrupt_between_steps() as asked:
+            assert not asked()
+            signal.raise_signal(number)
+            assert asked()
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(number)
+        assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
 
 
 def test_no_time_for_a_step_is_a_model_all_the_same(train, tmp_path):

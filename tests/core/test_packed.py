@@ -46,7 +46,8 @@ def test_unpack_gives_what_was_packed(core, kind, group, seed, d_in, d_out, layo
     weights = [values.real(d_in, d_out) for _ in range(1 + gated)]
     given_as = [laid_out(w.T if transposed else w, layout) for w in weights]
     packed = core.pack(given_as[0], dtype=kind, transposed=transposed, gate=given_as[1] if gated else None, group=group)
-    assert (packed.shape, packed.dtype, packed.gated, packed.group) == ((d_in, d_out), kind, gated, group or (256 if kind == "int8" else None))
+    shared = 256 if kind == "int8" and group is None else group
+    assert (packed.shape, packed.dtype, packed.gated, packed.group) == ((d_in, d_out), kind, gated, shared)
     for weight, found in zip(weights, packed.unpack() if gated else [packed.unpack()], strict=True):
         assert found.dtype == weight.dtype
         if kind == "int8":

@@ -31,10 +31,30 @@ from mini_tfm.train.optimizer import AdamW, schedule_factor
         ("cosine", 5, 0, None, 1.0),
         ("cosine", 9, 10, 5, 1.0),  # a warm-up longer than the run
         ("cosine", 10, 10, 10, 1.0),
+        ("linear", 0, 0, 100, 1.0),
+        ("linear", 25, 0, 100, 0.75),
+        ("linear", 4, 10, 110, 0.5),
+        ("linear", 60, 10, 110, 0.5),
+        ("linear", 110, 10, 110, 0.0),
+        ("linear", 999, 10, 110, 0.0),
+        ("linear", 5, 0, None, 1.0),
+        ("inverse_sqrt", 0, 0, 10, 1.0),
+        ("inverse_sqrt", 3, 0, 10, 0.5),
+        ("inverse_sqrt", 1, 4, None, 0.5),
+        ("inverse_sqrt", 3, 4, None, 1.0),
+        ("inverse_sqrt", 15, 4, None, 0.5),
     ],
 )
 def test_schedules(schedule, step, warmup, total, expected):
     assert schedule_factor(schedule, step, warmup, total) == pytest.approx(expected, abs=1e-12)
+
+
+def test_inverse_sqrt_is_the_papers_schedule_up_to_its_peak():
+    """arXiv 1706.03762, eq. 3, whose steps are counted from 1."""
+    d, warmup = 512, 40
+    paper = [d**-0.5 * min(step**-0.5, step * warmup**-1.5) for step in range(1, 400)]
+    found = [schedule_factor("inverse_sqrt", step - 1, warmup, None) for step in range(1, 400)]
+    np.testing.assert_allclose(found, np.array(paper) / max(paper), rtol=1e-12)
 
 
 def adamw_transcribed(weights, gradients, factors, decays, *, steps, lr, betas, eps, clip):

@@ -536,7 +536,10 @@ def test_clipping_limits_the_norm():
 
 BAD_OPTIONS = {
     "learning_rate": [-1.0, None, "1e-3", float("nan"), True],
-    "schedule": ["linear", None],
+    "schedule": ["quadratic", None],
+    "gradient_accumulation_steps": [0, None, 1.5, True],
+    "early_stopping_patience": [0, -1, 1.5],
+    "early_stopping_threshold": [-0.1, None],
     "warmup_steps": [-1, None],
     "total_steps": [0, -5, "many"],
     "weight_decay": [-0.1, None],

@@ -1,0 +1,66 @@
+"""The average of several models of one run, which often does better than the last of them (arXiv 1706.03762, section 6.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..checkpoint.models import Saved, load_saved, save_model
+from ..errors import InvalidType, InvalidValue
+from .saved import checkpoints
+
+
+def average_models(folders: Sequence[str | Path], out: str | Path) -> list[Path]:
+    """Writes into `out` the model whose every weight is the mean of those in `folders`; returns the folders.
+
+    Sums in float64. Configuration, tokenizer and memory have to be the same in all; `out` must not hold a model yet.
+    Raises InvalidValue naming the first folder that is of another kind, FileProblem for one that cannot be read.
+    """
+    if isinstance(folders, str | Path):
+        raise InvalidType(f"folders: expected a list of folders, got {folders!r}; last_checkpoints(run, n) gives those of a run")
+    paths = [Path(folder) for folder in folders]
+    if not paths:
+        raise InvalidValue("folders: expected at least one")
+    if any((Path(out) / name).exists() for name in ("config.json", "model.safetensors")):
+        raise InvalidValue(f"out: {out} holds a model already; give another folder")
+    first = load_saved(paths[0])
+    total = {name: weight.astype(np.float64) for name, weight in first.model.weights.items()}
+    for path in paths[1:]:
+        other = load_saved(path)
+        if fault := _difference(first, other):
+            raise InvalidValue(f"folders: {path} is not a model like {paths[0]}: {fault}")
+        for name, weight in other.model.weights.items():
+            total[name] += weight
+    for name, weight in first.model.weights.items():
+        weight[...] = total[name] / len(paths)
+    save_model(out, first.model, tokenizer=first.tokenizer, memory=first.memory())
+    return paths
+
+
+def last_checkpoints(run: str | Path, n: int) -> list[Path]:
+    """The newest `n` folders checkpoint-<step> of a run, which `save_total_limit` keeps; oldest first."""
+    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+        raise InvalidValue(f"n: expected an integer of at least 1, got {n!r}")
+    found = checkpoints(run)
+    if len(found) < n:
+        raise InvalidValue(f"{run}: expected at least {n} folders checkpoint-<step>, found {len(found)}; train with save_total_limit={n}")
+    return found[-n:]
+
+
+def _difference(one: Saved, other: Saved) -> str | None:
+    """What two models that are averaged may not differ in; None: nothing."""
+    a, b = one.model.config.to_dict(), other.model.config.to_dict()
+    for name in sorted(a):
+        if a[name] != b.get(name):
+            return f"{name} is {b.get(name)}, expected {a[name]}"
+    shapes = ({name: weight.shape for name, weight in saved.model.weights.items()} for saved in (one, other))
+    expected, got = shapes
+    for name in sorted(expected.keys() | got.keys()):
+        if expected.get(name) != got.get(name):
+            return f"{name} has shape {got.get(name)}, expected {expected.get(name)}"
+    if one.memory_text != other.memory_text:
+        return f"its memory is {other.memory_text}, expected {one.memory_text}"
+    files = [saved.tokenizer.files() if saved.tokenizer is not None else {} for saved in (one, other)]
+    return "its tokenizer is another one" if files[0] != files[1] else None

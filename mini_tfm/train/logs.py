@@ -1,0 +1,184 @@
+"""Logs of a run: a line a step as JSON or CSV, and TensorBoard's event files.
+
+A log is appended to. When a run is resumed, the lines after the step it goes on from are cut off, as those steps are
+taken again: no step is there twice, and the log is that of a run which was not stopped.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.native import open_regular
+from ..errors import FileProblem, InvalidValue
+
+# step; loss and validation_loss in nats a target token; learning_rate of the step; gradient_norm before clipping;
+# tokens seen and seconds trained, both since the run began.
+COLUMNS = ("step", "loss", "validation_loss", "learning_rate", "gradient_norm", "tokens", "seconds")
+
+
+class Logs:
+    """Those that are asked for, as a context. Only opened where something is written: on rank 0."""
+
+    def __init__(self, options: Mapping[str, Any], losses: Sequence[float]):
+        """options: of `fit`. losses: of the steps so far, by which a log is known to be this run's."""
+        self._losses = losses
+        self._kinds = [(kind, options[name]) for name, kind in KINDS.items() if options[name] is not None]
+        self._open: list[Any] = []
+
+    def __enter__(self) -> Logs:
+        try:
+            self._open.extend(kind(path, self._losses) for kind, path in self._kinds)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for log in self._open:
+            log.close()
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """A step's figures, by names of COLUMNS; what was not measured is left out."""
+        for log in self._open:
+            log.write(record)
+
+    def sync(self) -> None:
+        """What is written is on the disk: before a checkpoint that counts on it."""
+        for log in self._open:
+            log.sync()
+
+
+class _Lines:
+    """A text file of one line a step."""
+
+    header = ""
+
+    def __init__(self, path: str, losses: Sequence[float]):
+        self.path = Path(path)
+        try:
+            self._cut(losses)
+            self._file = open(self.path, "a", encoding="utf-8", newline="")  # noqa: SIM115  # closed by `close`
+            if self.header and self._file.tell() == 0:
+                self._append(self.header)
+        except OSError as error:
+            raise _problem(self.path, error) from error
+
+    def _cut(self, losses: Sequence[float]) -> None:
+        """Takes off the lines after the last step that there is a loss of, and half a line of a killed process."""
+        if not self.path.exists():
+            return
+        with open_regular(self.path) as file:
+            data = file.read()
+        begins = self.header.encode()
+        if not data.startswith(begins[: len(data)]):
+            raise InvalidValue(f"{self.path}: is not the log of a run (it does not begin with {self.header.strip()!r}); give another path")
+        kept, known = len(begins) if len(data) >= len(begins) else 0, False
+        for line in data[kept:].splitlines(keepends=True):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                step, loss = self.read(line.decode())
+            except (ValueError, KeyError, TypeError, IndexError) as error:
+                raise InvalidValue(f"{self.path}: is not the log of a run (line {line[:60]!r}); give another path") from error
+            later = step > len(losses)
+            if (later and not known) or (not later and losses[step - 1] != loss):
+                raise InvalidValue(f"{self.path}: holds the log of another run; give another path, or move it away")
+            if later:
+                break
+            kept, known = kept + len(line), True
+        if kept < len(data):
+            os.truncate(self.path, kept)
+
+    def read(self, line: str) -> tuple[int, float]:
+        """(step, loss) of a line."""
+        raise NotImplementedError
+
+    def _append(self, text: str) -> None:
+        try:
+            self._file.write(text)
+            self._file.flush()
+        except OSError as error:
+            raise _problem(self.path, error) from error
+
+    def sync(self) -> None:
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise _problem(self.path, error) from error
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class JsonLines(_Lines):
+    """An object a line; what was not measured at a step is not in its line."""
+
+    def read(self, line: str) -> tuple[int, float]:
+        record = json.loads(line)
+        return int(record["step"]), float(record["loss"])
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        self._append(json.dumps({name: record[name] for name in COLUMNS if name in record}) + "\n")
+
+
+class Csv(_Lines):
+    """COLUMNS, separated by commas; what was not measured is empty."""
+
+    header = ",".join(COLUMNS) + "\n"
+
+    def read(self, line: str) -> tuple[int, float]:
+        (row,) = csv.DictReader(io.StringIO(self.header + line))
+        return int(row["step"]), float(row["loss"])
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        self._append(",".join(repr(record[name]) if name in record else "" for name in COLUMNS) + "\n")
+
+
+class TensorBoard:
+    """Event files in a folder. Those of a killed run stay; TensorBoard is told to forget their later steps."""
+
+    def __init__(self, path: str, losses: Sequence[float]):
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError as error:
+            raise InvalidValue(f"tensorboard_log: needs tensorboardX ({error}): pip install 'mini-tfm[tensorboard]'") from error
+        self.path = Path(path)
+        try:
+            # Files are named by the second they are made in: the step keeps those of a run resumed at once apart.
+            step = len(losses)
+            self._writer = SummaryWriter(str(path), purge_step=step + 1 if step else None, filename_suffix=f".{step}")
+        except OSError as error:
+            raise _problem(self.path, error) from error
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        for name in COLUMNS[1:]:
+            if name in record:
+                self._writer.add_scalar(TAGS[name], record[name], record["step"])
+
+    def sync(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+# Grouped as TensorBoard groups them: by what stands before the slash.
+TAGS = {
+    "loss": "loss/train",
+    "validation_loss": "loss/validation",
+    "learning_rate": "train/learning_rate",
+    "gradient_norm": "train/gradient_norm",
+    "tokens": "train/tokens",
+    "seconds": "train/seconds",
+}
+KINDS: dict[str, Any] = {"jsonl_log": JsonLines, "csv_log": Csv, "tensorboard_log": TensorBoard}
+
+
+def _problem(path: Path, error: OSError) -> FileProblem:
+    return FileProblem(f"{path}: the log cannot be written: {error.strerror or error}; check free space and permissions")

@@ -1,0 +1,121 @@
+"""Several processes, on one machine or many, that take one step together: data parallelism over MPI.
+
+Every process (rank) is given the same batch, computes on rows of its own, and adds up its gradients with all the
+others' in one sum of the flat arena; each then takes the same optimizer step. What a Trainer needs of them is the
+five methods of `Alone`; `Ranks` has the same over mpi4py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from ..errors import InvalidType, InvalidValue, TrainingError
+
+# What the launchers of Open MPI, MPICH and Intel MPI, and those that speak PMIx, set for the processes they start.
+_LAUNCHED = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "MV2_COMM_WORLD_SIZE")
+EXIT_CODE = 2
+OTHERS_WAIT = 1.0  # seconds that a rank leaves to rank 0, which often fails in the same way, to tell it first
+
+
+class StoppedTogether(KeyboardInterrupt):
+    """All ranks agreed to stop after the same step."""
+
+
+class Alone:
+    """One process: nothing to add up, nobody to wait for."""
+
+    rank, size = 0, 1
+
+    def sum(self, array: np.ndarray) -> None:
+        """Replaces a contiguous array by its sum over all ranks."""
+
+    def share(self, array: np.ndarray) -> None:
+        """Replaces a contiguous array by rank 0's."""
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+
+    def together(self) -> contextlib.AbstractContextManager[None]:
+        """What is raised inside by one rank ends all: the others would wait for it for ever."""
+        return contextlib.nullcontext()
+
+    def any(self, answer: bool) -> bool:
+        """Whether any rank says yes; the same answer on all."""
+        yes = np.array([float(answer)])
+        self.sum(yes)
+        return bool(yes[0])
+
+
+class Ranks(Alone):
+    """The processes of an mpi4py communicator (default: all that `mpirun` started).
+
+    tell: how an error that ends all ranks is written to standard error; default: as Python does.
+    """
+
+    def __init__(self, comm: Any = None, tell: Callable[[BaseException], str] | None = None):
+        try:
+            from mpi4py import MPI
+        except ImportError as error:
+            raise InvalidValue(f"training on several ranks needs mpi4py ({error}): pip install 'mini-tfm[mpi]'") from error
+        comm = MPI.COMM_WORLD if comm is None else comm
+        if not isinstance(comm, MPI.Intracomm):
+            raise InvalidType(f"communicator: expected an mpi4py intracommunicator such as MPI.COMM_WORLD, got {type(comm).__name__}")
+        self._comm, self._in_place, self._tell = comm, MPI.IN_PLACE, tell
+        self.rank, self.size = comm.Get_rank(), comm.Get_size()
+
+    def sum(self, array: np.ndarray) -> None:
+        self._comm.Allreduce(self._in_place, array)
+
+    def share(self, array: np.ndarray) -> None:
+        self._comm.Bcast(array, root=0)
+
+    def wait(self) -> None:
+        self._comm.Barrier()
+
+    @contextlib.contextmanager
+    def _ending_all(self) -> Iterator[None]:
+        try:
+            yield
+        except (TrainingError, StoppedTogether):  # raised by all ranks at once, after what they have summed
+            raise
+        except BaseException as error:
+            if self.size == 1:
+                raise
+            if self.rank:
+                time.sleep(OTHERS_WAIT)
+            told = self._tell(error) if self._tell else "".join(traceback.format_exception(error)).rstrip()
+            stream = sys.__stderr__ or sys.stderr
+            stream.write(f"rank {self.rank} of {self.size}: {told}\n")
+            stream.flush()
+            self._comm.Abort(EXIT_CODE)
+            raise  # an MPI whose Abort returns
+
+    def together(self) -> contextlib.AbstractContextManager[None]:
+        return self._ending_all()
+
+
+def launched(environ: Any = os.environ) -> bool:
+    """Whether `mpirun` or the like started this process."""
+    return any(name in environ for name in _LAUNCHED)
+
+
+def communicator_of(given: Any) -> Alone:
+    """What a Trainer uses for its argument: None is this process alone, an mpi4py communicator its ranks."""
+    if given is None:
+        return Alone()
+    return given if isinstance(given, Alone) else Ranks(given)
+
+
+def shares(n_rows: int, n_parts: int) -> list[slice]:
+    """Rows cut into `n_parts` neighbouring parts as equal as can be; with fewer rows than parts some are empty."""
+    ends = [part * n_rows // n_parts for part in range(n_parts + 1)]
+    return [slice(a, b) for a, b in itertools.pairwise(ends)]

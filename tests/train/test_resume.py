@@ -1,0 +1,256 @@
+"""A run that is killed, anywhere, and resumed is the run that was not stopped, to the bit; what would spoil one is refused."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import mini_tfm as mt
+from mini_tfm.checkpoint import native
+from mini_tfm.checkpoint.models import load_saved
+from mini_tfm.config import Config
+from mini_tfm.errors import FileProblem, InvalidValue, TrainingError
+from mini_tfm.model import Transformer
+from mini_tfm.train import Trainer
+
+sys.path.insert(0, str(Path(__file__).parent))  # `import runs`, here and in the processes started below
+
+from runs import FIT, STEPS, data, fit, log_lines, make_trainer, state
+
+# Where a process kills itself. "write" is the n-th os.write of all: a save is some of them, each of best/, checkpoint-<step>/
+# and the run itself.
+CUTS = {
+    "after a step": ("step", 4),
+    "before the first save": ("step", 2),
+    "at the end of an epoch": ("step", 5),
+    "in mid-accumulation": ("part", 7 * 3 + 1),
+    "before the optimizer": ("adamw", 9),
+    "in a validation": ("evaluate", 2 * 3 + 1),
+    "while the best is saved": ("write", 5),
+    "while a checkpoint is saved": ("write", 33),
+    "while the run is saved": ("rename", 6),
+    "when it is saved and not yet told": ("fsync folder", 12),
+    "in the middle of a log's line": ("line", 8),
+    "at the last step": ("step", STEPS),
+}
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import runs
+from mini_tfm.checkpoint import native
+from mini_tfm.train import logs, optimizer, trainer
+place, n, folder = sys.argv[2], int(sys.argv[3]), Path(sys.argv[4])
+count = 0
+
+def killing(real, before=lambda *a: None):
+    def call(*args, **options):
+        global count
+        count += 1
+        if count == n:
+            before(*args)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **options)
+    return call
+
+def half_a_line(log, record):
+    log._append('{"step": 8, "lo')
+
+for name, (owner, attribute) in {"part": (trainer.Trainer, "_add_gradients"), "evaluate": (trainer.Trainer, "evaluate"),
+                                 "adamw": (optimizer.AdamW, "step"), "write": (native.os, "write"), "rename": (native, "_put"),
+                                 "fsync folder": (native, "_fsync_folder"), "line": (logs.JsonLines, "write")}.items():
+    if place == name:
+        setattr(owner, attribute, killing(getattr(owner, attribute), *([half_a_line] if name == "line" else [])))
+
+def on_step(trainer, loss):
+    if place == "step" and trainer.step_count == n:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+runs.fit(runs.make_trainer(), folder, on_step=on_step)
+"""
+
+
+def killed(place, n, folder, threads):
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "error"}
+    command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), place, str(n), str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, (done.returncode, done.stderr)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    trainer = make_trainer()
+    fit(trainer, folder)
+    return state(trainer), log_lines(folder), {path.name for path in folder.iterdir()}, Path(folder)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_killed_run_goes_on_as_if_it_had_not_been(cut, whole, tmp_path):
+    folder, threads = tmp_path / "run", mt.get_num_threads()
+    number = list(CUTS).index(cut)
+    killed(*CUTS[cut], folder, threads=1 + number % 2)
+    try:
+        mt.set_num_threads(2 - number % 2)
+        began = (folder / "training.json").exists()
+        trainer = Trainer.resume(folder) if began else make_trainer()
+        if not began:  # nothing was acknowledged; a new run does not write over what there is of a log
+            for log in ("run.jsonl", "run.csv"):
+                (tmp_path / log).unlink(missing_ok=True)
+        fit(trainer, folder)
+    finally:
+        mt.set_num_threads(threads)
+    expected, lines, names, other = whole
+    assert state(trainer) == expected == state(Trainer.resume(folder))
+    assert log_lines(folder) == lines
+    assert {path.name for path in folder.iterdir()} == names
+    for inside in ("best", f"checkpoint-{STEPS}", f"checkpoint-{STEPS - 3}"):
+        one, two = load_saved(folder / inside).model.weights, load_saved(other / inside).model.weights
+        assert all(one[name].tobytes() == two[name].tobytes() for name in two)
+    assert not [path.name for path in tmp_path.iterdir() if ".saving-" in path.name]
+
+
+def test_a_run_remembers_what_fit_was_told(tmp_path):
+    folder = tmp_path / "run"
+    fit(make_trainer(), folder, steps=5)
+    resumed = Trainer.resume(folder)
+    assert {name: resumed.fit_options[name] for name in FIT} == FIT
+    assert resumed.options["gradient_accumulation_steps"] == 3 and resumed.seconds > 0
+    resumed.fit(data(), validation=data(seed=2), folder=folder, progress=False)
+    assert [line["step"] for line in log_lines(folder)[0]] == list(range(1, STEPS + 1))
+    assert (folder / f"checkpoint-{STEPS}").is_dir()
+
+
+@pytest.mark.parametrize("other", [data(seed=3), data(batch_size=3)], ids=["seed", "batch size"])
+def test_other_data_is_refused_and_nothing_lost(other, tmp_path):
+    folder = tmp_path / "run"
+    fit(make_trainer(), folder, steps=5)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(InvalidValue, match=r"data: batch 4 is not what it was.*other_data=True"):
+        Trainer.resume(folder).fit(other, validation=data(seed=2), folder=folder, progress=False)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    trainer = Trainer.resume(folder)
+    trainer.fit(other, 6, validation=data(seed=2), folder=folder, progress=False, other_data=True)
+    assert trainer.step_count == 6
+
+
+def test_another_memory_is_refused(tmp_path):
+    fit(make_trainer(), tmp_path / "run", steps=2)
+    with pytest.raises(InvalidValue, match=r"memory: .*trained with recurrent:tokens=2.*got window:size=4"):
+        Trainer.resume(tmp_path / "run", mt.memory("window:size=4"))
+
+
+def test_a_folder_of_version_0_1_0_is_resumed(tmp_path):
+    """Its training.json has four fields, and options that know neither parts nor early stopping."""
+    folder = tmp_path / "run"
+    trainer = make_trainer(gradient_accumulation_steps=1, early_stopping_patience=None)
+    trainer.fit(data(), 4, folder=folder, progress=False)
+    about = json.loads((folder / "training.json").read_text())
+    old = {name: about[name] for name in ("options", "step_count", "tokens_seen", "losses")}
+    for name in ("gradient_accumulation_steps", "early_stopping_patience", "early_stopping_threshold"):
+        del old["options"][name]
+    (folder / "training.json").write_text(json.dumps(old))
+    resumed = Trainer.resume(folder)
+    assert state(resumed) == state(trainer)
+    resumed.fit(data(), 6, progress=False)
+
+
+# The disk
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_a_full_disk_is_told_and_the_last_save_stays(code, tmp_path, monkeypatch):
+    """The k-th write of the save at step 6 fails: of its checkpoint's files, and of its own."""
+    folder, real = tmp_path / "run", os.write
+    fit(make_trainer(), folder, steps=3, save_best=False)
+    saved = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for k in (1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233, 377):
+        trainer, count = Trainer.resume(folder), [0]
+
+        def write(fd, buffer, k=k, count=count):
+            count[0] += 1
+            if count[0] == k:
+                raise OSError(code, os.strerror(code))
+            return real(fd, buffer)
+
+        monkeypatch.setattr(native.os, "write", write)
+        try:
+            fit(trainer, folder, steps=6, save_best=False)
+            break  # fewer writes than k: it was saved
+        except FileProblem as error:
+            assert os.strerror(code) in str(error) and "what was there is untouched" in str(error)
+        finally:
+            monkeypatch.undo()
+        kept = {name: (folder / name).read_bytes() for name in saved}
+        assert kept == saved and Trainer.resume(folder).step_count == 3
+    assert 34 < k < 377 and Trainer.resume(folder).step_count == 6
+    assert not [path for path in tmp_path.rglob("*") if ".saving-" in path.name]
+
+
+def test_a_log_on_a_full_disk_is_told(tmp_path):
+    if not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full here")
+    (tmp_path / "full").symlink_to("/dev/full")
+    trainer = make_trainer()
+    with pytest.raises(FileProblem, match=r"full: "):
+        trainer.fit(data(), 3, validation=data(seed=2), progress=False, csv_log=tmp_path / "full")
+
+
+# What is not finite
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    folder = tmp_path / "run"
+    trainer = make_trainer()
+    fit(trainer, folder, steps=3)
+
+    def spoil(trainer, loss):
+        if trainer.step_count == 5:
+            trainer.optimizer.m[-1] = np.inf  # the loss and the gradient of step 6 are finite all the same
+
+    with pytest.raises(TrainingError, match=r"step 6: weights are not finite .*, so they are not saved"):
+        fit(trainer, folder, on_step=spoil)
+    resumed = Trainer.resume(folder)
+    assert resumed.step_count == 3 and np.isfinite(resumed.optimizer.arena).all()
+    with pytest.raises(TrainingError, match="not finite"):
+        trainer.save(folder)
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path):
+    folder = tmp_path / "run"
+    trainer = make_trainer()
+
+    def spoil(trainer, loss):
+        if trainer.step_count == 4:
+            trainer.model.weights["decoder.0.feed_forward.out.weight"][0, 0] = np.nan
+
+    with pytest.raises(TrainingError, match=r"step 4: the loss is nan at rows 0, 1, 2, 3 of batch 4 .*largest gradients: \S+"):
+        fit(trainer, folder, on_step=spoil)
+    assert Trainer.resume(folder).step_count == 3
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_the_row_that_is_not_finite_is_named(parts):
+    config = Config(vocab_size=13, d_model=8, n_heads=2, n_encoder_layers=1, n_decoder_layers=1, d_ff=12, tie_embeddings=False)
+    trainer = Trainer(Transformer(config), gradient_accumulation_steps=parts)
+    trainer.model.weights["embedding.weight"][12] = np.nan
+    source = np.full((6, 4), 5)
+    trainer.step(source, source)
+    source[4, 1] = 12
+    with pytest.raises(TrainingError, match=r"^step 1: the loss is nan at row 4 of batch 1 .*largest gradients: \S+ "):
+        trainer.step(source, source)
+
+
+def test_a_validation_that_is_not_finite_stops(tmp_path):
+    trainer = make_trainer()
+    trainer.evaluate = lambda batch: float("nan")
+    with pytest.raises(TrainingError, match="step 2: the loss of validation batch 0 is nan; what was saved last"):
+        fit(trainer, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
