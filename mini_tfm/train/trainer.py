@@ -262,12 +262,6 @@ class Trainer:
             weights = _weights(weights, target.shape, self.model.dtype)
         return Batch(source, target, source_lengths, target_lengths, weights)
 
-    def _dropout(self, first_row: int) -> Dropout:
-        """Of the next step, of a part of the batch that begins at `first_row`."""
-        o = self.options
-        attention, hidden = (o["dropout"] if o[name] is None else o[name] for name in ("attention_dropout", "ff_dropout"))
-        return Dropout(o["dropout"], o["seed"], attention, hidden, self.step_count, first_row)
-
     def _add_gradients(self, batch: Batch, rows: slice, total: float) -> float:
         """Adds those of some rows' share of the batch's loss to the arena; returns that share.
 
@@ -277,19 +271,8 @@ class Trainer:
         if rows.start == rows.stop:
             return 0.0
         part = batch if rows == slice(0, len(batch.target)) else _rows_of(batch, rows)
-        o, w = self.options, self.optimizer.leaves()
-        loss = SegmentLoss(
-            self.model,
-            part,
-            w,
-            total=total,
-            dropout=self._dropout(rows.start),
-            hide_source=self._hidden(batch, rows),
-            label_smoothing=o["label_smoothing"],
-        )
         try:
-            run = self.model.start_run(self.memory, len(part.target), w, training=True)
-            return backpropagate(loss, run, truncate=o["bptt_segments"], recompute=o["recompute"])
+            return self._backward(part, self._dropout(rows.start), self._hidden(batch, rows), total)
         except PluginError:
             # A strategy is blamed for the NaN it holds; where the model alone gives them, the fault is not its own.
             value = self._loss(part, with_memory=False)
@@ -297,8 +280,21 @@ class Trainer:
                 raise
             return value
 
-    def _hidden(self, batch: Batch, rows: slice) -> np.ndarray | None:
-        """(rows, n): the segments whose source is hidden in this step, drawn for all rows of the batch."""
+    def _backward(self, batch: Batch, dropout: Dropout, hidden: np.ndarray | None = None, total: float | None = None) -> float:
+        """The loss through all segments of the batch, as it is in training; its gradient is added into the arena."""
+        o, w = self.options, self.optimizer.leaves()
+        options: dict[str, Any] = {"dropout": dropout, "hide_source": hidden, "label_smoothing": o["label_smoothing"], "total": total}
+        run = self.model.start_run(self.memory, len(batch.target), w, training=True)
+        return backpropagate(SegmentLoss(self.model, batch, w, **options), run, truncate=o["bptt_segments"], recompute=o["recompute"])
+
+    def _dropout(self, first_row: int = 0) -> Dropout:
+        """Of the next step, for a part of the batch that begins at `first_row`."""
+        o = self.options
+        attention, hidden = (o["dropout"] if o[name] is None else o[name] for name in ("attention_dropout", "ff_dropout"))
+        return Dropout(o["dropout"], o["seed"], attention, hidden, self.step_count, first_row)
+
+    def _hidden(self, batch: Batch, rows: slice = slice(None)) -> np.ndarray | None:
+        """(rows, n) bool: segments whose source is hidden from the decoder at the next step, drawn for the whole batch."""
         if not self.options["source_dropout"]:
             return None
         draws = np.random.default_rng([self.options["seed"], self.step_count]).random(batch.target.shape[:2])

@@ -57,7 +57,7 @@ def gradient(memory, variant, dtype=np.float32, batch=None, **options):
     trainer = Trainer(one_layer(variant, dtype), memory, label_smoothing=0.1, source_dropout=0.3, seed=4, **{**DROPOUT, **options})
     disturb(trainer.model.weights)
     given = trainer._batch(*fields(batch or ragged(trainer.model.config.has_encoder)))
-    value = trainer._backward(given, trainer._dropout())
+    value = trainer._backward(given, trainer._dropout(), trainer._hidden(given))
     return value, {name: g.copy() for name, g in trainer.optimizer.grads.items()}
 
 
@@ -118,7 +118,7 @@ def test_gradients_through_three_segments_are_those_of_finite_differences(varian
                       recompute=recompute, **DROPOUT)  # fmt: skip
     disturb(trainer.model.weights)
     batch = trainer._batch(*fields(ragged(trainer.model.config.has_encoder, n=3)))
-    trainer._backward(batch, trainer._dropout())
+    trainer._backward(batch, trainer._dropout(), trainer._hidden(batch))
     gradients = {weight: g.copy() for weight, g in trainer.optimizer.grads.items()}
     assert all(np.abs(g).max() > 1e-9 for weight, g in gradients.items() if weight.startswith("memory."))
 
@@ -282,11 +282,11 @@ def test_the_other_rates_are_those_of_dropout_unless_given(monkeypatch):
 def test_the_masks_of_a_step_are_its_own():
     trainer = Trainer(one_layer("pre norm"), dropout=0.5)
     batch = trainer._batch(*fields(ragged(True)))
-    first = trainer._backward(batch, trainer._dropout())
-    assert trainer._backward(batch, trainer._dropout()) == first
+    first = trainer._backward(batch, trainer._dropout(), trainer._hidden(batch))
+    assert trainer._backward(batch, trainer._dropout(), trainer._hidden(batch)) == first
     trainer.step_count += 1
-    assert trainer._backward(batch, trainer._dropout()) != first
-    assert trainer._backward(batch, NO_DROPOUT) == pytest.approx(trainer.evaluate(batch), rel=1e-6)
+    assert trainer._backward(batch, trainer._dropout(), trainer._hidden(batch)) != first
+    assert trainer._backward(batch, NO_DROPOUT, trainer._hidden(batch)) == pytest.approx(trainer.evaluate(batch), rel=1e-6)
 
 
 @pytest.mark.parametrize("option", ["attention_dropout", "ff_dropout"])
