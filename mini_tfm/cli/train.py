@@ -210,7 +210,8 @@ class _Run:
         """(nats per token, bits per byte) on the held-out batches."""
         if self.held_out is None:
             return None
-        loss = sum(trainer.evaluate(batch) for batch in self.held_out) / len(self.held_out)
+        weights = [trainer.weight_of(batch) for batch in self.held_out]
+        loss = sum(trainer.evaluate(batch) * n for batch, n in zip(self.held_out, weights, strict=True)) / sum(weights)
         return loss, self.bits_per_byte(loss)
 
     def bits_per_byte(self, loss: float) -> float:

@@ -89,15 +89,16 @@ class Fitting:
             self.accounted = trainer.step_count
 
     def validate(self) -> None:
-        """Measures the mean loss of the validation batches, which ranks share out, and keeps the best so far."""
+        """Measures the loss of the validation batches, which ranks share out, over all their target tokens; keeps the best so far."""
         assert self.validation_of is not None
         trainer, ranks = self.trainer, self.trainer.communicator
         check_finite(trainer)  # or a memory would be blamed for what it was given
-        losses = np.zeros(self.options["validation_batches"])
+        losses, weights = sums = np.zeros((2, self.options["validation_batches"]))
         for i in range(ranks.rank, len(losses), ranks.size):
-            losses[i] = trainer.evaluate(self.validation_of(i))
-        ranks.sum(losses)
-        loss = float(np.mean(losses))
+            batch = self.validation_of(i)
+            losses[i], weights[i] = trainer.evaluate(batch), trainer.weight_of(batch)
+        ranks.sum(sums)
+        loss = float(losses @ weights / (weights.sum() or 1.0))
         if not np.isfinite(loss):
             bad = np.flatnonzero(~np.isfinite(losses))[0]
             told = f"step {trainer.step_count}: the loss of validation batch {bad} is {losses[bad]}"

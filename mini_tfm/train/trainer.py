@@ -167,6 +167,10 @@ class Trainer:
         """The loss of a batch, in nats per target token; changes nothing."""
         return self._loss(self._batch(*fields(batch)))
 
+    def weight_of(self, batch: Batch) -> float:
+        """What the target tokens of a batch weigh together: their number, where they have no weights."""
+        return float(self._counts(self._batch(*fields(batch))).sum(dtype=np.float64))
+
     def fit(
         self,
         data: TextStreams | Callable[[int], Batch],
@@ -190,7 +194,8 @@ class Trainer:
         """Trains until step `steps` (default: total_steps), for `seconds`, or until it is stopped early; returns losses by step.
 
         data: gives the batch of a step number, a pure function of it, so that a resumed run sees the same.
-        validation: its loss is measured every `validate_every` steps (100) on its first `validation_batches` (4).
+        validation: its loss over all target tokens of its first `validation_batches` (4) is measured every
+        `validate_every` steps (100).
         folder: where the run is saved every `save_every` steps and at the end; `Trainer.resume(folder)` goes on from
         there. save_total_limit: the models of so many of the last saves are kept too, in folder/checkpoint-<step>
         (0). save_best: that of the best validation is kept in folder/best (False).

@@ -402,7 +402,7 @@ def test_fit_counts_validates_saves_and_tells(tmp_path):
     assert [step for step, _ in told] == [1, 2, 3, 4, 5, 6]
     assert history["loss"] == trainer.losses == [loss for _, loss in told]
     assert [step for step, _ in history["validation"]] == [2, 4, 6]
-    expected = np.mean([trainer.evaluate(stream(100 + i)) for i in range(2)])
+    expected = np.average([trainer.evaluate(stream(100 + i)) for i in range(2)], weights=[stream(100 + i).n_tokens for i in range(2)])
     assert history["validation"][-1][1] == pytest.approx(expected, rel=1e-12)
     assert_same_run(trainer, Trainer.resume(tmp_path / "run"))
 
