@@ -136,9 +136,12 @@ def is_traced(*xs: Any) -> bool:
     return any(isinstance(x, Var) for x in xs)
 
 
-def record(value: np.ndarray, parents: Sequence[Any], vjp: Callable) -> Var:
-    """A new Var. `vjp(dy)` gives one gradient a parent, or None where there is none (or it was added already)."""
-    return _new(value, _send_recorded, tuple(parents), vjp)
+def record(value: np.ndarray, parents: Sequence[Any], vjp: Callable, *, fresh: bool = False) -> Var:
+    """A new Var. `vjp(dy)` gives one gradient a parent, or None where there is none (or it was added already).
+
+    fresh: what it gives are new arrays that nobody else holds, so that others may be added to them in place.
+    """
+    return _new(value, _send_fresh if fresh else _send_recorded, tuple(parents), vjp)
 
 
 def gathered(x: Any) -> np.ndarray | None:
@@ -204,6 +207,14 @@ def _send_recorded(node: Var, dy: np.ndarray, waiting: Any) -> None:
     for parent, dx in zip(node._parents, node._saved(dy), strict=True):
         if dx is not None and type(parent) is Var:
             _give(parent, dx, waiting)
+
+
+def _send_fresh(node: Var, dy: np.ndarray, waiting: Any) -> None:
+    for parent, dx in zip(node._parents, node._saved(dy), strict=True):
+        if dx is not None and type(parent) is Var:
+            first = parent.grad is None
+            _give(parent, dx, waiting)
+            parent._owns_grad |= first
 
 
 def _send_unary(node: Var, dy: np.ndarray, waiting: Any) -> None:

@@ -37,20 +37,31 @@ def linear(x: Array, weight: Array, bias: Array | None = None, *, transposed: bo
 
     def vjp(dy: np.ndarray) -> tuple[Any, ...]:
         d_out = np.ascontiguousarray(_flat(dy))
-        dx = _core.gemm(d_out, vw, trans_b=not transposed).reshape(vx.shape) if isinstance(x, Var) else None
-        dw = gathered(weight)
-        if isinstance(weight, Var):
-            a, b = (d_out, rows) if transposed else (rows, d_out)
-            made = _core.gemm(a, b, trans_a=True, out=dw, accumulate=dw is not None)
-        return dx, made if isinstance(weight, Var) and dw is None else None, d_out.sum(axis=0) if isinstance(bias, Var) else None
+        pairs = (d_out, rows) if transposed else (rows, d_out)
+        return (
+            _product(x, d_out, vw, trans_b=not transposed),
+            _product(weight, *pairs, trans_a=True),
+            _product(bias, np.ones((1, len(d_out)), vx.dtype), d_out),
+        )
 
-    return record(y, (x, weight, bias), vjp)
+    return record(y, (x, weight, bias), vjp, fresh=True)
+
+
+def _product(of: Array, a: np.ndarray, b: np.ndarray, **flags: bool) -> np.ndarray | None:
+    """The gradient a b of `of`: added in place to what there is, else new."""
+    if not isinstance(of, Var):
+        return None
+    into = gathered(of)
+    if into is None or not into.flags.c_contiguous:
+        return _core.gemm(a, b, **flags).reshape(of.shape)
+    _core.gemm(a, b, out=into.reshape(-1, b.shape[0] if flags.get("trans_b") else b.shape[1]), accumulate=True, **flags)
+    return None
 
 
 def softmax(x: Array) -> Array:
     """Softmax over the last axis."""
     y = _core.softmax(value_of(x))
-    return record(y, (x,), lambda dy: (_core.softmax_backward(y, dy),)) if is_traced(x) else y
+    return record(y, (x,), lambda dy: (_core.softmax_backward(y, dy),), fresh=True) if is_traced(x) else y
 
 
 def sigmoid(x: Array) -> Array:
@@ -74,14 +85,14 @@ def norm(x: Array, weight: Array, bias: Array | None, eps: float, kind: str) -> 
         dx, dweight, dbias = _core.layer_norm_backward(dy, vx, vw, mean, rstd)
         return dx, dweight, dbias
 
-    return record(y, (x, weight, bias), vjp)
+    return record(y, (x, weight, bias), vjp, fresh=True)
 
 
 def activation(x: Array, kind: str) -> Array:
     """relu, gelu (exact), gelu_tanh or silu."""
     vx = value_of(x)
     y = _core.activation(vx, kind)
-    return record(y, (x,), lambda dy: (_core.activation_backward(vx, dy, kind),)) if is_traced(x) else y
+    return record(y, (x,), lambda dy: (_core.activation_backward(vx, dy, kind),), fresh=True) if is_traced(x) else y
 
 
 def embedding(table: Array, ids: np.ndarray) -> Array:
@@ -96,7 +107,7 @@ def embedding(table: Array, ids: np.ndarray) -> Array:
         made = _core.embedding_backward(ids, dy, np.zeros_like(vt) if into is None else into)
         return (made if into is None else None,)
 
-    return record(y, (table,), vjp)
+    return record(y, (table,), vjp, fresh=True)
 
 
 def cross_entropy(logits: Array, targets: np.ndarray, weights: np.ndarray | None = None, label_smoothing: float = 0.0) -> Array:
@@ -114,7 +125,7 @@ def cross_entropy(logits: Array, targets: np.ndarray, weights: np.ndarray | None
     def vjp(dy: np.ndarray) -> tuple[np.ndarray]:
         return (_core.cross_entropy_backward(vl, targets, lse, share * dy, label_smoothing=label_smoothing),)
 
-    return record(loss, (logits,), vjp)
+    return record(loss, (logits,), vjp, fresh=True)
 
 
 def linear_cross_entropy(
@@ -146,7 +157,7 @@ def linear_cross_entropy(
         dx, _, dbias = _core.linear_cross_entropy_backward(rows, vw, ids, lse, share * dy, dweight, **options)
         return dx.reshape(vx.shape), dweight if into is None else None, dbias
 
-    return record(loss, (x, weight, bias), vjp)
+    return record(loss, (x, weight, bias), vjp, fresh=True)
 
 
 def _shares(n: int, weights: np.ndarray | None, dtype: Any) -> np.ndarray:
@@ -161,13 +172,13 @@ def dropout(x: Array, p: float, seed: int) -> Array:
     if p == 0:
         return x
     y = _core.dropout(value_of(x), p, seed)
-    return record(y, (x,), lambda dy: (_core.dropout(dy, p, seed),)) if is_traced(x) else y
+    return record(y, (x,), lambda dy: (_core.dropout(dy, p, seed),), fresh=True) if is_traced(x) else y
 
 
 def rotary(x: Array, positions: np.ndarray, base: float) -> Array:
     """Rotary positions (arXiv 2104.09864, eq. 34): x (B, H, T, D), positions (T,) or (B, T)."""
     y = _core.rotary(value_of(x), positions, base)
-    return record(y, (x,), lambda dy: (_core.rotary(dy, positions, base, inverse=True),)) if is_traced(x) else y
+    return record(y, (x,), lambda dy: (_core.rotary(dy, positions, base, inverse=True),), fresh=True) if is_traced(x) else y
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,7 +242,7 @@ def attention_with_lse(q: Array, blocks: Sequence[Block], scale: float, *, dropo
         dq, grads = _core.attention_backward(dy, out, lse, vq, asked, scale, dropout=dropout, seed=seed)
         return [dq, *(x for grad, d in zip(grads, dtables, strict=True) for x in (grad.dk, grad.dv, d))]
 
-    return record(out, parents, vjp), lse
+    return record(out, parents, vjp, fresh=True), lse
 
 
 def _bias_view(bias: Any, table: Any) -> np.ndarray | None:
