@@ -23,8 +23,9 @@ from ..memory.run import memory_parameters
 from ..model import NO_DROPOUT, Dropout, Transformer, check_tokens
 from ..progress import training_progress
 from ..tokenizer import Tokenizer
-from .data import Batch, TextStreams, fields
+from .data import Batch, fields
 from .optimizer import SCHEDULES, AdamW, schedule_factor
+from .plan import Data, batches_of, checked_state
 from .walk import walk
 
 TRAINING_FILE = "training.json"
@@ -93,6 +94,7 @@ class Trainer:
         self.step_count = 0
         self.losses: list[float] = []
         self.tokens_seen = 0
+        self.data_state: dict[str, Any] | None = None  # what `fit` trained on last
 
     @property
     def learning_rate(self) -> float:
@@ -101,15 +103,21 @@ class Trainer:
         return o["learning_rate"] * schedule_factor(o["schedule"], self.step_count, o["warmup_steps"], o["total_steps"])
 
     def step(
-        self, source: Any, target: Any, source_lengths: Any = None, target_lengths: Any = None, weights: np.ndarray | None = None
+        self,
+        source: Any,
+        target: Any,
+        source_lengths: Any = None,
+        target_lengths: Any = None,
+        weights: np.ndarray | None = None,
+        begins: Any = None,
     ) -> float:
         """One optimizer step; the loss before it, in nats per target token.
 
         source: (B, S) token ids, or (B, n, S) for a stream of n segments; None for a decoder-only model.
         target: (B, T) or (B, n, T), predicted token by token. lengths: (B,) or (B, n). weights: of each target
-        token. Raises TrainingError, and changes nothing, when the loss or the gradient is not finite.
+        token. begins: (B, n) bool, where a new document begins (see `Batch`). Raises TrainingError, and changes nothing, when the loss or the gradient is not finite.
         """
-        batch = self._batch(source, target, source_lengths, target_lengths, weights)
+        batch = self._batch(source, target, source_lengths, target_lengths, weights, begins)
         self.optimizer.zero_grad()
         dropout = Dropout(self.options["dropout"], self.options["seed"] * 1_000_003 + self.step_count)
         try:
@@ -138,10 +146,10 @@ class Trainer:
 
     def fit(
         self,
-        data: TextStreams | Callable[[int], Batch],
+        data: Data | Callable[[int], Batch],
         steps: int | None = None,
         *,
-        validation: TextStreams | Callable[[int], Batch] | None = None,
+        validation: Data | Callable[[int], Batch] | None = None,
         validate_every: int = 100,
         validation_batches: int = 4,
         folder: str | Path | None = None,
@@ -149,10 +157,13 @@ class Trainer:
         seconds: float | None = None,
         on_step: Callable[[Trainer, float], None] | None = None,
         progress: bool = True,
+        other_data: bool = False,
     ) -> dict[str, Any]:
         """Trains until step `steps` (default: total_steps) or for `seconds`; returns losses by step.
 
-        data: gives the batch of a step number, a pure function of it, so that a resumed run sees the same.
+        data: gives the batch of a step number, a pure function of it, so that a resumed run sees the same: anything
+        with `batch(step)` (`NextSegment`, `SpanDenoising`, `Pairs`, `Mixture`, `Curriculum`, `TextStreams`), or a function.
+        Its `state`, where it has one, is saved; on a resumed run, data of another state is refused unless other_data.
         validation: its loss is measured every `validate_every` steps on its first batches. folder: where the
         run is saved every `save_every` steps and at the end; `Trainer.resume(folder)` goes on from there.
         Ctrl-C saves (with a folder) and raises KeyboardInterrupt.
@@ -160,8 +171,9 @@ class Trainer:
         steps = steps if steps is not None else self.options["total_steps"]
         if steps is None and seconds is None:
             raise InvalidValue("steps: expected a number of steps (or total_steps of the trainer, or seconds), got None")
-        batch_of = data.batch if isinstance(data, TextStreams) else data
-        validation_of = validation.batch if isinstance(validation, TextStreams) else validation
+        batch_of = batches_of(data)
+        validation_of = batches_of(validation) if validation is not None else None
+        self.data_state = checked_state(data, None if other_data else self.data_state)
         history: dict[str, Any] = {"loss": [], "validation": []}
         began = time.perf_counter()
         try:
@@ -195,6 +207,7 @@ class Trainer:
             "step_count": self.step_count,
             "tokens_seen": self.tokens_seen,
             "losses": self.losses,
+            "data": self.data_state,
         }
         extra = {
             TRAINING_FILE: json.dumps(about).encode(),
@@ -218,11 +231,12 @@ class Trainer:
         trainer = cls(saved.model, memory if memory is not None else saved.memory(), tokenizer=saved.tokenizer, **options)
         trainer.optimizer.load_state(read_safetensors(Path(folder) / OPTIMIZER_FILE), about["step_count"])
         trainer.step_count, trainer.tokens_seen, trainer.losses = about["step_count"], about["tokens_seen"], about["losses"]
+        trainer.data_state = about.get("data")
         return trainer
 
     # Inside
 
-    def _batch(self, source: Any, target: Any, source_lengths: Any, target_lengths: Any, weights: Any) -> Batch:
+    def _batch(self, source: Any, target: Any, source_lengths: Any, target_lengths: Any, weights: Any, begins: Any = None) -> Batch:
         """The arguments of `step` as checked (B, n, L) arrays."""
         config = self.model.config
         target, target_lengths = _segments("target", target, target_lengths, config.vocab_size)
@@ -235,7 +249,12 @@ class Trainer:
                 raise InvalidValue(f"target: expected (batch, segments) {source.shape[:2]} as source has, got {target.shape[:2]}")
         if weights is not None:
             weights = _weights(weights, target.shape, self.model.dtype)
-        return Batch(source, target, source_lengths, target_lengths, weights)
+        if begins is not None:
+            begins = np.asarray(begins)
+            if begins.dtype != bool or begins.shape not in (target.shape[:2], (target.shape[0] * target.shape[1],)):
+                raise InvalidValue(f"begins: expected bool of shape {target.shape[:2]}, got {begins.dtype} of shape {begins.shape}")
+            begins = begins.reshape(target.shape[:2])
+        return Batch(source, target, source_lengths, target_lengths, weights, begins)
 
     def _loss(self, batch: Batch, w: dict[str, Any], dropout: Dropout, training: bool, with_memory: bool = True) -> Any:
         """Mean negative log-likelihood of all target tokens, through all segments of the batch."""
@@ -329,6 +348,8 @@ def _check_about(about: dict[str, Any]) -> None:
     losses = about.get("losses", [])
     if not isinstance(losses, list) or not all(isinstance(loss, float) for loss in losses):
         faults.append("losses: expected a list of numbers")
+    if not isinstance(about.get("data", {}), dict | None):
+        faults.append("data: expected a mapping or null")
     options = about.get("options", {})
     if not isinstance(options, dict):
         faults.append(f"options: expected a mapping, got {type(options).__name__}")

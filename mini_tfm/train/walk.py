@@ -38,6 +38,10 @@ def walk(
         if detach_every and t and t % detach_every == 0:
             run.detach()
         target, target_lengths = batch.target[:, t], batch.target_lengths[:, t]
+        begins = batch.begins[:, t] if batch.begins is not None and t > 0 else np.zeros(size, bool)
+        if begins.any():  # other documents: nothing of what stood before in these rows is seen
+            run.reset(begins)
+            last = None if last is None else np.where(begins, model.config.bos_id, last)
         encoded = None
         if batch.source is not None and batch.source_lengths is not None:
             run.open(batch.source_lengths[:, t], target)
@@ -47,7 +51,7 @@ def walk(
         inputs = model.shift_right(target, None if encoded is not None else last)
         seen = encoded
         if encoded is not None and hide_source is not None and t > 0:
-            seen = _without_text(encoded, hide_source[:, t])
+            seen = _without_text(encoded, hide_source[:, t] & ~begins)
         yield t, model.decode_segment(inputs, target_lengths, seen, run, w, dropout)
         model.finish_segment(encoded, run)
         ends = target[np.arange(size), np.maximum(target_lengths - 1, 0)]
