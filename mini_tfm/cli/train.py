@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,20 +22,18 @@ from .shared import (
     note,
     print_json,
     print_table,
-    read_documents,
 )
+from .training_data import Sources, TrainingData, check_about, has_lines, n_sentinels, parse_curriculum, parse_objective, resolve_objective
 
 if TYPE_CHECKING:
-    from ..tokenizer import Tokenizer
-    from ..train import TextStreams, Trainer
+    from ..train import Trainer
 
 DATA_FILE = "training_data.json"  # what --resume needs to see the same batches
-HELD_OUT = 0.1  # of the bytes, in whole documents
-VALIDATION_BATCHES = 4
 
 # The options a resumed run takes from the folder; giving one of them with --resume is refused.
 _FIXED = (
     *("files", "more_files", "out", "memory", "tokenizer", "vocab_size", "seed", "segment_length", "n_segments", "batch_size"),
+    *("documents", "field", "cache", "objective", "curriculum"),
     *("d_model", "n_heads", "n_encoder_layers", "n_decoder_layers", "d_ff", "positions"),
     *("learning_rate", "schedule", "warmup_steps", "dropout", "source_dropout"),
 )
@@ -50,7 +47,22 @@ _FIXED = (
     multiple=True,
     metavar="FILE...",
     type=click.Path(path_type=Path),
-    help="Text files (UTF-8), a document each; default: the documentation inside Python.",
+    help="Files (UTF-8): .jsonl, an object a line; .tsv, source and target; others, a document each; default: the documentation inside"
+    " Python.",
+)
+@click.option(
+    "--documents",
+    default="file",
+    show_default=True,
+    type=click.Choice(["file", "line"]),
+    help="What a document is in a plain text file; an empty line is none.",
+)
+@click.option("--field", metavar="NAME[,NAME]", help="Of .jsonl: the text's field, or source and target; default: text, or source,target.")
+@click.option(
+    "--cache",
+    metavar="DIR",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Keep the tokens of --text in this folder and map them into memory, for text larger than RAM.",
 )
 @click.option(
     "--out",
@@ -61,6 +73,7 @@ _FIXED = (
     help="Where the model is saved.",
 )
 @click.option("--resume", metavar="DIR", type=click.Path(path_type=Path), help="Go on with a model that `train` saved.")
+@click.option("--accept-changes", is_flag=True, help="With --resume: go on, although the text has changed.")
 @click.option(
     "--memory",
     default="none",
@@ -73,6 +86,15 @@ _FIXED = (
 @click.option("--segment-length", default=64, show_default=True, metavar="TOKENS", help="Tokens in a segment: what is read at once.")
 @click.option(
     "--n-segments", default=4, show_default=True, metavar="SEGMENTS", help="Segments in a stream: how far gradients go through a memory."
+)
+@click.option(
+    "--curriculum", metavar="STEP:SEGMENTS,...", help="Segments that grow with training, as 0:1,500:2,1000:4, instead of --n-segments."
+)
+@click.option(
+    "--objective",
+    metavar="NAME[=SHARE]+...",
+    help="next-segment, lm (decoder-only), denoise, pairs, or several by share, as next-segment=0.7+denoise=0.3; default: what suits"
+    " the files.",
 )
 @click.option("--batch-size", default=16, show_default=True, metavar="STREAMS", help="Streams in a batch.")
 @click.option("--learning-rate", default=2e-3, show_default=True, help="At its peak.")
@@ -112,14 +134,17 @@ _FIXED = (
 def train(context: click.Context, /, resume: Path | None, out: Path, as_json: bool, jsonl_log: Path | None, **options: Any) -> None:
     """Trains a Transformer on text, with a memory or without, and saves it in a folder.
 
-    A tenth of the text (whole documents; of a single file, a tenth part) is held out, and its bits per byte tell how
-    well the rest was learnt. Ctrl-C saves; --resume goes on, bit for bit. A folder that holds a model is never
-    written over.
+    A tenth of the text (whole documents; of a single file, a tenth part; with a cache, lines or pairs, the last tenth) is
+    held out, and its bits per byte tell how well the rest was learnt. Ctrl-C saves; --resume goes on, bit for bit. A folder
+    that holds a model is never written over.
 
     \b
     Examples:
       mini-tfm train --text notes/*.txt --out model --steps 2000
       mini-tfm train --memory window:size=256+store --n-segments 6 --out model
+      mini-tfm train --text pairs.tsv --n-encoder-layers 2 --out translator
+      mini-tfm train --text corpus.jsonl --field body --cache tokens --objective next-segment=0.8+denoise=0.2
+      mini-tfm train --curriculum 0:1,500:2,1000:4 --memory recurrent --out model
       mini-tfm train --resume model --steps 4000
     """
     if resume is not None:
@@ -129,6 +154,10 @@ def train(context: click.Context, /, resume: Path | None, out: Path, as_json: bo
         out = resume
         if context.get_parameter_source("steps") is not click.core.ParameterSource.COMMANDLINE:
             options["steps"] = None
+    elif options["accept_changes"]:
+        raise click.UsageError("--accept-changes is for --resume")
+    if options["curriculum"] and context.get_parameter_source("n_segments") is click.core.ParameterSource.COMMANDLINE:
+        raise click.UsageError("--n-segments: --curriculum says how many; leave one of the two out")
     if jsonl_log is not None and not jsonl_log.absolute().parent.is_dir():
         raise FileProblem(f"--jsonl-log: {jsonl_log.parent} is not a folder")
     try:
@@ -139,49 +168,12 @@ def train(context: click.Context, /, resume: Path | None, out: Path, as_json: bo
     _fit(trainer, run, out, options, jsonl_log, as_json)
 
 
-class _Run:
-    """The data of a run: streams to train on, fixed batches of held-out text, and what that is in bytes."""
-
-    def __init__(self, about: dict[str, Any], documents: dict[str, str], name: str, tokenizer: Tokenizer):
-        from ..progress import track
-        from ..text import split_documents
-        from ..train import TextStreams
-
-        train, held_out = split_documents(documents, HELD_OUT, about["seed"])
-        encoded = [
-            [tokenizer.encode(text) for text in track(part.values(), "encoding", len(part), "documents")] for part in (train, held_out)
-        ]
-        shape = {name: about[name] for name in ("segment_length", "n_segments", "batch_size", "seed", "has_encoder")}
-        self.about, self.tokenizer = about, tokenizer
-        self.data: TextStreams = TextStreams(encoded[0], **shape)
-        self.bytes = [sum(len(text.encode()) for text in part.values()) for part in (train, held_out)]
-        self.tokens = [sum(map(len, part)) for part in encoded]
-        note(
-            f"text: {name}: {len(train)} documents, {count(self.bytes[0])} bytes, {count(self.tokens[0])} tokens;"
-            f" held out: {len(held_out)} documents, {count(self.bytes[1])} bytes"
-        )
-        self.held_out = None
-        if max(map(len, encoded[1])) > about["segment_length"]:
-            streams = TextStreams(encoded[1], **shape)
-            self.held_out = [streams.batch(i) for i in range(VALIDATION_BATCHES)]
-        else:
-            note("no held-out document is longer than a segment: nothing can be measured on them")
-
-    def measure(self, trainer: Trainer) -> tuple[float, float] | None:
-        """(nats per token, bits per byte) on the held-out batches."""
-        if self.held_out is None:
-            return None
-        loss = sum(trainer.evaluate(batch) for batch in self.held_out) / len(self.held_out)
-        return loss, loss / math.log(2) * self.tokens[1] / self.bytes[1]
-
-
-def _begun(out: Path, options: dict[str, Any]) -> tuple[Trainer, _Run]:
+def _begun(out: Path, options: dict[str, Any]) -> tuple[Trainer, TrainingData]:
     """A new model. All that can be wrong is found before the first file is read, or soon after."""
     from ..config import Config
     from ..memory import memory as make_memory
     from ..model import Transformer
-    from ..text import split_documents
-    from ..tokenizer import ByteTokenizer, train_bpe
+    from ..tokenizer import ByteTokenizer
     from ..train import Trainer
 
     check_out(out)
@@ -191,16 +183,27 @@ def _begun(out: Path, options: dict[str, Any]) -> tuple[Trainer, _Run]:
         raise FileProblem(f"--out: {out} holds a model already; --resume {out} goes on with it, or give another folder")
     text = none_of(options["memory"])
     memory = make_memory(text) if text else None
-    files = [*options["files"], *options["more_files"]]
     architecture = {
         name: options[name]
         for name in ("d_model", "n_heads", "n_encoder_layers", "n_decoder_layers", "d_ff", "positions", "segment_length")
     }
-    Config(vocab_size=259, **architecture)  # faults before work
-    name, documents = read_documents(files)
-    train_text, _ = split_documents(documents, HELD_OUT, options["seed"])
-    tokenizer = ByteTokenizer() if options["tokenizer"] == "bytes" else train_bpe(train_text.values(), options["vocab_size"])
-    model = Transformer(Config(vocab_size=tokenizer.vocab_size, **architecture), seed=options["seed"])
+    faultless = Config(vocab_size=259, **architecture)  # faults before work
+    asked, stages = parse_objective(options["objective"]), parse_curriculum(options["curriculum"])
+    about = {name: options[name] for name in ("documents", "segment_length", "n_segments", "batch_size", "seed")}
+    about |= {
+        "files": [str(path.resolve()) for path in (*options["files"], *options["more_files"])],
+        "fields": options["field"].split(",") if options["field"] else None,
+        "cache": str(options["cache"].resolve()) if options["cache"] else None,
+        "curriculum": stages,
+    }
+    if stages:
+        about["n_segments"] = stages[-1][1]
+    sources = Sources(about)
+    about["objective"] = resolve_objective(asked, sources.kinds, faultless.has_encoder)
+    about["fingerprint"] = sources.fingerprint()
+    tokenizer = ByteTokenizer() if options["tokenizer"] == "bytes" else sources.train_tokenizer(options["vocab_size"])
+    vocab_size = tokenizer.vocab_size + n_sentinels(about["objective"], options["segment_length"])
+    model = Transformer(Config(vocab_size=vocab_size, **architecture), seed=options["seed"])
     trainer = Trainer(
         model,
         memory,
@@ -208,17 +211,11 @@ def _begun(out: Path, options: dict[str, Any]) -> tuple[Trainer, _Run]:
         total_steps=options["steps"],
         **{name: options[name] for name in ("learning_rate", "schedule", "warmup_steps", "dropout", "source_dropout", "seed")},
     )
-    about = {name: options[name] for name in ("segment_length", "n_segments", "batch_size", "seed")}
-    about |= {
-        "files": [str(path.resolve()) for path in files],
-        "has_encoder": model.config.has_encoder,
-        "fingerprint": _fingerprint(documents),
-    }
-    return trainer, _Run(about, documents, name, tokenizer)
+    return trainer, TrainingData(sources, tokenizer, model.config)
 
 
-def _resumed(folder: Path, options: dict[str, Any]) -> tuple[Trainer, _Run]:
-    """The saved run, on the same text: another one would not be the same run."""
+def _resumed(folder: Path, options: dict[str, Any]) -> tuple[Trainer, TrainingData]:
+    """The saved run, on the same text: another one would not be the same run, and must be asked for."""
     from ..checkpoint import read_json_strict
     from ..errors import InvalidValue
     from ..train import Trainer
@@ -226,62 +223,51 @@ def _resumed(folder: Path, options: dict[str, Any]) -> tuple[Trainer, _Run]:
     check_out(folder)
     trainer = Trainer.resume(folder)
     about = read_json_strict(folder / DATA_FILE)
-    wanted = {
-        "segment_length": int,
-        "n_segments": int,
-        "batch_size": int,
-        "seed": int,
-        "files": list,
-        "has_encoder": bool,
-        "fingerprint": str,
-    }
-    wrong = [name for name, kind in wanted.items() if type(about.get(name)) is not kind]
-    if wrong or trainer.tokenizer is None:
-        raise InvalidValue(f"{folder / DATA_FILE}: field {wrong[0] if wrong else 'tokenizer'!r} is missing or of the wrong type")
-    name, documents = read_documents([Path(path) for path in about["files"]])
-    if _fingerprint(documents) != about["fingerprint"]:
-        raise InvalidValue(f"--resume: the text has changed since {folder} was trained on it ({name}); start anew with --text")
+    check_about(about, str(folder / DATA_FILE))
+    if trainer.tokenizer is None:
+        raise InvalidValue(f"{folder}: has no tokenizer; was it saved by `mini-tfm train`?")
+    sources = Sources(about)
+    fingerprint = sources.fingerprint()
+    changed = fingerprint != about["fingerprint"]
+    if changed and not options["accept_changes"]:
+        raise InvalidValue(
+            f"--resume: the text has changed since {folder} was trained on it ({sources.name}); start anew with --text, or go on with"
+            " the new text: --accept-changes"
+        )
+    about["fingerprint"] = fingerprint
     planned: Any = trainer.options["total_steps"]
     steps: int = options["steps"] or planned or 0
     if steps <= trainer.step_count:
         raise InvalidValue(f"--steps: {folder} has {trainer.step_count} steps already; expected more in total, got {steps}")
     trainer.options["total_steps"] = steps
-    return trainer, _Run(about, documents, name, trainer.tokenizer)
+    return trainer, TrainingData(sources, trainer.tokenizer, trainer.model.config, overwrite=changed)
 
 
-def _fingerprint(documents: dict[str, str]) -> str:
-    """Names the texts, whatever the files are called."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    for text in documents.values():
-        digest.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
-    return digest.hexdigest()
-
-
-def _fit(trainer: Trainer, run: _Run, out: Path, options: dict[str, Any], jsonl_log: Path | None, as_json: bool) -> None:
+def _fit(trainer: Trainer, run: TrainingData, out: Path, options: dict[str, Any], jsonl_log: Path | None, as_json: bool) -> None:
     from ..checkpoint import write_folder
 
     memory = trainer.memory.text if trainer.memory is not None else None
     note(f"model: {count(trainer.model.n_parameters)} parameters; memory: {memory or 'none'}; saved in {out}")
     clock, tokens_before = Clock(), trainer.tokens_seen
-    measured: tuple[float, float] | None = None
+    measured: tuple[float, float | None] | None = None
 
     with contextlib.ExitStack() as stack, interrupt_between_steps() as stop_if_asked:
         log = stack.enter_context(open(jsonl_log, "a", encoding="utf-8")) if jsonl_log is not None else None
 
         def on_step(trainer: Trainer, loss: float) -> None:
             nonlocal measured
-            line = {
+            line: dict[str, float | None] = {
                 "step": trainer.step_count,
                 "loss": loss,
                 "learning_rate": trainer.learning_rate,
                 "tokens": trainer.tokens_seen,
                 "seconds": clock.seconds,
             }
-            if trainer.step_count % options["validate_every"] == 0 and (measured := run.measure(trainer)):
+            if trainer.step_count % options["validate_every"] == 0:
+                measured = run.measure(trainer)
                 line |= {"held_out_loss": measured[0], "held_out_bits_per_byte": measured[1]}
-                note(f"step {trainer.step_count}: loss {loss:.3f}, held out {measured[0]:.3f} nats/token, {measured[1]:.3f} bits/byte")
+                bits = f", {measured[1]:.3f} bits/byte" if measured[1] is not None else ""
+                note(f"step {trainer.step_count}: loss {loss:.3f}, held out {measured[0]:.3f} nats/token{bits}")
             if log is not None:
                 log.write(json.dumps(line) + "\n")
                 log.flush()
@@ -290,7 +276,13 @@ def _fit(trainer: Trainer, run: _Run, out: Path, options: dict[str, Any], jsonl_
         try:
             write_folder(out, {DATA_FILE: json.dumps(run.about, indent=2).encode()})
             trainer.fit(
-                run.data, options["steps"], folder=out, save_every=options["save_every"], seconds=options["seconds"], on_step=on_step
+                run.data,
+                options["steps"],
+                folder=out,
+                save_every=options["save_every"],
+                seconds=options["seconds"],
+                on_step=on_step,
+                other_data=options["accept_changes"],
             )
         except KeyboardInterrupt:
             again = command_line("train", "--resume", out, "--steps", str(options["steps"]))
@@ -305,8 +297,8 @@ def _fit(trainer: Trainer, run: _Run, out: Path, options: dict[str, Any], jsonl_
         "parameters": trainer.model.n_parameters,
         "steps": trainer.step_count,
         "loss": loss,
-        "held_out_loss": measured[0] if measured else None,
-        "held_out_bits_per_byte": measured[1] if measured else None,
+        "held_out_loss": measured[0],
+        "held_out_bits_per_byte": measured[1],
         "tokens_per_second": speed,
         "seconds": seconds,
     }
@@ -329,13 +321,13 @@ def _fit(trainer: Trainer, run: _Run, out: Path, options: dict[str, Any], jsonl_
                 memory or "none",
                 count(trainer.step_count),
                 f"{loss:.3f}" if loss is not None else "-",
-                f"{measured[1]:.3f}" if measured else "-",
+                f"{measured[1]:.3f}" if measured[1] is not None else "-",
                 count(speed),
                 duration(seconds),
             )
         ],
     )
     note("Try next:\n  " + command_line("generate", out, "The", "--do-sample", "--top-p", "0.9"))
-    if run.about["files"]:
-        note("  " + command_line("score", out, run.about["files"][0]))
+    if texts := [path for path in run.about["files"] if not has_lines(path)]:
+        note("  " + command_line("score", out, texts[0]))
     note("  " + command_line("train", "--resume", out, "--steps", str(2 * trainer.step_count)))

@@ -67,9 +67,8 @@ class TextFiles:
         kinds = {path: self._kind_of(path) for path in self.paths}
         self.kind = kinds[self.paths[0]]
         if other := [path for path in self.paths if kinds[path] != self.kind]:
-            raise InvalidValue(
-                f"paths: {self.paths[0]} holds {self.kind}, {other[0]} holds {kinds[other[0]]}; give them one after the other"
-            )
+            first = self.paths[0]
+            raise InvalidValue(f"paths: {first} holds {self.kind}, {other[0]} holds {kinds[other[0]]}; expected files of one kind")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -114,7 +113,7 @@ class TextFiles:
 
     def stamps(self) -> list[tuple[int, ...]]:
         """What shows that a file is written to: its number, size and time of change."""
-        found = []
+        found: list[tuple[int, ...]] = []
         for path in self.paths:
             try:
                 about = os.stat(path)
@@ -161,9 +160,8 @@ def _lines(path: str) -> Iterator[tuple[int, str, bytes]]:
                 number += 1
                 yield number, f"{path}, line {number}", line.removesuffix(b"\r")
             if len(rest) > MAX_LINE_BYTES:
-                raise InvalidValue(
-                    f"{path}, line {number + 1}: expected at most {MAX_LINE_BYTES:,} bytes a line; is it the kind its name says?"
-                )
+                where = f"{path}, line {number + 1}"
+                raise InvalidValue(f"{where}: expected at most {MAX_LINE_BYTES:,} bytes a line; is it the kind its name says?")
             if not chunk:
                 break
     if not number:

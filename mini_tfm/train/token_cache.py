@@ -309,8 +309,8 @@ def _check_sources(name: str, about: dict[str, Any], files: TextFiles, end_id: i
     if now != then:
         changed = [each["name"] for each in now if each not in then] or [str(each.get("name")) for each in then if each not in now]
         raise InvalidValue(
-            f"{name}: the text has changed since this cache was made of it ({', '.join(changed[:3]) or 'another order'}); delete the cache or"
-            " give another path, and it is built anew"
+            f"{name}: the text has changed since this cache was made of it ({', '.join(changed[:3]) or 'the files have another order'});"
+            " delete the cache or give another path, and it is built anew"
         )
 
 

@@ -115,7 +115,8 @@ class Trainer:
 
         source: (B, S) token ids, or (B, n, S) for a stream of n segments; None for a decoder-only model.
         target: (B, T) or (B, n, T), predicted token by token. lengths: (B,) or (B, n). weights: of each target
-        token. begins: (B, n) bool, where a new document begins (see `Batch`). Raises TrainingError, and changes nothing, when the loss or the gradient is not finite.
+        token. begins: (B, n) bool, where a new document begins (see `Batch`). Raises TrainingError, and changes nothing,
+        when the loss or the gradient is not finite.
         """
         batch = self._batch(source, target, source_lengths, target_lengths, weights, begins)
         self.optimizer.zero_grad()
