@@ -1,13 +1,14 @@
 """Training: `Trainer` (trainer.py), its optimizer and schedules (optimizer.py), what it is trained on, and the task that
 shows whether a memory remembers (recall.py).
 
-    files (sources.py) -> tokens in RAM or in a mapped file (corpus.py, token_cache.py)
+    files (sources.py) -> tokens in RAM or in a mapped file (corpus.py, cache.py)
       -> segments in rows (packing.py, in an order of shuffle.py) -> an objective's batches (objectives.py, data.py)
       -> mixed, and of more segments as training goes on (plan.py) -> Trainer.fit
 
 docs/training-data.md shows all of it.
 """
 
+from .cache import build_token_cache, open_token_cache, token_cache
 from .corpus import Corpus
 from .data import Batch, TextStreams
 from .objectives import NextSegment, Pairs, SpanDenoising
@@ -15,7 +16,6 @@ from .plan import Curriculum, Mixture
 from .recall import Recall
 from .shuffle import Permutation
 from .sources import TextFiles
-from .token_cache import build_token_cache, open_token_cache, token_cache
 from .trainer import Trainer
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""A corpus: documents of token ids behind each other in one flat array, in RAM or mapped from a file (token_cache.py).
+"""A corpus: documents of token ids behind each other in one flat array, in RAM or mapped from a file (cache.py).
 
     tokens   (n_tokens,) integers      the documents, with nothing in between
     offsets  (n_documents + 1,) int64  where each begins; the last is where the last ends
@@ -126,11 +126,12 @@ class Corpus:
         """
         if not isinstance(held_out, int | float) or not 0 < held_out < 1:
             raise InvalidValue(f"held_out: expected a share between 0 and 1, got {held_out!r}")
-        wanted = int(self.offsets[-1]) - round(self.n_tokens * held_out)
+        first, last = int(self.offsets[0]), int(self.offsets[-1])
+        wanted = max(first + 1, min(last - 1, last - round(self.n_tokens * held_out)))
         a_unit = 2 if self.kind == "pairs" else 1
         if self.kind == "texts" and len(self) < CUT_BELOW:
             offsets = np.array(self.offsets, np.int64)
-            if wanted not in offsets and offsets[0] < wanted < offsets[-1]:
+            if wanted not in offsets and self.n_tokens > 1:
                 offsets = np.insert(offsets, np.searchsorted(offsets, wanted), wanted)
             cut = int(np.searchsorted(offsets, wanted))
         else:
@@ -141,11 +142,11 @@ class Corpus:
             raise InvalidValue(f"corpus: expected enough to hold a part out, got {self.n_tokens} tokens in {len(self)} {self.kind}")
         sides = (offsets[: cut + 1], offsets[cut:])
         names = (f"{self.fingerprint}:before {wanted}", f"{self.fingerprint}:from {wanted}")
-        first, second = (
+        train, rest = (
             Corpus(self.tokens, side, kind=self.kind, vocab_size=self.vocab_size, fingerprint=name)
             for side, name in zip(sides, names, strict=True)
         )
-        return first, second
+        return train, rest
 
     def _are_texts(self, what: str) -> None:
         if self.kind != "texts":

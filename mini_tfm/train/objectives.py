@@ -284,7 +284,8 @@ class Pairs:
         offsets = self.corpus.offsets
         sources, targets = (offsets[2 * order + side + 1] - offsets[2 * order + side] for side in (0, 1))
         segments = -(-sources // self.segment_length) if self.segment_length and self.has_encoder else sources
-        by_length = order[np.lexsort((targets, sources, segments))]
+        back_and_forth = np.where(sources % 2, targets, -targets)  # neighbours are alike where the source's length changes, too
+        by_length = order[np.lexsort((back_and_forth, sources, segments))]
         batches = [by_length[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         return [batches[i] for i in np.random.default_rng([self.seed, epoch, pool]).permutation(len(batches))]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -51,7 +52,7 @@ class Mixture:
         counts[np.argsort(counts - exact, kind="stable")[: BLOCK_STEPS - counts.sum()]] += 1
         if counts.min() < 1:
             raise InvalidValue(f"parts: expected weights of at least a thousandth of all, got {weights.tolist()}")
-        self._of_block = np.repeat(np.arange(len(counts)), counts)
+        self._counts, self._turns = counts, functools.lru_cache(2)(self._turns_of_block)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -65,10 +66,13 @@ class Mixture:
     def choice(self, step: int) -> tuple[str, int]:
         """(the part whose turn it is, the number of its own batch) at a step."""
         block, at = divmod(int(step), BLOCK_STEPS)
-        drawn = self._of_block[Permutation(BLOCK_STEPS, self.seed, block)(np.arange(at + 1))]
-        chosen = drawn[-1]
-        before = block * int((self._of_block == chosen).sum()) + int((drawn[:-1] == chosen).sum())
-        return list(self.parts)[chosen], before
+        turns = self._turns(block)
+        chosen = int(turns[at])
+        return list(self.parts)[chosen], block * int(self._counts[chosen]) + int((turns[:at] == chosen).sum())
+
+    def _turns_of_block(self, block: int) -> np.ndarray:
+        """The part whose turn it is at each step of a block."""
+        return np.repeat(np.arange(len(self._counts)), self._counts)[Permutation(BLOCK_STEPS, self.seed, block)(np.arange(BLOCK_STEPS))]
 
     def batch(self, step: int) -> Batch:
         if not isinstance(step, int | np.integer) or step < 0:

@@ -2,7 +2,7 @@
 
 A Feistel network whose round keys come from (seed, epoch) permutes the numbers of an even count of bits; what falls
 outside of 0 to n - 1 is permuted again until it falls inside ("cycle walking", Black and Rogaway, CT-RSA 2002, method 2),
-which keeps it one to one. At most four in one fall inside on average, so a position costs a handful of rounds.
+which keeps it one to one. At least one number in four falls inside, so a position takes four turns on average at most.
 """
 
 from __future__ import annotations
