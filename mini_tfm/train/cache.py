@@ -151,6 +151,8 @@ def open_token_cache(
         _check_sources(shown, about, files, end_id, verify)
     tokens = np.frombuffer(mapped, dtype, about["n_tokens"], len(MAGIC))
     offsets = np.frombuffer(mapped, "<i8", about["n_documents"] + 1, start)
+    if offsets[0] != 0 or offsets[-1] != about["n_tokens"]:
+        raise InvalidValue(f"{shown}: is damaged: its documents are not its {about['n_tokens']:,} tokens; delete it, and build it again")
     return Corpus(tokens, offsets, kind=about["kind"], vocab_size=about["vocab_size"], fingerprint=about["contents"])
 
 

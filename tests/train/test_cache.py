@@ -187,6 +187,8 @@ def changed(path, **changes):
         {"n_documents": None},
         {"vocab_size": 0},
         {"vocab_size": 200},
+        {"n_tokens": 214},
+        {"n_documents": 2},
         {"kind": "songs"},
         {"kind": 3},
         {"contents": "00"},
@@ -198,8 +200,9 @@ def changed(path, **changes):
 def test_what_is_told_of_a_cache_is_checked(files, path, changes):
     token_cache(path, files, BYTES)
     changed(path, **changes)
-    with pytest.raises(InvalidValue, match=r"x\.tokens: "):
-        open_token_cache(path)
+    for verify in (True, False)[: 1 if "contents" in changes else 2]:
+        with pytest.raises(InvalidValue, match=r"x\.tokens: "):
+            open_token_cache(path, verify=verify)
 
 
 def test_damaged_offsets_are_found_without_verifying_too(files, path):

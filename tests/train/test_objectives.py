@@ -303,6 +303,7 @@ def test_as_much_is_left_out_as_the_paper_says():
     for batch in an_epoch(data, data._rows.an_epoch):
         source, target = batch.source[0, 0], batch.target[0, 0]
         assert len(source) == 512 - 77 + 26 and len(target) == 77 + 27, "no padding: all whole segments are as long as each other"
+        assert (np.diff(np.flatnonzero(source > 5099 - 27)) > 1).all(), "no two spans touch"
         marks = np.flatnonzero(target > 5099 - 27)
         lengths += (np.diff(marks) - 1).tolist()
         at = 0
