@@ -14,7 +14,8 @@ import mini_tfm as mt
 from mini_tfm import _core
 from mini_tfm.autodiff import value_of
 from mini_tfm.errors import InvalidValue
-from mini_tfm.train import Corpus, NextSegment, Pairs, SpanDenoising, Trainer
+from mini_tfm.tokenizer import ByteTokenizer
+from mini_tfm.train import Corpus, NextSegment, Pairs, Recall, SpanDenoising, Trainer
 from mini_tfm.train.data import Batch, Example, fields, lay_out
 from mini_tfm.train.packing import BLOCK, SegmentLine
 from mini_tfm.train.walk import walk
@@ -243,6 +244,15 @@ def test_a_document_that_begins_is_not_asked_of_the_memory():
         trainer = Trainer(tiny_model("pre norm"), source_dropout=0.999999)
         losses.append(trainer.step(*fields(batch)))
     assert losses[0] != losses[1]
+
+
+def test_a_fact_is_not_asked_for_in_another_document():
+    recall = Recall(ByteTokenizer())
+    length = recall.length + 4
+    data = NextSegment([np.full(2 * length, 40), np.full(3 * length, 41)], segment_length=length, n_segments=5, batch_size=1)
+    batch = next(b for b in map(data.batch, range(20)) if b.begins is not None and b.begins[0, 2])
+    _, asked = recall.plant(batch, (0,), facts_at=1)
+    assert asked[0, 1] >= 0 and (asked[0, 2:] == -1).all()
 
 
 @pytest.mark.parametrize("begins", [np.ones((1, 3), bool), np.ones((2, 2)), [[True], [False]]])
