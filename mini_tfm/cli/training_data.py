@@ -137,12 +137,11 @@ class Sources:
         from ..train import Corpus, build_token_cache, token_cache
 
         if self.texts is not None:
-            train, held_out = (
-                Corpus.of((tokenizer.encode(text) for text in track(part.values(), "encoding", len(part), "documents")),
-                          vocab_size=tokenizer.vocab_size)
+            parts = [
+                Corpus.of(map(tokenizer.encode, track(part.values(), "encoding", len(part), "documents")), vocab_size=tokenizer.vocab_size)
                 for part in split_documents(self.texts, HELD_OUT, self.about["seed"])
-            )  # fmt: skip
-            return {"texts": (train, held_out)}
+            ]
+            return {"texts": (parts[0], parts[1])}
         found = {}
         for kind, files in self.files.items():
             if self.about["cache"] is None:
@@ -173,7 +172,7 @@ class TrainingData:
         parts = {name: (self._objective(name, corpora[OBJECTIVES[name]][0]), share) for name, share in shares.items()}
         self.data: Any = Mixture(parts, seed=self.about["seed"]) if len(parts) > 1 else next(iter(parts.values()))[0]
         if self.about["curriculum"] is not None:
-            self.data = Curriculum(self.data, [tuple(stage) for stage in self.about["curriculum"]])
+            self.data = Curriculum(self.data, self.about["curriculum"])
         self.held_out = []
         for name in shares:
             data = self._objective(name, corpora[OBJECTIVES[name]][1])
@@ -232,6 +231,8 @@ def check_about(about: dict[str, Any], name: str) -> None:
     """Refuses a description that `train` did not write."""
     if wrong := [field for field, kind in ABOUT.items() if field not in about or not isinstance(about[field], kind)]:
         raise InvalidValue(f"{name}: field {wrong[0]!r} is missing or of the wrong type")
+    if not all(isinstance(path, str) for path in about["files"]):
+        raise InvalidValue(f"{name}: field 'files': expected paths, got {about['files']}")
     if not about["objective"] or any(name not in OBJECTIVES for name in about["objective"]):
         raise InvalidValue(f"{name}: field 'objective': expected some of {', '.join(OBJECTIVES)}, got {about['objective']}")
 

@@ -131,15 +131,15 @@ def open_token_cache(
     """
     shown = as_path(path)
     with open_regular(shown) as file:
-        size = os.fstat(file.fileno()).st_size
-        about = _read_about(file, size)
-        dtype, start = token_dtype(about["vocab_size"]), _offsets_at(about)
-        if verify:
-            _check_contents(file, about)
         try:
+            size = os.fstat(file.fileno()).st_size
+            about = _read_about(file, size)
+            if verify:
+                _check_contents(file, about)
             mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
-            raise FileProblem(f"{shown}: cannot be mapped into memory: {error}") from error
+        except OSError as error:
+            raise FileProblem(f"{shown}: cannot be read: {error.strerror or error}") from error
+    dtype, start = token_dtype(about["vocab_size"]), _offsets_at(about)
     if hasattr(mmap, "MADV_RANDOM"):  # rows are read in any order: what lies behind one is not wanted next
         mapped.madvise(mmap.MADV_RANDOM)
     if tokenizer is not None and about["tokenizer"] != _tokenizer_name(tokenizer):

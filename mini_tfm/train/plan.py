@@ -60,6 +60,9 @@ class Mixture:
         return {"objective": "mixture", "seed": self.seed, "parts": parts}
 
     def with_segments(self, n_segments: int) -> Mixture:
+        """The same, every part with so many segments a row."""
+        if lacking := [name for name, (data, _) in self.parts.items() if not hasattr(data, "with_segments")]:
+            raise InvalidType(f"parts[{lacking[0]!r}]: expected data with a method with_segments, for a curriculum")
         parts = {name: (data.with_segments(n_segments), weight) for name, (data, weight) in self.parts.items()}
         return Mixture(parts, seed=self.seed)
 

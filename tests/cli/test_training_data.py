@@ -157,7 +157,17 @@ def test_resume_takes_its_data_from_the_folder(train, run, data):
 
 
 @pytest.mark.parametrize(
-    "change", [{"objective": None}, {"objective": {}}, {"objective": {"x": 1}}, {"curriculum": 5}, {"documents": "page"}]
+    "change",
+    [
+        {"objective": None},
+        {"objective": {}},
+        {"objective": {"x": 1}},
+        {"curriculum": 5},
+        {"curriculum": [5]},
+        {"files": [5]},
+        {"documents": "page"},
+        {"n_segments": 0},
+    ],
 )
 def test_a_damaged_description_is_refused(train, run, data, change):
     assert train("text.txt").code == 0

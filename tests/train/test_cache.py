@@ -441,7 +441,6 @@ begin = status("VmData")
 resource.setrlimit(resource.RLIMIT_DATA, (begin + allowed, begin + allowed))  # all memory that is not a mapped file
 corpus = token_cache(path, TextFiles(source), ByteTokenizer())
 data = NextSegment(corpus, segment_length=32, n_segments=2, batch_size=4)
-trainer.data_state = None
 trainer.fit(data, trainer.step_count + steps, progress=False)
 print(corpus.n_tokens, corpus.tokens.nbytes, status("RssAnon"), status("VmData") - begin, len(trainer.losses))
 """

@@ -128,6 +128,8 @@ def test_what_is_no_curriculum_is_refused(stages):
 def test_a_curriculum_needs_data_that_has_segments():
     with pytest.raises(InvalidType, match="with_segments"):
         Curriculum(Numbers("a"), [(0, 1)])
+    with pytest.raises(InvalidType, match=r"parts\['a'\]: .*with_segments"):
+        Curriculum(mixture(a=1), [(0, 1)])
 
 
 @pytest.mark.parametrize("make", [lambda: everything().batch(-1), lambda: mixture(a=1).batch(0.5), lambda: everything().batch("1")])
