@@ -132,10 +132,10 @@ def test_other_sources_or_options_are_told(files, path, tmp_path):
         token_cache(path.with_name("y"), files, BYTES)
 
 
-def test_every_prefix_is_refused(files, path):
+def test_a_file_that_is_cut_off_anywhere_is_refused(files, path):
     token_cache(path, files, BYTES)
     whole = path.read_bytes()
-    for size in range(len(whole)):
+    for size in {*range(0, len(whole), 5), *range(len(whole) - 40, len(whole))}:
         path.write_bytes(whole[:size])
         with pytest.raises(InvalidValue, match=r"x\.tokens: "):
             open_token_cache(path)
@@ -144,13 +144,13 @@ def test_every_prefix_is_refused(files, path):
         open_token_cache(path)
 
 
-def test_every_flipped_bit_is_found(files, path):
+def test_flipped_bits_are_found(files, path):
     expected = token_cache(path, files, BYTES)
     expected = [document.tolist() for document in expected], expected.vocab_size
     whole = path.read_bytes()
     rng = np.random.default_rng(0)
     survived = 0
-    for at in range(len(whole)):
+    for at in range(0, len(whole), 3):
         bad = bytearray(whole)
         bad[at] ^= 1 << int(rng.integers(8))
         path.write_bytes(bad)
@@ -161,7 +161,7 @@ def test_every_flipped_bit_is_found(files, path):
             continue
         assert ([document.tolist() for document in found], found.vocab_size) == expected
         survived += 1  # padding, or what is told of sources and tokenizer, which is compared where they are given
-    assert survived < 600
+    assert survived < 200
 
 
 def changed(path, **changes):
@@ -270,7 +270,7 @@ def test_every_failing_write_leaves_what_was_there(path, monkeypatch):
     """The k-th call that writes fails for every k, with a full disk or after a part: a clear error and no litter."""
     build_token_cache(path, ["old"], BYTES)
     before = path.read_bytes()
-    documents = ["x" * 1_500_000, "y" * 1_500_000]
+    documents = ["x" * 800_000, "y" * 800_000]
     done = False
     for k in range(100):
         left = k
@@ -299,7 +299,7 @@ def test_every_failing_write_leaves_what_was_there(path, monkeypatch):
         if done:
             break
         assert path.read_bytes() == before and os.listdir(path.parent) == ["x.tokens"], k
-    assert 4 <= k < 100 and open_token_cache(path).n_tokens == 3_000_000
+    assert 4 <= k < 100 and open_token_cache(path).n_tokens == 1_600_000
 
 
 def test_a_short_write_goes_on(files, path, monkeypatch):

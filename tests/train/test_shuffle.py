@@ -41,13 +41,13 @@ def test_seeds_and_epochs_give_other_orders():
         assert abs(np.corrcoef(one[:-1], one[1:])[0, 1]) < 0.12 and len(np.unique(steps)) > 500
 
 
-@pytest.mark.parametrize("n", [3, 7, 10])
+@pytest.mark.parametrize("n", [3, 10])
 def test_every_number_is_as_likely_at_every_place(n):
-    """Chi-square over 3000 seeds, the sizes at which a network of few rounds would show."""
+    """Chi-square over 2000 seeds, the sizes at which a network of few rounds would show."""
     times = np.zeros((n, n))
-    for seed in range(3000):
+    for seed in range(2000):
         times[np.arange(n), Permutation(n, seed)(np.arange(n))] += 1
-    expected = 3000 / n
+    expected = 2000 / n
     chi = ((times - expected) ** 2 / expected).sum()
     freedom = (n - 1) ** 2
     assert chi < freedom + 5 * np.sqrt(2 * freedom)
