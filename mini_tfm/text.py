@@ -15,7 +15,7 @@ def read_text(path: str | os.PathLike) -> str:
     """The whole file as strict UTF-8: a leading byte-order mark is dropped, line ends stay as they are.
 
     Raises FileProblem when the path is missing, unreadable or not a regular file; InvalidValue when the file is
-    empty, holds a NUL byte or is not UTF-8, with the offset in bytes.
+    empty, holds a NUL byte or is not UTF-8, with the offset in bytes and the line.
     """
     return "".join(stream_text(path, _READ_BYTES))
 
@@ -34,7 +34,7 @@ def stream_text(path: str | os.PathLike, chunk_bytes: int = _READ_BYTES) -> Iter
 
 def _pieces(path: str | os.PathLike, chunk_bytes: int) -> Iterator[str]:
     with open_regular(path) as file:
-        offset = 0  # bytes decoded so far
+        offset, line = 0, 1  # bytes decoded so far, and where that is
         rest = b""  # the bytes of a character that a chunk cut, at most 3
         is_start = is_empty = True
         while True:
@@ -44,15 +44,17 @@ def _pieces(path: str | os.PathLike, chunk_bytes: int) -> Iterator[str]:
                 raise FileProblem(f"{file.name}: cannot be read: {error.strerror}") from error
             data = rest + chunk
             if b"\0" in data:
-                raise InvalidValue(f"{file.name}: expected text, found a NUL byte at byte {offset + data.index(0)}: a binary file?")
+                at = data.index(0)
+                where = f"at byte {offset + at}, line {line + data.count(10, 0, at)}"
+                raise InvalidValue(f"{file.name}: expected text, found a NUL byte {where}: a binary file?")
             try:
                 piece, used = codecs.utf_8_decode(data, "strict", not chunk)
             except UnicodeDecodeError as error:
+                where = f"at byte {offset + error.start}, line {line + data.count(10, 0, error.start)}"
                 raise InvalidValue(
-                    f"{file.name}: expected UTF-8, found something else at byte {offset + error.start} "
-                    f"({error.reason}); convert the file to UTF-8"
+                    f"{file.name}: expected UTF-8, found something else {where} ({error.reason}); convert the file to UTF-8"
                 ) from error
-            offset += used
+            offset, line = offset + used, line + data.count(10, 0, used)
             rest = data[used:]
             if is_start and piece:
                 piece = piece.removeprefix("\ufeff")

@@ -6,6 +6,8 @@ first segment stands a segment of one `bos` token, so that the first is predicte
 
 from __future__ import annotations
 
+import copy
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +22,8 @@ class Batch:
     """Token ids in segments: source (B, n, L) or None (decoder-only), target (B, n, L), and their lengths (B, n).
 
     weights: (B, n, L) of each target token in the loss, or None for 1. Lengths mask what is past them.
+    begins: (B, n) bool, the rows in which a new document begins with a segment: their memory is empty again, and nothing
+    of what stood before in the row is seen. None: no row changes its document.
     """
 
     source: np.ndarray | None
@@ -27,6 +31,7 @@ class Batch:
     source_lengths: np.ndarray | None = None
     target_lengths: np.ndarray = None  # type: ignore[assignment]  # filled in: whole segments
     weights: np.ndarray | None = None
+    begins: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         for name, tokens in (("source_lengths", self.source), ("target_lengths", self.target)):
@@ -41,14 +46,54 @@ class Batch:
 
 def fields(batch: Batch) -> tuple[Any, ...]:
     """A batch as the arguments of `Trainer.step`."""
-    return batch.source, batch.target, batch.source_lengths, batch.target_lengths, batch.weights
+    return batch.source, batch.target, batch.source_lengths, batch.target_lengths, batch.weights, batch.begins
+
+
+@dataclass(frozen=True)
+class Example:
+    """What one row does in one segment: reads source (S,), or has none, and predicts target (T,); both may be empty.
+
+    unscored: so many tokens at the target's start are not in the loss. begins: a new document begins here.
+    """
+
+    source: np.ndarray | None
+    target: np.ndarray
+    unscored: int = 0
+    begins: bool = False
+
+
+def lay_out(rows: Sequence[Sequence[Example | None]], pad_id: int) -> Batch:
+    """The batch of rows of segments, each as wide as its longest; None is a pause, and short rows pause at their end."""
+    n = max(map(len, rows))
+    size = (len(rows), n)
+    everything = [example for row in rows for example in row if example is not None]
+    lengths = np.zeros(size, np.int64)
+    target = np.full((*size, max(1, *(len(e.target) for e in everything))), pad_id, np.int64)
+    source, source_lengths = None, None
+    if everything[0].source is not None:
+        widest = max(1, *(len(e.source) for e in everything if e.source is not None))
+        source, source_lengths = np.full((*size, widest), pad_id, np.int64), np.zeros(size, np.int64)
+    weights = np.ones(target.shape, np.float32) if any(e.unscored for e in everything) else None
+    begins = np.zeros(size, bool)
+    for b, row in enumerate(rows):
+        for t, example in enumerate(row):
+            if example is None:
+                continue
+            target[b, t, : len(example.target)], lengths[b, t] = example.target, len(example.target)
+            if source is not None and source_lengths is not None and example.source is not None:
+                source[b, t, : len(example.source)], source_lengths[b, t] = example.source, len(example.source)
+            if weights is not None:
+                weights[b, t, : example.unscored] = 0
+            begins[b, t] = example.begins
+    return Batch(source, target, source_lengths, lengths, weights, begins if begins[:, 1:].any() else None)
 
 
 class TextStreams:
     """Draws `batch_size` streams of `n_segments` segments of `segment_length` tokens from documents.
 
     Each stream starts at a random place of a document drawn by its length, or at its beginning (one in eight).
-    `batch(step)` is a pure function of (seed, step).
+    `batch(step)` is a pure function of (seed, step). documents: arrays of ids, or a `Corpus` of texts, which is not
+    copied. Where every token is to come once an epoch, see `NextSegment`.
     """
 
     def __init__(
@@ -69,7 +114,7 @@ class TextStreams:
                 raise InvalidValue(f"{name}: expected an integer of at least 1, got {value!r}")
         if any(np.asarray(a).dtype.kind not in "iu" or np.ndim(a) != 1 for a in arrays):
             raise InvalidType("documents: expected arrays of token ids, each (tokens,); encode the text first")
-        self.documents = [np.asarray(a, np.int64) for a in arrays if len(a) > segment_length]
+        self.documents = [np.asarray(a) for a in arrays if len(a) > segment_length]
         if not self.documents:
             longest = max((len(a) for a in arrays), default=0)
             raise InvalidValue(
@@ -80,6 +125,24 @@ class TextStreams:
         self.bos_id, self.pad_id, self.seed, self.has_encoder = bos_id, pad_id, seed, has_encoder
         lengths = np.array([len(a) for a in self.documents], np.float64)
         self._share = lengths / lengths.sum()
+        self._fingerprint: str | None = None
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """All that the batches depend on, as plain data. Reads all documents the first time."""
+        if self._fingerprint is None:
+            digest = hashlib.sha256()
+            for document in self.documents:
+                digest.update(f"{len(document)} ".encode() + np.ascontiguousarray(document, "<i8").data)
+            self._fingerprint = digest.hexdigest()
+        names = ("segment_length", "n_segments", "batch_size", "bos_id", "pad_id", "seed", "has_encoder")
+        return {"objective": "text-streams", "corpus": self._fingerprint, **{name: getattr(self, name) for name in names}}
+
+    def with_segments(self, n_segments: int) -> TextStreams:
+        """The same with another number of segments a stream; the documents are shared."""
+        other = copy.copy(self)
+        other.n_segments = n_segments
+        return other
 
     def batch(self, step: int, n_segments: int | None = None) -> Batch:
         rng = np.random.default_rng([self.seed, step])

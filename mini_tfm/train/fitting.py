@@ -15,6 +15,7 @@ from .data import Batch, fields
 from .interrupts import uninterrupted
 from .logs import Logs
 from .parallel import StoppedTogether
+from .plan import batches_of, differences, state_of
 from .saved import BEST, check_finite, digest, keep_checkpoint, save_weights
 
 if TYPE_CHECKING:
@@ -141,17 +142,17 @@ class Fitting:
 _NO_LOGS = dict.fromkeys(("jsonl_log", "csv_log", "tensorboard_log"))
 
 
-def agree(trainer: Trainer, batch_of: Callable[[int], Batch], other_data: bool) -> None:
+def agree(trainer: Trainer, data: Any, other_data: bool) -> None:
     """What has to hold before the first step: the data is that of the resumed run, and ranks have the same of everything."""
-    ranks, step = trainer.communicator, trainer.step_count
-    if trainer.resumed and not other_data and trainer.batch_digest is not None:
-        again = digest(trainer._batch(*fields(batch_of(step - 1))))
-        if again != trainer.batch_digest:
-            raise InvalidValue(
-                f"data: batch {step - 1} is not what it was when this run was saved, so its corpus, batch size or seed has changed;"
-                " give the same data, or other_data=True to go on with another"
-            )
-    trainer.resumed = False
+    ranks, step, batch_of, state = trainer.communicator, trainer.step_count, batches_of("data", data), state_of(data)
+    if not trainer.resumed or other_data:
+        trainer.batch_digest = None
+    elif changed := _changed(trainer, batch_of, state):
+        raise InvalidValue(
+            f"data: is not what this run was trained on: {changed}; give the same data, or other_data=True (on the command line"
+            " --accept-changes) to go on with other data"
+        )
+    trainer.resumed, trainer.data_state = False, state
     if ranks.size == 1:
         return
     mine = np.frombuffer(bytes.fromhex(digest(trainer._batch(*fields(batch_of(step))))), np.uint8).astype(np.int64)
@@ -163,3 +164,17 @@ def agree(trainer: Trainer, batch_of: Callable[[int], Batch], other_data: bool) 
         raise InvalidValue(f"data: batch {step} of rank {ranks.rank} is not that of rank 0; give all ranks the same data and seed")
     for array in (trainer.optimizer.arena, *trainer.optimizer.state().values()):
         ranks.share(array)
+
+
+def _changed(trainer: Trainer, batch_of: Callable[[int], Batch], state: dict[str, Any] | None) -> str:
+    """What of the data is not as it was when the run was saved; "" where nothing is known to be.
+
+    Its state names the fault, in batches that have not come yet, too; the last step's batch shows it of data that has no
+    state, and what no state names.
+    """
+    if state is not None and trainer.data_state is not None and (found := list(differences(trainer.data_state, state))):
+        return "; ".join(found[:4])
+    last = trainer.step_count - 1
+    if trainer.batch_digest is not None and digest(trainer._batch(*fields(batch_of(last)))) != trainer.batch_digest:
+        return f"batch {last} is not what it was"
+    return ""

@@ -74,6 +74,8 @@ class Recall:
             start = int(place * (room + 1))
             source[b, t, start : start + self.length] = fact
             for later in range(t, n):
+                if later > t and batch.begins is not None and batch.begins[b, later]:
+                    break  # another document, whose memory does not know the fact
                 ask = always or coins[later] < 0.5 if asked_at is None else later == asked_at
                 if ask and batch.target_lengths[b, later] >= self.length:
                     target[b, later, : self.length] = fact

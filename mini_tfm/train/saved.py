@@ -45,6 +45,7 @@ _FIELDS: dict[str, Any] = {
     "validations": [],
     "best": None,
     "seconds": 0.0,
+    "data_state": None,
     "batch_digest": None,
     "fit_options": FIT_DEFAULTS,
 }
@@ -143,6 +144,8 @@ def _checked(about: dict[str, Any], kind: type[Trainer]) -> dict[str, Any]:
         faults.append(f"best: expected [step, loss] or null, got {about['best']!r}")
     if not isinstance(about["seconds"], float) or about["seconds"] < 0:
         faults.append(f"seconds: expected a number of at least 0, got {about['seconds']!r}")
+    if not isinstance(about["data_state"], dict | None):
+        faults.append(f"data_state: expected a mapping or null, got {type(about['data_state']).__name__}")
     if not isinstance(about["batch_digest"], str | None):
         faults.append(f"batch_digest: expected text or null, got {about['batch_digest']!r}")
     options, fit_options = about["options"], about["fit_options"]

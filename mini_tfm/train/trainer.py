@@ -15,11 +15,12 @@ from ..memory.base import Memory
 from ..memory.run import memory_parameters
 from ..model import Dropout, Transformer, check_tokens
 from ..tokenizer import Tokenizer
-from .data import Batch, TextStreams, fields
+from .data import Batch, fields
 from .interrupts import uninterrupted
 from .optimizer import AdamW, schedule_factor
 from .options import FIT_DEFAULTS, check_fit_options, check_trainer_options
 from .parallel import communicator_of, shares
+from .plan import Data, batches_of
 from .segments import SegmentLoss, backpropagate, counts_of
 
 
@@ -114,6 +115,7 @@ class Trainer:
         self.gradient_norm = 0.0  # of the last step, before clipping
         self.validations: list[list[Any]] = []  # [step, mean loss]
         self.best: list[Any] | None = None  # the one of `validations` that early stopping compares with
+        self.data_state: dict[str, Any] | None = None  # of what `fit` trained on last, if it has one
         self.batch_digest: str | None = None  # of the last step's batch, where `fit` took it
         self.resumed = False
 
@@ -132,17 +134,24 @@ class Trainer:
         return sum(step > self.best[0] for step, _ in self.validations) >= patience
 
     def step(
-        self, source: Any, target: Any, source_lengths: Any = None, target_lengths: Any = None, weights: np.ndarray | None = None
+        self,
+        source: Any,
+        target: Any,
+        source_lengths: Any = None,
+        target_lengths: Any = None,
+        weights: np.ndarray | None = None,
+        begins: Any = None,
     ) -> float:
         """One optimizer step; the loss before it, in nats per target token.
 
         source: (B, S) token ids, or (B, n, S) for a stream of n segments; None for a decoder-only model.
         target: (B, T) or (B, n, T), predicted token by token. lengths: (B,) or (B, n). weights: of each target
-        token. Raises TrainingError, and changes nothing, when the loss or the gradient is not finite.
+        token. begins: (B, n) bool, where a new document begins (see `Batch`). Raises TrainingError, and changes nothing,
+        when the loss or the gradient is not finite.
         """
         ranks = self.communicator
         with ranks.together():
-            batch = self._batch(source, target, source_lengths, target_lengths, weights)
+            batch = self._batch(source, target, source_lengths, target_lengths, weights, begins)
             n_parts = self.options["gradient_accumulation_steps"]
             parts = shares(len(batch.target), n_parts * ranks.size)
             total = float(counts_of(batch, self.model.dtype).sum(dtype=np.float64)) or 1.0
@@ -169,14 +178,14 @@ class Trainer:
 
     def weight_of(self, batch: Batch) -> float:
         """What the target tokens of a batch weigh together: their number, where they have no weights."""
-        return float(self._counts(self._batch(*fields(batch))).sum(dtype=np.float64))
+        return float(counts_of(self._batch(*fields(batch)), self.model.dtype).sum(dtype=np.float64))
 
     def fit(
         self,
-        data: TextStreams | Callable[[int], Batch],
+        data: Data | Callable[[int], Batch],
         steps: int | None = None,
         *,
-        validation: TextStreams | Callable[[int], Batch] | None = None,
+        validation: Data | Callable[[int], Batch] | None = None,
         validate_every: int | None = None,
         validation_batches: int | None = None,
         folder: str | Path | None = None,
@@ -193,7 +202,8 @@ class Trainer:
     ) -> dict[str, Any]:
         """Trains until step `steps` (default: total_steps), for `seconds`, or until it is stopped early; returns losses by step.
 
-        data: gives the batch of a step number, a pure function of it, so that a resumed run sees the same.
+        data: gives the batch of a step number, a pure function of it, so that a resumed run sees the same: anything with
+        `batch(step)` (`NextSegment`, `SpanDenoising`, `Pairs`, `Mixture`, `Curriculum`, `TextStreams`), or a function.
         validation: its loss over all target tokens of its first `validation_batches` (4) is measured every
         `validate_every` steps (100).
         folder: where the run is saved every `save_every` steps and at the end; `Trainer.resume(folder)` goes on from
@@ -202,7 +212,8 @@ class Trainer:
         jsonl_log, csv_log: files to which a line a step is appended (train/logs.py tells the columns);
         tensorboard_log: a folder of event files, by tensorboardX.
         What is left None of all these is as it was at the last `fit`, of a resumed run too, or the default in brackets.
-        other_data: after a resume, do not refuse data whose batch of the last step is not what it was.
+        other_data: after a resume, do not refuse data whose `state`, if it has one, or batch of the last step is not what
+        it was.
         Ctrl-C saves (with a folder) and raises KeyboardInterrupt. Raises TrainingError as `step` does, or when a
         validation or the weights to be saved are not finite: what was saved last is then as it was.
         """
@@ -222,10 +233,10 @@ class Trainer:
         options = {**self.fit_options, **{name: value for name, value in told.items() if value is not None}}
         check_fit_options(options)
         self.fit_options = options
-        batch_of = _batches("data", data)
+        batch_of = batches_of("data", data)
         with self.communicator.together():
-            agree(self, batch_of, other_data)
-            fitting = Fitting(self, batch_of, None if validation is None else _batches("validation", validation), folder)
+            fitting = Fitting(self, batch_of, None if validation is None else batches_of("validation", validation), folder)
+            agree(self, data, other_data)
             fitting.run(steps, seconds, on_step, progress)
         return fitting.history
 
@@ -252,7 +263,7 @@ class Trainer:
 
     # Inside
 
-    def _batch(self, source: Any, target: Any, source_lengths: Any, target_lengths: Any, weights: Any) -> Batch:
+    def _batch(self, source: Any, target: Any, source_lengths: Any, target_lengths: Any, weights: Any, begins: Any = None) -> Batch:
         """The arguments of `step` as checked (B, n, L) arrays."""
         config = self.model.config
         target, target_lengths = _segments("target", target, target_lengths, config.vocab_size)
@@ -265,7 +276,12 @@ class Trainer:
                 raise InvalidValue(f"target: expected (batch, segments) {source.shape[:2]} as source has, got {target.shape[:2]}")
         if weights is not None:
             weights = _weights(weights, target.shape, self.model.dtype)
-        return Batch(source, target, source_lengths, target_lengths, weights)
+        if begins is not None:
+            begins = np.asarray(begins)
+            if begins.dtype != bool or begins.shape not in (target.shape[:2], (target.shape[0] * target.shape[1],)):
+                raise InvalidValue(f"begins: expected bool of shape {target.shape[:2]}, got {begins.dtype} of shape {begins.shape}")
+            begins = begins.reshape(target.shape[:2])
+        return Batch(source, target, source_lengths, target_lengths, weights, begins)
 
     def _add_gradients(self, batch: Batch, rows: slice, total: float) -> float:
         """Adds those of some rows' share of the batch's loss to the arena; returns that share.
@@ -338,14 +354,6 @@ class Trainer:
 def _rows_of(batch: Batch, rows: slice) -> Batch:
     values = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
     return dataclasses.replace(batch, **{name: value[rows] for name, value in values.items() if isinstance(value, np.ndarray)})
-
-
-def _batches(name: str, data: Any) -> Callable[[int], Batch]:
-    """The function that gives the batch of a step number."""
-    batch_of = data if callable(data) else getattr(data, "batch", None)
-    if not callable(batch_of):
-        raise InvalidType(f"{name}: expected TextStreams, or a function of the step that gives its batch, got {type(data).__name__}")
-    return batch_of
 
 
 def _absolute(**paths: Any) -> dict[str, str | None]:

@@ -29,7 +29,9 @@ def walk(model: Transformer, run: MemoryRun, batch: Batch) -> Iterator[tuple[int
 class Segments:
     """The segments of a batch, to be read in turn; reading one again, from the same states, gives the same again.
 
-    w: the weights, if not the model's; hide_source: (B, n) bool, where the decoder sees the memory alone.
+    Where the batch says that a document begins, nothing of what stood before in the row is seen: its memory is empty again.
+    w: the weights, if not the model's; hide_source: (B, n) bool, where the decoder sees the memory alone, unless a document
+    begins there.
     """
 
     def __init__(
@@ -47,18 +49,26 @@ class Segments:
         for t in range(batch.target.shape[1] - 1):
             target, lengths = batch.target[:, t], batch.target_lengths[:, t]
             last = np.where(lengths > 0, target[np.arange(len(target)), np.maximum(lengths - 1, 0)], last)  # others pause
+            last = np.where(self.begins(t + 1), model.config.bos_id, last)
             self.firsts.append(None if model.config.has_encoder else last)
+
+    def begins(self, t: int) -> np.ndarray:
+        """(B,) bool: the rows that go on with another document at segment t. At the first one every memory is empty already."""
+        return self.batch.begins[:, t] if self.batch.begins is not None and t > 0 else np.zeros(len(self.batch.target), bool)
 
     def read(self, run: MemoryRun, t: int) -> tuple[Encoded | None, Any]:
         """What `Transformer.finish_segment` asks for, and the decoder's outputs (B, T, d) of segment t, which stays open."""
         model, batch, w, dropout = self.model, self.batch, self.w, self.dropout.at(t)
         target, target_lengths = batch.target[:, t], batch.target_lengths[:, t]
+        begins = self.begins(t)
+        if begins.any():
+            run.reset(begins)
         encoded = seen = None
         if batch.source is not None and batch.source_lengths is not None:
             run.open(batch.source_lengths[:, t], target)
             encoded = seen = model.encode_segment(batch.source[:, t], batch.source_lengths[:, t], run, w, dropout)
             if self.hide_source is not None and t > 0:
-                seen = _without_text(encoded, self.hide_source[:, t])
+                seen = _without_text(encoded, self.hide_source[:, t] & ~begins)
         else:
             run.open(target_lengths, target)
         return encoded, model.decode_segment(model.shift_right(target, self.firsts[t]), target_lengths, seen, run, w, dropout)

@@ -123,5 +123,5 @@ def test_what_is_no_stream_is_refused(changes, error, told):
 
 
 def test_fields_are_the_arguments_of_a_step():
-    batch = Batch(*(np.full((1, 1, 1), i) for i in range(5)))
-    assert [int(x.item()) for x in fields(batch)] == [0, 1, 2, 3, 4]
+    batch = Batch(*(np.full((1, 1, 1), i) for i in range(6)))
+    assert [int(x.item()) for x in fields(batch)] == [0, 1, 2, 3, 4, 5]

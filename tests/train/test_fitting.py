@@ -23,6 +23,7 @@ from mini_tfm.train.average import average_models, last_checkpoints
 from mini_tfm.train.data import Batch, fields
 from mini_tfm.train.logs import COLUMNS
 from mini_tfm.train.parallel import shares
+from mini_tfm.train.saved import digest
 
 sys.path.insert(0, str(Path(__file__).parent))  # `import runs`
 
@@ -35,12 +36,13 @@ def small(dtype=np.float64, **changes):
 
 
 def ragged(seed=0, size=5, n=2, length=4):
-    """A batch whose rows weigh differently: of other lengths, with weights, one of them empty."""
+    """A batch whose rows weigh differently: of other lengths, with weights, one of them empty; in some another document begins."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, length + 1, (size, n))
     lengths[1] = 0
     source, target = rng.integers(3, 13, (size, n, length)), rng.integers(3, 13, (size, n, length))
-    return Batch(source, target, np.maximum(lengths, 1), lengths, rng.random((size, n, length)))
+    begins = np.arange(size * n).reshape(size, n) % 3 == 0
+    return Batch(source, target, np.maximum(lengths, 1), lengths, rng.random((size, n, length)), begins)
 
 
 # ------------------------------------------------------------------------------------------- parts
@@ -147,8 +149,8 @@ def test_what_nothing_can_judge_or_keep_is_refused(tmp_path):
             trainer.fit(data(), 2, progress=False, **given)
         assert trainer.step_count == 0
     assert not (tmp_path / "run").exists()
-    for given, told in (({"data": [1, 2]}, "data: expected TextStreams"), ({"jsonl_log": 3}, "jsonl_log: expected a path"),
-                        ({"validation": "text"}, "validation: expected TextStreams")):  # fmt: skip
+    for given, told in (({"data": [1, 2]}, "data: expected something with batch"), ({"jsonl_log": 3}, "jsonl_log: expected a path"),
+                        ({"validation": "text"}, "validation: expected something with batch")):  # fmt: skip
         with pytest.raises(InvalidType, match=told):
             make_trainer(**plain).fit(**{"data": data(), "steps": 2, "progress": False, **given})
 
@@ -340,3 +342,14 @@ def test_rows_that_are_cut_keep_all_their_fields():
     part = _rows_of(batch, slice(1, 3))
     for field in dataclasses.fields(batch):
         assert_same_bits(getattr(part, field.name), getattr(batch, field.name)[1:3])
+
+
+def test_a_digest_is_of_all_fields():
+    """By which a resumed run knows its data again."""
+    batch = ragged()
+    found = {digest(batch)}
+    for field in dataclasses.fields(batch):
+        changed = getattr(batch, field.name).copy()
+        changed.flat[-1] = 1 - changed.flat[-1]
+        found.add(digest(dataclasses.replace(batch, **{field.name: changed})))
+    assert len(found) == 1 + len(dataclasses.fields(batch)) and digest(ragged()) in found

@@ -15,7 +15,7 @@ import mini_tfm as mt
 from mini_tfm.checkpoint import native
 from mini_tfm.checkpoint.models import load_saved
 from mini_tfm.config import Config
-from mini_tfm.errors import FileProblem, InvalidValue, TrainingError
+from mini_tfm.errors import FileProblem, InvalidType, InvalidValue, TrainingError
 from mini_tfm.model import Transformer
 from mini_tfm.train import Trainer
 
@@ -128,17 +128,53 @@ def test_a_run_remembers_what_fit_was_told(tmp_path):
     assert (folder / f"checkpoint-{STEPS}").is_dir()
 
 
-@pytest.mark.parametrize("other", [data(seed=3), data(batch_size=3)], ids=["seed", "batch size"])
-def test_other_data_is_refused_and_nothing_lost(other, tmp_path):
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        (data(seed=3), "seed was 1, is 3"),
+        (data(batch_size=3), "batch_size was 4, is 3"),
+        (data(seed=3).batch, "batch 4 is not what it was"),  # a function has no state
+    ],
+    ids=["seed", "batch size", "function"],
+)
+def test_other_data_is_refused_and_nothing_lost(other, told, tmp_path):
     folder = tmp_path / "run"
     fit(make_trainer(), folder, steps=5)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(InvalidValue, match=r"data: batch 4 is not what it was.*other_data=True"):
+    with pytest.raises(InvalidValue, match=f"data: is not what this run was trained on: {told}; give the same.*other_data=True"):
         Trainer.resume(folder).fit(other, validation=data(seed=2), folder=folder, progress=False)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     trainer = Trainer.resume(folder)
     trainer.fit(other, 6, validation=data(seed=2), folder=folder, progress=False, other_data=True)
     assert trainer.step_count == 6
+
+
+class Kept:
+    """Data whose state does not name all that its batches depend on."""
+
+    def __init__(self, seed, state):
+        self.batch, self.state = data(seed=seed).batch, state
+
+
+def test_a_batch_shows_what_no_state_names(tmp_path):
+    trainer = make_trainer(early_stopping_patience=None)
+    trainer.fit(Kept(1, {"corpus": "a"}), 3, folder=tmp_path / "run", progress=False)
+    assert Trainer.resume(tmp_path / "run").data_state == {"corpus": "a"}
+    for other, told in ((Kept(2, {"corpus": "a"}), "batch 2 is not what it was"), (Kept(1, {"corpus": "b"}), "corpus has changed")):
+        with pytest.raises(InvalidValue, match=told):
+            Trainer.resume(tmp_path / "run").fit(other, 4, progress=False)
+    again = Trainer.resume(tmp_path / "run")
+    again.fit(Kept(2, {"corpus": "b"}), seconds=1e-9, folder=tmp_path / "run", progress=False, other_data=True)
+    assert again.step_count == 3, "no time for a step"
+    Trainer.resume(tmp_path / "run").fit(Kept(2, {"corpus": "b"}), 4, progress=False)  # what was accepted is what it is now
+    again.fit(Kept(1, None), 4, progress=False)  # in one process, whoever calls knows what is given
+    assert again.data_state is None
+
+
+@pytest.mark.parametrize(("state", "told"), [([1], "a mapping"), ({"a": {1}}, "plain data"), ({"a": float("nan")}, "plain data")])
+def test_a_state_that_cannot_be_saved_is_refused(state, told):
+    with pytest.raises(InvalidType, match=f"data: state: expected {told}"):
+        make_trainer(early_stopping_patience=None).fit(Kept(1, state), 1, progress=False)
 
 
 def test_another_memory_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 """Backpropagation through segments: kept, computed again or truncated, for every memory there is."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -26,15 +27,18 @@ MEMORIES = {"none": lambda: None, **{text: (lambda text=text: mt.memory(text)) f
 DROPOUT = {"dropout": 0.1, "attention_dropout": 0.2, "ff_dropout": 0.15}
 
 
-def ragged(has_encoder, *, n=4, size=3, length=4, seed=3):
-    """Streams of which one pauses twice, another ends early; weights of targets."""
+def ragged(has_encoder, *, n=4, size=3, length=4, seed=3, begins=False):
+    """Streams of which one pauses twice, another ends early; weights of targets. begins: documents begin within two of them."""
     rng = np.random.default_rng(seed)
     source, target = tokens(rng, size, n, length), tokens(rng, size, n, length)
     lengths = rng.integers(1, length + 1, (size, n))
     lengths[1, ::2] = 0
     lengths[2, n - 1] = 0
     weights = rng.random(target.shape)
-    return Batch(source, target, lengths, lengths, weights) if has_encoder else Batch(None, target, None, lengths, weights)
+    starts = np.zeros((size, n), bool) if begins else None
+    if starts is not None:
+        starts[0, :2] = starts[1, 2] = True  # the latter while it pauses
+    return Batch(source if has_encoder else None, target, lengths if has_encoder else None, lengths, weights, starts)
 
 
 def fitting(name, variant):
@@ -70,9 +74,12 @@ def disturb(weights):
 @pytest.mark.parametrize("variant", ["pre norm", "decoder only"])
 @pytest.mark.parametrize("name", MEMORIES)
 def test_computed_again_gives_the_same_bits(name, variant):
-    """Loss and gradients, in full and truncated; with dropout, smoothing, hidden sources, weights and rows that pause."""
-    for k in (None, 2):
-        kept, again = (gradient(fitting(name, variant), variant, bptt_segments=k, recompute=recompute) for recompute in (False, True))
+    """In full and truncated; with dropout, smoothing, hidden sources, weights, rows that pause, and documents that begin."""
+    for k, begins in ((None, False), (None, True), (2, True)):
+        batch = ragged("only" not in variant, begins=begins)
+        kept, again = (
+            gradient(fitting(name, variant), variant, batch=batch, bptt_segments=k, recompute=recompute) for recompute in (False, True)
+        )
         assert_same_bits(again[0], kept[0])
         assert any(np.abs(g).max() > 1e-6 for g in kept[1].values())
         for weight, g in kept[1].items():
@@ -86,15 +93,16 @@ def test_computed_again_gives_the_same_bits_in_other_architectures(name, variant
     assert_same_bits([again[0], *again[1].values()], [kept[0], *kept[1].values()])
 
 
+@pytest.mark.parametrize("begins", [False, True])
 @pytest.mark.parametrize("variant", ["pre norm", "decoder only"])
 @pytest.mark.parametrize("name", MEMORIES)
-def test_cut_between_segments_it_is_the_gradient_of_one_tape(name, variant):
+def test_cut_between_segments_it_is_the_gradient_of_one_tape(name, variant, begins):
     """Against the loss of all segments on one tape, which sums in another order."""
     memory = fitting(name, variant)
     model = one_layer(variant, np.float64)
     model.add_memory_weights(memory, 4)
     disturb(model.weights)
-    batch = ragged(model.config.has_encoder)
+    batch = ragged(model.config.has_encoder, begins=begins)
     found = []
     for way in ("cut", "one tape"):
         leaves = {weight: Var(value, np.zeros_like(value)) for weight, value in model.weights.items()}
@@ -109,15 +117,16 @@ def test_cut_between_segments_it_is_the_gradient_of_one_tape(name, variant):
         np.testing.assert_allclose(found[0][weight], g, rtol=1e-9, atol=1e-12 * max(1, np.abs(g).max()), err_msg=weight)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("recompute", "begins"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("name", ["recurrent:tokens=2", "recurrent:tokens=2,residual=true", "transformer_xl_rows", "infini"])
 @pytest.mark.parametrize("variant", ["pre norm", "decoder only"])
-def test_gradients_through_three_segments_are_those_of_finite_differences(variant, name, recompute):
-    """Of memories through whose state the gradient flows, dropout and hidden sources included."""
+def test_gradients_through_three_segments_are_those_of_finite_differences(variant, name, recompute, begins):
+    """Of memories through whose state the gradient flows, dropout and hidden sources included; also where a document begins
+    at the second segment, and with it a memory from its trained start."""
     trainer = Trainer(one_layer(variant, np.float64), fitting(name, variant), label_smoothing=0.1, source_dropout=0.4, seed=4,
                       recompute=recompute, **DROPOUT)  # fmt: skip
     disturb(trainer.model.weights)
-    batch = trainer._batch(*fields(ragged(trainer.model.config.has_encoder, n=3)))
+    batch = trainer._batch(*fields(ragged(trainer.model.config.has_encoder, n=3, begins=begins)))
     trainer._backward(batch, trainer._dropout(), trainer._hidden(batch))
     gradients = {weight: g.copy() for weight, g in trainer.optimizer.grads.items()}
     assert all(np.abs(g).max() > 1e-9 for weight, g in gradients.items() if weight.startswith("memory."))
@@ -128,6 +137,25 @@ def test_gradients_through_three_segments_are_those_of_finite_differences(varian
 
     weights = {weight: value.copy() for weight, value in trainer.model.weights.items()}
     assert_gradients(loss, weights, gradients, tolerance=3e-6)
+
+
+@pytest.mark.parametrize("variant", ["pre norm", "decoder only"])
+@pytest.mark.parametrize("name", MEMORIES)
+def test_no_gradient_crosses_to_another_document(name, variant):
+    """Other tokens before a document begins, nothing kept of them, a truncation there: its gradient is the same."""
+    batch = ragged("only" not in variant, begins=True)
+    batch.begins[:, 2], batch.weights[:, :2] = True, 0
+    other = dataclasses.replace(batch, target=batch.target.copy(), source=None if batch.source is None else batch.source.copy())
+    for array in (other.target, other.source):
+        if array is not None:
+            array[:, :2] = 3 + (array[:, :2] + 1) % 10
+    expected = gradient(fitting(name, variant), variant, batch=batch)
+    assert np.abs(np.concatenate([g.ravel() for g in expected[1].values()])).max() > 1e-3
+    for given, options in ((other, {}), (other, {"recompute": True}), (batch, {"bptt_segments": 2})):
+        loss, gradients = gradient(fitting(name, variant), variant, batch=given, **options)
+        assert loss == expected[0]
+        for weight, g in expected[1].items():
+            np.testing.assert_array_equal(gradients[weight], g, err_msg=weight)
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -1,0 +1,292 @@
+"""What `mini-tfm train` trains on: files of any kind -> corpora in RAM or in a cache -> objectives, and a part held out."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import FileProblem, InvalidValue
+from .shared import count, note, read_documents
+
+if TYPE_CHECKING:
+    from ..config import Config
+    from ..tokenizer import Tokenizer
+    from ..train import Batch, Corpus, TextFiles, Trainer
+    from ..train.parallel import Alone
+
+DATA_FILE = "training_data.json"  # in the folder of a run: what --resume needs to see the same batches
+HELD_OUT = 0.1  # of the text
+VALIDATION_BATCHES = 4  # of each objective
+TOKENIZER_CHARACTERS = 1 << 26  # of files that are read in pieces, so many are enough to learn a tokenizer from
+OBJECTIVES = {"next-segment": "texts", "lm": "texts", "denoise": "texts", "pairs": "pairs"}  # and what each is made of
+
+# What a saved run keeps of its data, and the type of each.
+ABOUT = {
+    "files": list,
+    "documents": str,
+    "fields": list | None,
+    "cache": str | None,
+    "objective": dict,
+    "curriculum": list | None,
+    "segment_length": int,
+    "n_segments": int,
+    "batch_size": int,
+    "seed": int,
+    "fingerprint": str,
+}
+
+
+def parse_objective(text: str | None) -> dict[str, float] | None:
+    """next-segment=0.7+denoise=0.3 -> {"next-segment": 0.7, "denoise": 0.3}; a name alone counts 1; None stays None."""
+    if text is None:
+        return None
+    found: dict[str, float] = {}
+    for part in text.split("+"):
+        name, equals, share = part.partition("=")
+        if name not in OBJECTIVES or name in found:
+            raise InvalidValue(
+                f"--objective: expected {', '.join(OBJECTIVES)}, each once, as in next-segment=0.7+denoise=0.3; got {part!r}"
+            )
+        try:
+            found[name] = float(share) if equals else 1.0
+        except ValueError:
+            found[name] = math.nan
+        if not 0 < found[name] < math.inf:
+            raise InvalidValue(f"--objective: expected a share above 0 behind {name}=, got {share!r}")
+    return found
+
+
+def parse_curriculum(text: str | None) -> list[list[int]] | None:
+    """0:1,500:2 -> [[0, 1], [500, 2]]: from which step on rows have how many segments."""
+    if text is None:
+        return None
+    try:
+        stages = [[int(number) for number in stage.split(":")] for stage in text.split(",")]
+    except ValueError:
+        stages = []
+    firsts = [stage[0] for stage in stages]
+    if not stages or any(len(stage) != 2 or stage[1] < 1 for stage in stages) or firsts[0] != 0 or sorted(set(firsts)) != firsts:
+        raise InvalidValue(f"--curriculum: expected STEP:SEGMENTS,... from step 0 on, as in 0:1,500:2,1000:4; got {text!r}")
+    return stages
+
+
+def asked_for(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, float] | None]:
+    """The description of a new run's data, before its files are looked at; and the objectives that were asked for."""
+    asked, stages = parse_objective(options["objective"]), parse_curriculum(options["curriculum"])
+    about = {name: options[name] for name in ("documents", "segment_length", "n_segments", "batch_size", "seed")}
+    about |= {
+        "files": [str(path.resolve()) for path in (*options["files"], *options["more_files"])],
+        "fields": options["field"].split(",") if options["field"] else None,
+        "cache": str(options["cache"].resolve()) if options["cache"] else None,
+        "curriculum": stages,
+    }
+    if stages:
+        about["n_segments"] = stages[-1][1]
+    return about, asked
+
+
+class Sources:
+    """The files of a run. Plain text files without a cache are read whole, as are Python's own documents without files;
+    all others a piece at a time.
+    """
+
+    def __init__(self, about: dict[str, Any]):
+        from ..train import TextFiles
+
+        self.about = about
+        paths = [Path(path) for path in about["files"]]
+        self.texts: dict[str, str] | None = None
+        self.files: dict[str, TextFiles] = {}
+        plain = about["cache"] is None and about["documents"] == "file" and not any(has_lines(path) for path in paths)
+        if plain:
+            self.name, self.texts = read_documents(paths)
+            self.kinds = {"texts"}
+            return
+        if not paths:
+            raise InvalidValue("--cache: expected files to keep the tokens of: --text FILE...")
+        by_kind: dict[str, list[str]] = {"texts": [], "pairs": []}
+        for path in dict.fromkeys(paths):
+            by_kind[TextFiles(path, fields=about["fields"], documents=about["documents"]).kind].append(str(path))
+        for kind, some in by_kind.items():
+            if some:
+                self.files[kind] = TextFiles(some, fields=about["fields"], documents=about["documents"])
+        self.kinds = set(self.files)
+        self.name = f"{len(paths)} files" if len(paths) > 1 else str(paths[0])
+
+    def fingerprint(self) -> str:
+        """Names the texts, whatever the files are called. Reads all of them."""
+        digest = hashlib.sha256()
+        if self.texts is not None:
+            for text in self.texts.values():
+                digest.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
+        for files in self.files.values():
+            for each in files.fingerprints():
+                digest.update(bytes.fromhex(each["sha256"]))
+        return digest.hexdigest()
+
+    def train_tokenizer(self, vocab_size: int) -> Tokenizer:
+        """Learnt from what is trained on; of files that are read in pieces, from their beginning."""
+        from ..text import split_documents
+        from ..tokenizer import train_bpe
+
+        if self.texts is not None:
+            return train_bpe(split_documents(self.texts, HELD_OUT, self.about["seed"])[0].values(), vocab_size)
+
+        def some() -> Iterator[str]:
+            left = TOKENIZER_CHARACTERS
+            for piece in itertools.chain.from_iterable(files.pieces() for files in self.files.values()):
+                if left <= 0:
+                    note(f"tokenizer: learnt from the first {count(TOKENIZER_CHARACTERS)} characters")
+                    return
+                left -= len(piece.text)
+                yield piece.text
+
+        return train_bpe(some(), vocab_size)
+
+    def corpora(self, tokenizer: Tokenizer, ranks: Alone, overwrite: bool) -> dict[str, tuple[Corpus, Corpus]]:
+        """kind -> (what is trained on, what is held out). overwrite: a cache of what the files were before."""
+        from ..progress import track
+        from ..text import split_documents
+        from ..train import Corpus, build_token_cache, token_cache
+
+        if self.texts is not None:
+            parts = [
+                Corpus.of(map(tokenizer.encode, track(part.values(), "encoding", len(part), "documents")), vocab_size=tokenizer.vocab_size)
+                for part in split_documents(self.texts, HELD_OUT, self.about["seed"])
+            ]
+            return {"texts": (parts[0], parts[1])}
+        found = {}
+        for kind, files in self.files.items():
+            if self.about["cache"] is None:
+                corpus = Corpus.of(files, tokenizer)
+            else:
+                folder = Path(self.about["cache"])
+                _make_folder(folder)
+                path = folder / f"{kind}.tokens"
+                if overwrite:
+                    if ranks.rank == 0:
+                        build_token_cache(path, files, tokenizer, overwrite=True)
+                    ranks.wait()
+                corpus = token_cache(path, files, tokenizer)
+            found[kind] = corpus.split(HELD_OUT)
+        return found
+
+
+class TrainingData:
+    """The data of a run: what it is trained on, batches of what is held out, and how many bytes those are."""
+
+    def __init__(self, sources: Sources, tokenizer: Tokenizer, config: Config, ranks: Alone, *, overwrite: bool = False):
+        import numpy as np
+
+        from ..train import Curriculum, Mixture
+        from ..train.segments import counts_of
+
+        self.about, self.tokenizer, self.config = sources.about, tokenizer, config
+        corpora = sources.corpora(tokenizer, ranks, overwrite)
+        for kind, (train, held_out) in corpora.items():
+            note(
+                f"text: {sources.name}: {count(len(train))} {'documents' if kind == 'texts' else kind}, {count(train.n_tokens)} tokens;"
+                f" held out: {count(len(held_out))}, {count(held_out.n_tokens)} tokens"
+            )
+        shares = self.about["objective"]
+        parts = {name: (self._objective(name, corpora[OBJECTIVES[name]][0]), share) for name, share in shares.items()}
+        self.data: Any = Mixture(parts, seed=self.about["seed"]) if len(parts) > 1 else next(iter(parts.values()))[0]
+        if self.about["curriculum"] is not None:
+            self.data = Curriculum(self.data, self.about["curriculum"])
+        self.held_out: list[Batch] = []
+        for name in shares:
+            data = self._objective(name, corpora[OBJECTIVES[name]][1])
+            self.held_out += [data.batch(i) for i in range(VALIDATION_BATCHES)]
+        counts = [counts_of(batch, np.float64) for batch in self.held_out]
+        self.held_out_tokens = [float(each.sum()) for each in counts]
+        targets = np.concatenate([batch.target[each > 0] for batch, each in zip(self.held_out, counts, strict=True)])
+        self.held_out_bytes = None  # where the targets are not the text
+        if "denoise" not in shares:
+            self.held_out_bytes = sum(len(tokenizer.bytes_of(int(i))) for i in targets if i < tokenizer.vocab_size)
+
+    def _objective(self, name: str, corpus: Corpus) -> Any:
+        from ..train import NextSegment, Pairs, SpanDenoising
+
+        about, has_encoder = self.about, self.config.has_encoder
+        ids = {"eos_id": self.config.eos_id, "pad_id": self.config.pad_id, "has_encoder": has_encoder}
+        shape = {"batch_size": about["batch_size"], "seed": about["seed"], **ids}
+        if name == "pairs":
+            return Pairs(corpus, segment_length=about["segment_length"] if has_encoder else None, **shape)
+        shape |= {"segment_length": about["segment_length"], "n_segments": about["n_segments"], "bos_id": self.config.bos_id}
+        return SpanDenoising(corpus, vocab_size=self.config.vocab_size, **shape) if name == "denoise" else NextSegment(corpus, **shape)
+
+    def measure(self, trainer: Trainer) -> float:
+        """Nats per token on the held-out batches: what `fit` has just found, or else finds."""
+        import numpy as np
+
+        if trainer.validations and trainer.validations[-1][0] == trainer.step_count:
+            return trainer.validations[-1][1]
+        losses = [trainer.evaluate(batch) for batch in self.held_out]
+        return float(np.average(losses, weights=self.held_out_tokens))
+
+    def bits_per_byte(self, loss: float) -> float | None:
+        """Of the held-out batches, from their loss in nats per token; None where the targets are not the text."""
+        return loss * sum(self.held_out_tokens) / math.log(2) / self.held_out_bytes if self.held_out_bytes else None
+
+
+def resolve_objective(asked: dict[str, float] | None, kinds: set[str], has_encoder: bool) -> dict[str, float]:
+    """The shares of the objectives: those asked for, or what suits the files and the model. Raises InvalidValue."""
+    plain = "next-segment" if has_encoder else "lm"
+    if asked is None:
+        return {plain if kind == "texts" else "pairs": 1.0 for kind in sorted(kinds, reverse=True)}
+    wrong = {"next-segment", "lm"} - {plain}
+    if found := wrong & set(asked):
+        model = "an encoder" if has_encoder else "no encoder"
+        raise InvalidValue(f"--objective: {found.pop()} is not for a model with {model}; there it is {plain}")
+    needed = {OBJECTIVES[name] for name in asked}
+    if missing := needed - kinds:
+        raise InvalidValue(f"--objective: needs {missing.pop()}, and --text has only {', '.join(sorted(kinds))} (.tsv files, and .jsonl"
+                           " files with two fields, are pairs)")  # fmt: skip
+    if unused := kinds - needed:
+        raise InvalidValue(f"--objective: no objective asked for uses the {unused.pop()} in --text; add one, or leave those files out")
+    return asked
+
+
+def n_sentinels(objective: dict[str, float], segment_length: int) -> int:
+    """Ids behind the tokenizer's that the objectives need."""
+    from ..train import SpanDenoising
+
+    return SpanDenoising.sentinels(segment_length) if "denoise" in objective else 0
+
+
+def read_about(path: Path) -> tuple[dict[str, Any], bool]:
+    """The description of a saved run's data, and whether it is of 0.1.0, which drew streams from it at random places.
+
+    Refuses one that `train` did not write.
+    """
+    from ..checkpoint import read_json_strict
+
+    about = read_json_strict(path)
+    if is_old := "has_encoder" in about:
+        plain = "next-segment" if about.pop("has_encoder") else "lm"
+        about |= {"documents": "file", "fields": None, "cache": None, "curriculum": None, "objective": {plain: 1.0}}
+    if wrong := [field for field, kind in ABOUT.items() if field not in about or not isinstance(about[field], kind)]:
+        raise InvalidValue(f"{path}: field {wrong[0]!r} is missing or of the wrong type")
+    if not all(isinstance(file, str) for file in about["files"]):
+        raise InvalidValue(f"{path}: field 'files': expected paths, got {about['files']}")
+    if not about["objective"] or any(name not in OBJECTIVES for name in about["objective"]):
+        raise InvalidValue(f"{path}: field 'objective': expected some of {', '.join(OBJECTIVES)}, got {about['objective']}")
+    return about, is_old
+
+
+def has_lines(path: str | Path) -> bool:
+    """Whether a file's extension says that each of its lines is a record."""
+    from ..train.sources import JSON_LINES, PAIR_LINES
+
+    return str(path).endswith((*JSON_LINES, *PAIR_LINES))
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileProblem(f"--cache: {folder} cannot be made: {error.strerror or error}") from error
