@@ -55,7 +55,7 @@ _FIXED = (
     help="Where the model is saved.",
 )
 @click.option("--resume", metavar="DIR", type=click.Path(path_type=Path), help="Go on with a model that `train` saved.")
-@click.option("--accept-changes", is_flag=True, help="With --resume: go on, although the text has changed since.")
+@click.option("--accept-changes", is_flag=True, help="With --resume: go on, although the text, or what is made of it, has changed.")
 @click.option(
     "--memory",
     default="none",
