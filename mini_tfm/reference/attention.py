@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mini_tfm.reference import _checks
-from mini_tfm.reference.elementwise import _mix64
+from mini_tfm.reference.elementwise import _drawn, _mix64
 
 
 @dataclass
@@ -111,7 +111,7 @@ def _product(weights, rows, seen):
 def _kept(dropout, seed, at_block, row, shape):
     """(T, S or K) bool: which weights of the head whose first query is row `row` of (B, H, T) dropout keeps.
 
-    A hash of (seed, block, row, column), two rounds on 32 bits with a key of the row's before each: nothing has to be
+    A hash of (seed, block, row, column), under two keys of the row's: nothing has to be
     stored for the backward.
     """
     if dropout == 0.0:
@@ -120,10 +120,7 @@ def _kept(dropout, seed, at_block, row, shape):
     of_block = _mix64((seed + at_block * 0x9E3779B97F4A7C15) & whole)
     keys = [_mix64((of_block + (row + i) * 0xD1B54A32D192ED03) & whole) for i in range(shape[0])]
     low, high = (np.array([key >> shift & 0xFFFFFFFF for key in keys], np.uint32)[:, None] for shift in (0, 32))
-    x = np.arange(shape[1], dtype=np.uint32) + low
-    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x21F0AAAD)
-    x = (x ^ (x >> np.uint32(15)) ^ high) * np.uint32(0xD35A2D97)
-    return (x ^ (x >> np.uint32(15))) >= np.uint32(int(dropout * 2**32))
+    return _drawn(np.arange(shape[1], dtype=np.uint32), low, high) >= np.uint32(int(dropout * 2**32))
 
 
 def attention(q, blocks, scale, *, dropout=0.0, seed=0):

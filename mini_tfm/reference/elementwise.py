@@ -61,12 +61,14 @@ def activation_backward(x, dy, kind, *, out=None):
         return _checks.into(out, (dy64 * slope).astype(x.dtype))
 
 
-def _mix32(x):
-    """A bijection of uint32 that spreads every input bit over the word (two multiply-xorshift rounds)."""
-    x = x ^ (x >> np.uint32(16))
-    x = x * np.uint32(0x21F0AAAD)
-    x = x ^ (x >> np.uint32(15))
-    x = x * np.uint32(0xD35A2D97)
+def _drawn(x, low, high):
+    """What is drawn for counters x of uint32 under two keys: a bijection that spreads every input bit over the word.
+
+    Two multiply-xorshift rounds, the second key in between.
+    """
+    x = x + low
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x21F0AAAD)
+    x = (x ^ (x >> np.uint32(15)) ^ high) * np.uint32(0xD35A2D97)
     return x ^ (x >> np.uint32(15))
 
 
@@ -83,7 +85,7 @@ def dropout(x, p, seed):
 
     The mask depends on nothing else, so the same call on dy is the backward and nothing has to be stored. Two
     32-bit keys are drawn from the seed for every 2**32 elements; element i of these is kept when
-    mix(mix(i + key0) ^ key1) >= floor(p * 2**32).
+    _drawn(i, key0, key1) >= floor(p * 2**32).
     """
     x, p, seed = _checks.dropout(x, p, seed)
     flat = x.reshape(-1)
@@ -92,7 +94,7 @@ def dropout(x, p, seed):
     for block, start in enumerate(range(0, flat.size, 2**32)):
         key = _mix64((seed + (block + 1) * 0x9E3779B97F4A7C15) % 2**64)
         index = np.arange(min(2**32, flat.size - start), dtype=np.uint32)
-        drawn = _mix32(_mix32(index + np.uint32(key & 0xFFFFFFFF)) ^ np.uint32(key >> 32))
+        drawn = _drawn(index, np.uint32(key & 0xFFFFFFFF), np.uint32(key >> 32))
         keep = drawn >= np.uint32(int(p * 2**32))
         part = slice(start, start + index.size)
         with np.errstate(invalid="ignore", over="ignore"):

@@ -403,8 +403,7 @@ static void finish_row(const struct mt_attention_sizes *sizes, real top, real to
 
 /* ---- dropout ---- */
 
-/* Is weight j of a row kept? A hash of (seed, block, row, j): the backward draws it again. Two 32-bit keys of a row, the
- * second brought in between the multiplications, so that rows whose counters overlap do not share a pattern. */
+/* Is weight j of a row kept? A hash of (seed, block, row, j): the backward draws it again. A row has two 32-bit keys. */
 struct draw {
     uint32_t low, high, threshold;
 };
@@ -416,15 +415,7 @@ INLINE struct draw draw_of_row(const struct mt_attention_sizes *sizes, ptrdiff_t
 
 /* kept_j [lo, hi): all ones or zero, of the row's elements at + j. */
 static void row_kept(struct draw draw, ptrdiff_t at, ptrdiff_t lo, ptrdiff_t hi, lane *restrict kept_j) {
-    for (ptrdiff_t j = lo; j < hi; j++) {
-        uint32_t x = (uint32_t)(at + j) + draw.low;
-        x ^= x >> 16;
-        x *= 0x21F0AAADu;
-        x ^= (x >> 15) ^ draw.high;
-        x *= 0xD35A2D97u;
-        x ^= x >> 15;
-        kept_j[j] = x >= draw.threshold ? -1 : 0;
-    }
+    for (ptrdiff_t j = lo; j < hi; j++) kept_j[j] = drawn((uint32_t)(at + j), draw.low, draw.high) >= draw.threshold ? -1 : 0;
 }
 
 /* p_j [lo, hi): zero where not kept. The rest is scaled by 1 / (1 - dropout) later, once a row. */

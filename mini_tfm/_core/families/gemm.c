@@ -17,17 +17,17 @@ static size_t gemm_room(ptrdiff_t k, int trans_a) {
     return wide * (deep + MC) + (MC + MR) * KC + 64;
 }
 
-/* sums (m, NR) = or += a panel, in strips of even height: a thin last one would wait for its own chains. With a_col 0 the
+/* sums (m, NR), rows ld apart, = or += a panel, in strips of even height: a thin last one would wait for its own chains. With a_col 0 the
  * strips are packed one after the other, MR apart over k. Meanwhile `ahead_bytes` from `ahead` on are brought into L2. */
-static void micro_strips(ptrdiff_t m, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *panel, real *sums, int add,
-                         const char *ahead, ptrdiff_t ahead_bytes) {
+static void micro_strips(ptrdiff_t m, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *panel, real *sums, ptrdiff_t ld,
+                         int add, const char *ahead, ptrdiff_t ahead_bytes) {
     ptrdiff_t strips = div_up(m, MR), rows = m / strips, taller = m % strips;
     for (ptrdiff_t strip = 0, i = 0; strip < strips; strip++) {
         ptrdiff_t here = rows + (strip < taller);
         for (ptrdiff_t at = strip * ahead_bytes / strips / 64 * 64; at < (strip + 1) * ahead_bytes / strips; at += 64)
             __builtin_prefetch(ahead + at, 0, 2);
         const real *from = a_col ? a + i * a_row : a + strip * k * MR;
-        (add ? micro_add : micro_set)(here, NR, k, from, a_col ? a_row : 1, a_col ? a_col : MR, panel, NR, sums + i * NR, NR);
+        (add ? micro_add : micro_set)(here, NR, k, from, a_col ? a_row : 1, a_col ? a_col : MR, panel, NR, sums + i * ld, ld);
         i += here;
     }
 }
@@ -92,7 +92,9 @@ static void gemm_piece(const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const re
                 ptrdiff_t m = min_size(MC, m1 - i0);
                 real *to = c + i0 * ldc + group;
                 int add = accumulate || s0 > 0;
-                for (ptrdiff_t j = 0; j < columns && add; j += NR) pack_plain(to + j, ldc, m, min_size(NR, columns - j), sums + j * m, NR);
+                /* Panels that take one chunk go to C at once. */
+                ptrdiff_t direct = k <= KC ? columns / NR * NR : 0;
+                for (ptrdiff_t j = direct; j < columns && add; j += NR) pack_plain(to + j, ldc, m, min_size(NR, columns - j), sums + j * m, NR);
                 for (ptrdiff_t k0 = 0; k0 < ks; k0 += KC) {
                     ptrdiff_t kc = min_size(KC, ks - k0);
                     const real *from = a + i0 * a_row + (s0 + k0) * a_col;
@@ -104,14 +106,14 @@ static void gemm_piece(const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const re
                     /* 3: every strip with every panel */
                     for (ptrdiff_t j = 0; j < columns; j += NR) {
                         const real *panel = packed_b + j * ks + k0 * NR;
-                        micro_strips(m, kc, from, a_row, a_col == 1, panel, sums + j * m, add || k0, (const char *)(panel + ks * NR),
-                                     kc * NR * (ptrdiff_t)sizeof(real));
+                        micro_strips(m, kc, from, a_row, a_col == 1, panel, j < direct ? to + j : sums + j * m, j < direct ? ldc : NR,
+                                     add || k0, (const char *)(panel + ks * NR), kc * NR * (ptrdiff_t)sizeof(real));
                     }
                 }
-                for (ptrdiff_t r = 0; r < m; r++) {
+                for (ptrdiff_t r = 0; r < m && direct < columns; r++) {
                     if (r + 4 < m)
-                        for (ptrdiff_t j = 0; j < columns; j += 64 / (ptrdiff_t)sizeof(real)) __builtin_prefetch(to + (r + 4) * ldc + j, 1);
-                    ptrdiff_t j = 0;
+                        for (ptrdiff_t j = direct; j < columns; j += 64 / (ptrdiff_t)sizeof(real)) __builtin_prefetch(to + (r + 4) * ldc + j, 1);
+                    ptrdiff_t j = direct;
                     for (; j + NR <= columns; j += NR) {
                         store(to + r * ldc + j, load(sums + j * m + r * NR));
                         store(to + r * ldc + j + VL, load(sums + j * m + r * NR + VL));
