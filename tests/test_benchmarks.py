@@ -66,6 +66,7 @@ TINY = {
     "CrossEntropy": (3, 5),
     "SinusoidalPositions": (3, 4),
     "AdamW": 10,
+    "Step": "tiny, dropout",
     "Sgemm": 8,
     "Reading": 8192,
     "Copying": 8192,
@@ -96,6 +97,8 @@ def tiny(monkeypatch):
     monkeypatch.setattr(machine, "PEAK", 8)
     monkeypatch.setattr(machine, "BEYOND", 8192)
     monkeypatch.setattr(MODULES["model"].TrainingStepAgainstTorch, "pairs", 1)
+    monkeypatch.setattr(MODULES["training"].StepAgainstTorch, "pairs", 1)
+    monkeypatch.setattr(MODULES["training"], "COMPILE", False)
     monkeypatch.setattr(MODULES["segments"].Recomputed, "pairs", 1)
     monkeypatch.setattr(MODULES["tape"], "REPEATS", 1)
     for name in ("BATCH", "SEGMENT"):

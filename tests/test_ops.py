@@ -306,3 +306,22 @@ def test_a_row_with_nothing_to_see_is_zero_and_has_no_gradient():
     backward(out)
     for x in (value_of(out), q.grad, k.grad, v.grad):
         np.testing.assert_array_equal(x, 0)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradients_of_linear_layers_gather_where_they_are(transposed):
+    """Several layers of one input, whose gradient others share; weights and biases in an arena, or none, or used twice."""
+    rng = np.random.default_rng(0)
+    value, w, b = rng.standard_normal((2, 3, 4)), rng.standard_normal((4, 4)), rng.standard_normal(4)
+    for arena in (False, True):
+        x, weight, bias = (Var(a, np.ones_like(a) if arena and a is not value else None) for a in (value, w, b))
+        mid = x * 1.0
+        same = mid + 0.0  # hands its gradient on as it is
+        layers = [ops.linear(same, weight, bias, transposed=transposed) for _ in range(3)]
+        backward((layers[0] * 2 + layers[1] * 3 + layers[2] * 5 + same * 7).sum() + mid.sum())
+        right = w if transposed else w.T
+        dy = np.full((2, 3, 4), 10.0)
+        np.testing.assert_allclose(x.grad, dy @ right + 8, rtol=1e-13)
+        dw = dy.reshape(-1, 4).T @ value.reshape(-1, 4) if transposed else value.reshape(-1, 4).T @ dy.reshape(-1, 4)
+        np.testing.assert_allclose(weight.grad, dw + arena, rtol=1e-12)
+        np.testing.assert_allclose(bias.grad, np.full(4, 60.0) + arena, rtol=1e-13)

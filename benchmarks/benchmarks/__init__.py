@@ -5,6 +5,9 @@
     kernels.py    products, search, softmax, norms, cross-entropy, positions, AdamW
     attention.py  attention, forward and backward; its peak memory at 16,384 tokens
     model.py      encode, generate, a training step
+    training.py   a training step of three sizes and of a recurrent memory, beside PyTorch
+    tape.py       what the tape costs an operation
+    segments.py   backpropagation through many segments, kept and computed again: time and peak memory
     memory.py     each memory: reading a stream, training through segments
     parallel.py   training on two processes over MPI
     start.py      import and the first command
