@@ -63,7 +63,7 @@ class Packed:
     @property
     def state(self) -> dict[str, Any]:
         """All that the batches depend on, as plain data."""
-        names = ("segment_length", "n_segments", "batch_size", "seed", "has_encoder")
+        names = ("segment_length", "n_segments", "batch_size", "seed", "bos_id", "eos_id", "has_encoder")
         return {"objective": self.name, "corpus": self.corpus.fingerprint, **{name: getattr(self, name) for name in names}}
 
     def with_segments(self: A, n_segments: int) -> A:
@@ -252,8 +252,9 @@ class Pairs:
 
     @property
     def state(self) -> dict[str, Any]:
-        names = ("batch_size", "segment_length", "max_source_length", "max_target_length", "cut", "pool_batches", "seed", "has_encoder")
-        return {"objective": self.name, "corpus": self.corpus.fingerprint, **{name: getattr(self, name) for name in names}}
+        names = ("batch_size", "segment_length", "max_source_length", "max_target_length", "cut", "pool_batches", "seed")
+        own = {name: getattr(self, name) for name in (*names, "eos_id", "has_encoder")}
+        return {"objective": self.name, "corpus": self.corpus.fingerprint, **own}
 
     def with_segments(self, n_segments: int) -> Pairs:
         """The same: the number of segments is up to the sources."""
