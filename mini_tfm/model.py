@@ -447,7 +447,7 @@ class Transformer:
         """x W + b, (B, T, d) -> (B, heads, T, D)."""
         y = self._linear(w, name, x)
         y = np.reshape(y, (x.shape[0], x.shape[1], y.shape[2] // self.config.d_head, self.config.d_head))
-        return np.transpose(y, (0, 2, 1, 3))
+        return ops.swap_heads(y)
 
     def _rotate(self, x: Array, positions: np.ndarray) -> Array:
         return ops.rotary(x, positions, self.config.rotary_base) if self.config.positions == "rotary" else x
@@ -530,7 +530,7 @@ class _Sight:
 
 def _merge_heads(x: Array) -> Array:
     b, h, t, d = x.shape
-    return np.reshape(np.transpose(x, (0, 2, 1, 3)), (b, t, h * d))
+    return np.reshape(ops.swap_heads(x), (b, t, h * d))
 
 
 def _cut(x: Array, ends: Sequence[int]) -> list[Array]:

@@ -27,10 +27,7 @@ def linear(x: Array, weight: Array, bias: Array | None = None, *, transposed: bo
     """x (..., d_in) weight (d_in, d_out) + bias (d_out,) -> (..., d_out); transposed: weight is (d_out, d_in)."""
     vx, vw, vb = value_of(x), value_of(weight), value_of(bias)
     rows = _flat(vx)
-    out = np.empty((len(rows), vw.shape[0 if transposed else 1]), vx.dtype)
-    if vb is not None:
-        out[:] = vb
-    _core.gemm(rows, vw, trans_b=transposed, out=out, accumulate=vb is not None)
+    out = _core.gemm(rows, vw, trans_b=transposed, bias=vb)
     y = out.reshape(*vx.shape[:-1], out.shape[1])
     if not is_traced(x, weight, bias):
         return y
@@ -173,6 +170,12 @@ def dropout(x: Array, p: float, seed: int) -> Array:
         return x
     y = _core.dropout(value_of(x), p, seed)
     return record(y, (x,), lambda dy: (_core.dropout(dy, p, seed),), fresh=True) if is_traced(x) else y
+
+
+def swap_heads(x: Array) -> Array:
+    """x (B, T, H, D) as (B, H, T, D), or back; like np.swapaxes(x, 1, 2), but laid out as attention and products read it."""
+    y = _core.swap_heads(value_of(x))
+    return record(y, (x,), lambda dy: (_core.swap_heads(dy),), fresh=True) if is_traced(x) else y
 
 
 def rotary(x: Array, positions: np.ndarray, base: float) -> Array:

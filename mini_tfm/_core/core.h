@@ -83,7 +83,7 @@ struct mt_kernels {
     const char *isa; /* filled in when it is chosen */
 
     int (*gemm)(const void *a, const void *b, void *c, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, int trans_a, int trans_b,
-                int accumulate);
+                int accumulate, const void *bias);
     size_t (*packed_bytes)(const struct mt_packed *w);
     int (*pack)(const struct mt_packed *w, const void *weight, const void *gate, int transposed);
     void (*unpack)(const struct mt_packed *w, void *weight, void *gate);
@@ -110,6 +110,7 @@ struct mt_kernels {
     void (*embedding)(const void *table, const int64_t *ids, void *out, ptrdiff_t n, ptrdiff_t d);
     void (*embedding_backward)(const int64_t *ids, const void *dout, void *dtable, ptrdiff_t n, ptrdiff_t d);
     int (*sinusoidal_positions)(void *out, ptrdiff_t n, ptrdiff_t d_model);
+    void (*swap_heads)(const void *x, void *y, ptrdiff_t batch, ptrdiff_t length, ptrdiff_t heads, ptrdiff_t d);
     int (*rotary)(const void *x, const int64_t *positions, int positions_per_row, double base, int inverse, void *y,
                   ptrdiff_t batch, ptrdiff_t heads, ptrdiff_t length, ptrdiff_t d);
 

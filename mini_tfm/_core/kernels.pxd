@@ -59,7 +59,7 @@ cdef extern from "core.h" nogil:
     struct mt_kernels_table "mt_kernels":
         const char *isa
         int (*gemm)(const void *a, const void *b, void *c, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, int trans_a, int trans_b,
-                    int accumulate) noexcept nogil
+                    int accumulate, const void *bias) noexcept nogil
         size_t (*packed_bytes)(const mt_packed *w) noexcept nogil
         int (*pack)(const mt_packed *w, const void *weight, const void *gate, int transposed) noexcept nogil
         void (*unpack)(const mt_packed *w, void *weight, void *gate) noexcept nogil
@@ -82,6 +82,7 @@ cdef extern from "core.h" nogil:
         void (*embedding)(const void *table, const int64_t *ids, void *out, ptrdiff_t n, ptrdiff_t d) noexcept nogil
         void (*embedding_backward)(const int64_t *ids, const void *dout, void *dtable, ptrdiff_t n, ptrdiff_t d) noexcept nogil
         int (*sinusoidal_positions)(void *out, ptrdiff_t n, ptrdiff_t d_model) noexcept nogil
+        void (*swap_heads)(const void *x, void *y, ptrdiff_t batch, ptrdiff_t length, ptrdiff_t heads, ptrdiff_t d) noexcept nogil
         int (*rotary)(const void *x, const int64_t *positions, int positions_per_row, double base, int inverse, void *y,
                       ptrdiff_t batch, ptrdiff_t heads, ptrdiff_t length, ptrdiff_t d) noexcept nogil
         void (*cross_entropy)(const void *logits, const int64_t *targets, int64_t ignore_index, double label_smoothing,

@@ -144,10 +144,12 @@ cdef int no_memory_if(int failed) except -1:
 # Matrix product
 
 
-cdef bint plain_product(a, b, bint t_a, bint t_b, out, bint add) noexcept:
+cdef bint plain_product(a, b, bint t_a, bint t_b, out, bint add, bias) noexcept:
     if not (plain(a) and plain(b) and cnp.PyArray_NDIM(a) == 2 and cnp.PyArray_NDIM(b) == 2 and cnp.PyArray_TYPE(a) == cnp.PyArray_TYPE(b)):
         return False
     if cnp.PyArray_DIM(a, 1 - t_a) != cnp.PyArray_DIM(b, t_b):
+        return False
+    if bias is not None and (add or not plain_vector(bias, a, cnp.PyArray_DIM(b, 1 - t_b))):
         return False
     if out is None:
         return not add
@@ -159,26 +161,28 @@ cdef bint plain_product(a, b, bint t_a, bint t_b, out, bint add) noexcept:
         and cnp.PyArray_DIM(out, 1) == cnp.PyArray_DIM(b, 1 - t_b)
         and written_apart(out, a)
         and written_apart(out, b)
+        and written_apart(out, bias)
     )
 
 
-def gemm(a, b, *, trans_a=False, trans_b=False, out=None, accumulate=False):
-    """out (M, N) = op(a) @ op(b), or out += ... when `accumulate`."""
+def gemm(a, b, *, trans_a=False, trans_b=False, out=None, accumulate=False, bias=None):
+    """out (M, N) = op(a) @ op(b) + bias, or out += ... when `accumulate`."""
     cdef int t_a, t_b, add, failed
     cdef ptrdiff_t m, n, k
-    if plain_bool(trans_a) and plain_bool(trans_b) and plain_bool(accumulate) and plain_product(a, b, trans_a, trans_b, out, accumulate):
+    if plain_bool(trans_a) and plain_bool(trans_b) and plain_bool(accumulate) and plain_product(a, b, trans_a, trans_b, out, accumulate, bias):
         t_a, t_b, add = trans_a, trans_b, accumulate
         m, k, n = cnp.PyArray_DIM(a, t_a), cnp.PyArray_DIM(a, 1 - t_a), cnp.PyArray_DIM(b, 1 - t_b)
     else:
-        a, b, t_a, t_b, add, m, n, k = _checks.gemm(a, b, trans_a, trans_b, out, accumulate)
+        a, b, t_a, t_b, add, bias, m, n, k = _checks.gemm(a, b, trans_a, trans_b, out, accumulate, bias)
     if out is None:
         out = np.empty((m, n), a.dtype)
     cdef const mt_kernels_table *c = c_for(a)
     cdef void *pa = ptr(a)
     cdef void *pb = ptr(b)
     cdef void *po = ptr(out)
+    cdef void *pc = ptr_or_null(bias)
     with nogil:
-        failed = c.gemm(pa, pb, po, m, n, k, t_a, t_b, add)
+        failed = c.gemm(pa, pb, po, m, n, k, t_a, t_b, add, pc)
     no_memory_if(failed)
     return out
 
@@ -480,6 +484,21 @@ def rotary(x, positions, base=10000.0, inverse=False):
     with nogil:
         failed = c.rotary(px, pp, per_row, b, back, py, batch, heads, length, d)
     no_memory_if(failed)
+    return y
+
+
+def swap_heads(x):
+    """x (B, T, H, D) as (B, H, T, D), or back."""
+    if not (plain(x) and cnp.PyArray_NDIM(x) == 4):
+        x = _checks.real("x", x, ndim=4)
+    cdef cnp.npy_intp *n = cnp.PyArray_DIMS(x)
+    cdef cnp.npy_intp[4] swapped = [n[0], n[2], n[1], n[3]]
+    y = cnp.PyArray_EMPTY(4, swapped, cnp.PyArray_TYPE(x), 0)
+    cdef const mt_kernels_table *c = c_for(x)
+    cdef void *px = ptr(x)
+    cdef void *py = ptr(y)
+    with nogil:
+        c.swap_heads(px, py, n[0], n[1], n[2], n[3])
     return y
 
 

@@ -141,7 +141,7 @@ def flag(name, x):
 # One function a kernel: everything it takes, checked, in its own order.
 
 
-def gemm(a, b, trans_a, trans_b, out, accumulate):
+def gemm(a, b, trans_a, trans_b, out, accumulate, bias):
     trans_a, trans_b, accumulate = flag("trans_a", trans_a), flag("trans_b", trans_b), flag("accumulate", accumulate)
     a = real("a", a, ndim=2)
     b = real("b", b, like=a, ndim=2)
@@ -152,12 +152,17 @@ def gemm(a, b, trans_a, trans_b, out, accumulate):
             f"b: expected {k} {'columns' if trans_b else 'rows'} to match a of shape {a.shape} (trans_a={trans_a}), "
             f"got shape {b.shape} (trans_b={trans_b})"
         )
+    if bias is not None:
+        bias = real("bias", bias, like=a, shape=(n,))
+        if accumulate:
+            raise InvalidValue("bias: expected None, as the product is added to out (accumulate=True), got an array")
     if out is None:
         if accumulate:
             raise InvalidValue("out: expected an array to accumulate into (accumulate=True), got None")
     else:
-        output("out", out, like=a, shape=(m, n), apart_from=(("a", a), ("b", b)))
-    return a, b, trans_a, trans_b, accumulate, m, n, k
+        others = (("a", a), ("b", b)) if bias is None else (("a", a), ("b", b), ("bias", bias))
+        output("out", out, like=a, shape=(m, n), apart_from=others)
+    return a, b, trans_a, trans_b, accumulate, bias, m, n, k
 
 
 PACKED_DTYPES = ("float32", "float64", "bfloat16", "int8")

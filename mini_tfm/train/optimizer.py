@@ -76,9 +76,9 @@ class AdamW:
     def grad_norm(self) -> float:
         return math.sqrt(_core.sum_of_squares(self.grad))
 
-    def step(self, learning_rate: float, clip: float | None) -> float:
-        """One update; returns the norm of the gradient before clipping."""
-        norm = self.grad_norm()
+    def step(self, learning_rate: float, clip: float | None, norm: float | None = None) -> float:
+        """One update; returns the norm of the gradient before clipping. norm: the same, if it is known."""
+        norm = self.grad_norm() if norm is None else norm
         scale = clip / norm if clip is not None and norm > clip else 1.0
         self.step_count += 1
         for part, factor, decay in self.groups:

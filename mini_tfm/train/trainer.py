@@ -165,7 +165,7 @@ class Trainer:
         if not np.isfinite(value) or not np.isfinite(norm):
             raise TrainingError(self._diagnosis(batch, value, [parts[i] for i in np.flatnonzero(~np.isfinite(losses))]))
         with uninterrupted():
-            self.optimizer.step(self.learning_rate, self.options["clip"])
+            self.optimizer.step(self.learning_rate, self.options["clip"], norm)
             self.step_count += 1
             self.tokens_seen += batch.n_tokens
             self.losses.append(value)

@@ -79,7 +79,7 @@ def sample(name, dtype, layout="contiguous", big=False, seed=0):
         "dropout": lambda: {"x": x, "p": 0.3, "seed": 12},
         "embedding": lambda: {"table": x, "ids": values.integers(0, n, d, 3)},
         "embedding_backward": lambda: {"ids": values.integers(0, 50, 3, n), "dout": values.real(3, n, d), "dtable": plain.real(50, d)},
-        "gemm": lambda: {"a": x, "b": dy, "trans_a": False, "trans_b": True, "out": plain.real(n, n), "accumulate": True},
+        "gemm": lambda: {"a": x, "b": dy, "trans_a": False, "trans_b": True, "out": plain.real(n, n), "accumulate": True, "bias": None},
         "layer_norm": lambda: {"x": x, "weight": weight, "bias": values.real(d), "eps": 1e-5, "out": out},
         "layer_norm_backward": lambda: {"dy": dy, "x": x, "weight": weight, "mean": rows, "rstd": values.positive(n), "out": out},
         "linear_top_k": lambda: {"x": x, "weight": packed(plain, dtype, d), "k": 5, "bias": values.real(D_OUT), "lse": True},
@@ -91,6 +91,7 @@ def sample(name, dtype, layout="contiguous", big=False, seed=0):
         },
         "rms_norm": lambda: {"x": x, "weight": weight, "eps": 1e-6, "out": out},
         "rms_norm_backward": lambda: {"dy": dy, "x": x, "weight": weight, "rstd": values.positive(n), "out": out},
+        "swap_heads": lambda: {"x": q},
         "rotary": lambda: {"x": q, "positions": values.integers(0, 999, length), "base": 10000.0, "inverse": False},
         "search": lambda: {
             "queries": values.real(2, n // 4 + 1, 16), "bank": values.real(2, n, 16), "k": 5, "valid": values.mask(2, n),
@@ -109,7 +110,7 @@ NAMES = (
     "cross_entropy_backward",
     "dropout", "embedding", "embedding_backward", "gemm", "layer_norm", "layer_norm_backward", "linear_cross_entropy",
     "linear_cross_entropy_backward", "linear_top_k", "log_softmax", "pack", "packed_linear", "rms_norm", "rms_norm_backward",
-    "rotary",
+    "rotary", "swap_heads",
     "search", "sinusoidal_positions", "softmax", "softmax_backward", "sum_of_squares",
 )  # fmt: skip
 

@@ -6,6 +6,9 @@ from core import naive
 from core.cases import Values, layouts, scales, seeds, sizes_or_none
 from helpers import assert_close, laid_out
 from hypothesis import given
+from hypothesis import strategies as st
+
+from mini_tfm.errors import InvalidValue
 
 
 @pytest.mark.parametrize("trans_b", [False, True])
@@ -37,6 +40,15 @@ def test_accumulate_adds_to_what_was_there(core, dtype, seed, m, k, n):
     assert_close(out, before + naive.gemm(a, b), "gemm", k=k + 1, terms=terms)
 
 
+@given(seed=seeds, m=sizes_or_none, k=sizes_or_none, n=sizes_or_none, trans_b=st.booleans(), layout=layouts)
+def test_a_bias_is_what_every_row_starts_from(core, dtype, seed, m, k, n, trans_b, layout):
+    values = Values(seed, dtype)
+    a, b, bias = values.real(m, k), values.real(k, n), values.real(n)
+    out = core.gemm(a, b.T.copy() if trans_b else b, trans_b=trans_b, bias=laid_out(bias, layout))
+    terms = np.abs(bias) + np.abs(a).max(1, initial=0)[:, None] * np.abs(b).max(0, initial=0).astype(np.float64)
+    assert_close(out, bias + naive.gemm(a, b), "gemm", k=k + 1, terms=terms)
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 700, 300), (300, 1, 257), (257, 513, 1), (385, 260, 270), (3, 2049, 5)])
 def test_past_the_edges_of_panels(core, dtype, shape):
     """Whole numbers, so that every order of summation gives the same bits."""
@@ -46,3 +58,11 @@ def test_past_the_edges_of_panels(core, dtype, shape):
     for trans_a, trans_b in np.ndindex(2, 2):
         out = core.gemm(a.T.copy() if trans_a else a, b.T.copy() if trans_b else b, trans_a=bool(trans_a), trans_b=bool(trans_b))
         np.testing.assert_array_equal(out, a.astype(np.int64) @ b.astype(np.int64))
+        bias = values.whole(n)
+        out = core.gemm(a.T.copy() if trans_a else a, b.T.copy() if trans_b else b, trans_a=bool(trans_a), trans_b=bool(trans_b), bias=bias)
+        np.testing.assert_array_equal(out, a.astype(np.int64) @ b.astype(np.int64) + bias.astype(np.int64))
+
+
+def test_a_bias_and_what_is_there_are_too_much(core):
+    with pytest.raises(InvalidValue, match="bias: expected None"):
+        core.gemm(np.ones((2, 3), "f"), np.ones((3, 4), "f"), out=np.ones((2, 4), "f"), accumulate=True, bias=np.ones(4, "f"))

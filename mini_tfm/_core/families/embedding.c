@@ -151,3 +151,15 @@ static int rotary(const void *x, const int64_t *positions, int positions_per_row
     free(frequency_i);
     return 0;
 }
+
+/* x (B, T, H, D) read, y (B, H, T, D) written: heads that lie side by side in a row come to lie one after the other. */
+static void swap_heads(const void *x_, void *y_, ptrdiff_t batch, ptrdiff_t length, ptrdiff_t heads, ptrdiff_t d) {
+    const real *x_bthd = x_;
+    real *y_bhtd = y_;
+    ptrdiff_t n = batch * heads * length;
+#pragma omp parallel for num_threads(mt_team(n, 1.5 * n * d)) schedule(static)
+    for (ptrdiff_t row = 0; row < n; row++) {
+        ptrdiff_t b = row / (heads * length), h = row / length % heads, t = row % length;
+        memcpy(y_bhtd + row * d, x_bthd + ((b * length + t) * heads + h) * d, d * sizeof(real));
+    }
+}

@@ -17,17 +17,21 @@ static size_t gemm_room(ptrdiff_t k, int trans_a) {
     return wide * (deep + MC) + (MC + MR) * KC + 64;
 }
 
-/* sums (m, NR), rows ld apart, = or += a panel, in strips of even height: a thin last one would wait for its own chains. With a_col 0 the
+/* to (m, NR; ld_to) = a panel's product, or from (m, NR; ld_from) plus it, in strips of even height: a thin last one would wait for its own chains. With a_col 0 the
  * strips are packed one after the other, MR apart over k. Meanwhile `ahead_bytes` from `ahead` on are brought into L2. */
-static void micro_strips(ptrdiff_t m, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *panel, real *sums, ptrdiff_t ld,
-                         int add, const char *ahead, ptrdiff_t ahead_bytes) {
+static void micro_strips(ptrdiff_t m, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *panel, const real *from,
+                         ptrdiff_t ld_from, real *to, ptrdiff_t ld_to, const char *ahead, ptrdiff_t ahead_bytes) {
     ptrdiff_t strips = div_up(m, MR), rows = m / strips, taller = m % strips;
     for (ptrdiff_t strip = 0, i = 0; strip < strips; strip++) {
         ptrdiff_t here = rows + (strip < taller);
         for (ptrdiff_t at = strip * ahead_bytes / strips / 64 * 64; at < (strip + 1) * ahead_bytes / strips; at += 64)
             __builtin_prefetch(ahead + at, 0, 2);
-        const real *from = a_col ? a + i * a_row : a + strip * k * MR;
-        (add ? micro_add : micro_set)(here, NR, k, from, a_col ? a_row : 1, a_col ? a_col : MR, panel, NR, sums + i * ld, ld);
+        const real *strip_a = a_col ? a + i * a_row : a + strip * k * MR;
+        ptrdiff_t row = a_col ? a_row : 1, col = a_col ? a_col : MR;
+        if (from)
+            micro_add(here, NR, k, strip_a, row, col, panel, NR, from + i * ld_from, ld_from, to + i * ld_to, ld_to);
+        else
+            micro_set(here, NR, k, strip_a, row, col, panel, NR, to + i * ld_to, ld_to);
         i += here;
     }
 }
@@ -74,13 +78,18 @@ static void micro_edge(ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t width, ptrdi
                        const real *b, ptrdiff_t ldb, real *c, ptrdiff_t ldc, int add, real *corner) {
     int whole = columns == width;
     if (add && !whole) pack_plain(c, ldc, rows, columns, corner, width);
-    (add ? micro_add : micro_set)(rows, width, k, a, a_row, a_col, b, ldb, whole ? c : corner, whole ? ldc : width);
+    real *to = whole ? c : corner;
+    ptrdiff_t ld = whole ? ldc : width;
+    if (add)
+        micro_add(rows, width, k, a, a_row, a_col, b, ldb, to, ld, to, ld);
+    else
+        micro_set(rows, width, k, a, a_row, a_col, b, ldb, to, ld);
     for (ptrdiff_t r = 0; r < rows && !whole; r++) memcpy(c + r * ldc, corner + r * width, columns * sizeof(real));
 }
 
-/* c_mn, the part of C at rows [m0, m1) and columns [n0, n1). work: gemm_room() reals. */
+/* c_mn = or += the product (plus bias_n, if it is not NULL), the part of C at rows [m0, m1) and columns [n0, n1). work: gemm_room() reals. */
 static void gemm_piece(const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *b, ptrdiff_t ldb, int trans_b, real *c, ptrdiff_t ldc,
-                       ptrdiff_t m0, ptrdiff_t m1, ptrdiff_t n0, ptrdiff_t n1, ptrdiff_t k, int accumulate, real *work) {
+                       ptrdiff_t m0, ptrdiff_t m1, ptrdiff_t n0, ptrdiff_t n1, ptrdiff_t k, int accumulate, const real *bias_n, real *work) {
     const ptrdiff_t wide = (a_col == 1 ? PANELS : PANELS_T) * NR, deep = min_size(k, a_col == 1 ? KS : KS_T);
     real *packed_b = work, *sums = packed_b + wide * deep, *packed_a = sums + wide * MC;
     for (ptrdiff_t group = n0; group < n1; group += wide)
@@ -91,10 +100,11 @@ static void gemm_piece(const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const re
             for (ptrdiff_t i0 = m0; i0 < m1; i0 += MC) {
                 ptrdiff_t m = min_size(MC, m1 - i0);
                 real *to = c + i0 * ldc + group;
-                int add = accumulate || s0 > 0;
-                /* Panels that take one chunk go to C at once. */
-                ptrdiff_t direct = k <= KC ? columns / NR * NR : 0;
-                for (ptrdiff_t j = direct; j < columns && add; j += NR) pack_plain(to + j, ldc, m, min_size(NR, columns - j), sums + j * m, NR);
+                /* What the chains start from. A panel that is not whole starts where it can be read in full. */
+                const real *first = accumulate || s0 ? to : bias_n ? bias_n + group : NULL;
+                ptrdiff_t ld_first = first == to ? ldc : 0, whole = columns / NR * NR;
+                ptrdiff_t direct = k <= KC ? whole : 0; /* panels that take one chunk go to C at once */
+                if (first && whole < columns) pack_plain(first + whole, ld_first, m, columns - whole, sums + whole * m, NR);
                 for (ptrdiff_t k0 = 0; k0 < ks; k0 += KC) {
                     ptrdiff_t kc = min_size(KC, ks - k0);
                     const real *from = a + i0 * a_row + (s0 + k0) * a_col;
@@ -106,8 +116,10 @@ static void gemm_piece(const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const re
                     /* 3: every strip with every panel */
                     for (ptrdiff_t j = 0; j < columns; j += NR) {
                         const real *panel = packed_b + j * ks + k0 * NR;
-                        micro_strips(m, kc, from, a_row, a_col == 1, panel, j < direct ? to + j : sums + j * m, j < direct ? ldc : NR,
-                                     add || k0, (const char *)(panel + ks * NR), kc * NR * (ptrdiff_t)sizeof(real));
+                        int packed = k0 || (first && j >= whole);
+                        const real *start = packed ? sums + j * m : first ? first + j : NULL;
+                        micro_strips(m, kc, from, a_row, a_col == 1, panel, start, packed ? NR : ld_first, j < direct ? to + j : sums + j * m,
+                                     j < direct ? ldc : NR, (const char *)(panel + ks * NR), kc * NR * (ptrdiff_t)sizeof(real));
                     }
                 }
                 for (ptrdiff_t r = 0; r < m && direct < columns; r++) {
@@ -126,8 +138,10 @@ static void gemm_piece(const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const re
 
 /* The same for at most MR rows: A is read where it lies, and so is B unless it is transposed, for it is used but once. */
 static void gemm_few(const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *b, ptrdiff_t ldb, int trans_b, real *c, ptrdiff_t ldc,
-                     ptrdiff_t m, ptrdiff_t n0, ptrdiff_t n1, ptrdiff_t k, int accumulate, real *work) {
+                     ptrdiff_t m, ptrdiff_t n0, ptrdiff_t n1, ptrdiff_t k, int accumulate, const real *bias_n, real *work) {
     const ptrdiff_t width = GROUP * NR;
+    for (ptrdiff_t r = 0; r < m && bias_n; r++) memcpy(c + r * ldc + n0, bias_n + n0, (n1 - n0) * sizeof(real));
+    accumulate |= bias_n != NULL;
     real *packed_b = work, *corner = work + KC_FEW * width;
     for (ptrdiff_t group = n0; group < n1; group += width) {
         ptrdiff_t columns = min_size(width, n1 - group);
@@ -167,20 +181,22 @@ static void gemv_piece(const real *x, const real *b, ptrdiff_t ldb, real *y, ptr
         for (ptrdiff_t j = n0; j < n1; j += VL) store(y + j, load(y + j) + x[p] * load(b + p * ldb + j));
 }
 
-/* a_mk, b_kn (transposed in memory if trans_*) read; c_mn written, or accumulated. -1: no workspace. */
-static int gemm(const void *a_, const void *b_, void *c_, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, int trans_a, int trans_b, int accumulate) {
-    const real *a = a_, *b = b_;
+/* a_mk, b_kn (transposed in memory if trans_*) and bias_n, or NULL, read; c_mn written, or accumulated. -1: no workspace. */
+static int gemm(const void *a_, const void *b_, void *c_, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, int trans_a, int trans_b, int accumulate,
+                const void *bias) {
+    const real *a = a_, *b = b_, *bias_n = bias;
     real *c = c_;
     if (!m || !n) return 0;
     if (!k) {
-        if (!accumulate) memset(c, 0, (size_t)m * n * sizeof(real));
+        for (ptrdiff_t r = 0; r < m && bias_n; r++) memcpy(c + r * n, bias_n, n * sizeof(real));
+        if (!accumulate && !bias_n) memset(c, 0, (size_t)m * n * sizeof(real));
         return 0;
     }
     ptrdiff_t a_row = trans_a ? 1 : k, a_col = trans_a ? m : 1, ldb = trans_b ? k : n;
     double work = 2.0 * m * n * k / VL;
     /* Four pieces a thread, for balance: columns, for a piece packs its own of B, and rows only where columns are too few. */
     ptrdiff_t wanted = mt_team(1 << 20, work), panels = div_up(n, NR), few = m <= MR;
-    wanted = wanted > 1 ? 4 * wanted : 1;
+    wanted = wanted > 1 ? (a_col == 1 ? 4 : 2) * wanted : 1; /* a transposed A is packed for every piece of columns */
     ptrdiff_t column_pieces = min_size(wanted, few ? div_up(panels, GROUP) : div_up(panels, 4));
     ptrdiff_t row_pieces = few ? 1 : min_size(div_up(wanted, column_pieces), div_up(m, 4 * MR));
     ptrdiff_t piece_n = round_up(div_up(n, column_pieces), few ? GROUP * NR : NR), piece_m = round_up(div_up(m, row_pieces), MR);
@@ -197,13 +213,14 @@ static int gemm(const void *a_, const void *b_, void *c_, ptrdiff_t m, ptrdiff_t
         if (m0 >= m1 || n0 >= n1) continue;
         if (one_row) {
             ptrdiff_t streamed = n0 + (n1 - n0) / VL * VL;
-            gemv_piece(a, b, ldb, c, n0, streamed, k, accumulate);
+            if (bias_n) memcpy(c + n0, bias_n + n0, (streamed - n0) * sizeof(real));
+            gemv_piece(a, b, ldb, c, n0, streamed, k, accumulate || bias_n);
             n0 = streamed;
         }
         if (few)
-            gemm_few(a, a_row, a_col, b, ldb, trans_b, c, n, m, n0, n1, k, accumulate, mine);
+            gemm_few(a, a_row, a_col, b, ldb, trans_b, c, n, m, n0, n1, k, accumulate, bias_n, mine);
         else
-            gemm_piece(a, a_row, a_col, b, ldb, trans_b, c, n, m0, m1, n0, n1, k, accumulate, mine);
+            gemm_piece(a, a_row, a_col, b, ldb, trans_b, c, n, m0, m1, n0, n1, k, accumulate, bias_n, mine);
     }
     free(workspace);
     return 0;

@@ -117,7 +117,7 @@ static int chunk_logits(const struct mt_output_layer *layer, ptrdiff_t v0, struc
     ptrdiff_t d = layer->d, width = min_size(layer->chunk, layer->vocab - v0);
     if (!layer->transposed) copy_columns(weight + v0, layer->vocab, panel, width, d, width);
     *chunk = (struct chunk){v0, width, layer->transposed ? weight + v0 * d : panel};
-    return gemm(layer->x, chunk->weight, logits_nw, layer->n, width, d, 0, layer->transposed, 0);
+    return gemm(layer->x, chunk->weight, logits_nw, layer->n, width, d, 0, layer->transposed, 0, NULL);
 }
 
 INLINE void add_bias(const struct mt_output_layer *layer, const struct chunk *chunk, real *x_w) {
@@ -200,12 +200,12 @@ static int linear_cross_entropy_backward(const struct mt_output_layer *layer, co
             dlogits_row(x_w, x_w, width, lse_n[row], dlosses_n[row], layer->targets[row], v0, share, smoothing);
         }
         /* 2: dx += dlogits W^T */
-        failed = gemm(logits_nw, chunk.weight, dx, n, d, width, 0, columns, 1);
+        failed = gemm(logits_nw, chunk.weight, dx, n, d, width, 0, columns, 1, NULL);
         /* 3: dW += x^T dlogits */
-        if (!failed && dweight && !columns) failed = gemm(logits_nw, layer->x, dweight_ + v0 * d, width, d, n, 1, 0, 1);
+        if (!failed && dweight && !columns) failed = gemm(logits_nw, layer->x, dweight_ + v0 * d, width, d, n, 1, 0, 1, NULL);
         if (!failed && dweight && columns) {
             copy_columns(dweight_ + v0, vocab, dpanel, width, d, width);
-            failed = gemm(layer->x, logits_nw, dpanel, d, width, n, 1, 0, 1);
+            failed = gemm(layer->x, logits_nw, dpanel, d, width, n, 1, 0, 1, NULL);
             if (!failed) copy_columns(dpanel, width, dweight_ + v0, vocab, d, width);
         }
         if (!failed && dbias) sum_rows(logits_nw, dbias_v + v0, n, width);

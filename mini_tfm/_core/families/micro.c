@@ -16,12 +16,12 @@
 
 /* c_ij (rows, panels * NR) (+)= a_ik b_kj. a element (i, k) is a[i * a_row + k * a_col]; b rows lie ldb apart, c rows ldc.
  * `rows` and `panels` are constants wherever this is inlined, so the sums stay in registers. add: the chain goes on from
- * what c holds. skip_zeros: a zero of A takes no part, for 0 * NaN of something hidden is not to get in. */
+ * `from`, whose rows lie ld_from apart, 0 for a single one. */
 INLINE void micro_tile(const int rows, const int panels, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *b,
-                       ptrdiff_t ldb, real *c, ptrdiff_t ldc, const int add, const int skip_zeros) {
+                       ptrdiff_t ldb, const real *from, ptrdiff_t ld_from, real *c, ptrdiff_t ldc, const int add) {
     vec sum[2 * MR], b_j[8]; /* rows * panels <= MR and panels <= 4 */
     for (int i = 0; i < rows; i++)
-        for (int j = 0; j < 2 * panels; j++) sum[i * 2 * panels + j] = add ? load(c + i * ldc + j * VL) : all(0);
+        for (int j = 0; j < 2 * panels; j++) sum[i * 2 * panels + j] = add ? load(from + i * ld_from + j * VL) : all(0);
     /* A pointer to every third row: a row's address is then a pointer plus 0, 1 or 2 times a_row, and few registers do. */
     const real *a_3[(MR + 2) / 3];
     for (int i = 0; i < rows; i += 3) a_3[i / 3] = a + i * a_row;
@@ -29,7 +29,6 @@ INLINE void micro_tile(const int rows, const int panels, ptrdiff_t k, const real
         for (int j = 0; j < 2 * panels; j++) b_j[j] = load(b + j * VL);
         for (int i = 0; i < rows; i++) {
             real x = a_3[i / 3][i % 3 * a_row];
-            if (skip_zeros && x == 0) continue;
             for (int j = 0; j < 2 * panels; j++) sum[i * 2 * panels + j] += x * b_j[j];
         }
         for (int i = 0; i < rows; i += 3) a_3[i / 3] += a_col;
@@ -40,17 +39,18 @@ INLINE void micro_tile(const int rows, const int panels, ptrdiff_t k, const real
 
 /* Few rows take several panels at once: a chain waits for its own last step, so there must be enough of them. */
 INLINE void micro_columns(const int rows, const int panels, ptrdiff_t columns, ptrdiff_t k, const real *a, ptrdiff_t a_row,
-                          ptrdiff_t a_col, const real *b, ptrdiff_t ldb, real *c, ptrdiff_t ldc, const int add) {
+                          ptrdiff_t a_col, const real *b, ptrdiff_t ldb, const real *from, ptrdiff_t ld_from, real *c, ptrdiff_t ldc,
+                          const int add) {
     ptrdiff_t j = 0;
     for (; panels > 1 && j + panels * NR <= columns; j += panels * NR)
-        micro_tile(rows, panels, k, a, a_row, a_col, b + j, ldb, c + j, ldc, add, 0);
-    for (; j < columns; j += NR) micro_tile(rows, 1, k, a, a_row, a_col, b + j, ldb, c + j, ldc, add, 0);
+        micro_tile(rows, panels, k, a, a_row, a_col, b + j, ldb, from + j, ld_from, c + j, ldc, add);
+    for (; j < columns; j += NR) micro_tile(rows, 1, k, a, a_row, a_col, b + j, ldb, from + j, ld_from, c + j, ldc, add);
 }
 
 INLINE void micro_switch(ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col,
-                         const real *b, ptrdiff_t ldb, real *c, ptrdiff_t ldc, const int add) {
+                         const real *b, ptrdiff_t ldb, const real *from, ptrdiff_t ld_from, real *c, ptrdiff_t ldc, const int add) {
 #define MICRO_CASE(n, panels) \
-    case n: micro_columns(n, panels, columns, k, a, a_row, a_col, b, ldb, c, ldc, add); break;
+    case n: micro_columns(n, panels, columns, k, a, a_row, a_col, b, ldb, from, ld_from, c, ldc, add); break;
     switch (rows) {
         MICRO_CASE(1, 4)
         MICRO_CASE(2, 2)
@@ -69,15 +69,15 @@ INLINE void micro_switch(ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t k, const r
     }
 }
 
-/* c (rows, columns) = a b, and += a b, for any rows <= MR; b and c are read and written in columns up to a multiple of NR. */
+/* c (rows, columns) = a b, and from + a b, for any rows <= MR; b, from and c are read and written in columns up to a multiple of NR. */
 static void micro_set(ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *b,
                       ptrdiff_t ldb, real *c, ptrdiff_t ldc) {
-    micro_switch(rows, columns, k, a, a_row, a_col, b, ldb, c, ldc, 0);
+    micro_switch(rows, columns, k, a, a_row, a_col, b, ldb, c, ldc, c, ldc, 0);
 }
 
 static void micro_add(ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *b,
-                      ptrdiff_t ldb, real *c, ptrdiff_t ldc) {
-    micro_switch(rows, columns, k, a, a_row, a_col, b, ldb, c, ldc, 1);
+                      ptrdiff_t ldb, const real *from, ptrdiff_t ld_from, real *c, ptrdiff_t ldc) {
+    micro_switch(rows, columns, k, a, a_row, a_col, b, ldb, from, ld_from, c, ldc, 1);
 }
 
 /* VL rows of `from`, ld apart, become VL columns of `to`, ld_to apart. */

@@ -294,7 +294,7 @@ static void packed_sums(const struct mt_packed *w, const struct packed_layout *a
             /* The next chunk comes from L3 or beyond: the next panel's, or the first's further down, or the next group's. */
             ptrdiff_t row = w->kind == MT_BFLOAT16 ? VECTOR_BYTES : 2 * VECTOR_BYTES, down = k0 + KC < w->d_in ? k0 + KC : 0;
             const char *next = j + 1 < panels ? from + at->panel + k0 * row : (down ? b : b + panels * at->panel) + down * row;
-            micro_strips(m, kc, x + k0, w->d_in, 1, panel, sums + j * m * NR, NR, k0 > 0, next, kc * row);
+            micro_strips(m, kc, x + k0, w->d_in, 1, panel, k0 ? sums + j * m * NR : NULL, NR, sums + j * m * NR, NR, next, kc * row);
         }
 }
 
