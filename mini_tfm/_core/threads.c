@@ -5,9 +5,9 @@
 
 #include "threads.h"
 
-/* In units of 0.1 ns: 20 us, of which a second thread saves 10. Measured on 2 cores (Zen 3, Linux 6.18) with __init__.py's
- * spin count, as the median time of an empty region of two threads: a fork and join takes 0.6 us while the other thread
- * still spins for the next region, 6 us once it sleeps, 20 us after a millisecond of sleep. */
+/* In units of 0.1 ns: 20 us, of which a second thread saves 10. Measured on 2 cores (Zen 3, Linux 6.18) as the median time of
+ * an empty region of two threads: a fork and join takes 0.6 us while the other thread still spins for the next region, 6 us
+ * once it sleeps, 20 us after a millisecond of sleep. */
 static const double WORTH_A_FORK = 2e5;
 
 static int n_threads = 1, within_limit = 1, forked = 0;

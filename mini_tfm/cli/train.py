@@ -16,8 +16,8 @@ _FIXED = (
     *("files", "more_files", "out", "memory", "tokenizer", "vocab_size", "seed", "segment_length", "n_segments", "batch_size"),
     *("documents", "field", "cache", "objective", "curriculum"),
     *("d_model", "n_heads", "n_encoder_layers", "n_decoder_layers", "d_ff", "positions"),
-    *("learning_rate", "schedule", "warmup_steps", "dropout", "source_dropout"),
-    *("weight_decay", "max_grad_norm", "label_smoothing", "bptt_segments", "gradient_accumulation_steps"),
+    *("learning_rate", "schedule", "warmup_steps", "dropout", "attention_dropout", "ff_dropout", "source_dropout"),
+    *("weight_decay", "max_grad_norm", "label_smoothing", "bptt_segments", "recompute", "gradient_accumulation_steps"),
 )
 
 
@@ -99,6 +99,8 @@ _FIXED = (
 @click.option(
     "--dropout", default=0.0, show_default=True, metavar="SHARE", help="Of embeddings, sublayers, attention weights and hidden layers."
 )
+@click.option("--attention-dropout", type=float, metavar="SHARE", help="Of attention weights; default: --dropout.")
+@click.option("--ff-dropout", type=float, metavar="SHARE", help="Of the feed-forward's hidden layer; default: --dropout.")
 @click.option(
     "--source-dropout",
     default=0.0,
@@ -112,6 +114,9 @@ _FIXED = (
     type=click.IntRange(1),
     metavar="SEGMENTS",
     help="Gradients stop after so many segments; default: they go through all of a stream.",
+)
+@click.option(
+    "--recompute", is_flag=True, help="Compute a segment again for its gradient: the same bits, in the RAM of one segment, for more time."
 )
 @click.option("--tokenizer", default="bpe", show_default=True, type=click.Choice(["bytes", "bpe"]), help="bpe is learnt from the text.")
 @click.option("--vocab-size", default=1024, show_default=True, metavar="TOKENS", help="Tokens of bpe.")

@@ -82,7 +82,8 @@ def begun(out: Path, options: dict[str, Any], ranks: Alone) -> tuple[Trainer, Tr
         early_stopping_threshold=options["early_stopping_threshold"] or 0.0,
         communicator=ranks,
         **{name: options[name] for name in ("learning_rate", "schedule", "warmup_steps", "dropout", "source_dropout", "seed")},
-        **{name: options[name] for name in ("weight_decay", "label_smoothing", "bptt_segments", "gradient_accumulation_steps")},
+        **{name: options[name] for name in ("attention_dropout", "ff_dropout", "weight_decay", "label_smoothing")},
+        **{name: options[name] for name in ("bptt_segments", "recompute", "gradient_accumulation_steps")},
     )
     trainer.fit_options["save_every"] = SAVE_EVERY
     return trainer, TrainingData(sources, tokenizer, model.config, ranks)

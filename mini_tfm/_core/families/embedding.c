@@ -1,4 +1,4 @@
-/* Token rows and their gradient, the sinusoidal table, rotary positions. */
+/* Token rows and their gradient, the sinusoidal table, rotary positions; heads that change places with rows. */
 
 /* table_vd (V, d), ids_n (N,) in [0, V) read; out_nd (N, d) written. */
 static void embedding(const void *table, const int64_t *ids_n, void *out, ptrdiff_t n, ptrdiff_t d) {
