@@ -41,11 +41,12 @@ def streams(segments):
 def peak(memory, segments, recompute):
     """Of two steps, in bytes: beyond weights, gradients and moments, and of the whole process."""
     arguments = [str(Path(__file__).parents[1]), memory, str(segments), str(recompute)]
-    try:
-        printed = subprocess.run([sys.executable, "-P", "-c", PROGRAM, *arguments], check=True, capture_output=True, text=True).stdout
-    except subprocess.CalledProcessError as error:
-        raise NotImplementedError(f"memory is read from /proc: {error.stderr[-200:]}") from error
-    before, most = (1024 * int(number) for number in printed.split())
+    if not Path("/proc/self/status").exists():
+        raise NotImplementedError("there is no /proc/self/status")
+    done = subprocess.run([sys.executable, "-P", "-c", PROGRAM, *arguments], capture_output=True, text=True)
+    if done.returncode:  # a fault, which is not to be left out
+        raise RuntimeError(f"memory of {memory} over {segments} segments: the process failed: {done.stderr[-2000:]}")
+    before, most = (1024 * int(number) for number in done.stdout.split())
     return most - before, most
 
 
