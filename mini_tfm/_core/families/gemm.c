@@ -17,8 +17,9 @@ static size_t gemm_room(ptrdiff_t k, int trans_a) {
     return wide * (deep + MC) + (MC + MR) * KC + 64;
 }
 
-/* to (m, NR; ld_to) = a panel's product, or from (m, NR; ld_from) plus it, in strips of even height: a thin last one would wait for its own chains. With a_col 0 the
- * strips are packed one after the other, MR apart over k. Meanwhile `ahead_bytes` from `ahead` on are brought into L2. */
+/* to (m, NR; ld_to) = a panel's product, or from (m, NR; ld_from) plus it, in strips of even height: a thin last one would
+ * wait for its own chains. With a_col 0 the strips are packed one after the other, MR apart over k. Meanwhile `ahead_bytes`
+ * from `ahead` on are brought into L2. */
 static void micro_strips(ptrdiff_t m, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *panel, const real *from,
                          ptrdiff_t ld_from, real *to, ptrdiff_t ld_to, const char *ahead, ptrdiff_t ahead_bytes) {
     ptrdiff_t strips = div_up(m, MR), rows = m / strips, taller = m % strips;
@@ -89,7 +90,8 @@ static void micro_edge(ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t width, ptrdi
 
 /* c_mn = or += the product (plus bias_n, if it is not NULL), the part of C at rows [m0, m1) and columns [n0, n1). work: gemm_room() reals. */
 static void gemm_piece(const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *b, ptrdiff_t ldb, int trans_b, real *c, ptrdiff_t ldc,
-                       ptrdiff_t m0, ptrdiff_t m1, ptrdiff_t n0, ptrdiff_t n1, ptrdiff_t k, int accumulate, const real *bias_n, real *work) {
+                       ptrdiff_t m0, ptrdiff_t m1, ptrdiff_t n0, ptrdiff_t n1, ptrdiff_t k, int accumulate, const real *bias_n,
+                       real *work) {
     const ptrdiff_t wide = (a_col == 1 ? PANELS : PANELS_T) * NR, deep = min_size(k, a_col == 1 ? KS : KS_T);
     real *packed_b = work, *sums = packed_b + wide * deep, *packed_a = sums + wide * MC;
     for (ptrdiff_t group = n0; group < n1; group += wide)
