@@ -54,6 +54,8 @@ typedef __m256d vec_of_real;
 typedef __m256 vec_of_real;
 #endif
 
+enum { LINE = 64 / sizeof(real) }; /* of a cache */
+
 static inline ptrdiff_t min_size(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 static inline ptrdiff_t max_size(ptrdiff_t a, ptrdiff_t b) { return a > b ? a : b; }
 static inline ptrdiff_t div_up(ptrdiff_t a, ptrdiff_t b) { return (a + b - 1) / b; }

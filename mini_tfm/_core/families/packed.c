@@ -294,7 +294,8 @@ static void packed_sums(const struct mt_packed *w, const struct packed_layout *a
             /* The next chunk comes from L3 or beyond: the next panel's, or the first's further down, or the next group's. */
             ptrdiff_t row = w->kind == MT_BFLOAT16 ? VECTOR_BYTES : 2 * VECTOR_BYTES, down = k0 + KC < w->d_in ? k0 + KC : 0;
             const char *next = j + 1 < panels ? from + at->panel + k0 * row : (down ? b : b + panels * at->panel) + down * row;
-            micro_strips(m, kc, x + k0, w->d_in, 1, panel, k0 ? sums + j * m * NR : NULL, NR, sums + j * m * NR, NR, next, kc * row);
+            struct rows lines = {(const real *)next, LINE, kc * row / 64, LINE};
+            micro_strips(m, kc, x + k0, w->d_in, 1, panel, k0 ? sums + j * m * NR : NULL, NR, sums + j * m * NR, NR, lines, 0, 1);
         }
 }
 
@@ -306,7 +307,7 @@ INLINE void finish_kind(const int kind, const int gated, const real *sums, ptrdi
                         const real *gate_bias, const real *residual, real *out, ptrdiff_t ld) {
     for (ptrdiff_t i = 0; i < m; i++) {
         if (i + 4 < m)
-            for (ptrdiff_t j = 0; j < columns; j += 64 / (ptrdiff_t)sizeof(real)) __builtin_prefetch(out + (i + 4) * ld + j, 1);
+            for (ptrdiff_t j = 0; j < columns; j += LINE) __builtin_prefetch(out + (i + 4) * ld + j, 1);
         for (ptrdiff_t j = 0; j < columns; j += VL) {
             ptrdiff_t n = min_size(VL, columns - j);
             const real *at = sums + (j / NR * (1 + gated) * m + i) * NR + j % NR;

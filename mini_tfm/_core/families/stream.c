@@ -3,7 +3,7 @@
  * something else is computed: rows are made in a chunk on the stack, which stays in L1, and a line of a row that is done
  * leaves with every line of the next. */
 
-enum { LINE = 64 / sizeof(real), CHUNK = 16384 / sizeof(real) };
+enum { CHUNK = 16384 / sizeof(real) };
 enum { PAST_CACHES = 32 << 20 }; /* bytes of a result: no less than most last-level caches hold */
 
 struct stream {
