@@ -182,6 +182,8 @@ static int finish_gradients(const struct backward *of, const struct head *head, 
     } else {
         row_gradients(p_j, ds_j, lo, hi, &constants, 0, 0);
     }
+    if (dbias_j && head->block->dbias_stride[3] == 1 && head->block->dbias_stride[2] >= KEYS)
+        fetch_row(dbias_j + ROWS_AHEAD * head->block->dbias_stride[2], 1);
     if (dbias_j) add_dbias(ds_j, lo, hi, dbias_j, head->block->dbias_stride[3]);
     return masked;
 }

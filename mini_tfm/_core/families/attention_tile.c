@@ -12,7 +12,7 @@
  * Scores are in units of the binary logarithm: 1 / ln 2 is part of the scale that queries are multiplied with. */
 
 /* Keys of a tile; queries whose scores against it stay in L1: whole strips and whole vectors. */
-enum { KEYS = 128, ROWS = VL == 16 ? 48 : 24 };
+enum { KEYS = 128, ROWS = VL == 16 ? 48 : 24, ROWS_AHEAD = 4 };
 _Static_assert(ROWS % MR == 0 && ROWS % VL == 0 && KEYS % (4 * VL) == 0, "ROWS and KEYS are cut into strips and vectors");
 
 #define LOG2_E 1.44269504088896340736
@@ -299,6 +299,11 @@ INLINE real row_scores_plain(real *s_j, const real *bias_j) {
     return max_lanes(max_vec(top[0], top[1]));
 }
 
+/* Brings KEYS elements of a row that will soon be read, or written, near: rows lie too far apart for the processor to foresee. */
+INLINE void fetch_row(const real *row_j, const int written) {
+    for (ptrdiff_t j = 0; j < KEYS; j += LINE) __builtin_prefetch(row_j + j, written);
+}
+
 /* Which of a tile's keys a query sees, and its bias there. */
 struct row_view {
     ptrdiff_t first, last; /* keys [first, last) of the tile, as far as shown_j says */
@@ -312,7 +317,10 @@ INLINE struct row_view view_of_row(const struct head *head, const struct tile *t
         view.first = max_size(0, first_seen(head, i) - tile->at);
         view.last = min_size(view.last, last_seen(head, i) - tile->at);
     }
-    if (head->bias) view.bias_j = head->bias + i * head->block->bias_stride[2] + tile->at * view.bias_stride;
+    if (head->bias) {
+        view.bias_j = head->bias + i * head->block->bias_stride[2] + tile->at * view.bias_stride;
+        if (view.bias_stride == 1 && head->block->bias_stride[2] >= KEYS) fetch_row(view.bias_j + ROWS_AHEAD * head->block->bias_stride[2], 0);
+    }
     return view;
 }
 
