@@ -105,9 +105,10 @@ class KVCache:
         return kept[0][:, :, :end], kept[1][:, :, :end]
 
     def cross(self, layer: int, project: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
-        """The projected encoder outputs, computed once."""
+        """The projected encoder outputs, computed once, and laid out head by head: every step reads them in that order."""
         if layer not in self._cross:
-            self._cross[layer] = project()
+            k, v = project()
+            self._cross[layer] = np.ascontiguousarray(k), np.ascontiguousarray(v)
         return self._cross[layer]
 
 

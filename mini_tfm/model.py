@@ -447,7 +447,7 @@ class Transformer:
         """x W + b, (B, T, d) -> (B, heads, T, D)."""
         y = self._linear(w, name, x)
         y = np.reshape(y, (x.shape[0], x.shape[1], y.shape[2] // self.config.d_head, self.config.d_head))
-        return ops.swap_heads(y)
+        return np.swapaxes(y, 1, 2)
 
     def _rotate(self, x: Array, positions: np.ndarray) -> Array:
         return ops.rotary(x, positions, self.config.rotary_base) if self.config.positions == "rotary" else x
@@ -530,7 +530,7 @@ class _Sight:
 
 def _merge_heads(x: Array) -> Array:
     b, h, t, d = x.shape
-    return np.reshape(ops.swap_heads(x), (b, t, h * d))
+    return np.reshape(np.swapaxes(x, 1, 2), (b, t, h * d))
 
 
 def _cut(x: Array, ends: Sequence[int]) -> list[Array]:

@@ -172,12 +172,6 @@ def dropout(x: Array, p: float, seed: int) -> Array:
     return record(y, (x,), lambda dy: (_core.dropout(dy, p, seed),), fresh=True) if is_traced(x) else y
 
 
-def swap_heads(x: Array) -> Array:
-    """x (B, T, H, D) as (B, H, T, D), or back; like np.swapaxes(x, 1, 2), but laid out as attention and products read it."""
-    y = _core.swap_heads(value_of(x))
-    return record(y, (x,), lambda dy: (_core.swap_heads(dy),), fresh=True) if is_traced(x) else y
-
-
 def rotary(x: Array, positions: np.ndarray, base: float) -> Array:
     """Rotary positions (arXiv 2104.09864, eq. 34): x (B, H, T, D), positions (T,) or (B, T)."""
     y = _core.rotary(value_of(x), positions, base)

@@ -60,7 +60,6 @@ __all__ = [
     "softmax",
     "softmax_backward",
     "sum_of_squares",
-    "swap_heads",
 ]
 
 _isa = os.environ.get("MINI_TFM_ISA") or None
@@ -127,7 +126,6 @@ else:
         softmax,
         softmax_backward,
         sum_of_squares,
-        swap_heads,
     )
     from mini_tfm._core.threads import default_num_threads as _default_num_threads
 

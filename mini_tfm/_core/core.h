@@ -14,9 +14,15 @@
 
 enum mt_activation { MT_RELU, MT_GELU, MT_GELU_TANH, MT_SILU };
 
+/* An array (B, H, N, D) whose rows of D lie anywhere. */
+struct mt_rows {
+    void *at;
+    ptrdiff_t stride[3]; /* from batch row to batch row, head to head, row to row: in elements, any sign, may be 0 in what is read */
+};
+
 /* One block of keys and values, reference/attention.py's Block flattened. */
 struct mt_block {
-    const void *k, *v;        /* (B, Hkv, S, D) */
+    struct mt_rows k, v;      /* (B, Hkv, S, D) */
     ptrdiff_t kv_heads;       /* Hkv, divides H */
     ptrdiff_t source;         /* S */
     const uint8_t *valid;     /* (B, S) or NULL: all */
@@ -28,7 +34,7 @@ struct mt_block {
     int64_t offset;           /* query i's own key is i + offset */
     int64_t window;           /* 0: none */
     int causal;
-    void *dk, *dv;            /* backward: (B, Hkv, S, D) written, or NULL: not needed */
+    struct mt_rows dk, dv;    /* backward: (B, Hkv, S, D) written, or at NULL: not needed */
     void *dbias;              /* backward: accumulated through strides, or NULL */
     ptrdiff_t dbias_stride[4];
 };
@@ -110,9 +116,8 @@ struct mt_kernels {
     void (*embedding)(const void *table, const int64_t *ids, void *out, ptrdiff_t n, ptrdiff_t d);
     void (*embedding_backward)(const int64_t *ids, const void *dout, void *dtable, ptrdiff_t n, ptrdiff_t d);
     int (*sinusoidal_positions)(void *out, ptrdiff_t n, ptrdiff_t d_model);
-    void (*swap_heads)(const void *x, void *y, ptrdiff_t batch, ptrdiff_t length, ptrdiff_t heads, ptrdiff_t d);
-    int (*rotary)(const void *x, const int64_t *positions, int positions_per_row, double base, int inverse, void *y,
-                  ptrdiff_t batch, ptrdiff_t heads, ptrdiff_t length, ptrdiff_t d);
+    int (*rotary)(const struct mt_rows *x, const int64_t *positions, int positions_per_row, double base, int inverse,
+                  const struct mt_rows *y, ptrdiff_t batch, ptrdiff_t heads, ptrdiff_t length, ptrdiff_t d);
 
     void (*cross_entropy)(const void *logits, const int64_t *targets, int64_t ignore_index, double label_smoothing, void *losses,
                           void *lse, ptrdiff_t n, ptrdiff_t vocab);
@@ -130,10 +135,11 @@ struct mt_kernels {
     int (*search)(const void *queries, const struct mt_bank *bank, void *scores, int64_t *index, ptrdiff_t batch, ptrdiff_t n,
                   ptrdiff_t m, ptrdiff_t d, ptrdiff_t k);
 
-    int (*attention)(const void *q, const struct mt_block *blocks, const struct mt_attention_sizes *sizes, void *out, void *lse);
-    int (*attention_backward)(const void *dout, const void *out, const void *lse, const void *q, const struct mt_block *blocks,
-                              const struct mt_attention_sizes *sizes, void *dq);
-    int (*attention_mass)(const void *q, const struct mt_block *block, const struct mt_attention_sizes *sizes, const void *lse,
+    int (*attention)(const struct mt_rows *q, const struct mt_block *blocks, const struct mt_attention_sizes *sizes,
+                     const struct mt_rows *out, void *lse);
+    int (*attention_backward)(const struct mt_rows *dout, const struct mt_rows *out, const void *lse, const struct mt_rows *q,
+                              const struct mt_block *blocks, const struct mt_attention_sizes *sizes, const struct mt_rows *dq);
+    int (*attention_mass)(const struct mt_rows *q, const struct mt_block *block, const struct mt_attention_sizes *sizes, const void *lse,
                           const uint8_t *asking, void *mass);
 };
 

@@ -5,9 +5,12 @@ from libc.stdint cimport int64_t, uint8_t, uint64_t
 
 
 cdef extern from "core.h" nogil:
+    struct mt_rows:
+        void *at
+        ptrdiff_t[3] stride
+
     struct mt_block:
-        const void *k
-        const void *v
+        mt_rows k, v
         ptrdiff_t kv_heads, source
         const uint8_t *valid
         const int64_t *lengths
@@ -17,8 +20,7 @@ cdef extern from "core.h" nogil:
         ptrdiff_t[4] bias_stride
         int64_t offset, window
         int causal
-        void *dk
-        void *dv
+        mt_rows dk, dv
         void *dbias
         ptrdiff_t[4] dbias_stride
 
@@ -82,9 +84,8 @@ cdef extern from "core.h" nogil:
         void (*embedding)(const void *table, const int64_t *ids, void *out, ptrdiff_t n, ptrdiff_t d) noexcept nogil
         void (*embedding_backward)(const int64_t *ids, const void *dout, void *dtable, ptrdiff_t n, ptrdiff_t d) noexcept nogil
         int (*sinusoidal_positions)(void *out, ptrdiff_t n, ptrdiff_t d_model) noexcept nogil
-        void (*swap_heads)(const void *x, void *y, ptrdiff_t batch, ptrdiff_t length, ptrdiff_t heads, ptrdiff_t d) noexcept nogil
-        int (*rotary)(const void *x, const int64_t *positions, int positions_per_row, double base, int inverse, void *y,
-                      ptrdiff_t batch, ptrdiff_t heads, ptrdiff_t length, ptrdiff_t d) noexcept nogil
+        int (*rotary)(const mt_rows *x, const int64_t *positions, int positions_per_row, double base, int inverse,
+                      const mt_rows *y, ptrdiff_t batch, ptrdiff_t heads, ptrdiff_t length, ptrdiff_t d) noexcept nogil
         void (*cross_entropy)(const void *logits, const int64_t *targets, int64_t ignore_index, double label_smoothing,
                               void *losses, void *lse, ptrdiff_t n, ptrdiff_t vocab) noexcept nogil
         void (*cross_entropy_backward)(const void *logits, const int64_t *targets, const void *lse, const void *dlosses,
@@ -98,10 +99,11 @@ cdef extern from "core.h" nogil:
         int (*sum_of_squares)(const void *x, ptrdiff_t n, double *sum) noexcept nogil
         int (*search)(const void *queries, const mt_bank *bank, void *scores, int64_t *index, ptrdiff_t batch, ptrdiff_t n,
                       ptrdiff_t m, ptrdiff_t d, ptrdiff_t k) noexcept nogil
-        int (*attention)(const void *q, const mt_block *blocks, const mt_attention_sizes *sizes, void *out, void *lse) noexcept nogil
-        int (*attention_backward)(const void *dout, const void *out, const void *lse, const void *q, const mt_block *blocks,
-                                  const mt_attention_sizes *sizes, void *dq) noexcept nogil
-        int (*attention_mass)(const void *q, const mt_block *block, const mt_attention_sizes *sizes, const void *lse,
+        int (*attention)(const mt_rows *q, const mt_block *blocks, const mt_attention_sizes *sizes, const mt_rows *out,
+                         void *lse) noexcept nogil
+        int (*attention_backward)(const mt_rows *dout, const mt_rows *out, const void *lse, const mt_rows *q,
+                                  const mt_block *blocks, const mt_attention_sizes *sizes, const mt_rows *dq) noexcept nogil
+        int (*attention_mass)(const mt_rows *q, const mt_block *block, const mt_attention_sizes *sizes, const void *lse,
                               const uint8_t *asking, void *mass) noexcept nogil
 
     const mt_kernels_table *mt_kernels(int is_double)

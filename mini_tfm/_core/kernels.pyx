@@ -6,7 +6,7 @@ The checks are those of the NumPy twins (`mini_tfm.reference`), whose docstrings
 cimport numpy as cnp
 from libc.float cimport DBL_MAX
 from libc.math cimport sqrt
-from libc.stdlib cimport calloc, free
+from libc.stdlib cimport calloc, free, llabs
 from libc.string cimport memset
 
 import numpy as np
@@ -31,6 +31,25 @@ cdef inline void *ptr(cnp.ndarray x) noexcept:
 
 cdef inline void *ptr_or_null(x) noexcept:
     return NULL if x is None else cnp.PyArray_DATA(<cnp.ndarray>x)
+
+
+cdef inline mt_rows rows_of(cnp.ndarray x) noexcept:
+    """The rows of a checked array (B, H, N, D)."""
+    cdef mt_rows rows
+    cdef int axis
+    rows.at = cnp.PyArray_DATA(x)
+    for axis in range(3):
+        rows.stride[axis] = cnp.PyArray_STRIDE(x, axis) // cnp.PyArray_ITEMSIZE(x)
+    return rows
+
+
+cdef object rows_like(cnp.ndarray x):
+    """A new array (B, H, N, D) of x's shape and dtype; if x's heads lie side by side, as products leave them, so do its own."""
+    cdef cnp.npy_intp *n = cnp.PyArray_DIMS(x)
+    cdef cnp.npy_intp[4] swapped = [n[0], n[2], n[1], n[3]]
+    if llabs(cnp.PyArray_STRIDE(x, 1)) < llabs(cnp.PyArray_STRIDE(x, 2)):
+        return cnp.PyArray_SwapAxes(cnp.PyArray_EMPTY(4, swapped, cnp.PyArray_TYPE(x), 0), 1, 2)
+    return cnp.PyArray_EMPTY(4, n, cnp.PyArray_TYPE(x), 0)
 
 
 cdef inline const mt_kernels_table *c_for(cnp.ndarray x) noexcept:
@@ -473,32 +492,17 @@ def rotary(x, positions, base=10000.0, inverse=False):
     cdef double b
     cdef int back, failed
     x, positions, b, back = _checks.rotary(x, positions, base, inverse)
-    y = new_like(x)
+    y = rows_like(x)
     cdef ptrdiff_t batch, heads, length, d
     batch, heads, length, d = x.shape
     cdef int per_row = positions.ndim == 2
     cdef const mt_kernels_table *c = c_for(x)
-    cdef void *px = ptr(x)
+    cdef mt_rows px = rows_of(x)
     cdef const int64_t *pp = <const int64_t *>ptr(positions)
-    cdef void *py = ptr(y)
+    cdef mt_rows py = rows_of(y)
     with nogil:
-        failed = c.rotary(px, pp, per_row, b, back, py, batch, heads, length, d)
+        failed = c.rotary(&px, pp, per_row, b, back, &py, batch, heads, length, d)
     no_memory_if(failed)
-    return y
-
-
-def swap_heads(x):
-    """x (B, T, H, D) as (B, H, T, D), or back."""
-    if not (plain(x) and cnp.PyArray_NDIM(x) == 4):
-        x = _checks.real("x", x, ndim=4)
-    cdef cnp.npy_intp *n = cnp.PyArray_DIMS(x)
-    cdef cnp.npy_intp[4] swapped = [n[0], n[2], n[1], n[3]]
-    y = cnp.PyArray_EMPTY(4, swapped, cnp.PyArray_TYPE(x), 0)
-    cdef const mt_kernels_table *c = c_for(x)
-    cdef void *px = ptr(x)
-    cdef void *py = ptr(y)
-    with nogil:
-        c.swap_heads(px, py, n[0], n[1], n[2], n[3])
     return y
 
 
@@ -678,7 +682,7 @@ cdef class Blocks:
         for i, block in enumerate(blocks):
             c = &self.at[i]
             self.kept.append(block)
-            c.k, c.v = ptr(block.k), ptr(block.v)
+            c.k, c.v = rows_of(block.k), rows_of(block.v)
             c.kv_heads, c.source = block.k.shape[1], block.k.shape[2]
             c.valid = <const uint8_t *>ptr_or_null(block.valid)
             c.lengths = <const int64_t *>ptr_or_null(block.lengths)
@@ -711,15 +715,15 @@ def attention(q, blocks, scale, *, dropout=0.0, seed=0):
     """out (B, H, T, D), lse (B, H, T) of queries q (B, H, T, D) over all blocks in one softmax; a share of the weights dropped."""
     cdef int failed
     q, blocks, scale, dropout, seed = _checks.attention(q, blocks, scale, dropout, seed)
-    out, lse = np.empty_like(q), np.empty(q.shape[:3], q.dtype)
+    out, lse = rows_like(q), np.empty(q.shape[:3], q.dtype)
     cdef Blocks c_blocks = Blocks(q, blocks)
     cdef mt_attention_sizes sizes = attention_sizes(q, blocks, scale, dropout, seed)
     cdef const mt_kernels_table *c = c_for(q)
-    cdef void *pq = ptr(q)
-    cdef void *po = ptr(out)
+    cdef mt_rows pq = rows_of(q)
+    cdef mt_rows po = rows_of(out)
     cdef void *pl = ptr(lse)
     with nogil:
-        failed = c.attention(pq, c_blocks.at, &sizes, po, pl)
+        failed = c.attention(&pq, c_blocks.at, &sizes, &po, pl)
     no_memory_if(failed)
     return out, lse
 
@@ -763,7 +767,7 @@ def _attention_at_once(q, k, v, bias, causal, window, lengths, scale):
         return None
     if sizes.heads % block.kv_heads:
         return None
-    block.k, block.v, block.width, block.offset = ptr(k), ptr(v), block.source, block.source - sizes.length
+    block.k, block.v, block.width, block.offset = rows_of(k), rows_of(v), block.source, block.source - sizes.length
     block.causal = causal is True
     if window is not None:
         if type(window) is not int or not 1 <= window <= 2**60:
@@ -791,10 +795,10 @@ def _attention_at_once(q, k, v, bias, causal, window, lengths, scale):
     sizes.n_blocks, sizes.dropout, sizes.seed = 1, 0.0, 0
     out = new_like(q)
     cdef const mt_kernels_table *c = c_for(q)
-    cdef void *pq = ptr(q)
-    cdef void *po = ptr(out)
+    cdef mt_rows pq = rows_of(q)
+    cdef mt_rows po = rows_of(out)
     with nogil:
-        failed = c.attention(pq, &block, &sizes, po, NULL)
+        failed = c.attention(&pq, &block, &sizes, &po, NULL)
     no_memory_if(failed)
     return out
 
@@ -804,22 +808,23 @@ def attention_backward(dout, out, lse, q, blocks, scale, needs=None, *, dropout=
     cdef int failed
     checked = _checks.attention_backward(dout, out, lse, q, blocks, scale, needs, dropout, seed)
     dout, out, lse, q, blocks, scale, needs, dropout, seed = checked
-    dq = np.empty_like(q)
+    dq = rows_like(q)
     cdef Blocks c_blocks = Blocks(q, blocks)
     grads = []
     for i, block in enumerate(blocks):
-        dk, dv = (np.empty_like(block.k), np.empty_like(block.k)) if needs[i] else (None, None)
-        c_blocks.at[i].dk, c_blocks.at[i].dv = ptr_or_null(dk), ptr_or_null(dv)
+        dk, dv = (rows_like(block.k), rows_like(block.v)) if needs[i] else (None, None)
+        if needs[i]:
+            c_blocks.at[i].dk, c_blocks.at[i].dv = rows_of(dk), rows_of(dv)
         grads.append(BlockGrad(dk, dv, block.dbias))
     cdef mt_attention_sizes sizes = attention_sizes(q, blocks, scale, dropout, seed)
     cdef const mt_kernels_table *c = c_for(q)
-    cdef void *pd = ptr(dout)
-    cdef void *po = ptr(out)
+    cdef mt_rows pd = rows_of(dout)
+    cdef mt_rows po = rows_of(out)
     cdef void *pl = ptr(lse)
-    cdef void *pq = ptr(q)
-    cdef void *pdq = ptr(dq)
+    cdef mt_rows pq = rows_of(q)
+    cdef mt_rows pdq = rows_of(dq)
     with nogil:
-        failed = c.attention_backward(pd, po, pl, pq, c_blocks.at, &sizes, pdq)
+        failed = c.attention_backward(&pd, &po, pl, &pq, c_blocks.at, &sizes, &pdq)
     no_memory_if(failed)
     return dq, grads
 
@@ -832,12 +837,12 @@ def attention_mass(q, block, lse, scale, asking):
     cdef Blocks c_blocks = Blocks(q, [block])
     cdef mt_attention_sizes sizes = attention_sizes(q, [block], scale, 0.0, 0)
     cdef const mt_kernels_table *c = c_for(q)
-    cdef void *pq = ptr(q)
+    cdef mt_rows pq = rows_of(q)
     cdef void *pl = ptr(lse)
     cdef const uint8_t *pa = <const uint8_t *>ptr(asking)
     cdef void *pm = ptr(mass)
     with nogil:
-        failed = c.attention_mass(pq, c_blocks.at, &sizes, pl, pa, pm)
+        failed = c.attention_mass(&pq, c_blocks.at, &sizes, pl, pa, pm)
     no_memory_if(failed)
     return mass
 

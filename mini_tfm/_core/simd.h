@@ -61,6 +61,9 @@ static inline ptrdiff_t max_size(ptrdiff_t a, ptrdiff_t b) { return a > b ? a : 
 static inline ptrdiff_t div_up(ptrdiff_t a, ptrdiff_t b) { return (a + b - 1) / b; }
 static inline ptrdiff_t round_up(ptrdiff_t a, ptrdiff_t b) { return div_up(a, b) * b; }
 
+/* Row 0 of head h of batch row b. */
+static inline real *head_rows(const struct mt_rows *x, ptrdiff_t b, ptrdiff_t h) { return (real *)x->at + b * x->stride[0] + h * x->stride[1]; }
+
 /* Workspace on a cache line of its own; NULL when it cannot be had. Freed by free(). */
 static inline void *new_reals(size_t count) { return aligned_alloc(64, (count * sizeof(real) + 64) / 64 * 64); }
 

@@ -15,7 +15,7 @@ returns the dtype it was given. One file a family:
 
 from mini_tfm.reference.attention import Block, BlockGrad, attention, attention_backward, attention_mass
 from mini_tfm.reference.elementwise import activation, activation_backward, dropout
-from mini_tfm.reference.embedding import embedding, embedding_backward, rotary, sinusoidal_positions, swap_heads
+from mini_tfm.reference.embedding import embedding, embedding_backward, rotary, sinusoidal_positions
 from mini_tfm.reference.linear import gemm
 from mini_tfm.reference.loss import (
     cross_entropy,
@@ -65,5 +65,4 @@ __all__ = [
     "softmax",
     "softmax_backward",
     "sum_of_squares",
-    "swap_heads",
 ]

@@ -51,6 +51,14 @@ def real(name, x, *, like=None, shape=None, ndim=None, min_ndim=0):
     return x if type(x) is np.ndarray and flags.c_contiguous and flags.aligned else _contiguous(x)
 
 
+def heads_real(name, x, *, like=None, shape=None):
+    """A real array (B, H, N, D) whose rows of D may lie anywhere; where they are not whole it is copied to contiguous."""
+    _array(name, x, (FLOAT32, FLOAT64) if like is None else (like.dtype,), shape, 4, 0)
+    whole = x.shape[3] <= 1 or x.strides[3] == x.itemsize
+    kept = type(x) is np.ndarray and x.flags.aligned and whole and not any(stride % x.itemsize for stride in x.strides)
+    return x if kept else _contiguous(x)
+
+
 def strided_real(name, x, *, like):
     """A real array whose strides are kept, whatever they are (zero, negative, overlapping)."""
     _array(name, x, (like.dtype,), None, None, 0)
@@ -357,7 +365,7 @@ def sinusoidal_positions(n, d_model, dtype):
 
 
 def rotary(x, positions, base, inverse):
-    x = real("x", x, ndim=4)
+    x = heads_real("x", x)
     batch, _, length, d = x.shape
     if d % 2:
         raise InvalidValue(f"x: expected an even last dimension (pairs i, i + D/2), got shape {x.shape}")
@@ -393,13 +401,13 @@ def attention_block(block, at, q):
     if not isinstance(block, Block):
         raise InvalidType(f"{at}: expected a Block, got {type(block).__name__}")
     batch, heads, length, d = q.shape
-    k = real(f"{at}.k", block.k, like=q, ndim=4)
+    k = heads_real(f"{at}.k", block.k, like=q)
     kv_heads, source = k.shape[1], k.shape[2]
     if k.shape[0] != batch or k.shape[3] != d or (kv_heads == 0) != (heads == 0) or (kv_heads and heads % kv_heads):
         raise InvalidValue(
             f"{at}.k: expected shape ({batch}, Hkv, S, {d}) with Hkv dividing {heads} to match q of shape {q.shape}, got {k.shape}"
         )
-    v = real(f"{at}.v", block.v, like=q, shape=k.shape)
+    v = heads_real(f"{at}.v", block.v, like=q, shape=k.shape)
     valid = None if block.valid is None else mask(f"{at}.valid", block.valid, shape=(batch, source))
     lengths = None
     if block.lengths is not None:
@@ -445,7 +453,7 @@ def writeable_view(dbias, shape):
 
 
 def attention(q, blocks, scale, dropout, seed):
-    q = real("q", q, ndim=4)
+    q = heads_real("q", q)
     if not isinstance(blocks, (list, tuple)):
         raise InvalidType(f"blocks: expected a list of Block, got {type(blocks).__name__}")
     scale = number("scale", scale)
@@ -455,8 +463,8 @@ def attention(q, blocks, scale, dropout, seed):
 
 def attention_backward(dout, out, lse, q, blocks, scale, needs, dropout, seed):
     q, checked, scale, dropout, seed = attention(q, blocks, scale, dropout, seed)
-    dout = real("dout", dout, like=q, shape=q.shape)
-    out = real("out", out, like=q, shape=q.shape)
+    dout = heads_real("dout", dout, like=q, shape=q.shape)
+    out = heads_real("out", out, like=q, shape=q.shape)
     lse = real("lse", lse, like=q, shape=q.shape[:3])
     if needs is None:
         needs = [True] * len(checked)
@@ -471,7 +479,7 @@ def attention_backward(dout, out, lse, q, blocks, scale, needs, dropout, seed):
 
 
 def attention_mass(q, block, lse, scale, asking):
-    q = real("q", q, ndim=4)
+    q = heads_real("q", q)
     scale = number("scale", scale)
     block = attention_block(block, "block", q)
     return q, block, real("lse", lse, like=q, shape=q.shape[:3]), scale, mask("asking", asking, shape=(q.shape[0], q.shape[2]))

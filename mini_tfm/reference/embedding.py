@@ -45,8 +45,3 @@ def rotary(x, positions, base=10000.0, inverse=False):
     a, b = x[..., :half].astype(np.float64), x[..., half:].astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
         return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
-
-
-def swap_heads(x):
-    """x (B, T, H, D) as (B, H, T, D), or back: heads side by side, as products give them, one after the other."""
-    return np.ascontiguousarray(np.swapaxes(_checks.real("x", x, ndim=4), 1, 2))

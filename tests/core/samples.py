@@ -91,7 +91,6 @@ def sample(name, dtype, layout="contiguous", big=False, seed=0):
         },
         "rms_norm": lambda: {"x": x, "weight": weight, "eps": 1e-6, "out": out},
         "rms_norm_backward": lambda: {"dy": dy, "x": x, "weight": weight, "rstd": values.positive(n), "out": out},
-        "swap_heads": lambda: {"x": q},
         "rotary": lambda: {"x": q, "positions": values.integers(0, 999, length), "base": 10000.0, "inverse": False},
         "search": lambda: {
             "queries": values.real(2, n // 4 + 1, 16), "bank": values.real(2, n, 16), "k": 5, "valid": values.mask(2, n),
@@ -110,7 +109,7 @@ NAMES = (
     "cross_entropy_backward",
     "dropout", "embedding", "embedding_backward", "gemm", "layer_norm", "layer_norm_backward", "linear_cross_entropy",
     "linear_cross_entropy_backward", "linear_top_k", "log_softmax", "pack", "packed_linear", "rms_norm", "rms_norm_backward",
-    "rotary", "swap_heads",
+    "rotary",
     "search", "sinusoidal_positions", "softmax", "softmax_backward", "sum_of_squares",
 )  # fmt: skip
 

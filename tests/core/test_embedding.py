@@ -88,11 +88,3 @@ def test_rotary_products_depend_on_the_distance(core):
     q, k = values.real(1, 1, 1, 8), values.real(1, 1, 1, 8)
     products = [(core.rotary(q, np.array([5 + at])) * core.rotary(k, np.array([at]))).sum() for at in (0, 7, 1000)]
     np.testing.assert_allclose(products, products[0], rtol=1e-10)
-
-
-@given(seed=seeds, shape=st.tuples(*[st.integers(0, 9)] * 4), layout=layouts)
-def test_heads_swap_places_with_rows(core, dtype, seed, shape, layout):
-    x = Values(seed, dtype, layout).real(*shape)
-    y = core.swap_heads(x)
-    assert y.flags.c_contiguous
-    np.testing.assert_array_equal(y, np.swapaxes(x, 1, 2))

@@ -76,7 +76,7 @@ ROWS = {
     "linear_top_k": (0, ("x",), 3), "packed_linear": (0, ("x", "residual", "out"), 1),
     "layer_norm": (0, ("x", "out"), 3), "layer_norm_backward": (0, ("dy", "x", "mean", "rstd", "out"), 1),
     "log_softmax": (0, ("x", "out"), 1), "rms_norm": (0, ("x", "out"), 2), "rms_norm_backward": (0, ("dy", "x", "rstd", "out"), 1),
-    "rotary": (0, ("x",), 1), "swap_heads": (0, ("x",), 1),
+    "rotary": (0, ("x",), 1),
     "search": (1, ("queries",), 2), "softmax": (0, ("x", "out"), 1),
     "softmax_backward": (0, ("y", "dy", "out"), 1),
 }  # fmt: skip
@@ -236,8 +236,6 @@ EMPTY = [
     ("sum_of_squares", {"x": real(3, 0)}, [((), 0)]),
     ("sinusoidal_positions", {"n": 0, "d_model": 4}, [((0, 4), 0)]),
     ("sinusoidal_positions", {"n": 4, "d_model": 0}, [((4, 0), 0)]),
-    ("swap_heads", {"x": real(1, 0, 2, 4)}, [((1, 2, 0, 4), 0)]),
-    ("swap_heads", {"x": real(2, 3, 2, 0)}, [((2, 2, 3, 0), 0)]),
     ("rotary", {"x": real(1, 2, 0, 4), "positions": whole(0)}, [((1, 2, 0, 4), 0)]),
     ("rotary", {"x": real(1, 2, 3, 0), "positions": whole(3)}, [((1, 2, 3, 0), 0)]),
     ("rotary", {"x": real(0, 2, 3, 4), "positions": whole(0, 3)}, [((0, 2, 3, 4), 0)]),

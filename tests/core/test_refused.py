@@ -18,7 +18,7 @@ FREE = {
     ("softmax", "x"): ..., ("log_softmax", "x"): ..., ("activation", "x"): ..., ("dropout", "x"): ..., ("sum_of_squares", "x"): ...,
     ("embedding", "table"): (0, 1), ("embedding", "ids"): ...,
     ("embedding_backward", "dtable"): (0,), ("cross_entropy", "logits"): (1,), ("cross_entropy", "targets"): (),
-    ("cross_entropy_backward", "logits"): (1,), ("rotary", "x"): (0, 1), ("swap_heads", "x"): (0, 1, 2, 3), ("search", "queries"): (1,),
+    ("cross_entropy_backward", "logits"): (1,), ("rotary", "x"): (0, 1), ("search", "queries"): (1,),
 }  # fmt: skip
 LAST_AXIS_ALONE = {("layer_norm", "x"), ("rms_norm", "x"), ("linear_top_k", "x")}
 MAY_BE_NONE = {

@@ -108,12 +108,13 @@ static void rows_with_tile(const struct head *head, const struct tile *tile, con
 }
 
 /* Queries [i0, i1) of head h in batch row b. */
-static void attention_piece(const real *q_bhtd, const struct mt_block *blocks, const struct mt_attention_sizes *sizes, real *out_bhtd,
-                            real *lse_bht, ptrdiff_t b, ptrdiff_t h, ptrdiff_t i0, ptrdiff_t i1, struct piece_room *room) {
+static void attention_piece(const struct mt_rows *q, const struct mt_block *blocks, const struct mt_attention_sizes *sizes,
+                            const struct mt_rows *out, real *lse_bht, ptrdiff_t b, ptrdiff_t h, ptrdiff_t i0, ptrdiff_t i1, struct piece_room *room) {
     ptrdiff_t d = sizes->d, d_room = round_up(d, VL), row0 = (b * sizes->heads + h) * sizes->length, rows = i1 - i0;
-    const real *q_td = q_bhtd + row0 * d;
+    const real *q_td = head_rows(q, b, h);
+    const ptrdiff_t q_ld = q->stride[2];
     const real factor = (real)(sizes->scale * LOG2_E);
-    pack_queries(q_td + i0 * d, rows, d, factor, room->q_di);
+    pack_queries(q_td + i0 * q_ld, q_ld, rows, d, factor, room->q_di);
     memset(room->o_id, 0, (round_up(rows, MR) * d_room + VL) * sizeof(real));
     for (ptrdiff_t i = 0; i < round_up(rows, ROWS); i++) {
         room->top_i[i] = -INFINITY;
@@ -126,9 +127,9 @@ static void attention_piece(const real *q_bhtd, const struct mt_block *blocks, c
                 for (ptrdiff_t at = 0; at < head.block->width; at += KEYS) {
                     struct asking asking = {head, i, row0 + i};
                     struct part of_tile = {.o_d = room->few_o_d}, so_far = {room->top_i[i - i0], room->total_i[i - i0], room->o_id + (i - i0) * d_room};
-                    struct tile tile = few_tile(&head, i, at, min_size(KEYS, head.block->width - at), d, room->few);
+                    struct tile tile = few_tile(&head, i, at, min_size(KEYS, head.block->width - at), room->few);
                     if (!tile.n) continue;
-                    for (ptrdiff_t c = 0; c < d; c++) room->few_q_d[c] = q_td[i * d + c] * factor;
+                    for (ptrdiff_t c = 0; c < d; c++) room->few_q_d[c] = q_td[i * q_ld + c] * factor;
                     few_parts(sizes, &asking, 1, at_block, &tile, room->few_q_d, room->few, &of_tile, 0);
                     merge_part(&so_far, of_tile.top, of_tile.total, of_tile.o_d, d);
                     room->top_i[i - i0] = so_far.top;
@@ -140,19 +141,20 @@ static void attention_piece(const real *q_bhtd, const struct mt_block *blocks, c
         for (ptrdiff_t at = first_seen(&head, i0) / KEYS * KEYS; at < end; at += KEYS) {
             ptrdiff_t n = min_size(KEYS, end - at);
             struct tile tile = {.at = at, .n = n, .k_t = room->k_t, .v = room->v, .shown_j = fill_shown(&head, at, n, room->shown_j)};
-            pack_keys(head.k_sd + at * d, n, d, room->k_t);
-            tile.v_is_finite = pack_values(head.v_sd + at * d, n, d, room->v, KEYS);
+            pack_keys(head.k_sd + at * head.k_ld, head.k_ld, n, d, room->k_t);
+            tile.v_is_finite = pack_values(head.v_sd + at * head.v_ld, head.v_ld, n, d, room->v, KEYS);
             for (ptrdiff_t from = 0; from < rows; from += ROWS)
                 rows_with_tile(&head, &tile, sizes, at_block, i0, from, min_size(ROWS, rows - from), row0, room);
         }
     }
     for (ptrdiff_t i = 0; i < rows; i++)
-        finish_row(sizes, room->top_i[i], room->total_i[i], room->o_id + i * d_room, row0 + i0 + i, out_bhtd, lse_bht);
+        finish_row(sizes, room->top_i[i], room->total_i[i], room->o_id + i * d_room, head_rows(out, b, h) + (i0 + i) * out->stride[2],
+                   lse_bht ? lse_bht + row0 + i0 + i : NULL);
 }
 
 /* As attention(). */
-static int attention_many(const real *q, const struct mt_block *blocks, const struct mt_attention_sizes *sizes, real *out, real *lse,
-                          double work) {
+static int attention_many(const struct mt_rows *q, const struct mt_block *blocks, const struct mt_attention_sizes *sizes,
+                          const struct mt_rows *out, real *lse, double work) {
     enum { QUERIES_MOST = 384, QUERIES_LEAST = 48 };
     ptrdiff_t length = sizes->length, rows = sizes->batch * sizes->heads;
     /* Long runs of queries share the packing of a tile; enough pieces keep every thread busy; workspace stays within L2. */
@@ -176,8 +178,9 @@ static int attention_many(const real *q, const struct mt_block *blocks, const st
     return 0;
 }
 
-/* q_bhtd (B, H, T, D) and blocks read; out_bhtd (B, H, T, D), lse_bht (B, H, T) or NULL written. -1: no workspace. */
-static int attention(const void *q, const struct mt_block *blocks, const struct mt_attention_sizes *sizes, void *out, void *lse) {
+/* q (B, H, T, D) and blocks read; out (B, H, T, D), lse (B, H, T) or NULL written. -1: no workspace. */
+static int attention(const struct mt_rows *q, const struct mt_block *blocks, const struct mt_attention_sizes *sizes,
+                     const struct mt_rows *out, void *lse) {
     if (!sizes->batch || !sizes->heads || !sizes->length) return 0;
     ptrdiff_t group = sizes->heads; /* heads that read one kv head in every block: 1 where blocks differ */
     for (ptrdiff_t at = 0; at < sizes->n_blocks; at++) {

@@ -11,10 +11,10 @@
 enum { BACKWARD_QUERIES = 96 }; /* in a block of queries at most; a multiple of MR */
 
 struct backward {
-    const real *dout_bhtd, *q_bhtd, *lse_bht, *delta_bht;
+    const struct mt_rows *dout, *q, *dq;
+    const real *lse_bht, *delta_bht;
     const struct mt_block *blocks;
     const struct mt_attention_sizes *sizes;
-    real *dq_bhtd;
     ptrdiff_t queries; /* in a block of queries: a multiple of MR */
 };
 
@@ -193,12 +193,13 @@ static void backward_tile(const struct backward *of, const struct head *head, co
                           ptrdiff_t h, ptrdiff_t i0, ptrdiff_t i1, int want_dq, int want_dkv, real *dbias, struct backward_room *room) {
     const struct mt_attention_sizes *sizes = of->sizes;
     ptrdiff_t d = sizes->d, d_panels = round_up(d, NR), rows = i1 - i0, row0 = (head->b * sizes->heads + h) * sizes->length;
-    const real *q_id = of->q_bhtd + (row0 + i0) * d, *dout_id = of->dout_bhtd + (row0 + i0) * d;
+    ptrdiff_t q_ld = of->q->stride[2], dout_ld = of->dout->stride[2], dq_ld = of->dq->stride[2];
+    const real *q_id = head_rows(of->q, head->b, h) + i0 * q_ld, *dout_id = head_rows(of->dout, head->b, h) + i0 * dout_ld;
     struct span spans[BACKWARD_QUERIES / MR];
     for (ptrdiff_t i = 0; i < rows; i += MR) spans[i / MR] = strip_span(head, tile, i0 + i, i0 + min_size(rows, i + MR));
     /* 1: scores and dP */
-    pack_queries(q_id, rows, d, (real)(sizes->scale * LOG2_E), room->q_di);
-    pack_queries(dout_id, rows, d, 1, room->dout_di);
+    pack_queries(q_id, q_ld, rows, d, (real)(sizes->scale * LOG2_E), room->q_di);
+    pack_queries(dout_id, dout_ld, rows, d, 1, room->dout_di);
     rows_scores(rows, spans, d, room->q_di, room->k_t, room->p_ij);
     rows_scores(rows, spans, d, room->dout_di, room->v_t, room->ds_ij);
     /* 2: P and dS, zero outside of a strip's span */
@@ -216,9 +217,12 @@ static void backward_tile(const struct backward *of, const struct head *head, co
         memset(ds_j + span.hi, 0, (KEYS - span.hi) * sizeof(real));
     }
     /* 3: dQ, dK, dV; their scale is brought in at the end */
-    if (want_dq) add_dq(rows, d, spans, room->ds_ij, room->k, of->dq_bhtd + (row0 + i0) * d, d, some_hidden && !k_is_finite, room->corner);
+    if (want_dq)
+        add_dq(rows, d, spans, room->ds_ij, room->k, head_rows(of->dq, head->b, h) + i0 * dq_ld, dq_ld, some_hidden && !k_is_finite,
+               room->corner);
     if (!want_dkv) return;
-    int q_is_finite = pack_values(q_id, rows, d, room->q_ic, of->queries), dout_is_finite = pack_values(dout_id, rows, d, room->dout_ic, of->queries);
+    int q_is_finite = pack_values(q_id, q_ld, rows, d, room->q_ic, of->queries);
+    int dout_is_finite = pack_values(dout_id, dout_ld, rows, d, room->dout_ic, of->queries);
     int careful = some_hidden && !(q_is_finite && dout_is_finite);
     add_dkv(rows, tile->n, d, spans, room->p_ij, room->dout_ic, of->queries, room->dv_jd, d_panels, careful);
     add_dkv(rows, tile->n, d, spans, room->ds_ij, room->q_ic, of->queries, room->dk_jd, d_panels, careful);
@@ -228,6 +232,7 @@ static void backward_tile(const struct backward *of, const struct head *head, co
  * or NULL. */
 static void backward_index(const struct backward *of, const struct head *head, ptrdiff_t at_block, ptrdiff_t h, ptrdiff_t i0, ptrdiff_t i1,
                            int want_dq, real *dk_sd, real *dv_sd, real *dbias, struct backward_room *room) {
+    ptrdiff_t dk_ld = head->block->dk.stride[2], dv_ld = head->block->dv.stride[2];
     const struct mt_attention_sizes *sizes = of->sizes;
     ptrdiff_t d = sizes->d, width = head->block->width;
     const ptrdiff_t *stride = head->block->dbias_stride;
@@ -235,14 +240,15 @@ static void backward_index(const struct backward *of, const struct head *head, p
     for (ptrdiff_t i = i0; i < i1; i++)
         for (ptrdiff_t at = 0; at < width; at += KEYS) {
             ptrdiff_t n = min_size(KEYS, width - at), row = (head->b * sizes->heads + h) * sizes->length + i;
-            struct tile tile = few_tile(head, i, at, n, d, room->few);
-            const real *q_d = of->q_bhtd + row * d, *dout_d = of->dout_bhtd + row * d;
+            struct tile tile = few_tile(head, i, at, n, room->few);
+            const real *q_d = head_rows(of->q, head->b, h) + i * of->q->stride[2];
+            const real *dout_d = head_rows(of->dout, head->b, h) + i * of->dout->stride[2];
             if (!tile.n) continue;
             for (ptrdiff_t c = 0; c < d; c++) room->few_d[c] = q_d[c] * (real)(sizes->scale * LOG2_E);
             few_scores(1, 4, room->few->k_j, n, d, room->few_d, p_j);
             few_scores(1, 4, room->few->v_j, n, d, dout_d, ds_j);
             finish_gradients(of, head, &tile, at_block, i, row, 0, n, p_j, ds_j, dbias ? dbias + i * stride[2] + at * stride[3] : NULL);
-            real *dq_d = of->dq_bhtd + row * d;
+            real *dq_d = head_rows(of->dq, head->b, h) + i * of->dq->stride[2];
             const int64_t *rows_k = head->index_tk + i * width + at;
             for (ptrdiff_t j = 0; j < n; j++) {
                 real p = p_j[j], ds = ds_j[j];
@@ -250,7 +256,7 @@ static void backward_index(const struct backward *of, const struct head *head, p
                 if (want_dq)
                     for (ptrdiff_t c = 0; c < d; c++) dq_d[c] += ds * room->few->k_j[j][c];
                 if (!dk_sd) continue;
-                real *dk_d = dk_sd + rows_k[j] * d, *dv_d = dv_sd + rows_k[j] * d;
+                real *dk_d = dk_sd + rows_k[j] * dk_ld, *dv_d = dv_sd + rows_k[j] * dv_ld;
                 for (ptrdiff_t c = 0; c < d; c++) {
                     dv_d[c] += p * dout_d[c];
                     dk_d[c] += ds * q_d[c];
@@ -267,20 +273,20 @@ static void backward_piece(const struct backward *of, ptrdiff_t b, ptrdiff_t h0,
     ptrdiff_t d = sizes->d, d_panels = round_up(d, NR);
     for (ptrdiff_t at_block = 0; at_block < sizes->n_blocks; at_block++) {
         const struct mt_block *block = &of->blocks[at_block];
-        int block_dkv = want_dkv && block->dk;
+        int block_dkv = want_dkv && block->dk.at;
+        ptrdiff_t dk_ld = block->dk.stride[2], dv_ld = block->dv.stride[2];
         if (!want_dq && !block_dkv) continue;
         ptrdiff_t group = sizes->heads / block->kv_heads;
         for (ptrdiff_t kv_h0 = h0; kv_h0 < h1; kv_h0 += group) {
             struct head head = head_of(block, sizes, b, kv_h0);
-            ptrdiff_t bank = (b * block->kv_heads + head.kv) * block->source * d;
-            real *dk_sd = block_dkv ? (real *)block->dk + bank : NULL, *dv_sd = block_dkv ? (real *)block->dv + bank : NULL;
+            real *dk_sd = block_dkv ? head_rows(&block->dk, b, head.kv) : NULL, *dv_sd = block_dkv ? head_rows(&block->dv, b, head.kv) : NULL;
             ptrdiff_t tiles = div_up(head.index_tk ? 0 : head.end, KEYS);
             for (ptrdiff_t at_tile = tiles * part / parts; at_tile < tiles * (part + 1) / parts; at_tile++) {
                 ptrdiff_t at = at_tile * KEYS, n = min_size(KEYS, head.end - at);
                 struct tile tile = {.at = at, .n = n, .shown_j = fill_shown(&head, at, n, room->shown_j)};
-                pack_keys(head.k_sd + at * d, n, d, room->k_t);
-                pack_keys(head.v_sd + at * d, n, d, room->v_t);
-                int k_is_finite = want_dq ? pack_values(head.k_sd + at * d, n, d, room->k, KEYS) : 1;
+                pack_keys(head.k_sd + at * head.k_ld, head.k_ld, n, d, room->k_t);
+                pack_keys(head.v_sd + at * head.v_ld, head.v_ld, n, d, room->v_t);
+                int k_is_finite = want_dq ? pack_values(head.k_sd + at * head.k_ld, head.k_ld, n, d, room->k, KEYS) : 1;
                 if (block_dkv) {
                     memset(room->dk_jd, 0, KEYS * d_panels * sizeof(real));
                     memset(room->dv_jd, 0, KEYS * d_panels * sizeof(real));
@@ -301,8 +307,8 @@ static void backward_piece(const struct backward *of, ptrdiff_t b, ptrdiff_t h0,
                 }
                 for (ptrdiff_t j = 0; j < n && block_dkv; j++)
                     for (ptrdiff_t c = 0; c < d; c++) {
-                        dk_sd[(at + j) * d + c] = room->dk_jd[j * d_panels + c] * (real)sizes->scale;
-                        dv_sd[(at + j) * d + c] = room->dv_jd[j * d_panels + c];
+                        dk_sd[(at + j) * dk_ld + c] = room->dk_jd[j * d_panels + c] * (real)sizes->scale;
+                        dv_sd[(at + j) * dv_ld + c] = room->dv_jd[j * d_panels + c];
                     }
             }
             if (!head.index_tk || (!want_dq && part > 0)) continue;
@@ -313,13 +319,15 @@ static void backward_piece(const struct backward *of, ptrdiff_t b, ptrdiff_t h0,
                 backward_index(of, &head, at_block, h, i0, i1, want_dq, dk_sd, dv_sd, dbias, room);
             }
             if (dk_sd)
-                for (ptrdiff_t c = 0; c < block->source * d; c++) dk_sd[c] *= (real)sizes->scale;
+                for (ptrdiff_t j = 0; j < block->source; j++)
+                    for (ptrdiff_t c = 0; c < d; c++) dk_sd[j * dk_ld + c] *= (real)sizes->scale;
         }
     }
     if (!want_dq) return;
     for (ptrdiff_t h = h0; h < h1; h++) {
-        real *dq_td = of->dq_bhtd + (b * sizes->heads + h) * sizes->length * d;
-        for (ptrdiff_t c = i0 * d; c < i1 * d; c++) dq_td[c] *= (real)sizes->scale;
+        real *dq_td = head_rows(of->dq, b, h);
+        for (ptrdiff_t i = i0; i < i1; i++)
+            for (ptrdiff_t c = 0; c < d; c++) dq_td[i * of->dq->stride[2] + c] *= (real)sizes->scale;
     }
 }
 static ptrdiff_t common_divisor(ptrdiff_t a, ptrdiff_t b) { return b ? common_divisor(b, a % b) : a; }
@@ -336,12 +344,20 @@ static int heads_lie_apart(const struct mt_block *block, const struct mt_attenti
     return apart >= reach;
 }
 
-/* dout_bhtd, out_bhtd, lse_bht, q_bhtd and blocks read; dq_bhtd and the blocks' dk, dv written, dbias accumulated.
+/* x (batch, heads, n, d) = 0 */
+static void zero_rows(const struct mt_rows *x, ptrdiff_t batch, ptrdiff_t heads, ptrdiff_t n, ptrdiff_t d) {
+#pragma omp parallel for num_threads(mt_team(batch * heads, (double)batch * heads * n * d / VL)) schedule(static)
+    for (ptrdiff_t at = 0; at < batch * heads; at++) {
+        real *x_nd = head_rows(x, at / heads, at % heads);
+        for (ptrdiff_t i = 0; i < n; i++) memset(x_nd + i * x->stride[2], 0, d * sizeof(real));
+    }
+}
+
+/* dout, out, q (B, H, T, D), lse (B, H, T) and blocks read; dq (B, H, T, D) and the blocks' dk, dv written, dbias accumulated.
  * -1: no workspace. */
-static int attention_backward(const void *dout, const void *out, const void *lse, const void *q, const struct mt_block *blocks,
-                              const struct mt_attention_sizes *sizes, void *dq) {
+static int attention_backward(const struct mt_rows *dout, const struct mt_rows *out, const void *lse, const struct mt_rows *q,
+                              const struct mt_block *blocks, const struct mt_attention_sizes *sizes, const struct mt_rows *dq) {
     ptrdiff_t batch = sizes->batch, heads = sizes->heads, length = sizes->length, d = sizes->d, rows = batch * heads * length;
-    const real *dout_bhtd = dout, *out_bhtd = out;
     double scores = attention_scores(blocks, sizes), work = scores * (10.0 * d / VL + 10);
     /* A unit is the least run of heads that shares no kv head of any block with another. With dbias, a unit takes all batch
      * rows, and where the heads' parts of a dbias are one memory, one unit takes everything: the order of adding is fixed. */
@@ -366,15 +382,18 @@ static int attention_backward(const void *dout, const void *out, const void *lse
     if (!workspace) return -1;
     real *delta_bht = workspace + room * team;
     for (ptrdiff_t at = 0; at < sizes->n_blocks; at++)
-        if (blocks[at].dk) {
-            size_t bytes = (size_t)batch * blocks[at].kv_heads * blocks[at].source * d * sizeof(real);
-            memset(blocks[at].dk, 0, bytes);
-            memset(blocks[at].dv, 0, bytes);
+        if (blocks[at].dk.at) {
+            zero_rows(&blocks[at].dk, batch, blocks[at].kv_heads, blocks[at].source, d);
+            zero_rows(&blocks[at].dv, batch, blocks[at].kv_heads, blocks[at].source, d);
         }
-    memset(dq, 0, (size_t)rows * d * sizeof(real));
-#pragma omp parallel for num_threads(mt_team(rows, 2.0 * rows * d)) schedule(static)
-    for (ptrdiff_t row = 0; row < rows; row++) delta_bht[row] = row_dot(dout_bhtd + row * d, out_bhtd + row * d, d);
-    struct backward of = {dout, q, lse, delta_bht, blocks, sizes, dq, queries};
+    zero_rows(dq, batch, heads, length, d);
+#pragma omp parallel for num_threads(mt_team(batch * heads, 2.0 * rows * d)) schedule(static)
+    for (ptrdiff_t at = 0; at < batch * heads; at++) {
+        const real *dout_td = head_rows(dout, at / heads, at % heads), *out_td = head_rows(out, at / heads, at % heads);
+        for (ptrdiff_t i = 0; i < length; i++)
+            delta_bht[at * length + i] = row_dot(dout_td + i * dout->stride[2], out_td + i * out->stride[2], d);
+    }
+    struct backward of = {dout, q, dq, lse, delta_bht, blocks, sizes, queries};
 #pragma omp parallel for num_threads(team) schedule(dynamic)
     for (ptrdiff_t at = 0; at < pieces * cuts * (split ? 2 : 1); at++) {
         struct backward_room mine;

@@ -95,13 +95,13 @@ struct few_room {
 
 /* The rows of keys and values at [at, at + n) of the bank, or those that query i picks there. Where a slot picks none, it stands
  * for another and is not shown; a tile in which nothing is shown has n = 0. */
-static struct tile few_tile(const struct head *head, ptrdiff_t i, ptrdiff_t at, ptrdiff_t n, ptrdiff_t d, struct few_room *room) {
+static struct tile few_tile(const struct head *head, ptrdiff_t i, ptrdiff_t at, ptrdiff_t n, struct few_room *room) {
     struct tile tile = {.at = at, .n = n};
     if (!head->index_tk) {
         for (ptrdiff_t j = 0; j < round_up(n, 4 * VL); j++) {
             ptrdiff_t row = at + min_size(j, n - 1);
-            room->k_j[j] = head->k_sd + row * d;
-            room->v_j[j] = head->v_sd + row * d;
+            room->k_j[j] = head->k_sd + row * head->k_ld;
+            room->v_j[j] = head->v_sd + row * head->v_ld;
         }
         tile.shown_j = fill_shown(head, at, n, room->shown_j);
         return tile;
@@ -118,8 +118,8 @@ static struct tile few_tile(const struct head *head, ptrdiff_t i, ptrdiff_t at, 
     if (some < 0) return (struct tile){.at = at, .n = 0};
     for (ptrdiff_t j = 0; j < round_up(n, 4 * VL); j++) {
         int64_t row = room->shown_j[j] ? rows_j[j] : some;
-        room->k_j[j] = head->k_sd + row * d;
-        room->v_j[j] = head->v_sd + row * d;
+        room->k_j[j] = head->k_sd + row * head->k_ld;
+        room->v_j[j] = head->v_sd + row * head->v_ld;
     }
     return tile;
 }
@@ -153,19 +153,21 @@ enum { FEW_ROOM = (sizeof(struct few_room) + sizeof(real) - 1) / sizeof(real) };
 
 /* Row `row` from its parts, `apart` reals from tile to tile: o (d_room), top, total. so_far_d (d_room,) is room for the sum. */
 static void few_finish(const struct mt_attention_sizes *sizes, const real *parts, ptrdiff_t tiles, ptrdiff_t apart, real *so_far_d, ptrdiff_t row,
-                       real *out, real *lse) {
+                       const struct mt_rows *out, real *lse) {
     ptrdiff_t d_room = round_up(sizes->d, VL);
     struct part so_far = {-INFINITY, 0, so_far_d};
     memset(so_far_d, 0, d_room * sizeof(real));
     for (ptrdiff_t at_tile = 0; at_tile < tiles; at_tile++, parts += apart)
         if (parts[d_room + 1] != 0) merge_part(&so_far, parts[d_room], parts[d_room + 1], parts, sizes->d);
-    finish_row(sizes, so_far.top, so_far.total, so_far_d, row, out, lse);
+    ptrdiff_t head = row / sizes->length, i = row % sizes->length;
+    real *out_d = head_rows(out, head / sizes->heads, head % sizes->heads) + i * out->stride[2];
+    finish_row(sizes, so_far.top, so_far.total, so_far_d, out_d, lse ? lse + row : NULL);
 }
 
 /* As attention(), for at most FEW_MOST queries of each of the `group` heads together that read one kv head. A span's size
  * does not show in the result: every tile's part is kept apart until all are there. */
-static int attention_few(const real *q_bhtd, const struct mt_block *blocks, const struct mt_attention_sizes *sizes, real *out, real *lse,
-                         ptrdiff_t group, double work) {
+static int attention_few(const struct mt_rows *q, const struct mt_block *blocks, const struct mt_attention_sizes *sizes,
+                         const struct mt_rows *out, real *lse, ptrdiff_t group, double work) {
     ptrdiff_t d = sizes->d, d_room = round_up(d, VL), heads = sizes->heads, length = sizes->length;
     ptrdiff_t units = sizes->batch * (heads / group), rows = group * length, tiles = 0;
     for (ptrdiff_t at_block = 0; at_block < sizes->n_blocks; at_block++) tiles += div_up(blocks[at_block].width, KEYS);
@@ -189,7 +191,10 @@ static int attention_few(const real *q_bhtd, const struct mt_block *blocks, cons
             ptrdiff_t at_unit = piece / spans, span = piece % spans, b = at_unit / (heads / group), h0 = at_unit % (heads / group) * group;
             ptrdiff_t row0 = (b * heads + h0) * length, at_tile = 0, first = tiles * span / spans, last = tiles * (span + 1) / spans;
             real *parts = workspace + (spans > 1 ? at_unit : mt_thread_id()) * of_unit;
-            for (ptrdiff_t c = 0; c < rows * d; c++) q_id[c] = q_bhtd[row0 * d + c] * factor;
+            for (ptrdiff_t r = 0; r < rows; r++) {
+                const real *q_d = head_rows(q, b, h0 + r / length) + r % length * q->stride[2];
+                for (ptrdiff_t c = 0; c < d; c++) q_id[r * d + c] = q_d[c] * factor;
+            }
             for (ptrdiff_t at_block = 0; at_block < sizes->n_blocks; at_block++)
                 for (ptrdiff_t at = 0; at < blocks[at_block].width; at += KEYS, at_tile++) {
                     if (at_tile < first || at_tile >= last) continue;
@@ -208,7 +213,7 @@ static int attention_few(const real *q_bhtd, const struct mt_block *blocks, cons
                         if (blocks[at_block].index) end = blocks[at_block].width, begin = 0;
                         ptrdiff_t n = end <= at || begin >= at + KEYS ? 0 : min_size(KEYS, end - at);
                         struct tile tile = {.at = at};
-                        if (n) tile = few_tile(&asking[0].head, asking[0].i, at, n, d, room);
+                        if (n) tile = few_tile(&asking[0].head, asking[0].i, at, n, room);
                         if (tile.n) few_parts(sizes, asking, nq, at_block, &tile, q_id + r0 * d, room, of_tile, part);
                         for (int i = 0; i < nq; i++) {
                             of_tile[i].o_d[d_room] = tile.n ? of_tile[i].top : -INFINITY;

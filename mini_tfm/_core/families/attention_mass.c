@@ -24,7 +24,7 @@ static void mass_weights(real *s_j, ptrdiff_t lo, ptrdiff_t hi, real lse) {
 }
 
 /* Keys [at, at + n) of batch row b, which every query of every head may see. mass_j (n,) written. */
-static void mass_of_tile(const real *q_bhtd, const struct mt_block *block, const struct mt_attention_sizes *sizes, const real *lse_bht,
+static void mass_of_tile(const struct mt_rows *q, const struct mt_block *block, const struct mt_attention_sizes *sizes, const real *lse_bht,
                          const uint8_t *asking_t, ptrdiff_t b, ptrdiff_t at, ptrdiff_t n, real *mass_j, struct mass_room *room) {
     ptrdiff_t d = sizes->d, length = sizes->length;
     real sum_j[KEYS] = {0};
@@ -33,7 +33,7 @@ static void mass_of_tile(const real *q_bhtd, const struct mt_block *block, const
         ptrdiff_t row0 = (b * sizes->heads + h) * length;
         struct tile tile = {.at = at, .n = min_size(n, head.end - at), .shown_j = fill_shown(&head, at, n, room->shown_j)};
         if (tile.n <= 0) break;
-        if (h % (sizes->heads / block->kv_heads) == 0) pack_keys(head.k_sd + at * d, tile.n, d, room->k_t);
+        if (h % (sizes->heads / block->kv_heads) == 0) pack_keys(head.k_sd + at * head.k_ld, head.k_ld, tile.n, d, room->k_t);
         for (ptrdiff_t i0 = 0; i0 < length; i0 += ROWS) {
             ptrdiff_t rows = min_size(ROWS, length - i0);
             struct span spans[ROWS / MR];
@@ -41,7 +41,7 @@ static void mass_of_tile(const real *q_bhtd, const struct mt_block *block, const
             for (ptrdiff_t r = 0; r < rows; r += MR) spans[r / MR] = strip_span(&head, &tile, i0 + r, i0 + min_size(rows, r + MR));
             for (ptrdiff_t r = 0; r < rows; r++) some |= asking_t[i0 + r] && spans[r / MR].hi;
             if (!some) continue;
-            pack_queries(q_bhtd + (row0 + i0) * d, rows, d, (real)(sizes->scale * LOG2_E), room->q_di);
+            pack_queries(head_rows(q, b, h) + i0 * q->stride[2], q->stride[2], rows, d, (real)(sizes->scale * LOG2_E), room->q_di);
             rows_scores(rows, spans, d, room->q_di, room->k_t, room->s_ij);
             for (ptrdiff_t r = 0; r < rows; r++) {
                 real *s_j = room->s_ij + r * KEYS, lse = lse_bht[row0 + i0 + r];
@@ -57,7 +57,7 @@ static void mass_of_tile(const real *q_bhtd, const struct mt_block *block, const
 }
 
 /* The same of an index block, whose queries pick rows anywhere: the whole batch row. mass_s (S,) zeroed. */
-static void mass_of_index(const real *q_bhtd, const struct mt_block *block, const struct mt_attention_sizes *sizes, const real *lse_bht,
+static void mass_of_index(const struct mt_rows *q, const struct mt_block *block, const struct mt_attention_sizes *sizes, const real *lse_bht,
                           const uint8_t *asking_t, ptrdiff_t b, real *mass_s, struct mass_room *room) {
     ptrdiff_t d = sizes->d, width = block->width;
     for (ptrdiff_t h = 0; h < sizes->heads; h++) {
@@ -65,10 +65,11 @@ static void mass_of_index(const real *q_bhtd, const struct mt_block *block, cons
         for (ptrdiff_t i = 0; i < sizes->length; i++) {
             ptrdiff_t row = (b * sizes->heads + h) * sizes->length + i;
             if (!asking_t[i] || lse_bht[row] == -INFINITY) continue;
-            for (ptrdiff_t c = 0; c < d; c++) room->q_d[c] = q_bhtd[row * d + c] * (real)(sizes->scale * LOG2_E);
+            const real *q_d = head_rows(q, b, h) + i * q->stride[2];
+            for (ptrdiff_t c = 0; c < d; c++) room->q_d[c] = q_d[c] * (real)(sizes->scale * LOG2_E);
             for (ptrdiff_t at = 0; at < width; at += KEYS) {
                 ptrdiff_t n = min_size(KEYS, width - at);
-                struct tile tile = few_tile(&head, i, at, n, d, room->few);
+                struct tile tile = few_tile(&head, i, at, n, room->few);
                 if (!tile.n) continue;
                 few_scores(1, 4, room->few->k_j, n, d, room->q_d, room->s_ij);
                 finish_scores(&head, &tile, i, 0, n, room->s_ij);
@@ -80,8 +81,8 @@ static void mass_of_index(const real *q_bhtd, const struct mt_block *block, cons
     }
 }
 
-/* q_bhtd (B, H, T, D), one block, lse_bht (B, H, T), asking_bt (B, T) read; mass_bs (B, S) written. -1: no workspace. */
-static int attention_mass(const void *q, const struct mt_block *block, const struct mt_attention_sizes *sizes, const void *lse,
+/* q (B, H, T, D), one block, lse_bht (B, H, T), asking_bt (B, T) read; mass_bs (B, S) written. -1: no workspace. */
+static int attention_mass(const struct mt_rows *q, const struct mt_block *block, const struct mt_attention_sizes *sizes, const void *lse,
                           const uint8_t *asking_bt, void *mass) {
     ptrdiff_t source = block->source, tiles = block->index ? 1 : div_up(source, KEYS), pieces = sizes->batch * tiles;
     real *mass_bs = mass;

@@ -21,20 +21,22 @@ _Static_assert(ROWS % MR == 0 && ROWS % VL == 0 && KEYS % (4 * VL) == 0, "ROWS a
 /* One head of one batch row reading one block. */
 struct head {
     const struct mt_block *block;
-    const real *k_sd, *v_sd; /* (S, D) */
+    const real *k_sd, *v_sd; /* (S, D), rows k_ld and v_ld apart */
     const uint8_t *valid_s;  /* (S,) or NULL */
     const int64_t *index_tk; /* (T, K) or NULL */
     const real *bias;        /* of query 0 and key 0, or NULL; strides in block->bias_stride */
     ptrdiff_t end;           /* rows from here on are hidden: S or the row's length */
-    ptrdiff_t b, kv;
+    ptrdiff_t k_ld, v_ld, b, kv;
 };
 
 static struct head head_of(const struct mt_block *block, const struct mt_attention_sizes *sizes, ptrdiff_t b, ptrdiff_t h) {
-    ptrdiff_t kv = h / (sizes->heads / block->kv_heads), bank = (b * block->kv_heads + kv) * block->source * sizes->d;
+    ptrdiff_t kv = h / (sizes->heads / block->kv_heads);
     return (struct head){
         .block = block,
-        .k_sd = (const real *)block->k + bank,
-        .v_sd = (const real *)block->v + bank,
+        .k_sd = head_rows(&block->k, b, kv),
+        .v_sd = head_rows(&block->v, b, kv),
+        .k_ld = block->k.stride[2],
+        .v_ld = block->v.stride[2],
         .valid_s = block->valid ? block->valid + b * block->source : NULL,
         .index_tk = block->index ? block->index + (b * sizes->heads + h) * sizes->length * block->width : NULL,
         .bias = block->bias ? (const real *)block->bias + b * block->bias_stride[0] + h * block->bias_stride[1] : NULL,
@@ -145,15 +147,15 @@ struct tile {
     int v_is_finite;
 };
 
-/* to (panels, D, NR) = from (n, D) transposed; keys from n up to a multiple of NR are zeros. */
-static void pack_keys(const real *from, ptrdiff_t n, ptrdiff_t d, real *to) {
-    for (ptrdiff_t j = 0; j < n; j += NR) pack_transposed(from + j * d, d, min_size(NR, n - j), d, to + j * d, NR, NR);
+/* to (panels, D, NR) = from (n, D; ld) transposed; keys from n up to a multiple of NR are zeros. */
+static void pack_keys(const real *from, ptrdiff_t ld, ptrdiff_t n, ptrdiff_t d, real *to) {
+    for (ptrdiff_t j = 0; j < n; j += NR) pack_transposed(from + j * ld, ld, min_size(NR, n - j), d, to + j * d, NR, NR);
 }
 
-/* to (panels, rows_room, NR) = from (n, D), zeros beyond D. Are all of them finite? x - x is NaN where not. */
-static int pack_values(const real *from, ptrdiff_t n, ptrdiff_t d, real *to, ptrdiff_t rows_room) {
+/* to (panels, rows_room, NR) = from (n, D; ld), zeros beyond D. Are all of them finite? x - x is NaN where not. */
+static int pack_values(const real *from, ptrdiff_t ld, ptrdiff_t n, ptrdiff_t d, real *to, ptrdiff_t rows_room) {
     vec bad0 = all(0), bad1 = all(0);
-    for (ptrdiff_t j = 0; j < n; j++, from += d) { /* in the order of memory */
+    for (ptrdiff_t j = 0; j < n; j++, from += ld) { /* in the order of memory */
         ptrdiff_t c = 0;
         for (; c + NR <= d; c += NR) {
             vec x0 = load(from + c), x1 = load(from + c + VL);
@@ -199,23 +201,23 @@ INLINE void transpose_vectors(vec x[VL]) {
 #endif
 }
 
-/* to (strips, D, MR) = factor * from (rows, D) in strips of MR rows; rows past the last are zeros. A column is written as whole
+/* to (strips, D, MR) = factor * from (rows, D; ld) in strips of MR rows; rows past the last are zeros. A column is written as whole
  * vectors: what they spill over it is written again with the next one, after the last there must be room for it. */
-static void pack_queries(const real *from, ptrdiff_t rows, ptrdiff_t d, real factor, real *to) {
+static void pack_queries(const real *from, ptrdiff_t ld, ptrdiff_t rows, ptrdiff_t d, real factor, real *to) {
     enum { SQUARES = (MR * sizeof(real) + VECTOR_BYTES - 1) / VECTOR_BYTES };
-    for (ptrdiff_t i = 0; i < rows; i += MR, from += MR * d, to += MR * d) {
+    for (ptrdiff_t i = 0; i < rows; i += MR, from += MR * ld, to += MR * d) {
         ptrdiff_t n = min_size(MR, rows - i), p = 0;
         for (; p + VL <= d; p += VL) {
             vec x[SQUARES][VL];
             for (ptrdiff_t g = 0; g < SQUARES; g++) {
-                for (ptrdiff_t r = 0; r < VL; r++) x[g][r] = g * VL + r < n ? load(from + (g * VL + r) * d + p) * factor : all(0);
+                for (ptrdiff_t r = 0; r < VL; r++) x[g][r] = g * VL + r < n ? load(from + (g * VL + r) * ld + p) * factor : all(0);
                 transpose_vectors(x[g]);
             }
             for (ptrdiff_t l = 0; l < VL; l++)
                 for (ptrdiff_t g = 0; g < SQUARES; g++) store(to + (p + l) * MR + g * VL, x[g][l]);
         }
         for (; p < d; p++)
-            for (ptrdiff_t r = 0; r < MR; r++) to[p * MR + r] = r < n ? from[r * d + p] * factor : 0;
+            for (ptrdiff_t r = 0; r < MR; r++) to[p * MR + r] = r < n ? from[r * ld + p] * factor : 0;
     }
 }
 
@@ -398,15 +400,13 @@ static __attribute__((noinline)) real row_weights(real *s_j, ptrdiff_t lo, ptrdi
     return sum_lanes(total);
 }
 
-/* out_d, lse of row `row` from what all tiles gave. lse_bht may be NULL. */
-static void finish_row(const struct mt_attention_sizes *sizes, real top, real total, const real *o_d, ptrdiff_t row, real *out_bhtd,
-                       real *lse_bht) {
+/* out_d and lse, or NULL, of a row from what all tiles gave. */
+static void finish_row(const struct mt_attention_sizes *sizes, real top, real total, const real *o_d, real *out_d, real *lse) {
     real share = total == 0 ? 0 : (real)(1 / (total * (1 - sizes->dropout))); /* 0: the query sees no key */
-    real *out_d = out_bhtd + row * sizes->d;
     ptrdiff_t c = 0;
     for (; c + VL <= sizes->d; c += VL) store(out_d + c, load(o_d + c) * share);
     for (; c < sizes->d; c++) out_d[c] = o_d[c] * share;
-    if (lse_bht) lse_bht[row] = total == 0 ? -INFINITY : (real)(top * LN_2 + log(total));
+    if (lse) *lse = total == 0 ? -INFINITY : (real)(top * LN_2 + log(total));
 }
 
 /* ---- dropout ---- */

@@ -105,11 +105,9 @@ static int sinusoidal_positions(void *out, ptrdiff_t n, ptrdiff_t d_model) {
     return 0;
 }
 
-/* x_bhtd (B, H, T, D), D even, positions (T,) or (B, T) read; y_bhtd written. Pairs (i, i + D/2). -1: no workspace. */
-static int rotary(const void *x, const int64_t *positions, int positions_per_row, double base, int inverse, void *y, ptrdiff_t batch,
-                  ptrdiff_t heads, ptrdiff_t length, ptrdiff_t d) {
-    const real *x_bhtd = x;
-    real *y_bhtd = y;
+/* x (B, H, T, D), D even, positions (T,) or (B, T) read; y (B, H, T, D) written. Pairs (i, i + D/2). -1: no workspace. */
+static int rotary(const struct mt_rows *x, const int64_t *positions, int positions_per_row, double base, int inverse,
+                  const struct mt_rows *y, ptrdiff_t batch, ptrdiff_t heads, ptrdiff_t length, ptrdiff_t d) {
     ptrdiff_t half = d / 2, n_positions = (positions_per_row ? batch : 1) * length;
     if (!batch || !heads || !length || !half) return 0;
     /* 1: cos and sin once a position, for all heads: turns_p2i (positions, 2, D/2) */
@@ -138,10 +136,10 @@ static int rotary(const void *x, const int64_t *positions, int positions_per_row
     ptrdiff_t n = batch * heads * length;
 #pragma omp parallel for num_threads(mt_team(n, 1.5 * n * d)) schedule(static)
     for (ptrdiff_t row = 0; row < n; row++) {
-        ptrdiff_t b = row / (heads * length), t = row % length;
+        ptrdiff_t b = row / (heads * length), h = row / length % heads, t = row % length;
         const real *restrict cos_i = turns_p2i + (positions_per_row ? b * length + t : t) * d, *restrict sin_i = cos_i + half;
-        const real *restrict from = x_bhtd + row * d;
-        real *restrict to = y_bhtd + row * d;
+        const real *restrict from = head_rows(x, b, h) + t * x->stride[2];
+        real *restrict to = head_rows(y, b, h) + t * y->stride[2];
         for (ptrdiff_t i = 0; i < half; i++) {
             to[i] = from[i] * cos_i[i] - from[half + i] * sin_i[i];
             to[half + i] = from[half + i] * cos_i[i] + from[i] * sin_i[i];
@@ -150,16 +148,4 @@ static int rotary(const void *x, const int64_t *positions, int positions_per_row
     free(turns_p2i);
     free(frequency_i);
     return 0;
-}
-
-/* x (B, T, H, D) read, y (B, H, T, D) written: heads that lie side by side in a row come to lie one after the other. */
-static void swap_heads(const void *x_, void *y_, ptrdiff_t batch, ptrdiff_t length, ptrdiff_t heads, ptrdiff_t d) {
-    const real *x_bthd = x_;
-    real *y_bhtd = y_;
-    ptrdiff_t n = batch * heads * length;
-#pragma omp parallel for num_threads(mt_team(n, 1.5 * n * d)) schedule(static)
-    for (ptrdiff_t row = 0; row < n; row++) {
-        ptrdiff_t b = row / (heads * length), h = row / length % heads, t = row % length;
-        memcpy(y_bhtd + row * d, x_bthd + ((b * length + t) * heads + h) * d, d * sizeof(real));
-    }
 }

@@ -62,7 +62,6 @@ const struct mt_kernels TABLE = {
     .embedding_backward = embedding_backward,
     .sinusoidal_positions = sinusoidal_positions,
     .rotary = rotary,
-    .swap_heads = swap_heads,
     .cross_entropy = cross_entropy,
     .cross_entropy_backward = cross_entropy_backward,
     .linear_cross_entropy = linear_cross_entropy,
