@@ -51,7 +51,7 @@ def attention(q, k, v, *, bias=None, causal=False, window=None, lengths=None, sc
     Args:
         q: (B, H, T, D) queries.
         k: (B, Hkv, S, D) keys; Hkv divides H, and head h reads kv head h // (H // Hkv).
-        v: (B, Hkv, S, D) values.
+        v: (B, Hkv, S, D) values. q, k and v may have any strides if a row of D lies together; the result is laid out as q is.
         bias: added to the scores, broadcastable to (B, H, T, S); read where it lies and never expanded, so a view of any
             strides costs nothing. -inf hides a key.
         causal: query i sees key j only if j <= i + S - T: the last query sees the last key.

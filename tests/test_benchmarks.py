@@ -99,6 +99,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(MODULES["model"].TrainingStepAgainstTorch, "pairs", 1)
     monkeypatch.setattr(MODULES["training"].StepAgainstTorch, "pairs", 1)
     monkeypatch.setattr(MODULES["training"], "COMPILE", False)
+    monkeypatch.setattr(MODULES["characters"], "STEPS", 2)
     monkeypatch.setattr(MODULES["segments"].Recomputed, "pairs", 1)
     monkeypatch.setattr(MODULES["tape"], "REPEATS", 1)
     for name in ("BATCH", "SEGMENT"):

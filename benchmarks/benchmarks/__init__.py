@@ -6,6 +6,7 @@
     attention.py  attention, forward and backward; its peak memory at 16,384 tokens
     model.py      encode, generate, a training step
     training.py   a training step of three sizes and of a recurrent memory, beside PyTorch
+    characters.py the loss that a character model reaches on real text, here and in PyTorch
     tape.py       what the tape costs an operation
     segments.py   backpropagation through many segments, kept and computed again: time and peak memory
     memory.py     each memory: reading a stream, training through segments
