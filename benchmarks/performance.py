@@ -1,6 +1,6 @@
 """Writes docs/performance.md: what was wanted, what was got, and every comparison behind it.
 
-    python benchmarks/performance.py --out docs/performance.md        # about ten minutes, on an idle machine
+    python benchmarks/performance.py --out docs/performance.md        # about three quarters of an hour, on an idle machine
     python benchmarks/performance.py --quick --only attention,gemm    # three pairs each, to the terminal
 
 The tasks, and how they are timed, are those of the asv suite in benchmarks/benchmarks: see common.py there.
@@ -24,7 +24,7 @@ if str(FOLDER) not in sys.path:
 import numpy as np  # noqa: E402
 from benchmarks.common import PAIRS, Ratio, Side, Workers, relative_error  # noqa: E402
 
-from benchmarks import attention, kernels, machine  # noqa: E402
+from benchmarks import attention, kernels, machine, training  # noqa: E402
 
 MIB = 2**20
 IDLE = 5  # percent of a processor that others may use, beyond which the page says so
@@ -123,6 +123,8 @@ def of_weights(dtype, most):
     return lambda row: dtype in row.label and "top" not in row.label and int(row.label.split()[0]) <= most
 
 
+PEAK_RAM = "peak RAM"
+STEPS_WANTED = dict(zip(training.ROWS, (1.35, 2.0, 1.25, 2.2, 1.2, 1.35, 2.0), strict=True))
 ROWS_IN_CACHE = kernels.Softmax.params[0][:-1]
 ROWS_BEYOND = kernels.Softmax.params[0][-1:]
 SHAPE = "B x H x T x S x D"
@@ -300,6 +302,23 @@ def sections():
             ("", ""),
         ),
         Section(
+            "steps",
+            "A step of training",
+            "The same model from the same weights on the same batches, with AdamW, in PyTorch: eager with its fused AdamW, or the loss"
+            " compiled, whichever is quicker. That both have the same losses is tests/train/test_peers.py. Of the last rows the peak of"
+            " the whole process, torch's eager, after three steps.",
+            [],
+            [
+                *(
+                    Figure(f"A step, {name}", wanted, which=lambda row, name=name: row.label == name)
+                    for name, wanted in STEPS_WANTED.items()
+                ),
+                Figure("Peak RAM of the process at d 256: torch's over ours, each", 1.0, which=by(PEAK_RAM)),
+            ],
+            ("model, batch", "torch's way"),
+            step_rows,
+        ),
+        Section(
             "memory",
             "Peak memory of attention at 16,384 tokens",
             "What a process grows by at its largest beyond inputs and outputs, for 1 x 1 x 16384 x 16384 x 64, a thread.",
@@ -313,6 +332,31 @@ def sections():
 
 def searched(size):
     return f"{size[3]}, {size[0]} {'query' if size[0] == 1 else 'queries'}"
+
+
+def step_rows(n_threads, pairs=5):
+    rows = []
+    for name in training.ROWS:
+        with Workers() as workers:  # new processes each time: a peer's caches of memory are not to count for another model
+            sides = [Side(training.Step, name, library) for library in ("mini_tfm", "torch")]
+            try:
+                ratio, hows, _ = workers.compare(*sides, n_threads, pairs)
+            except NotImplementedError as error:
+                rows.append(Row(name, "torch", None, note=f"left out: {error}"))
+                continue
+            spent = [f"{1e3 * seconds:.4g} ms" for seconds in (ratio.ours, ratio.theirs)]
+            rows.append(Row(name, "torch", ratio.median, ratio, *spent, note=hows[1]))
+    for name in training.ROWS:
+        if not name.startswith("d 256"):
+            continue
+        try:
+            ours, theirs = (training.peak_in_a_process(name, library, n_threads) for library in ("mini_tfm", "torch"))
+        except NotImplementedError:
+            continue
+        ratio = Ratio(theirs / ours, theirs / ours, theirs / ours, ours, theirs, 1)
+        spent = [f"{peak / 1e6:.0f} MB" for peak in (ours, theirs)]
+        rows.append(Row(f"{PEAK_RAM}: {name}", "torch", theirs / ours, ratio, *spent, note="eager"))
+    return rows
 
 
 def memory_rows(n_threads):

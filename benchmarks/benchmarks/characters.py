@@ -46,8 +46,11 @@ def mini_tfm(vocabulary, steps):
 def torch(vocabulary, steps):
     torch = library("torch")
     model = TorchModel(torch, new_model(vocabulary), 0.0)
-    decays = {name: w.ndim > 1 for name, w in model.w.items()}
-    groups = [{"params": [w for name, w in model.w.items() if decays[name] == kind], "weight_decay": DECAY * kind} for kind in (True, False)]
+    parameters = list(model.w.values())
+    groups = [
+        {"params": [w for w in parameters if w.ndim > 1], "weight_decay": DECAY},
+        {"params": [w for w in parameters if w.ndim == 1], "weight_decay": 0.0},
+    ]
     adamw = torch.optim.AdamW(groups, lr=RATE, betas=BETAS, eps=EPS, fused=True)
     warm_up = min(WARM_UP, steps)
 
@@ -60,7 +63,7 @@ def torch(vocabulary, steps):
         adamw.zero_grad()
         loss = model.loss(None, torch.from_numpy(target))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.w.values(), CLIP)
+        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
         adamw.step()
         schedule.step()
         return float(loss.detach())

@@ -4,11 +4,13 @@ The two start from the same weights and see the same batches; without dropout th
 its own masks at the same places: embeddings, attention weights, hidden layers, sublayers' outputs.
 """
 
+import resource
+
 import numpy as np
 
 import mini_tfm as mt
 
-from .common import LIBRARIES, _AgainstTorch, _Task, relative_error
+from .common import LIBRARIES, Workers, _AgainstTorch, _Task, relative_error
 
 RATE, BETAS, EPS = 1e-3, (0.9, 0.98), 1e-9
 STEPS = 5  # whose losses are compared
@@ -119,6 +121,24 @@ class Step(_Task):
         except Exception:  # no compiler: eager is the best there is
             del ways[how]
         return ways
+
+
+def peak_of_steps(name, library):
+    """Bytes of RAM that this process has had at most, after three steps; of torch's eager ones."""
+    global COMPILE
+    COMPILE = False  # a compiler's RAM is another matter
+    ways = Step().ways(name, library)
+    for _ in range(3):
+        next(iter(ways.values()))()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peak_in_a_process(name, library, n_threads):
+    worker = Workers.start(n_threads)
+    try:
+        return worker.ask("run", peak_of_steps, name, library)
+    finally:
+        worker.close()
 
 
 class StepAgainstTorch(_AgainstTorch):
