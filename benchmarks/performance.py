@@ -1,7 +1,8 @@
 """Writes docs/performance.md: what was wanted, what was got, and every comparison behind it.
 
-    python benchmarks/performance.py --out docs/performance.md        # about three quarters of an hour, on an idle machine
+    python benchmarks/performance.py --out docs/performance.md        # a quarter of an hour, on an idle machine
     python benchmarks/performance.py --quick --only attention,gemm    # three pairs each, to the terminal
+    python benchmarks/performance.py --only steps --out docs/performance-training.md    # half an hour
 
 The tasks, and how they are timed, are those of the asv suite in benchmarks/benchmarks: see common.py there.
 """
@@ -548,6 +549,7 @@ def disturbance(others):
 
 def page(chosen, threads, found, of_machine, command, began, took, pairs):
     counts = " and ".join(map(str, threads))
+    pairs = max([row.ratio.pairs for each in found.values() for row in each.rows if row.ratio], default=pairs)
     parts = [
         "# Performance",
         "What was wanted, what was measured, and every comparison behind it: one command writes this page, and the"
@@ -599,7 +601,8 @@ def main(arguments=None):
     names = [section.name for section in sections()]
     parser.add_argument("--out", type=Path, help="the page; default: standard output")
     parser.add_argument("--quick", action="store_true", help="three pairs each: to see that it runs, not to be believed")
-    parser.add_argument("--only", default=",".join(names), help=f"sections, with commas between: {','.join(names)}")
+    usual = ",".join(name for name in names if name != "steps")  # which takes twice as long as all others together
+    parser.add_argument("--only", default=usual, help=f"sections, with commas between: {','.join(names)}; default: all but steps")
     parser.add_argument("--threads", default="1,2", help="numbers of threads, with commas between")
     options = parser.parse_args(arguments)
     unknown = set(options.only.split(",")) - set(names)
