@@ -3,7 +3,7 @@
 A twin has the name, the signature, the checks and the errors of the kernel it stands for; it computes in float64 and
 returns the dtype it was given. One file a family:
 
-    linear       gemm                               embedding   token rows, positions, heads apart
+    linear       gemm                               embedding   token rows, sinusoidal and rotary positions
     packed       packed weights, products with them
     softmax      softmax, log_softmax, backward     loss        cross entropy, forward and backward
     norm         layer_norm, rms_norm, backward     optimizer   adamw, sum_of_squares
