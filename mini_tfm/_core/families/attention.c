@@ -8,7 +8,7 @@
 struct piece_room {
     real *k_t, *v;     /* a tile */
     real *q_di;        /* (rows_room / MR, D, MR), and a vector more that packing writes over */
-    real *s_ij;        /* (ROWS, KEYS) */
+    real *s_ij;        /* (ROWS, SCORES_LD) */
     real *o_id;        /* (rows_room, d_room) */
     real *top_i, *total_i; /* (rows_room,) */
     lane *shown_j;     /* (KEYS,) */
@@ -19,7 +19,7 @@ struct piece_room {
 /* In reals, a multiple of a cache line. room NULL: only counted. */
 static size_t piece_room_at(real *work, ptrdiff_t queries, ptrdiff_t d, struct piece_room *room) {
     ptrdiff_t d_room = round_up(d, VL), d_panels = round_up(d, NR), rows = round_up(queries, ROWS);
-    ptrdiff_t sizes[] = {KEYS * d, KEYS * d_panels, rows * d + VL, ROWS * KEYS, rows * d_room + VL, rows, rows, KEYS, FEW_ROOM, d_room, d_room};
+    ptrdiff_t sizes[] = {KEYS * d, KEYS * d_panels, rows * d + VL, ROWS * SCORES_LD, rows * d_room + VL, rows, rows, KEYS, FEW_ROOM, d_room, d_room};
     real *at[sizeof sizes / sizeof sizes[0]];
     size_t total = share_out(work, sizes, sizeof sizes / sizeof sizes[0], at);
     if (room)
@@ -27,7 +27,7 @@ static size_t piece_room_at(real *work, ptrdiff_t queries, ptrdiff_t d, struct p
     return total;
 }
 
-/* o_id (rows, ld) = o shrink + (p v) grow for one panel of the values, each strip over its span. p_ij (rows, KEYS). */
+/* o_id (rows, ld) = o shrink + (p v) grow for one panel of the values, each strip over its span. p_ij (rows, SCORES_LD). */
 static void values_panel(ptrdiff_t rows, int vectors, const struct span *span, const real *p_ij, const real *v_jc, const real *shrink_i,
                          const real *grow_i, real *o_id, ptrdiff_t ld) {
 #define VALUES_(rows_, vectors_)                                                                                  \
@@ -35,7 +35,7 @@ static void values_panel(ptrdiff_t rows, int vectors, const struct span *span, c
         vec sum[MR][2];                                                                                           \
         _Pragma("GCC unroll 16") for (int i = 0; i < rows_; i++)                                                  \
             _Pragma("GCC unroll 2") for (int j = 0; j < vectors_; j++) sum[i][j] = all(0);                        \
-        panel_product(rows_, vectors_, span->hi - span->lo, p_ij + span->lo, KEYS, 1, v_jc + span->lo * NR, sum); \
+        panel_product(rows_, vectors_, span->hi - span->lo, p_ij + span->lo, SCORES_LD, 1, v_jc + span->lo * NR, sum); \
         _Pragma("GCC unroll 16") for (int i = 0; i < rows_; i++)                                                  \
             _Pragma("GCC unroll 2") for (int j = 0; j < vectors_; j++) {                                          \
                 real *o = o_id + i * ld + j * VL;                                                                 \
@@ -49,7 +49,7 @@ static void values_panel(ptrdiff_t rows, int vectors, const struct span *span, c
         else                        \
             VALUES_(rows_, 1);      \
     } while (0)
-    for (; rows > 0; rows -= MR, span++, p_ij += MR * KEYS, shrink_i += MR, grow_i += MR, o_id += MR * ld)
+    for (; rows > 0; rows -= MR, span++, p_ij += MR * SCORES_LD, shrink_i += MR, grow_i += MR, o_id += MR * ld)
         if (span->hi) FOR_STRIP(rows, VALUES);
 #undef VALUES
 #undef VALUES_
@@ -62,7 +62,7 @@ static void values_panel_careful(ptrdiff_t rows, int vectors, const struct span 
         for (int l = 0; l < vectors; l++) {
             vec sum = all(0);
             for (ptrdiff_t j = spans[i / MR].lo; j < spans[i / MR].hi; j++)
-                if (p_ij[i * KEYS + j] != 0) sum += p_ij[i * KEYS + j] * load(v_jc + j * NR + l * VL);
+                if (p_ij[i * SCORES_LD + j] != 0) sum += p_ij[i * SCORES_LD + j] * load(v_jc + j * NR + l * VL);
             real *o = o_id + i * ld + l * VL;
             store(o, merged(load(o), all(shrink_i[i]), sum, all(grow_i[i])));
         }
@@ -84,12 +84,12 @@ static void rows_with_tile(const struct head *head, const struct tile *tile, con
     /* 2: maxima of all rows first, for a row's exponentials wait for its maximum */
     for (ptrdiff_t r = rows; r < ROWS; r++) tile_top_i[r] = -INFINITY, tile_total_i[r] = 0;
     for (ptrdiff_t r = 0; r < rows; r++)
-        tile_top_i[r] = ceil(finish_scores(head, tile, i0 + from + r, spans[r / MR].lo, spans[r / MR].hi, room->s_ij + r * KEYS));
+        tile_top_i[r] = ceil(finish_scores(head, tile, i0 + from + r, spans[r / MR].lo, spans[r / MR].hi, room->s_ij + r * SCORES_LD));
     for (ptrdiff_t r = 0; r < rows; r++)
-        tile_total_i[r] = row_weights(room->s_ij + r * KEYS, spans[r / MR].lo, spans[r / MR].hi, row_shift_of(tile_top_i[r]));
+        tile_total_i[r] = row_weights(room->s_ij + r * SCORES_LD, spans[r / MR].lo, spans[r / MR].hi, row_shift_of(tile_top_i[r]));
     if (sizes->dropout > 0)
         for (ptrdiff_t r = 0; r < rows; r++)
-            row_drop(draw_of_row(sizes, at_block, row0 + i0 + from + r), tile->at, spans[r / MR].lo, spans[r / MR].hi, room->s_ij + r * KEYS);
+            row_drop(draw_of_row(sizes, at_block, row0 + i0 + from + r), tile->at, spans[r / MR].lo, spans[r / MR].hi, room->s_ij + r * SCORES_LD);
     /* 3: by what the sums so far shrink under the new maxima, and those of the tile */
     real *top_i = room->top_i + from, *total_i = room->total_i + from;
     for (ptrdiff_t r = 0; r < ROWS; r += VL) {

@@ -24,7 +24,7 @@ struct backward_room {
     real *dk_jd, *dv_jd;          /* (KEYS + MR, d_panels) */
     real *q_di, *dout_di;         /* (queries / MR, D, MR) and a vector more */
     real *q_ic, *dout_ic;         /* (d_panels / NR, queries, NR) */
-    real *p_ij, *ds_ij;           /* (queries, KEYS) */
+    real *p_ij, *ds_ij;           /* (queries, SCORES_LD) */
     real *corner;                 /* (MR, NR) */
     lane *shown_j;                /* (KEYS,) */
     struct few_room *few;
@@ -35,7 +35,7 @@ struct backward_room {
 static size_t backward_room_at(real *work, ptrdiff_t queries, ptrdiff_t d, struct backward_room *room) {
     ptrdiff_t d_panels = round_up(d, NR);
     ptrdiff_t sizes[] = {KEYS * d, KEYS * d, KEYS * d_panels, (KEYS + MR) * d_panels, (KEYS + MR) * d_panels, queries * d + VL, queries * d + VL,
-                         queries * d_panels, queries * d_panels, (queries + MR) * KEYS, (queries + MR) * KEYS, MR * NR, KEYS, FEW_ROOM, d_panels};
+                         queries * d_panels, queries * d_panels, (queries + MR) * SCORES_LD, (queries + MR) * SCORES_LD, MR * NR, KEYS, FEW_ROOM, d_panels};
     real *at[sizeof sizes / sizeof sizes[0]];
     size_t total = share_out(work, sizes, sizeof sizes / sizeof sizes[0], at);
     if (room)
@@ -79,17 +79,17 @@ static void add_dq(ptrdiff_t rows, ptrdiff_t d, const struct span *spans, const 
     for (ptrdiff_t c = 0; c < d; c += NR)
         for (ptrdiff_t i = 0; i < rows; i += MR) {
             struct span span = spans[i / MR];
-            const real *a = ds_ij + i * KEYS + span.lo, *b = k_jc + c * KEYS + span.lo * NR;
+            const real *a = ds_ij + i * SCORES_LD + span.lo, *b = k_jc + c * KEYS + span.lo * NR;
             ptrdiff_t m = min_size(MR, rows - i);
             if (!span.hi) continue;
             if (careful)
-                add_panel_careful(m, span.hi - span.lo, a, KEYS, 1, b, dq_id + i * ld + c, ld, d - c);
+                add_panel_careful(m, span.hi - span.lo, a, SCORES_LD, 1, b, dq_id + i * ld + c, ld, d - c);
             else
-                add_panel(m, span.hi - span.lo, a, KEYS, 1, b, dq_id + i * ld + c, ld, d - c, corner);
+                add_panel(m, span.hi - span.lo, a, SCORES_LD, 1, b, dq_id + i * ld + c, ld, d - c, corner);
         }
 }
 
-/* dk_jd (n, ld) += ds^T q, or dv += p^T dout: a_ij (rows, KEYS), b_ic (d_panels / NR, queries, NR). A strip of keys takes in the
+/* dk_jd (n, ld) += ds^T q, or dv += p^T dout: a_ij (rows, SCORES_LD), b_ic (d_panels / NR, queries, NR). A strip of keys takes in the
  * strips of queries that see any of it; what those do not see is zero in a_ij. */
 static void add_dkv(ptrdiff_t rows, ptrdiff_t n, ptrdiff_t d, const struct span *spans, const real *a_ij, const real *b_ic, ptrdiff_t queries,
                     real *c_jd, ptrdiff_t ld, int careful) {
@@ -101,17 +101,17 @@ static void add_dkv(ptrdiff_t rows, ptrdiff_t n, ptrdiff_t d, const struct span 
         ptrdiff_t k = min_size(to * MR, rows) - from;
         if (k <= 0) continue;
         for (ptrdiff_t c = 0; c < d; c += NR) {
-            const real *a = a_ij + from * KEYS + j, *b = b_ic + c * queries + from * NR;
+            const real *a = a_ij + from * SCORES_LD + j, *b = b_ic + c * queries + from * NR;
             real *to_jc = c_jd + j * ld + c;
 #define ADD(rows_)                                               \
     do {                                                         \
         if (d - c > VL)                                          \
-            panel_to(rows_, 2, k, a, 1, KEYS, b, to_jc, ld, 1);  \
+            panel_to(rows_, 2, k, a, 1, SCORES_LD, b, to_jc, ld, 1);  \
         else                                                     \
-            panel_to(rows_, 1, k, a, 1, KEYS, b, to_jc, ld, 1);  \
+            panel_to(rows_, 1, k, a, 1, SCORES_LD, b, to_jc, ld, 1);  \
     } while (0)
             if (careful)
-                add_panel_careful(m, k, a, 1, KEYS, b, to_jc, ld, ld - c);
+                add_panel_careful(m, k, a, 1, SCORES_LD, b, to_jc, ld, ld - c);
             else
                 FOR_STRIP(m, ADD);
 #undef ADD
@@ -206,15 +206,15 @@ static void backward_tile(const struct backward *of, const struct head *head, co
     int some_hidden = 0;
     for (ptrdiff_t r = 0; r < rows; r++) {
         struct span span = spans[r / MR];
-        real *p_j = room->p_ij + r * KEYS, *ds_j = room->ds_ij + r * KEYS;
+        real *p_j = room->p_ij + r * SCORES_LD, *ds_j = room->ds_ij + r * SCORES_LD;
         if (span.hi)
             some_hidden |= finish_gradients(of, head, tile, at_block, i0 + r, row0 + i0 + r, span.lo, span.hi, p_j, ds_j,
                                             dbias ? dbias + (i0 + r) * head->block->dbias_stride[2] : NULL);
         if (!want_dkv) continue;
         memset(p_j, 0, span.lo * sizeof(real));
         memset(ds_j, 0, span.lo * sizeof(real));
-        memset(p_j + span.hi, 0, (KEYS - span.hi) * sizeof(real));
-        memset(ds_j + span.hi, 0, (KEYS - span.hi) * sizeof(real));
+        memset(p_j + span.hi, 0, (tile->n - span.hi) * sizeof(real));
+        memset(ds_j + span.hi, 0, (tile->n - span.hi) * sizeof(real));
     }
     /* 3: dQ, dK, dV; their scale is brought in at the end */
     if (want_dq)
@@ -288,8 +288,8 @@ static void backward_piece(const struct backward *of, ptrdiff_t b, ptrdiff_t h0,
                 pack_keys(head.v_sd + at * head.v_ld, head.v_ld, n, d, room->v_t);
                 int k_is_finite = want_dq ? pack_values(head.k_sd + at * head.k_ld, head.k_ld, n, d, room->k, KEYS) : 1;
                 if (block_dkv) {
-                    memset(room->dk_jd, 0, KEYS * d_panels * sizeof(real));
-                    memset(room->dv_jd, 0, KEYS * d_panels * sizeof(real));
+                    memset(room->dk_jd, 0, n * d_panels * sizeof(real));
+                    memset(room->dv_jd, 0, n * d_panels * sizeof(real));
                 }
                 for (ptrdiff_t h = kv_h0; h < kv_h0 + group; h++) {
                     head = head_of(block, sizes, b, h);

@@ -109,7 +109,7 @@ static struct tile few_tile(const struct head *head, ptrdiff_t i, ptrdiff_t at, 
     const int64_t *rows_j = head->index_tk + i * head->block->width + at;
     int64_t some = -1;
     tile.shown_j = room->shown_j;
-    for (ptrdiff_t j = 0; j < KEYS; j++) {
+    for (ptrdiff_t j = 0; j < round_up(n, 4 * VL); j++) {
         int64_t row = j < n ? rows_j[j] : -1;
         int shown = row >= 0 && row < head->end && (!head->valid_s || head->valid_s[row]);
         room->shown_j[j] = shown ? -1 : 0;

@@ -4,14 +4,14 @@
  * the threads. Scores are those of the forward, bit for bit. */
 
 struct mass_room {
-    real *k_t, *q_di, *s_ij, *q_d; /* (KEYS / NR, D, NR), (ROWS / MR, D, MR) and a vector more, (ROWS, KEYS), (D,) */
+    real *k_t, *q_di, *s_ij, *q_d; /* (KEYS / NR, D, NR), (ROWS / MR, D, MR) and a vector more, (ROWS, SCORES_LD), (D,) */
     lane *shown_j;
     struct few_room *few;
 };
 
 /* In reals, a multiple of a cache line. room NULL: only counted. */
 static size_t mass_room_at(real *work, ptrdiff_t d, struct mass_room *room) {
-    ptrdiff_t sizes[] = {KEYS * d, ROWS * d + VL, ROWS * KEYS, d, KEYS, FEW_ROOM};
+    ptrdiff_t sizes[] = {KEYS * d, ROWS * d + VL, ROWS * SCORES_LD, d, KEYS, FEW_ROOM};
     real *at[sizeof sizes / sizeof sizes[0]];
     size_t total = share_out(work, sizes, sizeof sizes / sizeof sizes[0], at);
     if (room) *room = (struct mass_room){at[0], at[1], at[2], at[3], (lane *)at[4], (struct few_room *)at[5]};
@@ -44,7 +44,7 @@ static void mass_of_tile(const struct mt_rows *q, const struct mt_block *block, 
             pack_queries(head_rows(q, b, h) + i0 * q->stride[2], q->stride[2], rows, d, (real)(sizes->scale * LOG2_E), room->q_di);
             rows_scores(rows, spans, d, room->q_di, room->k_t, room->s_ij);
             for (ptrdiff_t r = 0; r < rows; r++) {
-                real *s_j = room->s_ij + r * KEYS, lse = lse_bht[row0 + i0 + r];
+                real *s_j = room->s_ij + r * SCORES_LD, lse = lse_bht[row0 + i0 + r];
                 struct span span = spans[r / MR];
                 if (!asking_t[i0 + r] || !span.hi || lse == -INFINITY) continue;
                 finish_scores(&head, &tile, i0 + r, span.lo, span.hi, s_j);

@@ -11,8 +11,10 @@
  *
  * Scores are in units of the binary logarithm: 1 / ln 2 is part of the scale that queries are multiplied with. */
 
-/* Keys of a tile; queries whose scores against it stay in L1: whole strips and whole vectors. */
-enum { KEYS = 128, ROWS = VL == 16 ? 48 : 24, ROWS_AHEAD = 4 };
+/* Keys of a tile; queries whose scores against it stay near: whole strips and whole vectors. The wider a tile, the rarer a merge,
+ * and 256 keys are 1 to 5 % faster than 128; with vectors of 64 bytes neither could be measured. Rows of scores lie SCORES_LD apart:
+ * at a power of two the first halves of all rows would share a half of L1. */
+enum { KEYS = VECTOR_BYTES == 64 ? 128 : 256, SCORES_LD = KEYS + NR, ROWS = VL == 16 ? 48 : 24, ROWS_AHEAD = 4 };
 _Static_assert(ROWS % MR == 0 && ROWS % VL == 0 && KEYS % (4 * VL) == 0, "ROWS and KEYS are cut into strips and vectors");
 
 #define LOG2_E 1.44269504088896340736
@@ -119,17 +121,17 @@ INLINE void panel_to(const int rows, const int vectors, ptrdiff_t k, const real 
             call(STRIP_STEP);                  \
     } while (0)
 
-/* s_ij (rows, ld KEYS) = q k^T for one panel of keys, strip after strip; q_di (strips, D, MR). */
+/* s_ij (rows, SCORES_LD) = q k^T for one panel of keys, strip after strip; q_di (strips, D, MR). */
 static void scores_panel(ptrdiff_t rows, int vectors, ptrdiff_t d, const real *q_di, const real *k_dj, real *s_ij) {
 #define SCORES(rows_)                                                      \
     do {                                                                   \
         if (vectors == 2)                                                  \
-            panel_to(rows_, 2, d, q_di, 1, MR, k_dj, s_ij, KEYS, 0);       \
+            panel_to(rows_, 2, d, q_di, 1, MR, k_dj, s_ij, SCORES_LD, 0);       \
         else                                                               \
-            panel_to(rows_, 1, d, q_di, 1, MR, k_dj, s_ij, KEYS, 0);       \
+            panel_to(rows_, 1, d, q_di, 1, MR, k_dj, s_ij, SCORES_LD, 0);       \
     } while (0)
-    for (; rows >= MR && vectors == 2; rows -= MR, q_di += MR * d, s_ij += MR * KEYS) panel_to(MR, 2, d, q_di, 1, MR, k_dj, s_ij, KEYS, 0);
-    for (; rows > 0; rows -= MR, q_di += MR * d, s_ij += MR * KEYS) FOR_STRIP(rows, SCORES);
+    for (; rows >= MR && vectors == 2; rows -= MR, q_di += MR * d, s_ij += MR * SCORES_LD) panel_to(MR, 2, d, q_di, 1, MR, k_dj, s_ij, SCORES_LD, 0);
+    for (; rows > 0; rows -= MR, q_di += MR * d, s_ij += MR * SCORES_LD) FOR_STRIP(rows, SCORES);
 #undef SCORES
 }
 
@@ -224,7 +226,7 @@ static void pack_queries(const real *from, ptrdiff_t ld, ptrdiff_t rows, ptrdiff
 /* shown_j (KEYS,) of rows [at, at + n) of the head's bank. */
 static const lane *fill_shown(const struct head *head, ptrdiff_t at, ptrdiff_t n, lane *shown_j) {
     if (!head->valid_s) return NULL;
-    for (ptrdiff_t j = 0; j < KEYS; j++) shown_j[j] = j < n && head->valid_s[at + j] ? -1 : 0;
+    for (ptrdiff_t j = 0; j < round_up(n, 4 * VL); j++) shown_j[j] = j < n && head->valid_s[at + j] ? -1 : 0;
     return shown_j;
 }
 
@@ -238,7 +240,7 @@ static struct span strip_span(const struct head *head, const struct tile *tile, 
     return lo < hi ? (struct span){lo / NR * NR, hi} : (struct span){0, 0};
 }
 
-/* s_ij (rows, KEYS) = q k^T, each strip of queries over its span. */
+/* s_ij (rows, SCORES_LD) = q k^T, each strip of queries over its span. */
 static void rows_scores(ptrdiff_t rows, const struct span *spans, ptrdiff_t d, const real *q_di, const real *k_t, real *s_ij) {
     ptrdiff_t lo = KEYS, hi = 0, strips = div_up(rows, MR);
     for (ptrdiff_t strip = 0; strip < strips; strip++) {
@@ -250,7 +252,7 @@ static void rows_scores(ptrdiff_t rows, const struct span *spans, ptrdiff_t d, c
         ptrdiff_t from = 0, to = strips;
         while (from < to && spans[from].hi <= j) from++;
         while (from < to && spans[to - 1].lo > j) to--;
-        scores_panel(min_size(to * MR, rows) - from * MR, hi - j > VL ? 2 : 1, d, q_di + from * MR * d, k_t + j * d, s_ij + from * MR * KEYS + j);
+        scores_panel(min_size(to * MR, rows) - from * MR, hi - j > VL ? 2 : 1, d, q_di + from * MR * d, k_t + j * d, s_ij + from * MR * SCORES_LD + j);
     }
 }
 
@@ -286,10 +288,10 @@ static real row_scores(real *s_j, ptrdiff_t lo, ptrdiff_t hi, const real *bias_j
     return max_lanes(top);
 }
 
-/* The same for KEYS scores of which all are seen, bias_j NULL or of stride 1: the loop that the time goes into. */
-INLINE real row_scores_plain(real *s_j, const real *bias_j) {
+/* The same for n scores, pairs of vectors, of which all are seen, bias_j NULL or of stride 1: the loop that the time goes into. */
+INLINE real row_scores_plain(real *s_j, ptrdiff_t n, const real *bias_j) {
     vec top[2] = {all(-INFINITY), all(-INFINITY)};
-    for (ptrdiff_t j = 0; j < KEYS; j += 2 * VL)
+    for (ptrdiff_t j = 0; j < n; j += 2 * VL)
         for (int l = 0; l < 2; l++) {
             vec s = load(s_j + j + l * VL);
             if (bias_j) {
@@ -327,7 +329,7 @@ INLINE struct row_view view_of_row(const struct head *head, const struct tile *t
 }
 
 INLINE int sees_whole_tile(const struct row_view *view, const struct tile *tile) {
-    return view->first <= 0 && view->last == KEYS && !tile->shown_j;
+    return view->first <= 0 && view->last == tile->n && tile->n % (2 * VL) == 0 && !tile->shown_j;
 }
 
 /* Query i's scores [lo, hi) against the tile, s_j as they come from the product: masked, biased. Returns their maximum. */
@@ -335,7 +337,7 @@ static real finish_scores(const struct head *head, const struct tile *tile, ptrd
     struct row_view view = view_of_row(head, tile, i);
     if (!sees_whole_tile(&view, tile) || (view.bias_j && view.bias_stride != 1))
         return row_scores(s_j, lo, hi, view.bias_j, view.bias_stride, view.first, view.last, tile->shown_j);
-    return view.bias_j ? row_scores_plain(s_j, view.bias_j) : row_scores_plain(s_j, NULL);
+    return view.bias_j ? row_scores_plain(s_j, hi, view.bias_j) : row_scores_plain(s_j, hi, NULL);
 }
 
 #if REAL_IS_DOUBLE

@@ -24,23 +24,23 @@ struct rows {
     ptrdiff_t ld, count, columns;
 };
 
-/* Brings a share of them into L2. */
-static void fetch_rows(struct rows rows, ptrdiff_t share, ptrdiff_t shares) {
-    for (ptrdiff_t row = share * rows.count / shares; row < (share + 1) * rows.count / shares; row++)
-        for (ptrdiff_t j = 0; j < rows.columns; j += LINE) __builtin_prefetch(rows.at + row * rows.ld + j, 0, 2);
+/* Brings the first `count` of them, as far as there are any, into L2. */
+INLINE void fetch_rows(struct rows *rows, ptrdiff_t count) {
+    for (; count && rows->count; count--, rows->count--, rows->at += rows->ld)
+        for (ptrdiff_t j = 0; j < rows->columns; j += LINE) __builtin_prefetch(rows->at + j, 0, 2);
 }
 
 /* to (m, NR; ld_to) = a panel's product, or from (m, NR; ld_from) plus it, in strips of even height: a thin last one would
- * wait for its own chains. With a_col 0 the strips are packed one after the other, MR apart over k. Meanwhile a share of
- * the rows that are read next is fetched. */
+ * wait for its own chains. With a_col 0 the strips are packed one after the other, MR apart over k. With each of them go
+ * `each` of the rows that are read next. */
 static void micro_strips(ptrdiff_t m, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *panel, const real *from,
-                         ptrdiff_t ld_from, real *to, ptrdiff_t ld_to, struct rows next, ptrdiff_t share, ptrdiff_t shares) {
+                         ptrdiff_t ld_from, real *to, ptrdiff_t ld_to, struct rows *next, ptrdiff_t each) {
     ptrdiff_t strips = div_up(m, MR), rows = m / strips, taller = m % strips;
     for (ptrdiff_t strip = 0, i = 0; strip < strips; strip++) {
         ptrdiff_t here = rows + (strip < taller);
         if (ld_to != NR && i + 2 * here <= m) /* the lines of C that the next strip will write */
             for (ptrdiff_t r = here; r < 2 * here; r++) __builtin_prefetch(to + (i + r) * ld_to, 1);
-        fetch_rows(next, share * strips + strip, shares * strips);
+        fetch_rows(next, each);
         const real *strip_a = a_col ? a + i * a_row : a + strip * k * MR;
         ptrdiff_t row = a_col ? a_row : 1, col = a_col ? a_col : MR;
         if (from)
@@ -134,12 +134,13 @@ static void gemm_piece(const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const re
                     ptrdiff_t m_next = min_size(MC, m1 - i1), k_next = min_size(KC, ks - k1);
                     const real *at = a + i1 * a_row + (s0 + k1) * a_col;
                     struct rows next = a_col == 1 ? (struct rows){at, a_row, m_next, k_next} : (struct rows){at, a_col, k_next, m_next};
+                    ptrdiff_t each = div_up(next.count, div_up(columns, NR) * div_up(m, MR));
                     for (ptrdiff_t j = 0; j < columns; j += NR) {
                         const real *panel = packed_b + j * ks + k0 * NR;
                         int packed = k0 || (first && j >= whole);
                         const real *start = packed ? sums + j * m : first ? first + j : NULL;
                         micro_strips(m, kc, from, a_row, a_col == 1, panel, start, packed ? NR : ld_first, j < direct ? to + j : sums + j * m,
-                                     j < direct ? ldc : NR, next, j / NR, div_up(columns, NR));
+                                     j < direct ? ldc : NR, &next, each);
                     }
                 }
                 for (ptrdiff_t r = 0; r < m && direct < columns; r++) {
