@@ -45,7 +45,10 @@ class Batch:
 
 
 def fields(batch: Batch) -> tuple[Any, ...]:
-    """A batch as the arguments of `Trainer.step`."""
+    """A batch as the arguments of `Trainer.step`. Data gives them as it likes: InvalidType where one is something else."""
+    if not isinstance(batch, Batch):
+        remedy = "mini_tfm.train.Batch(source, target) of token ids (rows, segments, length)"
+        raise InvalidType(f"batch: expected a {remedy}, got {type(batch).__name__}")
     return batch.source, batch.target, batch.source_lengths, batch.target_lengths, batch.weights, batch.begins
 
 

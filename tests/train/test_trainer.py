@@ -221,6 +221,14 @@ def test_a_step_gives_the_loss_before_it():
     assert trainer.evaluate(batch) < before
 
 
+def test_what_is_no_batch_is_named():
+    trainer, batch = trainer_of(), stream(0)
+    pair = (batch.source, batch.target)
+    for call in (trainer.evaluate, trainer.weight_of, lambda pair: trainer.fit(lambda step: pair, 1, progress=False)):
+        with pytest.raises(InvalidType, match=r"batch: expected a mini_tfm.train.Batch\(source, target\).*, got tuple"):
+            call(pair)
+
+
 def test_label_smoothing_is_for_training_alone():
     model = tiny_model("pre norm")
     batch = stream(0)
