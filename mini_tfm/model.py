@@ -210,10 +210,12 @@ class Transformer:
         sight = _Sight(valid, at, rows=m, causal=True, written=text)
         for i in range(self.config.n_decoder_layers):
             name = f"decoder.{i}."
-            attend = functools.partial(
-                self._self_attention, w, name + "attention", site="decoder", layer=i, sight=sight, run=run, dropout=dropout, cache=cache
-            )
-            x = self._sublayer(w, name + "attention", x, attend, dropout)
+            # Rows that are written behind the text are read in front of it: of the last layer they are keys, nobody asks for outputs.
+            last = i == self.config.n_decoder_layers - 1
+            skip = m if last and cache is None and n_back == m and not run.wants_mass() else 0
+            attend = functools.partial(self._self_attention, w, name + "attention", site="decoder", layer=i, sight=sight, run=run)
+            attend = functools.partial(attend, dropout=dropout, cache=cache, skip=skip)
+            x = self._sublayer(w, name + "attention", x, attend, dropout, skip)
             if encoded is not None:
                 attend = functools.partial(
                     self._cross_attention, w, name + "cross", encoded=encoded, layer=i, sight=sight, run=run, dropout=dropout, cache=cache
@@ -245,11 +247,12 @@ class Transformer:
 
     # Sections 3.2 to 3.4: attention, feed-forward, embeddings
 
-    def _sublayer(self, w: Weights, name: str, x: Array, sublayer: Callable[[Array], Array], dropout: Dropout) -> Array:
-        """norm(x + f(x)), or with pre-norm x + f(norm(x))."""
+    def _sublayer(self, w: Weights, name: str, x: Array, sublayer: Callable[[Array], Array], dropout: Dropout, skip: int = 0) -> Array:
+        """norm(x + f(x)), or with pre-norm x + f(norm(x)); f leaves out the first `skip` rows."""
+        kept = x[:, skip:] if skip else x
         if self.config.norm_position == "pre":
-            return x + dropout(sublayer(self._norm(w, name + "_norm", x)), name)
-        return self._norm(w, name + "_norm", x + dropout(sublayer(x), name))
+            return kept + dropout(sublayer(self._norm(w, name + "_norm", x)), name)
+        return self._norm(w, name + "_norm", kept + dropout(sublayer(x), name))
 
     def _norm(self, w: Weights, name: str, x: Array) -> Array:
         return ops.norm(x, w[name + ".weight"], w.get(name + ".bias"), self.config.norm_eps, self.config.norm)
@@ -291,14 +294,16 @@ class Transformer:
         run: MemoryRun,
         dropout: Dropout,
         cache: KVCache | None = None,
+        skip: int = 0,
     ) -> Array:
-        q, k, v = (self._heads(w, f"{name}.{part}", x) for part in "qkv")
-        at = sight.at
-        free_q, q, k = q, self._rotate(q, at), self._rotate(k, at)
+        """Of all rows of x but the first `skip`, which are keys alone."""
+        q, k, v = (self._heads(w, f"{name}.{part}", x[:, skip:] if part == "q" and skip else x) for part in "qkv")
+        at = sight.at[..., skip:]
+        free_q, q, k = q, self._rotate(q, at), self._rotate(k, sight.at)
         if cache:
             k, v = cache.append(layer, k, v)
         blocks = self._own_blocks(w, site, q, k, v, sight)
-        text, asking = slice(sight.rows, sight.rows + sight.text.shape[1]), sight.valid[:, -x.shape[1] :]
+        text, asking = slice(sight.rows, sight.rows + sight.text.shape[1]), sight.valid[:, -q.shape[2] :]
         out = self._with_memory(w, name, site, layer, q, free_q, at, blocks, run, dropout, asking, None if cache else text)
         if cache is None:
             project = lambda rows: (self._heads(w, name + ".k", rows), self._heads(w, name + ".v", rows))  # noqa: E731
@@ -321,8 +326,8 @@ class Transformer:
         q = self._heads(w, name + ".q", x)
         project = lambda: tuple(self._heads(w, f"{name}.{part}", encoded.hidden) for part in "kv")  # noqa: E731
         k, v = cache.cross(layer, project) if cache else project()
-        blocks, asking = [Block(k, v, valid=encoded.valid)], sight.valid[:, -x.shape[1] :]
-        out = self._with_memory(w, name, "cross", layer, q, q, sight.at, blocks, run, dropout, asking, slice(encoded.n_rows, None))
+        blocks, asking, at = [Block(k, v, valid=encoded.valid)], sight.valid[:, -x.shape[1] :], sight.at[..., -x.shape[1] :]
+        out = self._with_memory(w, name, "cross", layer, q, q, at, blocks, run, dropout, asking, slice(encoded.n_rows, None))
         return self._linear(w, name + ".o", _merge_heads(out))
 
     def _own_blocks(self, w: Weights, site: str, q: Array, k: Array, v: Array, sight: _Sight) -> list[Block]:
@@ -341,7 +346,7 @@ class Transformer:
                     k if whole else k[:, :, part],
                     v if whole else v[:, :, part],
                     valid=np.ascontiguousarray(sight.valid[:, part]),
-                    bias=self._dense_bias(w, site, sight.at[:, part], sight.at, None)
+                    bias=self._dense_bias(w, site, sight.at[:, part], sight.at[:, -n_queries:], None)
                     if ragged
                     else self._distance_bias(w, site, n_queries, stop - start, n_keys - n_queries - start),
                     causal=start == m,

@@ -1,5 +1,7 @@
 """Memory tokens: what carries from segment to segment is what the last layer made of them, and nothing else."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -97,3 +99,36 @@ def test_it_takes_part_at_one_site_only():
     assert reader.run.begin("encoder") == []
     (rows,) = reader.run.begin("decoder")
     assert rows.where == "around" and rows.values.shape == (1, 2, 8)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("positions", ["sinusoidal", "learned", "rotary", "relative"])
+@pytest.mark.parametrize("n_encoder_layers", [0, 1])
+def test_the_last_layer_computes_no_rows_that_nobody_asks_for(monkeypatch, positions, n_encoder_layers, ragged):
+    """Those in front, to be read, are keys alone there; whoever asks for the attention received gets theirs, too."""
+    config = mt.Config(
+        vocab_size=29, d_model=8, n_heads=2, n_encoder_layers=n_encoder_layers, n_decoder_layers=2, d_ff=16, positions=positions
+    )
+    model = mt.Transformer(config, seed=1, dtype=np.float64)
+    lengths = np.array([LENGTH, LENGTH - 2 * ragged])
+    rows, feed_forward = [], model._feed_forward
+    monkeypatch.setattr(model, "_feed_forward", lambda w, name, dropout, x: rows.append(x.shape[1]) or feed_forward(w, name, dropout, x))
+    got = []
+    for needs in ([], ["mass"]):
+        memory = mt.memory("recurrent", tokens=3, site="decoder")
+        memory.spec = dataclasses.replace(memory.spec, needs=frozenset(needs))
+        model.add_memory_weights(memory)
+        run = model.start_run(memory, 2)
+        for tokens in SEGMENTS:
+            encoded = None
+            run.open(lengths, tokens)
+            if n_encoder_layers:
+                encoded = model.encode_segment(tokens, lengths, run)
+            hidden = model.decode_segment(tokens, lengths, encoded, run)
+            model.finish_segment(encoded, run)
+            got.append((hidden, run.states[0]["tokens"]))
+    for (hidden, state), (all_hidden, all_state) in zip(got[: len(SEGMENTS)], got[len(SEGMENTS) :], strict=True):
+        np.testing.assert_array_equal(hidden, all_hidden)
+        np.testing.assert_array_equal(state, all_state)
+    each = [LENGTH] * n_encoder_layers
+    assert rows == [*each, LENGTH + 6, LENGTH + 3] * len(SEGMENTS) + (each + [LENGTH + 6] * 2) * len(SEGMENTS)
