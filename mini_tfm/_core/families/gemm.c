@@ -51,20 +51,22 @@ static void micro_strips(ptrdiff_t m, ptrdiff_t k, const real *a, ptrdiff_t a_ro
     }
 }
 
-/* The strips of a transposed A, each (k, MR): what micro_strips reads with a_col 0. Row by row of A, which lie far apart. */
+/* The strips of a transposed A, each (k, MR): what micro_strips reads with a_col 0. Row by row of A, which lie far apart; whole
+ * vectors: what is read past the last column is the next row, what is stored past a strip is written over by it. So the last row is
+ * cut to size. */
 static void pack_strips(const real *a, ptrdiff_t a_col, ptrdiff_t m, ptrdiff_t k, real *to) {
-    ptrdiff_t strips = div_up(m, MR), rows = m / strips, taller = m % strips;
-    for (ptrdiff_t p = 0; p < k; p++) {
-        const real *from = a + p * a_col;
-        real *strip_to = to + p * MR;
-        for (ptrdiff_t i = 0; i < m; i += LINE) __builtin_prefetch(from + AHEAD * a_col + i);
-        for (ptrdiff_t strip = 0, i = 0; strip < strips; strip++, strip_to += k * MR) {
+    ptrdiff_t strips = div_up(m, MR), rows = m / strips, taller = m % strips, apart = k * MR;
+    for (ptrdiff_t p = 0; p < k; p++, a += a_col, to += MR) {
+        for (ptrdiff_t i = 0; i < m; i += LINE) __builtin_prefetch(a + AHEAD * a_col + i);
+        const real *from = a;
+        real *strip_to = to;
+        for (ptrdiff_t strip = 0; strip < strips; strip++, strip_to += apart) {
             ptrdiff_t here = rows + (strip < taller);
-            if (p + 1 < k && i + round_up(MR, VL) <= m) /* what is stored past MR is written over by the next row */
-                for (ptrdiff_t r = 0; r < MR; r += VL) store(strip_to + r, load(from + i + r));
+            if (p + 1 < k)
+                for (ptrdiff_t r = 0; r < MR; r += VL) store(strip_to + r, load(from + r));
             else
-                for (ptrdiff_t r = 0; r < here; r++) strip_to[r] = from[i + r];
-            i += here;
+                memcpy(strip_to, from, here * sizeof(real));
+            from += here;
         }
     }
 }
