@@ -171,6 +171,7 @@ static int attention_few(const struct mt_rows *q, const struct mt_block *blocks,
     ptrdiff_t d = sizes->d, d_room = round_up(d, VL), heads = sizes->heads, length = sizes->length;
     ptrdiff_t units = sizes->batch * (heads / group), rows = group * length, tiles = 0;
     for (ptrdiff_t at_block = 0; at_block < sizes->n_blocks; at_block++) tiles += div_up(blocks[at_block].width, KEYS);
+    work += 2.0 * d * attention_scores(blocks, sizes) / rows; /* reading keys and values: what takes longest where few share it */
     int most = mt_team(1 << 20, work);
     ptrdiff_t spans = units >= 2 * most ? 1 : max_size(1, min_size(tiles, div_up(4 * most, units))), pieces = units * spans;
     int team = mt_team(pieces, work);
