@@ -537,7 +537,7 @@ def section_rows(section, rows):
         factor = row.value / row.ratio.median
         value = number(row.value, "%" if in_percent else "x") if row.value else "**wrong**"
         spread = " to ".join(number(x * factor, "%" if in_percent else "x") for x in (row.ratio.low, row.ratio.high))
-        spread += f" ({row.ratio.pairs} pairs)" * (row.ratio.pairs != usual)
+        spread = "measured once" if row.ratio.pairs == 1 < usual else spread + f" ({row.ratio.pairs} pairs)" * (row.ratio.pairs != usual)
         errors = map(power, (row.error, row.their_error, row.apart))
         lines.append([row.label, row.peer, row.ours, row.theirs, value, spread, *errors, *([row.note] if noted else [])])
     return table(head + [noted] * bool(noted), lines)

@@ -377,6 +377,21 @@ def _short(memory: Memory, name: str) -> str:
     return next((name.removeprefix(prefix) for prefix in parameter_prefixes(memory) if name.startswith(prefix)), name)
 
 
+def recomputing_gives_the_same(trial: Trial) -> None:
+    """Segments that are computed again instead of kept give the same gradients, to the bit."""
+    if not trial.model.config.has_decoder:
+        return
+    tokens, grads = np.moveaxis(random_segments(2, 3), 0, 1), []
+    for recompute in (False, True):
+        single = Trial(trial.make, trial.kind, np.float32)
+        trainer = Trainer(single.model, single.make(), recompute=recompute)
+        trainer.step(tokens if single.model.config.has_encoder else None, tokens)
+        grads.append(trainer.optimizer.grad)
+    kept, again = grads
+    if not np.array_equal(kept, again):
+        raise CheckFailed(f"expected the same gradients, got a difference of {np.max(np.abs(kept - again)):.3g}")
+
+
 def training_resumes(trial: Trial) -> None:
     """Saved and resumed, training goes on with the same bits."""
     if not trial.model.config.has_decoder:
@@ -419,6 +434,7 @@ CHECKS: dict[str, Callable[[Trial], None]] = {
         gradients_are_right,
         gradient_is_as_declared,
         parameters_learn,
+        recomputing_gives_the_same,
         training_resumes,
     )
 }

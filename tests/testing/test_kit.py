@@ -263,6 +263,16 @@ class StuckParameter(Last):
         return changed(view, bank=("hidden", view.bank[1] + state.params["shift"])) if view else None
 
 
+class CountsItsCalls(Last):
+    """Computed again, a segment leaves another state than before."""
+
+    calls = 0
+
+    def write(self, state, site, layer, new):
+        self.calls += 1
+        return super().write(state, site, layer, Evicted(site, layer, new.hidden * self.calls, new.valid, new.positions))
+
+
 class Drifts(Last):
     """Depends on how many were made before it: what is resumed is another one."""
 
@@ -298,6 +308,7 @@ MUTANTS = {
     ForgetsToDifferentiate: "gradients_are_right",
     ParameterWithoutUse: "parameters_learn",
     StuckParameter: "parameters_learn",
+    CountsItsCalls: "recomputing_gives_the_same",
     Drifts: "training_resumes",
 }
 
