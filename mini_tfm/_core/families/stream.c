@@ -4,7 +4,7 @@
  * leaves with every line of the next. */
 
 enum { CHUNK = 16384 / sizeof(real) };
-enum { PAST_CACHES = 32 << 20 }; /* bytes of a result: no less than most last-level caches hold */
+enum { PAST_CACHES = 16 << 20 }; /* bytes of a result: with what it is made of, no less than most last-level caches hold */
 
 struct stream {
     real *to, *chunk;            /* element i of the one becomes element i of the other */
