@@ -3,11 +3,14 @@
  * order. An index block, where each query has keys of its own, takes this way at every length. */
 
 enum { FEW = 4, FEW_MOST = 24 }; /* queries at once; more than FEW_MOST go the other way */
+enum { VALUES_AHEAD = 16 }; /* Rows fetched ahead, and a block of keys: 1.05 to 1.2 times as fast from L3 and memory, for the
+ * processor foresees neither keys that are taken VL rows at a time nor what lies beyond a page. */
 
 /* s_ij (nq, KEYS) = q k^T for keys at k_j (n,), pointers to rows of D, readable to a multiple of groups * VL. q_id (nq, D). nq and
  * groups are constants wherever this is inlined, at least 4 chains together: one waits for its own last step. */
 INLINE void few_scores(const int nq, const int groups, const real *const *k_j, ptrdiff_t n, ptrdiff_t d, const real *q_id, real *s_ij) {
     for (ptrdiff_t j = 0; j < n; j += groups * VL) {
+        const int more = j + groups * VL < n;
         vec sum[FEW][4];
         for (int i = 0; i < nq; i++)
             for (int g = 0; g < groups; g++) sum[i][g] = all(0);
@@ -15,6 +18,7 @@ INLINE void few_scores(const int nq, const int groups, const real *const *k_j, p
         for (; p + VL <= d; p += VL)
             for (int g = 0; g < groups; g++) {
                 vec x[VL];
+                for (ptrdiff_t l = 0; l < VL && more && p % LINE == 0; l++) __builtin_prefetch(k_j[j + (groups + g) * VL + l] + p);
                 for (ptrdiff_t l = 0; l < VL; l++) x[l] = load(k_j[j + g * VL + l] + p);
                 transpose_vectors(x);
                 for (ptrdiff_t l = 0; l < VL; l++)
@@ -38,12 +42,14 @@ INLINE void few_values_columns(const int nq, const int vectors, const real *cons
     vec sum[FEW][8];
     for (int i = 0; i < nq; i++)
         for (int l = 0; l < vectors; l++) sum[i][l] = all(0);
-    for (ptrdiff_t j = 0; j < n; j++)
+    for (ptrdiff_t j = 0; j < n; j++) {
+        for (int l = 0; l < vectors * VL && j + VALUES_AHEAD < n; l += LINE) __builtin_prefetch(v_j[j + VALUES_AHEAD] + c + l);
         for (int i = 0; i < nq; i++) {
             real p = p_ij[i * KEYS + j];
             if (p == 0) continue;
             for (int l = 0; l < vectors; l++) sum[i][l] += p * load(v_j[j] + c + l * VL);
         }
+    }
     for (int i = 0; i < nq; i++)
         for (int l = 0; l < vectors; l++) store(o_id + i * ld + c + l * VL, sum[i][l]);
 }
