@@ -273,6 +273,20 @@ class CountsItsCalls(Last):
         return super().write(state, site, layer, Evicted(site, layer, new.hidden * self.calls, new.valid, new.positions))
 
 
+class ShowsByTurns(Last):
+    """Computed again, the last layer sees other rows than before, which no state tells."""
+
+    def __init__(self):
+        super().__init__()
+        self.spec = MemorySpec(sites=frozenset({"decoder"}), layers=(-1,), capacity=8)
+        self.turns = 0
+
+    def view(self, state, site, layer, segment):
+        self.turns += 1
+        view = super().view(state, site, layer, segment)
+        return changed(view, bank=("hidden", view.bank[1] * self.turns)) if view else None
+
+
 class Drifts(Last):
     """Depends on how many were made before it: what is resumed is another one."""
 
@@ -309,6 +323,7 @@ MUTANTS = {
     ParameterWithoutUse: "parameters_learn",
     StuckParameter: "parameters_learn",
     CountsItsCalls: "recomputing_gives_the_same",
+    ShowsByTurns: "recomputing_gives_the_same",
     Drifts: "training_resumes",
 }
 
