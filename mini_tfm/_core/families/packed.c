@@ -295,7 +295,8 @@ static void packed_sums(const struct mt_packed *w, const struct packed_layout *a
             ptrdiff_t row = w->kind == MT_BFLOAT16 ? VECTOR_BYTES : 2 * VECTOR_BYTES, down = k0 + KC < w->d_in ? k0 + KC : 0;
             const char *next = j + 1 < panels ? from + at->panel + k0 * row : (down ? b : b + panels * at->panel) + down * row;
             struct rows lines = {(const real *)next, LINE, kc * row / 64, LINE};
-            micro_strips(m, kc, x + k0, w->d_in, 1, panel, k0 ? sums + j * m * NR : NULL, NR, sums + j * m * NR, NR, &lines, div_up(lines.count, div_up(m, MR)));
+            real *to = sums + j * m * NR;
+            micro_strips(m, kc, x + k0, w->d_in, 1, panel, k0 ? to : NULL, NR, to, NR, &lines, div_up(lines.count, div_up(m, MR)));
         }
 }
 
