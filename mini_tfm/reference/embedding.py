@@ -5,6 +5,12 @@ import numpy as np
 from mini_tfm.reference import _checks
 
 
+def _frequencies(base, exponents):
+    """base to each power, rounded once: NumPy's own in double may be off by 4 units in the last place, which positions multiply."""
+    with np.errstate(over="ignore"):
+        return (np.longdouble(base) ** exponents).astype(np.float64)
+
+
 def embedding(table, ids):
     """Rows of table (V, d) at ids (...): (..., d)."""
     table, ids = _checks.embedding(table, ids)
@@ -25,7 +31,7 @@ def sinusoidal_positions(n, d_model, dtype=np.float32):
     """The table of arXiv 1706.03762 section 3.5, (n, d_model): sin at even columns, cos at odd, computed in double."""
     n, d_model, dtype = _checks.sinusoidal_positions(n, d_model, dtype)
     column = np.arange(d_model)
-    angle = np.arange(n)[:, None] * 10000.0 ** (-(column - column % 2) / max(d_model, 1))
+    angle = np.arange(n)[:, None] * _frequencies(10000.0, -(column - column % 2) / max(d_model, 1))
     return np.where(column % 2 == 0, np.sin(angle), np.cos(angle)).astype(dtype)
 
 
@@ -38,7 +44,7 @@ def rotary(x, positions, base=10000.0, inverse=False):
     x, positions, base, inverse = _checks.rotary(x, positions, base, inverse)
     d = x.shape[3]
     half = d // 2
-    angle = positions[..., None].astype(np.float64) * base ** (-2.0 * np.arange(half) / max(d, 1))
+    angle = positions[..., None].astype(np.float64) * _frequencies(base, -2.0 * np.arange(half) / max(d, 1))
     cos, sin = np.cos(angle), np.sin(-angle if inverse else angle)
     if positions.ndim == 2:
         cos, sin = cos[:, None], sin[:, None]
