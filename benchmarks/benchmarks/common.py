@@ -36,6 +36,7 @@ PAIRS, ENOUGH, PATIENCE = 15, 5, 12.0  # seconds, beyond which a comparison ends
 REPETITION = 1e-3  # seconds that a repetition takes at least: a tick of the clock and a late interrupt are little in it
 QUIET = 0.012  # seconds: longer than a tick of the kernel, by which it counts the time of other threads
 OPENBLAS_SPINS = "25"  # for 2^25 turns of the clock, 14 ms: longer than anything that lies between two calls in a burst
+NOT_PASSED_ON = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
 FASTER = "times as fast as the peer (its time / ours)"
 
 
@@ -336,11 +337,12 @@ class _Server:
 
 
 class Worker:
-    """A process that computes with so many threads. Its libraries have the settings that they come with."""
+    """A process that computes with so many threads. Its libraries have the settings that they come with: what holds OpenBLAS to the
+    kernels of an older processor is not passed on."""
 
     def __init__(self, n_threads):
         mine, its = Pipe()
-        environment = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+        environment = {name: value for name, value in os.environ.items() if name not in NOT_PASSED_ON}
         environment.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(n_threads)))
         environment["OPENBLAS_THREAD_TIMEOUT"] = OPENBLAS_SPINS
         program = "import sys; sys.path.insert(0, sys.argv[1]); from benchmarks.common import _serve; _serve(int(sys.argv[2]))"

@@ -1,7 +1,9 @@
 """A step of training, forward, backward and AdamW, beside the same model in PyTorch: eager or compiled, whichever is quicker.
 
 The two start from the same weights and see the same batches; without dropout their losses are the same. With it each draws
-its own masks at the same places: embeddings, attention weights, hidden layers, sublayers' outputs.
+its own masks at the same places: embeddings, attention weights, hidden layers, sublayers' outputs. With bfloat16 ours rounds the
+factors of products (`Trainer(bfloat16=True)`), PyTorch runs the loss under its autocast; left out where the processor has no such
+products.
 """
 
 import resource
@@ -9,6 +11,7 @@ import resource
 import numpy as np
 
 import mini_tfm as mt
+from mini_tfm import _core
 
 from .common import LIBRARIES, Workers, _AgainstTorch, _Task, relative_error
 
@@ -17,7 +20,7 @@ STEPS = 5  # whose losses are compared
 COMPILE = True
 
 
-def encoder_decoder(d, layers, heads, d_ff, vocabulary, batch, length, dropout):
+def encoder_decoder(d, layers, heads, d_ff, vocabulary, batch, length, dropout, bfloat16=False):
     config = {
         "d_model": d,
         "n_encoder_layers": layers,
@@ -26,27 +29,31 @@ def encoder_decoder(d, layers, heads, d_ff, vocabulary, batch, length, dropout):
         "d_ff": d_ff,
         "vocab_size": vocabulary,
     }
-    return {"config": config, "shape": (batch, 1, length), "dropout": dropout}
+    return {"config": config, "shape": (batch, 1, length), "dropout": dropout, "bfloat16": bfloat16}
 
 
-def recurrent(d, layers, heads, d_ff, vocabulary, batch, segments, length, rows, dropout=0.0):
+def recurrent(d, layers, heads, d_ff, vocabulary, batch, segments, length, rows):
     config = {"d_model": d, "n_encoder_layers": 0, "n_decoder_layers": layers, "n_heads": heads, "d_ff": d_ff, "vocab_size": vocabulary}
-    return {"config": config, "shape": (batch, segments, length), "dropout": dropout, "rows": rows}
+    return {"config": config, "shape": (batch, segments, length), "dropout": 0.0, "bfloat16": False, "rows": rows}
 
 
-# The names say: d_model, layers, batch x tokens of source and target, dropout.
+# The names say: d_model, layers, batch x tokens of source and target, dropout, what factors of products are rounded to.
 ROWS = {
     "d 128, 2 + 2, 16 x (128 + 128)": encoder_decoder(128, 2, 4, 512, 256, 16, 128, 0.0),
     "d 128, 2 + 2, 16 x (128 + 128), dropout 0.1": encoder_decoder(128, 2, 4, 512, 256, 16, 128, 0.1),
+    "d 128, 2 + 2, 16 x (128 + 128), dropout 0.1, bfloat16": encoder_decoder(128, 2, 4, 512, 256, 16, 128, 0.1, True),
     "d 256, 4 + 4, 16 x (256 + 256)": encoder_decoder(256, 4, 8, 1024, 256, 16, 256, 0.0),
     "d 256, 4 + 4, 16 x (256 + 256), dropout 0.1": encoder_decoder(256, 4, 8, 1024, 256, 16, 256, 0.1),
+    "d 256, 4 + 4, 16 x (256 + 256), dropout 0.1, bfloat16": encoder_decoder(256, 4, 8, 1024, 256, 16, 256, 0.1, True),
     "d 512, 6 + 6, 4 x (128 + 128)": encoder_decoder(512, 6, 8, 2048, 8000, 4, 128, 0.0),
     "d 512, 6 + 6, 4 x (128 + 128), dropout 0.1": encoder_decoder(512, 6, 8, 2048, 8000, 4, 128, 0.1),
+    "d 512, 6 + 6, 4 x (128 + 128), dropout 0.1, bfloat16": encoder_decoder(512, 6, 8, 2048, 8000, 4, 128, 0.1, True),
     "RMT: d 128, 4, 32 x 4 segments of 32, 12 rows": recurrent(128, 4, 4, 512, 256, 32, 4, 32, 12),
 }
 TINY_ROWS = {
     "tiny": encoder_decoder(16, 1, 2, 24, 13, 3, 5, 0.0),
     "tiny, dropout": encoder_decoder(16, 1, 2, 24, 13, 3, 5, 0.1),
+    "tiny, bfloat16": encoder_decoder(16, 1, 2, 24, 13, 3, 5, 0.0, True),
     "tiny RMT": recurrent(16, 2, 2, 24, 13, 3, 3, 4, 2),
 }
 ALL = {**ROWS, **TINY_ROWS}
@@ -67,7 +74,7 @@ def make_step(row, dtype="float32"):
     single = make_model(row)
     model = mt.Transformer(single.config, dtype=dtype, weights={name: w.astype(dtype) for name, w in single.weights.items()})
     options = {"learning_rate": RATE, "schedule": "constant", "betas": BETAS, "eps": EPS, "clip": None, "weight_decay": 0.0}
-    trainer = mt.Trainer(model, make_memory(row), dropout=row["dropout"], **options)
+    trainer = mt.Trainer(model, make_memory(row), dropout=row["dropout"], bfloat16=row["bfloat16"], **options)
     return trainer.step
 
 
@@ -94,6 +101,7 @@ class Step(_Task):
     def track_error_loss(self, size, library):
         """Of the losses of some steps without dropout, which have the gradients in them."""
         row = {**ALL[size], "dropout": 0.0}
+        exact = {**row, "bfloat16": False}
         batch = make_batch(row)
         if library == "mini_tfm":
             step = make_step(row)
@@ -101,12 +109,14 @@ class Step(_Task):
             from .common import library as import_library
 
             step = torch_step(import_library("torch"), row)
-        want = make_step(row, "float64")
+        want = make_step(exact, "float64")
         return relative_error([step(*batch) for _ in range(STEPS)], [want(*batch) for _ in range(STEPS)])
 
     track_error_loss.unit = "|error| / |loss|"
 
     def mini_tfm(self, kernels, row, source, target):
+        if row["bfloat16"] and not _core.show_config()["isa"].endswith("bf16"):
+            raise NotImplementedError("this processor has no products of bfloat16")
         step = make_step(row)
         return lambda: step(source, target)
 
@@ -155,10 +165,12 @@ def torch_step(torch, row, compiled=False):
     model = TorchModel(torch, make_model(row), row["dropout"])
     adamw = torch.optim.AdamW(model.w.values(), lr=RATE, betas=BETAS, eps=EPS, weight_decay=0.0, fused=True)
     loss_of = torch.compile(model.loss) if compiled else model.loss
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=row["bfloat16"])
 
     def step(source, target):
         adamw.zero_grad()
-        loss = loss_of(None if source is None else torch.from_numpy(source), torch.from_numpy(target))
+        with autocast:
+            loss = loss_of(None if source is None else torch.from_numpy(source), torch.from_numpy(target))
         loss.backward()
         adamw.step()
         return float(loss.detach())

@@ -64,7 +64,7 @@ struct mt_output_layer {
     const void *x, *weight, *bias; /* (N, d); (d, V), or (V, d) if transposed; (V,) or NULL */
     const int64_t *targets;        /* (N,) in [0, V), or ignore_index */
     ptrdiff_t n, d, vocab, chunk;  /* chunk >= 1 */
-    int transposed;
+    int transposed, bfloat16; /* bfloat16: the factors of its products are rounded to it */
     int64_t ignore_index;
     double label_smoothing;
 };
@@ -90,6 +90,9 @@ struct mt_kernels {
 
     int (*gemm)(const void *a, const void *b, void *c, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, int trans_a, int trans_b,
                 int accumulate, const void *bias);
+    /* Factors rounded to bfloat16, exact products, sums in float32. Not for double. */
+    int (*gemm_bfloat16)(const void *a, const void *b, void *c, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, int trans_a, int trans_b,
+                         int accumulate, const void *bias);
     size_t (*packed_bytes)(const struct mt_packed *w);
     int (*pack)(const struct mt_packed *w, const void *weight, const void *gate, int transposed);
     void (*unpack)(const struct mt_packed *w, void *weight, void *gate);

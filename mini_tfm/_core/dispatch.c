@@ -24,6 +24,8 @@ static int has_avx512(void) {
 }
 
 static int has_avx512vnni(void) { return has_avx512() && (MINI_TFM_EMULATE || __builtin_cpu_supports("avx512vnni")); }
+
+static int has_avx512bf16(void) { return has_avx512vnni() && (MINI_TFM_EMULATE || __builtin_cpu_supports("avx512bf16")); }
 #endif
 
 #if HAS_NEONDOT
@@ -43,7 +45,9 @@ static int always(void) { return 1; }
 #if HAS_AVX512
 DECLARE(avx512);
 void mt_refine_avx512vnni(struct mt_kernels *kernels);
-#define AVX512 {"avx512vnni", KERNELS(avx512), mt_refine_avx512vnni, has_avx512vnni}, {"avx512", KERNELS(avx512), NULL, has_avx512},
+void mt_refine_avx512bf16(struct mt_kernels *kernels);
+#define AVX512 {"avx512bf16", KERNELS(avx512), mt_refine_avx512bf16, has_avx512bf16}, \
+    {"avx512vnni", KERNELS(avx512), mt_refine_avx512vnni, has_avx512vnni}, {"avx512", KERNELS(avx512), NULL, has_avx512},
 #else
 #define AVX512
 #endif

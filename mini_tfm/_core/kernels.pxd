@@ -42,7 +42,7 @@ cdef extern from "core.h" nogil:
         const void *bias
         const int64_t *targets
         ptrdiff_t n, d, vocab, chunk
-        int transposed
+        int transposed, bfloat16
         int64_t ignore_index
         double label_smoothing
 
@@ -62,6 +62,8 @@ cdef extern from "core.h" nogil:
         const char *isa
         int (*gemm)(const void *a, const void *b, void *c, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, int trans_a, int trans_b,
                     int accumulate, const void *bias) noexcept nogil
+        int (*gemm_bfloat16)(const void *a, const void *b, void *c, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, int trans_a, int trans_b,
+                             int accumulate, const void *bias) noexcept nogil
         size_t (*packed_bytes)(const mt_packed *w) noexcept nogil
         int (*pack)(const mt_packed *w, const void *weight, const void *gate, int transposed) noexcept nogil
         void (*unpack)(const mt_packed *w, void *weight, void *gate) noexcept nogil

@@ -34,6 +34,7 @@ def gemm(
     out: Real | None = None,
     accumulate: bool = False,
     bias: Real | None = None,
+    bfloat16: bool = False,
 ) -> Real: ...
 def pack(
     weight: Real, *, dtype: PackedDtype = "float32", transposed: bool = False, gate: Real | None = None, group: int | None = None
@@ -77,6 +78,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     chunk: int = 1024,
+    bfloat16: bool = False,
 ) -> tuple[Real, Real]: ...
 def linear_cross_entropy_backward(
     x: Real,
@@ -91,6 +93,7 @@ def linear_cross_entropy_backward(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     chunk: int = 1024,
+    bfloat16: bool = False,
 ) -> tuple[Real, Real | None, Real | None]: ...
 def adamw(
     param: Real,

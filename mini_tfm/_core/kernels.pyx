@@ -184,15 +184,16 @@ cdef bint plain_product(a, b, bint t_a, bint t_b, out, bint add, bias) noexcept:
     )
 
 
-def gemm(a, b, *, trans_a=False, trans_b=False, out=None, accumulate=False, bias=None):
-    """out (M, N) = op(a) @ op(b) + bias, or out += ... when `accumulate`."""
-    cdef int t_a, t_b, add, failed
+def gemm(a, b, *, trans_a=False, trans_b=False, out=None, accumulate=False, bias=None, bfloat16=False):
+    """out (M, N) = op(a) @ op(b) + bias, or out += ... when `accumulate`; bfloat16: a and b rounded to it."""
+    cdef int t_a, t_b, add, failed, rounds
     cdef ptrdiff_t m, n, k
     if plain_bool(trans_a) and plain_bool(trans_b) and plain_bool(accumulate) and plain_product(a, b, trans_a, trans_b, out, accumulate, bias):
         t_a, t_b, add = trans_a, trans_b, accumulate
         m, k, n = cnp.PyArray_DIM(a, t_a), cnp.PyArray_DIM(a, 1 - t_a), cnp.PyArray_DIM(b, 1 - t_b)
     else:
         a, b, t_a, t_b, add, bias, m, n, k = _checks.gemm(a, b, trans_a, trans_b, out, accumulate, bias)
+    rounds = bfloat16 is not False and _checks.bfloat16(bfloat16, "a", a)
     if out is None:
         out = np.empty((m, n), a.dtype)
     cdef const mt_kernels_table *c = c_for(a)
@@ -201,7 +202,7 @@ def gemm(a, b, *, trans_a=False, trans_b=False, out=None, accumulate=False, bias
     cdef void *po = ptr(out)
     cdef void *pc = ptr_or_null(bias)
     with nogil:
-        failed = c.gemm(pa, pb, po, m, n, k, t_a, t_b, add, pc)
+        failed = (c.gemm_bfloat16 if rounds else c.gemm)(pa, pb, po, m, n, k, t_a, t_b, add, pc)
     no_memory_if(failed)
     return out
 
@@ -548,21 +549,24 @@ def cross_entropy_backward(logits, targets, lse, dlosses, ignore_index=-100, lab
     return dlogits
 
 
-cdef mt_output_layer output_layer(x, weight, targets, bias):
+cdef mt_output_layer output_layer(x, weight, targets, bias, bfloat16):
     """The arrays of a checked output layer; its numbers are the caller's."""
     cdef mt_output_layer layer
+    layer.bfloat16 = bfloat16 is not False and _checks.bfloat16(bfloat16, "x", x)
     layer.x, layer.weight, layer.bias = ptr(x), ptr(weight), ptr_or_null(bias)
     layer.targets = <const int64_t *>ptr(targets)
     layer.n, layer.d = x.shape
     return layer
 
 
-def linear_cross_entropy(x, weight, targets, *, bias=None, transposed=False, ignore_index=-100, label_smoothing=0.0, chunk=1024):
+def linear_cross_entropy(
+    x, weight, targets, *, bias=None, transposed=False, ignore_index=-100, label_smoothing=0.0, chunk=1024, bfloat16=False
+):
     """losses (N,), lse (N,) of the logits x (N, d) weight (d, V) + bias (V,), which are never there all at once."""
     cdef int failed
     checked = _checks.linear_cross_entropy(x, weight, targets, bias, transposed, ignore_index, label_smoothing, chunk)
     x, weight, targets, bias, transposed, ignore_index, label_smoothing, chunk, vocab = checked
-    cdef mt_output_layer layer = output_layer(x, weight, targets, bias)
+    cdef mt_output_layer layer = output_layer(x, weight, targets, bias, bfloat16)
     layer.vocab, layer.chunk, layer.transposed = vocab, chunk, transposed
     layer.ignore_index, layer.label_smoothing = ignore_index, label_smoothing
     losses, lse = np.empty(len(x), x.dtype), np.empty(len(x), x.dtype)
@@ -576,14 +580,15 @@ def linear_cross_entropy(x, weight, targets, *, bias=None, transposed=False, ign
 
 
 def linear_cross_entropy_backward(
-    x, weight, targets, lse, dlosses, dweight=None, *, bias=None, transposed=False, ignore_index=-100, label_smoothing=0.0, chunk=1024
+    x, weight, targets, lse, dlosses, dweight=None, *,
+    bias=None, transposed=False, ignore_index=-100, label_smoothing=0.0, chunk=1024, bfloat16=False
 ):
     """dx (N, d), dweight, dbias (V,) or None: dweight, of weight's shape, is added to in place unless it is None."""
     cdef int failed
     checked = _checks.linear_cross_entropy(x, weight, targets, bias, transposed, ignore_index, label_smoothing, chunk)
     x, weight, targets, bias, transposed, ignore_index, label_smoothing, chunk, vocab = checked
     lse, dlosses = _checks.linear_cross_entropy_backward(x, weight, targets, bias, lse, dlosses, dweight)
-    cdef mt_output_layer layer = output_layer(x, weight, targets, bias)
+    cdef mt_output_layer layer = output_layer(x, weight, targets, bias, bfloat16)
     layer.vocab, layer.chunk, layer.transposed = vocab, chunk, transposed
     layer.ignore_index, layer.label_smoothing = ignore_index, label_smoothing
     dx, dbias = np.empty_like(x), None if bias is None else np.empty_like(bias)

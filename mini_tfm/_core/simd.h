@@ -43,6 +43,7 @@ typedef uint32_t ulane;
 typedef real vec __attribute__((vector_size(VECTOR_BYTES)));
 typedef lane ivec __attribute__((vector_size(VECTOR_BYTES)));
 typedef ulane uvec __attribute__((vector_size(VECTOR_BYTES)));
+typedef lane lane_anywhere __attribute__((may_alias));
 typedef real vec_anywhere __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
 #if ISA_AVX512 && REAL_IS_DOUBLE
 typedef __m512d vec_of_real; /* what intrinsics take */

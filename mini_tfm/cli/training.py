@@ -83,7 +83,7 @@ def begun(out: Path, options: dict[str, Any], ranks: Alone) -> tuple[Trainer, Tr
         communicator=ranks,
         **{name: options[name] for name in ("learning_rate", "schedule", "warmup_steps", "dropout", "source_dropout", "seed")},
         **{name: options[name] for name in ("attention_dropout", "ff_dropout", "weight_decay", "label_smoothing")},
-        **{name: options[name] for name in ("bptt_segments", "recompute", "gradient_accumulation_steps")},
+        **{name: options[name] for name in ("bptt_segments", "recompute", "bfloat16", "gradient_accumulation_steps")},
     )
     trainer.fit_options["save_every"] = SAVE_EVERY
     return trainer, TrainingData(sources, tokenizer, model.config, ranks)

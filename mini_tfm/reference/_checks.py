@@ -173,6 +173,13 @@ def gemm(a, b, trans_a, trans_b, out, accumulate, bias):
     return a, b, trans_a, trans_b, accumulate, bias, m, n, k
 
 
+def bfloat16(bfloat16, name, x):
+    """Whether factors are rounded to bfloat16, which those of float32 alone can be."""
+    if flag("bfloat16", bfloat16) and x.dtype != FLOAT32:
+        raise InvalidType(f"bfloat16: expected False, or float32 as {name}'s dtype, got True and {x.dtype}")
+    return bool(bfloat16)
+
+
 PACKED_DTYPES = ("float32", "float64", "bfloat16", "int8")
 GROUP = 256  # rows that share a scale by default: more and the error of normal values goes over 1 %
 MAX_GROUP = 65536  # 255 * 127 times that stays within the 32 bits of an int8 product's sum

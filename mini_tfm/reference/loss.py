@@ -3,6 +3,7 @@
 import numpy as np
 
 from mini_tfm.reference import _checks
+from mini_tfm.reference.linear import in_bfloat16
 from mini_tfm.reference.softmax import _max_and_log_sum
 
 
@@ -43,22 +44,27 @@ def cross_entropy_backward(logits, targets, lse, dlosses, ignore_index=-100, lab
     return dlogits
 
 
-def linear_cross_entropy(x, weight, targets, *, bias=None, transposed=False, ignore_index=-100, label_smoothing=0.0, chunk=1024):
+def linear_cross_entropy(
+    x, weight, targets, *, bias=None, transposed=False, ignore_index=-100, label_smoothing=0.0, chunk=1024, bfloat16=False
+):
     """losses (N,), lse (N,): `cross_entropy` of the logits x (N, d) weight (d, V) + bias (V,); transposed: weight is (V, d).
 
     The compiled kernel makes the logits `chunk` classes at a time and holds no more than those; here there are all of them.
+    bfloat16: the factors of the products, here and in the backward, are rounded to it, as in `gemm`.
     """
     x, weight, targets, bias, transposed, ignored, smoothing, _, _ = _checks.linear_cross_entropy(
         x, weight, targets, bias, transposed, ignore_index, label_smoothing, chunk
     )
-    losses, lse = cross_entropy(_logits(x, weight, bias, transposed), targets, ignored, smoothing)
+    rounded = in_bfloat16 if _checks.bfloat16(bfloat16, "x", x) else np.asarray
+    losses, lse = cross_entropy(_logits(rounded(x), rounded(weight), bias, transposed), targets, ignored, smoothing)
     with np.errstate(over="ignore"):
         return losses.astype(x.dtype), lse.astype(x.dtype)
 
 
 def linear_cross_entropy_backward(
-    x, weight, targets, lse, dlosses, dweight=None, *, bias=None, transposed=False, ignore_index=-100, label_smoothing=0.0, chunk=1024
-):
+    x, weight, targets, lse, dlosses, dweight=None, *,
+    bias=None, transposed=False, ignore_index=-100, label_smoothing=0.0, chunk=1024, bfloat16=False,
+):  # fmt: skip
     """dx (N, d), dweight, dbias (V,) or None without a bias, from the lse that `linear_cross_entropy` returned.
 
     dweight, of weight's shape, is added to in place and returned; None: it is not wanted.
@@ -67,15 +73,19 @@ def linear_cross_entropy_backward(
         x, weight, targets, bias, transposed, ignore_index, label_smoothing, chunk
     )
     lse, dlosses = _checks.linear_cross_entropy_backward(x, weight, targets, bias, lse, dlosses, dweight)
+    rounded = in_bfloat16 if _checks.bfloat16(bfloat16, "x", x) else np.asarray
+    x, weight = rounded(x), rounded(weight)
     logits = _logits(x, weight, bias, transposed)
     dlogits = cross_entropy_backward(logits, targets, lse.astype(np.float64), dlosses.astype(np.float64), ignored, smoothing)
+    dbias = None if bias is None else dlogits.sum(0).astype(x.dtype)
+    dlogits = rounded(dlogits.astype(x.dtype)).astype(np.float64) if bfloat16 else dlogits
     w = weight.astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
         dx = (dlogits @ (w if transposed else w.T)).astype(x.dtype)
         if dweight is not None:
             x64 = x.astype(np.float64)
             dweight[...] = dweight + (dlogits.T @ x64 if transposed else x64.T @ dlogits)
-        return dx, dweight, None if bias is None else dlogits.sum(0).astype(x.dtype)
+        return dx, dweight, dbias
 
 
 def _logits(x, weight, bias, transposed):

@@ -6,6 +6,7 @@ import numpy as np
 
 from mini_tfm.reference import _checks
 from mini_tfm.reference.elementwise import activation as activated
+from mini_tfm.reference.linear import in_bfloat16
 
 
 class PackedWeight(ABC):  # the compiled one is registered as a kind of it
@@ -28,13 +29,6 @@ class PackedWeight(ABC):  # the compiled one is registered as a kind of it
 
     def unpack(self):
         return tuple(weight.copy() for weight in self._weights) if self.gated else self._weights[0].copy()
-
-
-def _in_bfloat16(x):
-    """To the nearest bfloat16, ties to even, as float32."""
-    bits = x.view(np.uint32)
-    nearest = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    return np.where(np.isnan(x), (bits >> np.uint32(16)) | np.uint32(64), nearest).astype(np.uint32) << np.uint32(16)
 
 
 def _in_int8(weight, group):
@@ -63,7 +57,7 @@ def pack(weight, *, dtype="float32", transposed=False, gate=None, group=None):
     for given in (weight,) if gate is None else (weight, gate):
         kept = np.array(given.T if transposed else given, order="C")
         if dtype == "bfloat16":
-            kept = _in_bfloat16(kept).view(np.float32)
+            kept = in_bfloat16(kept)
         elif dtype == "int8":
             kept = _in_int8(kept, group)
         weights.append(kept)

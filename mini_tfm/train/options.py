@@ -56,8 +56,9 @@ def check_trainer_options(options: dict[str, Any]) -> None:
     betas = options.get("betas")
     if not isinstance(betas, list) or len(betas) != 2 or not all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in betas):
         faults.append(f"betas: expected two numbers of at least 0 and below 1, got {betas!r}")
-    if not isinstance(options.get("recompute", False), bool):
-        faults.append(f"recompute: expected True or False, got {options['recompute']!r}")
+    for name in ("recompute", "bfloat16"):
+        if not isinstance(options.get(name, False), bool):
+            faults.append(f"{name}: expected True or False, got {options[name]!r}")
     if options.get("schedule") not in SCHEDULES:
         faults.append(f"schedule: expected one of {', '.join(SCHEDULES)}, got {options.get('schedule')!r}")
     if faults:

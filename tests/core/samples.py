@@ -40,7 +40,7 @@ def sample(name, dtype, layout="contiguous", big=False, seed=0):
     targets = values.integers(0, d, n)
     n_classes = 1301 if big else 5
     weights, classes = values.real(n_classes, d, scale=0.1), values.integers(0, n_classes, n)
-    output_layer = {"bias": values.real(n_classes), "transposed": True, **smoothing, "chunk": 500 if big else 2}
+    output_layer = {"bias": values.real(n_classes), "transposed": True, **smoothing, "chunk": 500 if big else 2, "bfloat16": False}
 
     def lse_of_classes():
         return np.log(np.exp(x @ weights.T + output_layer["bias"]).sum(1))
@@ -79,7 +79,8 @@ def sample(name, dtype, layout="contiguous", big=False, seed=0):
         "dropout": lambda: {"x": x, "p": 0.3, "seed": 12},
         "embedding": lambda: {"table": x, "ids": values.integers(0, n, d, 3)},
         "embedding_backward": lambda: {"ids": values.integers(0, 50, 3, n), "dout": values.real(3, n, d), "dtable": plain.real(50, d)},
-        "gemm": lambda: {"a": x, "b": dy, "trans_a": False, "trans_b": True, "out": plain.real(n, n), "accumulate": True, "bias": None},
+        "gemm": lambda: {"a": x, "b": dy, "trans_a": False, "trans_b": True, "out": plain.real(n, n), "accumulate": True, "bias": None,
+                 "bfloat16": False},
         "layer_norm": lambda: {"x": x, "weight": weight, "bias": values.real(d), "eps": 1e-5, "out": out},
         "layer_norm_backward": lambda: {"dy": dy, "x": x, "weight": weight, "mean": rows, "rstd": values.positive(n), "out": out},
         "linear_top_k": lambda: {"x": x, "weight": packed(plain, dtype, d), "k": 5, "bias": values.real(D_OUT), "lse": True},

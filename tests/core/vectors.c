@@ -6,6 +6,7 @@
 
 #include "simd.h"
 
+#include "families/bfloat16.c"
 #include "families/micro.c"
 
 static int faults = 0;

@@ -29,6 +29,7 @@ ENVIRONMENT = {
     "PYTHONWARNINGS": "error",
     # Of Open MPI: what else would need an option that no other mpirun has. More ranks than processors, in a container.
     **dict.fromkeys(("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "OMPI_MCA_rmaps_base_oversubscribe"), "1"),
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",  # the same of Open MPI 5
     "OMPI_MCA_hwloc_base_binding_policy": "none",
     "OMPI_MCA_mpi_yield_when_idle": "1",
 }

@@ -11,7 +11,7 @@
 enum { MC = 96, KC = 256, KS = 3072, PANELS = 8, KS_T = 1024, PANELS_T = 32, KC_FEW = 128, GROUP = 4 };
 enum { AHEAD = 8, FETCHED = 2048, FETCHED_FAR = 16384 };
 
-/* What gemm_piece and gemm_few need for a product over k, in reals. A strip is stored in whole vectors and may write past its
+/* What gemm_piece and gemm_few need for a product over k (of pairs: over half of it), in reals. A strip is stored in whole vectors and may write past its
  * last row. */
 static size_t gemm_room(ptrdiff_t k, int trans_a) {
     size_t wide = (trans_a ? PANELS_T : PANELS) * NR, deep = min_size(k, trans_a ? KS_T : KS);
@@ -33,7 +33,7 @@ INLINE void fetch_rows(struct rows *rows, ptrdiff_t count) {
 /* to (m, NR; ld_to) = a panel's product, or from (m, NR; ld_from) plus it, in strips of even height: a thin last one would
  * wait for its own chains. With a_col 0 the strips are packed one after the other, MR apart over k. With each of them go
  * `each` of the rows that are read next. */
-static void micro_strips(ptrdiff_t m, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *panel, const real *from,
+INLINE void micro_strips(const int pairs, ptrdiff_t m, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *panel, const real *from,
                          ptrdiff_t ld_from, real *to, ptrdiff_t ld_to, struct rows *next, ptrdiff_t each) {
     ptrdiff_t strips = div_up(m, MR), rows = m / strips, taller = m % strips;
     for (ptrdiff_t strip = 0, i = 0; strip < strips; strip++) {
@@ -43,7 +43,11 @@ static void micro_strips(ptrdiff_t m, ptrdiff_t k, const real *a, ptrdiff_t a_ro
         fetch_rows(next, each);
         const real *strip_a = a_col ? a + i * a_row : a + strip * k * MR;
         ptrdiff_t row = a_col ? a_row : 1, col = a_col ? a_col : MR;
-        if (from)
+        if (from && pairs)
+            micro_add_pairs(here, NR, k, strip_a, row, col, panel, NR, from + i * ld_from, ld_from, to + i * ld_to, ld_to);
+        else if (pairs)
+            micro_set_pairs(here, NR, k, strip_a, row, col, panel, NR, to + i * ld_to, ld_to);
+        else if (from)
             micro_add(here, NR, k, strip_a, row, col, panel, NR, from + i * ld_from, ld_from, to + i * ld_to, ld_to);
         else
             micro_set(here, NR, k, strip_a, row, col, panel, NR, to + i * ld_to, ld_to);
@@ -53,20 +57,29 @@ static void micro_strips(ptrdiff_t m, ptrdiff_t k, const real *a, ptrdiff_t a_ro
 
 /* The strips of a transposed A, each (k, MR): what micro_strips reads with a_col 0. Row by row of A, which lie far apart; whole
  * vectors: what is read past the last column is the next row, what is stored past a strip is written over by it. So the last row is
- * cut to size. */
-static void pack_strips(const real *a, ptrdiff_t a_col, ptrdiff_t m, ptrdiff_t k, real *to) {
-    ptrdiff_t strips = div_up(m, MR), rows = m / strips, taller = m % strips, apart = k * MR;
-    for (ptrdiff_t p = 0; p < k; p++, a += a_col, to += MR) {
-        for (ptrdiff_t i = 0; i < m; i += LINE) __builtin_prefetch(a + AHEAD * a_col + i);
-        const real *from = a;
+ * cut to size, and rows shorter than a vector. pairs: k counts pairs of rows, and `rows` rows are there. */
+INLINE void pack_strips(const int pairs, const real *a, ptrdiff_t a_col, ptrdiff_t m, ptrdiff_t k, ptrdiff_t rows, real *to) {
+    ptrdiff_t strips = div_up(m, MR), height = m / strips, taller = m % strips, apart = k * MR, step = (1 + pairs) * a_col;
+    for (ptrdiff_t p = 0; p < k; p++, a += step, to += MR) {
+        for (ptrdiff_t i = 0; i < m; i += LINE)
+            for (int row = 0; row <= pairs; row++) __builtin_prefetch(a + AHEAD * step + row * a_col + i);
+        const real *from = a, *below = a + a_col;
+        const int cut = p + 1 == k || a_col < VL;
         real *strip_to = to;
         for (ptrdiff_t strip = 0; strip < strips; strip++, strip_to += apart) {
-            ptrdiff_t here = rows + (strip < taller);
-            if (p + 1 < k)
-                for (ptrdiff_t r = 0; r < MR; r += VL) store(strip_to + r, load(from + r));
-            else
-                memcpy(strip_to, from, here * sizeof(real));
+            ptrdiff_t here = height + (strip < taller);
+            for (ptrdiff_t r = 0; r < MR && !cut; r += VL)
+                store(strip_to + r, pairs ? to_pairs(load(from + r), load(below + r)) : load(from + r));
+            for (ptrdiff_t r = 0; r < here && cut; r += VL) {
+                ptrdiff_t left = min_size(here - r, VL);
+                real line[VL] = {0}, line_below[VL] = {0};
+                memcpy(line, from + r, left * sizeof(real));
+                if (pairs && 2 * p + 1 < rows) memcpy(line_below, below + r, left * sizeof(real));
+                if (pairs) store(line, to_pairs(load(line), load(line_below)));
+                memcpy(strip_to + r, line, left * sizeof(real));
+            }
             from += here;
+            below += here;
         }
     }
 }
@@ -89,6 +102,42 @@ static void pack_panels(const real *from, ptrdiff_t ldb, int trans_b, ptrdiff_t 
     }
 }
 
+/* The same in pairs, of `rows` rows of B: kc is div_up(rows, 2). */
+static void pack_panel_pairs(const real *from, ptrdiff_t ldb, int trans_b, ptrdiff_t columns, ptrdiff_t kc, ptrdiff_t rows, real *to) {
+    const ptrdiff_t whole = columns / VL * VL;
+    for (ptrdiff_t p = 0; p < kc && !trans_b; p++) {
+        const real *first = from + 2 * p * ldb, *second = first + ldb;
+        const int single = 2 * p + 1 >= rows;
+        for (ptrdiff_t j = 0; j < whole; j += VL) {
+            __builtin_prefetch(first + AHEAD * 2 * ldb + j);
+            __builtin_prefetch(second + AHEAD * 2 * ldb + j);
+            store(to + (j / NR * kc + p) * NR + j % NR, to_pairs(load(first + j), single ? all(0) : load(second + j)));
+        }
+        for (ptrdiff_t j = whole; j < round_up(columns, NR); j += VL) {
+            ptrdiff_t left = max_size(columns - j, 0);
+            vec below = single ? all(0) : load_some(second + j, left, 0);
+            store(to + (j / NR * kc + p) * NR + j % NR, to_pairs(load_some(first + j, left, 0), below));
+        }
+    }
+    for (ptrdiff_t j = 0; j < round_up(columns, NR) && trans_b; j += VL)
+        for (ptrdiff_t p = 0; p < kc; p += VL) {
+            real square[VL * VL] = {0}, turned[VL * VL];
+            for (ptrdiff_t i = 0; i < min_size(VL, columns - j); i++) {
+                const real *row = from + (j + i) * ldb + 2 * p;
+                __builtin_prefetch(row + VL * ldb);
+                __builtin_prefetch(row + VL * ldb + LINE);
+                pair_row(row, min_size(2 * VL, rows - 2 * p), VL, square + i * VL);
+            }
+            real *panel = to + (j / NR * kc + p) * NR + j % NR;
+            if (p + VL <= kc) {
+                transpose_square(square, VL, panel, NR);
+                continue;
+            }
+            transpose_square(square, VL, turned, VL);
+            for (ptrdiff_t i = 0; p + i < kc; i++) store(panel + i * NR, load(turned + i * VL));
+        }
+}
+
 /* c (rows, columns; ldc) = or += the product of a strip and a panel of `width` readable columns. Where fewer are meant, it
  * goes through a tile of full width, whose chain starts from c all the same. */
 static void micro_edge(ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t width, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col,
@@ -104,45 +153,56 @@ static void micro_edge(ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t width, ptrdi
     for (ptrdiff_t r = 0; r < rows && !whole; r++) memcpy(c + r * ldc, corner + r * width, columns * sizeof(real));
 }
 
-/* c_mn = or += the product (plus bias_n, if it is not NULL), the part of C at rows [m0, m1) and columns [n0, n1). work: gemm_room() reals. */
-static void gemm_piece(const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *b, ptrdiff_t ldb, int trans_b, real *c, ptrdiff_t ldc,
-                       ptrdiff_t m0, ptrdiff_t m1, ptrdiff_t n0, ptrdiff_t n1, ptrdiff_t k, int accumulate, const real *bias_n,
-                       real *work) {
-    const ptrdiff_t wide = (a_col == 1 ? PANELS : PANELS_T) * NR, deep = min_size(k, a_col == 1 ? KS : KS_T);
+/* c_mn = or += the product (plus bias_n, if it is not NULL), the part of C at rows [m0, m1) and columns [n0, n1). work: gemm_room()
+ * reals. pairs: of factors rounded to bfloat16; a step of the chain is two of k then, and A is packed, too. */
+INLINE void gemm_piece(const int pairs, const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *b, ptrdiff_t ldb, int trans_b, real *c,
+                       ptrdiff_t ldc, ptrdiff_t m0, ptrdiff_t m1, ptrdiff_t n0, ptrdiff_t n1, ptrdiff_t k, int accumulate,
+                       const real *bias_n, real *work) {
+    const int per = 1 + pairs, packs_a = pairs || a_col != 1;
+    const ptrdiff_t steps = div_up(k, per), wide = (packs_a ? PANELS_T : PANELS) * NR, deep = min_size(steps, packs_a ? KS_T : KS);
     real *packed_b = work, *sums = packed_b + wide * deep, *packed_a = sums + wide * MC;
     for (ptrdiff_t group = n0; group < n1; group += wide)
-        for (ptrdiff_t s0 = 0; s0 < k; s0 += deep) {
-            ptrdiff_t columns = min_size(wide, n1 - group), ks = min_size(deep, k - s0);
+        for (ptrdiff_t s0 = 0; s0 < steps; s0 += deep) {
+            ptrdiff_t columns = min_size(wide, n1 - group), ks = min_size(deep, steps - s0);
             /* 1: a group of panels of B */
-            pack_panels(trans_b ? b + group * ldb + s0 : b + s0 * ldb + group, ldb, trans_b, columns, ks, packed_b);
+            const real *from_b = trans_b ? b + group * ldb + s0 * per : b + s0 * per * ldb + group;
+            if (pairs)
+                pack_panel_pairs(from_b, ldb, trans_b, columns, ks, min_size(2 * ks, k - 2 * s0), packed_b);
+            else
+                pack_panels(from_b, ldb, trans_b, columns, ks, packed_b);
             for (ptrdiff_t i0 = m0; i0 < m1; i0 += MC) {
                 ptrdiff_t m = min_size(MC, m1 - i0);
                 real *to = c + i0 * ldc + group;
                 /* What the chains start from. A panel that is not whole starts where it can be read in full. */
                 const real *first = accumulate || s0 ? to : bias_n ? bias_n + group : NULL;
                 ptrdiff_t ld_first = first == to ? ldc : 0, whole = columns / NR * NR;
-                ptrdiff_t direct = k <= KC ? whole : 0; /* panels that take one chunk go to C at once */
+                ptrdiff_t direct = steps <= KC ? whole : 0; /* panels that take one chunk go to C at once */
                 if (first && whole < columns) pack_plain(first + whole, ld_first, m, columns - whole, sums + whole * m, NR);
                 for (ptrdiff_t k0 = 0; k0 < ks; k0 += KC) {
-                    ptrdiff_t kc = min_size(KC, ks - k0);
-                    const real *from = a + i0 * a_row + (s0 + k0) * a_col;
+                    ptrdiff_t kc = min_size(KC, ks - k0), at_k = (s0 + k0) * per, here = min_size(kc * per, k - at_k);
+                    const real *from = a + i0 * a_row + at_k * a_col;
+                    ptrdiff_t row = a_row;
                     /* 2: strips of A, if they do not lie well */
                     if (a_col != 1) {
-                        pack_strips(from, a_col, m, kc, packed_a);
+                        pack_strips(pairs, from, a_col, m, kc, here, packed_a);
+                        from = packed_a;
+                    } else if (pairs) {
+                        row = round_up(kc, VL);
+                        for (ptrdiff_t i = 0; i < m; i++) pair_row(from + i * a_row, here, kc, packed_a + i * row);
                         from = packed_a;
                     }
                     /* 3: every strip with every panel, while the next part of A comes near */
-                    ptrdiff_t i1 = k0 + kc < ks ? i0 : i0 + m, k1 = k0 + kc < ks ? k0 + kc : 0;
-                    ptrdiff_t m_next = min_size(MC, m1 - i1), k_next = min_size(KC, ks - k1);
-                    const real *at = a + i1 * a_row + (s0 + k1) * a_col;
+                    ptrdiff_t i1 = k0 + kc < ks ? i0 : i0 + m, k1 = k0 + kc < ks ? at_k + here : s0 * per;
+                    ptrdiff_t m_next = min_size(MC, m1 - i1), k_next = min_size(KC * per, min_size((s0 + ks) * per, k) - k1);
+                    const real *at = a + i1 * a_row + k1 * a_col;
                     struct rows next = a_col == 1 ? (struct rows){at, a_row, m_next, k_next} : (struct rows){at, a_col, k_next, m_next};
                     ptrdiff_t each = div_up(next.count, div_up(columns, NR) * div_up(m, MR));
                     for (ptrdiff_t j = 0; j < columns; j += NR) {
                         const real *panel = packed_b + j * ks + k0 * NR;
                         int packed = k0 || (first && j >= whole);
                         const real *start = packed ? sums + j * m : first ? first + j : NULL;
-                        micro_strips(m, kc, from, a_row, a_col == 1, panel, start, packed ? NR : ld_first, j < direct ? to + j : sums + j * m,
-                                     j < direct ? ldc : NR, &next, each);
+                        micro_strips(pairs, m, kc, from, row, a_col == 1, panel, start, packed ? NR : ld_first,
+                                     j < direct ? to + j : sums + j * m, j < direct ? ldc : NR, &next, each);
                     }
                 }
                 for (ptrdiff_t r = 0; r < m && direct < columns; r++) {
@@ -205,10 +265,8 @@ static void gemv_piece(const real *x, const real *b, ptrdiff_t ldb, real *y, ptr
 }
 
 /* a_mk, b_kn (transposed in memory if trans_*) and bias_n, or NULL, read; c_mn written, or accumulated. -1: no workspace. */
-static int gemm(const void *a_, const void *b_, void *c_, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, int trans_a, int trans_b, int accumulate,
-                const void *bias) {
-    const real *a = a_, *b = b_, *bias_n = bias;
-    real *c = c_;
+INLINE int product(const int pairs, const real *a, const real *b, real *c, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, int trans_a, int trans_b,
+                   int accumulate, const real *bias_n) {
     if (!m || !n) return 0;
     if (!k) {
         for (ptrdiff_t r = 0; r < m && bias_n; r++) memcpy(c + r * n, bias_n, n * sizeof(real));
@@ -218,20 +276,21 @@ static int gemm(const void *a_, const void *b_, void *c_, ptrdiff_t m, ptrdiff_t
     ptrdiff_t a_row = trans_a ? 1 : k, a_col = trans_a ? m : 1, ldb = trans_b ? k : n;
     double work = 2.0 * m * n * k / VL;
     /* Four pieces a thread, for balance: columns, for a piece packs its own of B, and rows only where columns are too few.
-     * Where A is transposed a piece packs its own of A, too: one piece a thread then, cut so that the least is packed; an
+     * Where A is packed, a piece packs its own of A, too: one piece a thread then, cut so that the least is packed; an
      * element of A takes about twice as long as one of B. */
-    ptrdiff_t wanted = mt_team(1 << 20, work), panels = div_up(n, NR), few = m <= MR;
-    if (wanted > 1 && a_col == 1) wanted *= 4;
+    const int few = !pairs && m <= MR, packs_a = pairs || a_col != 1;
+    ptrdiff_t wanted = mt_team(1 << 20, work), panels = div_up(n, NR);
+    if (wanted > 1 && !packs_a) wanted *= 4;
     ptrdiff_t most_columns = few ? div_up(panels, GROUP) : div_up(panels, 4), most_rows = few ? 1 : div_up(m, 4 * MR);
     ptrdiff_t column_pieces = min_size(wanted, most_columns), row_pieces = min_size(div_up(wanted, column_pieces), most_rows);
-    for (ptrdiff_t columns = 1; a_col != 1 && columns < column_pieces; columns++) {
+    for (ptrdiff_t columns = 1; packs_a && columns < column_pieces; columns++) {
         ptrdiff_t rows = div_up(wanted, columns);
         if (rows <= most_rows && 2 * m * columns + n * rows < 2 * m * column_pieces + n * row_pieces) column_pieces = columns, row_pieces = rows;
     }
     ptrdiff_t piece_n = round_up(div_up(n, column_pieces), few ? GROUP * NR : NR), piece_m = round_up(div_up(m, row_pieces), MR);
     ptrdiff_t pieces = row_pieces * column_pieces;
-    int team = mt_team(pieces, work), one_row = m == 1 && a_col == 1 && !trans_b && n >= 8 * NR;
-    size_t room = gemm_room(k, a_col != 1);
+    int team = mt_team(pieces, work), one_row = few && m == 1 && a_col == 1 && !trans_b && n >= 8 * NR;
+    size_t room = gemm_room(div_up(k, 1 + pairs), packs_a);
     real *workspace = new_reals(room * team);
     if (!workspace) return -1;
 #pragma omp parallel for num_threads(team) schedule(dynamic)
@@ -249,8 +308,19 @@ static int gemm(const void *a_, const void *b_, void *c_, ptrdiff_t m, ptrdiff_t
         if (few)
             gemm_few(a, a_row, a_col, b, ldb, trans_b, c, n, m, n0, n1, k, accumulate, bias_n, mine);
         else
-            gemm_piece(a, a_row, a_col, b, ldb, trans_b, c, n, m0, m1, n0, n1, k, accumulate, bias_n, mine);
+            gemm_piece(pairs, a, a_row, a_col, b, ldb, trans_b, c, n, m0, m1, n0, n1, k, accumulate, bias_n, mine);
     }
     free(workspace);
     return 0;
+}
+
+static int gemm(const void *a, const void *b, void *c, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, int trans_a, int trans_b, int accumulate,
+                const void *bias) {
+    return product(0, a, b, c, m, n, k, trans_a, trans_b, accumulate, bias);
+}
+
+/* The same of factors rounded to bfloat16; in double there is none. */
+static int gemm_bfloat16(const void *a, const void *b, void *c, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, int trans_a, int trans_b,
+                         int accumulate, const void *bias) {
+    return product(!REAL_IS_DOUBLE, a, b, c, m, n, k, trans_a, trans_b, accumulate, bias);
 }

@@ -111,13 +111,19 @@ static void copy_columns(const real *from, ptrdiff_t ld_from, real *to, ptrdiff_
     for (ptrdiff_t row = 0; row < rows; row++) memcpy(to + row * ld_to, from + row * ld_from, width * sizeof(real));
 }
 
+/* gemm, of factors rounded to bfloat16 where the layer wants them. */
+static int layer_gemm(const struct mt_output_layer *layer, const void *a, const void *b, void *c, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k,
+                      int trans_a, int trans_b, int accumulate) {
+    return (layer->bfloat16 ? gemm_bfloat16 : gemm)(a, b, c, m, n, k, trans_a, trans_b, accumulate, NULL);
+}
+
 /* logits_nw (N, width) = x W of the chunk at v0, without the bias. panel: room for (d, chunk), unused when transposed. */
 static int chunk_logits(const struct mt_output_layer *layer, ptrdiff_t v0, struct chunk *chunk, real *panel, real *logits_nw) {
     const real *weight = layer->weight;
     ptrdiff_t d = layer->d, width = min_size(layer->chunk, layer->vocab - v0);
     if (!layer->transposed) copy_columns(weight + v0, layer->vocab, panel, width, d, width);
     *chunk = (struct chunk){v0, width, layer->transposed ? weight + v0 * d : panel};
-    return gemm(layer->x, chunk->weight, logits_nw, layer->n, width, d, 0, layer->transposed, 0, NULL);
+    return layer_gemm(layer, layer->x, chunk->weight, logits_nw, layer->n, width, d, 0, layer->transposed, 0);
 }
 
 INLINE void add_bias(const struct mt_output_layer *layer, const struct chunk *chunk, real *x_w) {
@@ -200,12 +206,12 @@ static int linear_cross_entropy_backward(const struct mt_output_layer *layer, co
             dlogits_row(x_w, x_w, width, lse_n[row], dlosses_n[row], layer->targets[row], v0, share, smoothing);
         }
         /* 2: dx += dlogits W^T */
-        failed = gemm(logits_nw, chunk.weight, dx, n, d, width, 0, columns, 1, NULL);
+        failed = layer_gemm(layer, logits_nw, chunk.weight, dx, n, d, width, 0, columns, 1);
         /* 3: dW += x^T dlogits */
-        if (!failed && dweight && !columns) failed = gemm(logits_nw, layer->x, dweight_ + v0 * d, width, d, n, 1, 0, 1, NULL);
+        if (!failed && dweight && !columns) failed = layer_gemm(layer, logits_nw, layer->x, dweight_ + v0 * d, width, d, n, 1, 0, 1);
         if (!failed && dweight && columns) {
             copy_columns(dweight_ + v0, vocab, dpanel, width, d, width);
-            failed = gemm(layer->x, logits_nw, dpanel, d, width, n, 1, 0, 1, NULL);
+            failed = layer_gemm(layer, layer->x, logits_nw, dpanel, d, width, n, 1, 0, 1);
             if (!failed) copy_columns(dpanel, width, dweight_ + v0, vocab, d, width);
         }
         if (!failed && dbias) sum_rows(logits_nw, dbias_v + v0, n, width);

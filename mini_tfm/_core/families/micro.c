@@ -16,8 +16,9 @@
 
 /* c_ij (rows, panels * NR) (+)= a_ik b_kj. a element (i, k) is a[i * a_row + k * a_col]; b rows lie ldb apart, c rows ldc.
  * `rows` and `panels` are constants wherever this is inlined, so the sums stay in registers. add: the chain goes on from
- * `from`, whose rows lie ld_from apart, 0 for a single one. */
-INLINE void micro_tile(const int rows, const int panels, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *b,
+ * `from`, whose rows lie ld_from apart, 0 for a single one. pairs: an element of a and b is a pair of bfloat16, their product
+ * the sum of two. */
+INLINE void micro_tile(const int pairs, const int rows, const int panels, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *b,
                        ptrdiff_t ldb, const real *from, ptrdiff_t ld_from, real *c, ptrdiff_t ldc, const int add) {
     vec sum[2 * MR], b_j[8]; /* rows * panels <= MR and panels <= 4 */
     for (int i = 0; i < rows; i++)
@@ -28,8 +29,12 @@ INLINE void micro_tile(const int rows, const int panels, ptrdiff_t k, const real
     for (ptrdiff_t p = 0; p < k; p++, b += ldb) {
         for (int j = 0; j < 2 * panels; j++) b_j[j] = load(b + j * VL);
         for (int i = 0; i < rows; i++) {
-            real x = a_3[i / 3][i % 3 * a_row];
-            for (int j = 0; j < 2 * panels; j++) sum[i * 2 * panels + j] += x * b_j[j];
+            const real *x = a_3[i / 3] + i % 3 * a_row;
+            ivec x_pair = pairs ? all_lanes(*(const lane_anywhere *)x) : (ivec){0};
+            for (int j = 0; j < 2 * panels; j++) {
+                vec *to = &sum[i * 2 * panels + j];
+                *to = pairs ? add_pairs(*to, x_pair, (ivec)b_j[j]) : *to + *x * b_j[j];
+            }
         }
         for (int i = 0; i < rows; i += 3) a_3[i / 3] += a_col;
     }
@@ -38,19 +43,19 @@ INLINE void micro_tile(const int rows, const int panels, ptrdiff_t k, const real
 }
 
 /* Few rows take several panels at once: a chain waits for its own last step, so there must be enough of them. */
-INLINE void micro_columns(const int rows, const int panels, ptrdiff_t columns, ptrdiff_t k, const real *a, ptrdiff_t a_row,
+INLINE void micro_columns(const int pairs, const int rows, const int panels, ptrdiff_t columns, ptrdiff_t k, const real *a, ptrdiff_t a_row,
                           ptrdiff_t a_col, const real *b, ptrdiff_t ldb, const real *from, ptrdiff_t ld_from, real *c, ptrdiff_t ldc,
                           const int add) {
     ptrdiff_t j = 0;
     for (; panels > 1 && j + panels * NR <= columns; j += panels * NR)
-        micro_tile(rows, panels, k, a, a_row, a_col, b + j, ldb, from + j, ld_from, c + j, ldc, add);
-    for (; j < columns; j += NR) micro_tile(rows, 1, k, a, a_row, a_col, b + j, ldb, from + j, ld_from, c + j, ldc, add);
+        micro_tile(pairs, rows, panels, k, a, a_row, a_col, b + j, ldb, from + j, ld_from, c + j, ldc, add);
+    for (; j < columns; j += NR) micro_tile(pairs, rows, 1, k, a, a_row, a_col, b + j, ldb, from + j, ld_from, c + j, ldc, add);
 }
 
-INLINE void micro_switch(ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col,
+INLINE void micro_switch(const int pairs, ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col,
                          const real *b, ptrdiff_t ldb, const real *from, ptrdiff_t ld_from, real *c, ptrdiff_t ldc, const int add) {
 #define MICRO_CASE(n, panels) \
-    case n: micro_columns(n, panels, columns, k, a, a_row, a_col, b, ldb, from, ld_from, c, ldc, add); break;
+    case n: micro_columns(pairs, n, panels, columns, k, a, a_row, a_col, b, ldb, from, ld_from, c, ldc, add); break;
     switch (rows) {
         MICRO_CASE(1, 4)
         MICRO_CASE(2, 2)
@@ -72,13 +77,29 @@ INLINE void micro_switch(ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t k, const r
 /* c (rows, columns) = a b, and from + a b, for any rows <= MR; b, from and c are read and written in columns up to a multiple of NR. */
 static void micro_set(ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *b,
                       ptrdiff_t ldb, real *c, ptrdiff_t ldc) {
-    micro_switch(rows, columns, k, a, a_row, a_col, b, ldb, c, ldc, c, ldc, 0);
+    micro_switch(0, rows, columns, k, a, a_row, a_col, b, ldb, c, ldc, c, ldc, 0);
 }
 
 static void micro_add(ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *b,
                       ptrdiff_t ldb, const real *from, ptrdiff_t ld_from, real *c, ptrdiff_t ldc) {
-    micro_switch(rows, columns, k, a, a_row, a_col, b, ldb, from, ld_from, c, ldc, 1);
+    micro_switch(0, rows, columns, k, a, a_row, a_col, b, ldb, from, ld_from, c, ldc, 1);
 }
+
+#if !REAL_IS_DOUBLE
+/* The same of pairs. */
+static void micro_set_pairs(ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *b,
+                            ptrdiff_t ldb, real *c, ptrdiff_t ldc) {
+    micro_switch(1, rows, columns, k, a, a_row, a_col, b, ldb, c, ldc, c, ldc, 0);
+}
+
+static void micro_add_pairs(ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *b,
+                            ptrdiff_t ldb, const real *from, ptrdiff_t ld_from, real *c, ptrdiff_t ldc) {
+    micro_switch(1, rows, columns, k, a, a_row, a_col, b, ldb, from, ld_from, c, ldc, 1);
+}
+#else
+#define micro_set_pairs micro_set
+#define micro_add_pairs micro_add
+#endif
 
 /* VL rows of `from`, ld apart, become VL columns of `to`, ld_to apart. */
 INLINE void transpose_square(const real *from, ptrdiff_t ld, real *to, ptrdiff_t ld_to) {

@@ -30,23 +30,6 @@ static struct packed_layout packed_layout(const struct mt_packed *w) {
 static size_t packed_bytes(const struct mt_packed *w) { return packed_layout(w).bytes; }
 
 #if !REAL_IS_DOUBLE
-INLINE uint32_t to_bfloat16(real x) {
-    union {
-        real x;
-        uint32_t bits;
-    } u = {x};
-    if (x != x) return (u.bits >> 16) | 64; /* NaN stays one */
-    return (u.bits + 0x7FFF + ((u.bits >> 16) & 1)) >> 16;
-}
-
-INLINE real from_bfloat16(uint32_t bits) {
-    union {
-        uint32_t bits;
-        real x;
-    } u = {bits << 16};
-    return u.x;
-}
-
 /* Where column j of row p is in a bfloat16 panel: a lane of 4 bytes holds column i below and column i + VL above, so that two
  * vectors come out of one by a shift and a mask. */
 INLINE ptrdiff_t bfloat16_at(ptrdiff_t p, ptrdiff_t j) { return p * NR + j % VL * 2 + j / VL; }
@@ -296,7 +279,7 @@ static void packed_sums(const struct mt_packed *w, const struct packed_layout *a
             const char *next = j + 1 < panels ? from + at->panel + k0 * row : (down ? b : b + panels * at->panel) + down * row;
             struct rows lines = {(const real *)next, LINE, kc * row / 64, LINE};
             real *to = sums + j * m * NR;
-            micro_strips(m, kc, x + k0, w->d_in, 1, panel, k0 ? to : NULL, NR, to, NR, &lines, div_up(lines.count, div_up(m, MR)));
+            micro_strips(0, m, kc, x + k0, w->d_in, 1, panel, k0 ? to : NULL, NR, to, NR, &lines, div_up(lines.count, div_up(m, MR)));
         }
 }
 

@@ -2,6 +2,7 @@
  * in which every function is static, so the families need no name mangling. */
 #include "simd.h"
 
+#include "families/bfloat16.c"
 #include "families/micro.c"
 #include "families/gemm.c"
 #include "families/stream.c"
@@ -33,6 +34,11 @@ void NAMED(mt_refine_, ISA, )(struct mt_kernels *kernels) {
     kernels->unpack = unpack;
     kernels->packed_linear = packed_linear;
     kernels->linear_top_k = linear_top_k;
+#if ISA_BF16
+    kernels->gemm_bfloat16 = gemm_bfloat16;
+    kernels->linear_cross_entropy = linear_cross_entropy;
+    kernels->linear_cross_entropy_backward = linear_cross_entropy_backward;
+#endif
 }
 #else
 #if REAL_IS_DOUBLE
@@ -43,6 +49,7 @@ void NAMED(mt_refine_, ISA, )(struct mt_kernels *kernels) {
 extern const struct mt_kernels TABLE;
 const struct mt_kernels TABLE = {
     .gemm = gemm,
+    .gemm_bfloat16 = gemm_bfloat16,
     .packed_bytes = packed_bytes,
     .pack = pack,
     .unpack = unpack,

@@ -117,6 +117,57 @@ EMULATED(__m512i, cvtps_epi32, __m512 a) {
     return whole;
 }
 
+/* Two vectors to the nearest bfloat16, the second one's below; 16 bits by number; products of pairs added to a float. Numbers below
+ * the normal ones count as zero on the way in and out, NaN stays one. */
+static inline uint32_t emulated_normal(uint32_t bits) { return bits & 0x7F800000 ? bits : bits & 0x80000000; }
+
+EMULATED(__m512i, cvtne2ps_pbh, __m512 a, __m512 b) {
+    uint32_t x[32];
+    uint16_t y[32];
+    __m512i both;
+    memcpy(x, &b, sizeof b), memcpy(x + 16, &a, sizeof a);
+    EACH(32) {
+        uint32_t bits = emulated_normal(x[i]), nan = (bits & 0x7FFFFFFF) > 0x7F800000;
+        y[i] = (uint16_t)((nan ? bits | 1 << 22 : bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+    }
+    memcpy(&both, y, sizeof both);
+    return both;
+}
+
+EMULATED(__m512i, permutexvar_epi16, __m512i at, __m512i a) {
+    uint16_t n[32], x[32], y[32];
+    memcpy(n, &at, sizeof n), memcpy(x, &a, sizeof x);
+    EACH(32) y[i] = x[n[i] & 31];
+    memcpy(&a, y, sizeof a);
+    return a;
+}
+
+EMULATED(__m512, dpbf16_ps, __m512 sum, __m512i a, __m512i b) {
+    uint32_t x[16], y[16];
+    memcpy(x, &a, sizeof x), memcpy(y, &b, sizeof y);
+    EACH(16) {
+        for (int upper = 1; upper >= 0; upper--) {
+            uint32_t bits[2] = {upper ? x[i] & 0xFFFF0000 : x[i] << 16, upper ? y[i] & 0xFFFF0000 : y[i] << 16};
+            float factor[2], total;
+            EACH(2) bits[i] = emulated_normal(bits[i]);
+            memcpy(factor, bits, sizeof factor);
+            total = fmaf(factor[0], factor[1], sum[i]);
+            memcpy(bits, &total, sizeof total);
+            bits[0] = emulated_normal(bits[0]);
+            memcpy(&total, bits, sizeof total);
+            sum[i] = total;
+        }
+    }
+    return sum;
+}
+
+EMULATED(__m512i, loadu_si512, const void *p) { __m512i x; memcpy(&x, p, sizeof x); return x; }
+
+#define __m512bh __m512i
+#define _mm512_cvtne2ps_pbh emulated_cvtne2ps_pbh
+#define _mm512_permutexvar_epi16 emulated_permutexvar_epi16
+#define _mm512_dpbf16_ps emulated_dpbf16_ps
+#define _mm512_loadu_si512 emulated_loadu_si512
 #define _mm512_max_ps emulated_max_ps
 #define _mm512_max_pd emulated_max_pd
 #define _mm512_min_ps emulated_min_ps
