@@ -35,6 +35,54 @@ INLINE void few_scores(const int nq, const int groups, const real *const *k_j, p
     }
 }
 
+/* Lane l: the sum of the lanes of x[l]. */
+INLINE vec fold_vectors(vec x[VL]) {
+#if ISA_AVX512 && !REAL_IS_DOUBLE
+    /* Halves of two vectors are added into one, then quarters, and so on; PLACE is where that leaves each. */
+    static const int PLACE[16] = {0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15};
+    vec y[16];
+    for (int i = 0; i < 16; i++) y[PLACE[i]] = x[i];
+    for (int i = 0; i < 8; i++)
+        y[i] = SHUFFLE(y[i], y[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+               SHUFFLE(y[i], y[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    for (int i = 0; i < 4; i++)
+        y[i] = SHUFFLE(y[i], y[i + 4], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+               SHUFFLE(y[i], y[i + 4], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    for (int i = 0; i < 2; i++)
+        y[i] = SHUFFLE(y[i], y[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+               SHUFFLE(y[i], y[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    return SHUFFLE(y[0], y[1], 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30) +
+           SHUFFLE(y[0], y[1], 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31);
+#else
+    transpose_vectors(x);
+    for (ptrdiff_t half = VL / 2; half; half /= 2)
+        for (ptrdiff_t l = 0; l < half; l++) x[l] += x[l + half];
+    return x[0];
+#endif
+}
+
+/* The same of one query, whose products with a key are folded once at its end: transposing keys is what takes long. */
+static void few_scores_of_one(const real *const *k_j, ptrdiff_t n, ptrdiff_t d, const real *q_d, real *s_j) {
+    for (ptrdiff_t j = 0; j < n; j += VL) {
+        const int more = j + VL < n;
+        ptrdiff_t p = 0;
+        vec x[VL];
+        for (ptrdiff_t l = 0; l < VL; l++) x[l] = all(0);
+        for (; p + VL <= d; p += VL) {
+            vec q = load(q_d + p);
+            for (ptrdiff_t l = 0; l < VL; l++) {
+                if (more && p % LINE == 0) __builtin_prefetch(k_j[j + VL + l] + p);
+                x[l] += q * load(k_j[j + l] + p);
+            }
+        }
+        if (p < d) {
+            vec q = load_some(q_d + p, d - p, 0);
+            for (ptrdiff_t l = 0; l < VL; l++) x[l] += q * load_some(k_j[j + l] + p, d - p, 0);
+        }
+        store(s_j + j, fold_vectors(x));
+    }
+}
+
 /* o_id (nq, ld) columns [c, c + vectors * VL) = p v for values at v_j (n,). A weight of zero takes no part: 0 * NaN of something
  * hidden is not to get in. */
 INLINE void few_values_columns(const int nq, const int vectors, const real *const *v_j, ptrdiff_t n, const real *p_ij, ptrdiff_t c, real *o_id,
@@ -55,9 +103,11 @@ INLINE void few_values_columns(const int nq, const int vectors, const real *cons
 }
 
 INLINE void few_values(const int nq, const real *const *v_j, ptrdiff_t n, ptrdiff_t d, const real *p_ij, real *o_id, ptrdiff_t ld) {
-    const int wide = nq == 1 ? 8 : nq == 2 ? 4 : 2;
+    const int most = N_REGISTERS / 2 / nq; /* vectors of each query that are summed at once */
     ptrdiff_t c = 0;
-    for (; c + wide * VL <= d; c += wide * VL) few_values_columns(nq, wide, v_j, n, p_ij, c, o_id, ld);
+    for (; most >= 8 && c + 8 * VL <= d; c += 8 * VL) few_values_columns(nq, 8, v_j, n, p_ij, c, o_id, ld);
+    for (; most >= 4 && c + 4 * VL <= d; c += 4 * VL) few_values_columns(nq, 4, v_j, n, p_ij, c, o_id, ld);
+    for (; c + 2 * VL <= d; c += 2 * VL) few_values_columns(nq, 2, v_j, n, p_ij, c, o_id, ld);
     for (; c + VL <= d; c += VL) few_values_columns(nq, 1, v_j, n, p_ij, c, o_id, ld);
     for (; c < d; c++)
         for (int i = 0; i < nq; i++) {
@@ -135,7 +185,7 @@ static void few_parts(const struct mt_attention_sizes *sizes, const struct askin
                       const real *q_id, struct few_room *room, struct part *parts, ptrdiff_t ld) {
     ptrdiff_t d = sizes->d, n = tile->n;
     switch (nq) {
-    case 1: few_scores(1, 4, room->k_j, n, d, q_id, room->s_ij); break;
+    case 1: few_scores_of_one(room->k_j, n, d, q_id, room->s_ij); break;
     case 2: few_scores(2, 2, room->k_j, n, d, q_id, room->s_ij); break;
     case 3: few_scores(3, 1, room->k_j, n, d, q_id, room->s_ij); break;
     default: few_scores(4, 1, room->k_j, n, d, q_id, room->s_ij);
