@@ -168,9 +168,11 @@ def test_a_batch_row_alone_has_the_same_bits(core, dtype, seed, length):
 
 @pytest.mark.parametrize("feature", ["plain", "causal", "causal window", "lengths", "valid", "distance bias", "index", "blocks"])
 @pytest.mark.parametrize("source, d", [(70, 8), (300, 64), (517, 40)])
-def test_a_query_alone_has_the_bits_it_has_among_many(dtype, feature, source, d):
-    """Of the compiled kernel: one query takes another way through C than many, split over keys, and the tiles are the same."""
-    case = drawn_case(feature, Values(source, dtype), 2, 4, 2, 40, source, d)
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_a_query_alone_has_the_bits_it_has_among_many(dtype, feature, kv_heads, source, d):
+    """Of the compiled kernel: one query takes another way through C than many, split over keys, and the tiles are the same. With
+    4 heads of keys it is one query that a head is read for, with 2 it is two."""
+    case = drawn_case(feature, Values(source, dtype), 2, 4, kv_heads, 40, source, d)
     out, lse = _core.attention(case.q, case.blocks, case.scale)
     for first, last in ((0, 1), (7, 8), (20, 23), (39, 40)):
         part = slice(first, last)

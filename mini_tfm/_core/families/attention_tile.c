@@ -12,9 +12,9 @@
  * Scores are in units of the binary logarithm: 1 / ln 2 is part of the scale that queries are multiplied with. */
 
 /* Keys of a tile; queries whose scores against it stay near: whole strips and whole vectors. The wider a tile, the rarer a merge,
- * and 256 keys are 1 to 5 % faster than 128; with vectors of 64 bytes neither could be measured. Rows of scores lie SCORES_LD apart:
- * at a power of two the first halves of all rows would share a half of L1. */
-enum { KEYS = VECTOR_BYTES == 64 ? 128 : 256, SCORES_LD = KEYS + NR, ROWS = VL == 16 ? 48 : 24, ROWS_AHEAD = 4 };
+ * and 256 keys are 1 to 5 % faster than 128. Rows of scores lie SCORES_LD apart: at a power of two the first halves of all rows would
+ * share a half of L1. */
+enum { KEYS = 256, SCORES_LD = KEYS + NR, ROWS = VL == 16 ? 48 : 24, ROWS_AHEAD = 4 };
 _Static_assert(ROWS % MR == 0 && ROWS % VL == 0 && KEYS % (4 * VL) == 0, "ROWS and KEYS are cut into strips and vectors");
 
 #define LOG2_E 1.44269504088896340736
