@@ -302,7 +302,7 @@ class Transformer:
         free_q, q, k = q, self._rotate(q, at), self._rotate(k, sight.at)
         if cache:
             k, v = cache.append(layer, k, v)
-        blocks = self._own_blocks(w, site, q, k, v, sight)
+        blocks = [self._own_block(w, site, q, k, v, sight)]
         text, asking = slice(sight.rows, sight.rows + sight.text.shape[1]), sight.valid[:, -q.shape[2] :]
         out = self._with_memory(w, name, site, layer, q, free_q, at, blocks, run, dropout, asking, None if cache else text)
         if cache is None:
@@ -330,30 +330,14 @@ class Transformer:
         out = self._with_memory(w, name, "cross", layer, q, q, at, blocks, run, dropout, asking, slice(encoded.n_rows, None))
         return self._linear(w, name + ".o", _merge_heads(out))
 
-    def _own_blocks(self, w: Weights, site: str, q: Array, k: Array, v: Array, sight: _Sight) -> list[Block]:
+    def _own_block(self, w: Weights, site: str, q: Array, k: Array, v: Array, sight: _Sight) -> Block:
         """The segment's own keys. Rows in front are seen by every query, also where the text is causal."""
-        n_queries, n_keys, m = q.shape[2], k.shape[2], sight.rows
-        if not sight.causal:
-            return [Block(k, v, valid=sight.valid, bias=self._distance_bias(w, site, n_queries, n_keys, n_keys - n_queries))]
-        ragged = sight.at.ndim > 1 and self.config.positions == "relative"
-        cuts = [(0, m), (m, n_keys)] if m else [(0, n_keys)]
-        blocks = []
-        for start, stop in cuts:
-            part = slice(start, stop)
-            whole = stop - start == n_keys
-            blocks.append(
-                Block(
-                    k if whole else k[:, :, part],
-                    v if whole else v[:, :, part],
-                    valid=np.ascontiguousarray(sight.valid[:, part]),
-                    bias=self._dense_bias(w, site, sight.at[:, part], sight.at[:, -n_queries:], None)
-                    if ragged
-                    else self._distance_bias(w, site, n_queries, stop - start, n_keys - n_queries - start),
-                    causal=start == m,
-                    offset=n_keys - n_queries - start,
-                )
-            )
-        return blocks
+        n_queries, n_keys = q.shape[2], k.shape[2]
+        if sight.causal and sight.at.ndim > 1 and self.config.positions == "relative":
+            bias = self._dense_bias(w, site, sight.at, sight.at[:, -n_queries:], None)
+        else:
+            bias = self._distance_bias(w, site, n_queries, n_keys, n_keys - n_queries)
+        return Block(k, v, valid=sight.valid, bias=bias, causal=sight.causal, prefix=sight.rows if sight.causal else 0)
 
     def _with_memory(
         self,

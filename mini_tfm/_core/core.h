@@ -33,6 +33,7 @@ struct mt_block {
     ptrdiff_t bias_stride[4]; /* in elements, any sign, may be 0 */
     int64_t offset;           /* query i's own key is i + offset */
     int64_t window;           /* 0: none */
+    int64_t prefix;           /* rows before it are seen by all, also where causal */
     int causal;
     struct mt_rows dk, dv;    /* backward: (B, Hkv, S, D) written, or at NULL: not needed */
     void *dbias;              /* backward: accumulated through strides, or NULL */

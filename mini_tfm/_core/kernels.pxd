@@ -19,6 +19,7 @@ cdef extern from "core.h" nogil:
         const void *bias
         ptrdiff_t[4] bias_stride
         int64_t offset, window
+        int64_t prefix
         int causal
         mt_rows dk, dv
         void *dbias

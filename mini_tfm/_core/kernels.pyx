@@ -693,7 +693,7 @@ cdef class Blocks:
             c.lengths = <const int64_t *>ptr_or_null(block.lengths)
             c.index = <const int64_t *>ptr_or_null(block.index)
             c.width = c.source if block.index is None else block.index.shape[3]
-            c.offset, c.causal = block.offset, block.causal
+            c.offset, c.causal, c.prefix = block.offset, block.causal, block.prefix
             c.window = 0 if block.window is None else block.window
             if block.bias is not None:
                 c.bias = ptr(block.bias)

@@ -421,6 +421,9 @@ def attention_block(block, at, q):
         lengths = integers(f"{at}.lengths", block.lengths, shape=(batch,), low=0, high=source + 1)
     causal = flag(f"{at}.causal", block.causal)
     window = None if block.window is None else integer(f"{at}.window", block.window, low=1, high=2**60)
+    prefix = integer(f"{at}.prefix", block.prefix, low=0, high=source + 1)
+    if prefix and (window is not None or not causal):
+        raise InvalidValue(f"{at}.prefix: expected 0, or causal=True and no window, got {prefix}")
     offset = source - length
     if block.offset is not None:
         offset = integer(f"{at}.offset", block.offset, low=-(2**60), high=2**60)
@@ -443,7 +446,7 @@ def attention_block(block, at, q):
         _broadcast(f"{at}.dbias", dbias, scores)
         needs_dbias = True
     return Block(k, v, valid=valid, lengths=lengths, index=index, bias=bias, dbias=dbias, needs_dbias=needs_dbias,
-                 causal=causal, offset=offset, window=window)  # fmt: skip
+                 causal=causal, prefix=prefix, offset=offset, window=window)  # fmt: skip
 
 
 def _broadcast(name, x, shape):

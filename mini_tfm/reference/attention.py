@@ -30,6 +30,7 @@ class Block:
                  view of a table, the same view of a table of zeros.
     needs_dbias  ask for the gradient without giving `dbias`: a dense one of the bias's shape is made.
     causal       query i sees key j only if j <= i + offset.
+    prefix       with causal, and no window: all queries see keys j < prefix, too (prefix LM, arXiv 1910.10683, figure 3).
     offset       None: S - T, the last query sees the last key.
     window       w >= 1 or None: only j > i + offset - w, and if not causal also only j < i + offset + w.
     """
@@ -43,6 +44,7 @@ class Block:
     dbias: Any = None
     needs_dbias: bool = False
     causal: bool = False
+    prefix: int = 0
     offset: int | None = None
     window: int | None = None
 
@@ -69,7 +71,7 @@ def _visible(block, b, h, length):
     seen = np.broadcast_to(rows, (length, source)).copy()
     distance = np.arange(source)[None, :] - np.arange(length)[:, None] - block.offset  # 0: the query's own key
     if block.causal:
-        seen &= distance <= 0
+        seen &= (distance <= 0) | (np.arange(source) < block.prefix)
     if block.window is not None:
         seen &= distance > -block.window
         if not block.causal:

@@ -7,7 +7,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from mini_tfm.reference import Block
 
-MASKS = ("plain", "causal", "offset", "window", "causal window", "lengths", "valid", "index", "masked index")
+MASKS = ("plain", "causal", "prefix", "offset", "window", "causal window", "lengths", "valid", "index", "masked index")
 BIASES = ("full", "per head", "per key", "per query", "one", "transposed", "reversed", "expanded", "distance", "hiding")
 FEATURES = (*MASKS, *(f"{bias} bias" for bias in BIASES), "blocks", "everything")
 
@@ -77,12 +77,14 @@ def drawn_case(feature, values, batch=2, heads=2, kv_heads=1, length=5, source=6
         if indexed:
             n = int(some([1, 2, 7]))
             block.index = values.integers(-1, s, batch, heads, length, n)
-        elif wanted & {"causal", "offset", "causal window"}:
+        elif wanted & {"causal", "prefix", "offset", "causal window"}:
             block.causal = True
         if "offset" in wanted:
             block.offset = int(values.rng.integers(-length - 1, s + 2))
         if not indexed and wanted & {"window", "causal window"}:
             block.window = int(some([1, 2, s // 2 + 1, s + 5]))
+        elif not indexed and "prefix" in wanted:
+            block.prefix = int(values.rng.integers(0, s + 1))
         if wanted & {"lengths", "masked index"}:
             block.lengths = values.integers(0, s + 1, batch)
         if wanted & {"valid", "masked index"}:

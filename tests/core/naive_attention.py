@@ -24,7 +24,7 @@ def rows_and_seen(q, block):
             seen[b] &= np.append(block.valid[b], False)[rows[b]]
     i, offset = np.arange(length)[:, None], source - length if block.offset is None else block.offset
     if block.causal:
-        seen &= rows <= i + offset
+        seen &= (rows <= i + offset) | (rows < block.prefix)
     if block.window is not None:
         seen &= rows > i + offset - block.window
         if not block.causal:

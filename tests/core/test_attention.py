@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mini_tfm import _core
+from mini_tfm.errors import InvalidValue
 from mini_tfm.reference import Block
 
 few = st.integers(1, 3)
@@ -36,7 +37,7 @@ def test_forward(core, dtype, feature, seed, batch, kv_heads, group, length, sou
 
 
 @pytest.mark.parametrize("length, source", [(63, 64), (64, 65), (65, 129), (130, 515), (257, 257), (1, 1025), (2, 300), (4, 2049)])
-@pytest.mark.parametrize("feature", ["plain", "causal", "causal window", "window", "lengths", "valid", "distance bias"])
+@pytest.mark.parametrize("feature", ["plain", "causal", "prefix", "causal window", "window", "lengths", "valid", "distance bias"])
 def test_past_the_edges_of_tiles(dtype, feature, length, source):
     """Of the compiled kernel: the twin has none."""
     check(_core, drawn_case(feature, Values(length, dtype), 1, 2, 1, length, source, 8))
@@ -112,7 +113,7 @@ def test_far_offsets_and_wide_windows(core, causal, offset, window):
         check(core, case)
 
 
-@pytest.mark.parametrize("feature", ["causal", "offset", "window", "causal window", "lengths", "valid", "index"])
+@pytest.mark.parametrize("feature", ["causal", "prefix", "offset", "window", "causal window", "lengths", "valid", "index"])
 def test_what_is_hidden_is_never_read(core, dtype, feature):
     """NaN in every key and value that a mask hides leaves no trace."""
     n_hidden = 0
@@ -166,7 +167,7 @@ def test_a_batch_row_alone_has_the_same_bits(core, dtype, seed, length):
         assert_same_bits(alone, (out[row : row + 1], lse[row : row + 1]))
 
 
-@pytest.mark.parametrize("feature", ["plain", "causal", "causal window", "lengths", "valid", "distance bias", "index", "blocks"])
+@pytest.mark.parametrize("feature", ["plain", "causal", "prefix", "causal window", "lengths", "valid", "distance bias", "index", "blocks"])
 @pytest.mark.parametrize("source, d", [(70, 8), (300, 64), (517, 40)])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_a_query_alone_has_the_bits_it_has_among_many(dtype, feature, kv_heads, source, d):
@@ -225,3 +226,24 @@ def test_plain_arrays_take_the_short_way_to_the_same_bits(dtype):
                       (None, False, None, np.array([31, 0]), None), (None, False, None, [30, 4], None),
                       (None, False, None, None, np.inf)):  # fmt: skip
         assert _core._attention_at_once(q, k, v, *arguments) is None
+
+
+def test_a_prefix_needs_a_causal_mask_and_no_window(core):
+    q = k = v = np.ones((1, 1, 3, 2), np.float32)
+    for options in ({"causal": False}, {"causal": True, "window": 2}):
+        with pytest.raises(InvalidValue, match=r"blocks\[0\]\.prefix: expected 0, or causal=True and no window, got 2"):
+            core.attention(q, [Block(k, v, prefix=2, **options)], 1.0)
+    with pytest.raises(InvalidValue, match=r"blocks\[0\]\.prefix: expected"):
+        core.attention(q, [Block(k, v, prefix=4, causal=True)], 1.0)
+
+
+def test_a_prefix_is_a_block_of_its_own_and_a_causal_rest(dtype):
+    """As one softmax over both: the same up to the order in which parts are merged."""
+    values = Values(2, dtype)
+    q, k, v = values.real(2, 2, 20, 8), values.real(2, 2, 33, 8), values.real(2, 2, 33, 8)
+    out, lse = _core.attention(q, [Block(k, v, causal=True, prefix=7, offset=5)], 0.3)
+    front = Block(k[:, :, :7], v[:, :, :7])
+    apart, lse_apart = _core.attention(q, [front, Block(k[:, :, 7:], v[:, :, 7:], causal=True, offset=-2)], 0.3)
+    near = {"rtol": 0, "atol": 20 * np.finfo(dtype).eps}
+    np.testing.assert_allclose(out, apart, **near)
+    np.testing.assert_allclose(lse, lse_apart, **near)

@@ -51,7 +51,7 @@ def test_backward(core, dtype, feature, seed, batch, kv_heads, group, length, so
 
 
 @pytest.mark.parametrize("length, source", [(63, 64), (65, 129), (130, 515), (257, 257), (1, 1025), (4, 2049)])
-@pytest.mark.parametrize("feature", ["plain", "causal", "causal window", "window", "lengths", "distance bias"])
+@pytest.mark.parametrize("feature", ["plain", "causal", "prefix", "causal window", "window", "lengths", "distance bias"])
 def test_past_the_edges_of_tiles(dtype, feature, length, source):
     """Of the compiled kernel: the twin has none."""
     values = Values(length, dtype)

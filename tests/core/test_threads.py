@@ -44,7 +44,7 @@ SHAPES = [(1, 1, 1, 1, 600), (1, 1, 1, 200, 200), (1, 2, 1, 300, 70), (3, 4, 2, 
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("feature", ["causal window", "distance bias", "per key bias", "masked index", "blocks", "everything"])
+@pytest.mark.parametrize("feature", ["causal window", "prefix", "distance bias", "per key bias", "masked index", "blocks", "everything"])
 def test_attention_has_the_same_bits(threads, feature, shape):
     """Forward, backward with dropout, and mass, over 54 cases."""
     batch, heads, kv_heads, length, source = shape

@@ -55,7 +55,7 @@ INLINE ptrdiff_t first_seen(const struct head *head, ptrdiff_t i) {
 
 INLINE ptrdiff_t last_seen(const struct head *head, ptrdiff_t i) {
     const struct mt_block *block = head->block;
-    if (block->causal) return min_size(head->end, i + block->offset + 1);
+    if (block->causal) return min_size(head->end, max_size(block->prefix, i + block->offset + 1));
     return block->window ? min_size(head->end, i + block->offset + block->window) : head->end;
 }
 
