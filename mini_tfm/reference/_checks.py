@@ -421,7 +421,7 @@ def attention_block(block, at, q):
         lengths = integers(f"{at}.lengths", block.lengths, shape=(batch,), low=0, high=source + 1)
     causal = flag(f"{at}.causal", block.causal)
     window = None if block.window is None else integer(f"{at}.window", block.window, low=1, high=2**60)
-    prefix = integer(f"{at}.prefix", block.prefix, low=0, high=source + 1)
+    prefix = integer(f"{at}.prefix", block.prefix, low=0, high=source)
     if prefix and (window is not None or not causal):
         raise InvalidValue(f"{at}.prefix: expected 0, or causal=True and no window, got {prefix}")
     offset = source - length
