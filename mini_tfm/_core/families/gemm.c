@@ -274,15 +274,17 @@ INLINE int product(const int pairs, const real *a, const real *b, real *c, ptrdi
         return 0;
     }
     ptrdiff_t a_row = trans_a ? 1 : k, a_col = trans_a ? m : 1, ldb = trans_b ? k : n;
-    double work = 2.0 * m * n * k / VL;
+    double work = fmax(2.0 * m * n * k / VL, 0.1 * n * k * sizeof(real)); /* few rows wait for B, read at 100 GB/s */
     /* Four pieces a thread, for balance: columns, for a piece packs its own of B, and rows only where columns are too few.
      * Where A is packed, a piece packs its own of A, too: one piece a thread then, cut so that the least is packed; an
      * element of A takes about twice as long as one of B. */
     const int few = !pairs && m <= MR, packs_a = pairs || a_col != 1;
-    ptrdiff_t wanted = mt_team(1 << 20, work), panels = div_up(n, NR);
-    if (wanted > 1 && !packs_a) wanted *= 4;
+    const ptrdiff_t threads = mt_team(1 << 20, work), panels = div_up(n, NR);
+    ptrdiff_t wanted = threads > 1 && !packs_a ? 4 * threads : threads;
     ptrdiff_t most_columns = few ? div_up(panels, GROUP) : div_up(panels, 4), most_rows = few ? 1 : div_up(m, 4 * MR);
-    ptrdiff_t column_pieces = min_size(wanted, most_columns), row_pieces = min_size(div_up(wanted, column_pieces), most_rows);
+    ptrdiff_t column_pieces = min_size(wanted, most_columns);
+    if (column_pieces > threads) column_pieces -= column_pieces % threads; /* or the last pieces would leave threads idle */
+    ptrdiff_t row_pieces = min_size(div_up(wanted, column_pieces), most_rows);
     for (ptrdiff_t columns = 1; packs_a && columns < column_pieces; columns++) {
         ptrdiff_t rows = div_up(wanted, columns);
         if (rows <= most_rows && 2 * m * columns + n * rows < 2 * m * column_pieces + n * row_pieces) column_pieces = columns, row_pieces = rows;

@@ -88,6 +88,8 @@ INLINE void norm_forward(const real *x_nd, const real *weight_d, const real *bia
             struct stream stream = stream_open(y_nd + first * d, room);
             for (ptrdiff_t row = first; row < last; row++) {
                 const real *x_d = x_nd + row * d;
+                /* The row after the next one, or memory would rest in all passes but the last. */
+                for (ptrdiff_t i = 0; past && i < d; i += LINE) __builtin_prefetch(x_d + 2 * d + i, 0, 2);
                 real mean = mean_n ? row_sum(x_d, d) * share : 0;
                 if (isinf(mean)) mean = (real)(row_sum_wide(x_d, d) * share);
                 double spread = row_spread(x_d, d, mean);

@@ -27,6 +27,11 @@ static struct packed_layout packed_layout(const struct mt_packed *w) {
     return at;
 }
 
+/* In the units of mt_team: few rows wait for the weight, read at 100 GB/s, rather than for arithmetic. */
+static double packed_work(const struct mt_packed *w, const struct packed_layout *at, ptrdiff_t n) {
+    return fmax(2.0 * n * w->d_in * w->d_out * (w->gated ? 2 : 1) / VL, 0.1 * at->scales);
+}
+
 static size_t packed_bytes(const struct mt_packed *w) { return packed_layout(w).bytes; }
 
 #if !REAL_IS_DOUBLE
@@ -361,7 +366,7 @@ static int packed_linear(const void *x, const struct mt_packed *w, const struct 
     struct packed_layout at = packed_layout(w);
     const int per = w->gated ? 2 : 1;
     ptrdiff_t blocks = div_up(n, MC), m = div_up(n, blocks), columns = at.panels / per;
-    double work = 2.0 * n * w->d_in * w->d_out * per / VL;
+    double work = packed_work(w, &at, n);
     /* Few rows are bound by memory: one stretch of it for each thread. More are cut for balance. */
     ptrdiff_t team = mt_team(max_size(columns, blocks), work), wanted = team == 1 ? 1 : n <= 2 * MR ? team : 4 * team;
     ptrdiff_t cuts = max_size(div_up(wanted, blocks), blocks > 1 ? (ptrdiff_t)(at.scales / STAYS) : 1);
@@ -428,7 +433,7 @@ static int linear_top_k(const void *x, const struct mt_packed *w, const void *bi
     struct packed_layout at = packed_layout(w);
     ptrdiff_t part_panels = max_size(PART / NR, 1), parts = div_up(at.panels, part_panels), kept = min_size(k, part_panels * NR);
     ptrdiff_t blocks = div_up(n, MC), m = div_up(n, blocks), pieces = blocks * parts;
-    int team = mt_team(pieces, 2.0 * n * w->d_in * w->d_out / VL);
+    int team = mt_team(pieces, packed_work(w, &at, n));
     size_t room = PACKED_ROOM + (w->kind == MT_INT8 ? SUMS_ROOM : 0);
     struct packed_rows rows;
     char *workspace = aligned_alloc(64, room * team);

@@ -99,6 +99,7 @@ static void softmax(const void *x, void *y, ptrdiff_t n, ptrdiff_t d) {
                 const real *x_d = x_nd + row * d;
                 real *y_d = past ? stream.chunk + (row - first) * d : y_nd + row * d;
                 /* 1: the maximum, for stability; 2: exp and its sum; 3: the division */
+                for (ptrdiff_t i = 0; past && i < d; i += LINE) __builtin_prefetch(x_d + 2 * d + i, 0, 2); /* as in norm_forward */
                 real shift = row_shift(x_d, d), total = row_exp_weight(x_d, y_d, d, shift, past ? &stream : NULL);
                 if (total != 0) row_scale(y_d, d, 1 / total);
                 stream.ready = (row - first + 1) * d;
