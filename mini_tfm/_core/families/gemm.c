@@ -11,11 +11,14 @@
 enum { MC = 96, KC = 256, KS = 3072, PANELS = 8, KS_T = 1024, PANELS_T = 32, KC_FEW = 128, GROUP = 4 };
 enum { AHEAD = 8, FETCHED = 2048, FETCHED_FAR = 16384 };
 
-/* What gemm_piece and gemm_few need for a product over k (of pairs: over half of it), in reals. A strip is stored in whole vectors and may write past its
- * last row. */
-static size_t gemm_room(ptrdiff_t k, int trans_a) {
-    size_t wide = (trans_a ? PANELS_T : PANELS) * NR, deep = min_size(k, trans_a ? KS_T : KS);
-    return wide * (deep + MC) + (MC + MR) * KC + 64;
+/* Columns of B that are packed together, of n. */
+INLINE ptrdiff_t group_width(ptrdiff_t n, int packs_a) { return min_size((packs_a ? PANELS_T : PANELS) * NR, round_up(n, NR)); }
+
+/* What gemm_piece and gemm_few need for n columns of a product over k (of pairs: over half of it), in reals: no more than is used, for
+ * what is fresh from the system comes page by page. A strip is stored in whole vectors and may write past its last row. */
+static size_t gemm_room(ptrdiff_t n, ptrdiff_t k, int packs_a) {
+    size_t wide = group_width(n, packs_a), deep = min_size(k, packs_a ? KS_T : KS);
+    return max_size(wide * (deep + MC) + (MC + MR) * KC, (KC_FEW + MR) * GROUP * NR) + 64;
 }
 
 /* Rows of memory that will be read next. */
@@ -159,7 +162,7 @@ INLINE void gemm_piece(const int pairs, const real *a, ptrdiff_t a_row, ptrdiff_
                        ptrdiff_t ldc, ptrdiff_t m0, ptrdiff_t m1, ptrdiff_t n0, ptrdiff_t n1, ptrdiff_t k, int accumulate,
                        const real *bias_n, real *work) {
     const int per = 1 + pairs, packs_a = pairs || a_col != 1;
-    const ptrdiff_t steps = div_up(k, per), wide = (packs_a ? PANELS_T : PANELS) * NR, deep = min_size(steps, packs_a ? KS_T : KS);
+    const ptrdiff_t steps = div_up(k, per), wide = group_width(n1 - n0, packs_a), deep = min_size(steps, packs_a ? KS_T : KS);
     real *packed_b = work, *sums = packed_b + wide * deep, *packed_a = sums + wide * MC;
     for (ptrdiff_t group = n0; group < n1; group += wide)
         for (ptrdiff_t s0 = 0; s0 < steps; s0 += deep) {
@@ -292,7 +295,7 @@ INLINE int product(const int pairs, const real *a, const real *b, real *c, ptrdi
     ptrdiff_t piece_n = round_up(div_up(n, column_pieces), few ? GROUP * NR : NR), piece_m = round_up(div_up(m, row_pieces), MR);
     ptrdiff_t pieces = row_pieces * column_pieces;
     int team = mt_team(pieces, work), one_row = few && m == 1 && a_col == 1 && !trans_b && n >= 8 * NR;
-    size_t room = gemm_room(div_up(k, 1 + pairs), packs_a);
+    size_t room = gemm_room(piece_n, div_up(k, 1 + pairs), packs_a);
     real *workspace = new_reals(room * team);
     if (!workspace) return -1;
 #pragma omp parallel for num_threads(team) schedule(dynamic)
