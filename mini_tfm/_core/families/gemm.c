@@ -292,7 +292,7 @@ INLINE int product(const int pairs, const real *a, const real *b, real *c, ptrdi
         ptrdiff_t rows = div_up(wanted, columns);
         if (rows <= most_rows && 2 * m * columns + n * rows < 2 * m * column_pieces + n * row_pieces) column_pieces = columns, row_pieces = rows;
     }
-    ptrdiff_t piece_n = round_up(div_up(n, column_pieces), few ? GROUP * NR : NR), piece_m = round_up(div_up(m, row_pieces), MR);
+    ptrdiff_t piece_n = round_up(div_up(n, column_pieces), few ? GROUP * NR : NR), piece_m = div_up(m, row_pieces);
     ptrdiff_t pieces = row_pieces * column_pieces;
     int team = mt_team(pieces, work), one_row = few && m == 1 && a_col == 1 && !trans_b && n >= 8 * NR;
     size_t room = gemm_room(piece_n, div_up(k, 1 + pairs), packs_a);
