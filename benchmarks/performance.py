@@ -577,11 +577,12 @@ def page(chosen, threads, found, of_machine, command, began, took, pairs):
         parts.append(table(["working set", "reading, GB/s", "reading and writing, GB/s"], rows))
     parts += [
         "## How it is measured",
-        "Two libraries run in a process of their own each, with their default settings and the same number of threads, and are timed in"
-        " turn, A B A B ...; a side gives its answer when its threads have stopped spinning, and starts with calls that do not count. Of a"
-        " few repetitions the quickest is taken; the figure is the median of the pairs' ratios, beside it are their quartiles. An error"
-        " is max |error| / max |value| against a computation in float64, apart is the same between the two results, before rounding to"
-        " one digit. More: [common.py](../benchmarks/benchmarks/common.py).",
+        "Two libraries run in a process of their own each, with their default settings and the same number of threads: nothing in the"
+        " environment holds OpenBLAS to the kernels of an older processor, while MKL, of which torch's float32 products are, takes those of"
+        " AVX2 on AMD's processors by itself. They are timed in turn, A B A B ...; a side gives its answer when its threads have stopped"
+        " spinning, and starts with calls that do not count. Of a few repetitions the quickest is taken; the figure is the median of the"
+        " pairs' ratios, beside it are their quartiles. An error is max |error| / max |value| against a computation in float64, apart is"
+        " the same between the two results, before rounding to one digit. More: [common.py](../benchmarks/benchmarks/common.py).",
     ]
     for section in chosen:
         parts += [f"## {section.title}"] + [section.text] * bool(section.text)
