@@ -36,8 +36,8 @@ INLINE void fetch_rows(struct rows *rows, ptrdiff_t count) {
 /* to (m, NR; ld_to) = a panel's product, or from (m, NR; ld_from) plus it, in strips of even height: a thin last one would
  * wait for its own chains. With a_col 0 the strips are packed one after the other, MR apart over k. With each of them go
  * `each` of the rows that are read next. */
-INLINE void micro_strips(const int pairs, ptrdiff_t m, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *panel, const real *from,
-                         ptrdiff_t ld_from, real *to, ptrdiff_t ld_to, struct rows *next, ptrdiff_t each) {
+INLINE void micro_strips(const int pairs, ptrdiff_t m, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *panel,
+                         const real *from, ptrdiff_t ld_from, real *to, ptrdiff_t ld_to, struct rows *next, ptrdiff_t each) {
     ptrdiff_t strips = div_up(m, MR), rows = m / strips, taller = m % strips;
     for (ptrdiff_t strip = 0, i = 0; strip < strips; strip++) {
         ptrdiff_t here = rows + (strip < taller);
@@ -290,7 +290,8 @@ INLINE int product(const int pairs, const real *a, const real *b, real *c, ptrdi
     ptrdiff_t row_pieces = min_size(div_up(wanted, column_pieces), most_rows);
     for (ptrdiff_t columns = 1; packs_a && columns < column_pieces; columns++) {
         ptrdiff_t rows = div_up(wanted, columns);
-        if (rows <= most_rows && 2 * m * columns + n * rows < 2 * m * column_pieces + n * row_pieces) column_pieces = columns, row_pieces = rows;
+        if (rows <= most_rows && 2 * m * columns + n * rows < 2 * m * column_pieces + n * row_pieces)
+            column_pieces = columns, row_pieces = rows;
     }
     ptrdiff_t piece_n = round_up(div_up(n, column_pieces), few ? GROUP * NR : NR), piece_m = div_up(m, row_pieces);
     ptrdiff_t pieces = row_pieces * column_pieces;
