@@ -6,40 +6,6 @@ enum { FEW = 4, FEW_MOST = 24 }; /* queries at once; more than FEW_MOST go the o
 enum { VALUES_AHEAD = 16 }; /* Rows fetched ahead, and a block of keys: 1.05 to 1.2 times as fast from L3 and memory, for the
  * processor foresees neither keys that are taken VL rows at a time nor what lies beyond a page. */
 
-/* x[c]: column p + c of the VL rows at k_j. */
-INLINE void load_columns_of(const real *const *k_j, ptrdiff_t p, vec x[VL]) {
-#if ISA_AVX512 && !REAL_IS_DOUBLE
-    /* Quarters first, so that those of one number are together, row i, i + 4, i + 8, i + 12; then within them. */
-    vec r[4][4];
-    for (int i = 0; i < 4; i++) {
-        vec a = load(k_j[i] + p), b = load(k_j[i + 4] + p), c = load(k_j[i + 8] + p), d = load(k_j[i + 12] + p);
-        vec low = SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
-        vec high = SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-        vec low_too = SHUFFLE(c, d, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
-        vec high_too = SHUFFLE(c, d, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-        r[0][i] = SHUFFLE(low, low_too, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
-        r[1][i] = SHUFFLE(low, low_too, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-        r[2][i] = SHUFFLE(high, high_too, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
-        r[3][i] = SHUFFLE(high, high_too, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-    }
-    for (int quarter = 0; quarter < 4; quarter++) {
-        vec s[4];
-        for (int pair = 0; pair < 2; pair++) {
-            vec a = r[quarter][2 * pair], b = r[quarter][2 * pair + 1];
-            s[2 * pair] = SHUFFLE(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
-            s[2 * pair + 1] = SHUFFLE(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
-        }
-        x[4 * quarter] = SHUFFLE(s[0], s[2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-        x[4 * quarter + 1] = SHUFFLE(s[0], s[2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-        x[4 * quarter + 2] = SHUFFLE(s[1], s[3], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-        x[4 * quarter + 3] = SHUFFLE(s[1], s[3], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-    }
-#else
-    for (ptrdiff_t l = 0; l < VL; l++) x[l] = load(k_j[l] + p);
-    transpose_vectors(x);
-#endif
-}
-
 /* s_ij (nq, KEYS) = q k^T for keys at k_j (n,), pointers to rows of D, readable to a multiple of groups * VL. q_id (nq, D). nq and
  * groups are constants wherever this is inlined, at least 4 chains together: one waits for its own last step. */
 INLINE void few_scores(const int nq, const int groups, const real *const *k_j, ptrdiff_t n, ptrdiff_t d, const real *q_id, real *s_ij) {
@@ -53,7 +19,8 @@ INLINE void few_scores(const int nq, const int groups, const real *const *k_j, p
             for (int g = 0; g < groups; g++) {
                 vec x[VL];
                 for (ptrdiff_t l = 0; l < VL && more && p % LINE == 0; l++) __builtin_prefetch(k_j[j + (groups + g) * VL + l] + p);
-                load_columns_of(k_j + j + g * VL, p, x);
+                for (ptrdiff_t l = 0; l < VL; l++) x[l] = load(k_j[j + g * VL + l] + p);
+                transpose_vectors(x);
                 for (ptrdiff_t l = 0; l < VL; l++)
                     for (int i = 0; i < nq; i++) sum[i][g] += q_id[i * d + p + l] * x[l];
             }

@@ -195,6 +195,32 @@ INLINE void transpose_vectors(vec x[VL]) {
         y[i + 4] = (vec)_mm256_permute2f128_ps((__m256)x[i], (__m256)x[i + 4], 0x31);
     }
     for (int i = 0; i < 8; i++) x[i] = y[i];
+#elif ISA_AVX512 && !REAL_IS_DOUBLE
+    /* Quarters first, so that those of one number are together, row i, i + 4, i + 8, i + 12; then within them. */
+    vec r[4][4];
+    for (int i = 0; i < 4; i++) {
+        vec a = x[i], b = x[i + 4], c = x[i + 8], d = x[i + 12];
+        vec low = SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+        vec high = SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+        vec low_too = SHUFFLE(c, d, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+        vec high_too = SHUFFLE(c, d, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+        r[0][i] = SHUFFLE(low, low_too, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+        r[1][i] = SHUFFLE(low, low_too, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+        r[2][i] = SHUFFLE(high, high_too, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+        r[3][i] = SHUFFLE(high, high_too, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    }
+    for (int quarter = 0; quarter < 4; quarter++) {
+        vec s[4];
+        for (int pair = 0; pair < 2; pair++) {
+            vec a = r[quarter][2 * pair], b = r[quarter][2 * pair + 1];
+            s[2 * pair] = SHUFFLE(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+            s[2 * pair + 1] = SHUFFLE(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+        }
+        x[4 * quarter] = SHUFFLE(s[0], s[2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+        x[4 * quarter + 1] = SHUFFLE(s[0], s[2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+        x[4 * quarter + 2] = SHUFFLE(s[1], s[3], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+        x[4 * quarter + 3] = SHUFFLE(s[1], s[3], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    }
 #else
     real rows[VL * VL], columns[VL * VL];
     for (ptrdiff_t i = 0; i < VL; i++) store(rows + i * VL, x[i]);
