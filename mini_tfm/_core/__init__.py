@@ -23,7 +23,7 @@ twins in place of C. docs/instruction-sets.md says which there are and how each 
 import os
 
 from mini_tfm.errors import InvalidValue
-from mini_tfm.reference import Block, BlockGrad
+from mini_tfm.reference import Block, BlockGrad, encode_rows
 
 __all__ = [
     "Block",
@@ -40,6 +40,7 @@ __all__ = [
     "dropout",
     "embedding",
     "embedding_backward",
+    "encode_rows",
     "gemm",
     "get_num_threads",
     "layer_norm",

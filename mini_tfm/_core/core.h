@@ -58,6 +58,8 @@ struct mt_bank {
     int kind;             /* enum mt_row_kind */
     const float *scales;  /* (B, M), what a row's scores are multiplied by, or NULL */
     const uint8_t *valid; /* (B, M) or NULL: all */
+    const uint8_t *codes; /* (B, M, a multiple of 64 >= d, + 16), made of the rows, or NULL: search_codes.c */
+    ptrdiff_t code_stride[2]; /* in bytes */
 };
 
 /* The output layer and its targets: logits x W + bias that exist `chunk` classes at a time. */

@@ -36,6 +36,8 @@ cdef extern from "core.h" nogil:
         int kind
         const float *scales
         const uint8_t *valid
+        const uint8_t *codes
+        ptrdiff_t[2] code_stride
 
     struct mt_output_layer:
         const void *x

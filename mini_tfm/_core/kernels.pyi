@@ -111,7 +111,13 @@ def adamw(
 ) -> None: ...
 def sum_of_squares(x: Real) -> float: ...
 def search(
-    queries: Real, bank: NDArray[Any], k: int, valid: Mask | None = None, *, scales: Real | None = None
+    queries: Real,
+    bank: NDArray[Any],
+    k: int,
+    valid: Mask | None = None,
+    *,
+    scales: Real | None = None,
+    codes: NDArray[np.uint8] | None = None,
 ) -> tuple[Real, Integers]: ...
 def attention(q: Real, blocks: Sequence[Block], scale: float, *, dropout: float = 0.0, seed: int = 0) -> tuple[Real, Real]: ...
 def attention_backward(

@@ -638,12 +638,12 @@ def sum_of_squares(x):
 # Search
 
 
-def search(queries, bank, k, valid=None, *, scales=None):
+def search(queries, bank, k, valid=None, *, scales=None, codes=None):
     """The k best rows of bank (Bq, M, d) for queries (Bq, N, d): scores, index (Bq, N, k), best first; -1 where none is left."""
     cdef ptrdiff_t wanted, batch, n, m, d
     cdef int failed, axis
     cdef mt_bank c_bank
-    queries, bank, wanted, valid, scales, c_bank.kind = _checks.search(queries, bank, k, valid, scales)
+    queries, bank, wanted, valid, scales, codes, c_bank.kind = _checks.search(queries, bank, k, valid, scales, codes)
     batch, n, d = queries.shape
     m = bank.shape[1]
     for axis in range(3):
@@ -651,6 +651,9 @@ def search(queries, bank, k, valid=None, *, scales=None):
     c_bank.rows = ptr(bank)
     c_bank.scales = <const float *>ptr_or_null(scales)
     c_bank.valid = <const uint8_t *>ptr_or_null(valid)
+    c_bank.codes = <const uint8_t *>ptr_or_null(codes)
+    for axis in range(2):
+        c_bank.code_stride[axis] = 0 if codes is None else cnp.PyArray_STRIDE(codes, axis)
     scores, index = np.empty((batch, n, wanted), queries.dtype), np.empty((batch, n, wanted), np.int64)
     cdef const mt_kernels_table *c = c_for(queries)
     cdef void *pq = ptr(queries)

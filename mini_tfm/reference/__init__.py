@@ -26,7 +26,7 @@ from mini_tfm.reference.loss import (
 from mini_tfm.reference.norm import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward
 from mini_tfm.reference.optimizer import adamw, sum_of_squares
 from mini_tfm.reference.packed import PackedWeight, linear_top_k, pack, packed_linear
-from mini_tfm.reference.search import search
+from mini_tfm.reference.search import encode_rows, search
 from mini_tfm.reference.softmax import log_softmax, softmax, softmax_backward
 from mini_tfm.reference.threads import get_num_threads, set_num_threads, show_config
 
@@ -45,6 +45,7 @@ __all__ = [
     "dropout",
     "embedding",
     "embedding_backward",
+    "encode_rows",
     "gemm",
     "get_num_threads",
     "layer_norm",

@@ -16,7 +16,7 @@ import numpy as np
 from mini_tfm.errors import InvalidType, InvalidValue
 
 FLOAT32, FLOAT64, INT64, BOOL = np.dtype("float32"), np.dtype("float64"), np.dtype("int64"), np.dtype("bool")
-FLOAT16, INT8 = np.dtype("float16"), np.dtype("int8")
+FLOAT16, INT8, UINT8 = np.dtype("float16"), np.dtype("int8"), np.dtype("uint8")
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 
 
@@ -385,8 +385,13 @@ def dropout(x, p, seed):
     return real("x", x), number("p", p, low=0.0, high=1.0, open_high=True), integer("seed", seed, low=0, high=2**64 - 1)
 
 
-def search(queries, bank, k, valid, scales):
-    """The bank stays where it is, whatever its strides; the last value is the number the C side knows its rows by."""
+def code_bytes(d):
+    """Of a row of width d: codes to a multiple of 64, then step, length, error and nothing as float32."""
+    return -(-d // 64) * 64 + 16
+
+
+def search(queries, bank, k, valid, scales, codes):
+    """Bank and codes stay where they are, whatever their strides; the last value is the number the C side knows its rows by."""
     queries = real("queries", queries, ndim=3)
     batch, _, d = queries.shape
     kinds = (FLOAT32, FLOAT16, INT8) if queries.dtype == FLOAT32 else (queries.dtype,)
@@ -398,7 +403,19 @@ def search(queries, bank, k, valid, scales):
         told = "a scale for each row of an int8 bank" if scales is None else f"None for a bank of {bank.dtype}"
         raise InvalidValue(f"scales: expected {told}, got {'None' if scales is None else type(scales).__name__}")
     scales = None if scales is None else real("scales", scales, like=queries, shape=shape)
-    return queries, np.asarray(bank), k, valid, scales, kinds.index(bank.dtype)
+    if codes is not None:
+        if bank.dtype not in (FLOAT32, FLOAT16):
+            raise InvalidValue(f"codes: expected None for a bank of {bank.dtype}, got {type(codes).__name__}")
+        _array("codes", codes, (UINT8,), (*shape, code_bytes(d)), None, 0)
+        if codes.size and codes.strides[2] != 1:
+            raise InvalidValue(f"codes: expected a row's bytes to lie together, got strides {codes.strides}")
+        codes = np.asarray(codes)
+    return queries, np.asarray(bank), k, valid, scales, codes, kinds.index(bank.dtype)
+
+
+def encode_rows(bank):
+    _array("bank", bank, (FLOAT32, FLOAT16), None, None, 1)
+    return np.asarray(bank)
 
 
 def attention_block(block, at, q):

@@ -95,7 +95,7 @@ def sample(name, dtype, layout="contiguous", big=False, seed=0):
         "rotary": lambda: {"x": q, "positions": values.integers(0, 999, length), "base": 10000.0, "inverse": False},
         "search": lambda: {
             "queries": values.real(2, n // 4 + 1, 16), "bank": values.real(2, n, 16), "k": 5, "valid": values.mask(2, n),
-            "scales": None,
+            "scales": None, "codes": None,
         },
         "sinusoidal_positions": lambda: {"n": n, "d_model": d, "dtype": np.dtype(dtype)},
         "softmax": lambda: {"x": x, "out": out},

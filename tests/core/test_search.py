@@ -294,6 +294,143 @@ def test_a_score_that_coarse_steps_would_miss(threads, kind, side):
     np.testing.assert_array_equal(index, np.broadcast_to(best[:4:-1], index.shape))
 
 
+# Codes of a bank's rows, made before: they save reading and change nothing.
+
+CODED = ("float32", "float16")
+
+
+def decoded(codes, d):
+    """The numbers that a row's codes stand for, and the bounds of its length and of what they leave out."""
+    tail = np.ascontiguousarray(codes[..., -16:]).view(np.float32)
+    return (codes[..., :d].astype(np.float64) - 128) * tail[..., :1], tail[..., 1], tail[..., 2]
+
+
+@pytest.mark.parametrize("kind", CODED)
+@given(seed=seeds, m=sizes_or_none, d=st.integers(0, 140), layout=layouts, exponent=st.integers(-4, 4))
+def test_codes_are_near_and_their_bounds_hold(kind, seed, m, d, layout, exponent):
+    bank = (Values(seed, "float32", layout).real(2, m, d) * 10.0**exponent).astype(kind)
+    codes = _core.encode_rows(bank)
+    assert (codes.dtype, codes.shape) == (np.uint8, (2, m, (d + 63) // 64 * 64 + 16))
+    assert not codes[..., d:-16].any() and not codes[..., -4:].any()
+    exact = bank.astype(np.float64)
+    near, length, error = decoded(codes, d)
+    top = np.abs(exact).max(-1, keepdims=True, initial=0)
+    known = ((top == 0) | (top > 1e-10))[..., 0]
+    assert (np.isnan(error) == ~known).all()
+    assert (np.abs(near - exact)[known] <= np.broadcast_to(top / 254 * 1.001, exact.shape)[known]).all()
+    for bound, of in ((length, exact), (error, near - exact)):
+        true = np.sqrt((of**2).sum(-1))[known]
+        assert (bound[known] >= true).all() and (bound[known] <= true * 1.00001).all()
+
+
+def test_a_rows_codes_are_its_own(core):
+    """Rows with what cannot be rounded beside others; one row at a time, in a file, or all at once."""
+    bank = np.random.default_rng(0).standard_normal((3000, 700)).astype(np.float32)
+    bank[5], bank[6, 3], bank[7, 3], bank[8], bank[9] = 0, np.nan, -np.inf, 1e-30, 1e30
+    codes = core.encode_rows(bank)
+    error = decoded(codes, 700)[2]
+    assert np.flatnonzero(np.isnan(error)).tolist() == [6, 7, 8, 9] and error[5] == 0
+    for part in (slice(0, 1), slice(4, 9), slice(2990, None), slice(None, None, -7)):
+        np.testing.assert_array_equal(core.encode_rows(bank[part]), codes[part])
+    np.testing.assert_array_equal(core.encode_rows(np.asfortranarray(bank)), codes)
+
+
+@pytest.mark.parametrize("kind", CODED)
+@given(
+    seed=seeds, n=st.integers(1, 9), m=st.integers(0, 600), d=st.sampled_from([1, 16, 32, 40, 64, 96, 128, 144, 192]), k=st.integers(0, 40),
+    masked=st.booleans(),
+)  # fmt: skip
+def test_codes_change_nothing(core, kind, seed, n, m, d, k, masked):
+    values = Values(seed, "float32")
+    queries, bank, valid = values.real(2, n, d), values.real(2, m, d).astype(kind), values.mask(2, m, share=0.9) if masked else None
+    expected = core.search(queries, bank, k, valid)
+    assert_same_bits(core.search(queries, bank, k, valid, codes=core.encode_rows(bank)), expected)
+
+
+@compiled
+@pytest.mark.parametrize("kind", CODED)
+@pytest.mark.parametrize("case", ["normal", "outliers", "alike", "equal", "tiny", "huge", "odd"])
+@pytest.mark.parametrize("d", [32, 80, 512])
+def test_codes_of_unusual_rows_change_nothing(threads, kind, case, d):
+    rng = np.random.default_rng(d)
+    bank, _ = hard_case(case, kind, rng, 4000, d)
+    codes = threads.encode_rows(bank)
+    queries = rng.standard_normal((1, 9, d)).astype(np.float32)
+    queries[0, 0] = np.nan_to_num(bank[0, 100].astype(np.float32))
+    queries[0, 1, 1:] = 0
+    queries[0, 2] *= 1e-20
+    queries[0, 3] *= 1e15
+    queries[0, 4, 7], queries[0, 5, 7], queries[0, 6] = np.nan, np.inf, 0
+    queries[0, 7, 9] = 300
+    valid = rng.random((1, 4000)) < 0.9
+    for k in (1, 20, 3000):
+        expected = threads.search(queries, bank, k, valid)
+        for n_threads in (1, 3):
+            threads.set_num_threads(n_threads)
+            assert_same_bits(threads.search(queries, bank, k, valid, codes=codes), expected)
+            for i in range(9):
+                alone = threads.search(queries[:, i : i + 1], bank, k, valid, codes=codes)
+                assert_same_bits(alone, [result[:, i : i + 1] for result in expected])
+
+
+@compiled
+@pytest.mark.parametrize("n", [1, 2, 3, 7])
+@pytest.mark.parametrize("side", ["query", "row"])
+def test_a_score_that_coarse_codes_would_miss(threads, n, side):
+    """The best rows' scores come from numbers that a single rounding of the query, or of the row, makes zeros."""
+    rng, d, m = np.random.default_rng(0), 64, 3000
+    signs, first = rng.choice([-1.0, 1.0], d), np.arange(d) == 0
+    if side == "query":
+        query, row, others = 31 * first + 0.45 * signs, ~first * signs, first * 1.0
+    else:
+        query, row, others = ~first * signs, 127 * first + 0.45 * signs, 0.4 * ~first * signs
+    bank = rng.uniform(-0.8, 0.8, (m, 1)) * others
+    bank[2500:2510] = row * np.linspace(1, 1.1, 10)[:, None]
+    bank = bank.astype(np.float32)[None]
+    queries = (query * np.linspace(1, 2, n)[:, None]).astype(np.float32)[None]
+    _, index = threads.search(queries, bank, 5, codes=threads.encode_rows(bank))
+    np.testing.assert_array_equal(index, np.broadcast_to(np.arange(2509, 2504, -1), index.shape))
+
+
+@pytest.mark.parametrize("layout", ["every other row", "backwards", "one bank for all", "within wider rows", "unaligned", "read-only"])
+def test_codes_are_read_where_they_lie(core, layout):
+    rng = np.random.default_rng(0)
+    bank, queries = rng.standard_normal((2, 900, 96)).astype(np.float32), rng.standard_normal((2, 2, 96)).astype(np.float32)
+    if layout == "one bank for all":
+        bank[1] = bank[0]
+    codes = core.encode_rows(bank)
+    expected = core.search(queries, bank, 9)
+    if layout == "every other row":
+        wide = np.zeros((2, 1800, codes.shape[2]), np.uint8)
+        wide[:, ::2] = codes
+        codes = wide[:, ::2]
+    elif layout == "backwards":
+        codes = codes[:, ::-1].copy()[:, ::-1]
+    elif layout == "one bank for all":
+        codes = np.broadcast_to(codes[:1], codes.shape)
+    elif layout == "within wider rows":
+        wide = np.zeros((2, 900, codes.shape[2] + 24), np.uint8)
+        wide[..., 8:-16] = codes
+        codes = wide[..., 8:-16]
+    elif layout == "unaligned":
+        codes = np.frombuffer(b"?" + codes.tobytes(), np.uint8)[1:].reshape(codes.shape)
+    else:
+        codes.flags.writeable = False
+    assert_same_bits(core.search(queries, bank, 9, codes=codes), expected)
+
+
+@pytest.mark.skipif(not _core.show_config()["isa"].startswith("avx"), reason="other instruction sets read the rows")
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_codes_are_read_in_place_of_rows(n):
+    """Those of other rows, which is not allowed, hide what the rows have."""
+    rng = np.random.default_rng(0)
+    bank, queries = rng.standard_normal((1, 2000, 64)).astype(np.float32), rng.standard_normal((1, n, 64)).astype(np.float32)
+    codes = _core.encode_rows(bank)
+    bank[0, 1500] = 10 * queries.mean(axis=(0, 1)) * np.sqrt(n)
+    assert (_core.search(queries, bank, 1)[1] == 1500).all()
+    assert not (_core.search(queries, bank, 1, codes=codes)[1] == 1500).any()
+
+
 @pytest.mark.parametrize("order", ["ascending", "descending", "equal"])
 @pytest.mark.parametrize("n", [1, 4])
 def test_rows_in_order_and_all_alike(threads, order, n):
@@ -351,3 +488,29 @@ def test_small_rows_that_are_refused(core, case):
     queries, bank, scales, named = REFUSED[case]
     with pytest.raises((InvalidType, InvalidValue), match=f"^{named}: expected .*, got "):
         core.search(queries, bank, 2, scales=scales)
+
+
+CODES = ones("uint8", 2, 5, 80)
+REFUSED_CODES = {
+    "for float64": (QUERIES.astype(np.float64), ones("float64", 2, 5, 4), None, CODES),
+    "for int8": (QUERIES, ones("int8", 2, 5, 4), ones("float32", 2, 5), CODES),
+    "int8 themselves": (QUERIES, ones("float32", 2, 5, 4), None, CODES.astype(np.int8)),
+    "a list": (QUERIES, ones("float32", 2, 5, 4), None, CODES.tolist()),
+    "a row too few": (QUERIES, ones("float16", 2, 5, 4), None, CODES[:, 1:]),
+    "rows too short": (QUERIES, ones("float32", 2, 5, 4), None, CODES[:, :, :64]),
+    "of one bank": (QUERIES, ones("float32", 2, 5, 4), None, CODES[0]),
+    "every other byte": (QUERIES, ones("float32", 2, 5, 4), None, np.repeat(CODES, 2, axis=2)[:, :, ::2]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_CODES)
+def test_codes_that_are_refused(core, case):
+    queries, bank, scales, codes = REFUSED_CODES[case]
+    with pytest.raises((InvalidType, InvalidValue), match="^codes: expected .*, got "):
+        core.search(queries, bank, 2, scales=scales, codes=codes)
+
+
+@pytest.mark.parametrize("bank", [ones("float64", 5, 4), ones("int8", 5, 4), np.float32(1), [[1.0]], None], ids=str)
+def test_rows_that_are_not_coded(core, bank):
+    with pytest.raises((InvalidType, InvalidValue), match="^bank: expected .*, got "):
+        core.encode_rows(bank)

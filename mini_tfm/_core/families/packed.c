@@ -5,7 +5,7 @@
  * small array that stays in cache; there they are finished while they are warm. A sum is one chain over k whatever the block,
  * so a row has the same bits in any company. x is read where it lies. */
 
-enum { PART = 512 };      /* columns of linear_top_k that share a list of candidates */
+enum { PART = 512 };      /* columns of linear_top_k that share a maximum and a sum above it */
 enum { STAYS = 1 << 22 }; /* bytes of weight that go over all rows before the next: they stay in L3 */
 
 /* What lies where in a packed weight. Scales and sums of columns are of int8 alone: (panels, groups, NR) each. */
@@ -403,50 +403,36 @@ static int packed_linear(const void *x, const struct mt_packed *w, const struct 
     return 0;
 }
 
-/* One score of linear_top_k; id -1: nothing yet, which is worse than anything found. */
-struct candidate {
-    real score;
-    int64_t id;
-};
-
-INLINE int worse(struct candidate a, struct candidate b) {
-    if (a.id < 0 || b.id < 0) return a.id < 0 && b.id >= 0;
-    return a.score < b.score || (a.score == b.score && a.id > b.id);
-}
-
-/* best_k, best first, takes one more if it is among them. k is small: a sorted list beats a heap. */
-static void offer(struct candidate *best_k, ptrdiff_t k, struct candidate here) {
-    if (!worse(best_k[k - 1], here)) return;
-    ptrdiff_t at = k - 1;
-    for (; at > 0 && worse(best_k[at - 1], here); at--) best_k[at] = best_k[at - 1];
-    best_k[at] = here;
-}
-
 /* x (N, d_in), w read; scores_nk, ids_nk (N, k) written, best first, and lse (N,) if not NULL: log sum exp over all columns.
- * -1: no workspace. The columns are cut into parts of a fixed width, each with its own candidates and its own maximum and sum,
- * which are merged in order; so no result depends on threads or rows. */
+ * -1: no workspace. The columns are cut into parts of a fixed width, each with its own maximum and sum, which are merged in order;
+ * the best are in heaps, one for each thread and row: so no result depends on threads or rows. */
 static int linear_top_k(const void *x, const struct mt_packed *w, const void *bias_, void *scores_, int64_t *ids_nk, void *lse_,
                         ptrdiff_t n, ptrdiff_t k) {
     const real *bias = bias_;
     real *scores_nk = scores_, *lse_n = lse_;
     if (!n) return 0;
     struct packed_layout at = packed_layout(w);
-    ptrdiff_t part_panels = max_size(PART / NR, 1), parts = div_up(at.panels, part_panels), kept = min_size(k, part_panels * NR);
+    ptrdiff_t part_panels = max_size(PART / NR, 1), parts = div_up(at.panels, part_panels), kept = min_size(k, w->d_out);
     ptrdiff_t blocks = div_up(n, MC), m = div_up(n, blocks), pieces = blocks * parts;
     int team = mt_team(pieces, packed_work(w, &at, n));
     size_t room = PACKED_ROOM + (w->kind == MT_INT8 ? SUMS_ROOM : 0);
     struct packed_rows rows;
     char *workspace = aligned_alloc(64, room * team);
-    struct candidate *best = malloc(((size_t)n * parts * kept + 1) * sizeof *best); /* (N, parts, kept) */
-    real *peaks = malloc(((size_t)n * parts * 2 + 1) * sizeof *peaks);               /* (N, parts, 2): maximum, sum above it */
-    if (!workspace || !best || !peaks || packed_rows(&rows, x, n, w, &at)) {
+    ptrdiff_t apart = n * kept + 64 / (ptrdiff_t)sizeof(struct found);        /* threads share no cache line */
+    struct found *heaps = malloc((size_t)team * apart * sizeof *heaps);       /* (team, N, kept) */
+    ptrdiff_t *heads = calloc((size_t)n * team, sizeof *heads);               /* (N, team), see take_best */
+    real *peaks = malloc(((size_t)n * parts * 2 + 1) * sizeof *peaks);        /* (N, parts, 2): maximum, sum above it */
+    if (!workspace || !heaps || !heads || !peaks || packed_rows(&rows, x, n, w, &at)) {
         free(workspace);
-        free(best);
+        free(heaps);
+        free(heads);
         free(peaks);
         return -1;
     }
+    nothing_found(heaps, team * apart);
 #pragma omp parallel num_threads(team)
     {
+        struct found *mine = heaps + mt_thread_id() * apart;
 #pragma omp for schedule(static)
         for (ptrdiff_t row = 0; row < (w->kind == MT_INT8 ? n : 0); row++) packed_row(&rows, row, w, &at);
 #pragma omp for schedule(dynamic)
@@ -455,7 +441,6 @@ static int linear_top_k(const void *x, const struct mt_packed *w, const void *bi
             ptrdiff_t end = min_size(at.panels, (part + 1) * part_panels);
             real *sums = (real *)(workspace + room * mt_thread_id());
             for (ptrdiff_t row = r0; row < r0 + here; row++) {
-                for (ptrdiff_t i = 0; i < kept; i++) best[(row * parts + part) * kept + i] = (struct candidate){-INFINITY, -1};
                 peaks[(row * parts + part) * 2] = -INFINITY;
                 peaks[(row * parts + part) * 2 + 1] = 0;
             }
@@ -463,7 +448,7 @@ static int linear_top_k(const void *x, const struct mt_packed *w, const void *bi
                 ptrdiff_t some = min_size(PANELS, end - panel);
                 packed_sums(w, &at, &rows, r0, here, panel, some, sums, (char *)sums + SUMS_ROOM);
                 for (ptrdiff_t i = 0; i < here; i++) {
-                    struct candidate *best_k = best + ((r0 + i) * parts + part) * kept;
+                    struct found *heap_k = mine + (r0 + i) * kept;
                     real *peak = peaks + ((r0 + i) * parts + part) * 2;
                     vec largest = all(-INFINITY), y_j[2 * PANELS];
                     /* 1: bias; past the last column -inf, which changes neither maximum nor sum */
@@ -475,13 +460,13 @@ static int linear_top_k(const void *x, const struct mt_packed *w, const void *bi
                         y_j[j] = y;
                         largest = max_vec(y, largest);
                     }
-                    /* 2: candidates. One comparison turns nearly every vector away. NaN fails it. */
+                    /* 2: the best. One comparison turns nearly every vector away. NaN fails it. */
                     for (ptrdiff_t j = 0; j < 2 * some && kept; j++) {
-                        struct candidate last = best_k[kept - 1];
-                        if (last.id >= 0 && !any_lane(y_j[j] > last.score)) continue;
+                        real worst = worst_of(heap_k);
+                        if (!any_lane(y_j[j] >= worst)) continue;
                         ptrdiff_t column = panel * NR + j * VL;
                         for (ptrdiff_t lane = 0; lane < VL && column + lane < w->d_out; lane++)
-                            if (!isnan(y_j[j][lane])) offer(best_k, kept, (struct candidate){y_j[j][lane], column + lane});
+                            if (y_j[j][lane] >= worst) offer(heap_k, kept, (struct found){y_j[j][lane], column + lane});
                     }
                     /* 3: the sum, brought to the new maximum */
                     if (lse_n) {
@@ -496,25 +481,10 @@ static int linear_top_k(const void *x, const struct mt_packed *w, const void *bi
                 }
             }
         }
-        /* The parts, merged in order. */
+        /* All threads' heaps, and the parts, in order. */
 #pragma omp for schedule(static)
         for (ptrdiff_t row = 0; row < n; row++) {
-            struct candidate *best_p = best + row * parts * kept;
-            for (ptrdiff_t i = 0; i < k; i++) {
-                struct candidate found = {-INFINITY, -1};
-                ptrdiff_t from = 0;
-                for (ptrdiff_t c = 0; c < parts * kept; c += kept)
-                    if (worse(found, best_p[c])) {
-                        found = best_p[c];
-                        from = c;
-                    }
-                if (found.id >= 0) { /* the part's next moves up */
-                    memmove(best_p + from, best_p + from + 1, (kept - 1) * sizeof *best_p);
-                    best_p[from + kept - 1] = (struct candidate){-INFINITY, -1};
-                }
-                scores_nk[row * k + i] = found.score;
-                ids_nk[row * k + i] = found.id;
-            }
+            take_best(heaps + row * kept, team, apart, kept, heads + row * team, k, scores_nk + row * k, ids_nk + row * k);
             if (lse_n) {
                 const real *peak_p = peaks + row * parts * 2;
                 real top = -INFINITY, sum = 0;
@@ -526,7 +496,8 @@ static int linear_top_k(const void *x, const struct mt_packed *w, const void *bi
         }
     }
     free(rows.q);
-    free(best);
+    free(heaps);
+    free(heads);
     free(peaks);
     free(workspace);
     return 0;

@@ -5,8 +5,7 @@
  * alone. A tile of scores is QUERY_TILE queries by 4 rows, all in registers; nothing is transposed, and rows are read where they lie
  * unless they must be widened.
  *
- * The best k of each query are kept in a heap whose top is the worst of them. One order, score and then index, decides
- * everything, so the result depends neither on how the bank was cut nor on which thread took which piece. */
+ * The best k of each query are kept in heaps, one for each thread: best.c. */
 
 /* Queries in a tile of registers: QUERY_TILE sums for each of 4 rows, QUERY_TILE queries, one row. */
 #define QUERY_TILE (N_REGISTERS == 32 ? 6 : 3)
@@ -15,37 +14,8 @@ enum {
     AHEAD_BYTES = 16384 /* how far ahead of a few queries the bank is fetched */
 };
 
-struct found {
-    real score;
-    int64_t index; /* -1: nothing yet, which is worse than anything found */
-};
-
-INLINE int is_worse(struct found a, struct found b) {
-    if (a.index < 0 || b.index < 0) return a.index < 0 && b.index >= 0;
-    return a.score < b.score || (a.score == b.score && a.index > b.index);
-}
-
-/* heap_k is a heap with the worst on top, but for its element `at`, which sinks to its place. */
-static void sink(struct found *heap_k, ptrdiff_t k, ptrdiff_t at) {
-    struct found moving = heap_k[at];
-    for (;;) {
-        ptrdiff_t child = 2 * at + 1;
-        if (child >= k) break;
-        if (child + 1 < k && is_worse(heap_k[child + 1], heap_k[child])) child++;
-        if (!is_worse(heap_k[child], moving)) break;
-        heap_k[at] = heap_k[child];
-        at = child;
-    }
-    heap_k[at] = moving;
-}
-
-/* The worst score that still gets in, unless it comes late. */
-INLINE real worst_of(const struct found *heap_k) { return heap_k[0].index < 0 ? -INFINITY : heap_k[0].score; }
-
 INLINE void offer_one(struct found here, const uint8_t *valid_m, struct found *heap_k, ptrdiff_t k) {
-    if (isnan(here.score) || (valid_m && !valid_m[here.index]) || !is_worse(heap_k[0], here)) return;
-    heap_k[0] = here;
-    sink(heap_k, k, 0);
+    if (!isnan(here.score) && !(valid_m && !valid_m[here.index])) offer(heap_k, k, here);
 }
 
 /* Rows j0.. of the bank with scores_j (rows), NaN up to a whole vector, go into the heap if they are good enough. Nearly
@@ -176,8 +146,9 @@ static void dots_of(ptrdiff_t n, int kind, ptrdiff_t d, const real *q, ptrdiff_t
         if (ahead) dots(n, MT_ROWS_REAL, 1, d, q, ldq, row_r, ahead, scores, ld);     \
         else dots(n, MT_ROWS_REAL, 0, d, q, ldq, row_r, NULL, scores, ld);            \
         break;
-    if (kind == MT_ROWS_HALF) return dots(1, MT_ROWS_HALF, 1, d, q, ldq, row_r, ahead, scores, ld);
-    if (kind == MT_ROWS_INT8) return dots(1, MT_ROWS_INT8, 1, d, q, ldq, row_r, ahead, scores, ld);
+#define ONE_DOT(kind) (ahead ? dots(1, kind, 1, d, q, ldq, row_r, ahead, scores, ld) : dots(1, kind, 0, d, q, ldq, row_r, NULL, scores, ld))
+    if (kind == MT_ROWS_HALF) return ONE_DOT(MT_ROWS_HALF);
+    if (kind == MT_ROWS_INT8) return ONE_DOT(MT_ROWS_INT8);
     switch (n) {
         DOTS(1)
         DOTS(2)
@@ -245,6 +216,11 @@ static int search(const void *queries, const struct mt_bank *bank, void *scores,
     real *scores_bnk = scores;
     if (!batch || !n || !k) return 0;
     const ptrdiff_t ldq = round_up(d, VL), size = element_bytes(bank->kind), rows = batch * n, kept = min_size(k, max_size(m, 1));
+    real *padded_bnd = new_reals((size_t)rows * ldq);
+    if (!padded_bnd) return -1;
+    pack_plain(queries_bnd, d, rows, d, padded_bnd, ldq);
+    struct coded_search coded;
+    int failed = code_queries(&coded, bank, padded_bnd, ldq, rows, n, d);
     /* 1: the cut */
     const int in_place = d % VL == 0 && (bank->stride[2] == size || !d) && (bank->kind == MT_ROWS_REAL || n == 1);
     const ptrdiff_t tile_row = max_size(in_place ? ldq * size : ldq * (ptrdiff_t)sizeof(real), 1);
@@ -252,27 +228,23 @@ static int search(const void *queries, const struct mt_bank *bank, void *scores,
     ptrdiff_t group = max_size(GROUP_BYTES / max_size(ldq * (ptrdiff_t)sizeof(real), 1), 8 * QUERY_TILE);
     const ptrdiff_t groups = div_up(n, group);
     group = round_up(div_up(n, groups), QUERY_TILE);
-    const double work = (double)batch * m * d * (0.25 * size + 2.0 * n / VL);
+    const ptrdiff_t read_size = coded.given ? 1 : size;
+    const double work = (double)batch * m * d * (0.25 * read_size + 2.0 * n / VL);
     int team = mt_team(1 << 20, work);
-    ptrdiff_t part = round_up(max_size(min_size(PART_BYTES / max_size(d * size, 1), div_up(m, 4 * team)), 1), tile);
+    ptrdiff_t part = round_up(max_size(min_size(PART_BYTES / max_size(d * read_size, 1), div_up(m, 4 * team)), 1), tile);
     if (team == 1 || batch * groups >= 8 * team || k > m / 8) part = round_up(max_size(m, 1), tile);
     const ptrdiff_t parts = max_size(div_up(m, part), 1), pieces = batch * parts * groups;
     team = mt_team(pieces, work);
     const ptrdiff_t slots = parts > 1 ? team : 1; /* heaps a query: with one part there is one thread that has it */
-    size_t room = (size_t)(in_place ? 0 : tile * ldq) + (size_t)group * MAX_TILE;
-    real *padded_bnd = new_reals((size_t)rows * ldq);
-    if (!padded_bnd) return -1;
-    pack_plain(queries_bnd, d, rows, d, padded_bnd, ldq);
-    struct coded_search coded;
-    int failed = code_queries(&coded, bank, padded_bnd, ldq, rows, n, d);
-    const size_t codes_at = room;
-    room += div_up(coded.tile * coded.n_codes, sizeof(real));
+    /* a thread's room: scores, rows widened, codes of rows that come without */
+    const size_t widened_at = (size_t)group * (1 + coded.twice) * MAX_TILE, codes_at = widened_at + (size_t)(in_place ? 0 : tile * ldq);
+    const size_t room = codes_at + (coded.given ? 0 : div_up(coded.tile * coded.n_codes, sizeof(real)));
     real *workspace = new_reals(room * team);
     struct found *heaps = malloc((size_t)slots * rows * kept * sizeof *heaps); /* (slots, B, N, kept) */
     ptrdiff_t *heads = calloc((size_t)rows * slots, sizeof *heads);            /* (B, N, slots): taken so far of each */
     failed = failed || !workspace || !heaps || !heads;
     if (failed) goto done;
-    for (ptrdiff_t at = 0; at < slots * rows * kept; at++) heaps[at] = (struct found){0, -1};
+    nothing_found(heaps, slots * rows * kept);
     /* 2: every part of the bank with every group of queries; the groups of one part follow each other, so it is still in L3 */
 #pragma omp parallel for num_threads(team) schedule(dynamic)
     for (ptrdiff_t piece = 0; piece < pieces; piece++) {
@@ -283,42 +255,17 @@ static int search(const void *queries, const struct mt_bank *bank, void *scores,
         const real *q_nd = padded_bnd + row * ldq;
         ptrdiff_t count = min_size(group, n - i0), first = at * part, last = min_size(m, first + part);
         struct found *heaps_nk = heaps + (slot * rows + row) * kept;
-        real *widened = mine + group * MAX_TILE;
+        real *widened = mine + widened_at;
         if (coded.tile)
             search_coded_piece(&coded, row, q_nd, ldq, count, bank, b, m, first, last, d, tile, in_place, heaps_nk, kept, widened, mine,
                                (uint8_t *)(mine + codes_at));
         else
             search_piece(q_nd, ldq, count, bank, b, m, first, last, d, tile, in_place, heaps_nk, kept, widened, mine);
     }
-    /* 3: each heap is emptied from the worst up, then the best of their heads is taken k times */
+    /* 3: of all threads' heaps */
 #pragma omp parallel for num_threads(mt_team(rows, 20.0 * rows * slots * kept)) schedule(static)
-    for (ptrdiff_t row = 0; row < rows; row++) {
-        ptrdiff_t *head_p = heads + row * slots;
-        for (ptrdiff_t slot = 0; slot < slots; slot++) {
-            struct found *heap_k = heaps + (slot * rows + row) * kept;
-            for (ptrdiff_t left = kept; left > 1; left--) {
-                struct found worst = heap_k[0];
-                heap_k[0] = heap_k[left - 1];
-                heap_k[left - 1] = worst;
-                sink(heap_k, left - 1, 0);
-            }
-        }
-        for (ptrdiff_t at = 0; at < k; at++) {
-            struct found best = {-INFINITY, -1};
-            ptrdiff_t from = 0;
-            for (ptrdiff_t slot = 0; slot < slots; slot++) {
-                if (head_p[slot] == kept) continue;
-                struct found head = heaps[(slot * rows + row) * kept + head_p[slot]];
-                if (is_worse(best, head)) {
-                    best = head;
-                    from = slot;
-                }
-            }
-            scores_bnk[row * k + at] = best.score;
-            index_bnk[row * k + at] = best.index;
-            if (best.index >= 0) head_p[from]++;
-        }
-    }
+    for (ptrdiff_t row = 0; row < rows; row++)
+        take_best(heaps + row * kept, slots, rows * kept, kept, heads + row * slots, k, scores_bnk + row * k, index_bnk + row * k);
 done:
     free(coded.codes_nd);
     free(coded.coded_n);

@@ -1,4 +1,5 @@
-/* Rows that cannot be among the best, told by small integers: a product of those costs a fraction of one of floats.
+/* Rows that cannot be among the best, told by small integers: a product of those costs a fraction of one of floats, and to
+ * read them a fourth.
  *
  * A query q becomes codes of -31 to 31 times a step, a row r codes of a byte times another; e_q and e_r are what that leaves
  * out. Since <q, r> = <q - e_q, r - e_r> + <e_q, r> + <q - e_q, e_r>, the score is at most
@@ -6,17 +7,28 @@
  *     steps * <codes, codes> + |e_q| |r| + |q - e_q| |e_r|
  *
  * and a row whose bound, with a margin for every rounding, is below the worst of a full heap is passed over. The others get
- * their score from the very function that scores without this, so nothing of a result depends on it. */
+ * their score from the very function that scores without this, so nothing of a result depends on it.
+ *
+ * The codes of rows are made here, a tile at a time, which many queries are worth; or they come with the bank, made once by
+ * reference/search.py, and pay for one query. A row of theirs is n_codes bytes and a `struct code_tail`. While queries are so
+ * few that reading is what takes the time, what a query's codes leave out is coded a second time: a closer bound. */
 
 struct coded_query {
-    real step, margin, length; /* margin of |r|: |e_q| and the roundings; length: a bound of |q - e_q|; NaN: not coded */
-    int32_t offset;            /* 128 * the sum of codes, as a row's codes are stored plus 128 */
+    real step, low_step;         /* of its codes, and of those of what these leave out */
+    real margin, length;         /* margin of |r|: |e_q| and the roundings; length: a bound of |q - e_q|; NaN: not coded */
+    int32_t offset, low_offset;  /* 128 * the sum of codes, as a row's codes are stored plus 128 */
 };
 
 struct coded_search { /* of all queries */
     ptrdiff_t n_codes, tile; /* codes a row; rows a tile, 0: not worth it */
-    int8_t *codes_nd;        /* (queries, n_codes) */
+    int twice;               /* whether queries are coded twice */
+    const uint8_t *given;    /* the rows' codes that came with the bank; NULL: they are made here */
+    int8_t *codes_nd;        /* (queries, 1 + twice, n_codes) */
     struct coded_query *coded_n;
+};
+
+struct code_tail {
+    float step, length, error, unused; /* |r| and |e_r|: bounds from above; error NaN: not coded */
 };
 
 #if !REAL_IS_DOUBLE && (ISA_AVX2 || (ISA_AVX512 && defined(__AVX512BW__)))
@@ -30,7 +42,11 @@ typedef __m256i codes;
 #define LOAD_CODES(p) _mm256_loadu_si256((const __m256i *)(p))
 #endif
 
-enum { CODE_STEP = 2 * VECTOR_BYTES }; /* codes come in two vectors at a time, filled up with zeros */
+enum {
+    CODE_STEP = 64,     /* codes are filled up with zeros to a multiple of this, for every instruction set */
+    MOST_CODED_TWICE = 2, /* queries */
+    MOST_GIVEN = 24       /* from so many queries on, to score rows that were not read for their codes takes longer than to code all */
+};
 
 /* Lengths of vectors whose elements lie outside are not to be trusted: squares underflow or scores overflow. */
 #define LEAST_CODED 1e-10f
@@ -54,23 +70,45 @@ INLINE real length_of(vec squares) { return sqrtf(sum_lanes(squares)) * 1.001f; 
 
 enum { MAX_CODED = 8192 };
 
-/* q_d (d, whole vectors) read, codes_d (codes, multiple of CODE_STEP) written. */
-static struct coded_query code_query(const real *q_d, ptrdiff_t d, int8_t *codes_d, ptrdiff_t codes) {
-    const real top = largest_of(q_d, d), magic = 0x1.8p23f;
-    memset(codes_d, 0, codes);
-    if (!(top > LEAST_CODED && top < MOST_CODED)) return (struct coded_query){NAN, NAN, NAN, 0};
-    const real step = top / 31, inverse = 31 / top;
-    vec squares = all(0), errors = all(0);
+/* VL codes of x, which is made what they leave out; their sum. */
+INLINE int32_t take_codes(vec *x, real step, real inverse, int8_t *codes_p) {
+    const real magic = 0x1.8p23f;
+    vec shifted = *x * inverse + magic;
+    ivec whole = (ivec)shifted - (ivec)all(magic); /* by its bits, for a NaN is no integer */
     int32_t total = 0;
+    for (ptrdiff_t i = 0; i < VL; i++) total += codes_p[i] = (int8_t)whole[i];
+    *x -= (shifted - magic) * step;
+    return total;
+}
+
+/* q_d (d, whole vectors) read, codes_d (1 + twice, n_codes) written. */
+static struct coded_query code_query(const real *q_d, ptrdiff_t d, int twice, int8_t *codes_d, ptrdiff_t n_codes) {
+    const real top = largest_of(q_d, d), step = top / 31, low_step = step / 62; /* half a step at most is left out */
+    memset(codes_d, 0, (size_t)(1 + twice) * n_codes);
+    if (!(top > LEAST_CODED && top < MOST_CODED)) return (struct coded_query){NAN, NAN, NAN, NAN, 0, 0};
+    vec squares = all(0), errors = all(0);
+    int32_t total = 0, low_total = 0;
     for (ptrdiff_t p = 0; p < d; p += VL) {
-        vec x = load(q_d + p), shifted = x * inverse + magic, error = x - (shifted - magic) * step;
-        ivec whole = (ivec)shifted - (ivec)all(magic); /* by its bits, for a NaN is no integer */
+        vec x = load(q_d + p);
         squares += x * x;
-        errors += error * error;
-        for (ptrdiff_t i = 0; i < VL; i++) total += codes_d[p + i] = (int8_t)whole[i];
+        total += take_codes(&x, step, 31 / top, codes_d + p);
+        if (twice) low_total += take_codes(&x, low_step, 62 * 31 / top, codes_d + n_codes + p);
+        errors += x * x;
     }
     real length = length_of(squares) + length_of(errors);
-    return (struct coded_query){step, length_of(errors) + (d + 32) * 0x1p-23f * length, length, 128 * total};
+    return (struct coded_query){step,   low_step,    length_of(errors) + (d + 32) * 0x1p-23f * length,
+                                length, 128 * total, 128 * low_total};
+}
+
+/* `rows` rows that come with their codes. */
+static void read_tails(const uint8_t *codes, ptrdiff_t stride, ptrdiff_t n_codes, ptrdiff_t rows, struct coded_rows *coded) {
+    for (ptrdiff_t r = 0; r < rows; r++) {
+        struct code_tail tail;
+        memcpy(&tail, codes + r * stride + n_codes, sizeof tail);
+        coded->step[r] = tail.step;
+        coded->length[r] = tail.length;
+        coded->error[r] = tail.error;
+    }
 }
 
 /* One row, where it lies, into codes_d and place r of `rows`; d is whole vectors, codes past it mean nothing. */
@@ -131,97 +169,129 @@ INLINE void add_up4(const codes *sum_r, real *out_r) {
     _mm_storeu_si128((__m128i *)out_r, _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1)));
 }
 
-/* The products of two queries' codes and four rows' in steps of CODE_STEP, as integers in the place of reals: out0_r, out1_r
- * (4). Two products of 255 * 31 twice fit into 16 bits. */
-INLINE void code_dots(ptrdiff_t n_codes, const int8_t *q0, const int8_t *q1, const uint8_t *rows, ptrdiff_t ld, real *out0_r,
-                      real *out1_r) {
+/* The products of two rows of codes of queries and of four rows', as integers in the place of reals: out0_r, out1_r (4). Two
+ * products of 255 * 31 twice fit into 16 bits. */
+static void code_dots(ptrdiff_t n_codes, const int8_t *q0, const int8_t *q1, const uint8_t *const *row_r, real *out0_r, real *out1_r) {
     const codes one = OF_CODES(set1_epi16)(1);
     codes sum[2][4];
     for (int r = 0; r < 4; r++) sum[0][r] = sum[1][r] = OF_CODES(set1_epi32)(0);
-    for (ptrdiff_t p = 0; p < n_codes; p += CODE_STEP) {
+    ptrdiff_t p = 0;
+    for (; p + 2 * VECTOR_BYTES <= n_codes; p += 2 * VECTOR_BYTES) {
         codes q[2][2] = {{LOAD_CODES(q0 + p), LOAD_CODES(q0 + p + VECTOR_BYTES)},
                          {LOAD_CODES(q1 + p), LOAD_CODES(q1 + p + VECTOR_BYTES)}};
         for (int r = 0; r < 4; r++) {
-            codes low = LOAD_CODES(rows + r * ld + p), high = LOAD_CODES(rows + r * ld + p + VECTOR_BYTES);
+            codes low = LOAD_CODES(row_r[r] + p), high = LOAD_CODES(row_r[r] + p + VECTOR_BYTES);
             for (int i = 0; i < 2; i++) {
                 codes both = OF_CODES(add_epi16)(OF_CODES(maddubs_epi16)(low, q[i][0]), OF_CODES(maddubs_epi16)(high, q[i][1]));
                 sum[i][r] = OF_CODES(add_epi32)(sum[i][r], OF_CODES(madd_epi16)(both, one));
             }
         }
     }
+    if (p < n_codes) /* one vector is left, of 64 bytes */
+        for (int r = 0; r < 4; r++) {
+            codes last = LOAD_CODES(row_r[r] + p);
+            sum[0][r] = OF_CODES(add_epi32)(sum[0][r], OF_CODES(madd_epi16)(OF_CODES(maddubs_epi16)(last, LOAD_CODES(q0 + p)), one));
+            sum[1][r] = OF_CODES(add_epi32)(sum[1][r], OF_CODES(madd_epi16)(OF_CODES(maddubs_epi16)(last, LOAD_CODES(q1 + p)), one));
+        }
     add_up4(sum[0], out0_r);
     add_up4(sum[1], out1_r);
 }
 
-/* Bounds of the scores of a query and VL rows of a tile from place j on; products_j: their codes' products, integers. */
-INLINE vec score_bounds(const struct coded_query *q, const struct coded_rows *rows, const real *products_j, ptrdiff_t j) {
+/* Bounds of the scores of a query and VL rows of a tile from place j on; products_j: their codes' products, integers; low_j:
+ * those of the query's second codes, or NULL. */
+INLINE vec score_bounds(const struct coded_query *q, const struct coded_rows *rows, const real *products_j, const real *low_j, ptrdiff_t j) {
     vec product = __builtin_convertvector((ivec)load(products_j + j) - q->offset, vec) * q->step;
+    if (low_j) product += __builtin_convertvector((ivec)load(low_j + j) - q->low_offset, vec) * q->low_step;
     /* 1e-37 is more than the roundings of numbers so small that they are no longer relative */
     return load(rows->step + j) * product + (load(rows->length + j) * q->margin + load(rows->error + j) * q->length + 1e-37f);
 }
 
-/* Whether so many queries are worth it, and their codes: the rows' own codes must be made first. -1: no workspace. */
+/* Whether so many queries are worth it, and their codes: without codes the rows' own must be made first. -1: no workspace. */
 static int code_queries(struct coded_search *search, const struct mt_bank *bank, const real *q_nd, ptrdiff_t ldq, ptrdiff_t rows,
                         ptrdiff_t n, ptrdiff_t d) {
-    static const int WORTH[] = {[MT_ROWS_REAL] = 32, [MT_ROWS_HALF] = 16, [MT_ROWS_INT8] = 2};
+    static const int WORTH[] = {[MT_ROWS_REAL] = 16, [MT_ROWS_HALF] = 16, [MT_ROWS_INT8] = 2};
     enum { TILE_BYTES = 1 << 14 };
-    *search = (struct coded_search){0, 0, NULL, NULL};
-    if (n < WORTH[bank->kind] || d < 32 || d > MAX_CODED || d % 16 || bank->stride[2] != element_bytes(bank->kind)) return 0;
-    ptrdiff_t n_codes = round_up(d, CODE_STEP);
-    search->codes_nd = malloc((size_t)rows * n_codes);
+    *search = (struct coded_search){0};
+    const uint8_t *given = n < MOST_GIVEN ? bank->codes : NULL;
+    if ((!given && n < WORTH[bank->kind]) || d < 32 || d > MAX_CODED || d % 16 || bank->stride[2] != element_bytes(bank->kind)) return 0;
+    const ptrdiff_t n_codes = round_up(d, CODE_STEP), twice = given && n <= MOST_CODED_TWICE;
+    search->codes_nd = malloc((size_t)rows * (1 + twice) * n_codes);
     search->coded_n = malloc((size_t)rows * sizeof *search->coded_n);
     if (!search->codes_nd || !search->coded_n) return -1;
     search->n_codes = n_codes;
+    search->twice = (int)twice;
+    search->given = given;
     search->tile = min_size(max_size(TILE_BYTES / n_codes / 4 * 4, 4), MAX_TILE);
 #pragma omp parallel for num_threads(mt_team(rows, 10.0 * rows * d)) schedule(static)
     for (ptrdiff_t row = 0; row < rows; row++)
-        search->coded_n[row] = code_query(q_nd + row * ldq, d, search->codes_nd + row * n_codes, n_codes);
+        search->coded_n[row] = code_query(q_nd + row * ldq, d, twice, search->codes_nd + row * (1 + twice) * n_codes, n_codes);
     return 0;
 }
 
+/* The codes of `rows` rows of a bank from j0 on, made of rows where they lie. codes: rows * n_codes bytes. */
+static void code_tile(const struct mt_bank *bank, const char *from, const float *scales, ptrdiff_t rows, ptrdiff_t d, uint8_t *codes,
+                      ptrdiff_t n_codes, struct coded_rows *coded) {
+    for (ptrdiff_t r = 0; r < rows; r++) {
+        const char *row = from + r * bank->stride[1];
+        uint8_t *to = codes + r * n_codes;
+        if (bank->kind == MT_ROWS_REAL) code_reals(MT_ROWS_REAL, row, d, to, coded, r);
+        else if (bank->kind == MT_ROWS_HALF) code_reals(MT_ROWS_HALF, row, d, to, coded, r);
+        else code_int8(row, d, scales[r], to, coded, r);
+    }
+}
+
 /* search_piece with codes: queries from row q0 on. Where codes do not tell enough, because heaps are not yet full or the
- * numbers are not made for it, some rows are searched without. row_codes: tile * n_codes bytes. */
+ * numbers are not made for it, some rows are searched without. scores: 2 * n * MAX_TILE reals; row_codes: tile * n_codes bytes. */
 static void search_coded_piece(const struct coded_search *search, ptrdiff_t q0, const real *q_nd, ptrdiff_t ldq, ptrdiff_t n,
                                const struct mt_bank *bank, ptrdiff_t b, ptrdiff_t m, ptrdiff_t first, ptrdiff_t last, ptrdiff_t d,
                                ptrdiff_t tile, int in_place, struct found *heaps_nk, ptrdiff_t k, real *widened, real *scores,
                                uint8_t *row_codes) {
     enum { ALLOWED = 16, WITHOUT = 8 }; /* one row in so many may be in question; else so many tiles without */
-    const ptrdiff_t n_codes = search->n_codes, row_bytes = d * element_bytes(bank->kind);
-    const int8_t *codes_nd = search->codes_nd + q0 * n_codes;
+    const ptrdiff_t n_codes = search->n_codes, row_bytes = d * element_bytes(bank->kind), twice = search->twice;
+    const int8_t *codes_nd = search->codes_nd + q0 * (1 + twice) * n_codes;
     const struct coded_query *coded_n = search->coded_n + q0;
     const char *rows_md = (const char *)bank->rows + b * bank->stride[0];
     const uint8_t *valid_m = bank->valid ? bank->valid + b * m : NULL;
+    /* What is read once, row by row: codes that came with the bank, or the rows to make them of. */
+    const char *read_m = search->given ? (const char *)search->given + b * bank->code_stride[0] : rows_md;
+    const ptrdiff_t read_stride = search->given ? bank->code_stride[1] : bank->stride[1];
+    const ptrdiff_t read_bytes = search->given ? n_codes + (ptrdiff_t)sizeof(struct code_tail) : row_bytes;
     for (ptrdiff_t j0 = first; j0 < last;) {
         ptrdiff_t rows = min_size(search->tile, last - j0), in_question = 0, full = 1;
-        const char *from = rows_md + j0 * bank->stride[1], *ahead = from + search->tile * bank->stride[1];
+        const char *from = rows_md + j0 * bank->stride[1], *read = read_m + j0 * read_stride;
         for (ptrdiff_t i = 0; i < n; i++) full &= heaps_nk[i * k].index >= 0;
         if (full) {
             /* 1: the rows' codes */
             struct coded_rows coded = {{0}, {0}, {0}};
-            for (ptrdiff_t r = 0; r < rows; r++) {
-                const char *row = from + r * bank->stride[1];
-                uint8_t *to = row_codes + r * n_codes;
-                if (bank->kind == MT_ROWS_REAL) code_reals(MT_ROWS_REAL, row, d, to, &coded, r);
-                else if (bank->kind == MT_ROWS_HALF) code_reals(MT_ROWS_HALF, row, d, to, &coded, r);
-                else code_int8(row, d, bank->scales[b * m + j0 + r], to, &coded, r);
+            const uint8_t *codes_r = search->given ? (const uint8_t *)read : row_codes;
+            const ptrdiff_t ld = search->given ? read_stride : n_codes;
+            if (!search->given)
+                code_tile(bank, from, bank->scales ? bank->scales + b * m + j0 : NULL, rows, d, row_codes, n_codes, &coded);
+            /* 2: the products of codes; the next tile is fetched meanwhile, row by row */
+            real *low = twice ? scores + n * MAX_TILE : NULL;
+            ptrdiff_t fetched = 0, done = 0, steps = div_up(n, 2 - twice) * div_up(rows, 4);
+            for (ptrdiff_t i = 0; i < n; i += 2 - twice) {
+                const ptrdiff_t second = twice ? 2 * i + 1 : min_size(i + 1, n - 1);
+                real *first_out = scores + i * MAX_TILE, *second_out = twice ? low + i * MAX_TILE : scores + second * MAX_TILE;
+                for (ptrdiff_t r = 0; r < rows; r += 4) {
+                    const uint8_t *row_r[4];
+                    for (int s = 0; s < 4; s++) row_r[s] = codes_r + min_size(r + s, rows - 1) * ld;
+                    for (done++; fetched * steps < rows * done; fetched++)
+                        for (ptrdiff_t line = 0; line < read_bytes; line += 64)
+                            __builtin_prefetch(read + (search->tile + fetched) * read_stride + line);
+                    code_dots(n_codes, codes_nd + i * (1 + twice) * n_codes, codes_nd + second * n_codes, row_r, first_out + r,
+                              second_out + r);
+                }
             }
-            /* 2: the products of codes; the next tile is fetched meanwhile */
-            ptrdiff_t fetched = 0;
-            for (ptrdiff_t i = 0; i < n; i += 2) {
-                ptrdiff_t next = min_size(i + 1, n - 1), until = search->tile * row_bytes * (i + 2) / n;
-                for (; fetched < until; fetched += 64)
-                    __builtin_prefetch(ahead + fetched / row_bytes * bank->stride[1] + fetched % row_bytes);
-                for (ptrdiff_t r = 0; r < rows; r += 4)
-                    code_dots(n_codes, codes_nd + i * n_codes, codes_nd + next * n_codes, row_codes + r * n_codes, n_codes,
-                              scores + i * MAX_TILE + r, scores + next * MAX_TILE + r);
-            }
+            if (search->given) read_tails(codes_r, ld, n_codes, rows, &coded);
             /* 3: the rows in question, four at a time */
             for (ptrdiff_t i = 0; i < n; i++) {
                 struct found *heap_k = heaps_nk + i * k;
                 ptrdiff_t asked[MAX_TILE], n_asked = 0;
                 real worst = worst_of(heap_k);
                 for (ptrdiff_t j = 0; j < rows; j += VL) {
-                    ivec below = score_bounds(coded_n + i, &coded, scores + i * MAX_TILE, j) < worst; /* not so: NaN too */
+                    vec bounds = score_bounds(coded_n + i, &coded, scores + i * MAX_TILE, twice ? low + i * MAX_TILE : NULL, j);
+                    ivec below = bounds < worst; /* not so: NaN too */
                     if (any_lane(~below))
                         for (ptrdiff_t lane = 0; lane < VL && j + lane < rows; lane++)
                             if (!below[lane]) asked[n_asked++] = j + lane;
@@ -231,7 +301,7 @@ static void search_coded_piece(const struct coded_search *search, ptrdiff_t q0, 
                     const char *row_r[4];
                     real score_r[4];
                     for (int r = 0; r < 4; r++) row_r[r] = from + asked[min_size(at + r, n_asked - 1)] * bank->stride[1];
-                    dots_of(1, bank->kind, ldq, q_nd + i * ldq, ldq, row_r, row_r[0], score_r, 4);
+                    dots_of(1, bank->kind, ldq, q_nd + i * ldq, ldq, row_r, NULL, score_r, 4);
                     for (ptrdiff_t r = 0; r < 4 && at + r < n_asked; r++) {
                         ptrdiff_t j = j0 + asked[at + r];
                         real scale = bank->scales ? bank->scales[b * m + j] : 1;
@@ -252,7 +322,7 @@ static void search_coded_piece(const struct coded_search *search, ptrdiff_t q0, 
 static int code_queries(struct coded_search *search, const struct mt_bank *bank, const real *q_nd, ptrdiff_t ldq, ptrdiff_t rows,
                         ptrdiff_t n, ptrdiff_t d) {
     (void)bank, (void)q_nd, (void)ldq, (void)rows, (void)n, (void)d;
-    *search = (struct coded_search){0, 0, NULL, NULL};
+    *search = (struct coded_search){0};
     return 0;
 }
 

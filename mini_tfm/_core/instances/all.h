@@ -9,6 +9,7 @@
 #include "families/softmax.c"
 #include "families/norm.c"
 #include "families/elementwise.c"
+#include "families/best.c"
 #include "families/quantized.c"
 #include "families/packed.c"
 #include "families/embedding.c"
