@@ -127,7 +127,7 @@ INLINE void int8_tile(const int rows, const int panels, const int widens, const 
     for (ptrdiff_t p = 0; p < steps; p++, b += 2 * b_vector) {
         for (int j = 0; j < 2 * panels; j++) {
             const char *at = b + j / 2 * b_panel + j % 2 * b_vector;
-            if (few && rows > 2 && j % 2 == 0) __builtin_prefetch(at + FETCHED);
+            if (few && rows > 2 && j % 2 == 0) __builtin_prefetch(at + FETCHED_FAR);
             b_j[j] = widens ? widened((const int8_t *)at) : (ivec)*(const ivec_anywhere *)at;
         }
         for (int i = 0; i < rows; i++) {
