@@ -147,8 +147,8 @@ INLINE void packed_tile(const int rows, const int panels, const int kind, ptrdif
     for (int i = 0; i < rows; i += 3) x_3[i / 3] = x + i * x_row;
     for (ptrdiff_t p = 0; p < k; p++, b += kind == MT_REAL ? 2 * VECTOR_BYTES : VECTOR_BYTES) {
         for (int j = 0; j < panels; j++) {
-            for (int line = 0; rows > 2 && line < (kind == MT_REAL ? 2 : 1) * VECTOR_BYTES; line += 64)
-                __builtin_prefetch(b + j * b_panel + FETCHED + line); /* one or two rows wait for memory as it is */
+            for (int line = 0; rows > 1 && line < (kind == MT_REAL ? 2 : 1) * VECTOR_BYTES; line += 64)
+                __builtin_prefetch(b + j * b_panel + FETCHED + line); /* one row alone comes as quickly as it is */
             load_panel(kind, b + j * b_panel, b_j + 2 * j);
         }
         for (int i = 0; i < rows; i++) {
