@@ -233,10 +233,17 @@ class LinearTopK(_Kernel):
 
 
 class Search(_Kernel):
-    """The best 32 rows by inner product: (queries, rows, d, dtype of the bank). NumPy: a product, then argpartition."""
+    """The best 32 rows by inner product: (queries, rows, d, dtype of the bank). NumPy: a product, then argpartition.
+
+    "float32 and codes": ours has codes of the rows, made before, which peers have no use for.
+    """
 
     params = (
-        [(queries, 200_000, 512, dtype) for dtype in ("float32", "float16", "int8") for queries in (1, 64)],
+        [
+            (queries, 200_000, 512, dtype)
+            for dtype in ("float32", "float16", "int8", "float32 and codes", "float16 and codes")
+            for queries in ((1,) if "codes" in dtype else (1, 64))
+        ],
         ["mini_tfm", "numpy", "faiss", "torch"],
     )
     unit = "B"
@@ -246,29 +253,32 @@ class Search(_Kernel):
     def make(self, size):
         queries, rows, d, dtype = size
         bank, scales = normal(rows, d, seed=1), None
-        if dtype == "float16":
+        if dtype.startswith("float16"):
             bank = bank.astype(np.float16)
         elif dtype == "int8":
             scales = np.max(np.abs(bank), axis=1) / np.float32(127)
             bank = np.rint(bank / scales[:, None]).astype(np.int8)
-        return normal(queries, d), bank, scales
+        return normal(queries, d), bank, scales, "codes" in dtype
 
     def work(self, size):
         """Of the bank, read once."""
-        return size[1] * size[2] * {"float32": 4, "float16": 2, "int8": 1}[size[3]]
+        return size[1] * size[2] * {"float32": 4, "float16": 2, "int8": 1}[size[3].split()[0]]
 
     @staticmethod
     def values(bank, scales, dtype=np.float32):
         return bank.astype(dtype) if scales is None else bank.astype(dtype) * scales.astype(dtype)[:, None]
 
-    def mini_tfm(self, kernels, queries, bank, scales):
+    def mini_tfm(self, kernels, queries, bank, scales, coded):
         if bank.dtype != np.float32 and "scales" not in inspect.signature(kernels.search).parameters:
             raise NotImplementedError("search has no banks of less than 32 bits")  # in commits before it had, which asv measures too
         options = {} if scales is None else {"scales": scales[None]}
+        if coded:
+            needs(kernels, "encode_rows")
+            options["codes"] = kernels.encode_rows(bank[None])
         queries, bank = queries[None], bank[None]
         return lambda: kernels.search(queries, bank, self.k, **options)
 
-    def numpy(self, numpy, queries, bank, scales):
+    def numpy(self, numpy, queries, bank, scales, coded):
         k, bank_t = self.k, self.values(bank, scales).T
 
         def call():
@@ -280,7 +290,7 @@ class Search(_Kernel):
 
         return call
 
-    def faiss(self, faiss, queries, bank, scales):
+    def faiss(self, faiss, queries, bank, scales, coded):
         """Flat, or its scalar quantizer of as many bits."""
         if bank.dtype == np.float32:
             index = faiss.IndexFlatIP(bank.shape[1])
@@ -292,11 +302,11 @@ class Search(_Kernel):
         index.add(values)
         return lambda: index.search(queries, self.k)
 
-    def torch(self, torch, queries, bank, scales):
+    def torch(self, torch, queries, bank, scales, coded):
         bank = bank.float() if scales is None else bank.float() * scales[:, None]
         return lambda: torch.topk(queries @ bank.T, self.k)
 
-    def exact(self, queries, bank, scales):
+    def exact(self, queries, bank, scales, coded):
         queries = in_double(queries)
         scores = np.concatenate([queries @ self.values(*part, np.float64).T for part in self._parts(bank, scales)], axis=1)
         return np.sort(scores, axis=1)[:, : -self.k - 1 : -1]
