@@ -85,17 +85,20 @@ def _quantised(x, group):
 
 def _product(x, weight, packed):
     x = x.reshape(_checks.rows(x))
-    x64 = _quantised(x, packed.group) if packed.dtype == "int8" else x.astype(np.float64)
-    return x64 @ weight.astype(np.float64)
+    if packed.dtype == "int8":
+        x = _quantised(x, packed.group)
+    elif packed.dtype == "bfloat16":
+        x = in_bfloat16(x)
+    return x.astype(np.float64) @ weight.astype(np.float64)
 
 
 def packed_linear(x, weight, bias=None, *, gate_bias=None, activation=None, residual=None, out=None):
     """y (..., d_out) = activation(x W + bias) + residual for x (..., d_in) and a PackedWeight.
 
     With a gate (arXiv 2002.05202): activation(x W_gate + gate_bias) * (x W + bias) + residual. activation: None or a kind
-    of `activation`. x and all else are float32 (float64 with a float64 weight). bfloat16 weights are widened and
-    multiplied in float32. With int8 weights every row of x is quantised first, see `_quantised`; what is left of both
-    roundings is below 1 % of a result for normal values.
+    of `activation`. x and all else are float32 (float64 with a float64 weight). Beside bfloat16 weights x is rounded to
+    bfloat16, too, as `gemm(bfloat16=True)` does: the products are exact then, and summed in float32. With int8 weights every
+    row of x is quantised first, see `_quantised`; what is left of both roundings is below 1 % of a result for normal values.
     """
     x, bias, gate_bias, kind, residual, _ = _checks.packed_linear(x, weight, bias, gate_bias, activation, residual, out)
     value, gate = weight.unpack() if weight.gated else (weight.unpack(), None)

@@ -65,8 +65,8 @@ def test_the_memory_it_takes(kind, share):
 
 
 def product(x, w, kind, group):
-    """x w in float64 with the packed weight's values, how far an int8 product may be from it, and the largest terms."""
-    exact = naive.gemm(x, w)
+    """x w in float64 with the packed weight's values, x rounded as they are in bfloat16; how far an int8 product may be from it."""
+    exact = naive.gemm(bfloat16(x) if kind == "bfloat16" else x, w)
     if kind != "int8" or not x.size:
         return exact, 0.0
     # A value at the end of the range may lose a whole step to the rounding of the zero point.

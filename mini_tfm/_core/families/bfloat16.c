@@ -20,6 +20,15 @@ INLINE real from_bfloat16(uint32_t bits) {
     return u.x;
 }
 
+/* to (d up to a whole vector) = from (d,) in bfloat16, as reals. */
+INLINE void round_row(const real *from, ptrdiff_t d, real *to) {
+    for (ptrdiff_t p = 0; p < d; p += VL) {
+        vec x = d - p >= VL ? load(from + p) : load_some(from + p, d - p, 0);
+        uvec bits = (uvec)x;
+        store(to + p, choose(x == x, (vec)((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000), x));
+    }
+}
+
 /* Lane by lane: `first` below, `second` above. */
 INLINE vec to_pairs(vec first, vec second) {
 #if ISA_BF16

@@ -34,10 +34,18 @@ static double packed_work(const struct mt_packed *w, const struct packed_layout 
 
 static size_t packed_bytes(const struct mt_packed *w) { return packed_layout(w).bytes; }
 
+#if ISA_BF16 && !REAL_IS_DOUBLE
+enum { PAIRED = 1 };
+#else
+enum { PAIRED = 0 };
+#endif
+
 #if !REAL_IS_DOUBLE
-/* Where column j of row p is in a bfloat16 panel: a lane of 4 bytes holds column i below and column i + VL above, so that two
- * vectors come out of one by a shift and a mask. */
-INLINE ptrdiff_t bfloat16_at(ptrdiff_t p, ptrdiff_t j) { return p * NR + j % VL * 2 + j / VL; }
+/* Where column j of row p is in a bfloat16 panel. PAIRED: a lane of 4 bytes holds rows p and p + 1 of a column, as the instruction
+ * takes them. Else it holds column i below and column i + VL above, so that two vectors come out of one by a shift and a mask. */
+INLINE ptrdiff_t bfloat16_at(ptrdiff_t p, ptrdiff_t j) {
+    return PAIRED ? (p / 2 * NR + j) * 2 + p % 2 : p * NR + j % VL * 2 + j / VL;
+}
 
 /* And in an int8 one. */
 INLINE ptrdiff_t int8_at(ptrdiff_t p, ptrdiff_t j) { return (p / STEP * NR + j) * STEP + p % STEP; }
@@ -123,10 +131,12 @@ static void unpack(const struct mt_packed *w, void *weight, void *gate) {
     }
 }
 
-/* Two vectors of a panel's row. */
+/* Two vectors of a panel's row, or of two rows where they are paired, and the bytes of one. */
+INLINE ptrdiff_t row_bytes(const int kind) { return (kind == MT_BFLOAT16 && !PAIRED ? 1 : 2) * VECTOR_BYTES; }
+
 INLINE void load_panel(const int kind, const char *b, vec *b_2) {
 #if !REAL_IS_DOUBLE
-    if (kind == MT_BFLOAT16) {
+    if (kind == MT_BFLOAT16 && !PAIRED) {
         ivec both = *(const ivec_anywhere *)b;
         b_2[0] = (vec)(both << 16);
         b_2[1] = (vec)(both & all_lanes((lane)0xFFFF0000u));
@@ -138,22 +148,25 @@ INLINE void load_panel(const int kind, const char *b, vec *b_2) {
     b_2[1] = load((const real *)b + VL);
 }
 
-/* micro_tile for panels b_panel bytes apart, sums (panels, rows, NR). */
+/* micro_tile for panels b_panel bytes apart, sums (panels, rows, NR); k counts pairs where x and b are of pairs. */
 INLINE void packed_tile(const int rows, const int panels, const int kind, ptrdiff_t k, const real *x, ptrdiff_t x_row, const char *b,
                         ptrdiff_t b_panel, real *sums) {
     vec sum[2 * MR], b_j[8];
     for (int i = 0; i < 2 * panels * rows; i++) sum[i] = all(0);
     const real *x_3[(MR + 2) / 3];
     for (int i = 0; i < rows; i += 3) x_3[i / 3] = x + i * x_row;
-    for (ptrdiff_t p = 0; p < k; p++, b += kind == MT_REAL ? 2 * VECTOR_BYTES : VECTOR_BYTES) {
+    for (ptrdiff_t p = 0; p < k; p++, b += row_bytes(kind)) {
         for (int j = 0; j < panels; j++) {
-            for (int line = 0; rows > 1 && line < (kind == MT_REAL ? 2 : 1) * VECTOR_BYTES; line += 64)
+            for (int line = 0; rows > 1 && line < row_bytes(kind); line += 64)
                 __builtin_prefetch(b + j * b_panel + FETCHED + line); /* one row alone comes as quickly as it is */
             load_panel(kind, b + j * b_panel, b_j + 2 * j);
         }
         for (int i = 0; i < rows; i++) {
             real factor = x_3[i / 3][i % 3 * x_row];
-            for (int j = 0; j < 2 * panels; j++) sum[i * 2 * panels + j] += factor * b_j[j];
+            for (int j = 0; j < 2 * panels; j++) {
+                vec *to = sum + i * 2 * panels + j;
+                *to = kind == MT_BFLOAT16 && PAIRED ? add_pairs(*to, (ivec)all(factor), (ivec)b_j[j]) : *to + factor * b_j[j];
+            }
         }
         for (int i = 0; i < rows; i += 3) x_3[i / 3]++;
     }
@@ -162,14 +175,14 @@ INLINE void packed_tile(const int rows, const int panels, const int kind, ptrdif
 }
 
 /* sums (panels, rows, NR) for at most MR rows, read once over all of k. */
-INLINE void packed_strip(const int kind, ptrdiff_t rows, ptrdiff_t panels, ptrdiff_t k, const real *x, const char *b, ptrdiff_t b_panel,
-                         real *sums) {
+INLINE void packed_strip(const int kind, ptrdiff_t rows, ptrdiff_t panels, ptrdiff_t k, const real *x, ptrdiff_t x_row, const char *b,
+                         ptrdiff_t b_panel, real *sums) {
     const ptrdiff_t s_panel = rows * NR;
 #define PACKED_STRIP(n, at_once)                                                                                             \
     case n:                                                                                                                  \
         for (; at_once > 1 && panels >= at_once; panels -= at_once, b += at_once * b_panel, sums += at_once * s_panel)       \
-            packed_tile(n, at_once, kind, k, x, k, b, b_panel, sums);                                                        \
-        for (; panels; panels--, b += b_panel, sums += s_panel) packed_tile(n, 1, kind, k, x, k, b, 0, sums);                \
+            packed_tile(n, at_once, kind, k, x, x_row, b, b_panel, sums);                                                    \
+        for (; panels; panels--, b += b_panel, sums += s_panel) packed_tile(n, 1, kind, k, x, x_row, b, 0, sums);            \
         break;
     switch (rows) {
         PACKED_STRIP(1, 4) PACKED_STRIP(2, 2) PACKED_STRIP(3, 2) PACKED_STRIP(4, 1) PACKED_STRIP(5, 1) PACKED_STRIP(6, 1)
@@ -180,25 +193,30 @@ INLINE void packed_strip(const int kind, ptrdiff_t rows, ptrdiff_t panels, ptrdi
 }
 
 /* The same for at most two strips: the second finds the panel in L2. */
-static void packed_few(int kind, ptrdiff_t rows, ptrdiff_t panels, ptrdiff_t k, const real *x, const char *b, ptrdiff_t b_panel, real *sums) {
+static void packed_few(int kind, ptrdiff_t rows, ptrdiff_t panels, ptrdiff_t k, const real *x, ptrdiff_t x_row, const char *b,
+                       ptrdiff_t b_panel, real *sums) {
     ptrdiff_t first = rows > MR ? (rows + 1) / 2 : rows, at_once = rows > MR ? 1 : panels;
     for (ptrdiff_t j = 0; j < panels; j += at_once, b += at_once * b_panel, sums += rows * NR)
         for (ptrdiff_t i = 0; i < rows; i += first) {
             ptrdiff_t here = min_size(first, rows - i);
 #if !REAL_IS_DOUBLE
             if (kind == MT_BFLOAT16) {
-                packed_strip(MT_BFLOAT16, here, at_once, k, x + i * k, b, b_panel, sums + i * NR);
+                packed_strip(MT_BFLOAT16, here, at_once, k, x + i * x_row, x_row, b, b_panel, sums + i * NR);
                 continue;
             }
 #endif
-            packed_strip(MT_REAL, here, at_once, k, x + i * k, b, b_panel, sums + i * NR);
+            packed_strip(MT_REAL, here, at_once, k, x + i * x_row, x_row, b, b_panel, sums + i * NR);
         }
     (void)kind;
 }
 
-/* The rows of one call: as they came, or quantised. */
+/* The rows of one call: as they came, rounded to bfloat16, or quantised. */
 struct packed_rows {
-    const real *x;       /* (N, d_in) */
+    const real *given;   /* (N, d_in) */
+    void *memory;        /* of what is made of them, or NULL */
+    real *rounded;       /* (N, row) */
+    const real *x;       /* (N, row): given or rounded */
+    ptrdiff_t row, k;    /* k of a row count: d_in, or half of it in pairs */
     int32_t *q;          /* (N, steps), or (N, steps, 2) as halve_row leaves it */
     real *scale;         /* (N, groups) */
     int32_t *zero;       /* (N, groups) */
@@ -213,7 +231,7 @@ enum { SUMS_ROOM = PANELS * MC * NR * sizeof(real), CHUNK_ROOM = 2 * KC * NR * s
 static void packed_sums(const struct mt_packed *w, const struct packed_layout *at, const struct packed_rows *rows, ptrdiff_t r0,
                         ptrdiff_t m, ptrdiff_t first, ptrdiff_t panels, real *sums, char *chunk) {
     const char *b = (const char *)w->memory + first * at->panel;
-    const real *x = rows->x + r0 * w->d_in;
+    const real *x = rows->x + r0 * rows->row;
     if (!w->d_in) {
         memset(sums, 0, panels * m * NR * sizeof(real));
         return;
@@ -263,29 +281,35 @@ static void packed_sums(const struct mt_packed *w, const struct packed_layout *a
     }
 #endif
     if (m <= 2 * MR) {
-        packed_few(w->kind, m, panels, w->d_in, x, b, at->panel, sums);
+        packed_few(w->kind, m, panels, rows->k, x, rows->row, b, at->panel, sums);
         return;
     }
-    for (ptrdiff_t k0 = 0; k0 < w->d_in; k0 += KC)
+    const ptrdiff_t row = row_bytes(w->kind);
+    for (ptrdiff_t k0 = 0; k0 < rows->k; k0 += KC)
         for (ptrdiff_t j = 0; j < panels; j++) {
-            ptrdiff_t kc = min_size(KC, w->d_in - k0);
+            ptrdiff_t kc = min_size(KC, rows->k - k0);
             const char *from = b + j * at->panel;
-            const real *panel = (const real *)from + k0 * NR;
-            if (w->kind == MT_BFLOAT16) {
+            const real *panel = (const real *)(from + k0 * row);
+            if (w->kind == MT_BFLOAT16 && !PAIRED) {
                 for (ptrdiff_t p = 0; p < kc; p++) {
                     vec b_2[2];
-                    load_panel(MT_BFLOAT16, from + (k0 + p) * VECTOR_BYTES, b_2);
+                    load_panel(MT_BFLOAT16, from + (k0 + p) * row, b_2);
                     store((real *)chunk + p * NR, b_2[0]);
                     store((real *)chunk + p * NR + VL, b_2[1]);
                 }
                 panel = (const real *)chunk;
             }
             /* The next chunk comes from L3 or beyond: the next panel's, or the first's further down, or the next group's. */
-            ptrdiff_t row = w->kind == MT_BFLOAT16 ? VECTOR_BYTES : 2 * VECTOR_BYTES, down = k0 + KC < w->d_in ? k0 + KC : 0;
+            ptrdiff_t down = k0 + KC < rows->k ? k0 + KC : 0;
             const char *next = j + 1 < panels ? from + at->panel + k0 * row : (down ? b : b + panels * at->panel) + down * row;
             struct rows lines = {(const real *)next, LINE, kc * row / 64, LINE};
+            ptrdiff_t each = div_up(lines.count, div_up(m, MR));
             real *to = sums + j * m * NR;
-            micro_strips(0, m, kc, x + k0, w->d_in, 1, panel, k0 ? to : NULL, NR, to, NR, &lines, div_up(lines.count, div_up(m, MR)));
+            const real *before = k0 ? to : NULL;
+            if (PAIRED && w->kind == MT_BFLOAT16)
+                micro_strips(1, m, kc, x + k0, rows->row, 1, panel, before, NR, to, NR, &lines, each);
+            else
+                micro_strips(0, m, kc, x + k0, rows->row, 1, panel, before, NR, to, NR, &lines, each);
         }
 }
 
@@ -334,27 +358,41 @@ static void finish(int kind, int gated, const real *sums, ptrdiff_t m, ptrdiff_t
     }
 }
 
-/* The place for quantised rows, in one piece that `rows->q` begins: 0, or -1 without memory. */
+/* The place for rows that are rounded or quantised: 0, or -1 without memory. */
 static int packed_rows(struct packed_rows *rows, const real *x, ptrdiff_t n, const struct mt_packed *w, const struct packed_layout *at) {
-    *rows = (struct packed_rows){x, NULL, NULL, NULL, 0, 1};
+    *rows = (struct packed_rows){.given = x, .x = x, .row = w->d_in, .k = w->d_in, .halves = 1};
 #if !REAL_IS_DOUBLE
-    if (w->kind == MT_INT8) {
+    if (w->kind == MT_BFLOAT16) {
+        rows->k = PAIRED ? div_up(w->d_in, 2) : w->d_in;
+        rows->row = round_up(rows->k, VL);
+        rows->memory = new_reals((size_t)n * rows->row);
+        if (!rows->memory) return -1;
+        rows->x = rows->rounded = rows->memory;
+    } else if (w->kind == MT_INT8) {
         rows->steps = round_up(div_up(w->d_in, STEP), 16);
         rows->halves = n <= HALVED ? 2 : 1;
-        rows->q = aligned_alloc(64, ((size_t)n * (rows->steps * rows->halves + 2 * at->groups) * 4 + 64) / 64 * 64);
-        if (!rows->q) return -1;
+        rows->memory = aligned_alloc(64, ((size_t)n * (rows->steps * rows->halves + 2 * at->groups) * 4 + 64) / 64 * 64);
+        if (!rows->memory) return -1;
+        rows->q = rows->memory;
         rows->scale = (real *)(rows->q + (size_t)n * rows->steps * rows->halves);
         rows->zero = (int32_t *)(rows->scale + (size_t)n * at->groups);
     }
 #endif
-    (void)n, (void)w, (void)at;
+    (void)n, (void)at;
     return 0;
 }
 
 INLINE void packed_row(const struct packed_rows *rows, ptrdiff_t row, const struct mt_packed *w, const struct packed_layout *at) {
 #if !REAL_IS_DOUBLE
+    const real *x = rows->given + row * w->d_in;
+    if (w->kind == MT_BFLOAT16) {
+        real *to = rows->rounded + row * rows->row;
+        if (PAIRED) pair_row(x, w->d_in, rows->k, to);
+        else round_row(x, w->d_in, to);
+        return;
+    }
     int32_t *q = rows->q + row * rows->steps * rows->halves;
-    quantise_row(rows->x + row * w->d_in, w->d_in, w->group, (factor *)q, rows->scale + row * at->groups, rows->zero + row * at->groups);
+    quantise_row(x, w->d_in, w->group, (factor *)q, rows->scale + row * at->groups, rows->zero + row * at->groups);
     if (rows->halves == 2) halve_row(div_up(w->d_in, STEP), q);
 #endif
     (void)rows, (void)row, (void)w, (void)at;
@@ -383,7 +421,7 @@ static int packed_linear(const void *x, const struct mt_packed *w, const struct 
 #pragma omp parallel num_threads((int)team)
     {
 #pragma omp for schedule(static)
-        for (ptrdiff_t row = 0; row < (w->kind == MT_INT8 ? n : 0); row++) packed_row(&rows, row, w, &at);
+        for (ptrdiff_t row = 0; row < (w->kind == MT_REAL ? 0 : n); row++) packed_row(&rows, row, w, &at);
 #pragma omp for schedule(dynamic)
         for (ptrdiff_t piece = 0; piece < pieces; piece++) {
             ptrdiff_t r0 = piece % blocks * m, here = min_size(m, n - r0), end = min_size(columns, (piece / blocks + 1) * width);
@@ -399,7 +437,7 @@ static int packed_linear(const void *x, const struct mt_packed *w, const struct 
             }
         }
     }
-    free(rows.q);
+    free(rows.memory);
     free(workspace);
     return 0;
 }
@@ -435,7 +473,7 @@ static int linear_top_k(const void *x, const struct mt_packed *w, const void *bi
     {
         struct found *mine = heaps + mt_thread_id() * apart;
 #pragma omp for schedule(static)
-        for (ptrdiff_t row = 0; row < (w->kind == MT_INT8 ? n : 0); row++) packed_row(&rows, row, w, &at);
+        for (ptrdiff_t row = 0; row < (w->kind == MT_REAL ? 0 : n); row++) packed_row(&rows, row, w, &at);
 #pragma omp for schedule(dynamic)
         for (ptrdiff_t piece = 0; piece < pieces; piece++) {
             ptrdiff_t part = piece / blocks, r0 = piece % blocks * m, here = min_size(m, n - r0);
@@ -496,7 +534,7 @@ static int linear_top_k(const void *x, const struct mt_packed *w, const void *bi
             }
         }
     }
-    free(rows.q);
+    free(rows.memory);
     free(heaps);
     free(heads);
     free(peaks);
