@@ -155,10 +155,13 @@ INLINE void packed_tile(const int rows, const int panels, const int kind, ptrdif
     for (int i = 0; i < 2 * panels * rows; i++) sum[i] = all(0);
     const real *x_3[(MR + 2) / 3];
     for (int i = 0; i < rows; i += 3) x_3[i / 3] = x + i * x_row;
+    ptrdiff_t ahead = FETCHED;
+    const ptrdiff_t turn = max_size(k - FETCHED / row_bytes(kind), 0);
     for (ptrdiff_t p = 0; p < k; p++, b += row_bytes(kind)) {
+        if (p == turn) ahead += (panels - 1) * b_panel; /* past the end of a panel lies one that is read now */
         for (int j = 0; j < panels; j++) {
             for (int line = 0; rows > 1 && line < row_bytes(kind); line += 64)
-                __builtin_prefetch(b + j * b_panel + FETCHED + line); /* one row alone comes as quickly as it is */
+                __builtin_prefetch(b + j * b_panel + ahead + line); /* one row alone comes as quickly as it is */
             load_panel(kind, b + j * b_panel, b_j + 2 * j);
         }
         for (int i = 0; i < rows; i++) {
@@ -178,6 +181,7 @@ INLINE void packed_tile(const int rows, const int panels, const int kind, ptrdif
 INLINE void packed_strip(const int kind, ptrdiff_t rows, ptrdiff_t panels, ptrdiff_t k, const real *x, ptrdiff_t x_row, const char *b,
                          ptrdiff_t b_panel, real *sums) {
     const ptrdiff_t s_panel = rows * NR;
+    const int two = kind == MT_BFLOAT16 && PAIRED ? 2 : 1; /* the instruction takes so long that one panel has too few sums */
 #define PACKED_STRIP(n, at_once)                                                                                             \
     case n:                                                                                                                  \
         for (; at_once > 1 && panels >= at_once; panels -= at_once, b += at_once * b_panel, sums += at_once * s_panel)       \
@@ -185,7 +189,7 @@ INLINE void packed_strip(const int kind, ptrdiff_t rows, ptrdiff_t panels, ptrdi
         for (; panels; panels--, b += b_panel, sums += s_panel) packed_tile(n, 1, kind, k, x, x_row, b, 0, sums);            \
         break;
     switch (rows) {
-        PACKED_STRIP(1, 4) PACKED_STRIP(2, 2) PACKED_STRIP(3, 2) PACKED_STRIP(4, 1) PACKED_STRIP(5, 1) PACKED_STRIP(6, 1)
+        PACKED_STRIP(1, 4) PACKED_STRIP(2, 2) PACKED_STRIP(3, 2) PACKED_STRIP(4, two) PACKED_STRIP(5, two) PACKED_STRIP(6, two)
 #if MR == 12
         PACKED_STRIP(7, 1) PACKED_STRIP(8, 1) PACKED_STRIP(9, 1) PACKED_STRIP(10, 1) PACKED_STRIP(11, 1) PACKED_STRIP(12, 1)
 #endif
