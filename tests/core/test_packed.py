@@ -196,6 +196,16 @@ def test_the_error_of_an_int8_layer(core, d_in, group, most):
     assert np.linalg.norm(y - exact) < most * np.linalg.norm(exact)
 
 
+@pytest.mark.parametrize("d_in", [64, 512, 2048])
+def test_the_error_of_a_bfloat16_layer(core, d_in):
+    """Of normal values, relative, over a layer: factors of 8 bits, half a unit is 2^-8 at most."""
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((64, d_in)).astype(np.float32), rng.standard_normal((d_in, 200)).astype(np.float32)
+    exact = x.astype(np.float64) @ w.astype(np.float64)
+    error = core.packed_linear(x, core.pack(w, dtype="bfloat16")) - exact
+    assert 2**-10 < np.linalg.norm(error) / np.linalg.norm(exact) < 2**-8.5
+
+
 @every_kind
 @given(seed=seeds, rows=sizes_or_none, d_in=st.integers(0, 20), d_out=st.integers(0, 100), k=st.integers(0, 20), biased=st.booleans())
 def test_the_best_k(core, kind, group, seed, rows, d_in, d_out, k, biased):
