@@ -281,7 +281,9 @@ def sections():
             ],
             [
                 Figure("Top 32 in float32 against the better of faiss flat and NumPy, each", 1.5, "x", which=searching("float32")),
-                Figure("Top 32 in float16 and int8 against the better of faiss and NumPy, each", 1.5, "x", which=searching("float16", "int8")),
+                Figure(
+                    "Top 32 in float16 and int8 against the better of faiss and NumPy, each", 1.5, "x", which=searching("float16", "int8")
+                ),
                 Figure("Top 32 in float32 with codes against the better, one query", 1.5, "x", which=searching("float32 and codes")),
                 Figure("Top 32 in float16 with codes against the better, one query", 1.5, "x", which=searching("float16 and codes")),
             ],

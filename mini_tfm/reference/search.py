@@ -6,7 +6,6 @@ import numpy as np
 
 from mini_tfm.reference import _checks
 
-
 ENCODED_AT_ONCE = 1 << 20  # numbers
 
 

@@ -506,11 +506,11 @@ REFUSED_CODES = {
 @pytest.mark.parametrize("case", REFUSED_CODES)
 def test_codes_that_are_refused(core, case):
     queries, bank, scales, codes = REFUSED_CODES[case]
-    with pytest.raises((InvalidType, InvalidValue), match="^codes: expected .*, got "):
+    with pytest.raises((InvalidType, InvalidValue), match=r"^codes: expected .*, got "):
         core.search(queries, bank, 2, scales=scales, codes=codes)
 
 
 @pytest.mark.parametrize("bank", [ones("float64", 5, 4), ones("int8", 5, 4), np.float32(1), [[1.0]], None], ids=str)
 def test_rows_that_are_not_coded(core, bank):
-    with pytest.raises((InvalidType, InvalidValue), match="^bank: expected .*, got "):
+    with pytest.raises((InvalidType, InvalidValue), match=r"^bank: expected .*, got "):
         core.encode_rows(bank)
