@@ -58,7 +58,7 @@ TINY = {
     "Gemv": (1, 64, 16, "int8", "none"),
     "Int8": (2, 64, 16, "int8", "none"),
     "LinearTopK": (2, 16, 8, "float32", 4),
-    "Search": (2, 50, 16, "float32"),
+    "Search": (2, 50, 16, "float32 and codes"),
     "Softmax": (3, 8),
     "LayerNorm": (3, 8, 2),
     "RmsNorm": (3, 8),

@@ -5,7 +5,8 @@ one call, with int64 integers and bool masks. Strided reals are copied; a wrong 
 with `InvalidType` or `InvalidValue` before a pointer is taken. No input changes, other than those that a name or a
 docstring calls in place. Zero-sized arrays are legal. A result has the same bits for any number of threads, and a batch
 row the same bits in any company. A bank that `search` goes through stays where it lies, in a mapped file say, whatever
-its strides, and may be float16 or int8. The same functions in NumPy are `mini_tfm.reference`; they say what is computed.
+its strides, and may be float16 or int8; so do its uint8 codes, which `encode_rows` makes, in NumPy everywhere. The same
+functions in NumPy are `mini_tfm.reference`; they say what is computed.
 
     core.h            what C offers: one table of kernels for each instruction set and real
     families/         the kernels, one family a file, written once

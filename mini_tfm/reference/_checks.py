@@ -414,7 +414,7 @@ def search(queries, bank, k, valid, scales, codes):
 
 
 def encode_rows(bank):
-    _array("bank", bank, (FLOAT32, FLOAT16), None, None, 1)
+    _array("bank", bank, (FLOAT32, FLOAT16), None, None, 2)
     return np.asarray(bank)
 
 

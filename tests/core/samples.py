@@ -27,6 +27,7 @@ IN_PLACE = {
     **dict.fromkeys(WITH_OUT, ("out",)),
 }
 SETTINGS = {"set_num_threads", "get_num_threads", "show_config"}
+IN_NUMPY = {"encode_rows"}  # for every instruction set; test_search.py has its tests
 
 
 def sample(name, dtype, layout="contiguous", big=False, seed=0):

@@ -203,7 +203,7 @@ def test_the_error_of_a_bfloat16_layer(core, d_in):
     x, w = rng.standard_normal((64, d_in)).astype(np.float32), rng.standard_normal((d_in, 200)).astype(np.float32)
     exact = x.astype(np.float64) @ w.astype(np.float64)
     error = core.packed_linear(x, core.pack(w, dtype="bfloat16")) - exact
-    assert 2**-10 < np.linalg.norm(error) / np.linalg.norm(exact) < 2**-8.5
+    assert 2**-9 < np.linalg.norm(error) / np.linalg.norm(exact) < 2**-8.5
 
 
 @every_kind
@@ -253,7 +253,7 @@ def test_what_is_not_finite_stays_in_its_row(core, kind, group, bad, place):
     others = [0, 1, 2, 3, 5, 6, 7, 8]
     assert_same_bits(y[others], clean[others])
     assert not np.isfinite(y[4]).any()
-    assert np.isnan(y[4]).all() or kind != "int8"
+    assert np.isnan(y[4]).all() if kind == "int8" or np.isnan(bad) else np.isinf(y[4]).all()
     scores, ids, lse = core.linear_top_k(x, packed, 3, lse=True)
     if np.isnan(y[4]).all():
         assert (ids[4] == -1).all() and (scores[4] == -np.inf).all() and np.isnan(lse[4])

@@ -7,9 +7,9 @@
  * once for every group of panels, so the groups are wider then (PANELS_T), and shorter (KS_T) to stay in L3. Either way the
  * part of A that comes next is fetched into L2 meanwhile: 2 to 6 % of the time.
  * Few rows of A take shorter panels, which stay in L1 between packing and their only use. Rows of B are fetched AHEAD of
- * their packing, and panels read but once FETCHED bytes ahead, or FETCHED_FAR where a row of x takes little time. */
+ * their packing. */
 enum { MC = 96, KC = 256, KS = 3072, PANELS = 8, KS_T = 1024, PANELS_T = 32, KC_FEW = 128, GROUP = 4 };
-enum { AHEAD = 8, FETCHED = 8192, FETCHED_FAR = 16384 };
+enum { AHEAD = 8 };
 
 /* Columns of B that are packed together, of n. */
 INLINE ptrdiff_t group_width(ptrdiff_t n, int packs_a) { return min_size((packs_a ? PANELS_T : PANELS) * NR, round_up(n, NR)); }

@@ -3,8 +3,9 @@
  * A weight lies in panels of NR columns, d_in rows each, one after the other as a tile reads them; of a gated pair every panel
  * is followed by its gate's. A block of rows goes over a few panels at a time, in chunks of KC rows of the weight, its sums in a
  * small array that stays in cache; there they are finished while they are warm. A sum is one chain over k whatever the block,
- * so a row has the same bits in any company. x is read where it lies. */
+ * so a row has the same bits in any company. x is read where it lies, unless it is rounded or quantised first. */
 
+enum { FETCHED = 8192 };  /* bytes: how far ahead of few rows panels are fetched; int8 has a distance of its own */
 enum { PART = 512 };      /* columns of linear_top_k that share a maximum and a sum above it */
 enum { STAYS = 1 << 22 }; /* bytes of weight that go over all rows before the next: they stay in L3 */
 
@@ -155,20 +156,22 @@ INLINE void packed_tile(const int rows, const int panels, const int kind, ptrdif
     for (int i = 0; i < 2 * panels * rows; i++) sum[i] = all(0);
     const real *x_3[(MR + 2) / 3];
     for (int i = 0; i < rows; i += 3) x_3[i / 3] = x + i * x_row;
+    const int pairs = kind == MT_BFLOAT16 && PAIRED;
     ptrdiff_t ahead = FETCHED;
     const ptrdiff_t turn = max_size(k - FETCHED / row_bytes(kind), 0);
     for (ptrdiff_t p = 0; p < k; p++, b += row_bytes(kind)) {
-        if (p == turn) ahead += (panels - 1) * b_panel; /* past the end of a panel lies one that is read now */
+        if (p == turn) ahead += (panels - 1) * b_panel; /* past a panel's end lies the next of these, which is read now */
         for (int j = 0; j < panels; j++) {
             for (int line = 0; rows > 1 && line < row_bytes(kind); line += 64)
                 __builtin_prefetch(b + j * b_panel + ahead + line); /* one row alone comes as quickly as it is */
             load_panel(kind, b + j * b_panel, b_j + 2 * j);
         }
         for (int i = 0; i < rows; i++) {
-            real factor = x_3[i / 3][i % 3 * x_row];
+            const real *factor = x_3[i / 3] + i % 3 * x_row;
+            ivec pair = pairs ? all_lanes(*(const lane_anywhere *)factor) : (ivec){0};
             for (int j = 0; j < 2 * panels; j++) {
                 vec *to = sum + i * 2 * panels + j;
-                *to = kind == MT_BFLOAT16 && PAIRED ? add_pairs(*to, (ivec)all(factor), (ivec)b_j[j]) : *to + factor * b_j[j];
+                *to = pairs ? add_pairs(*to, pair, (ivec)b_j[j]) : *to + *factor * b_j[j];
             }
         }
         for (int i = 0; i < rows; i += 3) x_3[i / 3]++;
@@ -457,7 +460,8 @@ static int linear_top_k(const void *x, const struct mt_packed *w, const void *bi
     struct packed_layout at = packed_layout(w);
     ptrdiff_t part_panels = max_size(PART / NR, 1), parts = div_up(at.panels, part_panels), kept = min_size(k, w->d_out);
     ptrdiff_t blocks = div_up(n, MC), m = div_up(n, blocks), pieces = blocks * parts;
-    int team = mt_team(pieces, packed_work(w, &at, n));
+    /* The heaps of all threads together are no larger than the scores would be. */
+    int team = (int)min_size(mt_team(pieces, packed_work(w, &at, n)), max_size(w->d_out / max_size(kept, 1), 1));
     size_t room = PACKED_ROOM + (w->kind == MT_INT8 ? SUMS_ROOM : 0);
     struct packed_rows rows;
     char *workspace = aligned_alloc(64, room * team);

@@ -21,6 +21,7 @@ enum { STEP = 1, WIDENS = 1, SHIFT = 0 };
 typedef int32_t factor;
 #endif
 
+enum { FETCHED_FAR = 16384 }; /* bytes: how far ahead of few rows panels are fetched */
 enum { MAX_GROUP = 65536 }; /* 255 * 127 times that stays within 32 bits */
 enum { STEPS = 256 };       /* in a chunk: of widened panel, 16 KB, with its strips in L1 */
 

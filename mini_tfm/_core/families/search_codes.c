@@ -44,13 +44,13 @@ typedef __m256i codes;
 
 enum {
     CODE_STEP = 64,     /* codes are filled up with zeros to a multiple of this, for every instruction set */
-    MOST_CODED_TWICE = 2, /* queries */
-    MOST_GIVEN = 24       /* from so many queries on, to score rows that were not read for their codes takes longer than to code all */
+    TWICE_UP_TO = 2,  /* queries */
+    GIVEN_BELOW = 24  /* queries: more of them ask for so many rows, which are in no cache, that to code every row is quicker */
 };
 
 /* Lengths of vectors whose elements lie outside are not to be trusted: squares underflow or scores overflow. */
-#define LEAST_CODED 1e-10f
-#define MOST_CODED 1e15f
+#define SMALLEST_CODED 1e-10f
+#define LARGEST_CODED 1e15f
 
 struct coded_rows { /* of a tile */
     real step[MAX_TILE], length[MAX_TILE], error[MAX_TILE]; /* |r| and |e_r|, bounds */
@@ -85,7 +85,7 @@ INLINE int32_t take_codes(vec *x, real step, real inverse, int8_t *codes_p) {
 static struct coded_query code_query(const real *q_d, ptrdiff_t d, int twice, int8_t *codes_d, ptrdiff_t n_codes) {
     const real top = largest_of(q_d, d), step = top / 31, low_step = step / 62; /* half a step at most is left out */
     memset(codes_d, 0, (size_t)(1 + twice) * n_codes);
-    if (!(top > LEAST_CODED && top < MOST_CODED)) return (struct coded_query){NAN, NAN, NAN, NAN, 0, 0};
+    if (!(top > SMALLEST_CODED && top < LARGEST_CODED)) return (struct coded_query){NAN, NAN, NAN, NAN, 0, 0};
     vec squares = all(0), errors = all(0);
     int32_t total = 0, low_total = 0;
     for (ptrdiff_t p = 0; p < d; p += VL) {
@@ -136,7 +136,7 @@ INLINE void code_reals(const int kind, const char *from, ptrdiff_t d, uint8_t *c
     }
     rows->step[r] = step;
     rows->length[r] = length_of(squares);
-    rows->error[r] = top > LEAST_CODED && top < MOST_CODED ? length_of(errors) : NAN;
+    rows->error[r] = top > SMALLEST_CODED && top < LARGEST_CODED ? length_of(errors) : NAN;
 }
 
 /* The same for a row of int8 and its scale: it is its own codes. */
@@ -212,9 +212,9 @@ static int code_queries(struct coded_search *search, const struct mt_bank *bank,
     static const int WORTH[] = {[MT_ROWS_REAL] = 16, [MT_ROWS_HALF] = 16, [MT_ROWS_INT8] = 2};
     enum { TILE_BYTES = 1 << 14 };
     *search = (struct coded_search){0};
-    const uint8_t *given = n < MOST_GIVEN ? bank->codes : NULL;
+    const uint8_t *given = n < GIVEN_BELOW ? bank->codes : NULL;
     if ((!given && n < WORTH[bank->kind]) || d < 32 || d > MAX_CODED || d % 16 || bank->stride[2] != element_bytes(bank->kind)) return 0;
-    const ptrdiff_t n_codes = round_up(d, CODE_STEP), twice = given && n <= MOST_CODED_TWICE;
+    const ptrdiff_t n_codes = round_up(d, CODE_STEP), twice = given && n <= TWICE_UP_TO;
     search->codes_nd = malloc((size_t)rows * (1 + twice) * n_codes);
     search->coded_n = malloc((size_t)rows * sizeof *search->coded_n);
     if (!search->codes_nd || !search->coded_n) return -1;
@@ -241,7 +241,7 @@ static void code_tile(const struct mt_bank *bank, const char *from, const float 
 }
 
 /* search_piece with codes: queries from row q0 on. Where codes do not tell enough, because heaps are not yet full or the
- * numbers are not made for it, some rows are searched without. scores: 2 * n * MAX_TILE reals; row_codes: tile * n_codes bytes. */
+ * numbers are not made for it, some rows are searched without. scores: (1 + twice) * n * MAX_TILE reals; row_codes: tile * n_codes bytes. */
 static void search_coded_piece(const struct coded_search *search, ptrdiff_t q0, const real *q_nd, ptrdiff_t ldq, ptrdiff_t n,
                                const struct mt_bank *bank, ptrdiff_t b, ptrdiff_t m, ptrdiff_t first, ptrdiff_t last, ptrdiff_t d,
                                ptrdiff_t tile, int in_place, struct found *heaps_nk, ptrdiff_t k, real *widened, real *scores,
