@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from core import naive_attention as naive
 from core.attention_cases import FEATURES, drawn_case, only_row
-from core.cases import Values, layouts, seeds
+from core.cases import Values, compiled_alone, layouts, seeds
 from helpers import assert_close, assert_same_bits, examples
 from hypothesis import given
 from hypothesis import strategies as st
@@ -170,6 +170,7 @@ def test_a_batch_row_alone_has_the_same_bits(core, dtype, seed, length):
 @pytest.mark.parametrize("feature", ["plain", "causal", "prefix", "causal window", "lengths", "valid", "distance bias", "index", "blocks"])
 @pytest.mark.parametrize("source, d", [(70, 8), (300, 64), (517, 40)])
 @pytest.mark.parametrize("kv_heads", [4, 2])
+@compiled_alone
 def test_a_query_alone_has_the_bits_it_has_among_many(dtype, feature, kv_heads, source, d):
     """Of the compiled kernel: one query takes another way through C than many, split over keys, and the tiles are the same. With
     4 heads of keys it is one query that a head is read for, with 2 it is two."""
@@ -207,6 +208,7 @@ def test_dropout_zeroes_its_share_and_leaves_the_mean(core, dtype, feature):
     assert_same_bits(again[..., 0][plain[..., 0] > 0.5], sums[7])
 
 
+@compiled_alone
 def test_plain_arrays_take_the_short_way_to_the_same_bits(dtype):
     """mt.attention's own way past the checks, against the long one; what it does not know goes the long way."""
     values = Values(1, dtype)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from core.cases import Values
+from core.cases import Values, compiled_alone
 from helpers import assert_same_bits
 
 from mini_tfm import _core
@@ -71,6 +71,7 @@ def test_rotary_of_any_layout(dtype, layout):
     assert_same_bits(_core.rotary(layout(x), np.arange(5)), _core.rotary(x, np.arange(5)))
 
 
+@compiled_alone
 def test_results_lie_as_the_queries_do(dtype):
     """So that projections before and after need no copies."""
     x = Values(2, dtype).real(2, 3, 9, 4)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from core import naive
-from core.cases import Values, layouts, scales, seeds, sizes_or_none
+from core.cases import Values, compiled_alone, layouts, scales, seeds, sizes_or_none
 from helpers import assert_close, assert_same_bits, in_a_process, laid_out
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +13,6 @@ from mini_tfm.errors import InvalidType, InvalidValue
 
 KINDS = [("float32", None), ("float64", None), ("bfloat16", None), ("int8", None), ("int8", 8)]
 every_kind = pytest.mark.parametrize("kind, group", KINDS, ids=lambda x: str(x))
-compiled_alone = pytest.mark.skipif(_core.show_config()["isa"] == "reference", reason="the BLAS that the twins call does not promise it")
 
 
 def real_of(kind):

@@ -5,15 +5,13 @@ import tracemalloc
 import numpy as np
 import pytest
 from core import naive
-from core.cases import Values, layouts, seeds, sizes_or_none
+from core.cases import Values, compiled_alone, layouts, seeds, sizes_or_none
 from helpers import LAYOUTS, assert_close, assert_same_bits, laid_out
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mini_tfm import _core
 from mini_tfm.errors import InvalidType, InvalidValue
-
-compiled = pytest.mark.skipif(_core.show_config()["isa"] == "reference", reason="the twins copy, and their BLAS does not promise bits")
 
 batches, counts, ks = st.integers(1, 3), st.integers(0, 9), st.integers(0, 40)
 
@@ -143,7 +141,7 @@ def drawn(kind, n, m, d, layout="contiguous"):
     return Values(1, values.dtype).real(2, n, d), bank, values.mask(2, m, share=0.9), scales
 
 
-@compiled
+@compiled_alone
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("n, m, d, k", [(1, 4001, 64, 9), (7, 3001, 67, 40), (200, 1500, 48, 5), (3, 3000, 200, 1500)])
 def test_a_querys_bits_depend_on_its_bank_alone(threads, kind, n, m, d, k):
@@ -160,7 +158,7 @@ def test_a_querys_bits_depend_on_its_bank_alone(threads, kind, n, m, d, k):
         assert_same_bits(of_one, [result[1:] for result in expected])
 
 
-@compiled
+@compiled_alone
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("n", [1, 2, 9])
 def test_a_rows_score_does_not_depend_on_its_place(threads, kind, n):
@@ -193,7 +191,7 @@ def test_a_bank_is_read_where_it_lies(core, kind, layout):
     assert_same_bits(core.search(queries, bank, 7, valid, scales=scales), expected)
 
 
-@compiled
+@compiled_alone
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "unaligned"])
 def test_a_bank_is_not_copied(threads, tmp_path, kind, layout):
@@ -247,7 +245,7 @@ def hard_case(case, kind, rng, m, d):
         return bank.astype(kind), None
 
 
-@compiled
+@compiled_alone
 @pytest.mark.parametrize("kind", ("float32", *SMALL))
 @pytest.mark.parametrize("case", ["normal", "outliers", "alike", "equal", "tiny", "huge", "odd", "negative"])
 @pytest.mark.parametrize("d", [32, 80, 512])
@@ -271,7 +269,7 @@ def test_many_queries_find_what_each_finds_alone(threads, kind, case, d):
             )
 
 
-@compiled
+@compiled_alone
 @pytest.mark.parametrize(
     "kind, side", [("float32", "query"), ("float16", "query"), ("int8", "query"), ("float32", "row"), ("float16", "row")]
 )
@@ -348,7 +346,7 @@ def test_codes_change_nothing(core, kind, seed, n, m, d, k, masked):
     assert_same_bits(core.search(queries, bank, k, valid, codes=core.encode_rows(bank)), expected)
 
 
-@compiled
+@compiled_alone
 @pytest.mark.parametrize("kind", CODED)
 @pytest.mark.parametrize("case", ["normal", "outliers", "alike", "equal", "tiny", "huge", "odd"])
 @pytest.mark.parametrize("d", [32, 80, 512])
@@ -374,7 +372,7 @@ def test_codes_of_unusual_rows_change_nothing(threads, kind, case, d):
                 assert_same_bits(alone, [result[:, i : i + 1] for result in expected])
 
 
-@compiled
+@compiled_alone
 @pytest.mark.parametrize("n", [1, 2, 3, 7])
 @pytest.mark.parametrize("side", ["query", "row"])
 def test_a_score_that_coarse_codes_would_miss(threads, n, side):
