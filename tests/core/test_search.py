@@ -245,6 +245,18 @@ def hard_case(case, kind, rng, m, d):
         return bank.astype(kind), None
 
 
+def hard_queries(rng, bank, n):
+    """(1, n, d), normal ones from the ninth on."""
+    queries = rng.standard_normal((1, n, bank.shape[2])).astype(np.float32)
+    queries[0, 1] = bank[0, 100]
+    queries[0, 2, 1:] = 0
+    queries[0, 3] *= 1e-20
+    queries[0, 4] *= 1e15
+    queries[0, 5, 7], queries[0, 6, 7], queries[0, 7] = np.nan, np.inf, 0
+    queries[0, 8, 9] = 300
+    return queries
+
+
 @compiled_alone
 @pytest.mark.parametrize("kind", ("float32", *SMALL))
 @pytest.mark.parametrize("case", ["normal", "outliers", "alike", "equal", "tiny", "huge", "odd", "negative"])
@@ -253,13 +265,7 @@ def test_many_queries_find_what_each_finds_alone(threads, kind, case, d):
     """Rows that are passed over by a bound, which one query alone does not use, are none of the best."""
     rng = np.random.default_rng(d)
     bank, scales = hard_case(case, kind, rng, 2500, d)
-    queries = rng.standard_normal((1, 41, d)).astype(np.float32)
-    queries[0, 1] = bank[0, 100]
-    queries[0, 2, 1:] = 0
-    queries[0, 3] *= 1e-20
-    queries[0, 4] *= 1e15
-    queries[0, 5, 7], queries[0, 6, 7], queries[0, 7] = np.nan, np.inf, 0
-    queries[0, 8, 9] = 300
+    queries = hard_queries(rng, bank, 41)
     valid = rng.random((1, 2500)) < 0.9
     for k in (1, 20):
         scores, index = threads.search(queries, bank, k, valid, scales=scales)
@@ -354,13 +360,7 @@ def test_codes_of_unusual_rows_change_nothing(threads, kind, case, d):
     rng = np.random.default_rng(d)
     bank, _ = hard_case(case, kind, rng, 4000, d)
     codes = threads.encode_rows(bank)
-    queries = rng.standard_normal((1, 9, d)).astype(np.float32)
-    queries[0, 0] = np.nan_to_num(bank[0, 100].astype(np.float32))
-    queries[0, 1, 1:] = 0
-    queries[0, 2] *= 1e-20
-    queries[0, 3] *= 1e15
-    queries[0, 4, 7], queries[0, 5, 7], queries[0, 6] = np.nan, np.inf, 0
-    queries[0, 7, 9] = 300
+    queries = hard_queries(rng, bank, 9)
     valid = rng.random((1, 4000)) < 0.9
     for k in (1, 20, 3000):
         expected = threads.search(queries, bank, k, valid)
