@@ -49,18 +49,20 @@ def test_a_bias_is_what_every_row_starts_from(core, dtype, seed, m, k, n, trans_
     assert_close(out, bias + naive.gemm(a, b), "gemm", k=k + 1, terms=terms)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 700, 300), (300, 1, 257), (257, 513, 1), (385, 260, 270), (3, 2049, 5)])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 700, 300), (300, 1, 257), (257, 513, 1), (385, 260, 270), (3, 2049, 5), (130, 2200, 75)])
 def test_past_the_edges_of_panels(core, dtype, shape):
     """Whole numbers, so that every order of summation gives the same bits."""
     m, k, n = shape
     values = Values(0, dtype)
-    a, b = values.whole(m, k), values.whole(k, n)
+    a, b, bias, before = values.whole(m, k), values.whole(k, n), values.whole(n), values.whole(m, n)
+    expected = a.astype(np.int64) @ b.astype(np.int64)
     for trans_a, trans_b in np.ndindex(2, 2):
-        out = core.gemm(a.T.copy() if trans_a else a, b.T.copy() if trans_b else b, trans_a=bool(trans_a), trans_b=bool(trans_b))
-        np.testing.assert_array_equal(out, a.astype(np.int64) @ b.astype(np.int64))
-        bias = values.whole(n)
-        out = core.gemm(a.T.copy() if trans_a else a, b.T.copy() if trans_b else b, trans_a=bool(trans_a), trans_b=bool(trans_b), bias=bias)
-        np.testing.assert_array_equal(out, a.astype(np.int64) @ b.astype(np.int64) + bias.astype(np.int64))
+        stored = (a.T.copy() if trans_a else a, b.T.copy() if trans_b else b)
+        options = {"trans_a": bool(trans_a), "trans_b": bool(trans_b)}
+        np.testing.assert_array_equal(core.gemm(*stored, **options), expected)
+        np.testing.assert_array_equal(core.gemm(*stored, bias=bias, **options), expected + bias.astype(np.int64))
+        added = core.gemm(*stored, out=before.copy(), accumulate=True, **options)
+        np.testing.assert_array_equal(added, expected + before.astype(np.int64))
 
 
 def test_a_bias_and_what_is_there_are_too_much(core):

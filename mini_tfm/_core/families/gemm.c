@@ -1,24 +1,29 @@
 /* Matrix product of two arrays as they come. */
 
-/* Blocks, sized for caches of 32 KB and 512 KB. A panel of B (KC x NR floats, 16 KB) stays in L1 while all strips of A pass
- * over it; the strips (MC x KC, 96 KB) and the sums of PANELS panels (48 KB) stay in L2. C itself is touched once for every
- * KS of k, for its rows lie on pages of their own. A is read where it lies: MR rows of KC each are as good to the tile as a
- * packed strip, and nothing has to be copied. It is packed only where it is transposed, when its elements lie rows apart:
- * once for every group of panels, so the groups are wider then (PANELS_T), and shorter (KS_T) to stay in L3. Either way the
- * part of A that comes next is fetched into L2 meanwhile: 2 to 6 % of the time.
+/* Blocks. A sum is taken over DEEP of k at once, straight into C: the tile's time is then all multiplications. The strips of A (MC x
+ * DEEP, 384 KB with vectors of 512 bits, which come with an L2 of 1 MB or more; half of that without) stay in L2, where panels of B
+ * (DEEP x NR) pass by them, PANELS together; each stays near while all strips pass over it. Shorter panels that stay in L1 were 3 to 5 %
+ * slower, for sums had to be put down and taken up more often. A is read where it lies: MR rows of it are as good to the tile as a packed
+ * strip, and nothing has to be copied. It is packed only where it is transposed, when its elements lie rows apart, or in pairs: once for
+ * every group of panels, so the groups are wider then (PANELS_T). Either way the part of A that comes next is fetched into L2 meanwhile:
+ * 2 to 6 % of the time.
  * Few rows of A take shorter panels, which stay in L1 between packing and their only use. Rows of B are fetched AHEAD of
  * their packing. */
-enum { MC = 96, KC = 256, KS = 3072, PANELS = 8, KS_T = 1024, PANELS_T = 32, KC_FEW = 128, GROUP = 4 };
+enum { DEEP = (N_REGISTERS == 32 ? 4096 : 2048) / sizeof(real), MC = 96, PANELS = 8, PANELS_T = 32, KC_FEW = 128, GROUP = 4 };
 enum { AHEAD = 8 };
 
 /* Columns of B that are packed together, of n. */
 INLINE ptrdiff_t group_width(ptrdiff_t n, int packs_a) { return min_size((packs_a ? PANELS_T : PANELS) * NR, round_up(n, NR)); }
 
+/* Steps of k that are taken at once: DEEP at most, cut evenly. */
+INLINE ptrdiff_t depth(ptrdiff_t k) { return div_up(k, max_size(div_up(k, DEEP), 1)); }
+
 /* What gemm_piece and gemm_few need for n columns of a product over k (of pairs: over half of it), in reals: no more than is used, for
- * what is fresh from the system comes page by page. A strip is stored in whole vectors and may write past its last row. */
+ * what is fresh from the system comes page by page. A strip is stored in whole vectors and may write past its last row; rows of pairs
+ * lie a line further apart than they are long. */
 static size_t gemm_room(ptrdiff_t n, ptrdiff_t k, int packs_a) {
-    size_t wide = group_width(n, packs_a), deep = min_size(k, packs_a ? KS_T : KS);
-    return max_size(wide * (deep + MC) + (MC + MR) * KC, (KC_FEW + MR) * GROUP * NR) + 64;
+    size_t deep = depth(k);
+    return max_size(group_width(n, packs_a) * deep + MC * NR + packs_a * (MC + MR) * (round_up(deep, VL) + LINE), (KC_FEW + MR) * GROUP * NR) + 64;
 }
 
 /* Rows of memory that will be read next. */
@@ -162,61 +167,49 @@ INLINE void gemm_piece(const int pairs, const real *a, ptrdiff_t a_row, ptrdiff_
                        ptrdiff_t ldc, ptrdiff_t m0, ptrdiff_t m1, ptrdiff_t n0, ptrdiff_t n1, ptrdiff_t k, int accumulate,
                        const real *bias_n, real *work) {
     const int per = 1 + pairs, packs_a = pairs || a_col != 1;
-    const ptrdiff_t steps = div_up(k, per), wide = group_width(n1 - n0, packs_a), deep = min_size(steps, packs_a ? KS_T : KS);
-    real *packed_b = work, *sums = packed_b + wide * deep, *packed_a = sums + wide * MC;
+    const ptrdiff_t steps = div_up(k, per), wide = group_width(n1 - n0, packs_a), deep = depth(steps);
+    real *packed_b = work, *corner = packed_b + wide * deep, *packed_a = corner + MC * NR;
     for (ptrdiff_t group = n0; group < n1; group += wide)
         for (ptrdiff_t s0 = 0; s0 < steps; s0 += deep) {
-            ptrdiff_t columns = min_size(wide, n1 - group), ks = min_size(deep, steps - s0);
+            const ptrdiff_t columns = min_size(wide, n1 - group), kc = min_size(deep, steps - s0), k0 = s0 * per, k_here = min_size(kc * per, k - k0);
             /* 1: a group of panels of B */
-            const real *from_b = trans_b ? b + group * ldb + s0 * per : b + s0 * per * ldb + group;
+            const real *from_b = trans_b ? b + group * ldb + k0 : b + k0 * ldb + group;
             if (pairs)
-                pack_panel_pairs(from_b, ldb, trans_b, columns, ks, min_size(2 * ks, k - 2 * s0), packed_b);
+                pack_panel_pairs(from_b, ldb, trans_b, columns, kc, k_here, packed_b);
             else
-                pack_panels(from_b, ldb, trans_b, columns, ks, packed_b);
+                pack_panels(from_b, ldb, trans_b, columns, kc, packed_b);
             for (ptrdiff_t i0 = m0; i0 < m1; i0 += MC) {
-                ptrdiff_t m = min_size(MC, m1 - i0);
+                const ptrdiff_t m = min_size(MC, m1 - i0);
                 real *to = c + i0 * ldc + group;
-                /* What the chains start from. A panel that is not whole starts where it can be read in full. */
-                const real *first = accumulate || s0 ? to : bias_n ? bias_n + group : NULL;
-                ptrdiff_t ld_first = first == to ? ldc : 0, whole = columns / NR * NR;
-                ptrdiff_t direct = steps <= KC ? whole : 0; /* panels that take one chunk go to C at once */
-                if (first && whole < columns) pack_plain(first + whole, ld_first, m, columns - whole, sums + whole * m, NR);
-                for (ptrdiff_t k0 = 0; k0 < ks; k0 += KC) {
-                    ptrdiff_t kc = min_size(KC, ks - k0), at_k = (s0 + k0) * per, here = min_size(kc * per, k - at_k);
-                    const real *from = a + i0 * a_row + at_k * a_col;
-                    ptrdiff_t row = a_row;
-                    /* 2: strips of A, if they do not lie well */
-                    if (a_col != 1) {
-                        pack_strips(pairs, from, a_col, m, kc, here, packed_a);
-                        from = packed_a;
-                    } else if (pairs) {
-                        row = round_up(kc, VL);
-                        for (ptrdiff_t i = 0; i < m; i++) pair_row(from + i * a_row, here, kc, packed_a + i * row);
-                        from = packed_a;
-                    }
-                    /* 3: every strip with every panel, while the next part of A comes near */
-                    ptrdiff_t i1 = k0 + kc < ks ? i0 : i0 + m, k1 = k0 + kc < ks ? at_k + here : s0 * per;
-                    ptrdiff_t m_next = min_size(MC, m1 - i1), k_next = min_size(KC * per, min_size((s0 + ks) * per, k) - k1);
-                    const real *at = a + i1 * a_row + k1 * a_col;
-                    struct rows next = a_col == 1 ? (struct rows){at, a_row, m_next, k_next} : (struct rows){at, a_col, k_next, m_next};
-                    ptrdiff_t each = div_up(next.count, div_up(columns, NR) * div_up(m, MR));
-                    for (ptrdiff_t j = 0; j < columns; j += NR) {
-                        const real *panel = packed_b + j * ks + k0 * NR;
-                        int packed = k0 || (first && j >= whole);
-                        const real *start = packed ? sums + j * m : first ? first + j : NULL;
-                        micro_strips(pairs, m, kc, from, row, a_col == 1, panel, start, packed ? NR : ld_first,
-                                     j < direct ? to + j : sums + j * m, j < direct ? ldc : NR, &next, each);
-                    }
+                /* 2: strips of A, if they do not lie well */
+                const real *from = a + i0 * a_row + k0 * a_col;
+                ptrdiff_t row = a_row;
+                if (a_col != 1) {
+                    pack_strips(pairs, from, a_col, m, kc, k_here, packed_a);
+                    from = packed_a;
+                } else if (pairs) {
+                    row = round_up(kc, VL) + LINE; /* so that rows share no set of L1 */
+                    for (ptrdiff_t i = 0; i < m; i++) pair_row(from + i * a_row, k_here, kc, packed_a + i * row);
+                    from = packed_a;
                 }
-                for (ptrdiff_t r = 0; r < m && direct < columns; r++) {
-                    if (r + 4 < m)
-                        for (ptrdiff_t j = direct; j < columns; j += LINE) __builtin_prefetch(to + (r + 4) * ldc + j, 1);
-                    ptrdiff_t j = direct;
-                    for (; j + NR <= columns; j += NR) {
-                        store(to + r * ldc + j, load(sums + j * m + r * NR));
-                        store(to + r * ldc + j + VL, load(sums + j * m + r * NR + VL));
+                /* 3: every strip with every panel, while the next part of A comes near */
+                const int last = i0 + m == m1;
+                const ptrdiff_t i1 = last ? m0 : i0 + m, k1 = last ? k0 + k_here : k0;
+                const ptrdiff_t m_next = min_size(MC, m1 - i1), k_next = min_size(deep * per, k - k1);
+                const real *at = a + i1 * a_row + k1 * a_col;
+                struct rows next = a_col == 1 ? (struct rows){at, a_row, m_next, k_next} : (struct rows){at, a_col, k_next, m_next};
+                const ptrdiff_t each = div_up(next.count, div_up(columns, NR) * div_up(m, MR));
+                for (ptrdiff_t j = 0; j < columns; j += NR) {
+                    /* What the chains start from. A panel that is not whole goes through the corner. */
+                    const real *first = accumulate || s0 ? to + j : bias_n ? bias_n + group + j : NULL;
+                    const ptrdiff_t width = min_size(NR, columns - j), ld_first = accumulate || s0 ? ldc : 0;
+                    if (width == NR) {
+                        micro_strips(pairs, m, kc, from, row, a_col == 1, packed_b + j * kc, first, ld_first, to + j, ldc, &next, each);
+                        continue;
                     }
-                    if (j < columns) memcpy(to + r * ldc + j, sums + j * m + r * NR, (columns - j) * sizeof(real));
+                    if (first) pack_plain(first, ld_first, m, width, corner, NR);
+                    micro_strips(pairs, m, kc, from, row, a_col == 1, packed_b + j * kc, first ? corner : NULL, NR, corner, NR, &next, each);
+                    for (ptrdiff_t r = 0; r < m; r++) memcpy(to + r * ldc + j, corner + r * NR, width * sizeof(real));
                 }
             }
         }
@@ -278,16 +271,16 @@ INLINE int product(const int pairs, const real *a, const real *b, real *c, ptrdi
     }
     ptrdiff_t a_row = trans_a ? 1 : k, a_col = trans_a ? m : 1, ldb = trans_b ? k : n;
     double work = fmax(2.0 * m * n * k / VL, 0.1 * n * k * sizeof(real)); /* few rows wait for B, read at 100 GB/s */
-    /* Four pieces a thread, for balance: columns, for a piece packs its own of B, and rows only where columns are too few.
-     * Where A is packed, a piece packs its own of A, too: one piece a thread then, cut so that the least is packed; an
-     * element of A takes about twice as long as one of B. */
+    /* Four pieces a thread, for balance: columns, for a piece packs its own of B, and rows only where columns are too few for the
+     * threads; the balance that pieces of rows bring is worth less than packing B once. Where A is packed, a piece packs its own of
+     * A, too: one piece a thread then, cut so that the least is packed; an element of A takes about twice as long as one of B. */
     const int few = !pairs && m <= MR, packs_a = pairs || a_col != 1;
     const ptrdiff_t threads = mt_team(1 << 20, work), panels = div_up(n, NR);
     ptrdiff_t wanted = threads > 1 && !packs_a ? 4 * threads : threads;
     ptrdiff_t most_columns = few ? div_up(panels, GROUP) : div_up(panels, 4), most_rows = few ? 1 : div_up(m, 4 * MR);
     ptrdiff_t column_pieces = min_size(wanted, most_columns);
     if (column_pieces > threads) column_pieces -= column_pieces % threads; /* or the last pieces would leave threads idle */
-    ptrdiff_t row_pieces = min_size(div_up(wanted, column_pieces), most_rows);
+    ptrdiff_t row_pieces = column_pieces >= threads ? 1 : min_size(div_up(wanted, column_pieces), most_rows);
     for (ptrdiff_t columns = 1; packs_a && columns < column_pieces; columns++) {
         ptrdiff_t rows = div_up(wanted, columns);
         if (rows <= most_rows && 2 * m * columns + n * rows < 2 * m * column_pieces + n * row_pieces)

@@ -1,12 +1,13 @@
 /* Products with a weight packed once, and what follows them: bias, activation, gate, residual; or the best k of a row.
  *
  * A weight lies in panels of NR columns, d_in rows each, one after the other as a tile reads them; of a gated pair every panel
- * is followed by its gate's. A block of rows goes over a few panels at a time, in chunks of KC rows of the weight, its sums in a
- * small array that stays in cache; there they are finished while they are warm. A sum is one chain over k whatever the block,
- * so a row has the same bits in any company. x is read where it lies, unless it is rounded or quantised first. */
+ * is followed by its gate's. A block of rows goes over a few panels at a time, its sums in a small array that stays in cache;
+ * there they are finished while they are warm. A sum is one chain over k whatever the block, so a row has the same bits in any
+ * company. x is read where it lies, unless it is rounded or quantised first. */
 
 enum { FETCHED = 8192 };  /* bytes: how far ahead of few rows panels are fetched; int8 has a distance of its own */
 enum { PART = 512 };      /* columns of linear_top_k that share a maximum and a sum above it */
+enum { WIDENED = 256 };   /* rows of a bfloat16 panel that are made float32 at a time, where it is multiplied so */
 enum { STAYS = 1 << 22 }; /* bytes of weight that go over all rows before the next: they stay in L3 */
 
 /* What lies where in a packed weight. Scales and sums of columns are of int8 alone: (panels, groups, NR) each. */
@@ -232,7 +233,7 @@ struct packed_rows {
 };
 
 /* What packed_sums works in, in bytes: sums, and a chunk of a panel as the tile wants it with its integer sums. */
-enum { SUMS_ROOM = PANELS * MC * NR * sizeof(real), CHUNK_ROOM = 2 * KC * NR * sizeof(real), PACKED_ROOM = SUMS_ROOM + CHUNK_ROOM };
+enum { SUMS_ROOM = PANELS * MC * NR * sizeof(real), CHUNK_ROOM = 2 * WIDENED * NR * sizeof(real), PACKED_ROOM = SUMS_ROOM + CHUNK_ROOM };
 
 /* sums (panels, m, NR) of rows [r0, r0 + m) with panels from `first` on; m <= MC, panels <= PANELS. chunk: CHUNK_ROOM bytes, then
  * room for integer sums in what is left. */
@@ -292,13 +293,14 @@ static void packed_sums(const struct mt_packed *w, const struct packed_layout *a
         packed_few(w->kind, m, panels, rows->k, x, rows->row, b, at->panel, sums);
         return;
     }
-    const ptrdiff_t row = row_bytes(w->kind);
-    for (ptrdiff_t k0 = 0; k0 < rows->k; k0 += KC)
+    const int widens = w->kind == MT_BFLOAT16 && !PAIRED;
+    const ptrdiff_t row = row_bytes(w->kind), deep = widens ? WIDENED : depth(rows->k);
+    for (ptrdiff_t k0 = 0; k0 < rows->k; k0 += deep)
         for (ptrdiff_t j = 0; j < panels; j++) {
-            ptrdiff_t kc = min_size(KC, rows->k - k0);
+            ptrdiff_t kc = min_size(deep, rows->k - k0);
             const char *from = b + j * at->panel;
             const real *panel = (const real *)(from + k0 * row);
-            if (w->kind == MT_BFLOAT16 && !PAIRED) {
+            if (widens) {
                 for (ptrdiff_t p = 0; p < kc; p++) {
                     vec b_2[2];
                     load_panel(MT_BFLOAT16, from + (k0 + p) * row, b_2);
@@ -308,7 +310,7 @@ static void packed_sums(const struct mt_packed *w, const struct packed_layout *a
                 panel = (const real *)chunk;
             }
             /* The next chunk comes from L3 or beyond: the next panel's, or the first's further down, or the next group's. */
-            ptrdiff_t down = k0 + KC < rows->k ? k0 + KC : 0;
+            ptrdiff_t down = k0 + deep < rows->k ? k0 + deep : 0;
             const char *next = j + 1 < panels ? from + at->panel + k0 * row : (down ? b : b + panels * at->panel) + down * row;
             struct rows lines = {(const real *)next, LINE, kc * row / 64, LINE};
             ptrdiff_t each = div_up(lines.count, div_up(m, MR));
