@@ -1,13 +1,14 @@
 """Writes docs/performance.md: what was wanted, what was got, and every comparison behind it.
 
     python benchmarks/performance.py --out docs/performance.md        # a quarter of an hour, on an idle machine
-    python benchmarks/performance.py --quick --only attention,gemm    # three pairs each, to the terminal
+    python benchmarks/performance.py --quick --only attention,gemm    # three pairs each, in one round, to the terminal
     python benchmarks/performance.py --only steps --out docs/performance-training.md    # half an hour
 
 The tasks, and how they are timed, are those of the asv suite in benchmarks/benchmarks: see common.py there.
 """
 
 import argparse
+import collections
 import datetime
 import math
 import shlex
@@ -28,6 +29,7 @@ from benchmarks.common import PAIRS, Ratio, Side, Workers, relative_error  # noq
 from benchmarks import attention, kernels, machine, training  # noqa: E402
 
 MIB = 2**20
+ROUNDS = 3  # with new processes each: where the memory of one happens to lie, it stays
 IDLE = 5  # percent of a processor that others may use, beyond which the page says so
 
 
@@ -378,13 +380,17 @@ def peer_of(case):
     return case.theirs.task.__name__ if case.is_share else "our float32" if case.theirs.library == "mini_tfm" else case.theirs.library
 
 
-def measured(case, n_threads, workers, pairs, exact):
-    """The Row of a case. `exact` keeps what was computed in float64 for the next."""
+def measured(case, n_threads, workers, pairs, exact, times, last=True):
+    """Adds a round's pairs to `times`; in the last round the Row of a case. `exact` keeps what was computed in float64 for the next."""
     task, limit = case.ours.task(), case.is_share
     try:
         ratio, hows, at_work = workers.compare(case.ours, case.theirs, n_threads, pairs)
     except NotImplementedError as error:
         return Row(case.label, peer_of(case), None, note=f"left out: {error}")
+    times += ratio.times
+    if not last:
+        return None
+    ratio = Ratio.of(times)
     key = case.ours[:2]
     if key not in exact:
         exact.clear()
@@ -419,20 +425,25 @@ class Found(NamedTuple):
     others: float | None = None
 
 
-def measure(chosen, threads, pairs, progress=lambda text: None):
-    """{(section's name, threads): Found}."""
+def measure(chosen, threads, pairs, progress=lambda text: None, rounds=ROUNDS):
+    """{(section's name, threads): Found}. A round has processes of its own, and its share of the pairs."""
     found, exact = {}, {}
     with Workers() as workers:
         for section in chosen:
             began = time.monotonic()
             others = {n: machine.Others(workers.processes) for n in threads}
             rows = {n: section.measure(n) if section.measure else [] for n in threads}
-            for case in section.cases:
-                for n in threads:
-                    workers.ready(case.ours, case.theirs, n)
-                    others[n].begin()
-                    rows[n].append(measured(case, n, workers, pairs, exact))
-                    others[n].end()
+            times = collections.defaultdict(list)
+            for left in reversed(range(rounds)):
+                workers.renew()
+                for case in section.cases:
+                    for n in threads:
+                        workers.ready(case.ours, case.theirs, n)
+                        others[n].begin()
+                        row = measured(case, n, workers, math.ceil(pairs / rounds), exact, times[case, n], last=not left)
+                        others[n].end()
+                        if not left:
+                            rows[n].append(row)
             found.update({(section.name, n): Found(rows[n], others[n].share()) for n in threads})
             disturbed = [f"{n}: {others[n].share():.0f} %" for n in threads if (others[n].share() or 0) > IDLE]
             told = f", NOT IDLE, others used of a processor at threads {', '.join(disturbed)}" if disturbed else ""
@@ -587,8 +598,11 @@ def page(chosen, threads, found, of_machine, command, began, took, pairs):
         " environment holds OpenBLAS to the kernels of an older processor, while MKL, of which torch's float32 products are, takes those of"
         " AVX2 on AMD's processors by itself. They are timed in turn, A B A B ...; a side gives its answer when its threads have stopped"
         " spinning, and starts with calls that do not count. Of a few repetitions the quickest is taken; the figure is the median of the"
-        " pairs' ratios, beside it are their quartiles. An error is max |error| / max |value| against a computation in float64, apart is"
-        " the same between the two results, before rounding to one digit. More: [common.py](../benchmarks/benchmarks/common.py).",
+        " pairs' ratios, beside it are their quartiles. The pairs are divided among three rounds with new processes: one that happens to be"
+        " slower by a fifth, as some are with the same code, stays so for many pairs. Each process begins by giving back an array of"
+        " 31 MB, so that malloc keeps what smaller ones leave, as it does in a process that has had large arrays. An error is max |error| /"
+        " max |value| against a computation in float64, apart is the same between the two results, before rounding to one digit. More:"
+        " [common.py](../benchmarks/benchmarks/common.py).",
     ]
     for section in chosen:
         parts += [f"## {section.title}"] + [section.text] * bool(section.text)
@@ -626,7 +640,7 @@ def main(arguments=None):
     of_machine: dict[str, Any] = {"about": machine.processor() | {"commit": commit()}, "libraries": libraries(threads)}
     of_machine["limits"] = limits(threads, 3 if options.quick else 7)
     progress(f"the machine: {time.monotonic() - clock:.0f} s")
-    found = measure(chosen, threads, pairs, progress)
+    found = measure(chosen, threads, pairs, progress, 1 if options.quick else ROUNDS)
     command = shlex.join(["python", "benchmarks/performance.py", *(sys.argv[1:] if arguments is None else arguments)])
     text = page(chosen, threads, found, of_machine, command, began, time.monotonic() - clock, pairs)
     if options.out:

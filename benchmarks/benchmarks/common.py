@@ -14,6 +14,9 @@ two sides even:
 - After that pause caches hold something else and threads are asleep: a burst begins with calls that are not timed, and the
   timed ones follow without a pause, so that each library finds its own threads as a loop of its calls would. Of a few
   repetitions, each of at least a millisecond, the quickest counts.
+- glibc's malloc gives memory back to the system when more is free than twice the largest array that was ever freed, and asks for
+  it again, page by page, in the next call: a call of 4 ms that makes arrays of 2 MB takes 12 then. So a worker begins by giving
+  back a large array (`GIVEN_BACK`), whatever its library; which sizes came before makes no difference from then on.
 - Where a library can be called in several ways, the quickest on this machine and size is chosen first (`Prepared`).
 """
 
@@ -35,6 +38,7 @@ LIBRARIES = ["mini_tfm", "torch"]
 PAIRS, ENOUGH, PATIENCE = 15, 5, 12.0  # seconds, beyond which a comparison ends when it has enough pairs
 REPETITION = 1e-3  # seconds that a repetition takes at least: a tick of the clock and a late interrupt are little in it
 QUIET = 0.012  # seconds: longer than a tick of the kernel, by which it counts the time of other threads
+GIVEN_BACK = 31 * 2**20  # bytes: close to the most of which malloc learns, 32 MB
 OPENBLAS_SPINS = "25"  # for 2^25 turns of the clock, 14 ms: longer than anything that lies between two calls in a burst
 NOT_PASSED_ON = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
 FASTER = "times as fast as the peer (its time / ours)"
@@ -173,6 +177,13 @@ class Ratio(NamedTuple):
     ours: float
     theirs: float
     pairs: int
+    times: tuple = ()  # (ours, theirs) of each pair
+
+    @classmethod
+    def of(cls, times):
+        array = np.array(times)
+        low, median, high = np.percentile(array[:, 1] / array[:, 0], [25, 50, 75])
+        return cls(float(median), float(low), float(high), *map(float, np.median(array, axis=0)), len(times), tuple(times))
 
 
 def interleaved(ours, theirs, pairs, warm=2):
@@ -186,9 +197,7 @@ def interleaved(ours, theirs, pairs, warm=2):
     ends = time.monotonic() + PATIENCE
     while len(times) < pairs and (len(times) < ENOUGH or time.monotonic() < ends):
         times.append((ours(), theirs()))
-    times = np.array(times)
-    low, median, high = np.percentile(times[:, 1] / times[:, 0], [25, 50, 75])
-    return Ratio(float(median), float(low), float(high), *map(float, np.median(times, axis=0)), len(times))
+    return Ratio.of(times)
 
 
 # What is measured
@@ -368,6 +377,7 @@ class Worker:
 
 
 def _serve(descriptor):
+    np.empty(GIVEN_BACK, np.uint8)  # and freed at once
     server, connection = _Server(), Connection(descriptor)
     while True:
         try:
@@ -384,7 +394,7 @@ def _serve(descriptor):
 
 
 class Workers:
-    """One process for each side of a comparison, library and number of threads; they stay for the next comparison."""
+    """One process for each side of a comparison, library and number of threads; they stay for the next comparison, until `renew`."""
 
     start = Worker
 
@@ -416,10 +426,14 @@ class Workers:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
+    def renew(self):
+        """The next comparison has new processes."""
         for worker in self.all.values():
             worker.close()
         self.all = {}
+
+    def __exit__(self, *_):
+        self.renew()
 
 
 def ratio(ours, theirs, pairs=None):
