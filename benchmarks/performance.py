@@ -29,7 +29,7 @@ from benchmarks.common import PAIRS, Ratio, Side, Workers, relative_error  # noq
 from benchmarks import attention, kernels, machine, training  # noqa: E402
 
 MIB = 2**20
-ROUNDS = 3  # with new processes each: where the memory of one happens to lie, it stays
+ROUNDS = 3  # with new processes each: one that happens to be slow stays so
 IDLE = 5  # percent of a processor that others may use, beyond which the page says so
 
 
