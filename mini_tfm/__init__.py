@@ -20,9 +20,9 @@ _WHERE = {
     "Config": "config",
     "Transformer": "model",
     "load": "checkpoint.models",
-    "memory": "memory.manager",
-    "list_memories": "memory.manager",
-    "register_memory": "memory.manager",
+    "memory": "memory.registry",
+    "list_memories": "memory.registry",
+    "register_memory": "memory.registry",
     "Pipeline": "pipeline",
     "Trainer": "train",
     "MiniTfmError": "errors",
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from .config import Config
     from .errors import MiniTfmError
     from .kernels import attention, get_num_threads, set_num_threads, show_config, sinusoidal_positions, softmax
-    from .memory.manager import list_memories, memory, register_memory
+    from .memory.registry import list_memories, memory, register_memory
     from .model import Transformer
     from .pipeline import Pipeline
     from .train import Trainer

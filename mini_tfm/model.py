@@ -27,7 +27,7 @@ from .memory.base import Memory, Query, Side, View
 from .memory.run import MemoryRun, memory_parameters
 
 if TYPE_CHECKING:
-    from .generate import KVCache
+    from .generate.cache import KVCache
 
 Array: TypeAlias = Any  # an np.ndarray or a Var: NumPy's functions take both, its stubs know only the first
 Weights = Mapping[str, Array]
@@ -136,7 +136,7 @@ class Transformer:
 
     def generate(self, source: Any, lengths: Any = None, **options: Any) -> list[list[int]]:
         """Token ids (B lists) for source (B, S): see `mini_tfm.generate.generate` for the options."""
-        from .generate import generate
+        from .generate.session import generate
 
         return generate(self, source, lengths, **options)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,14 @@ import numpy as np
 from . import _core
 from .autodiff import value_of
 from .errors import InvalidType, InvalidValue
-from .generate import GenerationOptions, token_steps
+from .generate.options import GenerationOptions
+from .generate.session import token_steps
 from .memory.base import Memory
 from .model import Encoded, Transformer
-from .tokenizer import Tokenizer
+from .text.pieces import in_pieces
+from .text.tokenizers import Tokenizer
 
 DEFAULT_SEGMENT_TOKENS = 256
-PIECE_CHARACTERS = 1 << 16  # text is tokenized in pieces of about this size: bounded RAM
-LONGEST_WORD_CHARACTERS = 1 << 20  # text without a space is cut after so many all the same
 SEGMENTS_A_FLUSH = 16  # how often reading makes a long-term memory durable
 
 
@@ -158,7 +157,7 @@ class Pipeline:
     def _segments(self, text: str | Iterable[str], count_bytes: list[int] | None = None) -> Iterator[np.ndarray]:
         """Token ids of `text`, segment_length at a time; the last may be shorter. The same however it is cut in pieces."""
         pending = np.zeros(0, np.int64)
-        for piece in _pieces([text] if isinstance(text, str) else text):
+        for piece in in_pieces([text] if isinstance(text, str) else text):
             if count_bytes is not None:
                 count_bytes[0] += len(piece.encode("utf-8", "surrogatepass"))
             pending = np.concatenate([pending, self.tokenizer.encode(piece)])
@@ -240,44 +239,3 @@ class Pipeline:
                     source = np.zeros(0, np.int64)
         if piece := decoder.finish():
             yield piece
-
-
-def _pieces(texts: Iterable[str]) -> Iterator[str]:
-    """The same text cut where no tokenizer's word goes across: before white space that follows a word."""
-    waiting = ""
-    for text in _slices(texts):
-        waiting += text
-        while len(waiting) > PIECE_CHARACTERS:
-            cut = _last_cut(waiting, PIECE_CHARACTERS)
-            if cut is None:
-                if len(waiting) <= LONGEST_WORD_CHARACTERS:
-                    break
-                cut = LONGEST_WORD_CHARACTERS
-            yield waiting[:cut]
-            waiting = waiting[cut:]
-    if waiting:
-        yield waiting
-
-
-def _slices(texts: Iterable[str]) -> Iterator[str]:
-    """The texts, long ones in slices: cutting a piece from the front of a whole book at a time would copy it each time."""
-    if not isinstance(texts, Iterable):
-        raise InvalidType(f"text: expected str or an iterable of str, got {type(texts).__name__}")
-    for text in texts:
-        if not isinstance(text, str):
-            raise InvalidType(f"text: expected str or an iterable of str, got {type(text).__name__}")
-        for start in range(0, len(text), PIECE_CHARACTERS):
-            yield text[start : start + PIECE_CHARACTERS]
-
-
-def _last_cut(text: str, before: int) -> int | None:
-    """Where to cut `text`: the last start of white space up to `before`, else the first after it.
-
-    White space at the very end of the text is no place to cut: what follows it is not known yet.
-    """
-    starts = re.compile(r"(?<=\S)\s")
-    inside = [m.start() for m in starts.finditer(text, max(0, before - 4096), before)]
-    if inside:
-        return inside[-1]
-    after = starts.search(text, before, LONGEST_WORD_CHARACTERS)  # what else is there must not matter
-    return after.start() if after else None

@@ -14,7 +14,7 @@ from mini_tfm import ops
 from mini_tfm.autodiff import Var, backward, value_of
 from mini_tfm.config import Config
 from mini_tfm.errors import InvalidType, InvalidValue
-from mini_tfm.generate import KVCache
+from mini_tfm.generate.cache import KVCache
 from mini_tfm.model import Dropout, Transformer, weight_shapes
 
 IS_REFERENCE = os.environ.get("MINI_TFM_ISA") == "reference"

@@ -9,12 +9,13 @@ from helpers import assert_same_bits
 from variants import tiny_model
 
 import mini_tfm as mt
-from mini_tfm import pipeline as pipeline_module
 from mini_tfm.checkpoint.models import save_model
+from mini_tfm.data import TextStreams
 from mini_tfm.errors import FileProblem, InvalidType, InvalidValue
 from mini_tfm.pipeline import Pipeline
-from mini_tfm.tokenizer import ByteTokenizer, train_bpe
-from mini_tfm.train import TextStreams, Trainer
+from mini_tfm.text import pieces
+from mini_tfm.text.tokenizers import ByteTokenizer, train_bpe
+from mini_tfm.train import Trainer
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "naïve", "cafés", "serve", "東京", "tea", "🙂", "1234", "(a)"]
 MEMORIES = ["window:size=20", "window:size=9,sinks=2,site=all", "recurrent:tokens=2", "store:top_k=3", "window:size=8+store:top_k=2"]
@@ -54,8 +55,8 @@ def state(p):
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Text is tokenized in pieces so small that a short one has many, and words that are too long for one."""
-    monkeypatch.setattr(pipeline_module, "PIECE_CHARACTERS", 64)
-    monkeypatch.setattr(pipeline_module, "LONGEST_WORD_CHARACTERS", 150)
+    monkeypatch.setattr(pieces, "PIECE_CHARACTERS", 64)
+    monkeypatch.setattr(pieces, "LONGEST_WORD_CHARACTERS", 150)
 
 
 # ------------------------------------------------------------------------------------------- reading
@@ -88,8 +89,8 @@ def test_the_tokens_do_not_depend_on_the_cuts(text, tokenizer, small_pieces):
     p = pipe("window:size=4", tokenizer=tokenizer)
     expected = [segment.tolist() for segment in p._segments(text)]
     assert all(len(segment) == SEGMENT for segment in expected[:-1]) and 0 < len(expected[-1]) <= SEGMENT
-    for pieces in (list(text), cut(text, 1), cut(text, 2), [text[:1], text[1:]], ["", text, ""]):
-        assert [segment.tolist() for segment in p._segments(pieces)] == expected
+    for cuts in (list(text), cut(text, 1), cut(text, 2), [text[:1], text[1:]], ["", text, ""]):
+        assert [segment.tolist() for segment in p._segments(cuts)] == expected
     assert p.tokenizer.decode(np.concatenate(expected)) == text
 
 
@@ -132,7 +133,7 @@ def test_reset_forgets():
 
 
 def test_ram_is_bounded_whatever_the_length(monkeypatch):
-    monkeypatch.setattr(pipeline_module, "PIECE_CHARACTERS", 1024)
+    monkeypatch.setattr(pieces, "PIECE_CHARACTERS", 1024)
 
     def peak(n_words):
         p = pipe("window:size=50", segment_length=128)
@@ -150,11 +151,11 @@ def test_ram_is_bounded_whatever_the_length(monkeypatch):
 
 def test_a_long_str_is_not_copied_for_every_piece(monkeypatch):
     """Once 100 MB of text took minutes: each piece cut from its front copied all the rest."""
-    monkeypatch.setattr(pipeline_module, "PIECE_CHARACTERS", 1024)
+    monkeypatch.setattr(pieces, "PIECE_CHARACTERS", 1024)
     text = "word " * 100_000
-    assert max(len(piece) for piece in pipeline_module._slices([text])) == 1024
+    assert max(len(piece) for piece in pieces._slices([text])) == 1024
     tracemalloc.start()
-    count = sum(len(piece) for piece in pipeline_module._pieces([text]))
+    count = sum(len(piece) for piece in pieces.in_pieces([text]))
     used = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert count == len(text) and used < 100_000

@@ -19,8 +19,9 @@ import pytest
 
 import mini_tfm as mt
 from mini_tfm.errors import InvalidValue, PluginError
-from mini_tfm.memory import describe_memory, manager
-from mini_tfm.memory.manager import PluginWarning
+from mini_tfm.memory import describe_memory
+from mini_tfm.memory import registry as manager
+from mini_tfm.memory.registry import PluginWarning
 from mini_tfm.testing.trial import Reader, random_segments, small_model
 
 ROOT = Path(__file__).parent.parent

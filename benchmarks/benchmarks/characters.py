@@ -10,7 +10,7 @@ import pydoc_data.topics
 import numpy as np
 
 import mini_tfm as mt
-from mini_tfm.train import Batch
+from mini_tfm.data import Batch
 
 from .common import LIBRARIES, library
 from .training import TorchModel

@@ -5,7 +5,7 @@ import tempfile
 import numpy as np
 
 import mini_tfm as mt
-from mini_tfm.tokenizer import ByteTokenizer
+from mini_tfm.text.tokenizers import ByteTokenizer
 
 from .common import relative_error
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mini_tfm.checkpoint.native import load_folder, save_folder
+from mini_tfm.checkpoint.folder import load_folder, save_folder
 from mini_tfm.config import Config
 from mini_tfm.errors import InvalidValue
 from mini_tfm.memory.base import Memory
 from mini_tfm.model import Transformer, weight_shapes
-from mini_tfm.tokenizer import Tokenizer, load_tokenizer
+from mini_tfm.text.tokenizers import Tokenizer, load_tokenizer
 
 FORMAT = "mini_tfm"
 FORMAT_VERSION = 1

@@ -21,11 +21,10 @@ from .shared import (
     print_table,
     read_documents,
     size,
-    write_whole,
 )
 
 if TYPE_CHECKING:
-    from ..train.experiment import Experiment
+    from ..compare.experiment import Experiment
 
 STREAMS = 64  # facts asked for at each distance, on a saved model
 DOCUMENTS_AT_ONCE = 16
@@ -99,7 +98,7 @@ def compare(
         else:
             print_rows(rows)
         return
-    from ..train.experiment import run_experiment
+    from ..compare.experiment import run_experiment
 
     try:
         experiment = run_experiment(
@@ -158,13 +157,14 @@ def write_results(out: Path, experiment: Experiment, words: list[str]) -> None:
     """report.html and results.json; the latter says that the folder is ours."""
     import json
 
-    from ..report import html_report
+    from ..compare.report import html_report
+    from ..files.writing import write_file
     from .shared import _plain, command_line
 
-    write_whole(
+    write_file(
         out / RESULTS, json.dumps(_plain({"made_by": MADE_BY, "command": command_line(*words), **experiment.to_dict()}), indent=1) + "\n"
     )
-    write_whole(out / REPORT, html_report(experiment, command_line(*words)))
+    write_file(out / REPORT, html_report(experiment, command_line(*words)))
 
 
 def saved_models(out: Path | None) -> str:
@@ -176,7 +176,7 @@ def saved_models(out: Path | None) -> str:
 
 def far_distances(experiment: Experiment) -> str:
     """The distances that `recall_far` is the mean of, as they are told."""
-    from ..train.experiment import FAR
+    from ..compare.experiment import FAR
 
     return (
         "-".join(str(d) for d in sorted({min(FAR), max(FAR)})) if set(FAR) <= set(experiment.distances) else str(max(experiment.distances))
@@ -222,11 +222,12 @@ def print_rows(rows: list[dict[str, Any]], chance: float | None = None) -> None:
 
 def _measure(folder: Path, memories: tuple[str, ...], documents: dict[str, str], seed: int) -> list[dict[str, Any]]:
     """A row for each memory: the model of `folder` on all documents, each read by an empty memory."""
+    from ..compare import Recall
+    from ..compare.experiment import DISTANCES
+    from ..data import TextStreams
     from ..errors import InvalidValue
     from ..pipeline import Pipeline
     from ..progress import progress_bar
-    from ..train import Recall, TextStreams
-    from ..train.experiment import DISTANCES
     from ..train.walk import measure
 
     rows = []

@@ -29,11 +29,10 @@ from .shared import (
     print_table,
     read_documents,
     size,
-    write_whole,
 )
 
 if TYPE_CHECKING:
-    from ..train.experiment import Experiment
+    from ..compare.experiment import Experiment
 
 # Small on purpose: what does not fit is what shows. A window of 64 rows is two segments of the experiment.
 MEMORIES = ("none", "window:size=64", "recurrent:tokens=4", "store:top_k=16", "window:size=64+store:top_k=16")
@@ -88,7 +87,8 @@ def demo(
     check_results_folder(out)
     paths = [*files, *more_files]
     name, documents = read_documents(paths)
-    from ..train.experiment import run_experiment
+    from ..compare.experiment import run_experiment
+    from ..files.writing import write_file
 
     note(f"text: {name}; {len(MEMORIES)} memories, about {duration(seconds)} in all; results go to {out}")
     try:
@@ -98,7 +98,7 @@ def demo(
     except KeyboardInterrupt:
         raise KeyboardInterrupt(saved_models(out)) from None
     words = ["demo", *text_words(paths), "--seconds", f"{seconds:g}", "--seed", str(seed)]
-    write_whole(out / HELD_OUT_TEXT, "\n\n".join(documents[held_out] for held_out in experiment.held_out_names))
+    write_file(out / HELD_OUT_TEXT, "\n\n".join(documents[held_out] for held_out in experiment.held_out_names))
     write_results(out, experiment, words)
     if as_json:
         print_json({"out": str(out), "command": command_line(*words), **experiment.to_dict()})

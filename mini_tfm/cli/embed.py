@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from .shared import check_out, count, folder_argument, json_option, note, pieces_of, print_json, segment_option, write_whole
+from .shared import check_out, count, folder_argument, json_option, note, pieces_of, print_json, segment_option
 
 TEXTS_AT_ONCE = 64
 
@@ -30,6 +30,7 @@ def embed(folder: Path, file: Path, out: Path | None, overwrite: bool, segment_l
     import numpy as np
 
     from ..errors import FileProblem
+    from ..files.writing import write_file
     from ..pipeline import Pipeline
     from ..progress import track
 
@@ -54,7 +55,7 @@ def embed(folder: Path, file: Path, out: Path | None, overwrite: bool, segment_l
     if out is not None:
         buffer = io.BytesIO()
         np.save(buffer, vectors)
-        write_whole(out, buffer.getvalue())
+        write_file(out, buffer.getvalue())
         answer["out"] = str(out)
     else:
         answer["vectors"] = vectors.tolist()

@@ -66,7 +66,7 @@ def generate(
       mini-tfm generate model "In short:" --memory store:path=notes.mdb --read notes.txt
       mini-tfm generate model < prompt.txt
     """
-    from ..generate import GenerationOptions
+    from ..generate.options import GenerationOptions
     from ..pipeline import Pipeline
     from ..progress import track
 
@@ -105,7 +105,7 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
     if prompt is not None and prompt != "-":
         return prompt
     if file is not None:
-        from ..text import read_text
+        from ..text.files import read_text
 
         return read_text(file)
     if prompt is None and sys.stdin.isatty():

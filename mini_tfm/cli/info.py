@@ -73,7 +73,7 @@ def _model(folder: Path) -> dict[str, Any]:
 
 def _memory(text: str) -> dict[str, Any]:
     from ..memory import memory as make_memory
-    from ..memory.manager import owner
+    from ..memory.validate import owner
 
     made = make_memory(text)
     members = getattr(made, "members", [made])

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from ..errors import MiniTfmError
-from .shared import Clock, check_out, command_line, json_option, note, print_json, print_table, write_whole
+from .shared import Clock, check_out, command_line, json_option, note, print_json, print_table
 
 
 @click.group()
@@ -44,7 +44,8 @@ def list_(as_json: bool) -> None:
 
 def _installed() -> list[dict[str, Any]]:
     """What `describe_memory` says of each, and why it is broken (None: it is not)."""
-    from ..memory import describe_memory, list_memories, manager
+    from ..memory import describe_memory, list_memories
+    from ..memory import registry as manager
 
     found: dict[str, dict[str, Any]] = {}
     with warnings.catch_warnings(record=True) as told:
@@ -143,6 +144,7 @@ def new(folder: Path, name: str) -> None:
     DIR must be new or empty. What the strategy keeps, in rows or bytes, is up to you.
     """
     from ..errors import FileProblem, InvalidValue
+    from ..files.writing import write_file
 
     if not re.fullmatch(r"[a-z_][a-z0-9_]*", name) or keyword.iskeyword(name):
         raise InvalidValue(f"--name: expected small letters, digits and _, a letter first, got {name!r}")
@@ -156,7 +158,7 @@ def new(folder: Path, name: str) -> None:
     for source, place in _files(template, ""):
         target = folder / _renamed(place, name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(target, _renamed(source.read_text(encoding="utf-8"), name))
+        write_file(target, _renamed(source.read_text(encoding="utf-8"), name))
         written.append(target)
     for target in sorted(written):
         click.echo(target)

@@ -135,7 +135,7 @@ def duration(seconds: float) -> str:
 
 def check_files(files: Sequence[Path]) -> None:
     """That all can be opened, before work begins on the first: the last of many must not fail after an hour."""
-    from ..checkpoint import open_regular
+    from ..files.reading import open_regular
 
     for path in files:
         if str(path) != "-":
@@ -150,7 +150,7 @@ def total_bytes(files: Sequence[Path]) -> int | None:
 
 def pieces_of(path: Path) -> Iterator[str]:
     """A file's text, or standard input's, piece by piece."""
-    from ..text import stream_text
+    from ..text.files import stream_text
 
     if str(path) == "-":
         yield stdin_text()
@@ -197,7 +197,8 @@ def read_documents(files: Sequence[Path]) -> tuple[str, dict[str, str]]:
 
     Fewer than ten files are cut into parts, as whole documents are held out of training.
     """
-    from ..text import in_parts, python_topics, read_text
+    from ..text.documents import in_parts, python_topics
+    from ..text.files import read_text
 
     if not files:
         return f"documentation of Python {sys.version_info.major}.{sys.version_info.minor} (pydoc_data.topics)", python_topics()
@@ -232,32 +233,6 @@ def _nearest(path: Path) -> Path:
         return next(place for place in (path.parent, *path.absolute().parents) if place.exists())
     except OSError:  # not even looking is allowed
         return path.parent
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """A file that is there whole or not at all."""
-    data = content.encode() if isinstance(content, str) else content
-    try:
-        handle, scratch = tempfile.mkstemp(dir=path.parent, prefix="." + path.name)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(scratch, 0o666 & ~_umask())
-            os.replace(scratch, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(scratch)
-            raise
-    except OSError as error:
-        raise FileProblem(f"{path}: cannot be written: {error.strerror or error}") from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 # Ctrl-C

@@ -50,7 +50,7 @@ def begun(out: Path, options: dict[str, Any], ranks: Alone) -> tuple[Trainer, Tr
     from ..config import Config
     from ..memory import memory as make_memory
     from ..model import Transformer
-    from ..tokenizer import ByteTokenizer
+    from ..text.tokenizers import ByteTokenizer
     from ..train import Trainer
 
     check_out(out)
@@ -124,9 +124,9 @@ def fit(trainer: Trainer, data: TrainingData, out: Path, options: dict[str, Any]
 
     Raises KeyboardInterrupt that tells how to go on.
     """
-    from ..checkpoint import write_folder
+    from ..files.folders import write_folder
     from ..train.parallel import StoppedTogether
-    from ..train.saved import BEST
+    from ..train.run_folder import BEST
 
     memory, ranks = trainer.memory.text if trainer.memory is not None else None, trainer.communicator
     parts = f"; {ranks.size} processes" if ranks.size > 1 else ""

@@ -14,8 +14,9 @@ from .shared import count, note, read_documents
 
 if TYPE_CHECKING:
     from ..config import Config
-    from ..tokenizer import Tokenizer
-    from ..train import Batch, Corpus, TextFiles, Trainer
+    from ..data import Batch, Corpus, TextFiles
+    from ..text.tokenizers import Tokenizer
+    from ..train import Trainer
     from ..train.parallel import Alone
 
 DATA_FILE = "training_data.json"  # in the folder of a run: what --resume needs to see the same batches
@@ -95,7 +96,7 @@ class Sources:
     """
 
     def __init__(self, about: dict[str, Any]):
-        from ..train import TextFiles
+        from ..data import TextFiles
 
         self.about = about
         paths = [Path(path) for path in about["files"]]
@@ -130,8 +131,8 @@ class Sources:
 
     def train_tokenizer(self, vocab_size: int) -> Tokenizer:
         """Learnt from what is trained on; of files that are read in pieces, from their beginning."""
-        from ..text import split_documents
-        from ..tokenizer import train_bpe
+        from ..text.documents import split_documents
+        from ..text.tokenizers import train_bpe
 
         if self.texts is not None:
             return train_bpe(split_documents(self.texts, HELD_OUT, self.about["seed"])[0].values(), vocab_size)
@@ -149,9 +150,9 @@ class Sources:
 
     def corpora(self, tokenizer: Tokenizer, ranks: Alone, overwrite: bool) -> dict[str, tuple[Corpus, Corpus]]:
         """kind -> (what is trained on, what is held out). overwrite: a cache of what the files were before."""
+        from ..data import Corpus, build_token_cache, token_cache
         from ..progress import track
-        from ..text import split_documents
-        from ..train import Corpus, build_token_cache, token_cache
+        from ..text.documents import split_documents
 
         if self.texts is not None:
             parts = [
@@ -182,8 +183,8 @@ class TrainingData:
     def __init__(self, sources: Sources, tokenizer: Tokenizer, config: Config, ranks: Alone, *, overwrite: bool = False):
         import numpy as np
 
-        from ..train import Curriculum, Mixture
-        from ..train.segments import counts_of
+        from ..data import Curriculum, Mixture
+        from ..train.backpropagation import counts_of
 
         self.about, self.tokenizer, self.config = sources.about, tokenizer, config
         corpora = sources.corpora(tokenizer, ranks, overwrite)
@@ -209,7 +210,7 @@ class TrainingData:
             self.held_out_bytes = sum(len(tokenizer.bytes_of(int(i))) for i in targets if i < tokenizer.vocab_size)
 
     def _objective(self, name: str, corpus: Corpus) -> Any:
-        from ..train import NextSegment, Pairs, SpanDenoising
+        from ..data import NextSegment, Pairs, SpanDenoising
 
         about, has_encoder = self.about, self.config.has_encoder
         ids = {"eos_id": self.config.eos_id, "pad_id": self.config.pad_id, "has_encoder": has_encoder}
@@ -253,7 +254,7 @@ def resolve_objective(asked: dict[str, float] | None, kinds: set[str], has_encod
 
 def n_sentinels(objective: dict[str, float], segment_length: int) -> int:
     """Ids behind the tokenizer's that the objectives need."""
-    from ..train import SpanDenoising
+    from ..data import SpanDenoising
 
     return SpanDenoising.sentinels(segment_length) if "denoise" in objective else 0
 
@@ -263,7 +264,7 @@ def read_about(path: Path) -> tuple[dict[str, Any], bool]:
 
     Refuses one that `train` did not write.
     """
-    from ..checkpoint import read_json_strict
+    from ..files.strict_json import read_json_strict
 
     about = read_json_strict(path)
     if is_old := "has_encoder" in about:
@@ -280,7 +281,7 @@ def read_about(path: Path) -> tuple[dict[str, Any], bool]:
 
 def has_lines(path: str | Path) -> bool:
     """Whether a file's extension says that each of its lines is a record."""
-    from ..train.sources import JSON_LINES, PAIR_LINES
+    from ..data.sources import JSON_LINES, PAIR_LINES
 
     return str(path).endswith((*JSON_LINES, *PAIR_LINES))
 

@@ -10,24 +10,10 @@ run.py         a memory at work on a batch of streams: the only caller of strate
 import sys
 from types import ModuleType
 
-from .base import (
-    Dims,
-    Evicted,
-    Memory,
-    MemorySpec,
-    New,
-    Param,
-    Query,
-    RowMemory,
-    Rows,
-    Segment,
-    Side,
-    State,
-    View,
-    bank_key,
-)
+from .base import Dims, Evicted, Memory, MemorySpec, New, Param, Query, Rows, Segment, Side, State, View
 from .hookspecs import hookimpl
-from .manager import describe_memory, list_memories, memory, register_memory
+from .registry import describe_memory, list_memories, memory, register_memory
+from .short import RowMemory, bank_key
 from .stack import Stack
 
 __all__ = [

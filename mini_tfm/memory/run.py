@@ -17,8 +17,8 @@ from ..autodiff import Var, value_of
 from ..config import Config
 from ..errors import InvalidValue
 from .base import MERGES, Array, Dims, Memory, New, Param, Query, Rows, Segment, Side, State, View
-from .manager import blamed, check_spec, expect, expect_array, real_array
 from .stack import Stack
+from .validate import blamed, check_spec, expect, expect_array, real_array
 
 
 def members_of(memory: Memory | None) -> list[Memory]:

@@ -62,7 +62,7 @@ def search(queries, bank, k, valid=None, *, scales=None, codes=None):
     index = np.full((batch, n, k), -1, np.int64)
     for b in range(batch):
         with np.errstate(invalid="ignore", over="ignore"):
-            products = queries[b].astype(np.float64) @ bank[b].astype(np.float64).T
+            products = queries[b].astype(np.float64) @ bank[b].astype(np.float64, order="C").T
             products = products if scales is None else products * scales[b].astype(np.float64)
         for i in range(n):
             rows = np.flatnonzero(~np.isnan(products[i]) if valid is None else valid[b] & ~np.isnan(products[i]))

@@ -13,9 +13,9 @@ import numpy as np
 from ..autodiff import backward, value_of
 from ..errors import InvalidType, InvalidValue, MiniTfmError
 from ..memory.base import Memory, Segment
-from ..memory.manager import check_spec
-from ..memory.manager import memory as make_memory
+from ..memory.registry import memory as make_memory
 from ..memory.run import members_of, memory_parameters, parameter_prefixes
+from ..memory.validate import check_spec
 from ..train import Trainer
 from .trial import LENGTH, Trial, between_taps, kinds_for, leaves, random_segments
 

@@ -11,7 +11,7 @@ import numpy as np
 from .. import _core, ops
 from ..autodiff import Var, value_of
 from ..config import Config
-from ..generate import KVCache
+from ..generate.cache import KVCache
 from ..memory.base import Memory
 from ..memory.run import members_of
 from ..memory.stack import Stack

@@ -1,21 +1,31 @@
-"""Training: what a model is trained on, how, and the task that shows whether its memory remembers (recall.py).
+"""Training: one step, the loop around it, and a run on disk. docs/training.md shows it.
 
-    files (sources.py) -> tokens in RAM or in a mapped file (corpus.py, cache.py)
-      -> segments in rows (packing.py, in an order of shuffle.py) -> an objective's batches (objectives.py, data.py)
-      -> mixed, and of more segments as training goes on (plan.py) -> Trainer.fit (fitting.py: the loop, logs, checkpoints)
-      -> Trainer.step (trainer.py) -> gradients of a batch's segments (walk.py, segments.py) -> AdamW (optimizer.py)
+    trainer.py            Trainer: one optimizer step
+      -> backpropagation.py   gradients through the segments of a batch: kept, computed again, truncated
+      -> optimizer.py         AdamW on flat arenas, schedules
+    loop.py               Trainer.fit: validation, early stopping, logs.py, checkpoints
+    run_folder.py         a run on disk, and back; average.py: the mean of several of its models
+    options.py            the options of both, with their limits
+    parallel.py           several processes over MPI; interrupts.py: Ctrl-C when nothing is half done
 
-docs/training-data.md shows the first half, docs/training.md the second.
+What a batch is made of is mini_tfm.data, whose names can be imported from here, too.
 """
 
-from .cache import build_token_cache, open_token_cache, token_cache
-from .corpus import Corpus
-from .data import Batch, TextStreams
-from .objectives import NextSegment, Pairs, SpanDenoising
-from .plan import Curriculum, Mixture
-from .recall import Recall
-from .shuffle import Permutation
-from .sources import TextFiles
+from ..data import (
+    Batch,
+    Corpus,
+    Curriculum,
+    Mixture,
+    NextSegment,
+    Pairs,
+    Permutation,
+    SpanDenoising,
+    TextFiles,
+    TextStreams,
+    build_token_cache,
+    open_token_cache,
+    token_cache,
+)
 from .trainer import Trainer
 
 __all__ = [
@@ -26,7 +36,6 @@ __all__ = [
     "NextSegment",
     "Pairs",
     "Permutation",
-    "Recall",
     "SpanDenoising",
     "TextFiles",
     "TextStreams",

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..checkpoint.models import Saved, load_saved, save_model
 from ..errors import InvalidType, InvalidValue
-from .saved import checkpoints
+from .run_folder import checkpoints
 
 
 def average_models(folders: Sequence[str | Path], out: str | Path) -> list[Path]:

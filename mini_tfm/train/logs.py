@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.native import open_regular
 from ..errors import FileProblem, InvalidValue
+from ..files.reading import open_regular
 
 # step; loss and validation_loss in nats a target token; learning_rate of the step; gradient_norm before clipping;
 # tokens seen and seconds trained, both since the run began.

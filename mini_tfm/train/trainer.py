@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 
 from .. import ops
+from ..data.batches import Batch, fields
+from ..data.mixtures import Data, batches_of
 from ..errors import InvalidType, InvalidValue, PluginError, TrainingError
 from ..memory.base import Memory
 from ..memory.run import memory_parameters
 from ..model import Dropout, Transformer, check_tokens
-from ..tokenizer import Tokenizer
-from .data import Batch, fields
+from ..text.tokenizers import Tokenizer
+from .backpropagation import SegmentLoss, backpropagate, counts_of
 from .interrupts import uninterrupted
 from .optimizer import AdamW, schedule_factor
 from .options import FIT_DEFAULTS, check_fit_options, check_trainer_options
 from .parallel import communicator_of, shares
-from .plan import Data, batches_of
-from .segments import SegmentLoss, backpropagate, counts_of
 
 
 class Trainer:
@@ -225,7 +225,7 @@ class Trainer:
         Ctrl-C saves (with a folder) and raises KeyboardInterrupt. Raises TrainingError as `step` does, or when a
         validation or the weights to be saved are not finite: what was saved last is then as it was.
         """
-        from .fitting import Fitting, agree
+        from .loop import Fitting, agree
 
         steps = steps if steps is not None else self.options["total_steps"]
         if steps is None and seconds is None:
@@ -254,7 +254,7 @@ class Trainer:
         Raises TrainingError, and writes nothing, when a weight is not finite. With a communicator: to be called on
         rank 0 alone, as `fit` does.
         """
-        from .saved import save_run
+        from .run_folder import save_run
 
         save_run(self, folder)
 
@@ -265,7 +265,7 @@ class Trainer:
         memory: needed only if it was not made from text by `mt.memory`. communicator: as for a new Trainer; it may
         have another number of processes than the one that saved.
         """
-        from .saved import load_run
+        from .run_folder import load_run
 
         return load_run(cls, folder, memory, communicator)
 

@@ -11,10 +11,10 @@ import numpy as np
 
 from .. import _core
 from ..autodiff import value_of
+from ..data.batches import Batch
 from ..memory.base import Memory
 from ..memory.run import MemoryRun
 from ..model import NO_DROPOUT, Dropout, Encoded, Transformer
-from .data import Batch
 
 
 def walk(model: Transformer, run: MemoryRun, batch: Batch) -> Iterator[tuple[int, Any]]:

@@ -9,7 +9,7 @@ from mini_tfm.checkpoint.models import save_model
 from mini_tfm.config import Config
 from mini_tfm.memory import memory
 from mini_tfm.model import Transformer
-from mini_tfm.tokenizer import ByteTokenizer
+from mini_tfm.text.tokenizers import ByteTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent))  # `import commands`
 

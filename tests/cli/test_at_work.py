@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mini_tfm.pipeline import Pipeline
-from mini_tfm.tokenizer import ByteTokenizer
+from mini_tfm.text.tokenizers import ByteTokenizer
 
 
 def digest(folder):

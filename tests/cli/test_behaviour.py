@@ -218,7 +218,7 @@ def test_ctrl_c_ends_a_demo(tmp_path, whole_group):
 def test_ctrl_c_tells_the_models_of_a_demo_that_are_there(run, monkeypatch, model, tmp_path):
     import shutil
 
-    from mini_tfm.train import experiment
+    from mini_tfm.compare import experiment
 
     def stopped(documents, memories, out, **options):
         shutil.copytree(model, out / "models" / "window-size=64")
@@ -332,7 +332,8 @@ def test_plugins_check(run):
 def test_plugins_check_tells_what_fails(run):
     import numpy as np
 
-    from mini_tfm.memory import RowMemory, manager, register_memory
+    from mini_tfm.memory import RowMemory, register_memory
+    from mini_tfm.memory import registry as manager
 
     class Random(RowMemory):
         """Keeps what it likes."""

@@ -7,8 +7,8 @@ from commands import TINY_OPTIONS
 
 from mini_tfm.checkpoint.models import load_saved
 from mini_tfm.cli.training_data import parse_curriculum, parse_objective
+from mini_tfm.data import open_token_cache
 from mini_tfm.errors import InvalidValue
-from mini_tfm.train import open_token_cache
 
 at = TINY_OPTIONS.index("--n-segments")
 OPTIONS = TINY_OPTIONS[:at] + TINY_OPTIONS[at + 2 :]  # it is a matter of --curriculum, too

@@ -467,7 +467,7 @@ def test_a_forked_child_has_a_file_of_its_own(path):
 
 
 def test_a_pipeline_keeps_what_it_reads(path):
-    from mini_tfm.tokenizer import ByteTokenizer
+    from mini_tfm.text.tokenizers import ByteTokenizer
 
     tokenizer = ByteTokenizer()
     model = mt.Transformer(mt.Config(vocab_size=tokenizer.vocab_size, d_model=8, n_heads=2, n_encoder_layers=1, n_decoder_layers=1))

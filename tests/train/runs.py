@@ -7,8 +7,9 @@ import numpy as np
 
 import mini_tfm as mt
 from mini_tfm.config import Config
+from mini_tfm.data import TextStreams
 from mini_tfm.model import Transformer
-from mini_tfm.train import TextStreams, Trainer
+from mini_tfm.train import Trainer
 
 STEPS = 12
 FIT = {"validate_every": 2, "validation_batches": 2, "save_every": 3, "save_total_limit": 2, "save_best": True}

@@ -10,10 +10,10 @@ from variants import tiny_model
 
 from mini_tfm import ops
 from mini_tfm.autodiff import Var, backward
+from mini_tfm.data.batches import fields
 from mini_tfm.errors import InvalidType, InvalidValue
 from mini_tfm.reference.linear import in_bfloat16
 from mini_tfm.train import Trainer
-from mini_tfm.train.data import fields
 
 sys.path.insert(0, str(Path(__file__).parent))  # `import runs`
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 import mini_tfm as mt
-from mini_tfm.checkpoint import native
 from mini_tfm.checkpoint.models import load_saved
 from mini_tfm.config import Config
 from mini_tfm.errors import FileProblem, InvalidType, InvalidValue, TrainingError
+from mini_tfm.files import folders
 from mini_tfm.model import Transformer
 from mini_tfm.train import Trainer
 
@@ -45,7 +45,7 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import runs
-from mini_tfm.checkpoint import native
+from mini_tfm.files import folders
 from mini_tfm.train import logs, optimizer, trainer
 place, n, folder = sys.argv[2], int(sys.argv[3]), Path(sys.argv[4])
 count = 0
@@ -64,8 +64,8 @@ def half_a_line(log, record):
     log._append('{"step": 8, "lo')
 
 for name, (owner, attribute) in {"part": (trainer.Trainer, "_add_gradients"), "evaluate": (trainer.Trainer, "evaluate"),
-                                 "adamw": (optimizer.AdamW, "step"), "write": (native.os, "write"), "rename": (native, "_put"),
-                                 "fsync folder": (native, "_fsync_folder"), "line": (logs.JsonLines, "write")}.items():
+                                 "adamw": (optimizer.AdamW, "step"), "write": (folders.os, "write"), "rename": (folders, "_put"),
+                                 "fsync folder": (folders, "fsync_folder"), "line": (logs.JsonLines, "write")}.items():
     if place == name:
         setattr(owner, attribute, killing(getattr(owner, attribute), *([half_a_line] if name == "line" else [])))
 
@@ -216,7 +216,7 @@ def test_a_full_disk_is_told_and_the_last_save_stays(code, tmp_path, monkeypatch
                 raise OSError(code, os.strerror(code))
             return real(fd, buffer)
 
-        monkeypatch.setattr(native.os, "write", write)
+        monkeypatch.setattr(folders.os, "write", write)
         try:
             fit(trainer, folder, steps=6, save_best=False)
             break  # fewer writes than k: it was saved

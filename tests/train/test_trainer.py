@@ -12,16 +12,17 @@ from variants import VARIANTS, assert_gradients, tiny_model, tokens
 
 import mini_tfm as mt
 from mini_tfm.autodiff import value_of
-from mini_tfm.checkpoint import read_safetensors
+from mini_tfm.checkpoint.safetensors import read_safetensors
 from mini_tfm.config import Config
+from mini_tfm.data import TextStreams
+from mini_tfm.data.batches import Batch, fields
 from mini_tfm.errors import FileProblem, InvalidType, InvalidValue, PluginError, TrainingError
 from mini_tfm.memory import RowMemory
 from mini_tfm.model import NO_DROPOUT, Transformer
-from mini_tfm.tokenizer import ByteTokenizer
-from mini_tfm.train import TextStreams, Trainer
+from mini_tfm.text.tokenizers import ByteTokenizer
+from mini_tfm.train import Trainer
 from mini_tfm.train import optimizer as optimizer_module
-from mini_tfm.train.data import Batch, fields
-from mini_tfm.train.segments import SegmentLoss
+from mini_tfm.train.backpropagation import SegmentLoss
 
 MEMORIES = ["window:size=5", "window:size=4,sinks=2,site=all", "recurrent:tokens=2", "recurrent:tokens=2,residual=true", "store:top_k=3",
             "store:top_k=2,merge=gate", "window:size=3+store:top_k=2"]  # fmt: skip

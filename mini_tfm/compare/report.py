@@ -1,0 +1,233 @@
+"""An experiment as one HTML file: tables, plots drawn as SVG, how it was made. Nothing in it is loaded from elsewhere."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .experiment import Experiment
+
+# Told apart also by those who see no red or no green (Okabe and Ito), and by the shape of their marks.
+COLOURS = ("#6b7280", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b")
+POINTS_A_CURVE = 120
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1f2430; --dim: #667085; --line: #d9dde5; --paper: #fff; --good: 0, 158, 115; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e8ee; --dim: #98a1b3; --line: #3a4150; --paper: #171a21; } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+  max-width: 72rem; margin: 2rem auto; padding: 0 1.2rem; }
+h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem; } p, li { max-width: 50rem; }
+.dim { color: var(--dim); } .wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .93rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .55rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+th { font-weight: 600; vertical-align: bottom; } th small { font-weight: 400; color: var(--dim); }
+td i { display: inline-block; width: .75rem; height: .75rem; border-radius: 50%; margin-right: .5rem; vertical-align: -.05rem; }
+svg { width: 100%; max-width: 60rem; height: auto; }
+svg text { fill: var(--ink); font: 13px system-ui, sans-serif; } svg .dim { fill: var(--dim); }
+svg .grid { stroke: var(--line); } code, pre { font: .9em/1.5 ui-monospace, monospace; }
+pre { overflow-x: auto; padding: .7rem 1rem; border: 1px solid var(--line); border-radius: .4rem; }
+dt { font-weight: 600; } dd { margin: 0 0 .5rem 0; }
+"""
+
+
+def html_report(experiment: Experiment, command: str) -> str:
+    """The page; `command` makes it again."""
+    rows = experiment.rows
+    colours = {row.memory: COLOURS[i % len(COLOURS)] for i, row in enumerate(rows)}
+    recall = [(row.memory, colours[row.memory], [(float(d), 100 * row.recall[d]) for d in experiment.distances]) for row in rows]
+    chance = 100 * experiment.chance
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>mini_tfm: memories compared</title><style>{STYLE}</style></head><body>
+<h1>What does each memory remember?</h1>
+<p class="dim">The same small Transformer, the same text and training steps; only the memory differs.
+{len(rows)} memories, {experiment.seconds / 60:.1f} minutes on {_say(experiment.machine.get("processor", "?"))}.</p>
+<div class="wide">{_table(experiment, colours)}</div>
+<h2>Is a fact still known, so many segments later?</h2>
+<p class="dim">Share of questions answered, by the number of segments between the fact and the question. 0: both in sight, no
+memory needed. Dashed: guessing, {chance:.0f} %.</p>
+{line_chart(recall, "segments between fact and question", "% recalled", y_range=(0, 100), level=chance, ticks=experiment.distances)}
+<h2>How they learnt</h2>
+<p class="dim">Loss in training, in nats a token, smoothed. Grey, dashed: the common start, one model without a memory, on its own easier
+task; then each memory on longer and longer streams, with parts of the text hidden.</p>
+{line_chart(_curves(experiment, colours), "optimizer step", "loss (nats/token)", dashed=("common start",), marks=False)}
+<h2>What the columns mean</h2>
+<dl><dt>bits per byte</dt><dd>Bits the model needs for each byte of documents it was not trained on. Fewer is better; plain text
+takes 8, and what counts is the difference between memories.</dd>
+<dt>recall</dt><dd>&ldquo;The code word is Q.&rdquo; is put at a random place of a held-out document; so many segments later the
+model is asked. {chance:.0f} % would be guessing one of {round(1 / experiment.chance)} letters.</dd>
+<dt>tokens/s</dt><dd>Reading and predicting held-out text with this memory.</dd>
+<dt>state</dt><dd>What the memory of one stream takes, after the longest held-out document.</dd>
+<dt>peak RAM</dt><dd>Of the process that trained and measured this memory alone, everything included.</dd></dl>
+<h2>Set-up</h2>
+<div class="wide"><table>{_facts(experiment)}</table></div>
+<h2>Repeat it</h2>
+<pre>{_say(command)}</pre>
+<p class="dim">The text, the split, the batches and the initial weights are functions of the seed. A slower machine takes fewer steps
+in the same time, and times vary: compare figures of one run only.</p>
+</body></html>
+"""
+
+
+def _table(experiment: Experiment, colours: dict[str, str]) -> str:
+    heads = ["memory", "bits per byte<br><small>held-out text</small>"]
+    heads += [f"recall<br><small>{d} back</small>" for d in experiment.distances]
+    heads += ["tokens/s", "state", "peak RAM", "training<br><small>seconds</small>"]
+    best = min((row.bits_per_byte for row in experiment.rows), default=0.0)
+    lines = []
+    for row in experiment.rows:
+        bits = f"{row.bits_per_byte:.3f}"
+        cells = [f'<td><i style="background:{colours[row.memory]}"></i>{_say(row.memory)}</td>']
+        cells.append(f"<td>{f'<b>{bits}</b>' if row.bits_per_byte == best else bits}</td>")
+        for distance in experiment.distances:
+            share = row.recall[distance]
+            if math.isnan(share):
+                cells.append("<td>-</td>")
+            else:
+                cells.append(f'<td style="background:rgba(var(--good), {0.5 * share:.2f})">{100 * share:.0f} %</td>')
+        cells += [f"<td>{text}</td>" for text in (f"{row.tokens_per_second:,.0f}", _size(row.state_bytes), _size(row.peak_rss_bytes))]
+        lines.append("<tr>" + "".join(cells) + f"<td>{row.train_seconds:.0f}</td></tr>")
+    return "<table><tr>" + "".join(f"<th>{head}</th>" for head in heads) + "</tr>" + "".join(lines) + "</table>"
+
+
+def _facts(experiment: Experiment) -> str:
+    config = experiment.config
+    facts = {
+        "text": f"{experiment.text_name}: {experiment.documents} documents",
+        "trained on": f"{experiment.bytes_train:,} bytes",
+        "held out": f"{experiment.bytes_held_out:,} bytes: {', '.join(experiment.held_out_names)}",
+        "model": f"{config.n_encoder_layers} encoder and {config.n_decoder_layers} decoder layers, d_model {config.d_model},"
+        f" {config.n_heads} heads, d_ff {config.d_ff}, segments of {config.segment_length} tokens",
+        "tokenizer": f"byte-level BPE, {experiment.tokenizer_vocab} tokens",
+        "steps": f"{len(experiment.history.get('start', []))} for the common start, then "
+        + (
+            f"{experiment.rows[0].steps}"
+            if len({row.steps for row in experiment.rows}) == 1
+            else ", ".join(f"{row.memory} {row.steps}" for row in experiment.rows)
+        ),
+        "seed": str(experiment.seed),
+        **{name: str(value) for name, value in experiment.machine.items()},
+    }
+    return "".join(
+        f'<tr><td>{_say(name)}</td><td style="text-align:left;white-space:normal">{_say(text)}</td></tr>' for name, text in facts.items()
+    )
+
+
+def _curves(experiment: Experiment, colours: dict[str, str]) -> list[tuple[str, str, list[tuple[float, float]]]]:
+    start = experiment.history.get("start", [])
+    curves = [("common start", "#9aa1ad", _smooth(start, 0))] if start else []
+    return curves + [
+        (row.memory, colours[row.memory], _smooth(experiment.history.get(row.memory, []), len(start))) for row in experiment.rows
+    ]
+
+
+def _smooth(points: Sequence[tuple[int, float]], shift: int) -> list[tuple[float, float]]:
+    """Means of groups of neighbours, at most POINTS_A_CURVE of them."""
+    n = max(1, math.ceil(len(points) / POINTS_A_CURVE), min(10, len(points) // 10))
+    groups = [points[i : i + n] for i in range(0, len(points), n)]
+    return [(shift + sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
+
+
+# Plots
+
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 920, 340, 62, 270, 14, 46
+MARKS = (
+    '<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="{c}"/>',
+    '<rect x="{x0:.1f}" y="{y0:.1f}" width="8" height="8" fill="{c}"/>',
+    '<path d="M{x:.1f} {y1:.1f}l5 9h-10z" fill="{c}"/>',
+    '<path d="M{x:.1f} {y1:.1f}l5.5 5.5l-5.5 5.5l-5.5 -5.5z" fill="{c}"/>',
+)
+
+
+def line_chart(
+    series: Sequence[tuple[str, str, Sequence[tuple[float, float]]]],
+    x_name: str,
+    y_name: str,
+    *,
+    y_range: tuple[float, float] | None = None,
+    ticks: Sequence[float] | None = None,
+    level: float | None = None,
+    dashed: Sequence[str] = (),
+    marks: bool = True,
+) -> str:
+    """Lines (name, colour, [(x, y)]) as SVG, named at their right ends. level: a dashed horizontal line."""
+    finite = [(x, y) for _, _, points in series for x, y in points if math.isfinite(y)]
+    if not finite:
+        return '<p class="dim">Nothing was measured.</p>'
+    xs = [x for x, _ in finite]
+    x_ticks = list(ticks or _ticks(min(xs), max(xs)))
+    low_x, high_x = min(*xs, x_ticks[0]), max(*xs, x_ticks[-1])
+    y_ticks = _ticks(*(y_range or (min(y for _, y in finite), max(y for _, y in finite))))
+    low, high = y_range or (min(y_ticks[0], *(y for _, y in finite)), max(y_ticks[-1], *(y for _, y in finite)))
+    at_x = lambda x: LEFT + (x - low_x) / ((high_x - low_x) or 1) * (WIDTH - LEFT - RIGHT)  # noqa: E731
+    at_y = lambda y: TOP + (high - y) / ((high - low) or 1) * (HEIGHT - TOP - BOTTOM)  # noqa: E731
+    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{_say(y_name)} by {_say(x_name)}">']
+    for y in y_ticks:
+        parts.append(f'<path class="grid" d="M{LEFT} {at_y(y):.1f}H{right}"/>')
+        parts.append(f'<text class="dim" x="{LEFT - 8}" y="{at_y(y) + 4:.1f}" text-anchor="end">{y:g}</text>')
+    for x in x_ticks:
+        parts.append(f'<text class="dim" x="{at_x(x):.1f}" y="{bottom + 18}" text-anchor="middle">{x:g}</text>')
+    parts.append(f'<text x="{(LEFT + right) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{_say(x_name)}</text>')
+    middle = (TOP + bottom) / 2
+    parts.append(f'<text x="16" y="{middle}" text-anchor="middle" transform="rotate(-90 16 {middle})">{_say(y_name)}</text>')
+    if level is not None:
+        parts.append(f'<path d="M{LEFT} {at_y(level):.1f}H{right}" stroke="#98a1b3" stroke-dasharray="5 5" fill="none"/>')
+    ends = []
+    for number, (name, colour, points) in enumerate(series):
+        drawn = [(at_x(x), at_y(y)) for x, y in points if math.isfinite(y)]
+        if not drawn:
+            continue
+        line = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in drawn)
+        dash = ' stroke-dasharray="5 4"' if name in dashed else ""
+        parts.append(f'<path d="{line}" fill="none" stroke="{colour}" stroke-width="2.2"{dash}/>')
+        if marks:
+            mark = MARKS[number % len(MARKS)]
+            parts += [mark.format(x=x, y=y, x0=x - 4, y0=y - 4, y1=y - 5.5, c=colour) for x, y in drawn]
+        ends.append((drawn[-1], name, colour))
+    for y, ((end_x, end_y), name, colour) in _spread(ends):
+        parts.append(f'<path d="M{end_x + 6:.1f} {end_y:.1f}L{right + 16} {y:.1f}" stroke="{colour}" stroke-opacity=".45" fill="none"/>')
+        short = name if len(name) <= 34 else name[:33] + "…"
+        parts.append(f'<text x="{right + 20}" y="{y + 4:.1f}" style="fill:{colour}">{_say(short)}</text>')
+    return "".join(parts) + "</svg>"
+
+
+def _spread(ends: Sequence[Any]) -> list[tuple[float, Any]]:
+    """(y, end) with labels at least a line apart, in the order of the lines' ends."""
+    gap = 17.0
+    placed: list[tuple[float, Any]] = []
+    for end in sorted(ends, key=lambda end: end[0][1]):
+        placed.append((max(end[0][1], placed[-1][0] + gap) if placed else end[0][1], end))
+    over = max(0.0, placed[-1][0] - (HEIGHT - BOTTOM + 10)) if placed else 0.0
+    moved: list[tuple[float, Any]] = []
+    for y, end in reversed(placed):  # push back up what went below the plot
+        y = min(y, HEIGHT - BOTTOM + 10) if not moved else min(y, moved[-1][0] - gap) if over else y
+        moved.append((y, end))
+    return moved[::-1]
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """About five round numbers from low to high."""
+    span = (high - low) or abs(high) or 1.0
+    step = 10.0 ** math.floor(math.log10(span / 4))
+    step = next(step * factor for factor in (1, 2, 2.5, 5, 10) if span / (step * factor) <= 5)
+    first = math.ceil(low / step - 1e-9)
+    found = [step * i for i in range(first, math.floor(high / step + 1e-9) + 1)]
+    return found or [low]
+
+
+def _say(text: object) -> str:
+    return html.escape(str(text))
+
+
+def _size(n_bytes: float) -> str:
+    amount, unit = float(n_bytes), "B"
+    for unit in ("B", "kB", "MB", "GB"):
+        if amount < 1000 or unit == "GB":
+            break
+        amount /= 1000
+    return f"{amount:.0f} {unit}" if unit == "B" or amount >= 99.95 else f"{amount:.1f} {unit}"

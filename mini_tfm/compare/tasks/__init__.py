@@ -1,0 +1,1 @@
+"""Tasks that show what a memory remembers, one file a task."""

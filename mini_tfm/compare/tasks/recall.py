@@ -1,0 +1,109 @@
+"""Recall: is a fact from several segments back still known? The task that shows whether a memory remembers.
+
+Into a stream of real text a fact is planted, "The code word is Q."; some segments later the decoder is asked by a
+target that begins "The code word is", and must give the letter. The distance is the number of segments between
+the one that holds the fact and the one being read when the question comes; at distance 0 no memory is needed.
+The fact overwrites text of one source segment, the question that of one target: the letter is nowhere else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import string
+
+import numpy as np
+
+from ...autodiff import value_of
+from ...data.batches import Batch
+from ...errors import InvalidValue
+from ...memory.base import Memory
+from ...model import Transformer
+from ...text.tokenizers import Tokenizer
+from ...train.walk import walk
+
+FACT = "\nThe code word is {}.\n"
+LETTERS = string.ascii_uppercase
+CHANCE = 1 / len(LETTERS)
+
+
+class Recall:
+    """Plants facts and questions in batches, and measures how many are answered."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        before, after = FACT.split("{}")
+        self.before, self.after = tokenizer.encode(before), tokenizer.encode(after)
+        letters = [tokenizer.encode(letter) for letter in LETTERS]
+        if any(len(ids) != 1 for ids in letters) or len(np.unique(np.concatenate(letters))) < len(LETTERS):
+            raise InvalidValue("tokenizer: expected a token for each capital letter, as byte-level tokenizers have")
+        self.letters = np.concatenate(letters)
+        self.length = len(self.before) + 1 + len(self.after)  # tokens of a fact
+
+    def plant(
+        self, batch: Batch, seed: tuple[int, ...], *, facts_at: int | None = None, asked_at: int | None = None, strays: float = 0.0
+    ) -> tuple[Batch, np.ndarray]:
+        """A batch with one fact in each stream, and the letters asked for (B, n), -1 where nothing is asked.
+
+        facts_at, asked_at: the segments of the fact and of the only question; by default the fact is anywhere in the
+        first half, and the question comes in every segment from there on, or in one of two where there is only one.
+        In the loss, question and what follows it in the target have weight 0, and all letters together as much as
+        all the text. strays: so many letters a source segment, on average, are put in the place of tokens, so that
+        a lone capital is not taken for a fact.
+        """
+        if batch.source is None or batch.source_lengths is None:
+            raise InvalidValue("batch: facts are planted in sources, and this one has none (a decoder-only model)")
+        size, n, length = batch.target.shape
+        if length < self.length:
+            raise InvalidValue(f"batch: expected segments of at least {self.length} tokens, as long as a fact, got {length}")
+        rng = np.random.default_rng(seed)
+        source, target = batch.source.copy(), batch.target.copy()
+        weights = np.ones(target.shape, np.float32) if batch.weights is None else batch.weights.copy()
+        if strays:
+            stray = rng.random(source.shape) < strays / length
+            source = np.where(stray, self.letters[rng.integers(len(self.letters), size=source.shape)], source)
+        asked: np.ndarray = np.full((size, n), -1, np.int64)
+        always = n > 1
+        for b in range(size):
+            t = int(rng.integers((n + 1) // 2)) if facts_at is None else facts_at
+            room = int(batch.source_lengths[b, t]) - self.length
+            letter = self.letters[rng.integers(len(self.letters))]
+            fact = np.concatenate([self.before, [letter], self.after])
+            place = float(rng.random())
+            coins = np.asarray(rng.random(n))
+            if room < 0:
+                continue
+            start = int(place * (room + 1))
+            source[b, t, start : start + self.length] = fact
+            for later in range(t, n):
+                if later > t and batch.begins is not None and batch.begins[b, later]:
+                    break  # another document, whose memory does not know the fact
+                ask = always or coins[later] < 0.5 if asked_at is None else later == asked_at
+                if ask and batch.target_lengths[b, later] >= self.length:
+                    target[b, later, : self.length] = fact
+                    weights[b, later, : self.length] = 0
+                    asked[b, later] = letter
+        counted = np.arange(length) < batch.target_lengths[..., None]
+        weights[..., len(self.before)][asked >= 0] = (weights * counted).sum() / max(1, (asked >= 0).sum())
+        return dataclasses.replace(batch, source=source, target=target, weights=weights), asked
+
+    def accuracy(self, model: Transformer, memory: Memory | None, batch: Batch, distance: int, seed: int = 0) -> float:
+        """Share of questions whose letter is the likeliest of all tokens; facts are `distance` segments back.
+
+        batch: streams of at least distance + 1 whole segments; the fact is in the first. NaN if none fits.
+        """
+        batch = cut_segments(batch, distance + 1)
+        batch, asked = self.plant(batch, (seed, distance), facts_at=0, asked_at=distance)
+        right = total = 0
+        run = model.start_run(memory, len(batch.target), training=True)
+        for t, hidden in walk(model, run, batch):
+            rows = np.flatnonzero(asked[:, t] >= 0)
+            if len(rows):
+                scores = value_of(model.output_logits(value_of(hidden)[rows, len(self.before)]))
+                right += int((np.argmax(scores, axis=1) == asked[rows, t]).sum())
+                total += len(rows)
+        return right / total if total else float("nan")
+
+
+def cut_segments(batch: Batch, n: int) -> Batch:
+    """The first `n` segments of a batch."""
+    fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    return dataclasses.replace(batch, **{name: value[:, :n] for name, value in fields.items() if value is not None})

@@ -1,0 +1,158 @@
+"""Which batches come when: objectives mixed by weight, and more segments as training goes on."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from ..errors import InvalidType, InvalidValue
+from .batches import Batch
+from .permutation import Permutation
+
+BLOCK_STEPS = 1000  # in so many steps each part of a mixture has its share, to the step
+
+
+@runtime_checkable
+class Data(Protocol):
+    """What can be trained on: a batch for each step, a pure function of the step.
+
+    Where there is also `state`, plain data that names all that the batches depend on, a saved run keeps it, and a resumed
+    one refuses data of another state.
+    """
+
+    def batch(self, step: int) -> Batch: ...
+
+
+class Mixture:
+    """Several kinds of data, each with a weight: the share of the steps that are its own.
+
+    parts: name -> (data, weight), for `batch` to choose from. In each 1,000 steps a part has exactly its share (weights count to a
+    thousandth), in an order that is a pure function of (seed, step); a part's own batches come in their order, none left
+    out, so that its epochs stay whole.
+    """
+
+    def __init__(self, parts: Mapping[str, tuple[Any, float]], *, seed: int = 0):
+        if not isinstance(parts, Mapping) or not parts:
+            raise InvalidType(f"parts: expected a mapping of name -> (data, weight), got {parts!r}")
+        for name, part in parts.items():
+            if not isinstance(part, tuple) or len(part) != 2 or not isinstance(part[0], Data):
+                raise InvalidType(f"parts[{name!r}]: expected (data, weight), data with a method batch(step), got {part!r}")
+            if not isinstance(part[1], int | float) or isinstance(part[1], bool) or not 0 < part[1] < float("inf"):
+                raise InvalidValue(f"parts[{name!r}]: expected a weight above 0, got {part[1]!r}")
+        if not isinstance(seed, int) or seed < 0:
+            raise InvalidValue(f"seed: expected an integer of at least 0, got {seed!r}")
+        self.parts, self.seed = dict(parts), seed
+        weights = np.array([weight for _, weight in parts.values()], np.float64)
+        exact = BLOCK_STEPS * weights / weights.sum()
+        counts = np.floor(exact).astype(int)
+        counts[np.argsort(counts - exact, kind="stable")[: BLOCK_STEPS - counts.sum()]] += 1
+        if counts.min() < 1:
+            raise InvalidValue(f"parts: expected weights of at least a thousandth of all, got {weights.tolist()}")
+        self._counts, self._turns = counts, functools.lru_cache(2)(self._turns_of_block)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        parts = {name: {"weight": weight, **_state(data)} for name, (data, weight) in self.parts.items()}
+        return {"objective": "mixture", "seed": self.seed, "parts": parts}
+
+    def with_segments(self, n_segments: int) -> Mixture:
+        """The same, every part with so many segments a row."""
+        if lacking := [name for name, (data, _) in self.parts.items() if not hasattr(data, "with_segments")]:
+            raise InvalidType(f"parts[{lacking[0]!r}]: expected data with a method with_segments, for a curriculum")
+        parts = {name: (data.with_segments(n_segments), weight) for name, (data, weight) in self.parts.items()}
+        return Mixture(parts, seed=self.seed)
+
+    def choice(self, step: int) -> tuple[str, int]:
+        """(the part whose turn it is, the number of its own batch) at a step."""
+        block, at = divmod(int(step), BLOCK_STEPS)
+        turns = self._turns(block)
+        chosen = int(turns[at])
+        return list(self.parts)[chosen], block * int(self._counts[chosen]) + int((turns[:at] == chosen).sum())
+
+    def _turns_of_block(self, block: int) -> np.ndarray:
+        """The part whose turn it is at each step of a block."""
+        return np.repeat(np.arange(len(self._counts)), self._counts)[Permutation(BLOCK_STEPS, self.seed, block)(np.arange(BLOCK_STEPS))]
+
+    def batch(self, step: int) -> Batch:
+        if not isinstance(step, int | np.integer) or step < 0:
+            raise InvalidValue(f"step: expected an integer of at least 0, got {step!r}")
+        name, number = self.choice(step)
+        return self.parts[name][0].batch(number)
+
+
+class Curriculum:
+    """`data` with a number of segments that grows: stages are (first step, segments a row), the first from step 0.
+
+    As for recurrent memories in arXiv 2207.06881, section 4. Each stage begins `data` with so many segments from its
+    beginning: its epochs are whole as long as no new stage begins.
+    """
+
+    def __init__(self, data: Any, stages: Sequence[tuple[int, int]]):
+        if not isinstance(data, Data) or not hasattr(data, "with_segments"):
+            raise InvalidType(f"data: expected data with methods batch and with_segments, got {type(data).__name__}")
+        stages = list(stages) if isinstance(stages, Sequence) and not isinstance(stages, str) else []
+        good = all(
+            isinstance(stage, tuple | list) and len(stage) == 2 and all(isinstance(n, int) and not isinstance(n, bool) for n in stage)
+            for stage in stages
+        )
+        firsts = [stage[0] for stage in stages] if good else []
+        if not firsts or firsts[0] != 0 or sorted(set(firsts)) != firsts or any(stage[1] < 1 for stage in stages):
+            raise InvalidValue(
+                f"stages: expected (first step, segments), the first at step 0, steps going up, segments of at least 1; got {stages!r}"
+            )
+        self.data = data
+        self.stages = [(int(first), int(n)) for first, n in stages]
+        self._of_stage = [data.with_segments(n) for _, n in self.stages]
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return {"curriculum": [list(stage) for stage in self.stages], "data": _state(self.data)}
+
+    def stage(self, step: int) -> int:
+        """The number of the stage that a step is in."""
+        return int(np.searchsorted([first for first, _ in self.stages], step, side="right")) - 1
+
+    def batch(self, step: int) -> Batch:
+        if not isinstance(step, int | np.integer) or step < 0:
+            raise InvalidValue(f"step: expected an integer of at least 0, got {step!r}")
+        number = self.stage(step)
+        return self._of_stage[number].batch(int(step) - self.stages[number][0])
+
+
+def _state(data: Any) -> dict[str, Any]:
+    return dict(getattr(data, "state", None) or {})
+
+
+def batches_of(name: str, data: Any) -> Callable[[int], Batch]:
+    """The function step -> Batch that `data` is, or has; `name` of the argument."""
+    batch_of = getattr(data, "batch", data)
+    if not callable(batch_of):
+        raise InvalidType(f"{name}: expected something with batch(step), or a function of the step, got {type(data).__name__}")
+    return batch_of
+
+
+def state_of(data: Any) -> dict[str, Any] | None:
+    """The state of `data`, if it has one, as a file gives it back."""
+    state = getattr(data, "state", None)
+    if not isinstance(state, dict | None):
+        raise InvalidType(f"data: state: expected a mapping or None, got {type(state).__name__}")
+    try:
+        return json.loads(json.dumps(state, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise InvalidType(f"data: state: expected plain data, as JSON has it: {error}") from error
+
+
+def differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    """What of two states is not the same."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted(before.keys() | now.keys()):
+            yield from differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+    elif before != now:
+        if name.endswith("corpus"):
+            yield f"{name} has changed"
+        else:
+            yield f"{name} was {before!r}, is {now!r}"

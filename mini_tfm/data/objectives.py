@@ -1,0 +1,320 @@
+"""What is learnt from a corpus: the next segment, what was left out, or targets of given sources.
+
+Each gives `batch(step)`, a pure function of its seed and the step, in which every item of the corpus comes exactly once
+an epoch, in an order that differs from epoch to epoch; `state`, plain data that names all of that, which a saved run
+keeps; and `with_segments(n)`, the same with another number of segments a row, for a `Curriculum`.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any, TypeVar
+
+import numpy as np
+
+from ..errors import InvalidValue
+from .batches import Batch, Example, lay_out
+from .corpus import CHUNK, as_corpus
+from .packing import PackedRows, SegmentLine, Window
+from .permutation import Permutation
+
+A = TypeVar("A", bound="Packed")
+
+
+class Packed:
+    """Batches of documents packed into rows (packing.py): what `NextSegment` and `SpanDenoising` share.
+
+    documents: a `Corpus` of texts, or arrays of ids. Rows hold `n_segments` segments of at most `segment_length` tokens;
+    none crosses a document's end, and where one begins the batch says so (`Batch.begins`), so that memories are emptied.
+    """
+
+    name = ""
+
+    def __init__(
+        self,
+        documents: Any,
+        *,
+        segment_length: int,
+        n_segments: int,
+        batch_size: int,
+        seed: int = 0,
+        bos_id: int = 1,
+        eos_id: int = 2,
+        pad_id: int = 0,
+        has_encoder: bool = True,
+    ):
+        _check_counts(segment_length=segment_length, n_segments=n_segments, batch_size=batch_size)
+        _check_seed(seed)
+        self.corpus = as_corpus(documents, "texts")
+        self.segment_length, self.n_segments, self.batch_size, self.seed = segment_length, n_segments, batch_size, seed
+        self.bos_id, self.eos_id, self.pad_id, self.has_encoder = bos_id, eos_id, pad_id, has_encoder
+        self._line = SegmentLine(self.corpus, segment_length)
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return self._rows.an_epoch / self.batch_size
+
+    @property
+    def padding(self) -> float:
+        """The share of the places of all segments that no token of the corpus takes."""
+        return self._line.padding
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """All that the batches depend on, as plain data."""
+        names = ("segment_length", "n_segments", "batch_size", "seed", "bos_id", "eos_id", "has_encoder")
+        return {"objective": self.name, "corpus": self.corpus.fingerprint, **{name: getattr(self, name) for name in names}}
+
+    def with_segments(self: A, n_segments: int) -> A:
+        """The same with another number of segments a row; the corpus is shared."""
+        _check_counts(n_segments=n_segments)
+        other = copy.copy(self)
+        other.n_segments = n_segments
+        return other
+
+    def batch(self, step: int) -> Batch:
+        _check_step(step)
+        rows = []
+        for place, windows in self._rows.rows(step):
+            rows.append([self._example(window, (*place, t)) for t, window in enumerate(windows)])
+        return lay_out(rows, self.pad_id)
+
+    @property
+    def _rows(self) -> PackedRows:
+        return PackedRows(self._line, self.n_segments, self.batch_size, self.seed)
+
+    def _example(self, window: Window, place: tuple[int, int, int]) -> Example:
+        """What becomes of a segment; `place` is (epoch, row, segment of the row)."""
+        raise NotImplementedError
+
+
+class NextSegment(Packed):
+    """The encoder reads a segment, the decoder predicts the one behind it; a document's first is predicted from `bos`.
+
+    With has_encoder=False, for decoder-only models: language modelling, each segment predicted token by token. Every
+    token of the corpus is a target exactly once an epoch.
+    """
+
+    name = "next-segment"
+
+    def _example(self, window: Window, place: tuple[int, int, int]) -> Example:
+        i, start, stop = window
+        begins = start == 0
+        target = self.corpus.document(i, start, stop)
+        if not self.has_encoder:
+            return Example(None, target, begins=begins)
+        source = np.array([self.bos_id]) if begins else self.corpus.document(i, start - self.segment_length, start)
+        return Example(source, target, begins=begins)
+
+
+class SpanDenoising(Packed):
+    """Spans are left out of each segment, and predicted (T5: arXiv 1910.10683, section 3.1.4 and figure 2).
+
+    Of each segment `noise_density` of the tokens, in spans of `mean_span` tokens on average, are replaced by a sentinel
+    each; the target is every sentinel with what it stands for, and one more at the end. Sentinels are the last ids of the
+    vocabulary: the first is vocab_size - 1. Which spans is a pure function of (seed, epoch, row, segment). Every token of the
+    corpus is in a source or in a target exactly once an epoch. For decoder-only models source, `eos` and target are one
+    text, and the source is not in the loss.
+
+    vocab_size: the model's; `SpanDenoising.sentinels(segment_length)` ids at its end must be free of text. The paper lets
+    neither two spans touch nor a text begin with one: here spans do not touch, and stand anywhere.
+    """
+
+    name = "denoise"
+
+    def __init__(
+        self,
+        documents: Any,
+        *,
+        vocab_size: int,
+        noise_density: float = 0.15,
+        mean_span: float = 3.0,
+        **options: Any,
+    ):
+        super().__init__(documents, **options)
+        faults = []
+        if not isinstance(noise_density, int | float) or not 0 < noise_density < 1:
+            faults.append(f"noise_density: expected a share between 0 and 1, got {noise_density!r}")
+        if not isinstance(mean_span, int | float) or not mean_span >= 1:
+            faults.append(f"mean_span: expected at least 1 token, got {mean_span!r}")
+        if not isinstance(vocab_size, int) or vocab_size < 1:
+            faults.append(f"vocab_size: expected an integer of at least 1, got {vocab_size!r}")
+        if faults:
+            raise InvalidValue("SpanDenoising: " + "; ".join(faults))
+        self.vocab_size, self.noise_density, self.mean_span = vocab_size, noise_density, mean_span
+        self.first_sentinel = vocab_size - 1
+        self.n_sentinels = self.sentinels(self.segment_length, noise_density, mean_span)
+        if self.n_sentinels >= vocab_size:
+            raise InvalidValue(f"vocab_size: expected room for {self.n_sentinels} sentinels and the text, got {vocab_size}")
+
+    @staticmethod
+    def sentinels(segment_length: int, noise_density: float = 0.15, mean_span: float = 3.0) -> int:
+        """How many sentinels a segment of so many tokens needs, the last one included."""
+        return _spans(segment_length, noise_density, mean_span)[1] + 1
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return super().state | {"vocab_size": self.vocab_size, "noise_density": self.noise_density, "mean_span": self.mean_span}
+
+    def _example(self, window: Window, place: tuple[int, int, int]) -> Example:
+        tokens = self.corpus.document(*window).astype(np.int64)
+        last = self.first_sentinel - self.n_sentinels
+        if tokens.max() > last:
+            raise InvalidValue(
+                f"vocab_size: {self.vocab_size} leaves ids up to {last} to the text, as {self.n_sentinels} are sentinels, and document"
+                f" {window.document} holds {tokens.max()}; make a model of a larger vocabulary"
+            )
+        rng = np.random.default_rng([self.seed, *place])
+        n_noise, n_spans = _spans(len(tokens), self.noise_density, self.mean_span)
+        spans = 1 + _parts(rng, n_noise - n_spans, n_spans)
+        gaps = _parts(rng, len(tokens) - n_noise - (n_spans - 1), n_spans + 1)
+        gaps[1:-1] += 1  # spans do not touch
+        marks = self.first_sentinel - np.arange(n_spans + 1)[:, None]  # each an array of one id
+        source, target, at = [], [], 0
+        for k in range(n_spans):
+            begin, end = at + gaps[k], at + gaps[k] + spans[k]
+            source += [tokens[at:begin], marks[k]]
+            target += [marks[k], tokens[begin:end]]
+            at = end
+        source.append(tokens[at:])
+        target.append(marks[-1])
+        joined = _given(np.concatenate(source), np.concatenate(target), self.eos_id, self.has_encoder)
+        return Example(*joined, begins=window.start == 0)
+
+
+def _spans(length: int, noise_density: float, mean_span: float) -> tuple[int, int]:
+    """How many of `length` tokens are left out, and in how many spans."""
+    n_noise = min(max(1, round(length * noise_density)), max(1, length - 1))
+    most = length - n_noise + 1  # a token must stay between two spans
+    return n_noise, min(max(1, round(n_noise / mean_span)), n_noise, most)
+
+
+def _parts(rng: np.random.Generator, total: int, n: int) -> np.ndarray:
+    """`total` as a sum of `n` numbers of at least 0, each sum as likely as any other."""
+    bars = np.sort(rng.choice(total + n - 1, n - 1, replace=False))
+    return np.diff(np.concatenate([[-1], bars, [total + n - 1]])) - 1
+
+
+def _given(source: np.ndarray, target: np.ndarray, eos_id: int, has_encoder: bool) -> tuple[np.ndarray | None, np.ndarray, int]:
+    """(source, target, tokens of it that are not scored): one text, for a model without an encoder."""
+    if has_encoder:
+        return source, target, 0
+    return None, np.concatenate([source, [eos_id], target]), len(source) + 1
+
+
+class Pairs:
+    """Given source-target pairs: translations, questions and answers, texts and summaries.
+
+    pairs: a `Corpus` of pairs, or (source, target) arrays of ids. The target is followed by `eos_id`. Pairs of like
+    length come together: of each `pool_batches` batches in the shuffled order, the pairs are sorted by length, cut into batches,
+    and those shuffled, so that little is padded; the last batch of an epoch may be smaller. Every pair comes once an epoch.
+
+    segment_length: sources longer than it are read in segments, through the memory, and the target follows the last of them
+    (a shorter source waits for the longest). None: sources are read at once. max_source_length, max_target_length: longer
+    pairs are an error, or with cut=True cut to them; None: no limit. For decoder-only models source, `eos` and target are
+    one text, and the source is not in the loss.
+    """
+
+    name = "pairs"
+
+    def __init__(
+        self,
+        pairs: Any,
+        *,
+        batch_size: int,
+        segment_length: int | None = None,
+        max_source_length: int | None = None,
+        max_target_length: int | None = None,
+        cut: bool = False,
+        pool_batches: int = 64,
+        seed: int = 0,
+        eos_id: int = 2,
+        pad_id: int = 0,
+        has_encoder: bool = True,
+    ):
+        limits = {"segment_length": segment_length, "max_source_length": max_source_length, "max_target_length": max_target_length}
+        _check_counts(batch_size=batch_size, pool_batches=pool_batches, **{name: n for name, n in limits.items() if n is not None})
+        _check_seed(seed)
+        if segment_length is not None and not has_encoder:
+            raise InvalidValue("segment_length: expected None, as a decoder-only model reads source and target as one text")
+        self.corpus = as_corpus(pairs, "pairs")
+        self.batch_size, self.segment_length, self.pool_batches, self.seed = batch_size, segment_length, pool_batches, seed
+        self.max_source_length, self.max_target_length, self.cut = max_source_length, max_target_length, cut
+        self.eos_id, self.pad_id, self.has_encoder = eos_id, pad_id, has_encoder
+        if not cut:
+            self._check_lengths()
+        self._pool = functools.lru_cache(2)(self._sorted_pool)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.corpus) // self.batch_size)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        names = ("batch_size", "segment_length", "max_source_length", "max_target_length", "cut", "pool_batches", "seed")
+        own = {name: getattr(self, name) for name in (*names, "eos_id", "has_encoder")}
+        return {"objective": self.name, "corpus": self.corpus.fingerprint, **own}
+
+    def with_segments(self, n_segments: int) -> Pairs:
+        """The same: the number of segments is up to the sources."""
+        return self
+
+    def batch(self, step: int) -> Batch:
+        _check_step(step)
+        epoch, at = divmod(step, self.steps_per_epoch)
+        pool, within = divmod(at, self.pool_batches)
+        rows = [self._row(int(i)) for i in self._pool(epoch, pool)[within]]
+        longest = max(map(len, rows))
+        waiting: list[Example | None] = [None]
+        return lay_out([waiting * (longest - len(row)) + row for row in rows], self.pad_id)
+
+    def _row(self, i: int) -> list[Example | None]:
+        source, target = self.corpus[i]
+        source, target = source[: self.max_source_length], np.append(target[: self.max_target_length].astype(np.int64), self.eos_id)
+        length = self.segment_length or max(1, len(source))
+        if not self.has_encoder or len(source) <= length:
+            return [Example(*_given(source, target, self.eos_id, self.has_encoder))]
+        parts = [source[start : start + length] for start in range(0, len(source), length)]
+        return [*(Example(part, target[:0]) for part in parts[:-1]), Example(parts[-1], target)]
+
+    def _sorted_pool(self, epoch: int, pool: int) -> list[np.ndarray]:
+        """The batches of a pool, as numbers of pairs: by length of source and target, in a shuffled order."""
+        size, total = self.pool_batches * self.batch_size, len(self.corpus)
+        order = Permutation(total, self.seed, epoch)(np.arange(pool * size, min(total, (pool + 1) * size)))
+        offsets = self.corpus.offsets
+        sources, targets = (offsets[2 * order + side + 1] - offsets[2 * order + side] for side in (0, 1))
+        segments = -(-sources // self.segment_length) if self.segment_length and self.has_encoder else sources
+        back_and_forth = np.where(sources % 2, targets, -targets)  # neighbours are alike where the source's length changes, too
+        by_length = order[np.lexsort((back_and_forth, sources, segments))]
+        batches = [by_length[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        return [batches[i] for i in np.random.default_rng([self.seed, epoch, pool]).permutation(len(batches))]
+
+    def _check_lengths(self) -> None:
+        for side, (name, most) in enumerate((("source", self.max_source_length), ("target", self.max_target_length))):
+            for start in range(0, self.corpus.n_documents, CHUNK) if most is not None else ():
+                lengths = self.corpus.lengths(start, min(self.corpus.n_documents, start + CHUNK))[side::2]
+                if lengths.max() > most:
+                    raise InvalidValue(
+                        f"max_{name}_length: expected at most {most} tokens, the {name} of pair {start // 2 + int(lengths.argmax())} has"
+                        f" {lengths.max()}; raise it, or give cut=True"
+                    )
+
+
+def _check_counts(**counts: Any) -> None:
+    if faults := [
+        f"{name}: expected an integer of at least 1, got {n!r}"
+        for name, n in counts.items()
+        if not isinstance(n, int) or isinstance(n, bool) or n < 1
+    ]:
+        raise InvalidValue("; ".join(faults))
+
+
+def _check_seed(seed: Any) -> None:
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise InvalidValue(f"seed: expected an integer of at least 0, got {seed!r}")
+
+
+def _check_step(step: Any) -> None:
+    if not isinstance(step, int | np.integer) or step < 0:
+        raise InvalidValue(f"step: expected an integer of at least 0, got {step!r}")

@@ -1,0 +1,77 @@
+"""Reading a file that may be anything: a device is never waited for, nothing is read past a limit."""
+
+import contextlib
+import errno
+import os
+import stat
+
+from mini_tfm.errors import FileProblem, InvalidType, InvalidValue
+
+
+class NamedFile(contextlib.AbstractContextManager["NamedFile"]):
+    """A binary file that knows the path to name in errors, even when it was opened relative to a folder."""
+
+    def __init__(self, fd: int, name: str) -> None:
+        self._file = os.fdopen(fd, "rb")
+        self.name = name
+        self.fileno = self._file.fileno
+        self.read = self._file.read
+        self.readinto = self._file.readinto
+        self.seek = self._file.seek
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+
+def open_regular(path: str | os.PathLike, name: str | None = None, folder_fd: int | None = None) -> NamedFile:
+    """Open a regular file for reading: a device, a FIFO or a folder is refused, and never waited for.
+
+    With `name`, opens that entry of the folder `path` (through `folder_fd` if given) and refuses a link, which could
+    lead out of the folder. Raises FileProblem.
+    """
+    path = as_path(path)
+    shown = os.path.join(path, name) if name else path
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (os.O_NOFOLLOW if name else 0)
+    try:
+        fd = os.open(shown if name is None or folder_fd is None else name, flags, dir_fd=folder_fd)
+    except FileNotFoundError as error:
+        raise FileProblem(f"{shown}: there is no such file; check the path") from error
+    except (OSError, ValueError) as error:
+        is_link = isinstance(error, OSError) and error.errno == errno.ELOOP
+        hint = "it is a link; put the file itself in the folder" if is_link else reason(error)
+        raise FileProblem(f"{shown}: cannot be opened: {hint}") from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise FileProblem(f"{shown}: expected a regular file, found a folder, a device or a pipe")
+    return NamedFile(fd, shown)
+
+
+def as_path(path: str | os.PathLike) -> str:
+    """The path as text. Raises InvalidType."""
+    try:
+        return os.fsdecode(path)
+    except TypeError:
+        raise InvalidType(f"path: expected a str or an os.PathLike, got {type(path).__name__}") from None
+
+
+def reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def read_all(file: NamedFile, max_bytes: int) -> bytes:
+    try:
+        data = file.read(max_bytes + 1)
+    except OSError as error:
+        raise FileProblem(f"{file.name}: cannot be read: {reason(error)}") from error
+    if len(data) > max_bytes:
+        raise InvalidValue(f"{file.name}: expected at most {max_bytes} bytes, found more")
+    return data
+
+
+def read_bytes(path: str | os.PathLike, max_bytes: int, name: str | None = None) -> bytes:
+    """The content of a regular file of at most `max_bytes` bytes; `name` as in `open_regular`.
+
+    Raises FileProblem, or InvalidValue if the file is longer.
+    """
+    with open_regular(path, name) as file:
+        return read_all(file, max_bytes)

@@ -1,0 +1,258 @@
+"""Finding strategies, and making them from a line of text.
+
+Plugins are loaded by pluggy from the entry-point group `mini_tfm`, one when it is asked for: a plugin that
+cannot be imported costs one warning and nothing else, and a list of names imports nothing.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from typing import Any
+
+import pluggy
+
+from ..errors import InvalidType, InvalidValue, MiniTfmError, PluginError
+from . import hookspecs
+from .base import Memory
+from .stack import Stack
+from .validate import check_spec, retold
+
+BUILT_IN = "mini_tfm_plugins."
+
+
+class PluginWarning(UserWarning):
+    """A plugin could not be loaded; everything else works."""
+
+
+class _Registry:
+    """pluggy's manager, the factories that hooks registered, and what failed to load."""
+
+    def __init__(self) -> None:
+        self.plugins = pluggy.PluginManager("mini_tfm")
+        self.plugins.add_hookspecs(hookspecs)
+        self.factories: dict[str, Callable[..., Memory]] = {}
+        self.owners: dict[str, str] = {}  # strategy -> "entry point (distribution version)"
+        self.failed: dict[str, str] = {}
+
+    def entry_points(self) -> dict[str, metadata.EntryPoint]:
+        """By name; of two with one name the built-in counts, else the first distribution by name."""
+        found: dict[str, metadata.EntryPoint] = {}
+        for point in self._all_points():
+            found.setdefault(point.name, point)
+        return found
+
+    def _all_points(self) -> list[metadata.EntryPoint]:
+        points = set(metadata.entry_points(group=hookspecs.ENTRY_POINT_GROUP))
+        return sorted(points, key=lambda point: (not point.value.startswith(BUILT_IN), _distribution(point), point.value))
+
+    def load(self, name: str) -> None:
+        """Imports the plugin of entry point `name` and runs its hook, once."""
+        if name in self.failed or self.plugins.get_plugin(name) is not None:
+            return
+        point, *others_of_name = [point for point in self._all_points() if point.name == name]
+        owner = f"{name} ({_distribution(point)})"
+        for other in others_of_name:
+            told = f"memory plugin {name} ({_distribution(other)}) is left out: {owner} has that name"
+            warnings.warn(told, PluginWarning, stacklevel=2)
+        found: dict[str, Callable[..., Memory]] = {}
+
+        def register(strategy: str, factory: Callable[..., Memory]) -> None:
+            _check_registration(strategy, factory)
+            found[strategy] = factory
+
+        try:
+            module = point.load()
+            self.plugins.register(module, name)
+            others = [plugin for plugin in self.plugins.get_plugins() if plugin is not module]
+            self.plugins.subset_hook_caller("register_memories", others)(register=register)
+            if not found:
+                raise InvalidValue("it registers no strategy: a function register_memories(register) marked @hookimpl must call register")
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # SystemExit and all: somebody else's module must not stop ours
+            self.failed[name] = f"{type(error).__name__}: {error}"
+            if (plugin := self.plugins.get_plugin(name)) is not None:
+                self.plugins.unregister(plugin)
+            warnings.warn(f"memory plugin {owner} could not be loaded and is left out: {self.failed[name]}", PluginWarning, stacklevel=2)
+            return
+        for strategy, factory in found.items():
+            self.register(strategy, factory, owner)
+
+    def register(self, name: str, factory: Callable[..., Memory], owner: str) -> None:
+        if name in self.factories:
+            warnings.warn(f"memory {name!r} of plugin {owner} is left out: {self.owners[name]} has that name", PluginWarning, stacklevel=3)
+            return
+        self.factories[name], self.owners[name] = factory, owner
+
+    def factory(self, name: str) -> Callable[..., Memory]:
+        points: Mapping[str, metadata.EntryPoint] = {}
+        if name not in self.factories:
+            points = self.entry_points()
+            for point in [name] if name in points else points:
+                self.load(point)
+        if name in self.factories:
+            return self.factories[name]
+        if name in self.failed:
+            raise PluginError(f"memory {name!r}: its plugin could not be loaded: {self.failed[name]}")
+        if name in points:
+            for point in points:
+                self.load(point)
+            if name in self.factories:
+                return self.factories[name]
+            offered = sorted(strategy for strategy, owner in self.owners.items() if owner.startswith(f"{name} ("))
+            raise PluginError(f"memory {name!r}: the plugin of that name offers only {', '.join(offered)}")
+        known = list_memories()
+        close = difflib.get_close_matches(name, known, 1)
+        raise InvalidValue(
+            f"memory: expected an installed strategy ({', '.join(known)}), got {name!r}"
+            + (f"; did you mean {close[0]!r}?" if close else "; `mini-tfm plugins list` shows what is installed")
+        )
+
+
+def _check_registration(name: Any, factory: Any) -> None:
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][\w-]*", name):
+        raise InvalidValue(f"name: expected letters, digits, _ and -, a letter first, got {name!r}")
+    if not callable(factory):
+        raise InvalidType(f"factory: expected a Memory class or a callable that gives one, got {factory!r}")
+
+
+def _distribution(point: metadata.EntryPoint) -> str:
+    return f"{point.dist.name} {point.dist.version}" if point.dist else "unknown distribution"
+
+
+_registry = _Registry()
+
+
+def register_memory(name: str, factory: Callable[..., Memory]) -> None:
+    """Registers a strategy for this process, without a package: notebooks, tests, experiments."""
+    _check_registration(name, factory)
+    _registry.factories[name], _registry.owners[name] = factory, "registered in this process"
+
+
+def list_memories() -> list[str]:
+    """Names of all installed strategies. Imports no plugin."""
+    return sorted({*_registry.entry_points(), *_registry.factories})
+
+
+def describe_memory(name: str) -> dict[str, Any]:
+    """Where a strategy comes from, its first docstring line and its options with their defaults."""
+    factory = _registry.factory(name)
+    options = {
+        p.name: "required" if p.default is p.empty else p.default
+        for p in inspect.signature(factory).parameters.values()
+        if p.kind is not p.VAR_KEYWORD
+    }
+    doc = (inspect.getdoc(factory) or "").partition("\n")[0]
+    return {"name": name, "plugin": _registry.owners[name], "about": doc, "options": options}
+
+
+def memory(name: str, **options: Any) -> Memory:
+    """An installed strategy by name, with its options; or a whole specification in one line.
+
+        memory("window", size=512, sinks=4)
+        memory("window:size=512,sinks=4+store:path=notes.mdb")
+
+    Raises InvalidValue for an unknown name or option (naming those there are), PluginError where the
+    plugin itself fails.
+    """
+    if not isinstance(name, str):
+        raise InvalidType(f"memory: expected the name of a strategy, got {type(name).__name__}")
+    parts = _split(name, r"\+(?=[A-Za-z_][\w-]*(?:[:+]|$))")
+    if len(parts) > 1:
+        if options:
+            raise InvalidValue(f"memory: give the options of a stack inside its text, got {name!r} and {sorted(options)}")
+        return Stack([memory(part) for part in parts])
+    name, _, text = name.partition(":")
+    name = name.strip()
+    given = _parse_options(name, text)
+    if both := sorted(set(given) & set(options)):
+        raise InvalidValue(f"memory {name!r}: option {both[0]!r} is given twice")
+    return _make(name, {**given, **options})
+
+
+def _parse_options(name: str, text: str) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for part in filter(None, _split(text, ",")):
+        option, equals, value = part.partition("=")
+        if not equals or not option.strip():
+            raise InvalidValue(f"memory {name!r}: expected option=value, got {part!r}")
+        if option.strip() in options:
+            raise InvalidValue(f"memory {name!r}: option {option.strip()!r} is given twice")
+        options[option.strip()] = _parse_value(value.strip())
+    return options
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """`text` cut at a separator (a regular expression), but not inside the quotes of a value, as in path='a,b'."""
+    cuts = re.finditer(rf"=\s*(?:'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\")|({separator})", text)
+    parts, start = [], 0
+    for cut in cuts:
+        if cut[1] is not None:
+            parts.append(text[start : cut.start()])
+            start = cut.end()
+    return [*parts, text[start:]]
+
+
+def _parse_value(text: str) -> Any:
+    if text.lower() in ("true", "false", "none"):
+        return {"true": True, "false": False, "none": None}[text.lower()]
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+    return value if isinstance(value, int | float | str) else text
+
+
+def _text_of(name: str, options: Mapping[str, Any]) -> str | None:
+    """What makes the same memory again, quoted where need be; None where an option is not a number, text, bool or None."""
+    written = []
+    for option, value in options.items():
+        for text in (str(value), repr(value)):
+            try:
+                back = _parse_options(name, f"{option}={text}")
+                same = back == {option: value} and type(back[option]) is type(value)
+                if same and len(_split(f"{name}:{option}={text}+x", r"\+(?=[A-Za-z_][\w-]*(?:[:+]|$))")) == 2:
+                    written.append(f"{option}={text}")
+                    break
+            except InvalidValue:
+                continue
+        else:
+            return None
+    return name + (":" + ",".join(written) if written else "")
+
+
+def _make(name: str, options: dict[str, Any]) -> Memory:
+    factory = _registry.factory(name)
+    try:
+        signature = inspect.signature(factory)
+    except (TypeError, ValueError) as error:
+        raise PluginError(f"memory {name!r} ({_registry.owners[name]}): the options of its factory cannot be read: {error}") from error
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    if not takes_any and (unknown := sorted(set(options) - set(signature.parameters))):
+        close = difflib.get_close_matches(unknown[0], signature.parameters, 1)
+        raise InvalidValue(
+            f"memory {name!r}: unknown option {unknown[0]!r}; it takes {', '.join(signature.parameters) or 'none'}"
+            + (f"; did you mean {close[0]!r}?" if close else "")
+        )
+    asked = [p for p in signature.parameters.values() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    missing = [p.name for p in asked if p.default is p.empty and p.name not in options]
+    if missing:
+        raise InvalidValue(f"memory {name!r}: option {missing[0]!r} is required, as in '{name}:{missing[0]}=...'")
+    try:
+        made = factory(**options)
+    except MiniTfmError as error:
+        raise retold(error, f"memory {name!r}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise PluginError(f"memory {name!r} ({_registry.owners[name]}) failed in __init__: {type(error).__name__}: {error}") from error
+    if not isinstance(made, Memory):
+        raise PluginError(f"memory {name!r} ({_registry.owners[name]}): expected a Memory, its factory gave {type(made).__name__}")
+    made.name, made.origin = name, _registry.owners[name]
+    made.text = _text_of(name, options)
+    check_spec(made)
+    return made

@@ -1,0 +1,102 @@
+"""Short ways to write a memory: bases that leave one method to a subclass. The full way is base.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from ..errors import InvalidValue
+from .base import SITES, Array, Dims, Evicted, Memory, MemorySpec, New, Segment, State, View
+
+
+class RowMemory(Memory):
+    """Short way for working memories: a bounded set of rows at every (site, layer).
+
+    A subclass says which stay: `keep` gives each row a priority, and the `size` highest stay, in order of
+    position. What goes is returned as evicted. Options: `size` rows, `site` (None: the model's reading
+    site; "all": every site).
+    """
+
+    def __init__(self, *, size: int, site: str | None = None):
+        if not isinstance(size, int) or size < 1:
+            raise InvalidValue(f"size: expected a number of rows of at least 1, got {size!r}")
+        if site not in (None, "all", *SITES):
+            raise InvalidValue(f"site: expected one of {', '.join(SITES)}, all, got {site!r}")
+        self.size, self.site = size, site
+        self.spec = MemorySpec(sites=frozenset(SITES if site in (None, "all") else [site]), capacity=size)
+
+    def keep(self, scores: np.ndarray | None, positions: np.ndarray) -> np.ndarray:
+        """(B, N) priorities from positions (B, N), -1 where there is no row, and the attention received so far
+        (B, N), if needed. What is said of no row does not count."""
+        raise NotImplementedError
+
+    def takes(self, site: str, dims: Dims) -> bool:
+        return self.site in ("all", site) or (self.site is None and site == dims.reading_site)
+
+    def start(self, batch: int, dims: Dims) -> dict[str, Array]:
+        state: dict[str, Array] = {}
+        for site, count in dims.layers.items():
+            for layer in range(count if site != "cross" else min(count, 1)) if self.takes(site, dims) else ():
+                key = bank_key(site, layer)
+                state[key + "hidden"] = np.zeros((batch, 0, dims.d_model), dims.dtype)
+                state[key + "valid"] = np.zeros((batch, 0), bool)
+                state[key + "positions"] = np.zeros((batch, 0), np.int64)
+                if "mass" in self.spec.needs:
+                    state[key + "mass"] = np.zeros((batch, 0), dims.dtype)
+        return state
+
+    def view(self, state: State, site: str, layer: int, segment: Segment) -> View | None:
+        key = bank_key(site, layer)
+        if key + "valid" not in state or not state[key + "valid"].shape[1]:
+            return None
+        return View(("hidden", state[key + "hidden"]), state[key + "valid"], positions=state[key + "positions"])
+
+    def write(self, state: State, site: str, layer: int, new: New) -> Evicted | None:
+        key = bank_key(site, layer)
+        if key + "valid" not in state:
+            return None
+        rows = {"hidden": new.hidden, "valid": new.valid, "positions": new.positions}
+        if "mass" in self.spec.needs:
+            rows["mass"] = new.mass
+            if new.view_mass is not None:
+                state[key + "mass"] = state[key + "mass"] + new.view_mass
+        rows = {name: np.concatenate([state[key + name], value], axis=1) for name, value in rows.items()}
+        valid, positions = rows["valid"], rows["positions"]
+        priority = np.asarray(self.keep(rows.get("mass"), np.where(valid, positions, -1)))
+        if priority.shape != valid.shape or np.isnan(priority).any():
+            got = "NaN" if priority.shape == valid.shape else f"shape {priority.shape}"
+            raise InvalidValue(f"keep: expected a priority for each of {valid.shape} rows, got {got}")
+        priority = np.where(valid, np.maximum(priority, np.finfo(np.float64).min), -np.inf)  # invalid rows go first
+        # Of each batch row the `size` best, then back in order of position (invalid ones first).
+        best = np.argsort(-priority, axis=1, kind="stable")
+        stay, go = (_in_order(part, positions, valid) for part in (best[:, : self.size], best[:, self.size :]))
+        for name, value in rows.items():
+            state[key + name] = _pick(value, stay)
+        if not go.shape[1]:
+            return None
+        return Evicted(site, layer, _pick(rows["hidden"], go), _pick(valid, go), _pick(positions, go))
+
+    def drain(self, state: State) -> Iterable[Evicted]:
+        for site, count in state.dims.layers.items():
+            for layer in range(count):
+                key = bank_key(site, layer)
+                if state.get(key + "valid") is not None and state[key + "valid"].shape[1]:
+                    yield Evicted(site, layer, state[key + "hidden"], state[key + "valid"], state[key + "positions"])
+                    for name in ("hidden", "valid", "positions", "mass"):
+                        if key + name in state:
+                            state[key + name] = state[key + name][:, :0]
+
+
+def bank_key(site: str, layer: int) -> str:
+    """The prefix of a bank's arrays in a state; the cross site has one bank for every layer."""
+    return "cross." if site == "cross" else f"{site}.{layer}."
+
+
+def _in_order(rows: np.ndarray, positions: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    place = np.where(np.take_along_axis(valid, rows, 1), np.take_along_axis(positions, rows, 1), -1)
+    return np.take_along_axis(rows, np.argsort(place, axis=1, kind="stable"), 1)
+
+
+def _pick(values: Array, rows: np.ndarray) -> Array:
+    return values[np.arange(len(rows))[:, None], rows]

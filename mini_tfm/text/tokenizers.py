@@ -1,0 +1,361 @@
+"""Text to token ids and back, behind one face.
+
+    Tokenizer            what the rest of the library sees
+      ByteTokenizer      one id a byte: nothing to train, nothing to install
+      BPETokenizer       any `tokenizer.json`, run by the `tokenizers` package; `train_bpe` makes one
+
+On disk, in the model's folder:
+
+    tokenizer_config.json   {"tokenizer_class": "ByteTokenizer"} is all of a ByteTokenizer. For any other kind it is
+                            optional and names the special tokens, with Hugging Face's keys.
+    tokenizer.json          vocabulary and rules of a BPETokenizer; not read for a ByteTokenizer.
+
+`encode` adds no special token, and the text "<eos>" is five characters, never the end of a sequence: what a user
+writes cannot steer the model's control tokens.
+"""
+
+import codecs
+import contextlib
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from mini_tfm.errors import InvalidType, InvalidValue, MiniTfmError
+from mini_tfm.files.folders import write_folder
+from mini_tfm.files.reading import as_path, read_bytes
+from mini_tfm.files.strict_json import parse_json_strict
+
+TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
+MAX_FILE_BYTES = 1 << 27
+MAX_VOCAB_SIZE = 1 << 22
+
+SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")  # ids 0, 1, 2 in the tokenizers made here
+
+# Role -> keys of tokenizer_config.json, then the usual names when the file has no such key. BERT's [CLS] and [SEP]
+# open and close a sequence, which is what bos and eos mean here.
+_ROLES = {
+    "pad": (("pad_token",), ("<pad>", "[PAD]")),
+    "bos": (("bos_token", "cls_token"), ("<bos>", "<s>", "[CLS]", "<|endoftext|>")),
+    "eos": (("eos_token", "sep_token"), ("<eos>", "</s>", "[SEP]", "<|endoftext|>")),
+}
+
+
+class StreamDecoder(Protocol):
+    """Ids one at a time to text; the pieces joined are `decode` of all ids."""
+
+    def push(self, token_id: int) -> str:
+        """The characters that are complete now, possibly none."""
+
+    def finish(self) -> str:
+        """What is left; an unfinished character becomes U+FFFD. The decoder can then be used anew."""
+
+
+class Tokenizer(ABC):
+    """Ids are 0 to `vocab_size` - 1; `pad_id`, `bos_id`, `eos_id` are None where the vocabulary has no such token."""
+
+    vocab_size: int
+    pad_id: int | None
+    bos_id: int | None
+    eos_id: int | None
+
+    @abstractmethod
+    def encode(self, text: str) -> np.ndarray:
+        """Text -> (T,) int64. Raises InvalidType, and InvalidValue at a lone surrogate, which no UTF-8 can hold."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """(T,) ids -> text, without special tokens; bytes that are not UTF-8 become U+FFFD.
+
+        Raises InvalidType, InvalidValue for ids that are not integers of the vocabulary.
+        """
+
+    @abstractmethod
+    def decode_stream(self) -> StreamDecoder:
+        """A new incremental decoder."""
+
+    @abstractmethod
+    def bytes_of(self, token_id: int) -> bytes:
+        """The bytes of text an id stands for, none for a special token. InvalidValue if ids are not made of bytes."""
+
+    @abstractmethod
+    def files(self) -> dict[str, bytes]:
+        """File name -> content: what `save` writes, for a caller that saves a model in the same step."""
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write `files()` into a folder, keeping everything else in it. Raises FileProblem."""
+        write_folder(folder, self.files())
+
+    def _check_ids(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        try:
+            array = np.asarray(ids)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise InvalidType(f"ids: expected one sequence of integers: {error}") from error
+        if array.size == 0:
+            array = array.astype(np.int64)  # an empty list is float64 to NumPy
+        if array.dtype.kind not in "iu" or array.ndim != 1:
+            raise InvalidType(f"ids: expected integers of shape (T,), got {array.dtype} of shape {array.shape}")
+        wrong = np.flatnonzero((array < 0) | (array >= self.vocab_size))
+        if wrong.size:
+            raise InvalidValue(
+                f"ids[{wrong[0]}]: expected 0 to {self.vocab_size - 1}, got {array[wrong[0]]}; "
+                "is this the tokenizer the model was trained with?"
+            )
+        return array.astype(np.int64, copy=False)
+
+
+def _utf8(text: str) -> bytes:
+    if not isinstance(text, str):
+        raise InvalidType(f"text: expected a str, got {type(text).__name__}")
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InvalidValue(
+            f"text: character {error.start} is the lone surrogate {text[error.start]!a}; "
+            "text.encode('utf-8', 'replace').decode() makes it a question mark"
+        ) from error
+
+
+class _ByteStream:
+    """Exact for tokens that are bytes: a character is given once its last byte is there."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        return self._decoder.decode(self._tokenizer.bytes_of(token_id))
+
+    def finish(self) -> str:
+        text = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return text
+
+
+class _TextStream:
+    """For tokens whose text depends on the one before (a word's first piece, say): decode a short window twice.
+
+    The window is the piece given last and the ids since; what the second adds to the first is new.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._given: list[int] = []
+        self._waiting: list[int] = []
+
+    def push(self, token_id: int) -> str:
+        self._waiting.append(int(self._tokenizer._check_ids([token_id])[0]))
+        return self._new_text(is_last=False)
+
+    def finish(self) -> str:
+        text = self._new_text(is_last=True)
+        self._given, self._waiting = [], []
+        return text
+
+    def _new_text(self, is_last: bool) -> str:
+        before = self._tokenizer.decode(self._given)
+        text = self._tokenizer.decode(self._given + self._waiting)
+        if len(text) <= len(before) or (text.endswith("\ufffd") and not is_last):
+            return ""
+        self._given, self._waiting = self._waiting, []
+        return text[len(before) :]
+
+
+class ByteTokenizer(Tokenizer):
+    """0 pad, 1 bos, 2 eos, then the 256 bytes of UTF-8: `decode(encode(text)) == text` for every text."""
+
+    pad_id, bos_id, eos_id = range(3)
+    vocab_size = 3 + 256
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(_utf8(text), np.uint8).astype(np.int64) + 3
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        ids = self._check_ids(ids)
+        return (ids[ids >= 3] - 3).astype(np.uint8).tobytes().decode("utf-8", "replace")
+
+    def decode_stream(self) -> StreamDecoder:
+        return _ByteStream(self)
+
+    def bytes_of(self, token_id: int) -> bytes:
+        (token_id,) = self._check_ids([token_id])
+        return bytes([token_id - 3]) if token_id >= 3 else b""
+
+    def files(self) -> dict[str, bytes]:
+        return {CONFIG_FILE: b'{"tokenizer_class": "ByteTokenizer"}\n'}
+
+
+class BPETokenizer(Tokenizer):
+    """A `tokenizer.json` of any kind that the `tokenizers` package runs; byte-level BPE is what `train_bpe` makes.
+
+    The file's padding, truncation and BPE dropout are switched off: an id sequence is a function of the text alone.
+    Whether text round-trips exactly is up to the file (a normalizer may drop accents); with `train_bpe` it does.
+    """
+
+    def __init__(self, tokenizer_json: bytes, config_json: bytes | None = None, source: str = "") -> None:
+        """Contents of the two files; `source` is the folder to name in errors. Raises InvalidValue."""
+        self._files = {TOKENIZER_FILE: tokenizer_json}
+        self._source = os.path.join(source, TOKENIZER_FILE)
+        rules = parse_json_strict(tokenizer_json, self._source)
+        config = {}
+        if config_json is not None:
+            self._files[CONFIG_FILE] = config_json
+            config = parse_json_strict(config_json, os.path.join(source, CONFIG_FILE))
+        rules |= {"truncation": None, "padding": None}
+        if isinstance(rules.get("model"), dict) and "dropout" in rules["model"]:
+            rules["model"]["dropout"] = None
+        self._engine = self._build(rules)
+        with self._blame():
+            vocab = self._engine.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocab.values(), default=-1) + 1
+        if not 0 < self.vocab_size <= MAX_VOCAB_SIZE:
+            raise InvalidValue(f"{self._source}: expected 1 to {MAX_VOCAB_SIZE} ids, found {self.vocab_size}")
+
+        names = {role: self._role(role, config, vocab) for role in _ROLES}
+        self.pad_id, self.bos_id, self.eos_id = (vocab.get(names[role]) for role in ("pad", "bos", "eos"))
+        # A file may list "</s>" as an ordinary added token: the engine would then find it in a user's text.
+        added = rules.get("added_tokens") or []
+        if plain := [token for token in added if token["content"] in names.values() and not token["special"]]:
+            for token in plain:
+                token["special"] = True
+            self._engine = self._build(rules)
+        contents = {token["content"] for token in added if token["special"]} | set(names.values())
+        self._special_ids = {vocab[content] for content in contents if content in vocab}
+        self._bytes = self._byte_table(vocab, {token["content"] for token in added}) if _is_byte_level(rules) else None
+
+    def encode(self, text: str) -> np.ndarray:
+        _utf8(text)
+        with self._blame():
+            return np.array(self._engine.encode(text, add_special_tokens=False).ids, np.int64)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        ids = self._check_ids(ids).tolist()
+        if self._bytes is not None:
+            return b"".join(self._bytes.get(i, b"") for i in ids).decode("utf-8", "replace")
+        with self._blame():
+            return self._engine.decode([i for i in ids if i not in self._special_ids], skip_special_tokens=False)
+
+    def decode_stream(self) -> StreamDecoder:
+        return _TextStream(self) if self._bytes is None else _ByteStream(self)
+
+    def bytes_of(self, token_id: int) -> bytes:
+        (token_id,) = self._check_ids([token_id]).tolist()
+        if self._bytes is None:
+            raise InvalidValue(f"{self._source}: its ids are not made of bytes; count len(text.encode()) instead")
+        return self._bytes.get(token_id, b"")
+
+    def files(self) -> dict[str, bytes]:
+        return dict(self._files)
+
+    def _build(self, rules: dict[str, Any]) -> Any:
+        from tokenizers import Tokenizer as Engine
+
+        with self._blame():
+            engine = Engine.from_str(json.dumps(rules))
+            engine.encode_special_tokens = True  # as text, that is: the names of special tokens are plain characters
+            return engine
+
+    @contextlib.contextmanager
+    def _blame(self) -> Iterator[None]:
+        """Whatever the engine raises becomes an error that names the file."""
+        try:
+            yield
+        except (MiniTfmError, MemoryError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic in Rust is not an Exception
+            raise InvalidValue(f"{self._source}: the tokenizers package refuses it: {error}") from error
+
+    def _role(self, role: str, config: dict[str, Any], vocab: dict[str, int]) -> str | None:
+        """The name of the token that plays a role, or None."""
+        keys, usual = _ROLES[role]
+        for key in keys:
+            if config.get(key) is not None:
+                name = config[key]
+                name = name.get("content") if isinstance(name, dict) else name
+                if not isinstance(name, str) or name not in vocab:
+                    raise InvalidValue(f"{self._source}: {CONFIG_FILE} says {key} is {name!r}, which is no token of it")
+                return name
+        if any(key in config for key in keys):
+            return None
+        return next((name for name in usual if name in vocab), None)
+
+    def _byte_table(self, vocab: dict[str, int], added: set[str]) -> dict[int, bytes]:
+        letters = _byte_letters()
+        table = {}
+        for token, token_id in vocab.items():
+            if token_id in self._special_ids:
+                continue
+            is_letters = token not in added and all(letter in letters for letter in token)
+            table[token_id] = bytes(letters[letter] for letter in token) if is_letters else token.encode("utf-8")
+        return table
+
+
+def _is_byte_level(rules: dict[str, Any]) -> bool:
+    decoder = rules.get("decoder")
+    return isinstance(decoder, dict) and decoder.get("type") == "ByteLevel"
+
+
+def _byte_letters() -> dict[str, int]:
+    """Letter -> byte, GPT-2's way to write bytes in JSON: printable ones are themselves, the rest start at U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
+    """Byte-level BPE learnt from `texts`: <pad> 0, <bos> 1, <eos> 2, the 256 bytes, then merges.
+
+    Every text round-trips exactly, seen in training or not. The same texts give the same file. The vocabulary is
+    smaller than asked where no pair of tokens occurs twice any more. Raises InvalidType, InvalidValue.
+    """
+    if type(vocab_size) is not int:
+        raise InvalidType(f"vocab_size: expected an int, got {type(vocab_size).__name__}")
+    smallest = len(SPECIAL_TOKENS) + 256
+    if not smallest <= vocab_size <= MAX_VOCAB_SIZE:
+        raise InvalidValue(f"vocab_size: expected {smallest} to {MAX_VOCAB_SIZE}, got {vocab_size}")
+    if isinstance(texts, str):
+        raise InvalidType("texts: expected several texts, got one str; put it in a list")
+    from tokenizers import Tokenizer as Engine
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    def checked() -> Iterator[str]:
+        for text in texts:
+            _utf8(text)
+            yield text
+
+    engine = Engine(models.BPE())
+    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    engine.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    engine.train_from_iterator(checked(), trainer)
+    pad, bos, eos = SPECIAL_TOKENS
+    config = {"bos_token": bos, "eos_token": eos, "pad_token": pad, "tokenizer_class": "PreTrainedTokenizerFast"}
+    return BPETokenizer(engine.to_str().encode("utf-8"), json.dumps(config, indent=2).encode("utf-8") + b"\n")
+
+
+def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
+    """The tokenizer of a model folder, by the files named at the top of this module.
+
+    Raises FileProblem when a file is missing or a link, InvalidValue naming the file when its content is refused.
+    """
+    folder = as_path(folder)
+    config_path = os.path.join(folder, CONFIG_FILE)
+    config_json = None
+    if os.path.lexists(config_path):
+        config_json = read_bytes(folder, MAX_FILE_BYTES, CONFIG_FILE)
+        config = parse_json_strict(config_json, config_path)
+        if config.get("tokenizer_class") == "ByteTokenizer":
+            if len(config) > 1:
+                raise InvalidValue(f"{config_path}: a ByteTokenizer has no options, found {sorted(config)[:8]}")
+            return ByteTokenizer()
+    return BPETokenizer(read_bytes(folder, MAX_FILE_BYTES, TOKENIZER_FILE), config_json, folder)

@@ -1,0 +1,151 @@
+"""Backpropagation through segments: the loss of a batch and its gradient, segment by segment from the last to the first.
+
+Between two segments the tape is cut: a segment starts from leaves that hold the states it was given. What its backward
+pass leaves in them is what the backward pass of the segment before starts from. So a segment's tape may be kept until
+then, or dropped and made again: one order of sums, and so the same gradients to the bit. Computed again, a batch takes the
+RAM of one segment and of the states between them (arXiv 1604.06174 for layers; arXiv 2207.06881 is what needs it here).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from .. import ops
+from ..autodiff import Var, backward, value_of
+from ..data.batches import Batch
+from ..memory.run import MemoryRun
+from ..memory.validate import blamed, expect
+from ..model import NO_DROPOUT, Dropout, Transformer
+from .walk import Segments
+
+
+def counts_of(batch: Batch, dtype: Any) -> np.ndarray:
+    """(B, n, L): what each target token weighs in the loss."""
+    counts = (np.arange(batch.target.shape[2]) < batch.target_lengths[..., None]).astype(dtype)
+    return counts if batch.weights is None else counts * batch.weights
+
+
+class SegmentLoss:
+    """The mean negative log-likelihood, in nats, of all target tokens of a batch, as a sum over its segments.
+
+    total: what all target tokens weigh, if the batch is a part of another one, whose mean is meant.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        batch: Batch,
+        w: Mapping[str, Any],
+        *,
+        total: float | None = None,
+        dropout: Dropout = NO_DROPOUT,
+        hide_source: np.ndarray | None = None,
+        label_smoothing: float = 0.0,
+    ):
+        self.model, self.batch, self.w, self.label_smoothing = model, batch, w, label_smoothing
+        self.segments = Segments(model, batch, w, dropout=dropout, hide_source=hide_source)
+        self.counts = counts_of(batch, model.dtype)
+        shares = self.counts.sum(axis=(0, 2), dtype=np.float64)
+        self.shares = shares / (total or shares.sum() or 1.0)
+        self.n_segments = len(shares)
+
+    def segment(self, run: MemoryRun, t: int, states_only: bool = False) -> Any:
+        """Reads segment t; its part of the sum, or None where no token counts (or states alone are asked for)."""
+        encoded, hidden = self.segments.read(run, t)
+        part = None
+        if self.shares[t] > 0 and not states_only:
+            logits = np.reshape(self.model.output_logits(hidden, self.w), (-1, self.model.config.vocab_size))
+            part = ops.cross_entropy(logits, self.batch.target[:, t].ravel(), self.counts[:, t].ravel(), self.label_smoothing)
+            part = part * self.model.dtype.type(self.shares[t])
+        self.model.finish_segment(encoded, run)
+        return part
+
+    def value(self, run: MemoryRun) -> float:
+        return self.sum([self.segment(run, t) for t in range(self.n_segments)])
+
+    def sum(self, parts: list[Any]) -> float:
+        total = self.model.dtype.type(0)
+        for part in parts:
+            total = total if part is None else total + value_of(part)
+        return float(total)
+
+
+def backpropagate(loss: SegmentLoss, run: MemoryRun, *, truncate: int | None = None, recompute: bool = False) -> float:
+    """The loss of the streams of `run`, from their first segment; its gradient is added to the weights of `loss`, which are Vars.
+
+    truncate: gradients stop after so many segments, None: never. recompute: computes each segment twice instead of
+    keeping its tape; PluginError if a memory then holds something else. If the loss is not finite, no gradient is whole.
+    """
+    parts: list[Any] = []
+    born = run.traced()  # what memories start from is trained, too
+    size = truncate or max(1, loss.n_segments)
+    for first in range(0, loss.n_segments, size):
+        run.detach() if first else None
+        more, start = _chunk(loss, run, range(first, min(first + size, loss.n_segments)), recompute)
+        parts += more
+        if not np.isfinite(loss.sum(parts)):
+            break
+        if not first:
+            _send(None, born, start)
+    return loss.sum(parts)
+
+
+Leaves = dict[tuple[int, str], Var]  # states by member and name
+
+
+def _chunk(loss: SegmentLoss, run: MemoryRun, segments: range, recompute: bool) -> tuple[list[Any], Leaves]:
+    """Forward and backward through `segments`: their parts of the loss, and the leaves that the first one started from."""
+    parts: list[Any] = []
+    given: list[MemoryRun] = []  # each segment's incoming states
+    made: list[Leaves] = []  # and its outgoing ones, on its tape
+    for t in segments:
+        run.cut()
+        given.append(run.copy())
+        dropped = recompute and t != segments[-1]
+        part = loss.segment(run, t, states_only=dropped)
+        parts.append(part)
+        made.append({} if dropped else run.traced())
+    arrived: Leaves = {}
+    following = run
+    for i in reversed(range(len(segments))):
+        started = given[i].traced()
+        if recompute and i + 1 < len(segments):
+            again = given[i].copy()
+            parts[i] = loss.segment(again, segments[i])
+            made[i] = _same(again, following, segments[i])
+        if not np.isfinite(loss.sum(parts)):
+            return parts, {}
+        part, parts[i] = parts[i], value_of(parts[i])
+        _send(part, made.pop(), arrived)
+        arrived, following = started, given.pop()
+    return parts, arrived
+
+
+def _send(part: Var | None, made: Leaves, arrived: Leaves) -> None:
+    """A segment's backward pass: from its part of the loss, and from what the next one's left in the leaves it started from."""
+    outputs: list[Any] = [] if part is None else [part]
+    grads: list[Any] = [None] * len(outputs)
+    for key, leaf in arrived.items():
+        if leaf.grad is not None:
+            outputs.append(made[key])
+            grads.append(leaf.grad)
+    backward(*outputs, grads=grads)
+
+
+def _same(again: MemoryRun, before: MemoryRun, t: int) -> Leaves:
+    """The states on the tape of a segment computed again, which must be what they were."""
+    for i, (new, old) in enumerate(zip(again.states, before.states, strict=True)):
+        with blamed(again.members[i], "write", None, None, t):
+            told = "the segment, computed again from the same state, leaves {}; keep everything in the state and write into no array of it"
+            expect(new.keys() == old.keys(), told.format(f"{sorted(new)}, before {sorted(old)}"))
+            for name in new:
+                expect(_equal(new[name], old[name]), told.format(f"another state[{name!r}]"))
+    return again.traced()
+
+
+def _equal(a: Any, b: Any) -> bool:
+    x, y = value_of(a), value_of(b)
+    return isinstance(a, Var) == isinstance(b, Var) and np.array_equal(x, y, equal_nan=x.dtype.kind == "f")

@@ -1,0 +1,180 @@
+"""The loop around a step: batches, validation, early stopping, logs, checkpoints, progress. `Trainer.fit` says what of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..data.batches import Batch, fields
+from ..data.mixtures import batches_of, differences, state_of
+from ..errors import InvalidValue, TrainingError
+from ..progress import training_progress
+from .interrupts import uninterrupted
+from .logs import Logs
+from .parallel import StoppedTogether
+from .run_folder import BEST, check_finite, digest, keep_checkpoint, save_weights
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+
+class Fitting:
+    """One call of `Trainer.fit`."""
+
+    def __init__(self, trainer: Trainer, batch_of: Callable[[int], Batch], validation_of: Callable[[int], Batch] | None, folder: Any):
+        self.trainer, self.batch_of, self.validation_of = trainer, batch_of, validation_of
+        self.folder = Path(folder) if folder is not None else None
+        self.options = trainer.fit_options
+        self.saved_at: int | None = None
+        self.accounted = trainer.step_count
+        self.batches: dict[int, Batch] = {}  # of the last two steps
+        self.rate = 0.0  # of the last step
+        self.history: dict[str, Any] = {"loss": [], "validation": []}
+        if self.folder is None and (self.options["save_best"] or self.options["save_total_limit"]):
+            raise InvalidValue("folder: expected one, in which save_best and save_total_limit keep models, got None")
+        if validation_of is None and (self.options["save_best"] or trainer.options["early_stopping_patience"] is not None):
+            raise InvalidValue("validation: expected data, by which save_best and early_stopping_patience judge, got None")
+
+    def run(self, steps: int | None, seconds: float | None, on_step: Callable[[Trainer, float], None] | None, progress: bool) -> None:
+        trainer, ranks = self.trainer, self.trainer.communicator
+        before, began = trainer.seconds, time.perf_counter()
+        chief = ranks.rank == 0
+        with (
+            Logs(self.options if chief else {**self.options, **_NO_LOGS}, trainer.losses) as self.logs,
+            training_progress(progress and chief, steps, trainer.step_count) as tell,
+        ):
+            try:
+                while (steps is None or trainer.step_count < steps) and not trainer.stopped_early:
+                    if seconds is not None and ranks.any(time.perf_counter() - began >= seconds):
+                        break
+                    self.rate, step, tokens = trainer.learning_rate, trainer.step_count, trainer.tokens_seen
+                    self.batches = {step: self.batch_of(step), **{n: b for n, b in self.batches.items() if n == step - 1}}
+                    loss = trainer.step(*fields(self.batches[step]))
+                    trainer.seconds = before + time.perf_counter() - began
+                    self.account()
+                    if self.options["save_every"] and trainer.step_count % self.options["save_every"] == 0:
+                        self.save()
+                    tell(loss, trainer.validations[-1][1] if trainer.validations else None, self.rate, trainer.tokens_seen - tokens)
+                    if on_step is not None:
+                        on_step(trainer, loss)
+            except KeyboardInterrupt as stop:
+                if ranks.size == 1 or isinstance(stop, StoppedTogether):
+                    self.account()
+                    self.save(keep=False)
+                raise
+            self.save(keep=False)
+
+    def account(self) -> None:
+        """What belongs to the last step, done once: its validation, if one is due, and its line in the logs."""
+        trainer = self.trainer
+        if trainer.step_count == self.accounted:
+            return
+        due = self.validation_of is not None and trainer.step_count % self.options["validate_every"] == 0
+        if due and not (trainer.validations and trainer.validations[-1][0] == trainer.step_count):
+            self.validate()
+        record = {
+            "step": trainer.step_count,
+            "loss": trainer.losses[-1],
+            "learning_rate": self.rate,
+            "gradient_norm": trainer.gradient_norm,
+            "tokens": trainer.tokens_seen,
+            "seconds": trainer.seconds,
+        }
+        with uninterrupted():
+            self.logs.write({**record, "validation_loss": trainer.validations[-1][1]} if due else record)
+            self.history["loss"].append(trainer.losses[-1])
+            self.accounted = trainer.step_count
+
+    def validate(self) -> None:
+        """Measures the loss of the validation batches, which ranks share out, over all their target tokens; keeps the best so far."""
+        assert self.validation_of is not None
+        trainer, ranks = self.trainer, self.trainer.communicator
+        check_finite(trainer)  # or a memory would be blamed for what it was given
+        losses, weights = sums = np.zeros((2, self.options["validation_batches"]))
+        for i in range(ranks.rank, len(losses), ranks.size):
+            batch = self.validation_of(i)
+            losses[i], weights[i] = trainer.evaluate(batch), trainer.weight_of(batch)
+        ranks.sum(sums)
+        loss = float(losses @ weights / (weights.sum() or 1.0))
+        if not np.isfinite(loss):
+            bad = np.flatnonzero(~np.isfinite(losses))[0]
+            told = f"step {trainer.step_count}: the loss of validation batch {bad} is {losses[bad]}"
+            raise TrainingError(f"{told}; what was saved last is as it was: lower learning_rate, or check the data")
+        with uninterrupted():
+            if trainer.best is None or loss < trainer.best[1] - trainer.options["early_stopping_threshold"]:
+                if self.options["save_best"]:
+                    self.write(lambda folder: save_weights(trainer, folder / BEST))
+                trainer.best = [trainer.step_count, loss]
+            self.history["validation"].append((trainer.step_count, loss))
+            trainer.validations.append([trainer.step_count, loss])
+
+    def save(self, keep: bool = True) -> None:
+        """The run, unless this step is saved already; first, with `keep`, its model as one of the last few."""
+        trainer, limit = self.trainer, self.options["save_total_limit"]
+        if self.saved_at == trainer.step_count:
+            return
+        if (last := self.batches.get(trainer.step_count - 1)) is not None:
+            trainer.batch_digest = digest(trainer._batch(*fields(last)))
+
+        def write(folder: Path) -> None:
+            self.logs.sync()  # a log that ends before the checkpoint could not be gone on with
+            if keep and limit:
+                keep_checkpoint(trainer, folder, limit)
+            trainer.save(folder)
+
+        self.write(write)
+        self.saved_at = trainer.step_count
+
+    def write(self, what: Callable[[Path], None]) -> None:
+        """Into the folder, if there is one: rank 0 alone writes, and the others wait until it has."""
+        if self.folder is None:
+            return
+        check_finite(self.trainer)  # by all ranks, so that all of them stop
+        if self.trainer.communicator.rank == 0:
+            what(self.folder)
+        self.trainer.communicator.wait()
+
+
+_NO_LOGS = dict.fromkeys(("jsonl_log", "csv_log", "tensorboard_log"))
+
+
+def agree(trainer: Trainer, data: Any, other_data: bool) -> None:
+    """What has to hold before the first step: the data is that of the resumed run, and ranks have the same of everything."""
+    ranks, step, batch_of, state = trainer.communicator, trainer.step_count, batches_of("data", data), state_of(data)
+    if not trainer.resumed or other_data:
+        trainer.batch_digest = None
+    elif changed := _changed(trainer, batch_of, state):
+        raise InvalidValue(
+            f"data: is not what this run was trained on: {changed}; give the same data, or other_data=True (on the command line"
+            " --accept-changes) to go on with other data"
+        )
+    trainer.resumed, trainer.data_state = False, state
+    if ranks.size == 1:
+        return
+    mine = np.frombuffer(bytes.fromhex(digest(trainer._batch(*fields(batch_of(step))))), np.uint8).astype(np.int64)
+    told = np.concatenate([[step], mine])
+    ranks.share(told)
+    if told[0] != step:
+        raise InvalidValue(f"step: rank 0 stands at step {told[0]}, rank {ranks.rank} at {step}; resume all from the same folder")
+    if not np.array_equal(told[1:], mine):
+        raise InvalidValue(f"data: batch {step} of rank {ranks.rank} is not that of rank 0; give all ranks the same data and seed")
+    for array in (trainer.optimizer.arena, *trainer.optimizer.state().values()):
+        ranks.share(array)
+
+
+def _changed(trainer: Trainer, batch_of: Callable[[int], Batch], state: dict[str, Any] | None) -> str:
+    """What of the data is not as it was when the run was saved; "" where nothing is known to be.
+
+    Its state names the fault, in batches that have not come yet, too; the last step's batch shows it of data that has no
+    state, and what no state names.
+    """
+    if state is not None and trainer.data_state is not None and (found := list(differences(trainer.data_state, state))):
+        return "; ".join(found[:4])
+    last = trainer.step_count - 1
+    if trainer.batch_digest is not None and digest(trainer._batch(*fields(batch_of(last)))) != trainer.batch_digest:
+        return f"batch {last} is not what it was"
+    return ""

@@ -1,0 +1,180 @@
+"""A run on disk: the model's own folder, with two more files from which training goes on.
+
+    config.json model.safetensors ...   the model after the last saved step, which `mt.load` reads
+    training.json                       options, step, losses and whatever else is not an array
+    training.safetensors                the optimizer's moments
+    best/                               the model of the best validation, where `save_best` asks for it
+    checkpoint-<step>/                  the models of the last saves, as many as `save_total_limit` says
+
+All that a step depends on besides is a function of (seed, step): there is no state of a random generator to save.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..checkpoint.models import load_saved, save_model
+from ..checkpoint.safetensors import encode_safetensors, read_safetensors
+from ..data.batches import Batch, fields
+from ..errors import FileProblem, InvalidValue, TrainingError
+from ..files.strict_json import read_json_strict
+from ..memory.base import Memory
+from .options import FIT_DEFAULTS, check_fit_options, check_trainer_options
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+TRAINING_FILE = "training.json"
+OPTIMIZER_FILE = "training.safetensors"
+BEST = "best"
+CHECKPOINT = "checkpoint-"
+
+# Of `training.json`, with what stands for a field in a folder of 0.1.0, which has not all of them.
+_FIELDS: dict[str, Any] = {
+    "step_count": 0,
+    "tokens_seen": 0,
+    "losses": [],
+    "validations": [],
+    "best": None,
+    "seconds": 0.0,
+    "data_state": None,
+    "batch_digest": None,
+    "fit_options": FIT_DEFAULTS,
+}
+_NEEDED = ("options", "step_count", "tokens_seen", "losses")
+_NEW_OPTIONS = {"gradient_accumulation_steps": 1, "early_stopping_patience": None, "early_stopping_threshold": 0.0}
+
+
+def save_run(trainer: Trainer, folder: str | Path) -> None:
+    """Writes all of a run into `folder`: the old files or the new ones, never half.
+
+    Raises TrainingError, and leaves what is there, when a weight is not finite: a run can be resumed from nothing else.
+    """
+    check_finite(trainer)
+    about = {"options": trainer.options, **{name: getattr(trainer, name) for name in _FIELDS}}
+    extra = {
+        TRAINING_FILE: json.dumps(about).encode(),
+        OPTIMIZER_FILE: b"".join(bytes(part) for part in encode_safetensors(trainer.optimizer.state())),
+    }
+    save_model(folder, trainer.model, tokenizer=trainer.tokenizer, memory=trainer.memory, extra_files=extra)
+
+
+def save_weights(trainer: Trainer, folder: Path) -> None:
+    """The model alone, at this step."""
+    check_finite(trainer)
+    save_model(folder, trainer.model, tokenizer=trainer.tokenizer, memory=trainer.memory)
+
+
+def check_finite(trainer: Trainer) -> None:
+    if not np.isfinite(trainer.optimizer.arena).all():
+        bad = [name for name, weight in trainer.model.weights.items() if not np.isfinite(weight).all()]
+        raise TrainingError(
+            f"step {trainer.step_count}: weights are not finite ({', '.join(bad[:3])}), so they are not saved: what is saved stays as it"
+            " was; lower learning_rate, or add warmup_steps"
+        )
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """The folders checkpoint-<step> inside `folder`, oldest step first."""
+    found = [path for path in Path(folder).glob(CHECKPOINT + "*") if re.fullmatch(CHECKPOINT + "[0-9]+", path.name) and path.is_dir()]
+    return sorted(found, key=_step_of)
+
+
+def keep_checkpoint(trainer: Trainer, folder: Path, limit: int) -> None:
+    """The model as it is, beside the newest limit - 1 of the steps before it; what a cut-off run left of later ones stays."""
+    save_weights(trainer, folder / f"{CHECKPOINT}{trainer.step_count}")
+    earlier = [path for path in checkpoints(folder) if _step_of(path) <= trainer.step_count]
+    for path in earlier[:-limit]:
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            raise FileProblem(f"{path}: an old checkpoint cannot be removed: {error.strerror or error}") from error
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix(CHECKPOINT))
+
+
+def load_run(kind: type[Trainer], folder: str | Path, memory: Memory | None, communicator: Any) -> Trainer:
+    """The trainer that `save_run` wrote. Raises FileProblem or InvalidValue naming the file or field at fault."""
+    saved = load_saved(folder)
+    about = _checked(read_json_strict(Path(folder) / TRAINING_FILE, 1 << 28), kind)
+    if memory is not None and memory.text != saved.memory_text:
+        raise InvalidValue(
+            f"memory: {folder} was trained with {saved.memory_text or 'one made in Python, or none'}, expected the same, got"
+            f" {memory.text or memory.name}; to train its model with another memory, begin anew: Trainer(mt.load(folder), memory)"
+        )
+    memory = memory if memory is not None else saved.memory()
+    names = set(saved.model.weights)
+    trainer = kind(saved.model, memory, tokenizer=saved.tokenizer, communicator=communicator, **about.pop("options"))
+    if added := sorted(set(trainer.model.weights) - names):
+        raise InvalidValue(f"memory: its parameter {added[0]} is not in {folder}; give the memory that it was trained with")
+    trainer.optimizer.load_state(read_safetensors(Path(folder) / OPTIMIZER_FILE), about["step_count"])
+    for name, value in about.items():
+        setattr(trainer, name, value)
+    trainer.resumed = True
+    return trainer
+
+
+def _checked(about: dict[str, Any], kind: type[Trainer]) -> dict[str, Any]:
+    """Refuses a training file that `save_run` did not write; the fields and options that 0.1.0 had not are filled in."""
+    faults = [f"field {name!r} is missing" for name in _NEEDED if name not in about]
+    faults += [f"unknown field {name!r}" for name in about if name not in _NEEDED and name not in _FIELDS]
+    about = {**copy.deepcopy(_FIELDS), "options": {}, **about}
+    for name in ("step_count", "tokens_seen"):
+        if not _is_count(about[name]):
+            faults.append(f"{name}: expected an integer of at least 0, got {about[name]!r}")
+    losses = about["losses"]
+    if not isinstance(losses, list) or not all(isinstance(loss, float) for loss in losses):
+        faults.append("losses: expected a list of numbers")
+    elif _is_count(about["step_count"]) and len(losses) != about["step_count"]:
+        faults.append(f"losses: expected {about['step_count']}, as many as steps, got {len(losses)}")
+    validations = about["validations"]
+    if not isinstance(validations, list) or not all(_is_validation(pair) for pair in validations):
+        faults.append("validations: expected a list of [step, loss]")
+    if about["best"] is not None and not _is_validation(about["best"]):
+        faults.append(f"best: expected [step, loss] or null, got {about['best']!r}")
+    if not isinstance(about["seconds"], float) or about["seconds"] < 0:
+        faults.append(f"seconds: expected a number of at least 0, got {about['seconds']!r}")
+    if not isinstance(about["data_state"], dict | None):
+        faults.append(f"data_state: expected a mapping or null, got {type(about['data_state']).__name__}")
+    if not isinstance(about["batch_digest"], str | None):
+        faults.append(f"batch_digest: expected text or null, got {about['batch_digest']!r}")
+    options, fit_options = about["options"], about["fit_options"]
+    for name, value in (("options", options), ("fit_options", fit_options)):
+        if not isinstance(value, dict):
+            faults.append(f"{name}: expected a mapping, got {type(value).__name__}")
+    if isinstance(options, dict):
+        known = set(inspect.signature(kind).parameters) - {"model", "memory", "tokenizer", "communicator"}
+        faults += [f"unknown option {name!r}" for name in options if name not in known]
+    if faults:
+        raise InvalidValue(f"{TRAINING_FILE}: " + "; ".join(faults))
+    about["options"], about["fit_options"] = {**_NEW_OPTIONS, **options}, {**FIT_DEFAULTS, **fit_options}
+    check_trainer_options(about["options"])
+    check_fit_options(about["fit_options"])
+    return about
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_validation(pair: Any) -> bool:
+    return isinstance(pair, list) and len(pair) == 2 and _is_count(pair[0]) and isinstance(pair[1], float)
+
+
+def digest(batch: Batch) -> str:
+    """Names the content of a batch: the data of a run is the same as long as that of its last step is."""
+    sha = hashlib.sha256()
+    for values in fields(batch):
+        sha.update(b"-" if values is None else repr((values.shape, values.dtype.str)).encode() + np.ascontiguousarray(values).tobytes())
+    return sha.hexdigest()
