@@ -5,7 +5,9 @@
 The names below are imported when first used, so that `import mini_tfm` costs next to nothing.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -18,8 +20,8 @@ _WHERE = {
     "get_num_threads": "kernels",
     "show_config": "kernels",
     "Config": "config",
-    "Transformer": "model",
-    "load": "checkpoint.models",
+    "Transformer": "transformer",
+    "load": "transformer",
     "memory": "memory.registry",
     "list_memories": "memory.registry",
     "register_memory": "memory.registry",
@@ -48,14 +50,13 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .checkpoint.models import load
     from .config import Config
     from .errors import MiniTfmError
     from .kernels import attention, get_num_threads, set_num_threads, show_config, sinusoidal_positions, softmax
     from .memory.registry import list_memories, memory, register_memory
-    from .model import Transformer
     from .pipeline import Pipeline
     from .train import Trainer
+    from .transformer import Transformer, load
 
 
 def __getattr__(name: str) -> Any:
@@ -68,3 +69,18 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+class _Package(ModuleType):
+    """`mt.attention` is the kernel, whatever imports the module of that name: a submodule becomes an attribute of its package."""
+
+    @property
+    def attention(self) -> Any:
+        return import_module(".kernels", __name__).attention
+
+    @attention.setter
+    def attention(self, submodule: ModuleType) -> None:
+        pass
+
+
+sys.modules[__name__].__class__ = _Package

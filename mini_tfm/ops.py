@@ -177,6 +177,23 @@ def linear_cross_entropy(
     return record(loss, (x, weight, bias), vjp, fresh=True)
 
 
+LOGITS_BYTES = 1 << 25  # more logits than that are never held at once
+
+
+def output_loss(
+    x: Array, weight: Array, targets: np.ndarray, weights: np.ndarray, *, label_smoothing: float = 0.0, transposed: bool = False
+) -> Array:
+    """`cross_entropy` of the output layer x W: with logits in RAM where they are few, else without.
+
+    x (..., d); targets, weights of its leading shape. Without them it takes a fourth product, and no memory.
+    """
+    n_classes = weight.shape[0 if transposed else 1]
+    if np.size(targets) * n_classes * x.dtype.itemsize > LOGITS_BYTES:
+        return linear_cross_entropy(x, weight, targets, weights, label_smoothing, transposed=transposed)
+    logits = np.reshape(linear(x, weight, transposed=transposed), (-1, n_classes))
+    return cross_entropy(logits, np.reshape(targets, -1), np.reshape(weights, -1), label_smoothing)
+
+
 def _shares(n: int, weights: np.ndarray | None, dtype: Any) -> np.ndarray:
     """What each of n targets counts for in the weighted mean."""
     weights = np.ones(n, dtype) if weights is None else np.reshape(np.asarray(weights, dtype), -1)
@@ -239,6 +256,8 @@ def attention(q: Array, blocks: Sequence[Block], scale: float, *, dropout: float
 
 def attention_with_lse(q: Array, blocks: Sequence[Block], scale: float, *, dropout: float = 0.0, seed: int = 0) -> tuple[Array, np.ndarray]:
     """`attention`, and the log-sum-exp of each query's scores (B, H, T), which carries no gradient."""
+    if type(q) is not Var and all(map(_is_plain, blocks)):
+        return _core.attention(q, blocks, scale, dropout=dropout, seed=seed)
     tables = [block.bias.table if isinstance(block.bias, DistanceBias) else block.bias for block in blocks]
     plain = [
         dataclasses.replace(block, k=value_of(block.k), v=value_of(block.v), bias=_bias_view(block.bias, value_of(table)))
@@ -260,6 +279,11 @@ def attention_with_lse(q: Array, blocks: Sequence[Block], scale: float, *, dropo
         return [dq, *(x for grad, d in zip(grads, dtables, strict=True) for x in (grad.dk, grad.dv, d))]
 
     return record(out, parents, vjp, fresh=True), lse
+
+
+def _is_plain(block: Block) -> bool:
+    """Whether the kernel can take it as it is."""
+    return type(block.k) is not Var and type(block.v) is not Var and type(block.bias) not in (Var, DistanceBias)
 
 
 def _bias_view(bias: Any, table: Any) -> np.ndarray | None:

@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from . import _core
-from .autodiff import value_of
 from .errors import InvalidType, InvalidValue
-from .generate.options import GenerationOptions
-from .generate.session import token_steps
+from .generate import GenerationOptions, Session
+from .generate.search import one_by_one
 from .memory.base import Memory
-from .model import Encoded, Transformer
+from .memory.registry import memory as make_memory
+from .stream import Stream
 from .text.pieces import in_pieces
 from .text.tokenizers import Tokenizer
+from .transformer import Transformer, load_saved
 
 DEFAULT_SEGMENT_TOKENS = 256
 SEGMENTS_A_FLUSH = 16  # how often reading makes a long-term memory durable
@@ -39,8 +39,6 @@ class Pipeline:
         if tokenizer.vocab_size > model.config.vocab_size:
             raise InvalidValue(f"tokenizer: expected at most the model's {model.config.vocab_size} tokens, got {tokenizer.vocab_size}")
         if isinstance(memory, str):
-            from .memory import memory as make_memory
-
             memory = make_memory(memory)
         if memory is not None and not isinstance(memory, Memory):
             raise InvalidType(f"memory: expected a Memory, its text or None, got {type(memory).__name__}")
@@ -58,8 +56,6 @@ class Pipeline:
         cls, folder: str | Path, memory: Memory | str | None = "saved", dtype: str = "float32", segment_length: int | None = None
     ) -> Pipeline:
         """The pipeline of a model folder; memory: text or a Memory, None for none, "saved" for what it was trained with."""
-        from .checkpoint.models import load_saved
-
         saved = load_saved(folder, dtype)
         if saved.tokenizer is None:
             raise InvalidValue(f"folder: {folder} has no tokenizer (tokenizer.json); use mt.load(folder) for the model alone")
@@ -67,13 +63,12 @@ class Pipeline:
 
     def reset(self) -> None:
         """Forgets what was read in this process; documents on disk stay (`memory.reset(name)` deletes one)."""
-        self._run = self.model.start_run(self.memory, 1)
-        self._last: int | None = None  # a decoder-only model's last token
+        self._stream = Stream(self.model, self.memory, 1)
 
     def close(self) -> None:
         """Ends the stream: what working memory holds goes to the long-term memory behind it, durable with a path."""
-        self._run.drain()
-        self._run.flush()
+        self._stream.run.drain()
+        self._stream.run.flush()
         self.reset()
 
     def read(self, text: str | Iterable[str]) -> int:
@@ -86,11 +81,11 @@ class Pipeline:
             raise InvalidValue("memory: this pipeline has none to read into; give one, as in Pipeline.load(folder, memory='window')")
         count = 0
         for number, segment in enumerate(self._segments(text)):
-            self._run, self._last = self._read_segment(self._run, segment, self._last)
+            self._stream.read(segment[None], np.array([len(segment)]))
             count += len(segment)
             if number % SEGMENTS_A_FLUSH == SEGMENTS_A_FLUSH - 1:
-                self._run.flush()
-        self._run.flush()
+                self._stream.run.flush()
+        self._stream.run.flush()
         return count
 
     def generate(self, text: str, *, stream: bool = False, **options: Any) -> str | Iterator[str]:
@@ -101,8 +96,8 @@ class Pipeline:
         instead, as they come.
         """
         chosen = GenerationOptions.of(options)
-        self.model._needs("decoder")
-        pieces = self._generate(self._encode(text), chosen, self._run.copy(), self._last)
+        self.model.needs("decoder")
+        pieces = self._generate(self._encode(text), chosen, self._stream.copy())
         return pieces if stream else "".join(pieces)
 
     def score(self, text: str | Iterable[str]) -> dict[str, float]:
@@ -110,14 +105,14 @@ class Pipeline:
 
         Returns tokens, bytes, bits, bits_per_token, bits_per_byte; the memory stays as it was.
         """
-        self.model._needs("decoder")
-        run, last = self._run.copy(), None
-        tokens, n_bytes, bits = 0, 0, 0.0
+        self.model.needs("decoder")
+        stream, tokens, bits = self._stream.copy(), 0, 0.0
+        stream.begin_text()
         before = np.array([self.model.config.bos_id])
         for segment in self._segments(text, count_bytes := [0]):
-            bits += self._score_segment(run, before, segment, last)
+            bits += self._score_segment(stream, before, segment)
             tokens += len(segment)
-            before, last = segment, int(segment[-1])
+            before = segment
         n_bytes = count_bytes[0]
         if not tokens:
             raise InvalidValue("text: expected at least one token, got an empty text")
@@ -131,7 +126,7 @@ class Pipeline:
 
     def embed(self, texts: str | Iterable[str]) -> np.ndarray:
         """One vector a text, the mean of the encoder's outputs over its tokens (at most a segment) -> (N, d_model)."""
-        self.model._needs("encoder")
+        self.model.needs("encoder")
         if not isinstance(texts, Iterable):
             raise InvalidType(f"text: expected str or an iterable of str, got {type(texts).__name__}")
         many = [self._encode(text)[: self.segment_length] for text in ([texts] if isinstance(texts, str) else texts)]
@@ -145,7 +140,7 @@ class Pipeline:
 
     def state_bytes(self) -> int:
         """Bytes of memory state in RAM."""
-        return self._run.nbytes()
+        return self._stream.run.nbytes()
 
     # Inside
 
@@ -167,75 +162,59 @@ class Pipeline:
         if len(pending):
             yield pending
 
-    def _read_segment(self, run: Any, segment: np.ndarray, last: int | None) -> tuple[Any, int]:
-        """One segment into a memory. The decoder runs only where a memory lives in it."""
-        model, length = self.model, np.array([len(segment)])
-        run.open(length, segment[None])
-        encoded = model.encode_segment(segment[None], length, run) if model.config.has_encoder else None
-        if encoded is None or run.uses("decoder"):
-            first = None if last is None or encoded is not None else np.array([last])
-            model.decode_segment(model.shift_right(segment[None], first), length, encoded, run)
-        model.finish_segment(encoded, run)
-        return run, int(segment[-1])
-
-    def _score_segment(self, run: Any, before: np.ndarray, segment: np.ndarray, last: int | None) -> float:
-        """Bits of `segment`, given the one before it, which is read."""
-        model, lengths = self.model, np.array([len(segment)])
-        encoded = self._open(run, before if model.config.has_encoder else segment, segment)
-        first = None if encoded is not None or last is None else np.array([last])
-        hidden = model.decode_segment(model.shift_right(segment[None], first), lengths, encoded, run)
-        scores = _core.log_softmax(value_of(model.output_logits(hidden))[0])
-        log_probs = run.logits(value_of(hidden), scores[None])[0]
-        model.finish_segment(encoded, run)
+    def _score_segment(self, stream: Stream, before: np.ndarray, segment: np.ndarray) -> float:
+        """Bits of `segment`, given the one before it, which an encoder reads."""
+        source = before if self.model.config.has_encoder else None
+        lengths = np.array([len(segment)])
+        stream.open(None if source is None else source[None], lengths if source is None else np.array([len(source)]), segment[None])
+        log_probs = stream.log_probs(stream.decode(segment[None], lengths))[0]
+        stream.finish()
         return float(-log_probs[np.arange(len(segment)), segment].sum(dtype=np.float64) / math.log(2))
 
-    def _open(self, run: Any, source: np.ndarray, target: np.ndarray | None = None) -> Encoded | None:
-        lengths = np.array([len(source)])
-        run.open(lengths, None if target is None else target[None])
-        return self.model.encode_segment(source[None], lengths, run) if self.model.config.has_encoder else None
-
-    def _generate(self, tokens: np.ndarray, options: GenerationOptions, run: Any, last: int | None) -> Iterator[str]:
-        """Pieces of text; `run` is a copy of the memory as it was when they were asked for."""
-        length, n_ids = self.segment_length, self.tokenizer.vocab_size
+    def _generate(self, tokens: np.ndarray, options: GenerationOptions, stream: Stream) -> Iterator[str]:
+        """Pieces of text; `stream` is a copy of the memory as it was when they were asked for."""
+        length, has_encoder = self.segment_length, self.model.config.has_encoder
         decoder = self.tokenizer.decode_stream()
-        # Whole segments from the end backwards: the last one, which is continued, is full if there is enough text.
-        head = (len(tokens) - 1) % length + 1 if len(tokens) else 0
-        # An encoder needs something to read; a decoder begins with bos anyway.
-        nothing = np.array([self.model.config.bos_id] if self.model.config.has_encoder else [], np.int64)
-        segments = [tokens[:head], *tokens[head:].reshape(-1, length)] if head else [nothing]
-        for segment in segments[:-1]:
-            run, last = self._read_segment(run, segment, last)
-        source, left, done = segments[-1], options.max_new_tokens, np.zeros(1, bool)
+        *whole, source = self._to_continue(tokens)
+        for segment in whole:
+            stream.read(segment[None], np.array([len(segment)]))
         rolls = self.model.config.segment_length is not None  # trained to go on from segment to segment
-        number = 0
-        while left > 0 and not done.all():
-            limit = min(left, length) if rolls else left
-            if self.model.config.has_encoder:
-                encoded = self._open(run, source)
-                prompt = np.array([[self.model.config.bos_id]])
-            else:
-                encoded = self._open(run, source)
-                start = self.model.config.bos_id if last is None else last
-                prompt = np.concatenate([[start], source])[None] if number == 0 else np.array([[start]])
+        left, number = options.max_new_tokens, 0
+        while left > 0:
             seed = None if options.seed is None else options.seed * 1_000_003 + number
-            here = dataclasses.replace(options, seed=seed)
-            steps = token_steps(self.model, encoded, run, prompt, here, limit=limit, done=done, n_ids=n_ids)
-            made = []
-            for step in steps:
-                if step[0] < 0:
-                    done = np.ones(1, bool)
-                    break
-                made.append(int(step[0]))
-                if piece := decoder.push(made[-1]):
+            made, limit = [], min(left, length) if rolls else left
+            for token in self._continued(stream, source, dataclasses.replace(options, seed=seed), limit):
+                made.append(token)
+                if piece := decoder.push(token):
                     yield piece
             left, number = left - len(made), number + 1
-            if left > 0 and not done.all():
-                if self.model.config.has_encoder:
-                    self.model.finish_segment(encoded, run)
-                    source = np.array(made)
-                else:
-                    whole = np.concatenate([source, made]) if number == 1 else np.array(made)
-                    run, last = self._read_segment(run, whole, last)
-                    source = np.zeros(0, np.int64)
+            if len(made) < limit or left == 0:
+                break
+            if has_encoder:
+                stream.finish()
+                source = np.array(made)
+            else:
+                written = np.concatenate([source, made])
+                stream.read(written[None], np.array([len(written)]))
+                source = np.zeros(0, np.int64)
         if piece := decoder.finish():
             yield piece
+
+    def _to_continue(self, tokens: np.ndarray) -> list[np.ndarray]:
+        """Whole segments from the end backwards: the last one, which is continued, is full if there is enough text."""
+        if not len(tokens):  # an encoder needs something to read; a decoder begins with bos anyway
+            return [np.array([self.model.config.bos_id] if self.model.config.has_encoder else [], np.int64)]
+        head = (len(tokens) - 1) % self.segment_length + 1
+        return [tokens[:head], *tokens[head:].reshape(-1, self.segment_length)]
+
+    def _continued(self, stream: Stream, source: np.ndarray, options: GenerationOptions, limit: int) -> Iterator[int]:
+        """Opens a segment that begins with `source`; up to `limit` tokens that follow, ended by eos."""
+        has_encoder = self.model.config.has_encoder
+        stream.open(source[None] if has_encoder else None, np.array([len(source)]))
+        # The first inputs of a decoder are bos, or what came before, and then its own text.
+        prompt = stream.shifted(np.append([] if has_encoder else source, 0).astype(np.int64)[None])
+        session = Session(stream, n_ids=self.tokenizer.vocab_size, n_tokens=limit)
+        for step in one_by_one(session, prompt, options, limit=limit):
+            if step[0] < 0:
+                return
+            yield int(step[0])

@@ -58,5 +58,13 @@ def test_public_names_are_those_listed_and_an_unknown_one_is_an_attribute_error(
     for name in mt.__all__:
         assert getattr(mt, name) is not None
     assert set(mt.__all__) <= set(dir(mt))
-    with pytest.raises(AttributeError, match="transformer"):
-        _ = mt.transformer
+    with pytest.raises(AttributeError, match="transformers"):
+        _ = mt.transformers
+
+
+def test_attention_is_the_kernel_whatever_was_imported():
+    import mini_tfm.attention
+    from mini_tfm import attention
+    from mini_tfm.attention import MultiHeadAttention
+
+    assert attention is mt.attention is mini_tfm.kernels.attention and MultiHeadAttention

@@ -11,11 +11,14 @@ from hypothesis import strategies as st
 from variants import SIZES, VARIANTS, assert_gradients, tiny_model, tokens
 
 from mini_tfm import ops
-from mini_tfm.autodiff import Var, backward, value_of
+from mini_tfm.autodiff import Var, backward
 from mini_tfm.config import Config
+from mini_tfm.context import Dropout
 from mini_tfm.errors import InvalidType, InvalidValue
-from mini_tfm.generate.cache import KVCache
-from mini_tfm.model import Dropout, Transformer, weight_shapes
+from mini_tfm.generate import Session
+from mini_tfm.model import weight_shapes
+from mini_tfm.stream import Stream
+from mini_tfm.transformer import Transformer
 
 IS_REFERENCE = os.environ.get("MINI_TFM_ISA") == "reference"
 WITH_DECODER = [name for name, fields in VARIANTS.items() if fields.get("n_decoder_layers") != 0]
@@ -89,13 +92,11 @@ def test_gradients_of_the_whole_model_are_those_of_finite_differences(variant):
     all_lengths = SOURCE_LENGTHS if source is not None else TARGET_LENGTHS
 
     def loss(w):
-        run = model.start_run(None, 3, w)
-        run.open(all_lengths)
-        encoded = model.encode_segment(source, SOURCE_LENGTHS, run, w) if source is not None else None
+        stream = Stream(model, None, 3, weights=w)
+        stream.open(source, all_lengths)
         if not model.config.has_decoder:
-            return np.sum(encoded.text * shares * encoded.valid[..., None])
-        hidden = model.decode_segment(model.shift_right(target), TARGET_LENGTHS, encoded, run, w)
-        scores = np.reshape(model.output_logits(hidden, w), (-1, SIZES["vocab_size"]))
+            return np.sum(stream.encoded.text * shares * stream.encoded.valid[..., None])
+        scores = np.reshape(stream.logits(stream.decode(target, TARGET_LENGTHS)), (-1, SIZES["vocab_size"]))
         return ops.cross_entropy(scores, target.ravel(), weights, 0.1)
 
     leaves = {name: Var(weight) for name, weight in model.weights.items()}
@@ -109,10 +110,9 @@ def test_dropout_is_differentiated_with_the_mask_it_had():
     source, target = batch(model)
 
     def loss(w):
-        run = model.start_run(None, 3, w)
-        dropout = Dropout(0.3, seed=5)
-        encoded = model.encode_segment(source, SOURCE_LENGTHS, run, w, dropout)
-        return np.sum(model.decode_segment(target, TARGET_LENGTHS, encoded, run, w, dropout) ** 2)
+        stream = Stream(model, None, 3, weights=w)
+        stream.open(source, SOURCE_LENGTHS, dropout=Dropout(0.3, seed=5))
+        return np.sum(stream.decode(target, TARGET_LENGTHS) ** 2)
 
     leaves = {name: Var(weight) for name, weight in model.weights.items()}
     backward(loss(leaves))
@@ -241,8 +241,8 @@ ARCHITECTURES = st.fixed_dictionaries(
 
 
 @examples(10)
-@given(ARCHITECTURES, st.integers(0, 1000), st.lists(st.integers(1, 4), min_size=1, max_size=5), st.booleans())
-def test_cached_decoding_is_full_decoding(fields, seed, pieces, single):
+@given(ARCHITECTURES, st.integers(0, 1000), st.lists(st.integers(1, 4), min_size=1, max_size=5), st.booleans(), st.sampled_from([0, 99]))
+def test_cached_decoding_is_full_decoding(fields, seed, pieces, single, n_tokens):
     """The decoder fed piece by piece, from one token on, gives the logits it gives all at once."""
     heads = dict(zip(("n_heads", "n_kv_heads"), fields["heads"], strict=True))
     fields = {name: value for name, value in fields.items() if name != "heads"} | heads
@@ -252,16 +252,14 @@ def test_cached_decoding_is_full_decoding(fields, seed, pieces, single):
     source = tokens(rng, 2, 3) if model.config.has_encoder else None
     whole = model.logits(source, target, lengths if source is not None else None)
 
-    inputs, cache, run = model.shift_right(target), KVCache(), model.start_run(None, 2)
-    run.open(lengths)
-    encoded = model.encode_segment(source, lengths, run) if source is not None else None
-    found, done = [], 0
-    for n in pieces:
-        part = inputs[:, done : done + n]
-        found.append(value_of(model.output_logits(model.decode_segment(part, np.full(2, n), encoded, run, cache=cache))))
-        done += n
+    stream = Stream(model, None, 2)
+    stream.open(source, lengths)
+    inputs, session, done = stream.shifted(target), Session(stream, n_tokens=n_tokens), 0
     tolerance = (2e-5 if single else 1e-12) * np.abs(whole).max()
-    np.testing.assert_allclose(np.concatenate(found, axis=1), whole, rtol=0, atol=tolerance)
+    for n in pieces:
+        scores = session.scores(session.step(inputs[:, done : done + n]))
+        done += n
+        np.testing.assert_allclose(scores, whole[:, done - 1], rtol=0, atol=tolerance)
 
 
 # ------------------------------------------------------------------------------------------- weights

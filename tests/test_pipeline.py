@@ -48,8 +48,8 @@ def pipe(memory="window:size=20", variant="pre norm", tokenizer="bytes", *, seed
 
 def state(p):
     """All that a pipeline remembers."""
-    arrays = p._run.dump()
-    return [sorted(arrays), [arrays[name] for name in sorted(arrays)], p._last]
+    arrays = p._stream.run.dump()
+    return [sorted(arrays), [arrays[name] for name in sorted(arrays)], p._stream.last.tolist()]
 
 
 @pytest.fixture

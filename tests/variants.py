@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from mini_tfm.config import Config
-from mini_tfm.model import Transformer
+from mini_tfm.transformer import Transformer
 
 SIZES = {"vocab_size": 13, "d_model": 8, "n_heads": 2, "n_encoder_layers": 2, "n_decoder_layers": 2, "d_ff": 12}
 RELATIVE = {"positions": "relative", "relative_buckets": 8, "relative_max_distance": 6}

@@ -3,6 +3,7 @@
 import numpy as np
 
 import mini_tfm as mt
+from mini_tfm.stream import Stream
 
 from .common import LIBRARIES, _AgainstTorch, _Task, relative_error
 
@@ -116,7 +117,7 @@ class TrainingStep(_Task):
         ours = make_model(name)
         theirs, embedding = as_torch(torch, ours)
         adamw = torch.optim.AdamW([*theirs.parameters(), embedding], lr=RATE, betas=(0.9, 0.98), eps=1e-9, weight_decay=0.0, fused=True)
-        inputs = torch.from_numpy(ours.shift_right(target.numpy()))
+        inputs = torch.from_numpy(Stream(ours, None, len(target)).shifted(target.numpy()))
         length, d = target.shape[1], ours.config.d_model
         positions = torch.from_numpy(mt.sinusoidal_positions(max(length, source.shape[1]), d))
         mask = torch.nn.Transformer.generate_square_subsequent_mask(length)

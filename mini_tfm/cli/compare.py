@@ -224,11 +224,11 @@ def _measure(folder: Path, memories: tuple[str, ...], documents: dict[str, str],
     """A row for each memory: the model of `folder` on all documents, each read by an empty memory."""
     from ..compare import Recall
     from ..compare.experiment import DISTANCES
+    from ..compare.measure import measure
     from ..data import TextStreams
     from ..errors import InvalidValue
     from ..pipeline import Pipeline
     from ..progress import progress_bar
-    from ..train.walk import measure
 
     rows = []
     for spec in memories:  # all of them first: a wrong option must not be told after minutes

@@ -55,14 +55,14 @@ def _library() -> dict[str, Any]:
 
 
 def _model(folder: Path) -> dict[str, Any]:
-    from ..checkpoint.models import load_saved
+    from ..transformer import load_saved
 
     saved = load_saved(folder)
     model = saved.model
     return {
         "folder": str(folder),
         "parameters": model.n_parameters,
-        "size_bytes": sum(w.nbytes for w in model.weights.values()),
+        "size_bytes": model.nbytes,
         "memory": saved.memory_text,
         "tokenizer": type(saved.tokenizer).__name__ if saved.tokenizer else None,
         "tokenizer_tokens": saved.tokenizer.vocab_size if saved.tokenizer else None,

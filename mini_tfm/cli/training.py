@@ -49,9 +49,9 @@ def begun(out: Path, options: dict[str, Any], ranks: Alone) -> tuple[Trainer, Tr
     """A new model. All that can be wrong is found before the first file is read, or soon after."""
     from ..config import Config
     from ..memory import memory as make_memory
-    from ..model import Transformer
     from ..text.tokenizers import ByteTokenizer
     from ..train import Trainer
+    from ..transformer import Transformer
 
     check_out(out)
     if options["warmup_steps"] is None:

@@ -32,19 +32,19 @@ from typing import Any
 import numpy as np
 
 from .. import _core
-from ..checkpoint.models import load_saved, save_model
+from ..checkpoint.models import save_model
 from ..config import Config
 from ..data.batches import Batch, fields
 from ..data.streams import TextStreams
 from ..errors import InvalidValue
 from ..memory.base import Memory
 from ..memory.registry import memory as make_memory
-from ..model import Transformer
 from ..progress import track, training_progress
 from ..text.documents import split_documents
 from ..text.tokenizers import Tokenizer, train_bpe
 from ..train.trainer import Trainer
-from ..train.walk import measure
+from ..transformer import Transformer, load_saved
+from .measure import measure
 from .tasks.recall import CHANCE, Recall
 
 SEGMENT_TOKENS = 32

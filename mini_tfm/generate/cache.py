@@ -2,54 +2,103 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
 from ..autodiff import value_of
+from ..weights import Array
 
-Array: TypeAlias = Any  # an np.ndarray or a Var: NumPy's functions take both, its stubs know only the first
+FIRST_CAPACITY = 32  # keys
 
 
 class KVCache:
-    """Keys and values of the tokens decoded so far, a pair of arrays a layer, doubled when full."""
+    """Keys and values of what was decoded so far, a pair of arrays (B, H, capacity, D) a layer, doubled when full.
+
+    Every stream's keys stand from the left on: rows of memories first, then its tokens. n_keys: the most that a stream has.
+    lengths: (B,) how many each has, where they differ; None: all have n_keys. So a stream's bits are those it has alone.
+    """
 
     def __init__(self) -> None:
-        self.length = 0  # text tokens
-        self._rows = 0  # memory rows in front of them
-        self._valid: np.ndarray | None = None
+        self.n_keys = self.n_front = 0
+        self.lengths: np.ndarray | None = None
+        self.positions = np.zeros(0, np.int64)
         self._kept: dict[int, list[np.ndarray]] = {}
-        self._filled: dict[int, int] = {}
-        self._cross: dict[int, tuple[Any, Any]] = {}
+        self._cross: dict[int, list[np.ndarray]] = {}
 
-    def extend(self, rows: int, valid: np.ndarray) -> tuple[int, np.ndarray]:
-        """Announces new keys, `rows` of them memory rows; the rows in front and the (B, keys) mask of all keys."""
-        self._valid = valid if self._valid is None else np.concatenate([self._valid, valid], axis=1)
-        self._rows += rows
-        self.length = self._valid.shape[1] - self._rows
-        return self._rows, self._valid
+    @property
+    def is_empty(self) -> bool:
+        return self.n_keys == 0
+
+    @property
+    def key_positions(self) -> np.ndarray | None:
+        return None if self.lengths is None else np.broadcast_to(np.arange(self.n_keys) - self.n_front, (len(self.lengths), self.n_keys))
+
+    def extend(self, n_front: int, n_tokens: int) -> None:
+        """Announces new keys: `n_front` rows of memories, which come first of all, and `n_tokens` tokens behind what there is."""
+        self.n_front += n_front
+        if self.lengths is None:
+            done = self.n_keys + n_front - self.n_front
+            self.positions = np.arange(done, done + n_tokens)
+        else:
+            self.positions = (self.lengths - self.n_front)[:, None] + np.arange(n_tokens)
+            self.lengths = self.lengths + n_tokens
+        self.n_keys += n_front + n_tokens
 
     def append(self, layer: int, k: Array, v: Array) -> tuple[np.ndarray, np.ndarray]:
-        """Adds k, v (B, H, T, D) to a layer; all keys and values so far."""
-        news = [value_of(k), value_of(v)]
-        start = self._filled.get(layer, 0)
-        end = start + news[0].shape[2]
-        kept = self._kept.get(layer)
-        if kept is None or end > kept[0].shape[2]:
-            b, h, _, d = news[0].shape
-            grown = [np.zeros((b, h, max(2 * start, end, 32), d), news[0].dtype) for _ in news]
-            for new, old in zip(grown, kept or (), strict=False):
-                new[:, :, :start] = old[:, :, :start]
-            self._kept[layer] = kept = grown
-        for store, new in zip(kept, news, strict=True):
-            store[:, :, start:end] = new
-        self._filled[layer] = end
-        return kept[0][:, :, :end], kept[1][:, :, :end]
+        """Adds k, v (B, H, T, D) of what was announced to a layer; gives all its keys and values, (B, H, n_keys, D)."""
+        kept = self._with_room(layer, value_of(k), value_of(v))
+        for store, new in zip(kept, (value_of(k), value_of(v)), strict=True):
+            if self.lengths is None:
+                store[:, :, self.n_keys - new.shape[2] : self.n_keys] = new
+            else:
+                rows = np.arange(len(new))[:, None]
+                store[rows, :, self.positions + self.n_front] = new.swapaxes(1, 2)
+        return kept[0][:, :, : self.n_keys], kept[1][:, :, : self.n_keys]
 
-    def cross(self, layer: int, project: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
+    def _with_room(self, layer: int, *news: np.ndarray) -> list[np.ndarray]:
+        kept = self._kept.get(layer)
+        if kept is None or self.n_keys > kept[0].shape[2]:
+            b, h, _, d = news[0].shape
+            capacity = max(2 * kept[0].shape[2] if kept else FIRST_CAPACITY, self.n_keys)
+            grown = [np.zeros((b, h, capacity, d), new.dtype) for new in news]
+            for wide, old in zip(grown, kept or (), strict=False):
+                wide[:, :, : old.shape[2]] = old
+            self._kept[layer] = kept = grown
+        return kept
+
+    def cross(self, layer: int, project: Callable[[], tuple[Array, Array]]) -> tuple[np.ndarray, np.ndarray]:
         """The projected encoder outputs, computed once, and laid out head by head: every step reads them in that order."""
         if layer not in self._cross:
-            k, v = project()
-            self._cross[layer] = np.ascontiguousarray(k), np.ascontiguousarray(v)
-        return self._cross[layer]
+            self._cross[layer] = [np.ascontiguousarray(x) for x in project()]
+        k, v = self._cross[layer]
+        return k, v
+
+    # Rows of the batch
+
+    def reorder(self, index: np.ndarray) -> None:
+        """Row i becomes what row index[i] was."""
+        self._kept = {layer: [x[index] for x in kept] for layer, kept in self._kept.items()}
+        self._cross = {layer: [x[index] for x in kept] for layer, kept in self._cross.items()}
+        self.lengths = None if self.lengths is None else self.lengths[index]
+
+    def join(self, other: KVCache, sizes: tuple[int, int]) -> None:
+        """Takes in the rows of `other`, behind its own; `sizes` are the numbers of rows of the two."""
+        lengths = [
+            np.full(size, cache.n_keys) if cache.lengths is None else cache.lengths
+            for cache, size in zip((self, other), sizes, strict=True)
+        ]
+        self._kept = {layer: _stacked(zip(kept, other._kept[layer], strict=True)) for layer, kept in self._kept.items()}
+        self._cross = {layer: _stacked(zip(kept, other._cross[layer], strict=True)) for layer, kept in self._cross.items()}
+        self.lengths, self.n_keys = np.concatenate(lengths), max(self.n_keys, other.n_keys)
+        if (self.lengths == self.n_keys).all():
+            self.lengths = None
+
+
+def _stacked(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
+    """Arrays (B, H, S, D) behind each other; the one with fewer keys is filled up with zeros."""
+    found = []
+    for pair in pairs:
+        most = max(x.shape[2] for x in pair)
+        found.append(np.concatenate([np.pad(x, [(0, 0), (0, 0), (0, most - x.shape[2]), (0, 0)]) for x in pair]))
+    return found

@@ -1,25 +1,83 @@
-"""From scores to one token a row."""
+"""From scores to one token a stream. A processor a class: scores (V,) in, scores (V,) out, -inf for what is ruled out."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from .options import GenerationOptions
 
+Processor = Callable[[np.ndarray], np.ndarray]
 
-def choose_tokens(scores: np.ndarray, options: GenerationOptions, draws: list[np.random.Generator]) -> np.ndarray:
-    """One token a row of scores (B, V)."""
-    if not options.do_sample:
-        return np.argmax(scores, axis=1)
-    chosen = np.empty(len(scores), np.int64)
-    for i, row in enumerate(scores.astype(np.float64) / options.temperature):
-        order = np.argsort(-row, kind="stable")
-        if options.top_k:
-            order = order[: options.top_k]
-        p = np.exp(row[order] - row[order[0]])
-        p /= p.sum()
-        if options.top_p < 1:
-            keep = max(1, int(np.searchsorted(np.cumsum(p), options.top_p)) + 1)
-            order, p = order[:keep], p[:keep] / p[:keep].sum()
-        chosen[i] = order[min(int(np.searchsorted(np.cumsum(p), draws[i].random())), len(order) - 1)]
-    return chosen
+
+class Temperature:
+    """Divides the scores: below 1 the likeliest gain, above 1 they lose."""
+
+    def __init__(self, temperature: float):
+        self.temperature = temperature
+
+    def __call__(self, scores: np.ndarray) -> np.ndarray:
+        return scores / self.temperature
+
+
+class TopK:
+    """Only the k likeliest; of equal ones the lower id first."""
+
+    def __init__(self, k: int):
+        self.k = k
+
+    def __call__(self, scores: np.ndarray) -> np.ndarray:
+        return _only(scores, _by_score(scores)[: self.k])
+
+
+class TopP:
+    """Only the fewest whose probabilities add up to p (arXiv 1904.09751)."""
+
+    def __init__(self, p: float):
+        self.p = p
+
+    def __call__(self, scores: np.ndarray) -> np.ndarray:
+        order = _by_score(scores)
+        enough = int(np.searchsorted(np.cumsum(_probabilities(scores[order])), self.p)) + 1
+        return _only(scores, order[:enough])
+
+
+def processors_of(options: GenerationOptions) -> list[Processor]:
+    """What the options ask for, in Hugging Face's order."""
+    found: list[Processor] = []
+    if options.temperature != 1:
+        found.append(Temperature(options.temperature))
+    if options.top_k:
+        found.append(TopK(options.top_k))
+    if options.top_p < 1:
+        found.append(TopP(options.top_p))
+    return found
+
+
+def draw(scores: np.ndarray, processors: Sequence[Processor], rng: np.random.Generator) -> int:
+    """A token drawn from the softmax of scores (V,), as the processors leave them."""
+    scores = scores.astype(np.float64)
+    for processor in processors:
+        scores = processor(scores)
+    order = _by_score(scores)
+    chosen = int(np.searchsorted(np.cumsum(_probabilities(scores[order])), rng.random()))
+    return int(order[min(chosen, len(order) - 1)])
+
+
+def _by_score(scores: np.ndarray) -> np.ndarray:
+    """Ids that are not ruled out, best first; of equal ones the lower id first."""
+    order = np.argsort(-scores, kind="stable")
+    return order[: int(np.isfinite(scores).sum())]
+
+
+def _probabilities(scores: np.ndarray) -> np.ndarray:
+    """Softmax of scores in falling order."""
+    p = np.exp(scores - scores[0])
+    return p / p.sum()
+
+
+def _only(scores: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    kept = np.full_like(scores, -np.inf)
+    kept[ids] = scores[ids]
+    return kept

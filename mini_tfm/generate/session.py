@@ -1,90 +1,102 @@
-"""Generation: one token at a time, greedy or sampled, with a cache of keys and values.
+"""A decoding session: streams in, a token at a time, streams out, in any order.
 
-Options keep Hugging Face's names and meanings.
+A session has a segment open in its `Stream`, the decoder's cache, and weights packed for products of few rows. What is chosen
+from its scores, and when it ends, is for search.py to say. Streams can be dropped, repeated, sorted and joined at any step, the
+memory's states included: finished rows and beams need nothing else.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .. import _core
 from ..autodiff import value_of
-from ..memory.run import MemoryRun
+from ..context import Pass
+from ..errors import InvalidValue
+from ..model import Model
+from ..stream import Stream
+from ..weights import Weight, Weights
 from .cache import KVCache
-from .options import GenerationOptions
-from .sampling import choose_tokens
 
-if TYPE_CHECKING:
-    from ..model import Encoded, Transformer
+PACKED_FROM = 16  # tokens: packing takes about as long as so many steps are faster for it
 
 
-def generate(model: Transformer, source: Any, lengths: Any = None, **options: Any) -> list[list[int]]:
-    """Token ids for each row of source (B, S), ragged by `lengths` (B,): B lists, without the eos.
+class Session:
+    """Goes on from the segment that is open in `stream`.
 
-    For an encoder-decoder the source is what the encoder reads, for a decoder-only model the prompt. Options:
-    see `GenerationOptions`.
+    n_ids: only ids below it are scored, where the model has more than its tokenizer can say. n_tokens: how many steps there
+    will be, about: what is worth preparing.
     """
-    from ..model import check_tokens
 
-    chosen = GenerationOptions.of(options)
-    model._needs("decoder")
-    source, lengths = check_tokens("source", source, model.config.vocab_size, lengths)
-    results: list[list[int]] = [[] for _ in range(len(source))]
-    if model.config.has_encoder:
-        groups = [np.arange(len(source))]
-    else:  # the cache has no holes: prompts of one length at a time
-        groups = [np.flatnonzero(lengths == n) for n in np.unique(lengths)]
-    for rows in groups:
-        if not len(rows):
-            continue
-        run = model.start_run(None, len(rows))
-        run.open(lengths[rows])
-        encoded, prompt = None, np.full((len(rows), 1), model.config.bos_id)
-        if model.config.has_encoder:
-            encoded = model.encode_segment(source[rows], lengths[rows], run)
-        elif lengths[rows[0]]:
-            prompt = source[rows, : lengths[rows[0]]]
-        for step in token_steps(model, encoded, run, prompt, chosen, rows):
-            for row, token in zip(rows, step, strict=True):
-                if token >= 0:
-                    results[row].append(int(token))
-    return results
+    def __init__(self, stream: Stream, *, n_ids: int | None = None, n_tokens: int = PACKED_FROM):
+        self.stream, self.cache = stream, KVCache()
+        self.n_ids = stream.model.config.vocab_size if n_ids is None else n_ids
+        self.n_steps = 0
+        self.weights = packed_weights(stream.model, self.n_ids) if n_tokens >= PACKED_FROM else stream.weights
+        self._pass = Pass(self.weights, stream.run, cache=self.cache)
+
+    @property
+    def batch(self) -> int:
+        return self.stream.run.batch
+
+    def step(self, tokens: np.ndarray) -> np.ndarray:
+        """Feeds the decoder (B, T) tokens; its outputs (B, d) at the last of them."""
+        decoder = self.stream.model.decoder
+        assert decoder is not None
+        self.n_steps += 1
+        return value_of(decoder(tokens, _NO_LENGTHS, self.stream.encoded, self._pass))[:, -1]
+
+    def scores(self, hidden: np.ndarray) -> np.ndarray:
+        """(B, n_ids) scores of the next token, log-probabilities where a memory has a say. Raises InvalidValue at NaN."""
+        run, output = self.stream.run, self.stream.model.output
+        if run.changes_output:
+            logits = value_of(output(hidden, self.stream.weights))
+            scores = run.logits(hidden[:, None], _core.log_softmax(logits)[:, None])[:, 0, : self.n_ids]
+        else:
+            scores = value_of(output(hidden, self.weights))[:, : self.n_ids]
+        self._check(scores.max(axis=1))
+        return scores
+
+    def best(self, hidden: np.ndarray) -> np.ndarray:
+        """(B,) the id of the best score; of equal ones the lowest. Raises InvalidValue at NaN."""
+        packed = None if self.stream.run.changes_output else self.stream.model.output.packed(self.weights)
+        if packed is None:
+            return np.argmax(self.scores(hidden), axis=1)
+        scores, ids = _core.linear_top_k(hidden, packed, 1)
+        self._check(scores[:, 0])
+        return ids[:, 0]
+
+    def _check(self, best: np.ndarray) -> None:
+        if not np.isfinite(best).all():
+            row = int(np.flatnonzero(~np.isfinite(best))[0])
+            raise InvalidValue(
+                f"generate: the scores of token {self.n_steps} of row {row} are not finite ({best[row]}); check that the model's"
+                " weights are, and what the memory holds"
+            )
+
+    # Streams of the batch
+
+    def reorder(self, index: np.ndarray) -> None:
+        """Row i becomes what row index[i] was: rows are dropped, repeated or sorted."""
+        self.stream.reorder(index)
+        self.cache.reorder(index)
+
+    def join(self, other: Session) -> None:
+        """Takes in the rows of another session of the same model and memory, behind its own. The other is used up."""
+        sizes = self.batch, other.batch
+        self.stream.join(other.stream)
+        self.cache.join(other.cache, sizes)
 
 
-def token_steps(
-    model: Transformer,
-    encoded: Encoded | None,
-    run: MemoryRun,
-    prompt: np.ndarray,
-    options: GenerationOptions,
-    rows: np.ndarray | None = None,
-    limit: int | None = None,
-    done: np.ndarray | None = None,
-    n_ids: int | None = None,
-) -> Iterator[np.ndarray]:
-    """Yields the next token (B,) of each row, -1 for rows that have ended, at most max_new_tokens (or `limit`) times.
+_NO_LENGTHS = np.zeros(0, np.int64)  # with a cache nothing is padding
 
-    prompt: (B, n) the decoder's first inputs. rows: numbers of the rows, by which their draws differ. n_ids: only ids
-    below it are chosen, where the model has more than its tokenizer can say.
-    """
-    cache = KVCache()
-    size = len(prompt)
-    rows = np.arange(size) if rows is None else rows
-    draws = [np.random.default_rng(None if options.seed is None else [options.seed, int(row)]) for row in rows]
-    done = np.zeros(size, bool) if done is None else done
-    tokens = prompt.astype(np.int64)
-    for _ in range(options.max_new_tokens if limit is None else limit):
-        hidden = value_of(model.decode_segment(tokens, np.full(size, tokens.shape[1]), encoded, run, cache=cache))[:, -1]
-        scores = value_of(model.output_logits(hidden))
-        if run.members:
-            scores = run.logits(hidden[:, None], _core.log_softmax(scores)[:, None])[:, 0]
-        chosen = choose_tokens(scores[:, :n_ids], options, draws)
-        if options.stop_at_eos:
-            done = done | (chosen == model.config.eos_id)
-        yield np.where(done, -1, chosen)
-        if done.all():
-            return
-        tokens = np.where(done, model.config.pad_id, chosen)[:, None]
+
+def packed_weights(model: Model, n_ids: int) -> Weights:
+    """The model's weights, those of a decoding step packed; of the output layer only `n_ids` columns."""
+    assert model.decoder is not None
+    weights = Weights(model.weights)
+    for name in model.decoder.step_matrices():
+        weight = weights[name]
+        weights[name] = Weight(weight.kept, weight.pack())
+    weights[model.output.PACKED] = Weight(None, weights[model.output.name].pack(transposed=model.output.is_tied, columns=n_ids))
+    return weights

@@ -209,8 +209,7 @@ def reset_forgets(trial: Trial) -> None:
     for segment in before:
         reader.read(segment)
         steady.read(segment[:1])
-    reader.run.reset(np.array([False, True]))
-    reader.last[1] = trial.model.config.bos_id
+    reader.stream.begin_documents(np.array([False, True]))
     out = reader.read(tokens)
     _same("the row that was reset", out[1:], fresh.read(tokens[1:]))
     _same("the row that was not", out[:1], steady.read(tokens[:1]))
@@ -224,8 +223,7 @@ def rows_reorder(trial: Trial) -> None:
         reader.read(tokens)
         plain.read(tokens)
     index = np.array([1, 1, 0])
-    reader.run.reorder(index)
-    reader.last = reader.last[index]
+    reader.stream.reorder(index)
     _same("rows 1, 1, 0", reader.read(third[index]), plain.read(third)[index])
 
 
@@ -240,7 +238,7 @@ def dump_and_load_go_on(trial: Trial) -> None:
         reader.read(tokens)
     again = trial.reader(2)
     again.run.load({name: array.copy() for name, array in reader.run.dump().items()})
-    again.last = reader.last
+    again.stream.last = reader.stream.last
     for tokens in segments[3:]:
         _same("after dump and load", again.read(tokens), reader.read(tokens))
 

@@ -8,14 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from .. import _core, ops
+from .. import ops
 from ..autodiff import Var, value_of
 from ..config import Config
-from ..generate.cache import KVCache
+from ..generate import Session
 from ..memory.base import Memory
-from ..memory.run import members_of
+from ..memory.run import MemoryRun, members_of
 from ..memory.stack import Stack
-from ..model import Transformer
+from ..stream import Stream
+from ..transformer import Transformer
 
 VOCAB = 24
 LENGTH = 5  # tokens a segment
@@ -80,29 +81,30 @@ class Trial:
                 reader.run.detach()
             hidden = reader.hidden(tokens)
             flat = np.reshape(hidden, (-1, self.model.config.d_model))
-            logits = self.model.output_logits(flat, w)
+            logits = reader.stream.logits(flat)
             total = total + ops.cross_entropy(logits, np.roll(tokens, 1, axis=1).ravel())
         return total
 
 
 class Reader:
-    """Reads a batch of streams, segment by segment. `last` tokens go on with a decoder-only model's inputs."""
+    """Reads a batch of streams, segment by segment."""
 
     def __init__(self, model: Transformer, memory: Memory | None, batch: int, w: Mapping[str, Any] | None = None):
-        self.model, self.w = model, w
-        self.run = model.start_run(memory, batch, dict(w) if w is not None else None)
-        self.last = np.full(batch, model.config.bos_id)
+        self.model, self.stream = model, Stream(model, memory, batch, weights=w)
+
+    @property
+    def run(self) -> MemoryRun:
+        return self.stream.run
 
     def copy(self) -> Reader:
         twin = object.__new__(Reader)
-        twin.__dict__.update(self.__dict__)
-        twin.run = self.run.copy()
+        twin.model, twin.stream = self.model, self.stream.copy()
         return twin
 
     def read(self, tokens: np.ndarray, lengths: Any = None) -> np.ndarray:
         """One segment (B, L); its log-probabilities (B, L, V), or an encoder's outputs, 0 where there is no token."""
         lengths = self._lengths(tokens, lengths)
-        scores = self._segment(tokens, lengths, self._scores if self.model.config.has_decoder else value_of)
+        scores = self._segment(tokens, lengths, self.stream.log_probs if self.model.config.has_decoder else value_of)
         return np.where((np.arange(tokens.shape[1]) < lengths[:, None])[..., None], scores, 0)
 
     def hidden(self, tokens: np.ndarray, lengths: Any = None) -> Any:
@@ -111,36 +113,23 @@ class Reader:
 
     def _segment(self, tokens: np.ndarray, lengths: np.ndarray, result: Callable[[Any], Any]) -> Any:
         """What `result` makes of the stack's outputs, before the segment is closed."""
-        model = self.model
-        encoded, inputs = self._open(tokens, lengths)
-        out = encoded.text if encoded is not None else None
-        if model.config.has_decoder:
-            out = model.decode_segment(inputs, lengths, encoded, self.run, self.w)
+        self._open(tokens, lengths)
+        out = self.stream.encoded.text if self.stream.encoded is not None else None
+        if self.model.config.has_decoder:
+            out = self.stream.decode(tokens, lengths)
         out = result(out)
-        model.finish_segment(encoded, self.run)
-        ends = tokens[np.arange(len(tokens)), np.maximum(lengths - 1, 0)]
-        self.last = np.where(lengths > 0, ends, self.last)
+        self.stream.finish()
         return out
-
-    def _scores(self, hidden: Any) -> np.ndarray:
-        hidden = value_of(hidden)
-        return self.run.logits(hidden, _core.log_softmax(value_of(self.model.output_logits(hidden))))
 
     def token_by_token(self, tokens: np.ndarray) -> np.ndarray:
         """The same as `read`, the way generation does it: one decoder token at a time, with a cache."""
-        encoded, inputs = self._open(tokens, self._lengths(tokens, None))
-        cache, found = KVCache(), []
-        for t in range(tokens.shape[1]):
-            one = np.ones(len(tokens), np.int64)
-            found.append(self._scores(self.model.decode_segment(inputs[:, t : t + 1], one, encoded, self.run, self.w, cache=cache)))
-        return np.concatenate(found, axis=1)
+        self._open(tokens, self._lengths(tokens, None))
+        session, inputs = Session(self.stream, n_tokens=0), self.stream.shifted(tokens)
+        steps = [session.step(inputs[:, t : t + 1])[:, None] for t in range(tokens.shape[1])]
+        return np.concatenate([self.stream.log_probs(hidden) for hidden in steps], axis=1)
 
-    def _open(self, tokens: np.ndarray, lengths: np.ndarray) -> tuple[Any, np.ndarray]:
-        model = self.model
-        self.run.open(lengths, tokens)
-        if not model.config.has_encoder:
-            return None, model.shift_right(tokens, self.last)
-        return model.encode_segment(tokens, lengths, self.run, self.w), model.shift_right(tokens)
+    def _open(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        self.stream.open(tokens if self.model.config.has_encoder else None, lengths, tokens)
 
     @staticmethod
     def _lengths(tokens: np.ndarray, lengths: Any) -> np.ndarray:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..checkpoint.models import Saved, load_saved, save_model
+from ..checkpoint.models import save_model
 from ..errors import InvalidType, InvalidValue
+from ..transformer import Saved, load_saved
 from .run_folder import checkpoints
 
 

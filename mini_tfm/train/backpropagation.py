@@ -8,18 +8,17 @@ RAM of one segment and of the states between them (arXiv 1604.06174 for layers; 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from .. import ops
 from ..autodiff import Var, backward, value_of
+from ..context import NO_DROPOUT, Dropout
 from ..data.batches import Batch
-from ..memory.run import MemoryRun
 from ..memory.validate import blamed, expect
-from ..model import NO_DROPOUT, Dropout, Transformer
-from .walk import Segments
+from ..model import Model
+from ..stream import Stream
+from .segments import read_segment
 
 
 def counts_of(batch: Batch, dtype: Any) -> np.ndarray:
@@ -36,35 +35,33 @@ class SegmentLoss:
 
     def __init__(
         self,
-        model: Transformer,
+        model: Model,
         batch: Batch,
-        w: Mapping[str, Any],
         *,
         total: float | None = None,
         dropout: Dropout = NO_DROPOUT,
         hide_source: np.ndarray | None = None,
         label_smoothing: float = 0.0,
     ):
-        self.model, self.batch, self.w, self.label_smoothing = model, batch, w, label_smoothing
-        self.segments = Segments(model, batch, w, dropout=dropout, hide_source=hide_source)
+        self.model, self.batch, self.label_smoothing = model, batch, label_smoothing
+        self.dropout, self.hide_source = dropout, hide_source
         self.counts = counts_of(batch, model.dtype)
         shares = self.counts.sum(axis=(0, 2), dtype=np.float64)
         self.shares = shares / (total or shares.sum() or 1.0)
         self.n_segments = len(shares)
 
-    def segment(self, run: MemoryRun, t: int, states_only: bool = False) -> Any:
+    def segment(self, stream: Stream, t: int, states_only: bool = False) -> Any:
         """Reads segment t; its part of the sum, or None where no token counts (or states alone are asked for)."""
-        encoded, hidden = self.segments.read(run, t)
-        part = None
+        hidden, part = read_segment(stream, self.batch, t, self.dropout, self.hide_source), None
         if self.shares[t] > 0 and not states_only:
-            logits = np.reshape(self.model.output_logits(hidden, self.w), (-1, self.model.config.vocab_size))
-            part = ops.cross_entropy(logits, self.batch.target[:, t].ravel(), self.counts[:, t].ravel(), self.label_smoothing)
+            targets, counts = self.batch.target[:, t], self.counts[:, t]
+            part = self.model.output.loss(hidden, stream.weights, targets, counts, self.label_smoothing)
             part = part * self.model.dtype.type(self.shares[t])
-        self.model.finish_segment(encoded, run)
+        stream.finish()
         return part
 
-    def value(self, run: MemoryRun) -> float:
-        return self.sum([self.segment(run, t) for t in range(self.n_segments)])
+    def value(self, stream: Stream) -> float:
+        return self.sum([self.segment(stream, t) for t in range(self.n_segments)])
 
     def sum(self, parts: list[Any]) -> float:
         total = self.model.dtype.type(0)
@@ -73,18 +70,19 @@ class SegmentLoss:
         return float(total)
 
 
-def backpropagate(loss: SegmentLoss, run: MemoryRun, *, truncate: int | None = None, recompute: bool = False) -> float:
-    """The loss of the streams of `run`, from their first segment; its gradient is added to the weights of `loss`, which are Vars.
+def backpropagate(loss: SegmentLoss, stream: Stream, *, truncate: int | None = None, recompute: bool = False) -> float:
+    """The loss of a stream, from its first segment; its gradient is added to the stream's weights, which are Vars.
 
     truncate: gradients stop after so many segments, None: never. recompute: computes each segment twice instead of
     keeping its tape; PluginError if a memory then holds something else. If the loss is not finite, no gradient is whole.
     """
     parts: list[Any] = []
-    born = run.traced()  # what memories start from is trained, too
+    born = stream.run.traced()  # what memories start from is trained, too
     size = truncate or max(1, loss.n_segments)
     for first in range(0, loss.n_segments, size):
-        run.detach() if first else None
-        more, start = _chunk(loss, run, range(first, min(first + size, loss.n_segments)), recompute)
+        if first:
+            stream.run.detach()
+        more, start = _chunk(loss, stream, range(first, min(first + size, loss.n_segments)), recompute)
         parts += more
         if not np.isfinite(loss.sum(parts)):
             break
@@ -96,22 +94,22 @@ def backpropagate(loss: SegmentLoss, run: MemoryRun, *, truncate: int | None = N
 Leaves = dict[tuple[int, str], Var]  # states by member and name
 
 
-def _chunk(loss: SegmentLoss, run: MemoryRun, segments: range, recompute: bool) -> tuple[list[Any], Leaves]:
+def _chunk(loss: SegmentLoss, stream: Stream, segments: range, recompute: bool) -> tuple[list[Any], Leaves]:
     """Forward and backward through `segments`: their parts of the loss, and the leaves that the first one started from."""
     parts: list[Any] = []
-    given: list[MemoryRun] = []  # each segment's incoming states
+    given: list[Stream] = []  # each segment's incoming states
     made: list[Leaves] = []  # and its outgoing ones, on its tape
     for t in segments:
-        run.cut()
-        given.append(run.copy())
+        stream.run.cut()
+        given.append(stream.copy())
         dropped = recompute and t != segments[-1]
-        part = loss.segment(run, t, states_only=dropped)
+        part = loss.segment(stream, t, states_only=dropped)
         parts.append(part)
-        made.append({} if dropped else run.traced())
+        made.append({} if dropped else stream.run.traced())
     arrived: Leaves = {}
-    following = run
+    following = stream
     for i in reversed(range(len(segments))):
-        started = given[i].traced()
+        started = given[i].run.traced()
         if recompute and i + 1 < len(segments):
             again = given[i].copy()
             parts[i] = loss.segment(again, segments[i])
@@ -135,15 +133,15 @@ def _send(part: Var | None, made: Leaves, arrived: Leaves) -> None:
     backward(*outputs, grads=grads)
 
 
-def _same(again: MemoryRun, before: MemoryRun, t: int) -> Leaves:
+def _same(again: Stream, before: Stream, t: int) -> Leaves:
     """The states on the tape of a segment computed again, which must be what they were."""
-    for i, (new, old) in enumerate(zip(again.states, before.states, strict=True)):
-        with blamed(again.members[i], "write", None, None, t):
+    for i, (new, old) in enumerate(zip(again.run.states, before.run.states, strict=True)):
+        with blamed(again.run.members[i], "write", None, None, t):
             told = "the segment, computed again from the same state, leaves {}; keep everything in the state and write into no array of it"
             expect(new.keys() == old.keys(), told.format(f"{sorted(new)}, before {sorted(old)}"))
             for name in new:
                 expect(_equal(new[name], old[name]), told.format(f"another state[{name!r}]"))
-    return again.traced()
+    return again.run.traced()
 
 
 def _equal(a: Any, b: Any) -> bool:

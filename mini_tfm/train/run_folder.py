@@ -22,12 +22,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..checkpoint.models import load_saved, save_model
+from ..checkpoint.models import save_model
 from ..checkpoint.safetensors import encode_safetensors, read_safetensors
 from ..data.batches import Batch, fields
 from ..errors import FileProblem, InvalidValue, TrainingError
 from ..files.strict_json import read_json_strict
 from ..memory.base import Memory
+from ..transformer import load_saved
 from .options import FIT_DEFAULTS, check_fit_options, check_trainer_options
 
 if TYPE_CHECKING:

@@ -11,13 +11,16 @@ from typing import Any
 import numpy as np
 
 from .. import ops
+from ..context import Dropout
 from ..data.batches import Batch, fields
 from ..data.mixtures import Data, batches_of
 from ..errors import InvalidType, InvalidValue, PluginError, TrainingError
 from ..memory.base import Memory
 from ..memory.run import memory_parameters
-from ..model import Dropout, Transformer, check_tokens
+from ..stream import Stream
 from ..text.tokenizers import Tokenizer
+from ..tokens import check_tokens
+from ..transformer import Transformer
 from .backpropagation import SegmentLoss, backpropagate, counts_of
 from .interrupts import uninterrupted
 from .optimizer import AdamW, schedule_factor
@@ -313,9 +316,9 @@ class Trainer:
         """The loss through all segments of the batch, as it is in training; its gradient is added into the arena."""
         o, w = self.options, self.optimizer.leaves()
         options: dict[str, Any] = {"dropout": dropout, "hide_source": hidden, "label_smoothing": o["label_smoothing"], "total": total}
-        run = self.model.start_run(self.memory, len(batch.target), w, training=True)
+        stream = Stream(self.model, self.memory, len(batch.target), weights=w, training=True)
         with ops.bfloat16_products(o["bfloat16"]):
-            return backpropagate(SegmentLoss(self.model, batch, w, **options), run, truncate=o["bptt_segments"], recompute=o["recompute"])
+            return backpropagate(SegmentLoss(self.model, batch, **options), stream, truncate=o["bptt_segments"], recompute=o["recompute"])
 
     def _dropout(self, first_row: int = 0) -> Dropout:
         """Of the next step, for a part of the batch that begins at `first_row`."""
@@ -332,9 +335,9 @@ class Trainer:
 
     def _loss(self, batch: Batch, *, with_memory: bool = True) -> float:
         """Mean negative log-likelihood of all target tokens, through all segments of the batch, as it is outside of training."""
-        loss = SegmentLoss(self.model, batch, self.model.weights)
+        stream = Stream(self.model, self.memory if with_memory else None, len(batch.target), training=True)
         with ops.bfloat16_products(self.options["bfloat16"]):
-            return loss.value(self.model.start_run(self.memory if with_memory else None, len(batch.target), training=True))
+            return SegmentLoss(self.model, batch).value(stream)
 
     def _diagnosis(self, batch: Batch, loss: float, parts: list[slice]) -> str:
         """What is not finite, in which rows of which batch, and the largest gradients by name."""

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from variants import SIZES, VARIANTS, tiny_model, tokens
 
 import mini_tfm as mt
-from mini_tfm.checkpoint.models import load_saved, save_model
+from mini_tfm.checkpoint.models import save_model
 from mini_tfm.checkpoint.safetensors import encode_safetensors, read_safetensors
 from mini_tfm.config import Config
 from mini_tfm.errors import FileProblem, InvalidValue
-from mini_tfm.model import Transformer
 from mini_tfm.text.tokenizers import ByteTokenizer, train_bpe
+from mini_tfm.transformer import Transformer, load_saved
 
 
 def contents(folder):

@@ -8,8 +8,8 @@ import pytest
 from mini_tfm.checkpoint.models import save_model
 from mini_tfm.config import Config
 from mini_tfm.memory import memory
-from mini_tfm.model import Transformer
 from mini_tfm.text.tokenizers import ByteTokenizer
+from mini_tfm.transformer import Transformer
 
 sys.path.insert(0, str(Path(__file__).parent))  # `import commands`
 

@@ -13,8 +13,8 @@ import pytest
 from commands import ENVIRONMENT, TINY_OPTIONS, command, run_process
 
 from mini_tfm import cli
-from mini_tfm.checkpoint.models import load_saved
 from mini_tfm.pipeline import Pipeline
+from mini_tfm.transformer import load_saved
 
 HELP = [[], *([name] for name in cli.COMMANDS), *(["plugins", name] for name in ("list", "check", "new"))]
 

@@ -13,15 +13,15 @@ from xml.etree import ElementTree
 import pytest
 from commands import TINY_OPTIONS
 
-from mini_tfm.checkpoint.models import load_saved, save_model
+from mini_tfm.checkpoint.models import save_model
 from mini_tfm.cli import demo as demo_module
 from mini_tfm.cli.shared import command_line, interrupt_between_steps
 from mini_tfm.compare import experiment as experiment_module
 from mini_tfm.compare.experiment import Experiment, Row
 from mini_tfm.compare.report import html_report, line_chart
 from mini_tfm.config import Config
-from mini_tfm.model import Transformer
 from mini_tfm.text.tokenizers import ByteTokenizer
+from mini_tfm.transformer import Transformer, load_saved
 
 
 def weights(folder):

@@ -5,10 +5,10 @@ import json
 import pytest
 from commands import TINY_OPTIONS
 
-from mini_tfm.checkpoint.models import load_saved
 from mini_tfm.cli.training_data import parse_curriculum, parse_objective
 from mini_tfm.data import open_token_cache
 from mini_tfm.errors import InvalidValue
+from mini_tfm.transformer import load_saved
 
 at = TINY_OPTIONS.index("--n-segments")
 OPTIONS = TINY_OPTIONS[:at] + TINY_OPTIONS[at + 2 :]  # it is a matter of --curriculum, too

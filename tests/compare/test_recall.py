@@ -11,8 +11,8 @@ from mini_tfm.config import Config
 from mini_tfm.data import TextStreams
 from mini_tfm.data.batches import fields
 from mini_tfm.errors import InvalidValue
-from mini_tfm.model import Transformer
 from mini_tfm.text.tokenizers import BPETokenizer, ByteTokenizer, train_bpe
+from mini_tfm.transformer import Transformer
 
 TEXT = "the quick brown fox jumps over the lazy dog, and again. " * 40  # no capital anywhere
 LENGTH = 40
@@ -142,12 +142,12 @@ class Oracle(Transformer):
     recall: Recall
     forgets = 99
 
-    def start_run(self, *args, **options):
-        self.known, self.number = None, 0
-        return super().start_run(*args, **options)
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.encode, self.encoder, self.output = self.encoder, self.read, self.say
 
-    def encode_segment(self, tokens, *args, **options):
-        if self.known is None:
+    def read(self, tokens, lengths, p):
+        if p.run.number == 0:
             self.known, self.since = np.zeros(len(tokens), int), np.zeros(len(tokens), int)
         n = len(self.recall.before)
         self.since += 1
@@ -156,9 +156,9 @@ class Oracle(Transformer):
                 if (row[i : i + n] == self.recall.before).all():
                     self.known[b], self.since[b] = row[i + n], 0
         self.known[self.since > self.forgets] = 0
-        return super().encode_segment(tokens, *args, **options)
+        return self.encode(tokens, lengths, p)
 
-    def output_logits(self, hidden, w=None):
+    def say(self, hidden, weights):
         scores = np.zeros((*hidden.shape[:-1], self.config.vocab_size))
         scores[np.arange(len(hidden)), self.known[: len(hidden)]] = 1
         return scores
@@ -175,7 +175,7 @@ def test_who_knows_is_always_right_and_who_forgets_is_not(tokenizer, data):
 
 def test_who_guesses_is_right_by_chance(tokenizer, data):
     class Guesser(Oracle):
-        def output_logits(self, hidden, w=None):
+        def say(self, hidden, weights):
             scores = np.zeros((*hidden.shape[:-1], self.config.vocab_size))
             drawn = np.random.default_rng(0).choice(self.recall.letters, len(hidden))
             scores[np.arange(len(hidden)), drawn] = 1

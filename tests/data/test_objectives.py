@@ -18,9 +18,10 @@ from mini_tfm.data import Corpus, NextSegment, Pairs, SpanDenoising
 from mini_tfm.data.batches import Batch, Example, fields, lay_out
 from mini_tfm.data.packing import BLOCK, SegmentLine
 from mini_tfm.errors import InvalidValue
+from mini_tfm.stream import Stream
 from mini_tfm.text.tokenizers import ByteTokenizer
 from mini_tfm.train import Trainer
-from mini_tfm.train.walk import walk
+from mini_tfm.train.segments import read_batch
 
 BOS, EOS, PAD = 1, 2, 0
 MEMORIES = [None, "window:size=5", "window:size=4,sinks=2,site=all", "recurrent:tokens=2", "store:top_k=3", "window:size=3+store:top_k=2"]
@@ -158,10 +159,10 @@ def test_what_is_left_of_padding_is_told():
 
 def token_losses(model, memory, batch):
     """(B, n, L): nats of each target token."""
-    run = model.start_run(memory, len(batch.target), training=True)
+    stream = Stream(model, memory, len(batch.target), training=True)
     found = np.zeros(batch.target.shape)
-    for t, hidden in walk(model, run, batch):
-        scores = _core.log_softmax(value_of(model.output_logits(value_of(hidden))))
+    for t, hidden in read_batch(stream, batch):
+        scores = _core.log_softmax(value_of(stream.logits(value_of(hidden))))
         found[:, t] = -np.take_along_axis(scores, batch.target[:, t, :, None], 2)[..., 0]
     return found
 

@@ -5,8 +5,9 @@ import pytest
 from variants import VARIANTS, tiny_model, tokens
 
 from mini_tfm.errors import InvalidType, InvalidValue
+from mini_tfm.generate import sampling
 from mini_tfm.generate.options import GenerationOptions
-from mini_tfm.generate.sampling import choose_tokens
+from mini_tfm.stream import Stream
 
 WITH_DECODER = [name for name, fields in VARIANTS.items() if fields.get("n_decoder_layers") != 0]
 LENGTHS = np.array([4, 1, 6, 4])
@@ -29,11 +30,12 @@ def test_greedy_takes_the_argmax_of_teacher_forced_logits(variant):
     for b, n in enumerate(LENGTHS):
         if model.config.has_encoder:
             scores = model.logits(source[b : b + 1, :n], [made[b]])[0]
-        else:  # the prompt is the decoder's first input: shift_right puts a token in front that it must not have
+        else:  # the prompt is the decoder's first input, with no bos in front
             text = np.array([[*source[b, :n], *made[b]]])
-            run = model.start_run(None, 1)
-            run.open(np.array([text.shape[1] - 1]))
-            scores = model.output_logits(model.decode_segment(text[:, :-1], np.array([text.shape[1] - 1]), None, run))[0, n - 1 :]
+            stream = Stream(model, None, 1)
+            stream.last = text[:, 0]
+            stream.open(None, np.array([text.shape[1] - 1]))
+            scores = stream.logits(stream.decode(text[:, 1:], np.array([text.shape[1] - 1])))[0, n - 1 :]
         assert made[b] == np.argmax(scores, axis=1).tolist()
 
 
@@ -123,14 +125,20 @@ def test_a_seed_repeats_and_another_does_not():
 PROBABILITIES = np.array([0.05, 0.4, 0.15, 0.3, 0.1])
 
 
+def drawn_from(scores, options, rngs):
+    """A token for each row of scores (B, V)."""
+    processors = sampling.processors_of(options)
+    return [sampling.draw(row, processors, rng) for row, rng in zip(scores, rngs, strict=True)]
+
+
 def shares(n=20_000, **options):
     """How often each of the five is drawn."""
     chosen = GenerationOptions(do_sample=True, **options)
     draws = [np.random.default_rng(i) for i in range(2)]
     counts = np.zeros(5)
     scores = np.tile(np.log(PROBABILITIES) + 7, (n // 2, 1))  # a constant does not matter
-    counts += np.bincount(choose_tokens(scores, chosen, draws[:1] * (n // 2)), minlength=5)
-    counts += np.bincount(choose_tokens(scores, chosen, draws[1:] * (n // 2)), minlength=5)
+    for rng in draws:
+        counts += np.bincount(drawn_from(scores, chosen, [rng] * (n // 2)), minlength=5)
     return counts / n
 
 
@@ -159,14 +167,14 @@ def test_tokens_are_drawn_as_often_as_their_probabilities_say(options, expected)
 
 def test_top_k_of_equal_scores_is_that_many():
     chosen = GenerationOptions(do_sample=True, top_k=2)
-    drawn = choose_tokens(np.zeros((200, 6)), chosen, [np.random.default_rng(0)] * 200)
-    assert len(set(drawn.tolist())) == 2
+    drawn = drawn_from(np.zeros((200, 6)), chosen, [np.random.default_rng(0)] * 200)
+    assert set(drawn) == {0, 1}
 
 
 def test_extreme_scores_are_drawn_without_overflow():
     chosen = GenerationOptions(do_sample=True, temperature=0.01)
     scores = np.array([[1e30, -1e30, 0.0], [-np.inf, -np.inf, 0.0]], np.float32)
-    assert choose_tokens(scores, chosen, [np.random.default_rng(0)] * 2).tolist() == [0, 2]
+    assert drawn_from(scores, chosen, [np.random.default_rng(0)] * 2) == [0, 2]
 
 
 # ------------------------------------------------------------------------------------------- options

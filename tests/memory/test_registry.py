@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 import mini_tfm as mt
 from mini_tfm.errors import InvalidType, InvalidValue, PluginError
 from mini_tfm.memory import Memory, MemorySpec, Stack, describe_memory
+from mini_tfm.stream import Stream
 
 
 class Anything(Memory):
@@ -201,7 +202,7 @@ def test_a_spec_that_the_contract_does_not_know_is_refused(changes, told):
         mt.memory("special")
     model = mt.Transformer(mt.Config(vocab_size=8, d_model=8, n_heads=2))
     with pytest.raises(PluginError, match=re.escape(told)):
-        model.start_run(with_spec(**changes), 1)
+        Stream(model, with_spec(**changes), 1)
 
 
 def test_a_spec_must_be_one():

@@ -10,6 +10,7 @@ from mini_tfm.autodiff import Var
 from mini_tfm.errors import FileProblem, InvalidValue, PluginError
 from mini_tfm.memory import Evicted, Memory, MemorySpec, Param, RowMemory, Rows, Side, Stack, View
 from mini_tfm.memory.run import select_rows
+from mini_tfm.stream import Stream
 from mini_tfm.testing.trial import LENGTH, Reader, Trial, random_segments, small_model
 
 MODEL = small_model("decoder-only")
@@ -283,8 +284,7 @@ class TestRows:
         for segment in tokens[:2]:
             reader.read(segment)
             steady.read(segment)
-        reader.run.reset(np.array([True, False, True]))
-        reader.last[[0, 2]] = MODEL.config.bos_id
+        reader.stream.begin_documents(np.array([True, False, True]))
         assert reader.run.start.tolist() == [0, 2 * LENGTH, 0]
         out, kept, new = (r.read(tokens[2]) for r in (reader, steady, fresh))
         np.testing.assert_allclose(out[[0, 2]], new[[0, 2]], atol=1e-10)
@@ -312,7 +312,7 @@ class TestRows:
             reader.read(segment)
         dumped = {name: array.copy() for name, array in reader.run.dump().items()}
         other.run.load(dumped)
-        other.last = reader.last
+        other.stream.last = reader.stream.last
         for segment in tokens[2:]:
             assert other.read(segment).tobytes() == reader.read(segment).tobytes()
 
@@ -340,7 +340,7 @@ def test_rows_can_be_reordered_within_a_segment():
     reader.run.close()
     plain.run.open(np.array([0, LENGTH, 0]), SEGMENTS[1][index])
     plain.run.close()
-    reader.last = plain.last
+    reader.stream.last = plain.stream.last
     assert reader.run.start.tolist() == plain.run.start.tolist() == [LENGTH, 2 * LENGTH, LENGTH]
     np.testing.assert_allclose(reader.read(SEGMENTS[2][index]), plain.read(SEGMENTS[2][index]), atol=1e-12)
 
@@ -366,13 +366,13 @@ def test_select_rows_fills_the_shorter_with_zeros():
 
 def test_a_site_or_layer_that_the_model_does_not_have_is_told():
     with pytest.raises(InvalidValue, match=r"memory 'store': works at \['cross'\], this model has only \['decoder'\]"):
-        MODEL.start_run(mt.memory("store", site="cross"), 1)
+        Stream(MODEL, mt.memory("store", site="cross"), 1)
     for text in ("window:site=encoder", "recurrent:site=encoder"):
         with pytest.raises(InvalidValue, match=r"works at \['encoder'\], this model has only \['decoder'\]"):
             Reader(MODEL, mt.memory(text), 1)
     for layer in (2, -3):
         with pytest.raises(InvalidValue, match=f"layer: expected -2 to 1 in this model, got {layer}"):
-            MODEL.start_run(mt.memory("store", layer=layer), 1)
+            Stream(MODEL, mt.memory("store", layer=layer), 1)
 
 
 # What is told to whom

@@ -7,6 +7,8 @@ import pytest
 
 import mini_tfm as mt
 from mini_tfm.autodiff import Var, backward
+from mini_tfm.model import FeedForward
+from mini_tfm.stream import Stream
 from mini_tfm.testing.trial import LENGTH, Reader, Trial, random_segments, small_model
 
 SEGMENTS = random_segments(2, 4)
@@ -25,9 +27,9 @@ def test_a_stream_begins_with_the_trained_rows(kind):
 
 def test_in_an_encoder_the_next_memory_is_its_outputs_there():
     t = trial("encoder-decoder")
-    reader, run = t.reader(2), t.reader(2).run
-    run.open(np.full(2, LENGTH), SEGMENTS[0])
-    encoded = t.model.encode_segment(SEGMENTS[0], np.full(2, LENGTH), run)
+    reader, stream = t.reader(2), t.reader(2).stream
+    stream.open(SEGMENTS[0], np.full(2, LENGTH), SEGMENTS[0])
+    encoded = stream.encoded
     assert encoded.n_rows == 3 and encoded.hidden.shape[1] == LENGTH + 3
     reader.read(SEGMENTS[0])
     np.testing.assert_array_equal(reader.run.states[0]["tokens"], encoded.hidden[:, :3])
@@ -48,7 +50,7 @@ def test_it_remembers_what_was_read_and_only_by_its_rows(kind):
     one, other = t.reader(2), t.reader(2)
     one.read(SEGMENTS[0])
     other.read(SEGMENTS[3])
-    other.last = one.last
+    other.stream.last = one.stream.last
     swapped = other.copy()
     swapped.run.states[0]["tokens"] = one.run.states[0]["tokens"]
     for tokens in SEGMENTS[1:3]:
@@ -111,22 +113,19 @@ def test_the_last_layer_computes_no_rows_that_nobody_asks_for(monkeypatch, posit
     )
     model = mt.Transformer(config, seed=1, dtype=np.float64)
     lengths = np.array([LENGTH, LENGTH - 2 * ragged])
-    rows, feed_forward = [], model._feed_forward
-    monkeypatch.setattr(model, "_feed_forward", lambda w, name, dropout, x: rows.append(x.shape[1]) or feed_forward(w, name, dropout, x))
+    rows, feed_forward = [], FeedForward.__call__
+    monkeypatch.setattr(FeedForward, "__call__", lambda self, x, p, **more: rows.append(x.shape[1]) or feed_forward(self, x, p, **more))
     got = []
     for needs in ([], ["mass"]):
         memory = mt.memory("recurrent", tokens=3, site="decoder")
         memory.spec = dataclasses.replace(memory.spec, needs=frozenset(needs))
         model.add_memory_weights(memory)
-        run = model.start_run(memory, 2)
+        stream = Stream(model, memory, 2)
         for tokens in SEGMENTS:
-            encoded = None
-            run.open(lengths, tokens)
-            if n_encoder_layers:
-                encoded = model.encode_segment(tokens, lengths, run)
-            hidden = model.decode_segment(tokens, lengths, encoded, run)
-            model.finish_segment(encoded, run)
-            got.append((hidden, run.states[0]["tokens"]))
+            stream.open(tokens if n_encoder_layers else None, lengths, tokens)
+            hidden = stream.decode(tokens, lengths)
+            stream.finish()
+            got.append((hidden, stream.run.states[0]["tokens"]))
     for (hidden, state), (all_hidden, all_state) in zip(got[: len(SEGMENTS)], got[len(SEGMENTS) :], strict=True):
         np.testing.assert_array_equal(hidden, all_hidden)
         np.testing.assert_array_equal(state, all_state)

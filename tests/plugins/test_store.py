@@ -136,7 +136,7 @@ def test_it_survives_the_process(path):
     same = Reader(MODEL, mt.memory("store", top_k=4), 1)
     for tokens in SEGMENTS[:3]:
         same.read(tokens)
-    reader.last = same.last
+    reader.stream.last = same.stream.last
     out = reader.read(SEGMENTS[3])
     np.testing.assert_allclose(out, same.read(SEGMENTS[3]), atol=1e-5)
     assert np.max(np.abs(out - plain.read(SEGMENTS[3]))) > 1e-3
@@ -154,7 +154,7 @@ def test_reading_goes_on_where_an_earlier_process_stopped(path):
     """Positions too: a store of two sittings is that of one."""
     read_and_keep(path, SEGMENTS[:3])
     second = reader_of(path, top_k=100)
-    second.last = SEGMENTS[2][:, -1]
+    second.stream.last = SEGMENTS[2][:, -1]
     whole = Reader(MODEL, mt.memory("store", top_k=100), 1)
     for tokens in SEGMENTS[:3]:
         whole.read(tokens)

@@ -8,8 +8,8 @@ import numpy as np
 import mini_tfm as mt
 from mini_tfm.config import Config
 from mini_tfm.data import TextStreams
-from mini_tfm.model import Transformer
 from mini_tfm.train import Trainer
+from mini_tfm.transformer import Transformer
 
 STEPS = 12
 FIT = {"validate_every": 2, "validation_batches": 2, "save_every": 3, "save_total_limit": 2, "save_best": True}

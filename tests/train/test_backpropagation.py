@@ -11,10 +11,11 @@ from variants import VARIANTS, assert_gradients, tiny_model, tokens
 
 import mini_tfm as mt
 from mini_tfm.autodiff import Var, backward, value_of
+from mini_tfm.context import NO_DROPOUT, Dropout
 from mini_tfm.data.batches import Batch, fields
 from mini_tfm.errors import InvalidValue, PluginError
 from mini_tfm.memory import Memory, MemorySpec, Rows
-from mini_tfm.model import NO_DROPOUT, Dropout
+from mini_tfm.stream import Stream
 from mini_tfm.train import Trainer
 from mini_tfm.train.backpropagation import SegmentLoss, backpropagate
 
@@ -106,8 +107,8 @@ def test_cut_between_segments_it_is_the_gradient_of_one_tape(name, variant, begi
     found = []
     for way in ("cut", "one tape"):
         leaves = {weight: Var(value, np.zeros_like(value)) for weight, value in model.weights.items()}
-        loss = SegmentLoss(model, batch, leaves, dropout=Dropout(0.1, 4, 0.2, 0.15), label_smoothing=0.1)
-        run = model.start_run(memory, len(batch.target), leaves, training=True)
+        loss = SegmentLoss(model, batch, dropout=Dropout(0.1, 4, 0.2, 0.15), label_smoothing=0.1)
+        run = Stream(model, memory, len(batch.target), weights=leaves, training=True)
         if way == "cut":
             backpropagate(loss, run)
         else:
@@ -133,7 +134,7 @@ def test_gradients_through_three_segments_are_those_of_finite_differences(varian
 
     def loss(w):
         options = {"dropout": trainer._dropout(), "hide_source": trainer._hidden(batch), "label_smoothing": 0.1}
-        return SegmentLoss(trainer.model, batch, w, **options).value(trainer.model.start_run(trainer.memory, 3, w, training=True))
+        return SegmentLoss(trainer.model, batch, **options).value(Stream(trainer.model, trainer.memory, 3, weights=w, training=True))
 
     weights = {weight: value.copy() for weight, value in trainer.model.weights.items()}
     assert_gradients(loss, weights, gradients, tolerance=3e-6)
@@ -246,14 +247,14 @@ def test_nothing_is_written_twice():
     trainer = Trainer(one_layer("pre norm"), mt.memory("store:top_k=2"), recompute=True)
     batch = trainer._batch(*fields(ragged(True)))
     seen = []
-    loss = SegmentLoss(trainer.model, batch, trainer.optimizer.leaves())
-    run = trainer.model.start_run(trainer.memory, 3, loss.w, training=True)
-    plain = trainer.model.start_run(trainer.memory, 3, training=True)
-    backpropagate(loss, run, recompute=True)
-    SegmentLoss(trainer.model, batch, trainer.model.weights).value(plain)
-    for key, value in plain.dump().items():
+    loss = SegmentLoss(trainer.model, batch)
+    trained = Stream(trainer.model, trainer.memory, 3, weights=trainer.optimizer.leaves(), training=True)
+    plain = Stream(trainer.model, trainer.memory, 3, training=True)
+    backpropagate(loss, trained, recompute=True)
+    loss.value(plain)
+    for key, value in plain.run.dump().items():
         seen.append(key)
-        assert_same_bits(run.dump()[key], value)
+        assert_same_bits(trained.run.dump()[key], value)
     assert any("valid" in key for key in seen)
 
 
@@ -280,8 +281,8 @@ def masks(monkeypatch, batch, **options):
 
         monkeypatch.setattr(_core, name, spied)
     trainer = Trainer(one_layer("pre norm"), mt.memory("recurrent:tokens=2"), **options)
-    loss = SegmentLoss(trainer.model, trainer._batch(*fields(batch)), trainer.model.weights, dropout=trainer._dropout())
-    loss.value(trainer.model.start_run(trainer.memory, len(batch.target), training=True))
+    loss = SegmentLoss(trainer.model, trainer._batch(*fields(batch)), dropout=trainer._dropout())
+    loss.value(Stream(trainer.model, trainer.memory, len(batch.target), training=True))
     monkeypatch.undo()
     return drawn
 

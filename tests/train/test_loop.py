@@ -13,17 +13,17 @@ import pytest
 from helpers import assert_same_bits
 
 import mini_tfm as mt
-from mini_tfm.checkpoint.models import load_saved, save_model
+from mini_tfm.checkpoint.models import save_model
 from mini_tfm.config import Config
 from mini_tfm.data.batches import Batch, fields
 from mini_tfm.errors import FileProblem, InvalidType, InvalidValue
-from mini_tfm.model import Transformer
 from mini_tfm.text.tokenizers import ByteTokenizer
 from mini_tfm.train import Trainer
 from mini_tfm.train.average import average_models, last_checkpoints
 from mini_tfm.train.logs import COLUMNS
 from mini_tfm.train.parallel import shares
 from mini_tfm.train.run_folder import digest
+from mini_tfm.transformer import Transformer, load_saved
 
 sys.path.insert(0, str(Path(__file__).parent))  # `import runs`
 

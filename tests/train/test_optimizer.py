@@ -8,8 +8,8 @@ import pytest
 from mini_tfm.autodiff import backward
 from mini_tfm.errors import InvalidValue
 from mini_tfm.memory.base import Param
-from mini_tfm.model import Transformer
 from mini_tfm.train.optimizer import AdamW, schedule_factor
+from mini_tfm.transformer import Transformer
 
 
 @pytest.mark.parametrize(

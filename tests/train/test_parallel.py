@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mini_tfm.checkpoint.models import load_saved
 from mini_tfm.errors import InvalidType, InvalidValue
 from mini_tfm.train import Trainer
 from mini_tfm.train.parallel import Alone, Ranks, communicator_of, launched
+from mini_tfm.transformer import load_saved
 
 sys.path.insert(0, str(Path(__file__).parent))  # `import runs`
 

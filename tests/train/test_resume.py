@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 
 import mini_tfm as mt
-from mini_tfm.checkpoint.models import load_saved
 from mini_tfm.config import Config
 from mini_tfm.errors import FileProblem, InvalidType, InvalidValue, TrainingError
 from mini_tfm.files import folders
-from mini_tfm.model import Transformer
 from mini_tfm.train import Trainer
+from mini_tfm.transformer import Transformer, load_saved
 
 sys.path.insert(0, str(Path(__file__).parent))  # `import runs`, here and in the processes started below
 

@@ -14,15 +14,17 @@ import mini_tfm as mt
 from mini_tfm.autodiff import value_of
 from mini_tfm.checkpoint.safetensors import read_safetensors
 from mini_tfm.config import Config
+from mini_tfm.context import NO_DROPOUT
 from mini_tfm.data import TextStreams
 from mini_tfm.data.batches import Batch, fields
 from mini_tfm.errors import FileProblem, InvalidType, InvalidValue, PluginError, TrainingError
 from mini_tfm.memory import RowMemory
-from mini_tfm.model import NO_DROPOUT, Transformer
+from mini_tfm.stream import Stream
 from mini_tfm.text.tokenizers import ByteTokenizer
 from mini_tfm.train import Trainer
 from mini_tfm.train import optimizer as optimizer_module
 from mini_tfm.train.backpropagation import SegmentLoss
+from mini_tfm.transformer import Transformer
 
 MEMORIES = ["window:size=5", "window:size=4,sinks=2,site=all", "recurrent:tokens=2", "recurrent:tokens=2,residual=true", "store:top_k=3",
             "store:top_k=2,merge=gate", "window:size=3+store:top_k=2"]  # fmt: skip
@@ -146,8 +148,8 @@ def taped(trainer, batch, **options):
 
 def training_loss(trainer, batch, w, dropout=NO_DROPOUT):
     smoothing = trainer.options["label_smoothing"]
-    loss = SegmentLoss(trainer.model, batch, w, dropout=dropout, hide_source=trainer._hidden(batch), label_smoothing=smoothing)
-    return loss.value(trainer.model.start_run(trainer.memory, len(batch.target), w, training=True))
+    loss = SegmentLoss(trainer.model, batch, dropout=dropout, hide_source=trainer._hidden(batch), label_smoothing=smoothing)
+    return loss.value(Stream(trainer.model, trainer.memory, len(batch.target), weights=w, training=True))
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,10 @@ from ...autodiff import value_of
 from ...data.batches import Batch
 from ...errors import InvalidValue
 from ...memory.base import Memory
-from ...model import Transformer
+from ...model import Model
+from ...stream import Stream
 from ...text.tokenizers import Tokenizer
-from ...train.walk import walk
+from ...train.segments import read_batch
 
 FACT = "\nThe code word is {}.\n"
 LETTERS = string.ascii_uppercase
@@ -85,7 +86,7 @@ class Recall:
         weights[..., len(self.before)][asked >= 0] = (weights * counted).sum() / max(1, (asked >= 0).sum())
         return dataclasses.replace(batch, source=source, target=target, weights=weights), asked
 
-    def accuracy(self, model: Transformer, memory: Memory | None, batch: Batch, distance: int, seed: int = 0) -> float:
+    def accuracy(self, model: Model, memory: Memory | None, batch: Batch, distance: int, seed: int = 0) -> float:
         """Share of questions whose letter is the likeliest of all tokens; facts are `distance` segments back.
 
         batch: streams of at least distance + 1 whole segments; the fact is in the first. NaN if none fits.
@@ -93,11 +94,11 @@ class Recall:
         batch = cut_segments(batch, distance + 1)
         batch, asked = self.plant(batch, (seed, distance), facts_at=0, asked_at=distance)
         right = total = 0
-        run = model.start_run(memory, len(batch.target), training=True)
-        for t, hidden in walk(model, run, batch):
+        stream = Stream(model, memory, len(batch.target), training=True)
+        for t, hidden in read_batch(stream, batch):
             rows = np.flatnonzero(asked[:, t] >= 0)
             if len(rows):
-                scores = value_of(model.output_logits(value_of(hidden)[rows, len(self.before)]))
+                scores = value_of(stream.logits(value_of(hidden)[rows, len(self.before)]))
                 right += int((np.argmax(scores, axis=1) == asked[rows, t]).sum())
                 total += len(rows)
         return right / total if total else float("nan")

@@ -1,0 +1,277 @@
+"""Attention: section 3.2 of "Attention Is All You Need" (arXiv 1706.03762).
+
+    Attention(Q, K, V) = softmax(Q K^T / sqrt(d_k)) V                                  (equation 1)
+
+    MultiHead(Q, K, V) = Concat(head_1, ..., head_h) W^O                               (section 3.2.2)
+    where head_i = Attention(Q W_i^Q, K W_i^K, V W_i^V)
+
+`MultiHeadAttention` below is the second line. The first is `ops.attention_with_lse`, one compiled kernel over blocks of keys
+and values: the segment's own, and those that a memory shows, all in one softmax.
+
+Legend: B batch, T queries, S keys, H heads, D head size (the paper's d_k), d d_model, M rows of a memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from . import ops
+from ._core import Block
+from .autodiff import is_traced, value_of
+from .config import Config
+from .context import Pass
+from .layers import Linear, Shape
+from .memory.base import Query, Side, View
+from .weights import Array
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The encoder's outputs: hidden (B, m + S, d), the m memory rows first; valid (B, m + S) bool."""
+
+    hidden: Array
+    valid: np.ndarray
+    n_rows: int
+
+    @property
+    def text(self) -> Array:
+        """(B, S, d): the outputs at the source tokens alone."""
+        return self.hidden[:, self.n_rows :] if self.n_rows else self.hidden
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What stands where in a stack's sequence: `n_front` rows of memories, the text, in a decoder more rows behind it.
+
+    positions: of the queries, (T,), or (B, T) where streams differ; the text's first token is at 0. text: (B, tokens) bool, what
+    is no padding. valid: (B, keys) bool, or None: all keys are there. causal: a query sees no key behind its own, other than
+    the rows in front. lengths, key_positions: (B,) keys of each stream and (B, keys) where they stand, where streams differ.
+    """
+
+    positions: np.ndarray
+    text: np.ndarray
+    n_front: int = 0
+    valid: np.ndarray | None = None
+    causal: bool = False
+    lengths: np.ndarray | None = None
+    key_positions: np.ndarray | None = None
+    shared: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # what all layers need, made by the first
+
+    @property
+    def of_text(self) -> slice:
+        """The text among the keys."""
+        return slice(self.n_front, self.n_front + self.text.shape[1])
+
+    def counted(self, batch: int, n_queries: int) -> np.ndarray:
+        """(B, T) bool: the queries that are no padding."""
+        return np.ones((batch, n_queries), bool) if self.valid is None else self.valid[:, -n_queries:]
+
+
+class MultiHeadAttention:
+    """Section 3.2.2, at one site ("encoder", "decoder" or "cross") and layer. Its rows in a memory are those of that place."""
+
+    def __init__(self, config: Config, name: str, site: str, layer: int):
+        assert config.d_head and config.n_kv_heads  # filled in by Config
+        self.config, self.name, self.site, self.layer = config, name, site, layer
+        self.scale, self.d_head, self.n_kv_heads = config.attention_scale or 1.0, config.d_head, config.n_kv_heads
+        d, heads, kv_heads = config.d_model, config.n_heads * config.d_head, config.n_kv_heads * config.d_head
+        self.q, self.k, self.v = (
+            Linear(config, f"{name}.{part}", d, n) for part, n in zip("qkv", (heads, kv_heads, kv_heads), strict=True)
+        )
+        self.o = Linear(config, name + ".o", heads, d)
+        self.relative = RelativeBias(config, site) if config.positions == "relative" and site != "cross" else None
+
+    def shapes(self) -> Iterator[Shape]:
+        for linear in (self.q, self.k, self.v, self.o):
+            yield from linear.shapes()
+
+    def to_itself(self, x: Array, p: Pass, layout: Layout, skip: int = 0, residual: Array | None = None) -> Array:
+        """Self-attention of all rows of x (B, T, d) but the first `skip`, which are keys alone; residual is added to it."""
+        q, k, v = self._heads(self.q, x[:, skip:] if skip else x, p), self._heads(self.k, x, p), self._heads(self.v, x, p)
+        at = layout.positions[..., skip:]
+        queries, keys = self._rotate(q, at), self._rotate(k, layout.positions)
+        if p.cache is not None:
+            keys, v = p.cache.append(self.layer, keys, v)
+        own = Block(
+            keys,
+            v,
+            valid=layout.valid,
+            lengths=layout.lengths,
+            bias=self._bias(p, layout, queries.shape[2], keys.shape[2]),
+            causal=layout.causal,
+            prefix=layout.n_front if layout.causal else 0,
+        )
+        out = self._with_memory(p, queries, q, own, at, layout, None if p.cache else layout.of_text)
+        if p.cache is None and p.run.members:
+            text = x if x.shape[1] == layout.text.shape[1] else x[:, layout.of_text]
+            p.run.wrote(self.site, self.layer, text, layout.text, lambda rows: self._keys_and_values(rows, p))
+        return self.o(_concatenated(out), p, residual=residual)
+
+    def to_encoder(self, x: Array, p: Pass, layout: Layout, encoded: Encoded, residual: Array | None = None) -> Array:
+        """Cross-attention of x (B, T, d) to the encoder's outputs; residual is added to it."""
+        q = self._heads(self.q, x, p)
+        project = lambda: self._keys_and_values(encoded.hidden, p)  # noqa: E731
+        k, v = p.cache.cross(self.layer, project) if p.cache is not None else project()
+        own, at = Block(k, v, valid=encoded.valid), layout.positions[..., -x.shape[1] :]
+        out = self._with_memory(p, q, q, own, at, layout, slice(encoded.n_rows, None))
+        return self.o(_concatenated(out), p, residual=residual)
+
+    # Heads and positions
+
+    def _heads(self, linear: Linear, x: Array, p: Pass) -> Array:
+        """x W + b, (B, T, d) -> (B, heads, T, D)."""
+        y = linear(x, p)
+        return y.reshape(x.shape[0], x.shape[1], y.shape[2] // self.d_head, self.d_head).swapaxes(1, 2)
+
+    def _keys_and_values(self, rows: Array, p: Pass) -> tuple[Array, Array]:
+        return self._heads(self.k, rows, p), self._heads(self.v, rows, p)
+
+    def _rotate(self, x: Array, positions: np.ndarray) -> Array:
+        return ops.rotary(x, positions, self.config.rotary_base) if self.config.positions == "rotary" else x
+
+    def _bias(self, p: Pass, layout: Layout, n_queries: int, n_keys: int) -> Any:
+        """Of the segment's own keys. Every layer's is the same: where no gradient is recorded, it is made once."""
+        if self.relative is None:
+            return None
+        if (made := layout.shared.get(n_queries)) is not None:
+            return made
+        if layout.key_positions is not None:
+            bias: Any = self.relative.between(p, layout.key_positions, layout.positions)
+        elif layout.causal and layout.positions.ndim > 1:
+            bias = self.relative.between(p, layout.positions, layout.positions[:, -n_queries:])
+        else:
+            bias = self.relative.by_distance(p, n_queries, n_keys)
+        if not is_traced(p.value(self.relative.name)):
+            bias = layout.shared[n_queries] = bias.strided(bias.table) if isinstance(bias, ops.DistanceBias) else bias
+        return bias
+
+    # The rows of memories
+
+    def _with_memory(self, p: Pass, q: Array, free_q: Array, own: Block, at: np.ndarray, layout: Layout, text: slice | None) -> Array:
+        """Attention over the segment's own block and what the memory shows: (B, H, T, D).
+
+        q, free_q: queries with and without position; at: their positions. text: the keys whose attention a memory may ask
+        for; None: nobody asks.
+        """
+        run = p.run
+        if not run.members:
+            return ops.attention(q, [own], self.scale, **p.dropout.weights(self.name))
+        shown = run.views(self.site, self.layer, lambda: self._query(p, free_q, at), q.shape[2])
+        joint = [(i, view) for i, view in shown if isinstance(view, View) and run.merge(i, view) == "joint"]
+        blocks = [own, *(self._block_of(p, view, at) for _, view in joint)]
+        out, lse = ops.attention_with_lse(q, blocks, self.scale, **p.dropout.weights(self.name))
+        if text is not None and run.wants_mass():
+            self._report_attention(p, q, blocks, lse, [i for i, view in joint], layout, text, [view for _, view in joint])
+        for n, (i, view) in enumerate(shown):
+            if run.merge(i, view) != "joint":
+                out = self._merged(p, out, q, view, run.merge(i, view), at, n)
+        return out
+
+    def _report_attention(self, p, q, blocks, lse, members, layout, text, views) -> None:
+        """Tells the memories how much attention their rows, and the segment's own, have received."""
+        run, counted = p.run, layout.counted(q.shape[0], q.shape[2])
+        received = lambda block: ops.attention_mass(q, block, lse, self.scale, counted)  # noqa: E731
+        run.received(self.site, self.layer, None, received(blocks[0])[:, text])
+        seen: set[int] = set()  # a member that shows two views is told about the first
+        for i, view, block in zip(members, views, blocks[1:], strict=True):
+            if run.wants_mass(i) and view.index is None and i not in seen:
+                seen.add(i)
+                run.received(self.site, self.layer, i, received(block))
+
+    def _merged(self, p: Pass, out: Array, q: Array, view: View | Side, merge: str, at: np.ndarray, n: int) -> Array:
+        """`out` with a view that has a softmax of its own, or a result of the strategy's own: added, gated, or instead."""
+        if isinstance(view, Side):
+            other = view.output
+            has = np.ones(1, bool) if view.valid is None else view.valid
+        else:
+            other = ops.attention(q, [self._block_of(p, view, at)], self.scale, **p.dropout.weights(f"{self.name}.view.{n}"))
+            has = np.asarray(view.valid.any(axis=1))
+        has = has[:, None, None, None]
+        if merge == "add":
+            return out + (other if has.all() else np.where(has, other, 0))
+        if merge == "gate":
+            gate = ops.sigmoid(view.gate)[:, None, None]
+            other = gate * other + (1 - gate) * out
+        return other if has.all() else np.where(has, other, out)  # an empty memory must equal no memory
+
+    def _block_of(self, p: Pass, view: View, at: np.ndarray) -> Block:
+        """A view as keys and values: projected by this layer, and given the positions it has."""
+        view = _with_chosen_rows(view, self.config.n_heads, at.shape[-1])
+        if view.bank[0] == "hidden":
+            k, v = self._keys_and_values(view.bank[1], p)
+        else:
+            k, v = view.bank[1:]
+        bias = view.bias
+        if self.site != "cross" and view.positions is not None:
+            from_start = view.positions - p.run.site_start(self.site)[:, None]  # (B, M), negative: before the segment
+            k = self._rotate(k, from_start)
+            if self.relative is not None:
+                bias = self.relative.between(p, from_start, at, view.index) + (0 if bias is None else bias)
+        return Block(k, v, valid=view.valid, index=view.index, bias=bias)
+
+    def _query(self, p: Pass, q: Array, at: np.ndarray) -> Query:
+        heads, config = value_of(q), self.config
+        batch, n_heads, length, d_head = heads.shape
+
+        def hidden() -> np.ndarray:
+            groups = self.n_kv_heads
+            wk = p.weights[self.k.weight].array.reshape(config.d_model, groups, d_head)
+            grouped = heads.reshape(batch, groups, n_heads // groups, length, d_head)
+            return np.einsum("bghtx,dgx->bghtd", grouped, wk, optimize=True).reshape(batch, n_heads, length, config.d_model)
+
+        return Query(q, hidden, np.broadcast_to(p.run.site_start(self.site)[:, None] + at, (batch, length)))
+
+
+class RelativeBias:
+    """A bias by bucketed distance of key and query, one table for all layers of a stack (arXiv 1910.10683, section 2.1)."""
+
+    def __init__(self, config: Config, stack: str):
+        self.config, self.name, self.bidirectional = config, stack + ".relative_bias.weight", stack == "encoder"
+
+    def shapes(self) -> Iterator[Shape]:
+        yield Shape(self.name, (self.config.relative_buckets, self.config.n_heads), std=0.02)
+
+    def by_distance(self, p: Pass, n_queries: int, n_keys: int) -> ops.DistanceBias:
+        """Of keys that stand one behind the other, the last key at the last query."""
+        distance = np.arange(-(n_queries - 1), n_keys) - (n_keys - n_queries)
+        return ops.DistanceBias(np.transpose(p.value(self.name)[self._buckets(distance)]), n_queries, n_keys)
+
+    def between(self, p: Pass, key_at: np.ndarray, query_at: np.ndarray, index: np.ndarray | None = None) -> Array:
+        """Of keys at any positions, key_at (B, M), query_at (T,) or (B, T): (B, H, T, M), or (B, H, T, K) for rows chosen by
+        `index`."""
+        table = p.value(self.name)
+        if index is None:
+            return np.transpose(table[self._buckets(key_at[:, None, :] - query_at[..., None])], (0, 3, 1, 2))
+        chosen = key_at[np.arange(len(index))[:, None, None, None], np.maximum(index, 0)]
+        heads = np.arange(index.shape[1])[:, None, None]
+        asked_at = query_at[:, None] if query_at.ndim == 1 else query_at[:, None, :, None]
+        return table[self._buckets(chosen - asked_at), np.broadcast_to(heads, index.shape)]
+
+    def _buckets(self, distance: np.ndarray) -> np.ndarray:
+        return ops.relative_buckets(distance, self.config.relative_buckets, self.config.relative_max_distance, self.bidirectional)
+
+
+def _concatenated(heads: Array) -> Array:
+    """Concat(head_1, ..., head_h): (B, H, T, D) -> (B, T, H D)."""
+    b, h, t, d = heads.shape
+    return heads.swapaxes(1, 2).reshape(b, t, h * d)
+
+
+def _with_chosen_rows(view: View, n_heads: int, n_queries: int) -> View:
+    """A view whose index (B, K) is the same for all heads and queries, as a view of just those rows."""
+    index = view.index
+    if index is None or index.ndim != 2:
+        return view
+    rows, pick = np.arange(len(index))[:, None], np.maximum(index, 0)
+    kind, *bank = view.bank
+    bank = [x[rows, pick] if kind == "hidden" else np.moveaxis(np.moveaxis(x, 1, 2)[rows, pick], 2, 1) for x in bank]
+    bias = view.bias
+    if bias is not None and bias.shape[-1] > 1:
+        bias = np.broadcast_to(bias, (len(index), n_heads, n_queries, bias.shape[-1]))
+        bias = np.take_along_axis(bias, np.broadcast_to(pick[:, None, None], (*bias.shape[:3], pick.shape[1])), -1)
+    positions = None if view.positions is None else view.positions[rows, pick]
+    return View((kind, *bank), view.valid[rows, pick] & (index >= 0), positions=positions, bias=bias, merge=view.merge, gate=view.gate)

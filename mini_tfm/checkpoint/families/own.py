@@ -1,0 +1,52 @@
+"""The library's own format: the fields of Config as they are, and the weights by our own names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ...config import Config
+from ...errors import InvalidValue
+from ...model import weight_shapes
+
+FORMAT = "mini_tfm"
+FORMAT_VERSION = 1
+
+
+def about_of(config: Config, memory_text: str | None) -> dict[str, Any]:
+    """What `config.json` says of a model and the memory it was trained with."""
+    return {"format": FORMAT, "format_version": FORMAT_VERSION, "model": config.to_dict(), "memory": memory_text}
+
+
+def recognises(about: Mapping[str, Any]) -> bool:
+    return about.get("format") == FORMAT
+
+
+def config_of(about: Mapping[str, Any], where: str) -> Config:
+    if about.get("format_version") != FORMAT_VERSION:
+        raise InvalidValue(
+            f"{where}: field 'format_version': expected {FORMAT_VERSION}, got {about.get('format_version')!r}; upgrade mini-tfm"
+        )
+    if unknown := sorted(set(about) - {"format", "format_version", "model", "memory"}):
+        raise InvalidValue(f"{where}: unknown field {unknown[0]!r}")
+    memory_text = about.get("memory")
+    if memory_text is not None and not isinstance(memory_text, str):
+        raise InvalidValue(f"{where}: field 'memory': expected text or null, got {memory_text!r}")
+    return Config.from_dict(about.get("model", {}))
+
+
+def weights_of(config: Config, tensors: Mapping[str, np.ndarray], where: str) -> dict[str, np.ndarray]:
+    shapes = weight_shapes(config)
+    faults = [f"tensor {name!r} is missing" for name in shapes if name not in tensors]
+    for name, tensor in tensors.items():
+        if name not in shapes and not name.startswith("memory."):
+            faults.append(f"tensor {name!r} is not one of this architecture")
+        elif name in shapes and tensor.shape != shapes[name]:
+            faults.append(f"tensor {name!r}: expected shape {shapes[name]}, got {tensor.shape}")
+        elif tensor.dtype not in (np.float32, np.float64):
+            faults.append(f"tensor {name!r}: expected float32, got {tensor.dtype}")
+    if faults:
+        raise InvalidValue(f"{where}: " + "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else ""))
+    return dict(tensors)

@@ -1,0 +1,91 @@
+"""What a pass over a segment carries through the layers: weights, the memory at work, dropout, the decoder's cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from . import ops
+from .memory.run import MemoryRun
+from .weights import Array, Weights
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Rates of dropout: p of embeddings and sublayers' outputs, of attention weights, of the feed-forward's hidden layer.
+
+    A mask is a function of (seed, step, first_row, segment, place) and of where in its array an element stands, of
+    nothing else: a run can be repeated, and a segment computed twice draws the same. place: the name of a sublayer;
+    first_row: where the rows at hand begin in the batch.
+    """
+
+    p: float = 0.0
+    seed: int = 0
+    attention: float = 0.0
+    feed_forward: float = 0.0
+    step: int = 0
+    first_row: int = 0
+    segment: int = 0
+
+    def at(self, segment: int) -> Dropout:
+        return dataclasses.replace(self, segment=segment)
+
+    def seed_of(self, place: str) -> int:
+        drawn = hashlib.blake2b(f"{self.seed} {self.step} {self.first_row} {self.segment} {place}".encode(), digest_size=8)
+        return int.from_bytes(drawn.digest(), "little") >> 1
+
+    def __call__(self, x: Array, place: str) -> Array:
+        return ops.dropout(x, self.p, self.seed_of(place)) if self.p else x
+
+    def hidden(self, x: Array, place: str) -> Array:
+        return ops.dropout(x, self.feed_forward, self.seed_of(place)) if self.feed_forward else x
+
+    def weights(self, place: str) -> dict[str, Any]:
+        """Options of `ops.attention`."""
+        return {"dropout": self.attention, "seed": self.seed_of(place + ".weights")} if self.attention else {}
+
+
+NO_DROPOUT = Dropout()
+
+
+class Cache(Protocol):
+    """Keys and values that a decoder keeps from step to step (generate/cache.py)."""
+
+    n_front: int  # rows of memories in front of the text
+    lengths: np.ndarray | None  # (B,) keys of each stream, where they differ
+    positions: np.ndarray  # of the tokens announced last: (T,), or (B, T) where streams have come differently far
+
+    @property
+    def is_empty(self) -> bool: ...
+
+    @property
+    def key_positions(self) -> np.ndarray | None:
+        """(B, keys), where streams have come differently far."""
+
+    def extend(self, n_front: int, n_tokens: int) -> None:
+        """Announces new keys."""
+
+    def append(self, layer: int, k: Array, v: Array) -> tuple[np.ndarray, np.ndarray]:
+        """Adds k, v (B, H, T, D) to a layer; gives all its keys and values so far."""
+
+    def cross(self, layer: int, project: Callable[[], tuple[Array, Array]]) -> tuple[np.ndarray, np.ndarray]:
+        """The keys and values of the encoder's outputs, projected once."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass over a segment. The layers add where they are: their name, site and number."""
+
+    weights: Weights
+    run: MemoryRun
+    dropout: Dropout = NO_DROPOUT
+    cache: Cache | None = None
+
+    def value(self, name: str) -> Array:
+        """A vector or table: an array, or the Var of it."""
+        return self.weights[name].value

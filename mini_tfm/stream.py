@@ -1,0 +1,151 @@
+"""A stream: long text read segment after segment, with a memory that goes on. The only module that knows the order.
+
+    open     a segment of so many tokens begins; streams without any in it pause
+    encode   the encoder reads the segment, with the memory
+    decode   the decoder predicts the target, with the encoder's outputs and the memory
+    finish   the memory takes what the segment computed; `last` is what a decoder-only model goes on from
+
+Training, scoring, reading, generating and the conformance kit all go through it. A decoder is fed its target shifted right by
+one: it begins with `bos` or, in a decoder-only model, with the last token of the segment before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from . import _core
+from .attention import Encoded
+from .autodiff import value_of
+from .context import NO_DROPOUT, Dropout, Pass
+from .memory.base import Memory
+from .memory.run import MemoryRun
+from .model import Model
+from .weights import Array, Weights
+
+
+class Stream:
+    """A batch of streams of a model, with `memory` at work on them.
+
+    weights: by name, arrays or Vars, if not the model's own. training: what a memory is told (see `memory.Dims`).
+    run: the memory's states. last: (B,) the token that each stream ended with so far, bos where none was read.
+    """
+
+    def __init__(
+        self, model: Model, memory: Memory | None, batch: int, *, weights: Mapping[str, Any] | None = None, training: bool = False
+    ):
+        given = model.weights if weights is None else weights
+        self.model, self.weights = model, Weights(given)
+        self.run = MemoryRun(memory, model.config, given, batch, training=training, fingerprint=model.fingerprint)
+        self.last = np.full(batch, model.config.bos_id, np.int64)
+        self.encoded: Encoded | None = None
+        self._pass = Pass(self.weights, self.run)
+        self._target: tuple[np.ndarray, np.ndarray] | None = None
+
+    # One segment
+
+    def open(self, source: np.ndarray | None, lengths: np.ndarray, target: np.ndarray | None = None, dropout: Dropout = NO_DROPOUT) -> None:
+        """Begins a segment, and has the encoder read it.
+
+        source: (B, S) tokens, the first `lengths` (B,) of each row; None for a decoder-only model, where `lengths` counts
+        the target's. target: (B, T) what the decoder is to predict, where it is known.
+        """
+        self._pass = Pass(self.weights, self.run, dropout)
+        self._target = None
+        self.run.open(lengths, target)
+        self.encoded = None
+        if self.model.encoder is not None and source is not None:
+            self.encoded = self.model.encoder(source, lengths, self._pass)
+
+    def decode(self, target: np.ndarray, lengths: np.ndarray, hide_source: np.ndarray | None = None) -> Array:
+        """The decoder's outputs (B, T, d) as it predicts target (B, T), whole.
+
+        hide_source: (B,) bool, where it does not see the encoder's outputs at the source, but the memory alone.
+        """
+        assert self.model.decoder is not None
+        encoded = self.encoded
+        if encoded is not None and hide_source is not None:
+            valid = encoded.valid.copy()
+            valid[hide_source, encoded.n_rows :] = False
+            encoded = dataclasses.replace(encoded, valid=valid)
+        hidden = self.model.decoder(self.shifted(target), lengths, encoded, self._pass)
+        self._target = target, lengths
+        return hidden
+
+    def finish(self) -> None:
+        """Ends the segment: the memory takes the encoder's outputs at the cross site, and streams move on."""
+        if self.encoded is not None and self.model.decoder is not None:
+            self.run.wrote("cross", 0, self.encoded.text, self.encoded.valid[:, self.encoded.n_rows :])
+        self.run.close()
+        if self._target is not None:
+            target, lengths = self._target
+            ends = target[np.arange(len(target)), np.maximum(lengths - 1, 0)] if target.shape[1] else self.last
+            self.last = np.where(lengths > 0, ends, self.last)
+        self.encoded = self._target = None
+        self._pass = Pass(self.weights, self.run)  # the old one may hold on to a tape
+
+    def read(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """A whole segment (B, S) into the memory. The decoder runs only where a memory lives in it."""
+        has_encoder = self.model.encoder is not None
+        self.open(tokens if has_encoder else None, lengths, tokens)
+        if self.model.decoder is not None and (not has_encoder or self.run.uses("decoder")):
+            self.decode(tokens, lengths)
+        self.finish()
+
+    def shifted(self, target: np.ndarray) -> np.ndarray:
+        """The decoder's inputs for target (B, T): what comes before it, then all but the last token."""
+        before = self.last if self.model.encoder is None else np.full(len(target), self.model.config.bos_id)
+        return np.concatenate([before[:, None], target[:, :-1]], axis=1)[:, : target.shape[1]].astype(np.int64)
+
+    # From the decoder's outputs
+
+    def logits(self, hidden: Array) -> Array:
+        """(..., d) -> scores (..., V), as the output layer gives them."""
+        return self.model.output(hidden, self.weights)
+
+    def log_probs(self, hidden: Array) -> np.ndarray:
+        """(B, T, d) -> log-probabilities (B, T, V), as the memory changes them."""
+        hidden = value_of(hidden)
+        return self.run.logits(hidden, _core.log_softmax(value_of(self.logits(hidden))))
+
+    # Rows of the batch
+
+    def begin_documents(self, rows: np.ndarray) -> None:
+        """Other documents begin where (B,) bool `rows` is set: nothing of what was read is known there."""
+        self.run.reset(rows)
+        self.last = np.where(rows, self.model.config.bos_id, self.last)
+
+    def begin_text(self) -> None:
+        """What is read next is another text, which begins with bos; the memory stays."""
+        self.last = np.full(len(self.last), self.model.config.bos_id, np.int64)
+
+    def reorder(self, index: np.ndarray) -> None:
+        """Row i becomes what row index[i] was, within a segment, too: rows can be dropped, repeated, sorted."""
+        self.run.reorder(index)
+        self.last = self.last[index]
+        if self.encoded is not None:
+            self.encoded = dataclasses.replace(self.encoded, hidden=self.encoded.hidden[index], valid=self.encoded.valid[index])
+        if self._target is not None:
+            self._target = self._target[0][index], self._target[1][index]
+
+    def join(self, other: Stream) -> None:
+        """Takes in the rows of `other`, a stream of the same model and memory, behind its own; within a segment, too."""
+        self.run.join(other.run)
+        self.last = np.concatenate([self.last, other.last])
+        if self.encoded is not None and other.encoded is not None:
+            most = max(self.encoded.valid.shape[1], other.encoded.valid.shape[1])
+            pair = [(value_of(e.hidden), e.valid, most - e.valid.shape[1]) for e in (self.encoded, other.encoded)]
+            hidden = np.concatenate([np.pad(h, [(0, 0), (0, more), (0, 0)]) for h, _, more in pair])
+            valid = np.concatenate([np.pad(v, [(0, 0), (0, more)]) for _, v, more in pair])
+            self.encoded = dataclasses.replace(self.encoded, hidden=hidden, valid=valid)
+
+    def copy(self) -> Stream:
+        """An independent stream from here on; arrays are shared, as nobody writes into one."""
+        twin = object.__new__(Stream)
+        twin.__dict__.update(self.__dict__)
+        twin.run = self.run.copy()
+        twin._pass = dataclasses.replace(self._pass, run=twin.run)
+        return twin

@@ -1,0 +1,100 @@
+"""Transformer: the model as its user holds it. What it is made of is in model.py."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .autodiff import value_of
+from .checkpoint.models import read_model, save_model
+from .config import Config
+from .errors import InvalidType, InvalidValue
+from .generate import generate
+from .memory.base import Memory
+from .memory.registry import memory as make_memory
+from .model import Model, initial_weights
+from .stream import Stream
+from .text.tokenizers import Tokenizer
+from .tokens import check_tokens
+
+
+class Transformer(Model):
+    """An encoder-decoder (or encoder-only, decoder-only) Transformer.
+
+    config: the architecture. seed: of the initial weights, normal with standard deviation d_in ** -0.5.
+    dtype: float32, or float64 where a test asks for it. weights: arrays by name, in place of initial ones.
+    """
+
+    def __init__(self, config: Config, seed: int = 0, dtype: Any = np.float32, weights: dict[str, np.ndarray] | None = None):
+        if not isinstance(config, Config):
+            raise InvalidType(f"config: expected a Config, got {type(config).__name__}")
+        if dtype not in (np.float32, np.float64, "float32", "float64"):
+            raise InvalidType(f"dtype: expected float32 or float64, got {dtype}")
+        if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or seed < 0:
+            raise InvalidValue(f"seed: expected an integer of at least 0, got {seed!r}")
+        super().__init__(config, initial_weights(config, seed, np.dtype(dtype)) if weights is None else weights, np.dtype(dtype))
+
+    def encode(self, tokens: Any, lengths: Any = None) -> np.ndarray:
+        """(B, S) token ids, the first `lengths` (B,) of each row -> the encoder's outputs (B, S, d); 0 past the length."""
+        self.needs("encoder")
+        tokens, lengths = check_tokens("tokens", tokens, self.config.vocab_size, lengths)
+        stream = Stream(self, None, len(tokens))
+        stream.open(tokens, lengths)
+        assert stream.encoded is not None
+        return np.where((np.arange(tokens.shape[1]) < lengths[:, None])[..., None], value_of(stream.encoded.hidden), 0)
+
+    def logits(self, source: Any, target: Any, source_lengths: Any = None, target_lengths: Any = None) -> np.ndarray:
+        """Teacher-forced scores (B, T, V): row t scores target[:, t], given the source and target[:, :t].
+
+        The target is shifted inside: the decoder is fed `bos_id` and target[:, :-1]. source: (B, S) ids, or None
+        for a decoder-only model.
+        """
+        self.needs("decoder")
+        target, target_lengths = check_tokens("target", target, self.config.vocab_size, target_lengths)
+        lengths = target_lengths
+        if self.config.has_encoder:
+            source, lengths = check_tokens("source", source, self.config.vocab_size, source_lengths)
+            if len(source) != len(target):
+                raise InvalidValue(f"target: expected {len(source)} rows, as source has, got {len(target)}")
+        elif source is not None:
+            raise InvalidValue("source: expected None, as this model has no encoder")
+        stream = Stream(self, None, len(target))
+        stream.open(source, lengths)
+        return value_of(stream.logits(stream.decode(target, target_lengths)))
+
+    def generate(self, source: Any, lengths: Any = None, **options: Any) -> list[list[int]]:
+        """Token ids (B lists) for source (B, S): see `mini_tfm.generate.generate` for the options."""
+        return generate(self, source, lengths, **options)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes config.json and model.safetensors into `folder`; what it held before stays until all is written."""
+        save_model(folder, self)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A loaded folder: the model, its tokenizer if it has one, the text of the memory it was trained with."""
+
+    model: Transformer
+    tokenizer: Tokenizer | None
+    memory_text: str | None
+
+    def memory(self) -> Memory | None:
+        """That memory, made again."""
+        return make_memory(self.memory_text) if self.memory_text else None
+
+
+def load_saved(folder: str | os.PathLike, dtype: str = "float32") -> Saved:
+    """All that a model folder holds. Raises FileProblem or InvalidValue naming the file, field or tensor at fault."""
+    contents = read_model(folder, dtype)
+    model = Transformer(contents.config, dtype=dtype, weights=contents.weights)
+    return Saved(model, contents.tokenizer, contents.memory_text)
+
+
+def load(folder: str | os.PathLike, dtype: str = "float32") -> Transformer:
+    """The model saved in `folder` (see `Transformer.save`). dtype: float32."""
+    return load_saved(folder, dtype).model

@@ -1,0 +1,77 @@
+"""A weight as a thing: kept as an array, as a Var while it is trained, packed for fast products, or both.
+
+Products, look-ups, sizes, fingerprints and files ask a `Weight`, and need not know how it is kept. What a model holds are
+plain arrays, which anyone may read and write; a pass wraps them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from . import _core, ops
+from .autodiff import is_traced, value_of
+
+Array: TypeAlias = Any  # an np.ndarray or a Var: NumPy's functions take both, its stubs know only the first
+
+
+class Weight:
+    """A matrix (d_in, d_out), a table (rows, d) or a vector (d,) of a model.
+
+    kept: an array or a Var of it; None where there is only the packed form. packed: a PackedWeight, by which products with
+    plain arrays are computed.
+    """
+
+    __slots__ = ("kept", "packed")
+
+    def __init__(self, kept: Array | None, packed: Any = None):
+        self.kept, self.packed = kept, packed
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.packed.shape if self.kept is None else self.kept.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of RAM that it takes."""
+        return (0 if self.kept is None else value_of(self.kept).nbytes) + (0 if self.packed is None else self.packed.nbytes)
+
+    @property
+    def value(self) -> Array:
+        """An array, or the Var of it: what operations take. What is only packed is unpacked, which takes time."""
+        return self.packed.unpack() if self.kept is None else self.kept
+
+    @property
+    def array(self) -> np.ndarray:
+        """The plain array."""
+        return value_of(self.value)
+
+    def linear(self, x: Array, bias: Array | None = None, *, activation: str | None = None, residual: Array | None = None) -> Array:
+        """residual + activation(x W + bias): x (..., d_in), bias (d_out,) -> (..., d_out), residual of the same shape."""
+        if self.packed is not None and not is_traced(x):
+            return _core.packed_linear(x, self.packed, bias, activation=activation, residual=residual)
+        y = ops.linear(x, self.value, bias)
+        y = y if activation is None else ops.activation(y, activation)
+        return y if residual is None else residual + y
+
+    def pack(self, dtype: str | None = None, *, transposed: bool = False, columns: int | None = None) -> Any:
+        """A PackedWeight of it: dtype "float32", "bfloat16" or "int8" (None: its own).
+
+        transposed: of W^T. columns: only the first so many columns of the result.
+        """
+        array = self.array[:columns] if transposed else self.array[:, :columns]
+        return _core.pack(np.ascontiguousarray(array), dtype=dtype or str(array.dtype), transposed=transposed)
+
+
+class Weights(dict[str, Weight]):
+    """The weights of a model by name, each wrapped when it is first asked for."""
+
+    def __init__(self, kept: Mapping[str, Any]):
+        super().__init__()
+        self._kept = kept
+
+    def __missing__(self, name: str) -> Weight:
+        weight = self[name] = Weight(self._kept[name])
+        return weight

@@ -1,0 +1,136 @@
+"""A decoding session: what its steps give, and its streams dropped, repeated, sorted and joined at any of them."""
+
+import numpy as np
+import pytest
+from helpers import assert_same_bits
+from variants import tiny_model
+
+import mini_tfm as mt
+from mini_tfm.errors import InvalidValue
+from mini_tfm.generate import Session
+from mini_tfm.generate.cache import FIRST_CAPACITY
+from mini_tfm.stream import Stream
+
+VARIANTS = ["pre norm", "relative", "rotary", "decoder only"]
+MEMORIES = [None, "window:size=9,sinks=2,site=all", "recurrent:tokens=2", "store:top_k=3", "window:size=4+store:top_k=3"]
+PACKED = [pytest.param(0, id="plain"), pytest.param(99, id="packed")]
+RNG = np.random.default_rng(5)
+TEXT = RNG.integers(3, 13, (5, 24))
+
+
+def model_for(variant, memory=None, dtype=np.float32):
+    model = tiny_model(variant, seed=3, dtype=dtype)
+    if memory is not None:
+        model.add_memory_weights(memory, 1)
+    return model
+
+
+def begun(model, memory, rows, *, read=2, n_tokens=0, length=6):
+    """A session of the streams `rows` of TEXT, which have read some segments of it."""
+    stream = Stream(model, memory, len(rows))
+    for t in range(read):
+        stream.read(TEXT[rows, 6 * t : 6 * t + 6], np.full(len(rows), 6))
+    source = TEXT[rows, 12 : 12 + length]
+    stream.open(source if model.config.has_encoder else None, np.full(len(rows), length))
+    return Session(stream, n_tokens=n_tokens)
+
+
+def steps(session, tokens):
+    """Scores (B, n, V) after each of tokens (B, n)."""
+    return np.stack([session.scores(session.step(tokens[:, i : i + 1])) for i in range(tokens.shape[1])], axis=1)
+
+
+@pytest.mark.parametrize("n_tokens", PACKED)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_decoding_past_every_growth_of_the_cache_is_full_decoding(variant, n_tokens):
+    model = model_for(variant, dtype=np.float64)
+    n = 4 * FIRST_CAPACITY + 3
+    target = np.random.default_rng(1).integers(3, 13, (2, n))
+    stream = Stream(model, None, 2)
+    stream.open(TEXT[:2, :7] if model.config.has_encoder else None, np.array([7, 5]))
+    inputs, session = stream.shifted(target), Session(stream, n_tokens=n_tokens)
+    found = steps(session, inputs)
+    whole = model.logits(*((TEXT[:2, :7], target, [7, 5]) if model.config.has_encoder else (None, target)))
+    np.testing.assert_allclose(found, whole, rtol=0, atol=1e-10 * np.abs(whole).max())
+
+
+@pytest.mark.parametrize("n_tokens", PACKED)
+@pytest.mark.parametrize("spec", MEMORIES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_streams_are_dropped_repeated_and_sorted(variant, spec, n_tokens):
+    """Each goes on as if the others had never been there: the same bits."""
+    memory = mt.memory(spec) if spec else None
+    model = model_for(variant, memory)
+    tokens = np.random.default_rng(2).integers(3, 13, (4, 9))
+    alone = [steps(begun(model, memory, [b], n_tokens=n_tokens), tokens[b : b + 1])[0] for b in range(4)]
+    session, order = begun(model, memory, [0, 1, 2, 3], n_tokens=n_tokens), np.arange(4)
+    for i, index in enumerate(([0, 1, 2, 3], [3, 0, 2], [2, 1], [1, 0, 0, 1], [3, 2, 0])):
+        session.reorder(np.array(index))
+        order = order[index]
+        found = session.scores(session.step(tokens[order, i : i + 1]))
+        assert session.batch == len(order)
+        assert_same_bits(found, np.stack([alone[b][i] for b in order]))
+
+
+@pytest.mark.parametrize("n_tokens", PACKED)
+@pytest.mark.parametrize("spec", MEMORIES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_streams_join_that_have_come_differently_far(variant, spec, n_tokens):
+    """Another source length, another number of segments read, another number of tokens decoded."""
+    memory = mt.memory(spec) if spec else None
+    model = model_for(variant, memory, np.float64)
+    tokens = np.random.default_rng(3).integers(3, 13, (5, 60))
+
+    def three():
+        return [
+            begun(model, memory, [0, 1], n_tokens=n_tokens),
+            begun(model, memory, [2], read=1, n_tokens=n_tokens, length=4),
+            begun(model, memory, [3, 4], read=0, n_tokens=n_tokens, length=9),
+        ]
+
+    before = (7, 2, 3)  # tokens that each has decoded
+    rows = ([0, 1], [2], [3, 4])
+    alone, joined = three(), three()
+    for sessions in (alone, joined):
+        for session, n, some in zip(sessions, before, rows, strict=True):
+            steps(session, tokens[some, :n])
+    expected = np.concatenate([steps(session, tokens[some, n : n + 40]) for session, n, some in zip(alone, before, rows, strict=True)])
+    first, *others = joined
+    for other in others:
+        first.join(other)
+    assert first.batch == 5
+    at = np.repeat(before, [len(some) for some in rows])
+    found = np.stack([first.scores(first.step(tokens[np.arange(5), at + i][:, None])) for i in range(20)], axis=1)
+    np.testing.assert_allclose(found, expected[:, :20], rtol=0, atol=1e-10 * np.abs(expected).max())
+    first.reorder(np.array([4, 2, 0]))
+    kept = np.array([4, 2, 0])
+    found = np.stack([first.scores(first.step(tokens[kept, at[kept] + i][:, None])) for i in range(20, 40)], axis=1)
+    np.testing.assert_allclose(found, expected[kept, 20:], rtol=0, atol=1e-10 * np.abs(expected).max())
+
+
+def test_packed_and_plain_weights_choose_the_same_tokens():
+    for variant in VARIANTS:
+        model = model_for(variant)
+        made = [model.generate(TEXT[:, :7], max_new_tokens=n, stop_at_eos=False) for n in (15, 40)]
+        assert [row[:15] for row in made[1]] == made[0]
+
+
+@pytest.mark.parametrize("n_tokens", PACKED)
+def test_only_ids_of_the_tokenizer_are_chosen(n_tokens):
+    model = model_for("pre norm")
+    session = begun(model, None, [0, 1], n_tokens=n_tokens)
+    hidden = session.step(np.array([[1], [1]]))
+    best = np.argsort(-session.scores(hidden), axis=1)
+    limited = Session(begun(model, None, [0, 1]).stream, n_ids=4, n_tokens=n_tokens)
+    assert limited.scores(limited.step(np.array([[1], [1]]))).shape == (2, 4)
+    chosen = limited.best(hidden)
+    assert chosen.tolist() == [next(i for i in row if i < 4) for row in best.tolist()]
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "seed": 0}], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("n_tokens", [4, 40])
+def test_scores_that_are_not_numbers_are_an_error(options, n_tokens):
+    model = model_for("pre norm")
+    model.weights["decoder.norm.weight"][0] = np.nan
+    with pytest.raises(InvalidValue, match=r"the scores of token 1 of row 0 are not finite \(.*\); check that the model's weights"):
+        model.generate(TEXT[:, :7], max_new_tokens=n_tokens, **options)
