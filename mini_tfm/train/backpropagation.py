@@ -17,7 +17,8 @@ from .. import ops
 from ..autodiff import Var, backward, value_of
 from ..data.batches import Batch
 from ..memory.run import MemoryRun
-from ..memory.validate import blamed, expect
+from ..memory.validate import blame as blamed
+from ..memory.validate import require as expect
 from ..model import NO_DROPOUT, Dropout, Transformer
 from .walk import Segments
 

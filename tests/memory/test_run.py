@@ -1,6 +1,8 @@
 """A memory at work: rows of the batch, dump and load, what is told to whom, and every nonsense that is stopped before C."""
 
 import dataclasses
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,9 @@ from mini_tfm.errors import FileProblem, InvalidValue, PluginError
 from mini_tfm.memory import Evicted, Memory, MemorySpec, Param, RowMemory, Rows, Side, Stack, View
 from mini_tfm.memory.run import select_rows
 from mini_tfm.testing.trial import LENGTH, Reader, Trial, random_segments, small_model
+
+sys.path.insert(0, str(Path(__file__).parent))
+from strategies import HeavyHitters, NearestTokens
 
 MODEL = small_model("decoder-only")
 SEGMENTS = random_segments(2, 4)
@@ -326,6 +331,88 @@ class TestRows:
             twin.read(segment)
         for segment in tokens[1:]:
             assert reader.read(segment).tobytes() == same.read(segment).tobytes()
+
+
+JOINED = [
+    "window:size=7,sinks=2",
+    "window:size=8,site=all",
+    "recurrent:tokens=2",
+    "store:top_k=3",
+    "window:size=4+store:top_k=3,merge=gate",
+]
+
+
+@pytest.mark.parametrize("text", JOINED)
+@pytest.mark.parametrize("kind", ["encoder-decoder", "decoder-only"])
+class TestJoin:
+    """Streams that were read apart, joined, go on as if they had been one batch from the start."""
+
+    def test_bit_for_bit(self, text, kind):
+        trial, tokens = Trial(lambda: mt.memory(text), kind), random_segments(3, 5)
+        together, one, two = trial.reader(3), trial.reader(1), trial.reader(2)
+        for segment in tokens[:3]:
+            together.read(segment)
+            one.read(segment[:1])
+            two.read(segment[1:])
+        one.run.join(two.run)
+        one.last = together.last
+        assert one.run.batch == 3 and one.run.start.tolist() == [3 * LENGTH] * 3 and one.run.number == 3
+        for segment in tokens[3:]:
+            assert one.read(segment).tobytes() == together.read(segment).tobytes()
+        for name, array in together.run.dump().items():
+            np.testing.assert_array_equal(one.run.dump()[name], array)
+
+    def test_streams_of_different_lengths(self, text, kind):
+        trial, tokens = Trial(lambda: mt.memory(text), kind), random_segments(2, 6)
+        together, short, long = trial.reader(2), trial.reader(1), trial.reader(1)
+        for number, segment in enumerate(tokens[:4]):
+            together.read(segment, [LENGTH * (number == 3), LENGTH])
+            long.read(segment[1:])
+        short.read(tokens[3][:1])
+        short.run.join(long.run)
+        short.last = together.last
+        assert short.run.start.tolist() == [LENGTH, 4 * LENGTH] and short.run.number == 4
+        for segment in tokens[4:]:
+            np.testing.assert_allclose(short.read(segment), together.read(segment), rtol=0, atol=1e-12)
+
+
+def test_streams_join_within_a_segment():
+    trial = Trial(lambda: HeavyHitters(size=8), "decoder-only")
+    together, one, two = trial.reader(2), trial.reader(1), trial.reader(1)
+    for reader, rows in ((together, slice(None)), (one, slice(0, 1)), (two, slice(1, 2))):
+        reader.read(SEGMENTS[0][rows])
+        tokens, lengths = SEGMENTS[1][rows], np.full(len(SEGMENTS[1][rows]), LENGTH)
+        reader.run.open(lengths, tokens)
+        trial.model.decode_segment(trial.model.shift_right(tokens, reader.last), lengths, None, reader.run)
+    one.run.join(two.run)
+    one.run.close()
+    together.run.close()
+    one.last = together.last = SEGMENTS[1][:, -1]
+    assert one.read(SEGMENTS[2]).tobytes() == together.read(SEGMENTS[2]).tobytes()
+
+
+def test_a_run_of_something_else_does_not_join():
+    run = Reader(MODEL, mt.memory("window", size=8), 1).run
+    for other in (Reader(MODEL, mt.memory("window", size=9), 1).run, Reader(MODEL, None, 1).run):
+        with pytest.raises(InvalidValue, match="other: expected a run of the same memory and model"):
+            run.join(other)
+    with pytest.raises(InvalidValue, match="other: expected a run of the same memory and model"):
+        run.join(Reader(small_model("encoder-decoder"), mt.memory("window", size=8), 1).run)
+
+
+def test_outputs_wait_for_the_end_of_a_segment_however_streams_are_reordered():
+    """Within a segment, the decoder's outputs are reordered with the rest."""
+    trial = Trial(lambda: NearestTokens(k=2), "decoder-only")
+    reader, plain, index = trial.reader(2), trial.reader(2), np.array([1, 0])
+    for r, order in ((reader, slice(None)), (plain, index)):
+        tokens, lengths = SEGMENTS[0][order], np.full(2, LENGTH)
+        r.run.open(lengths, tokens)
+        trial.model.decode_segment(trial.model.shift_right(tokens), lengths, None, r.run)
+    reader.run.reorder(index)
+    reader.run.close()
+    plain.run.close()
+    for name, array in plain.run.dump().items():
+        np.testing.assert_array_equal(reader.run.dump()[name], array)
 
 
 def test_rows_can_be_reordered_within_a_segment():
