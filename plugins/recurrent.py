@@ -27,6 +27,9 @@ class Recurrent(Memory):
         sites = frozenset({"encoder", "decoder"} if site is None else {site})
         self.spec = MemorySpec(sites=sites, gradient="state", capacity=tokens)
 
+    def sites(self, dims: Dims) -> set[str]:
+        return {self.site or ("encoder" if dims.layers["encoder"] else "decoder")}
+
     def parameters(self, dims: Dims) -> dict[str, Param]:
         return {"tokens": Param((self.tokens, dims.d_model), init=1.0, weight_decay=False)}
 
@@ -35,10 +38,7 @@ class Recurrent(Memory):
         return {"tokens": np.broadcast_to(first, (batch, self.tokens, dims.d_model))}
 
     def begin(self, state: State, segment: Segment) -> Rows | None:
-        site = self.site or ("encoder" if state.dims.layers["encoder"] else "decoder")
-        if segment.site != site:
-            return None
-        return Rows(state["tokens"], where="front" if site == "encoder" else "around")
+        return Rows(state["tokens"], where="front" if segment.site == "encoder" else "around")
 
     def end(self, state: State, rows: np.ndarray) -> None:
         state["tokens"] = state["tokens"] + rows if self.residual else rows

@@ -56,6 +56,9 @@ class Store(Memory):
             merge=merge,
         )
 
+    def sites(self, dims: Dims) -> set[str]:
+        return {self.site or dims.reading_site}
+
     def parameters(self, dims: Dims) -> dict[str, Param]:
         # A gate at the model's learning rate and decay stays where it starts (arXiv 2404.07143, section 3).
         gate = Param((dims.n_heads,), init=0.0, lr_factor=10.0, weight_decay=False)
@@ -73,8 +76,7 @@ class Store(Memory):
         return state
 
     def write(self, state: State, site: str, layer: int, new: New) -> None:
-        dims = state.dims
-        if site != (self.site or dims.reading_site) or not new.valid.size:
+        if not new.valid.size:
             return
         key, rows = bank_key(site, layer), {"hidden": new.hidden, "valid": new.valid}
         # Positions go on where an earlier process stopped.
@@ -88,8 +90,6 @@ class Store(Memory):
             state[f"{key}{last}.{name}"] = value
 
     def read(self, state: State, site: str, layer: int, query: Query) -> View | None:
-        if site != (self.site or state.dims.reading_site):
-            return None
         key = bank_key(site, layer)
         parts = [(state[f"{key}{i}.hidden"], state[f"{key}{i}.valid"], state[f"{key}{i}.positions"]) for i in self._chunks(state, key)]
         batch, heads, length = query.heads.shape[:3]

@@ -26,6 +26,7 @@ from .validate import (
     check_evicted,
     check_log_probs,
     check_parameters,
+    check_sites,
     check_spec,
     check_state,
     check_view,
@@ -439,7 +440,8 @@ class MemoryRun:
 
 def _sites_in_model(member: Memory, dims: Dims) -> frozenset[str]:
     """The member's sites that the model has. Raises InvalidValue if there is none, or a layer is not there."""
-    wanted = member.spec.sites
+    with blame(member, "sites"):
+        wanted = check_sites(member.sites(dims), member.spec)
     found = frozenset(site for site in wanted if dims.layers[site])
     if not found:
         has = [site for site, count in dims.layers.items() if count]

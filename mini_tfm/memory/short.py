@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import numpy as np
 
@@ -31,13 +31,14 @@ class RowMemory(Memory):
         (B, N), if needed. What is said of no row does not count."""
         raise NotImplementedError
 
-    def takes(self, site: str, dims: Dims) -> bool:
-        return self.site in ("all", site) or (self.site is None and site == dims.reading_site)
+    def sites(self, dims: Dims) -> Collection[str]:
+        return self.spec.sites if self.site == "all" else {self.site or dims.reading_site}
 
     def start(self, batch: int, dims: Dims) -> dict[str, Array]:
         state: dict[str, Array] = {}
+        sites = self.sites(dims)
         for site, count in dims.layers.items():
-            for layer in range(count if site != "cross" else min(count, 1)) if self.takes(site, dims) else ():
+            for layer in range(count if site != "cross" else min(count, 1)) if site in sites else ():
                 key = bank_key(site, layer)
                 state[key + "hidden"] = np.zeros((batch, 0, dims.d_model), dims.dtype)
                 state[key + "valid"] = np.zeros((batch, 0), bool)

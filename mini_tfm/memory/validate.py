@@ -103,6 +103,13 @@ def _is_set_of(value: Any, allowed: tuple[str, ...]) -> bool:
     return isinstance(value, frozenset | set | tuple | list) and all(isinstance(x, str) and x in allowed for x in value)
 
 
+def check_sites(sites: Any, spec: MemorySpec) -> frozenset[str]:
+    """What `sites` returned."""
+    allowed = tuple(site for site in SITES if site in spec.sites)
+    require(_is_set_of(sites, allowed), "sites: expected a set of those in spec.sites ({}), got {!r}", ", ".join(allowed), sites)
+    return frozenset(sites)
+
+
 def check_parameters(params: Any) -> Mapping[str, Param]:
     """What `parameters` returned."""
     require(isinstance(params, Mapping), "parameters: expected a mapping, got {}", type(params).__name__)

@@ -13,6 +13,7 @@ from mini_tfm.errors import FileProblem, InvalidValue, PluginError
 from mini_tfm.memory import Evicted, Memory, MemorySpec, Param, RowMemory, Rows, Side, Stack, View
 from mini_tfm.memory.run import select_rows
 from mini_tfm.testing.trial import LENGTH, Reader, Trial, random_segments, small_model
+from mini_tfm.text.tokenizers import ByteTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent))
 from strategies import HeavyHitters, NearestTokens
@@ -373,7 +374,7 @@ class TestJoin:
         short.last = together.last
         assert short.run.start.tolist() == [LENGTH, 4 * LENGTH] and short.run.number == 4
         for segment in tokens[4:]:
-            np.testing.assert_allclose(short.read(segment), together.read(segment), rtol=0, atol=1e-12)
+            assert short.read(segment).tobytes() == together.read(segment).tobytes()
 
 
 def test_streams_join_within_a_segment():
@@ -460,6 +461,78 @@ def test_a_site_or_layer_that_the_model_does_not_have_is_told():
     for layer in (2, -3):
         with pytest.raises(InvalidValue, match=f"layer: expected -2 to 1 in this model, got {layer}"):
             MODEL.start_run(mt.memory("store", layer=layer), 1)
+
+
+# Sites
+
+
+class Everywhere(Memory):
+    """Every method, at every site of its spec; notes where it is called."""
+
+    def __init__(self, chosen=None, **spec):
+        self.spec, self.chosen, self.called = MemorySpec(needs=frozenset({"query"}), **spec), chosen, set()
+
+    def sites(self, dims):
+        return super().sites(dims) if self.chosen is None else self.chosen
+
+    def begin(self, state, segment):
+        self.called.add(segment.site)
+
+    def view(self, state, site, layer, segment):
+        self.called.add(site)
+
+    def read(self, state, site, layer, query):
+        self.called.add(site)
+
+    def write(self, state, site, layer, new):
+        self.called.add(site)
+
+
+@pytest.mark.parametrize("chosen", [None, {"cross"}, {"encoder", "decoder"}])
+def test_a_strategy_is_called_at_its_sites_alone(chosen):
+    memory = Everywhere(chosen)
+    reader = Reader(small_model("encoder-decoder"), memory, 2)
+    reader.read(SEGMENTS[0])
+    assert memory.called == (chosen or {"encoder", "decoder", "cross"})
+    assert {site for site in ("encoder", "decoder", "cross") if reader.run.uses(site)} == memory.called
+
+
+def test_rows_go_directly_to_a_member_at_a_site_of_its_own():
+    """A window at the cross site does not stand between the encoder and a store there."""
+    run = Reader(small_model("encoder-decoder"), mt.memory("window:size=8+store:site=encoder,top_k=2"), 2)
+    run.read(SEGMENTS[0])
+    window, store = run.run.states
+    assert {name.partition(".")[0] for name in window} == {"cross"}
+    assert store["encoder.0.0.positions"].tolist() == store["encoder.1.0.positions"].tolist() == [list(range(LENGTH))] * 2
+
+
+def test_a_memory_at_the_cross_site_needs_no_decoder_to_read(monkeypatch):
+    """Unless it wants to know the attention that its rows receive there."""
+    tokenizer = ByteTokenizer()
+    model = mt.Transformer(mt.Config(vocab_size=tokenizer.vocab_size, d_model=8, n_heads=2, n_encoder_layers=1, n_decoder_layers=1))
+    decoded, decode = [], model.decode_segment
+    monkeypatch.setattr(model, "decode_segment", lambda *args, **more: decoded.append(1) or decode(*args, **more))
+    for memory, count in (("window:size=4+store:top_k=2", 0), (HeavyHitters(size=4), 3), ("window:size=4,site=decoder", 3)):
+        mt.Pipeline(model, tokenizer, memory, segment_length=8).read("twenty-four characters..")
+        assert len(decoded) == count, memory
+        decoded.clear()
+
+
+@pytest.mark.parametrize("wrong", [None, "cross", {"everywhere"}, {"encoder"}, [3]], ids=repr)
+def test_sites_that_the_spec_does_not_have_are_refused(wrong):
+    memory = Everywhere({"cross"}, sites=frozenset({"cross", "decoder"}))
+    memory.sites = lambda dims: wrong
+    with pytest.raises(
+        PluginError, match=r"failed in sites, segment 0: sites: expected a set of those in spec.sites \(decoder, cross\), got "
+    ):
+        Reader(MODEL, memory, 1)
+
+
+def test_a_strategy_is_blamed_for_its_sites():
+    memory = Everywhere()
+    memory.sites = raising(KeyError("where"))
+    with pytest.raises(PluginError, match=r"memory 'Everywhere' .* failed in sites, segment 0: KeyError: 'where'"):
+        Reader(MODEL, memory, 1)
 
 
 # What is told to whom
