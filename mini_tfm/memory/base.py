@@ -269,3 +269,8 @@ class Memory:
 
     def reset(self, document: str) -> None:
         """Forgets a document named by `documents`."""
+
+
+def bank_key(site: str, layer: int) -> str:
+    """The prefix of a bank's arrays in a state; the cross site has one bank for every layer."""
+    return "cross." if site == "cross" else f"{site}.{layer}."
