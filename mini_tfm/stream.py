@@ -135,6 +135,8 @@ class Stream:
         """Takes in the rows of `other`, a stream of the same model and memory, behind its own; within a segment, too."""
         self.run.join(other.run)
         self.last = np.concatenate([self.last, other.last])
+        if self._target is not None and other._target is not None:
+            self._target = np.concatenate([self._target[0], other._target[0]]), np.concatenate([self._target[1], other._target[1]])
         if self.encoded is not None and other.encoded is not None:
             most = max(self.encoded.valid.shape[1], other.encoded.valid.shape[1])
             pair = [(value_of(e.hidden), e.valid, most - e.valid.shape[1]) for e in (self.encoded, other.encoded)]

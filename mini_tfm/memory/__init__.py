@@ -1,22 +1,31 @@
 """Memory: what a model remembers beyond its segment. Start with hookspecs.py, then base.py.
 
-hookspecs.py   how a plugin announces a strategy
-base.py        the contract: Memory, and the shapes it speaks in
-manager.py     loading, making from text, blame
-stack.py       several memories as one
-run.py         a memory at work on a batch of streams: the only caller of strategies
+    hookspecs.py   how a plugin announces a strategy
+    base.py        the contract: Memory, and the types it uses
+    short/         three short bases: a strategy in one method
+    nearest.py     the best rows for a query, over one bank or several
+    row_store.py   the contract of a place where rows outlive the process
+    registry.py    loading plugins, making strategies from text
+    stack.py       several memories as one
+    run.py         a memory at work on a batch of streams: the only caller of strategies
+    validate.py    what strategies return, checked, and the blame for what fails
+
+A plugin imports from here and from `mini_tfm.errors`, and nothing else of the library.
 """
 
 import sys
 from types import ModuleType
 
-from .base import Dims, Evicted, Memory, MemorySpec, New, Param, Query, Rows, Segment, Side, State, View
+from .base import Dims, Evicted, Memory, MemorySpec, New, Param, Query, Rows, Segment, Side, State, View, bank_key
 from .hookspecs import hookimpl
+from .nearest import BestRows, search
 from .registry import describe_memory, list_memories, memory, register_memory
-from .short import RowMemory, bank_key
+from .row_store import RowStore
+from .short import RecurrentMemory, RetrievalMemory, RowMemory
 from .stack import Stack
 
 __all__ = [
+    "BestRows",
     "Dims",
     "Evicted",
     "Memory",
@@ -24,7 +33,10 @@ __all__ = [
     "New",
     "Param",
     "Query",
+    "RecurrentMemory",
+    "RetrievalMemory",
     "RowMemory",
+    "RowStore",
     "Rows",
     "Segment",
     "Side",
@@ -37,6 +49,7 @@ __all__ = [
     "list_memories",
     "memory",
     "register_memory",
+    "search",
 ]
 
 

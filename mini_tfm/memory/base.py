@@ -23,7 +23,7 @@ called once a segment, after the decoder is done, with layer 0; `view` and `read
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -219,6 +219,13 @@ class Memory:
     text: str | None = None  # and the text that makes it again, as in "window:size=512"
     spec: MemorySpec = MemorySpec()
 
+    def sites(self, dims: Dims) -> Collection[str]:
+        """Where the strategy takes part in this model, by default all of `spec.sites` that it has.
+
+        Asked once, before `start`: at other sites no method is called, and a stack hands rows to the member behind.
+        """
+        return self.spec.sites
+
     def parameters(self, dims: Dims) -> dict[str, Param]:
         """Trainable parameters by name; read them as `state.params[name]` (`dims.params` in `start`)."""
         return {}
@@ -262,3 +269,8 @@ class Memory:
 
     def reset(self, document: str) -> None:
         """Forgets a document named by `documents`."""
+
+
+def bank_key(site: str, layer: int) -> str:
+    """The prefix of a bank's arrays in a state; the cross site has one bank for every layer."""
+    return "cross." if site == "cross" else f"{site}.{layer}."

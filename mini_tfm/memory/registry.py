@@ -21,7 +21,7 @@ from ..errors import InvalidType, InvalidValue, MiniTfmError, PluginError
 from . import hookspecs
 from .base import Memory
 from .stack import Stack
-from .validate import check_spec, retold
+from .validate import check_spec, with_message
 
 BUILT_IN = "mini_tfm_plugins."
 
@@ -58,8 +58,8 @@ class _Registry:
         point, *others_of_name = [point for point in self._all_points() if point.name == name]
         owner = f"{name} ({_distribution(point)})"
         for other in others_of_name:
-            told = f"memory plugin {name} ({_distribution(other)}) is left out: {owner} has that name"
-            warnings.warn(told, PluginWarning, stacklevel=2)
+            message = f"memory plugin {name} ({_distribution(other)}) is left out: {owner} has that name"
+            warnings.warn(message, PluginWarning, stacklevel=2)
         found: dict[str, Callable[..., Memory]] = {}
 
         def register(strategy: str, factory: Callable[..., Memory]) -> None:
@@ -247,7 +247,7 @@ def _make(name: str, options: dict[str, Any]) -> Memory:
     try:
         made = factory(**options)
     except MiniTfmError as error:
-        raise retold(error, f"memory {name!r}: {error}") from error
+        raise with_message(error, f"memory {name!r}: {error}") from error
     except (Exception, SystemExit) as error:
         raise PluginError(f"memory {name!r} ({_registry.owners[name]}) failed in __init__: {type(error).__name__}: {error}") from error
     if not isinstance(made, Memory):

@@ -1,6 +1,8 @@
 """A memory at work: rows of the batch, dump and load, what is told to whom, and every nonsense that is stopped before C."""
 
 import dataclasses
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,10 @@ from mini_tfm.memory import Evicted, Memory, MemorySpec, Param, RowMemory, Rows,
 from mini_tfm.memory.run import select_rows
 from mini_tfm.stream import Stream
 from mini_tfm.testing.trial import LENGTH, Reader, Trial, random_segments, small_model
+from mini_tfm.text.tokenizers import ByteTokenizer
+
+sys.path.insert(0, str(Path(__file__).parent))
+from strategies import HeavyHitters, NearestTokens
 
 MODEL = small_model("decoder-only")
 SEGMENTS = random_segments(2, 4)
@@ -328,6 +334,85 @@ class TestRows:
             assert reader.read(segment).tobytes() == same.read(segment).tobytes()
 
 
+JOINED = [
+    "window:size=7,sinks=2",
+    "window:size=8,site=all",
+    "recurrent:tokens=2",
+    "store:top_k=3",
+    "window:size=4+store:top_k=3,merge=gate",
+]
+
+
+@pytest.mark.parametrize("text", JOINED)
+@pytest.mark.parametrize("kind", ["encoder-decoder", "decoder-only"])
+class TestJoin:
+    """Streams that were read apart, joined, go on as if they had been one batch from the start."""
+
+    def test_bit_for_bit(self, text, kind):
+        trial, tokens = Trial(lambda: mt.memory(text), kind), random_segments(3, 5)
+        together, one, two = trial.reader(3), trial.reader(1), trial.reader(2)
+        for segment in tokens[:3]:
+            together.read(segment)
+            one.read(segment[:1])
+            two.read(segment[1:])
+        one.stream.join(two.stream)
+        assert one.run.batch == 3 and one.run.start.tolist() == [3 * LENGTH] * 3 and one.run.number == 3
+        for segment in tokens[3:]:
+            assert one.read(segment).tobytes() == together.read(segment).tobytes()
+        for name, array in together.run.dump().items():
+            np.testing.assert_array_equal(one.run.dump()[name], array)
+
+    def test_streams_of_different_lengths(self, text, kind):
+        trial, tokens = Trial(lambda: mt.memory(text), kind), random_segments(2, 6)
+        together, short, long = trial.reader(2), trial.reader(1), trial.reader(1)
+        for number, segment in enumerate(tokens[:4]):
+            together.read(segment, [LENGTH * (number == 3), LENGTH])
+            long.read(segment[1:])
+        short.read(tokens[3][:1])
+        short.stream.join(long.stream)
+        assert short.run.start.tolist() == [LENGTH, 4 * LENGTH] and short.run.number == 4
+        for segment in tokens[4:]:
+            assert short.read(segment).tobytes() == together.read(segment).tobytes()
+
+
+def test_streams_join_within_a_segment():
+    trial = Trial(lambda: HeavyHitters(size=8), "decoder-only")
+    together, one, two = trial.reader(2), trial.reader(1), trial.reader(1)
+    for reader, rows in ((together, slice(None)), (one, slice(0, 1)), (two, slice(1, 2))):
+        reader.read(SEGMENTS[0][rows])
+        tokens, lengths = SEGMENTS[1][rows], np.full(len(SEGMENTS[1][rows]), LENGTH)
+        reader.stream.open(None, lengths, tokens)
+        reader.stream.decode(tokens, lengths)
+    one.stream.join(two.stream)
+    one.stream.finish()
+    together.stream.finish()
+    assert one.read(SEGMENTS[2]).tobytes() == together.read(SEGMENTS[2]).tobytes()
+
+
+def test_a_run_of_something_else_does_not_join():
+    run = Reader(MODEL, mt.memory("window", size=8), 1).run
+    for other in (Reader(MODEL, mt.memory("window", size=9), 1).run, Reader(MODEL, None, 1).run):
+        with pytest.raises(InvalidValue, match="other: expected a run of the same memory and model"):
+            run.join(other)
+    with pytest.raises(InvalidValue, match="other: expected a run of the same memory and model"):
+        run.join(Reader(small_model("encoder-decoder"), mt.memory("window", size=8), 1).run)
+
+
+def test_outputs_wait_for_the_end_of_a_segment_however_streams_are_reordered():
+    """Within a segment, the decoder's outputs are reordered with the rest."""
+    trial = Trial(lambda: NearestTokens(k=2), "decoder-only")
+    reader, plain, index = trial.reader(2), trial.reader(2), np.array([1, 0])
+    for r, order in ((reader, slice(None)), (plain, index)):
+        tokens, lengths = SEGMENTS[0][order], np.full(2, LENGTH)
+        r.stream.open(None, lengths, tokens)
+        r.stream.decode(tokens, lengths)
+    reader.stream.reorder(index)
+    reader.stream.finish()
+    plain.stream.finish()
+    for name, array in plain.run.dump().items():
+        np.testing.assert_array_equal(reader.run.dump()[name], array)
+
+
 def test_rows_can_be_reordered_within_a_segment():
     """As beams are, while a segment is open."""
     trial = Trial(lambda: mt.memory("window", size=8), "decoder-only")
@@ -373,6 +458,78 @@ def test_a_site_or_layer_that_the_model_does_not_have_is_told():
     for layer in (2, -3):
         with pytest.raises(InvalidValue, match=f"layer: expected -2 to 1 in this model, got {layer}"):
             Stream(MODEL, mt.memory("store", layer=layer), 1)
+
+
+# Sites
+
+
+class Everywhere(Memory):
+    """Every method, at every site of its spec; notes where it is called."""
+
+    def __init__(self, chosen=None, **spec):
+        self.spec, self.chosen, self.called = MemorySpec(needs=frozenset({"query"}), **spec), chosen, set()
+
+    def sites(self, dims):
+        return super().sites(dims) if self.chosen is None else self.chosen
+
+    def begin(self, state, segment):
+        self.called.add(segment.site)
+
+    def view(self, state, site, layer, segment):
+        self.called.add(site)
+
+    def read(self, state, site, layer, query):
+        self.called.add(site)
+
+    def write(self, state, site, layer, new):
+        self.called.add(site)
+
+
+@pytest.mark.parametrize("chosen", [None, {"cross"}, {"encoder", "decoder"}])
+def test_a_strategy_is_called_at_its_sites_alone(chosen):
+    memory = Everywhere(chosen)
+    reader = Reader(small_model("encoder-decoder"), memory, 2)
+    reader.read(SEGMENTS[0])
+    assert memory.called == (chosen or {"encoder", "decoder", "cross"})
+    assert {site for site in ("encoder", "decoder", "cross") if reader.run.uses(site)} == memory.called
+
+
+def test_rows_go_directly_to_a_member_at_a_site_of_its_own():
+    """A window at the cross site does not stand between the encoder and a store there."""
+    run = Reader(small_model("encoder-decoder"), mt.memory("window:size=8+store:site=encoder,top_k=2"), 2)
+    run.read(SEGMENTS[0])
+    window, store = run.run.states
+    assert {name.partition(".")[0] for name in window} == {"cross"}
+    assert store["encoder.0.0.positions"].tolist() == store["encoder.1.0.positions"].tolist() == [list(range(LENGTH))] * 2
+
+
+def test_a_memory_at_the_cross_site_needs_no_decoder_to_read(monkeypatch):
+    """Unless it wants to know the attention that its rows receive there."""
+    tokenizer = ByteTokenizer()
+    model = mt.Transformer(mt.Config(vocab_size=tokenizer.vocab_size, d_model=8, n_heads=2, n_encoder_layers=1, n_decoder_layers=1))
+    decoded, decode = [], model.decoder
+    monkeypatch.setattr(model, "decoder", lambda *args: decoded.append(1) or decode(*args))
+    for memory, count in (("window:size=4+store:top_k=2", 0), (HeavyHitters(size=4), 3), ("window:size=4,site=decoder", 3)):
+        mt.Pipeline(model, tokenizer, memory, segment_length=8).read("twenty-four characters..")
+        assert len(decoded) == count, memory
+        decoded.clear()
+
+
+@pytest.mark.parametrize("wrong", [None, "cross", {"everywhere"}, {"encoder"}, [3]], ids=repr)
+def test_sites_that_the_spec_does_not_have_are_refused(wrong):
+    memory = Everywhere({"cross"}, sites=frozenset({"cross", "decoder"}))
+    memory.sites = lambda dims: wrong
+    with pytest.raises(
+        PluginError, match=r"failed in sites, segment 0: sites: expected a set of those in spec.sites \(decoder, cross\), got "
+    ):
+        Reader(MODEL, memory, 1)
+
+
+def test_a_strategy_is_blamed_for_its_sites():
+    memory = Everywhere()
+    memory.sites = raising(KeyError("where"))
+    with pytest.raises(PluginError, match=r"memory 'Everywhere' .* failed in sites, segment 0: KeyError: 'where'"):
+        Reader(MODEL, memory, 1)
 
 
 # What is told to whom

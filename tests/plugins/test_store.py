@@ -16,8 +16,8 @@ from mini_tfm.errors import FileProblem, InvalidValue
 from mini_tfm.memory import New, Query, State
 from mini_tfm.memory.run import model_dims
 from mini_tfm.testing.trial import LENGTH, Reader, random_segments, small_model
-from mini_tfm_plugins import _rows_on_disk
-from mini_tfm_plugins._rows_on_disk import CHUNK_ROWS, RowsOnDisk
+from mini_tfm_plugins import rows_lmdb
+from mini_tfm_plugins.rows_lmdb import CHUNK_ROWS, LmdbRows
 
 MODEL = small_model("decoder-only", np.float32)
 SEGMENTS = random_segments(1, 6)
@@ -162,7 +162,7 @@ def test_reading_goes_on_where_an_earlier_process_stopped(path):
         np.testing.assert_allclose(second.read(tokens), whole.read(tokens), atol=1e-5)
         second.run.flush()
     positions = []
-    with RowsOnDisk(path).reading("default", "decoder.0.", 30) as chunks:
+    with LmdbRows(path).reading("default", "decoder.0.", 30) as chunks:
         positions = [p for _, chunk in chunks for p in chunk.tolist()]
     assert positions == list(range(6 * LENGTH))
 
@@ -295,8 +295,8 @@ def test_training_leaves_the_file_alone(path):
 
 
 def test_the_map_grows_as_it_must(path, monkeypatch):
-    monkeypatch.setattr(_rows_on_disk, "FIRST_MAP_BYTES", 1 << 16)
-    disk = RowsOnDisk(path)
+    monkeypatch.setattr(rows_lmdb, "FIRST_MAP_BYTES", 1 << 16)
+    disk = LmdbRows(path)
     disk.open(WIDTH, "weights")
     for number in range(40):
         rows = np.full((500, WIDTH), number, np.float32)
@@ -309,15 +309,15 @@ def test_the_map_grows_as_it_must(path, monkeypatch):
 
 def test_another_process_may_grow_the_map(path):
     """A reader whose map is too small by then maps the file again."""
-    disk = RowsOnDisk(path)
+    disk = LmdbRows(path)
     disk.open(WIDTH, "weights")
     code = f"""
         import sys, numpy as np
-        from mini_tfm_plugins import _rows_on_disk
-        _rows_on_disk.FIRST_MAP_BYTES = 1 << 30
-        disk = _rows_on_disk.RowsOnDisk(sys.argv[1])
+        from mini_tfm_plugins import rows_lmdb
+        rows_lmdb.FIRST_MAP_BYTES = 1 << 30
+        disk = rows_lmdb.LmdbRows(sys.argv[1])
         disk.append("d", {{"bank": [np.ones((3000, {WIDTH}), np.float32), np.arange(3000)]}})
-        print(disk.banks("d")["bank"])
+        print(disk.counts("d")["bank"])
     """
     assert script(code, path) == 3000
     with disk.reading("d", "bank", 3000) as chunks:
@@ -327,7 +327,7 @@ def test_another_process_may_grow_the_map(path):
 
 @pytest.mark.parametrize("count", [0, 1, CHUNK_ROWS - 1, CHUNK_ROWS, CHUNK_ROWS + 1, 2 * CHUNK_ROWS + 3])
 def test_chunks_join_without_a_seam(path, count):
-    disk = RowsOnDisk(path)
+    disk = LmdbRows(path)
     disk.open(WIDTH, "weights")
     rows = np.random.default_rng(0).standard_normal((count, WIDTH)).astype(np.float32)
     for cut in np.array_split(np.arange(count), 3):
@@ -338,15 +338,51 @@ def test_chunks_join_without_a_seam(path, count):
     assert [p for _, chunk in parts for p in chunk] == list(range(count))
 
 
+def test_a_store_of_format_1_is_read(path):
+    """Written here key by key, as the first release wrote it: what was read then is not lost."""
+    rows = np.random.default_rng(0).standard_normal((CHUNK_ROWS + 5, WIDTH)).astype("<f4")
+    positions = np.arange(len(rows), dtype="<i8")
+    prefix = b"rows/" + hashlib.sha256(b"notes").digest()[:16] + b"/decoder.1./"
+    about = {"banks": {"decoder.1.": len(rows)}, "next_position": len(rows)}
+    with lmdb.open(path, subdir=False) as file, file.begin(write=True) as txn:
+        txn.put(b"meta", json.dumps({"format": 1, "d_model": WIDTH, "model": "weights"}).encode())
+        txn.put(b"document/notes", json.dumps(about).encode())
+        for number in (0, 1):
+            part = slice(number * CHUNK_ROWS, (number + 1) * CHUNK_ROWS)
+            txn.put(prefix + number.to_bytes(8, "big"), rows[part].tobytes() + positions[part].tobytes())
+    store = LmdbRows(path)
+    store.open(WIDTH, "weights")
+    assert store.documents() == {"notes": len(rows)} and store.counts("notes") == about["banks"]
+    assert store.next_position("notes") == len(rows)
+    with store.reading("notes", "decoder.1.", len(rows)) as chunks:
+        hidden, at = (np.concatenate(x) for x in zip(*[(h.copy(), p.copy()) for h, p in chunks], strict=True))
+    np.testing.assert_array_equal(hidden, rows)
+    np.testing.assert_array_equal(at, positions)
+
+
+def test_joined_streams_see_of_the_file_what_each_had_seen(path):
+    """One began when the document was shorter than for the other."""
+    read_and_keep(path, SEGMENTS[:1])
+    early, alone_early = (reader_of(path, top_k=3) for _ in range(2))
+    read_and_keep(path, SEGMENTS[1:3])
+    late, alone_late = (reader_of(path, top_k=3) for _ in range(2))
+    early.stream.join(late.stream)
+    assert early.run.states[0]["on_disk"].tolist() == [[5, 5], [15, 15]]
+    for tokens in SEGMENTS[3:]:
+        out = early.read(np.repeat(tokens, 2, axis=0))
+        assert out[:1].tobytes() == alone_early.read(tokens).tobytes()
+        assert out[1:].tobytes() == alone_late.read(tokens).tobytes()
+
+
 # Processes
 
 KILLS = """
     import json, os, random, signal, sys, time
     import numpy as np
-    from mini_tfm_plugins._rows_on_disk import RowsOnDisk
+    from mini_tfm_plugins.rows_lmdb import LmdbRows
 
     path, kills = sys.argv[1], int(sys.argv[2])
-    RowsOnDisk(path).open(8, "weights")
+    LmdbRows(path).open(8, "weights")
     random.seed(0)
     count, acknowledged = 0, set()
     for _ in range(kills):
@@ -354,7 +390,7 @@ KILLS = """
         child = os.fork()
         if not child:
             os.close(out)
-            disk, value = RowsOnDisk(path), count
+            disk, value = LmdbRows(path), count
             while True:
                 rows = np.repeat(np.arange(value, value + 30, dtype=np.float32), 8).reshape(30, 8)
                 disk.append("d", {"bank": [rows, np.arange(value, value + 30)]})
@@ -368,8 +404,8 @@ KILLS = """
             os.waitpid(child, 0)
             lines = [first, *told.read().splitlines(keepends=True)]
         acknowledged.update(int(line) for line in lines if line.endswith(b"\\n"))
-        disk = RowsOnDisk(path)
-        count = disk.banks("d")["bank"]
+        disk = LmdbRows(path)
+        count = disk.counts("d")["bank"]
         assert count % 30 == 0, f"{count} rows: half an append"
         with disk.reading("d", "bank", count) as chunks:
             hidden, positions = (np.concatenate(x) for x in zip(*[(h.copy(), p.copy()) for h, p in chunks], strict=True))
@@ -395,9 +431,9 @@ def test_killed_while_writing_a_thousand_times(path):
 
 WRITER = """
     import sys, numpy as np
-    from mini_tfm_plugins._rows_on_disk import RowsOnDisk
+    from mini_tfm_plugins.rows_lmdb import LmdbRows
 
-    disk, first = RowsOnDisk(sys.argv[1]), int(sys.argv[2])
+    disk, first = LmdbRows(sys.argv[1]), int(sys.argv[2])
     print("ready", flush=True)
     sys.stdin.readline()
     for number in range(150):
@@ -410,7 +446,7 @@ WRITER = """
 
 def test_writers_and_readers_at_once(path):
     """Two processes write, one document together and one each, while this one reads: no read is partial, no row is lost."""
-    disk = RowsOnDisk(path)
+    disk = LmdbRows(path)
     disk.open(8, "weights")
     command = [sys.executable, "-c", textwrap.dedent(WRITER), path]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -423,7 +459,7 @@ def test_writers_and_readers_at_once(path):
             writer.stdin.flush()
         reads, counts = 0, set()
         while reads < 1000 or any(writer.poll() is None for writer in writers):
-            count = disk.banks("shared").get("bank", 0)
+            count = disk.counts("shared").get("bank", 0)
             with disk.reading("shared", "bank", count) as chunks:
                 parts = [(hidden.copy(), positions.copy()) for hidden, positions in chunks]
             if parts:
@@ -450,18 +486,18 @@ def test_writers_and_readers_at_once(path):
 def test_a_forked_child_has_a_file_of_its_own(path):
     code = """
         import json, os, sys, numpy as np
-        from mini_tfm_plugins._rows_on_disk import RowsOnDisk
-        disk = RowsOnDisk(sys.argv[1])
+        from mini_tfm_plugins.rows_lmdb import LmdbRows
+        disk = LmdbRows(sys.argv[1])
         disk.open(8, "weights")
         add = lambda: disk.append("d", {"bank": [np.ones((5, 8), np.float32), np.arange(5)]})
         add()
         child = os.fork()
         if not child:
             add()
-            os._exit(0 if disk.banks("d") == {"bank": 10} else 1)
+            os._exit(0 if disk.counts("d") == {"bank": 10} else 1)
         status = os.waitpid(child, 0)[1]
         add()
-        print(json.dumps([status, disk.banks("d")["bank"]]))
+        print(json.dumps([status, disk.counts("d")["bank"]]))
     """
     assert script(code, path) == [0, 15]
 

@@ -1,21 +1,20 @@
-"""Short ways to write a memory: bases that leave one method to a subclass. The full way is base.py."""
+"""RowMemory: a bounded number of rows, kept by priority."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import numpy as np
 
-from ..errors import InvalidValue
-from .base import SITES, Array, Dims, Evicted, Memory, MemorySpec, New, Segment, State, View
+from ...errors import InvalidValue
+from ..base import SITES, Array, Dims, Evicted, Memory, MemorySpec, New, Segment, State, View, bank_key
 
 
 class RowMemory(Memory):
     """Short way for working memories: a bounded set of rows at every (site, layer).
 
-    A subclass says which stay: `keep` gives each row a priority, and the `size` highest stay, in order of
-    position. What goes is returned as evicted. Options: `size` rows, `site` (None: the model's reading
-    site; "all": every site).
+    A subclass says which stay: `keep` gives each row a priority, and the `size` highest stay, in order of position. The
+    others are returned as evicted. Options: `size` rows, `site` (None: the model's reading site; "all": every site).
     """
 
     def __init__(self, *, size: int, site: str | None = None):
@@ -27,17 +26,21 @@ class RowMemory(Memory):
         self.spec = MemorySpec(sites=frozenset(SITES if site in (None, "all") else [site]), capacity=size)
 
     def keep(self, scores: np.ndarray | None, positions: np.ndarray) -> np.ndarray:
-        """(B, N) priorities from positions (B, N), -1 where there is no row, and the attention received so far
-        (B, N), if needed. What is said of no row does not count."""
+        """Priorities (B, N), the highest stay, of rows at positions (B, N), -1 where there is no row.
+
+        scores: (B, N) attention each row has received so far, with "mass" in `spec.needs`; else None. What is returned
+        where there is no row is ignored.
+        """
         raise NotImplementedError
 
-    def takes(self, site: str, dims: Dims) -> bool:
-        return self.site in ("all", site) or (self.site is None and site == dims.reading_site)
+    def sites(self, dims: Dims) -> Collection[str]:
+        return self.spec.sites if self.site == "all" else {self.site or dims.reading_site}
 
     def start(self, batch: int, dims: Dims) -> dict[str, Array]:
         state: dict[str, Array] = {}
+        sites = self.sites(dims)
         for site, count in dims.layers.items():
-            for layer in range(count if site != "cross" else min(count, 1)) if self.takes(site, dims) else ():
+            for layer in range(count if site != "cross" else min(count, 1)) if site in sites else ():
                 key = bank_key(site, layer)
                 state[key + "hidden"] = np.zeros((batch, 0, dims.d_model), dims.dtype)
                 state[key + "valid"] = np.zeros((batch, 0), bool)
@@ -86,11 +89,6 @@ class RowMemory(Memory):
                     for name in ("hidden", "valid", "positions", "mass"):
                         if key + name in state:
                             state[key + name] = state[key + name][:, :0]
-
-
-def bank_key(site: str, layer: int) -> str:
-    """The prefix of a bank's arrays in a state; the cross site has one bank for every layer."""
-    return "cross." if site == "cross" else f"{site}.{layer}."
 
 
 def _in_order(rows: np.ndarray, positions: np.ndarray, valid: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Rows of numbers in LMDB: named documents, each of named banks, each a growing (N, d) float32 array.
+"""LmdbRows: a store of rows in one LMDB file. Named documents, each of named banks, each a growing (N, d) float32 array.
 
 LMDB is crash-safe, has one writer and many readers, and is memory-mapped: readers get arrays that lie in the
 file. Rows lie in chunks, one value each:
@@ -18,7 +18,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ _open: dict[str, tuple[Any, Any]] = {}  # path -> (process and inode, environmen
 _lock = threading.RLock()
 
 
-class RowsOnDisk:
+class LmdbRows:
     """The file at `path`; made when first written to. Raises InvalidValue or FileProblem naming the path."""
 
     def __init__(self, path: str):
@@ -72,13 +72,13 @@ class RowsOnDisk:
                 more = cursor.next()
             return found
 
-    def banks(self, document: str) -> dict[str, int]:
+    def counts(self, document: str) -> dict[str, int]:
         return self._document(document)["banks"]
 
     def next_position(self, document: str) -> int:
         return self._document(document)["next_position"]
 
-    def append(self, document: str, rows: dict[str, list[np.ndarray]]) -> dict[str, int]:
+    def append(self, document: str, rows: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, int]:
         """Adds (hidden (n, d), positions (n,)) to each bank, in one durable transaction; the banks' new counts."""
         d_model = self._meta()["d_model"]
         while True:
@@ -88,7 +88,7 @@ class RowsOnDisk:
             except self._lmdb().MapFullError:
                 self._grow()
 
-    def _append(self, txn: Any, document: str, rows: dict[str, list[np.ndarray]], d_model: int) -> dict[str, int]:
+    def _append(self, txn: Any, document: str, rows: Mapping[str, tuple[np.ndarray, np.ndarray]], d_model: int) -> dict[str, int]:
         about = self._parse(txn.get(_document_key(document))) if txn.get(_document_key(document)) else _nothing()
         for bank, (hidden, positions) in rows.items():
             count = about["banks"].get(bank, 0)

@@ -1,0 +1,86 @@
+"""RetrievalMemory: every row is kept, each query attends to the few that are found for it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterator
+
+import numpy as np
+
+from ...errors import InvalidValue
+from ..base import SITES, Array, Dims, Memory, MemorySpec, New, Param, Query, State, View, bank_key
+from ..nearest import BestRows
+
+CHUNK_ROWS = 1024  # rows held together: adding to a long memory copies at most so many
+
+
+class RetrievalMemory(Memory):
+    """Short way for long-term memories: keeps all rows, and shows each query the `top_k` that are found for it.
+
+    A subclass may say how: `search`. Rows carry no gradient, their scores do. Options: `top_k` rows, `site` (None: the
+    model's reading site), `layer` (None: all), `merge` ("joint": one softmax with the segment; "gate": mixed in by a
+    trained gate a head).
+    """
+
+    def __init__(self, *, top_k: int, site: str | None = None, layer: int | None = None, merge: str = "joint"):
+        if not isinstance(top_k, int) or top_k < 1:
+            raise InvalidValue(f"top_k: expected a number of rows of at least 1, got {top_k!r}")
+        if site not in (None, *SITES):
+            raise InvalidValue(f"site: expected one of {', '.join(SITES)}, got {site!r}")
+        if merge not in ("joint", "gate"):
+            raise InvalidValue(f"merge: expected joint or gate, got {merge!r}")
+        self.top_k, self.site = top_k, site
+        sites, layers = frozenset(SITES if site is None else [site]), None if layer is None else (layer,)
+        self.spec = MemorySpec(sites=sites, layers=layers, needs=frozenset({"query"}), merge=merge)
+
+    def search(self, state: State, bank: str, queries: np.ndarray, k: int) -> View | None:
+        """The rows that each of queries (B, H, T, d) attends to; by default the k of largest inner product, exactly.
+
+        One bank of hidden rows serves all layers and heads (arXiv 2305.01625, section 2.3).
+        """
+        best = BestRows(queries, k)
+        for hidden, positions, valid in self.held(state, bank):
+            best.search(hidden, positions, valid)
+        return best.view()
+
+    def count(self, state: State, bank: str) -> int:
+        """Rows to search in; with none, `search` is not called."""
+        return sum(valid.shape[1] for _, _, valid in self.held(state, bank))
+
+    def held(self, state: State, bank: str) -> Iterator[tuple[Array, np.ndarray, np.ndarray]]:
+        """The rows of a bank in RAM, a chunk at a time: hidden (B, M, d), positions (B, M), valid (B, M)."""
+        number = 0
+        while f"{bank}{number}.valid" in state:
+            hidden, positions, valid = (state[f"{bank}{number}.{name}"] for name in ("hidden", "positions", "valid"))
+            yield hidden, positions, valid
+            number += 1
+
+    def banks(self, dims: Dims) -> list[str]:
+        """The names of the banks in this model."""
+        (site,) = self.sites(dims)
+        return [bank_key(site, layer) for layer in range(1 if site == "cross" else dims.layers[site])]
+
+    def sites(self, dims: Dims) -> Collection[str]:
+        return {self.site or dims.reading_site}
+
+    def parameters(self, dims: Dims) -> dict[str, Param]:
+        # A gate at the model's learning rate and decay stays where it starts (arXiv 2404.07143, section 3).
+        gate = Param((dims.n_heads,), init=0.0, lr_factor=10.0, weight_decay=False)
+        return {"gate": gate} if self.spec.merge == "gate" else {}
+
+    def write(self, state: State, site: str, layer: int, new: New) -> None:
+        if not new.valid.size:
+            return
+        bank, rows = bank_key(site, layer), {"hidden": new.hidden, "valid": new.valid, "positions": new.positions}
+        last = sum(1 for _ in self.held(state, bank)) - 1
+        if last >= 0 and state[f"{bank}{last}.valid"].shape[1] < CHUNK_ROWS:
+            rows = {name: np.concatenate([state[f"{bank}{last}.{name}"], value], axis=1) for name, value in rows.items()}
+        else:
+            last += 1
+        for name, value in rows.items():
+            state[f"{bank}{last}.{name}"] = value
+
+    def read(self, state: State, site: str, layer: int, query: Query) -> View | None:
+        bank = bank_key(site, layer)
+        found = self.search(state, bank, query.hidden(), self.top_k) if self.count(state, bank) else None
+        return None if found is None else dataclasses.replace(found, gate=state.params.get("gate"))
