@@ -64,7 +64,7 @@ def linear(x: Array, weight: Array, bias: Array | None = None, *, transposed: bo
     return record(y, (x, weight, bias), vjp, fresh=True)
 
 
-def _product(of: Array, a: np.ndarray, b: np.ndarray, **flags: bool) -> np.ndarray | None:
+def _product(of: Array, a: np.ndarray, b: np.ndarray, **flags: Any) -> np.ndarray | None:
     """The gradient a b of `of`: added in place to what there is, else new."""
     if not isinstance(of, Var):
         return None

@@ -18,7 +18,7 @@ from mini_tfm import _core
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="the tests stand alone, there is nothing to build here")
 PACKAGES = ("mini_tfm", "plugins")
-SOURCES = (".c", ".h", ".pyx", ".pxd")
+SOURCES = (".c", ".h", ".pyx", ".pxi")
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_entry_points_name_what_exists():
 def test_every_source_is_in_the_sdist(sdist):
     held = names_in_sdist(sdist)
     for package in PACKAGES:
-        expected = {f"{package}/{name}" for name in files_in(ROOT / package, ".py", ".pyi", *SOURCES, "py.typed")}
+        expected = {f"{package}/{name}" for name in files_in(ROOT / package, ".py", *SOURCES, "py.typed")}
         assert not expected - {"mini_tfm/_core/kernels.c"} - held
     assert {"setup.py", "pyproject.toml", "tests/test_build.py", "tests/core/naive.py"} <= held
 
@@ -102,7 +102,7 @@ def test_nothing_made_by_a_build_is_in_the_sdist(sdist):
     assert not [name for name in names_in_sdist(sdist) if re.search(r"\.so$|\.py[co]$|__pycache__|kernels\.c$|^build/", name)]
 
 
-def test_the_packages_carry_stubs_and_no_sources(tree, tmp_path):
+def test_the_packages_carry_types_and_no_sources(tree, tmp_path):
     """What a wheel takes besides the extension."""
     done = run(tree, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -110,14 +110,14 @@ def test_the_packages_carry_stubs_and_no_sources(tree, tmp_path):
 
 
 def check_contents(held):
-    expected = {f"mini_tfm/{name}" for name in files_in(ROOT / "mini_tfm", ".py", ".pyi", "py.typed")}
+    expected = {f"mini_tfm/{name}" for name in files_in(ROOT / "mini_tfm", ".py", "py.typed")}
     expected |= {
         f"mini_tfm_plugins/{path.name}" for path in (ROOT / "plugins").iterdir() if path.suffix == ".py" or path.name == "py.typed"
     }
     if (ROOT / "plugins" / "template").exists():
         expected |= {f"mini_tfm_plugins/template/{name}" for name in files_in(ROOT / "plugins" / "template", ".py", ".toml", ".md")}
     assert not expected - held
-    assert {"mini_tfm/py.typed", "mini_tfm_plugins/py.typed", "mini_tfm/_core/kernels.pyi"} <= held
+    assert {"mini_tfm/py.typed", "mini_tfm_plugins/py.typed"} <= held
     assert not [name for name in held if name.endswith(SOURCES) or name.startswith("tests")]
 
 

@@ -8,69 +8,36 @@ row the same bits in any company. A bank that `search` goes through stays where 
 its strides, and may be float16 or int8; so do its uint8 codes, which `encode_rows` makes, in NumPy everywhere. The same
 functions in NumPy are `mini_tfm.reference`; they say what is computed.
 
-    core.h            what C offers: one table of kernels for each instruction set and real
-    families/         the kernels, one family a file, written once
+    kernels.h         the list of kernels, a line each: what else C needs is made of it
+    core.h            what they take, and their tables, one for each instruction set and real
+    families/*.c      the kernels, one family a file, written once
+    families/*.pxi    what Python calls, beside the C it calls: checks, pointers, GIL
     simd.h            vectors, exp and erf for one instruction set
     instances/        one translation unit for each instruction set and real, flags.toml says how it is compiled; all.h
                       includes the families; emulated.h is AVX-512 for tests on processors without it
     dispatch.c        which instances this processor runs
     threads.c         OpenMP, behind one helper; threads.py: how many to start with
-    kernels.pyx       checks, pointers, GIL; packed.pxi: the part of it that owns packed weights
+    kernels.pyx       the extension: plain.pxi (the quick checks), config.pxi (instruction sets, threads), the families
+
+The names are those of the twins (`mini_tfm.reference.__all__`), and so are the types: a twin's annotations are the kernel's.
 
 `MINI_TFM_ISA` forces one of the instruction sets that run here (`show_config()["isas"]`), or `reference` for the NumPy
 twins in place of C. docs/instruction-sets.md says which there are and how each is tested.
 """
 
 import os
+from typing import TYPE_CHECKING
 
+from mini_tfm import reference
 from mini_tfm.errors import InvalidValue
-from mini_tfm.reference import Block, BlockGrad, encode_rows
-
-__all__ = [
-    "Block",
-    "BlockGrad",
-    "PackedWeight",
-    "activation",
-    "activation_backward",
-    "adamw",
-    "attention",
-    "attention_backward",
-    "attention_mass",
-    "cross_entropy",
-    "cross_entropy_backward",
-    "dropout",
-    "embedding",
-    "embedding_backward",
-    "encode_rows",
-    "gemm",
-    "get_num_threads",
-    "layer_norm",
-    "layer_norm_backward",
-    "linear_cross_entropy",
-    "linear_cross_entropy_backward",
-    "linear_top_k",
-    "log_softmax",
-    "pack",
-    "packed_linear",
-    "rms_norm",
-    "rms_norm_backward",
-    "rotary",
-    "search",
-    "set_num_threads",
-    "show_config",
-    "sinusoidal_positions",
-    "softmax",
-    "softmax_backward",
-    "sum_of_squares",
-]
 
 _isa = os.environ.get("MINI_TFM_ISA") or None
 
-if _isa == "reference":
-    from mini_tfm.reference import *  # noqa: F403
+if not TYPE_CHECKING:  # a type checker takes all that the twins offer
+    __all__ = reference.__all__
 
-    def _attention_at_once(*arguments):
-        return None
+if TYPE_CHECKING or _isa == "reference":
+    from mini_tfm.reference import *  # noqa: F403
 else:
     # libgomp's waiting threads spin for some 10 ms by default, which two processes at once pay for dearly. Asleep they cost
     # 10 to 25 us a region, and more in a virtual machine. So they spin for about 0.5 ms, longer than most gaps between two
@@ -94,46 +61,12 @@ else:
     finally:
         if _unset:
             del os.environ["GOMP_SPINCOUNT"]
-    from mini_tfm._core.kernels import (
-        PackedWeight,
-        _attention_at_once,  # noqa: F401  (kernels.py's)
-        activation,
-        activation_backward,
-        adamw,
-        attention,
-        attention_backward,
-        attention_mass,
-        cross_entropy,
-        cross_entropy_backward,
-        dropout,
-        embedding,
-        embedding_backward,
-        gemm,
-        get_num_threads,
-        layer_norm,
-        layer_norm_backward,
-        linear_cross_entropy,
-        linear_cross_entropy_backward,
-        linear_top_k,
-        log_softmax,
-        pack,
-        packed_linear,
-        rms_norm,
-        rms_norm_backward,
-        rotary,
-        search,
-        set_num_threads,
-        show_config,
-        sinusoidal_positions,
-        softmax,
-        softmax_backward,
-        sum_of_squares,
-    )
+    globals().update({name: getattr(_kernels, name) for name in reference.__all__})
     from mini_tfm._core.threads import default_num_threads as _default_num_threads
 
     if not _kernels._choose_isa(_isa):
         raise InvalidValue(
-            f"MINI_TFM_ISA: expected reference or one that this processor runs ({', '.join(show_config()['isas'])}), got {_isa!r}"
+            f"MINI_TFM_ISA: expected reference or one that this processor runs ({', '.join(_kernels.show_config()['isas'])}), got {_isa!r}"
         )
     _kernels._set_default_threads(_default_num_threads())
     if hasattr(os, "register_at_fork"):

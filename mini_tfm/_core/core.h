@@ -1,4 +1,5 @@
-/* What the C side offers to kernels.pyx: one table of kernels for each (instruction set, real) and nothing else.
+/* What the C side offers to kernels.pyx: the kernels that kernels.h lists, one table of them for each (instruction set, real),
+ * and nothing else.
  *
  * Contract: every pointer was checked by the caller (rank, dtype, shape, C-contiguous unless strides are passed); sizes
  * are never negative and may be zero; outputs do not overlap inputs. Kernels that need workspace return 0, or -1 when it
@@ -88,69 +89,22 @@ struct mt_epilogue {
     int activation;               /* an mt_activation, or -1: none */
 };
 
+/* The table: a pointer for each line of kernels.h. */
 struct mt_kernels {
     const char *isa; /* filled in when it is chosen */
-
-    int (*gemm)(const void *a, const void *b, void *c, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, int trans_a, int trans_b,
-                int accumulate, const void *bias);
-    /* Factors rounded to bfloat16, exact products, sums in float32. Not for double. */
-    int (*gemm_bfloat16)(const void *a, const void *b, void *c, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, int trans_a, int trans_b,
-                         int accumulate, const void *bias);
-    size_t (*packed_bytes)(const struct mt_packed *w);
-    int (*pack)(const struct mt_packed *w, const void *weight, const void *gate, int transposed);
-    void (*unpack)(const struct mt_packed *w, void *weight, void *gate);
-    int (*packed_linear)(const void *x, const struct mt_packed *w, const struct mt_epilogue *then, void *out, ptrdiff_t n);
-    int (*linear_top_k)(const void *x, const struct mt_packed *w, const void *bias, void *scores, int64_t *ids, void *lse, ptrdiff_t n,
-                        ptrdiff_t k);
-
-    void (*softmax)(const void *x, void *y, ptrdiff_t n, ptrdiff_t d);
-    void (*softmax_backward)(const void *y, const void *dy, void *dx, ptrdiff_t n, ptrdiff_t d);
-    void (*log_softmax)(const void *x, void *y, ptrdiff_t n, ptrdiff_t d);
-
-    void (*layer_norm)(const void *x, const void *weight, const void *bias, double eps, void *y, void *mean, void *rstd,
-                       ptrdiff_t n, ptrdiff_t d);
-    int (*layer_norm_backward)(const void *dy, const void *x, const void *weight, const void *mean, const void *rstd, void *dx,
-                               void *dweight, void *dbias, ptrdiff_t n, ptrdiff_t d);
-    void (*rms_norm)(const void *x, const void *weight, double eps, void *y, void *rstd, ptrdiff_t n, ptrdiff_t d);
-    int (*rms_norm_backward)(const void *dy, const void *x, const void *weight, const void *rstd, void *dx, void *dweight,
-                             ptrdiff_t n, ptrdiff_t d);
-
-    void (*activation)(const void *x, void *y, ptrdiff_t n, int kind);
-    void (*activation_backward)(const void *x, const void *dy, void *dx, ptrdiff_t n, int kind);
-    void (*dropout)(const void *x, void *y, ptrdiff_t n, double p, uint64_t seed);
-
-    void (*embedding)(const void *table, const int64_t *ids, void *out, ptrdiff_t n, ptrdiff_t d);
-    void (*embedding_backward)(const int64_t *ids, const void *dout, void *dtable, ptrdiff_t n, ptrdiff_t d);
-    int (*sinusoidal_positions)(void *out, ptrdiff_t n, ptrdiff_t d_model);
-    int (*rotary)(const struct mt_rows *x, const int64_t *positions, int positions_per_row, double base, int inverse,
-                  const struct mt_rows *y, ptrdiff_t batch, ptrdiff_t heads, ptrdiff_t length, ptrdiff_t d);
-
-    void (*cross_entropy)(const void *logits, const int64_t *targets, int64_t ignore_index, double label_smoothing, void *losses,
-                          void *lse, ptrdiff_t n, ptrdiff_t vocab);
-    void (*cross_entropy_backward)(const void *logits, const int64_t *targets, const void *lse, const void *dlosses,
-                                   int64_t ignore_index, double label_smoothing, void *dlogits, ptrdiff_t n, ptrdiff_t vocab);
-
-    int (*linear_cross_entropy)(const struct mt_output_layer *layer, void *losses, void *lse);
-    int (*linear_cross_entropy_backward)(const struct mt_output_layer *layer, const void *lse, const void *dlosses, void *dx,
-                                         void *dweight, void *dbias);
-
-    void (*adamw)(void *param, const void *grad, void *m, void *v, ptrdiff_t n, double lr, double beta1, double beta2, double eps,
-                  double weight_decay, int64_t step, double grad_scale);
-    int (*sum_of_squares)(const void *x, ptrdiff_t n, double *sum);
-
-    int (*search)(const void *queries, const struct mt_bank *bank, void *scores, int64_t *index, ptrdiff_t batch, ptrdiff_t n,
-                  ptrdiff_t m, ptrdiff_t d, ptrdiff_t k);
-
-    int (*attention)(const struct mt_rows *q, const struct mt_block *blocks, const struct mt_attention_sizes *sizes,
-                     const struct mt_rows *out, void *lse);
-    int (*attention_backward)(const struct mt_rows *dout, const struct mt_rows *out, const void *lse, const struct mt_rows *q,
-                              const struct mt_block *blocks, const struct mt_attention_sizes *sizes, const struct mt_rows *dq);
-    int (*attention_mass)(const struct mt_rows *q, const struct mt_block *block, const struct mt_attention_sizes *sizes, const void *lse,
-                          const uint8_t *asking, void *mass);
+#define KERNEL(result, name, parameters, arguments) result(*name) parameters;
+#include "kernels.h"
 };
 
 /* The table for float (is_double 0) or double (1) of the instruction set chosen by mt_choose_isa. */
 const struct mt_kernels *mt_kernels(int is_double);
+
+/* Each kernel as a function: mt_softmax(is_double, x, y, n, d). */
+#define MT_BARE(...) __VA_ARGS__
+#define KERNEL(result, name, parameters, arguments) \
+    static inline result mt_##name(int is_double, MT_BARE parameters) { return mt_kernels(is_double)->name arguments; }
+#include "kernels.h"
+#undef MT_BARE
 
 /* Chooses by name, or the best that this processor runs when name is NULL. -1: unknown, or the processor cannot run it. */
 int mt_choose_isa(const char *name);

@@ -11,7 +11,7 @@ import click
 
 from .shared import count, json_option, none_of, print_json, print_table, size
 
-PACKAGES = ("numpy", "scipy", "pluggy", "tokenizers", "lmdb", "click", "rich")
+PACKAGES = ("numpy", "pluggy", "tokenizers", "lmdb", "click", "rich")
 
 
 @click.command(short_help="Versions and kernels; what a model folder or a memory holds.")

@@ -8,62 +8,27 @@ returns the dtype it was given. One file a family:
     softmax      softmax, log_softmax, backward     loss        cross entropy, forward and backward
     norm         layer_norm, rms_norm, backward     optimizer   adamw, sum_of_squares
     elementwise  activations, dropout               search      exact top-k by inner product
-    attention    Block, attention and its backward  threads     the twins of the thread settings
+    attention    attention and its backward         threads     the twins of the thread settings
+    types        Block, BlockGrad, PackedWeight, which the compiled kernels share
 
-`MINI_TFM_ISA=reference` puts them behind the door `mini_tfm._core` in place of the compiled ones.
+The `__all__` of these files together are the names behind the door `mini_tfm._core`, which fails to import without a compiled
+function for each; `MINI_TFM_ISA=reference` puts the twins themselves behind it.
 """
 
-from mini_tfm.reference.attention import Block, BlockGrad, attention, attention_backward, attention_mass
-from mini_tfm.reference.elementwise import activation, activation_backward, dropout
-from mini_tfm.reference.embedding import embedding, embedding_backward, rotary, sinusoidal_positions
-from mini_tfm.reference.linear import gemm
-from mini_tfm.reference.loss import (
-    cross_entropy,
-    cross_entropy_backward,
-    linear_cross_entropy,
-    linear_cross_entropy_backward,
-)
-from mini_tfm.reference.norm import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward
-from mini_tfm.reference.optimizer import adamw, sum_of_squares
-from mini_tfm.reference.packed import PackedWeight, linear_top_k, pack, packed_linear
-from mini_tfm.reference.search import encode_rows, search
-from mini_tfm.reference.softmax import log_softmax, softmax, softmax_backward
-from mini_tfm.reference.threads import get_num_threads, set_num_threads, show_config
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "Block",
-    "BlockGrad",
-    "PackedWeight",
-    "activation",
-    "activation_backward",
-    "adamw",
-    "attention",
-    "attention_backward",
-    "attention_mass",
-    "cross_entropy",
-    "cross_entropy_backward",
-    "dropout",
-    "embedding",
-    "embedding_backward",
-    "encode_rows",
-    "gemm",
-    "get_num_threads",
-    "layer_norm",
-    "layer_norm_backward",
-    "linear_cross_entropy",
-    "linear_cross_entropy_backward",
-    "linear_top_k",
-    "log_softmax",
-    "pack",
-    "packed_linear",
-    "rms_norm",
-    "rms_norm_backward",
-    "rotary",
-    "search",
-    "set_num_threads",
-    "show_config",
-    "sinusoidal_positions",
-    "softmax",
-    "softmax_backward",
-    "sum_of_squares",
-]
+from mini_tfm.reference.attention import *
+from mini_tfm.reference.elementwise import *
+from mini_tfm.reference.embedding import *
+from mini_tfm.reference.linear import *
+from mini_tfm.reference.loss import *
+from mini_tfm.reference.norm import *
+from mini_tfm.reference.optimizer import *
+from mini_tfm.reference.packed import *
+from mini_tfm.reference.search import *
+from mini_tfm.reference.softmax import *
+from mini_tfm.reference.threads import *
+from mini_tfm.reference.types import *
+
+if not TYPE_CHECKING:  # a type checker takes a name from a star import, and would not see through this
+    __all__ = sorted(name for name, value in globals().items() if callable(value) and not name.startswith("_"))

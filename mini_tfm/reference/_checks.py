@@ -14,6 +14,7 @@ from numbers import Integral, Real
 import numpy as np
 
 from mini_tfm.errors import InvalidType, InvalidValue
+from mini_tfm.reference.types import Block, PackedWeight
 
 FLOAT32, FLOAT64, INT64, BOOL = np.dtype("float32"), np.dtype("float64"), np.dtype("int64"), np.dtype("bool")
 FLOAT16, INT8, UINT8 = np.dtype("float16"), np.dtype("int8"), np.dtype("uint8")
@@ -214,8 +215,6 @@ def pack(weight, dtype, transposed, gate, group):
 
 def packed_weight(weight):
     """A PackedWeight, and an array of the dtype of what it multiplies."""
-    from mini_tfm.reference.packed import PackedWeight
-
     if not isinstance(weight, PackedWeight):
         raise InvalidType(f"weight: expected a PackedWeight (from pack), got {type(weight).__name__}")
     return np.empty(0, FLOAT64 if weight.dtype == "float64" else FLOAT32)
@@ -308,6 +307,11 @@ def cross_entropy(logits, targets, ignore_index, label_smoothing):
     return logits, targets, ignore_index, label_smoothing
 
 
+def of_losses(x, lse, dlosses):
+    """What the backward is given for each row of x."""
+    return real("lse", lse, like=x, shape=x.shape[:1]), real("dlosses", dlosses, like=x, shape=x.shape[:1])
+
+
 def linear_cross_entropy(x, weight, targets, bias, transposed, ignore_index, label_smoothing, chunk):
     """The arguments, and V."""
     transposed = flag("transposed", transposed)
@@ -325,8 +329,7 @@ def linear_cross_entropy(x, weight, targets, bias, transposed, ignore_index, lab
 
 def linear_cross_entropy_backward(x, weight, targets, bias, lse, dlosses, dweight):
     """What the backward has besides; the rest was checked."""
-    lse = real("lse", lse, like=x, shape=targets.shape)
-    dlosses = real("dlosses", dlosses, like=x, shape=targets.shape)
+    lse, dlosses = of_losses(x, lse, dlosses)
     if dweight is not None:
         inputs = (("x", x), ("weight", weight), ("bias", bias), ("lse", lse), ("dlosses", dlosses))
         output("dweight", dweight, like=x, shape=weight.shape, apart_from=[pair for pair in inputs if pair[1] is not None])
@@ -420,8 +423,6 @@ def encode_rows(bank):
 
 def attention_block(block, at, q):
     """One checked copy of `block` for queries of q's shape (B, H, T, D); `at` names it in messages."""
-    from mini_tfm.reference.attention import Block
-
     if not isinstance(block, Block):
         raise InvalidType(f"{at}: expected a Block, got {type(block).__name__}")
     batch, heads, length, d = q.shape
@@ -471,12 +472,6 @@ def _broadcast(name, x, shape):
         return np.broadcast_to(x, shape)
     except ValueError:
         raise InvalidValue(f"{name}: expected an array broadcastable to {shape}, got shape {x.shape}") from None
-
-
-def writeable_view(dbias, shape):
-    """`dbias` broadcast to `shape`, writeable: several elements of the view may be one in memory."""
-    strides = np.broadcast_to(dbias, shape).strides
-    return np.lib.stride_tricks.as_strided(dbias, shape, strides)
 
 
 def attention(q, blocks, scale, dropout, seed):

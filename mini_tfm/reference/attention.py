@@ -1,60 +1,20 @@
 """Scaled dot-product attention over several key/value blocks in one softmax (arXiv 1706.03762, eq. 1).
 
-Written for reading: one head at a time, the whole (T, S) matrix at once. `Block` and `BlockGrad` are shared with the
-compiled kernel.
+Written for reading: one head at a time, the whole (T, S) matrix at once.
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 
 from mini_tfm.reference import _checks
 from mini_tfm.reference.elementwise import _drawn, _mix64
+from mini_tfm.reference.types import Block, BlockGrad, Mask, Real
 
-
-@dataclass
-class Block:
-    """Keys and values that queries (B, H, T, D) attend to, and who sees what.
-
-    k, v         (B, Hkv, S, D); Hkv divides H, head h reads kv head h // (H // Hkv).
-    valid        (B, S) bool, or None: all rows.
-    lengths      (B,) int64, rows at and after it are hidden; or None.
-    index        (B, H, T, K) int64, each query's own rows of this bank, -1 = none; or None: every row.
-                 Not together with causal or window; a bias then broadcasts to (B, H, T, K).
-    bias         added to the scores: broadcastable to (B, H, T, S) with any strides, read where it lies; -inf hides.
-    dbias        in backward: where the bias's gradient is accumulated, broadcastable like the bias, any strides: for a
-                 view of a table, the same view of a table of zeros.
-    needs_dbias  ask for the gradient without giving `dbias`: a dense one of the bias's shape is made.
-    causal       query i sees key j only if j <= i + offset.
-    prefix       with causal, and no window: all queries see keys j < prefix, too (prefix LM, arXiv 1910.10683, figure 3).
-    offset       None: S - T, the last query sees the last key.
-    window       w >= 1 or None: only j > i + offset - w, and if not causal also only j < i + offset + w.
-    """
-
-    k: Any
-    v: Any
-    valid: Any = None
-    lengths: Any = None
-    index: Any = None
-    bias: Any = None
-    dbias: Any = None
-    needs_dbias: bool = False
-    causal: bool = False
-    prefix: int = 0
-    offset: int | None = None
-    window: int | None = None
-
-
-class BlockGrad(NamedTuple):
-    """Gradients of one Block: dk, dv (B, Hkv, S, D), None if not needed; dbias, None unless asked for."""
-
-    dk: np.ndarray | None
-    dv: np.ndarray | None
-    dbias: np.ndarray | None
+__all__ = ["attention", "attention_backward", "attention_mass"]
 
 
 def _visible(block, b, h, length):
@@ -125,7 +85,7 @@ def _kept(dropout, seed, at_block, row, shape):
     return _drawn(np.arange(shape[1], dtype=np.uint32), low, high) >= np.uint32(int(dropout * 2**32))
 
 
-def attention(q, blocks, scale, *, dropout=0.0, seed=0):
+def attention(q: Real, blocks: Sequence[Block], scale: float, *, dropout: float = 0.0, seed: int = 0) -> tuple[Real, Real]:
     """out (B, H, T, D), lse (B, H, T) of queries q (B, H, T, D) over all blocks in one softmax.
 
     lse is the log of the sum of exponentials of the scores, what the backward needs. A query that sees no key gets a
@@ -152,7 +112,18 @@ def attention(q, blocks, scale, *, dropout=0.0, seed=0):
     return out, lse
 
 
-def attention_backward(dout, out, lse, q, blocks, scale, needs=None, *, dropout=0.0, seed=0):
+def attention_backward(
+    dout: Real,
+    out: Real,
+    lse: Real,
+    q: Real,
+    blocks: Sequence[Block],
+    scale: float,
+    needs: Sequence[bool] | None = None,
+    *,
+    dropout: float = 0.0,
+    seed: int = 0,
+) -> tuple[Real, list[BlockGrad]]:
     """dq (B, H, T, D) and one `BlockGrad` a block, from what `attention` took and returned.
 
     needs: one bool a block; where False, dk and dv are not computed (None). None: all are. dropout and seed as they were.
@@ -180,8 +151,8 @@ def attention_backward(dout, out, lse, q, blocks, scale, needs=None, *, dropout=
             weights = np.where(kept, weights / (1.0 - dropout), 0.0)
             dq[b, h] += _product(dscores, keys, seen) * scale
             if block.dbias is not None:
-                _add_through_strides(_checks.writeable_view(block.dbias, (*q.shape[:2], *scores.shape))[b, h], dscores)
-            if dk is None:
+                _add_through_strides(_writeable_view(block.dbias, (*q.shape[:2], *scores.shape))[b, h], dscores)
+            if dk is None or dv is None:
                 continue
             kv = h // (heads // block.k.shape[1])
             if block.index is None:
@@ -198,7 +169,7 @@ def attention_backward(dout, out, lse, q, blocks, scale, needs=None, *, dropout=
         return dq.astype(q.dtype), grads
 
 
-def attention_mass(q, block, lse, scale, asking):
+def attention_mass(q: Real, block: Block, lse: Real, scale: float, asking: Mask) -> Real:
     """(B, S): the weights exp(score - lse) that each row of the block received from the queries asking (B, T), summed over heads.
 
     lse is that of `attention` over all blocks together. No gradient: what it is for (arXiv 2306.14048) chooses rows by it.
@@ -216,6 +187,12 @@ def attention_mass(q, block, lse, scale, asking):
             else:
                 np.add.at(mass[b], block.index[b, h][seen], weights[seen])
     return mass.astype(q.dtype)
+
+
+def _writeable_view(dbias, shape):
+    """`dbias` broadcast to `shape`, writeable: several elements of the view may be one in memory."""
+    strides = np.broadcast_to(dbias, shape).strides
+    return np.lib.stride_tricks.as_strided(dbias, shape, strides)
 
 
 def _add_through_strides(view, values):

@@ -1,8 +1,13 @@
 """Activations and dropout."""
 
+import math
+
 import numpy as np
 
 from mini_tfm.reference import _checks
+from mini_tfm.reference.types import Real
+
+__all__ = ["activation", "activation_backward", "dropout"]
 
 
 def _sigmoid(x):
@@ -15,7 +20,10 @@ def _gelu_tanh_argument(x):
     return c * (x + 0.044715 * x**3), c * (1.0 + 3.0 * 0.044715 * x * x)
 
 
-def activation(x, kind, *, out=None):
+_erf = np.vectorize(math.erf, otypes=[np.float64])
+
+
+def activation(x: Real, kind: str, *, out: Real | None = None) -> Real:
     """y = kind(x): "relu", "gelu" (exact, by erf), "gelu_tanh" (arXiv 1606.08415), "silu"."""
     x = _checks.real("x", x)
     _checks.activation_kind(kind)
@@ -25,9 +33,7 @@ def activation(x, kind, *, out=None):
         if kind == "relu":
             y = np.where(x64 <= 0.0, 0.0, x64)
         elif kind == "gelu":
-            from scipy.special import erf
-
-            y = 0.5 * x64 * (1.0 + erf(x64 / np.sqrt(2.0)))
+            y = 0.5 * x64 * (1.0 + _erf(x64 / np.sqrt(2.0)))
         elif kind == "gelu_tanh":
             y = x64 * _sigmoid(_gelu_tanh_argument(x64)[0])
         else:
@@ -35,7 +41,7 @@ def activation(x, kind, *, out=None):
         return _checks.into(out, y.astype(x.dtype))
 
 
-def activation_backward(x, dy, kind, *, out=None):
+def activation_backward(x: Real, dy: Real, kind: str, *, out: Real | None = None) -> Real:
     """dx = dy * kind'(x), from the activation's input."""
     x = _checks.real("x", x)
     dy = _checks.real("dy", dy, like=x, shape=x.shape)
@@ -46,10 +52,8 @@ def activation_backward(x, dy, kind, *, out=None):
         if kind == "relu":
             return _checks.into(out, np.where(x64 > 0.0, dy64, 0.0).astype(x.dtype))
         if kind == "gelu":
-            from scipy.special import erf
-
             near = np.clip(x64, -40.0, 40.0)  # beyond, the density is 0, and inf times 0 would be NaN
-            slope = 0.5 * (1.0 + erf(x64 / np.sqrt(2.0))) + near * np.exp(-0.5 * near * near) / np.sqrt(2.0 * np.pi)
+            slope = 0.5 * (1.0 + _erf(x64 / np.sqrt(2.0))) + near * np.exp(-0.5 * near * near) / np.sqrt(2.0 * np.pi)
         elif kind == "gelu_tanh":
             near = np.clip(x64, -30.0, 30.0)  # beyond, the slope is 0 or 1, and 0 times x^3 = inf would be NaN
             argument, d_argument = _gelu_tanh_argument(near)
@@ -80,7 +84,7 @@ def _mix64(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def dropout(x, p, seed):
+def dropout(x: Real, p: float, seed: int) -> Real:
     """y = x / (1 - p) where the hash of (seed, flat index) keeps the element, else 0; 0 <= p < 1, 0 <= seed < 2**64.
 
     The mask depends on nothing else, so the same call on dy is the backward and nothing has to be stored. Two

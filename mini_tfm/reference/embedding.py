@@ -1,8 +1,13 @@
 """Token embedding and the two positional encodings that need no parameters."""
 
+from typing import Any
+
 import numpy as np
 
 from mini_tfm.reference import _checks
+from mini_tfm.reference.types import Integers, Real
+
+__all__ = ["embedding", "embedding_backward", "rotary", "sinusoidal_positions"]
 
 
 def _frequencies(base, exponents):
@@ -11,13 +16,13 @@ def _frequencies(base, exponents):
         return (np.longdouble(base) ** exponents).astype(np.float64)
 
 
-def embedding(table, ids):
+def embedding(table: Real, ids: Integers) -> Real:
     """Rows of table (V, d) at ids (...): (..., d)."""
     table, ids = _checks.embedding(table, ids)
     return table[ids]
 
 
-def embedding_backward(ids, dout, dtable):
+def embedding_backward(ids: Integers, dout: Real, dtable: Real) -> Real:
     """dtable (V, d)[ids] += dout (..., d), in place; repeated ids add up. Returns dtable."""
     ids, dout = _checks.embedding_backward(ids, dout, dtable)
     total = dtable.astype(np.float64)
@@ -27,7 +32,7 @@ def embedding_backward(ids, dout, dtable):
     return dtable
 
 
-def sinusoidal_positions(n, d_model, dtype=np.float32):
+def sinusoidal_positions(n: int, d_model: int, dtype: Any = np.float32) -> Real:
     """The table of arXiv 1706.03762 section 3.5, (n, d_model): sin at even columns, cos at odd, computed in double."""
     n, d_model, dtype = _checks.sinusoidal_positions(n, d_model, dtype)
     column = np.arange(d_model)
@@ -35,7 +40,7 @@ def sinusoidal_positions(n, d_model, dtype=np.float32):
     return np.where(column % 2 == 0, np.sin(angle), np.cos(angle)).astype(dtype)
 
 
-def rotary(x, positions, base=10000.0, inverse=False):
+def rotary(x: Real, positions: Integers, base: float = 10000.0, inverse: bool = False) -> Real:
     """Rotary encoding (arXiv 2104.09864) of x (B, H, T, D) at positions (T,) or (B, T).
 
     The pair (x[i], x[i + D/2]) turns by position * base ** (-2 i / D), the layout of GPT-NeoX and LLaMA, not the

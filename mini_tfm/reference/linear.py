@@ -3,6 +3,9 @@
 import numpy as np
 
 from mini_tfm.reference import _checks
+from mini_tfm.reference.types import Real
+
+__all__ = ["gemm"]
 
 
 def in_bfloat16(x):
@@ -12,7 +15,17 @@ def in_bfloat16(x):
     return (np.where(np.isnan(x), (bits >> np.uint32(16)) | np.uint32(64), nearest).astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
-def gemm(a, b, *, trans_a=False, trans_b=False, out=None, accumulate=False, bias=None, bfloat16=False):
+def gemm(
+    a: Real,
+    b: Real,
+    *,
+    trans_a: bool = False,
+    trans_b: bool = False,
+    out: Real | None = None,
+    accumulate: bool = False,
+    bias: Real | None = None,
+    bfloat16: bool = False,
+) -> Real:
     """out (M, N) = op(a) (M, K) @ op(b) (K, N) + bias (N,), or out += ... when `accumulate`. Returns `out`, made when None.
 
     bfloat16: a and b are rounded to bfloat16 first; their products are exact then, and summed in float32. For float32 alone.

@@ -5,9 +5,12 @@ import numpy as np
 from mini_tfm.reference import _checks
 from mini_tfm.reference.linear import in_bfloat16
 from mini_tfm.reference.softmax import _max_and_log_sum
+from mini_tfm.reference.types import Integers, Real
+
+__all__ = ["cross_entropy", "cross_entropy_backward", "linear_cross_entropy", "linear_cross_entropy_backward"]
 
 
-def cross_entropy(logits, targets, ignore_index=-100, label_smoothing=0.0):
+def cross_entropy(logits: Real, targets: Integers, ignore_index: int = -100, label_smoothing: float = 0.0) -> tuple[Real, Real]:
     """losses (N,), lse (N,) of logits (N, V) against targets (N,).
 
     loss = lse - (1 - label_smoothing) * logits[target] - label_smoothing * mean(logits), lse = log sum exp(logits).
@@ -29,11 +32,12 @@ def cross_entropy(logits, targets, ignore_index=-100, label_smoothing=0.0):
     return losses, lse
 
 
-def cross_entropy_backward(logits, targets, lse, dlosses, ignore_index=-100, label_smoothing=0.0):
+def cross_entropy_backward(
+    logits: Real, targets: Integers, lse: Real, dlosses: Real, ignore_index: int = -100, label_smoothing: float = 0.0
+) -> Real:
     """dlogits (N, V) = (softmax(logits) - smoothed one-hot) * dlosses, from the lse that `cross_entropy` returned."""
     logits, targets, ignore_index, smoothing = _checks.cross_entropy(logits, targets, ignore_index, label_smoothing)
-    lse = _checks.real("lse", lse, like=logits, shape=targets.shape)
-    dlosses = _checks.real("dlosses", dlosses, like=logits, shape=targets.shape)
+    lse, dlosses = _checks.of_losses(logits, lse, dlosses)
     counted = targets != ignore_index
     dlogits = np.zeros_like(logits)
     x, row_lse = logits[counted].astype(np.float64), lse[counted].astype(np.float64)[:, None]
@@ -45,8 +49,17 @@ def cross_entropy_backward(logits, targets, lse, dlosses, ignore_index=-100, lab
 
 
 def linear_cross_entropy(
-    x, weight, targets, *, bias=None, transposed=False, ignore_index=-100, label_smoothing=0.0, chunk=1024, bfloat16=False
-):
+    x: Real,
+    weight: Real,
+    targets: Integers,
+    *,
+    bias: Real | None = None,
+    transposed: bool = False,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    chunk: int = 1024,
+    bfloat16: bool = False,
+) -> tuple[Real, Real]:
     """losses (N,), lse (N,): `cross_entropy` of the logits x (N, d) weight (d, V) + bias (V,); transposed: weight is (V, d).
 
     The compiled kernel makes the logits `chunk` classes at a time and holds no more than those; here there are all of them.
@@ -62,9 +75,20 @@ def linear_cross_entropy(
 
 
 def linear_cross_entropy_backward(
-    x, weight, targets, lse, dlosses, dweight=None, *,
-    bias=None, transposed=False, ignore_index=-100, label_smoothing=0.0, chunk=1024, bfloat16=False,
-):  # fmt: skip
+    x: Real,
+    weight: Real,
+    targets: Integers,
+    lse: Real,
+    dlosses: Real,
+    dweight: Real | None = None,
+    *,
+    bias: Real | None = None,
+    transposed: bool = False,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    chunk: int = 1024,
+    bfloat16: bool = False,
+) -> tuple[Real, Real | None, Real | None]:
     """dx (N, d), dweight, dbias (V,) or None without a bias, from the lse that `linear_cross_entropy` returned.
 
     dweight, of weight's shape, is added to in place and returned; None: it is not wanted.

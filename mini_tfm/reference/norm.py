@@ -6,6 +6,9 @@ mean and rstd have one value a row, (N,), N the product of the leading dimension
 import numpy as np
 
 from mini_tfm.reference import _checks
+from mini_tfm.reference.types import Real
+
+__all__ = ["layer_norm", "layer_norm_backward", "rms_norm", "rms_norm_backward"]
 
 
 def _mean(x):
@@ -13,7 +16,7 @@ def _mean(x):
     return x.sum(-1) / max(x.shape[-1], 1)
 
 
-def layer_norm(x, weight, bias, eps, *, out=None):
+def layer_norm(x: Real, weight: Real, bias: Real | None, eps: float, *, out: Real | None = None) -> tuple[Real, Real, Real]:
     """y = (x - mean) * rstd * weight + bias, rstd = 1 / sqrt(var + eps), var biased. Returns y, mean, rstd."""
     x, weight, bias, eps = _checks.layer_norm(x, weight, bias, eps)
     out = _checks.optional_output(out, x, ("x", x), ("weight", weight), *([] if bias is None else [("bias", bias)]))
@@ -26,7 +29,7 @@ def layer_norm(x, weight, bias, eps, *, out=None):
         return _checks.into(out, y.reshape(x.shape).astype(x.dtype)), mean.astype(x.dtype), rstd.astype(x.dtype)
 
 
-def layer_norm_backward(dy, x, weight, mean, rstd, *, out=None):
+def layer_norm_backward(dy: Real, x: Real, weight: Real, mean: Real, rstd: Real, *, out: Real | None = None) -> tuple[Real, Real, Real]:
     """dx, dweight, dbias of `layer_norm`, from what it returned."""
     dy, x, weight, rstd = _checks.norm_backward(dy, x, weight, rstd)
     mean = _checks.real("mean", mean, like=x, shape=rstd.shape)
@@ -41,7 +44,7 @@ def layer_norm_backward(dy, x, weight, mean, rstd, *, out=None):
         return dx, (dy * normed).sum(0).astype(dtype), dy.sum(0).astype(dtype)
 
 
-def rms_norm(x, weight, eps, *, out=None):
+def rms_norm(x: Real, weight: Real, eps: float, *, out: Real | None = None) -> tuple[Real, Real]:
     """y = x * rstd * weight, rstd = 1 / sqrt(mean(x * x) + eps). Returns y, rstd."""
     x, weight, eps = _checks.rms_norm(x, weight, eps)
     out = _checks.optional_output(out, x, ("x", x), ("weight", weight))
@@ -52,7 +55,7 @@ def rms_norm(x, weight, eps, *, out=None):
         return _checks.into(out, y.reshape(x.shape).astype(x.dtype)), rstd.astype(x.dtype)
 
 
-def rms_norm_backward(dy, x, weight, rstd, *, out=None):
+def rms_norm_backward(dy: Real, x: Real, weight: Real, rstd: Real, *, out: Real | None = None) -> tuple[Real, Real]:
     """dx, dweight of `rms_norm`, from what it returned."""
     dy, x, weight, rstd = _checks.norm_backward(dy, x, weight, rstd)
     out = _checks.optional_output(out, x, ("dy", dy), ("x", x), ("weight", weight), ("rstd", rstd))

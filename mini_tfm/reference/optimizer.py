@@ -3,9 +3,25 @@
 import numpy as np
 
 from mini_tfm.reference import _checks
+from mini_tfm.reference.types import Real
+
+__all__ = ["adamw", "sum_of_squares"]
 
 
-def adamw(param, grad, m, v, *, lr, beta1, beta2, eps, weight_decay, step, grad_scale=1.0):
+def adamw(
+    param: Real,
+    grad: Real,
+    m: Real,
+    v: Real,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    grad_scale: float = 1.0,
+) -> None:
     """One step of AdamW (arXiv 1711.05101) on flat arrays; param, m and v are changed in place.
 
     g = grad * grad_scale;  m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2;
@@ -24,7 +40,7 @@ def adamw(param, grad, m, v, *, lr, beta1, beta2, eps, weight_decay, step, grad_
         m[...], v[...] = m64, v64
 
 
-def sum_of_squares(x):
+def sum_of_squares(x: Real) -> float:
     """sum(x * x) over everything, accumulated in double: a Python float."""
     x64 = _checks.real("x", x).astype(np.float64).reshape(-1)
     return float(x64 @ x64)

@@ -1,27 +1,18 @@
 """Weights packed once for many products, products with them, and the best k of a row."""
 
-from abc import ABC
+from typing import Any
 
 import numpy as np
 
 from mini_tfm.reference import _checks
 from mini_tfm.reference.elementwise import activation as activated
 from mini_tfm.reference.linear import in_bfloat16
+from mini_tfm.reference.types import PackedWeight, Real
+
+__all__ = ["linear_top_k", "pack", "packed_linear"]
 
 
-class PackedWeight(ABC):  # the compiled one is registered as a kind of it
-    """A weight (d_in, d_out), and perhaps a gate of the same shape, as products are made with them. Made by pack().
-
-    shape (d_in, d_out); dtype "float32", "float64", "bfloat16" or "int8"; gated; group: rows that share a scale in int8,
-    else None; nbytes. `unpack()` gives the weight back, or (weight, gate), in float32 (float64 if it is that).
-    """
-
-    shape: tuple[int, int]
-    dtype: str
-    gated: bool
-    group: int | None
-    nbytes: int
-
+class _Weights(PackedWeight):
     def __init__(self, weights, dtype, group):
         self._weights, self.dtype, self.group = weights, dtype, group
         self.shape, self.gated = weights[0].shape, len(weights) == 2
@@ -43,7 +34,9 @@ def _in_int8(weight, group):
     return result
 
 
-def pack(weight, *, dtype="float32", transposed=False, gate=None, group=None):
+def pack(
+    weight: Real, *, dtype: str = "float32", transposed: bool = False, gate: Real | None = None, group: int | None = None
+) -> PackedWeight:
     """A PackedWeight of weight (d_in, d_out) float32, or of (d_out, d_in) when transposed.
 
     dtype  what it is kept in: float32; bfloat16 (to the nearest); int8 (symmetric, a scale for each column and
@@ -61,7 +54,7 @@ def pack(weight, *, dtype="float32", transposed=False, gate=None, group=None):
         elif dtype == "int8":
             kept = _in_int8(kept, group)
         weights.append(kept)
-    return PackedWeight(weights, dtype, group)
+    return _Weights(weights, dtype, group)
 
 
 def _quantised(x, group):
@@ -92,7 +85,16 @@ def _product(x, weight, packed):
     return x.astype(np.float64) @ weight.astype(np.float64)
 
 
-def packed_linear(x, weight, bias=None, *, gate_bias=None, activation=None, residual=None, out=None):
+def packed_linear(
+    x: Real,
+    weight: PackedWeight,
+    bias: Real | None = None,
+    *,
+    gate_bias: Real | None = None,
+    activation: str | None = None,
+    residual: Real | None = None,
+    out: Real | None = None,
+) -> Real:
     """y (..., d_out) = activation(x W + bias) + residual for x (..., d_in) and a PackedWeight.
 
     With a gate (arXiv 2002.05202): activation(x W_gate + gate_bias) * (x W + bias) + residual. activation: None or a kind
@@ -101,14 +103,14 @@ def packed_linear(x, weight, bias=None, *, gate_bias=None, activation=None, resi
     instruction, where it is used, takes factors below 1.2e-38 for zero. With int8 weights every row of x is quantised first,
     see `_quantised`; what is left of both roundings is below 1 % of a result for normal values.
     """
-    x, bias, gate_bias, kind, residual, _ = _checks.packed_linear(x, weight, bias, gate_bias, activation, residual, out)
+    x, bias, gate_bias, _, residual, _ = _checks.packed_linear(x, weight, bias, gate_bias, activation, residual, out)
     value, gate = weight.unpack() if weight.gated else (weight.unpack(), None)
     with np.errstate(invalid="ignore", over="ignore"):
         y = _product(x, value, weight) + (0.0 if bias is None else bias)
         if gate is not None:
             gated = _product(x, gate, weight) + (0.0 if gate_bias is None else gate_bias)
-            y = y * (gated if kind < 0 else activated(gated, activation))
-        elif kind >= 0:
+            y = y * (gated if activation is None else activated(gated, activation))
+        elif activation is not None:
             y = activated(y, activation)
         y = y.reshape(*x.shape[:-1], weight.shape[1]) + (0.0 if residual is None else residual)
         if out is None:
@@ -117,7 +119,7 @@ def packed_linear(x, weight, bias=None, *, gate_bias=None, activation=None, resi
     return out
 
 
-def linear_top_k(x, weight, k, bias=None, *, lse=False):
+def linear_top_k(x: Real, weight: PackedWeight, k: int, bias: Real | None = None, *, lse: bool = False) -> tuple[Any, ...]:
     """The k largest of x W + bias in every row of x (..., d_in): scores (..., k), ids (..., k) int64.
 
     Best first; of equal scores the smaller id first. A score that is NaN is never returned; where fewer than k are left, id

@@ -1,13 +1,19 @@
 """Exact nearest rows by inner product."""
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from mini_tfm.reference import _checks
+from mini_tfm.reference.types import Integers, Mask, Real
+
+__all__ = ["encode_rows", "search"]
 
 ENCODED_AT_ONCE = 1 << 20  # numbers
 
 
-def encode_rows(bank):
+def encode_rows(bank: NDArray[Any]) -> NDArray[np.uint8]:
     """Codes of the rows of bank (..., M, d), float32 or float16: (..., M, C) uint8 with C = d rounded up to 64, plus 16.
 
     With `search(..., codes=codes)` up to 23 queries read these in place of the rows, and of the rows only those that can be
@@ -43,7 +49,15 @@ def encode_rows(bank):
     return codes
 
 
-def search(queries, bank, k, valid=None, *, scales=None, codes=None):
+def search(
+    queries: Real,
+    bank: NDArray[Any],
+    k: int,
+    valid: Mask | None = None,
+    *,
+    scales: Real | None = None,
+    codes: NDArray[np.uint8] | None = None,
+) -> tuple[Real, Integers]:
     """The k best rows of bank (Bq, M, d) for each of queries (Bq, N, d): scores (Bq, N, k), index (Bq, N, k) int64.
 
     Best first; of equal scores the lower index first. valid (Bq, M) hides rows. A row whose score is NaN is never

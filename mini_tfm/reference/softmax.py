@@ -3,6 +3,9 @@
 import numpy as np
 
 from mini_tfm.reference import _checks
+from mini_tfm.reference.types import Real
+
+__all__ = ["log_softmax", "softmax", "softmax_backward"]
 
 
 def _max_and_log_sum(x):
@@ -15,7 +18,7 @@ def _max_and_log_sum(x):
         return top, top + np.log(np.exp(x - top).sum(-1, keepdims=True))
 
 
-def softmax(x, *, out=None):
+def softmax(x: Real, *, out: Real | None = None) -> Real:
     """exp(x) / sum exp(x) over the last axis. A row of -inf gives zeros; a row with NaN or +inf gives NaN.
 
     Here and in what else takes one, `out` is an array for the (first) result, of its shape; None: a new one.
@@ -30,7 +33,7 @@ def softmax(x, *, out=None):
         return _checks.into(out, (p / np.where(total == 0.0, 1.0, total)).astype(x.dtype))
 
 
-def softmax_backward(y, dy, *, out=None):
+def softmax_backward(y: Real, dy: Real, *, out: Real | None = None) -> Real:
     """dx = y * (dy - sum(y * dy)), from softmax's own output."""
     y = _checks.real("y", y, min_ndim=1)
     dy = _checks.real("dy", dy, like=y, shape=y.shape)
@@ -40,7 +43,7 @@ def softmax_backward(y, dy, *, out=None):
         return _checks.into(out, (y64 * (dy64 - (y64 * dy64).sum(-1, keepdims=True))).astype(y.dtype))
 
 
-def log_softmax(x, *, out=None):
+def log_softmax(x: Real, *, out: Real | None = None) -> Real:
     """x - log sum exp(x) over the last axis. A row of -inf stays -inf."""
     x = _checks.real("x", x, min_ndim=1)
     out = _checks.optional_output(out, x, ("x", x))

@@ -1,6 +1,6 @@
 """Attention problems of every kind: who sees what, where the bias lies in memory, how many blocks."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -99,9 +99,8 @@ def drawn_case(feature, values, batch=2, heads=2, kv_heads=1, length=5, source=6
 
 def only_row(block, row):
     """The block with batch row `row` alone."""
-    fields = dict(vars(block))
-    for name in ("k", "v", "valid", "lengths", "index"):
-        fields[name] = None if fields[name] is None else fields[name][row : row + 1]
+    given = {name: getattr(block, name) for name in ("k", "v", "valid", "lengths", "index")}
+    changes = {name: x[row : row + 1] for name, x in given.items() if x is not None}
     if np.ndim(block.bias) == 4 and len(block.bias) > 1:
-        fields["bias"] = block.bias[row : row + 1]
-    return Block(**fields)
+        changes["bias"] = block.bias[row : row + 1]
+    return replace(block, **changes)

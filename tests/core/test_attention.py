@@ -147,7 +147,7 @@ def test_nan_reaches_the_rows_that_see_it_alone(core, dtype, feature, length):
     for bank in ("k", "v"):
         poison = getattr(block, bank).copy()
         poison[0, 0, poisoned, 3] = np.nan
-        out, lse = core.attention(case.q, [Block(**{**vars(block), bank: poison})], case.scale)
+        out, lse = core.attention(case.q, [replace(block, **{bank: poison})], case.scale)
         expected_out, expected_lse = expected.out.copy(), expected.lse.copy()
         if bank == "k":
             expected_out[hit] = expected_lse[hit] = np.nan
@@ -206,28 +206,6 @@ def test_dropout_zeroes_its_share_and_leaves_the_mean(core, dtype, feature):
     assert not np.array_equal(sums[0], sums[1])
     again, _ = core.attention(case.q, case.blocks, case.scale, dropout=0.3, seed=7)
     assert_same_bits(again[..., 0][plain[..., 0] > 0.5], sums[7])
-
-
-@compiled_alone
-def test_plain_arrays_take_the_short_way_to_the_same_bits(dtype):
-    """mt.attention's own way past the checks, against the long one; what it does not know goes the long way."""
-    values = Values(1, dtype)
-    q, k, v = values.real(2, 4, 9, 16), values.real(2, 2, 30, 16), values.real(2, 2, 30, 16)
-    bias = values.real(1, 4, 9, 30)
-    for options in (
-        {}, {"causal": True}, {"window": 5}, {"lengths": np.array([30, 4])}, {"bias": bias}, {"scale": 0.3},
-        {"bias": bias[:, :1, :, ::-1], "causal": True, "window": 3, "lengths": np.array([0, 17]), "scale": 2.0},
-    ):  # fmt: skip
-        block = Block(k, v, **{name: value for name, value in options.items() if name != "scale"})
-        expected = _core.attention(q, [block], options.get("scale", 0.25))[0]
-        arguments = {"bias": None, "causal": False, "window": None, "lengths": None, "scale": None} | options
-        assert_same_bits(_core._attention_at_once(q, k, v, *arguments.values()), expected)
-    for bad in (q[0], q.tolist(), q[:, :, :, ::2], q.astype(np.float16), np.ones((2, 3, 9, 16), dtype), np.ones((1, 4, 9, 16), dtype)):
-        assert _core._attention_at_once(bad, k, v, None, False, None, None, None) is None
-    for arguments in ((bias[0], False, None, None, None), (None, 1, None, None, None), (None, False, 0, None, None),
-                      (None, False, None, np.array([31, 0]), None), (None, False, None, [30, 4], None),
-                      (None, False, None, None, np.inf)):  # fmt: skip
-        assert _core._attention_at_once(q, k, v, *arguments) is None
 
 
 def test_a_prefix_needs_a_causal_mask_and_no_window(core):

@@ -4,7 +4,7 @@ The error names the argument, what was expected and what came, and nothing has b
 """
 
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -106,7 +106,7 @@ def wrong_blocks(good):
     """(what may be named, label, blocks): a list of blocks made wrong, the fields of a Block made wrong."""
     for label, bad in (("None", None), ("a Block", good), ("a number", 3)):
         yield "blocks", label, bad
-    for label, bad in (("None", None), ("a tuple", (good.k, good.v)), ("a dict", vars(good))):
+    for label, bad in (("None", None), ("a tuple", (good.k, good.v)), ("a dict", asdict(good))):
         yield r"blocks\[1\]", label, [good, bad]
     dtype, length = good.k.dtype, 5
     bias, index = np.ones((2, 4, length, 6), dtype), np.zeros((2, 4, length, 3), np.int64)

@@ -26,20 +26,21 @@
 #define NAMED(start, isa, end) PASTE(start, isa, end)
 
 #if ISA_VNNI || ISA_DOT
+#define SET(result, name, parameters, arguments) kernels->name = name;
+#define SKIP(result, name, parameters, arguments)
+
 /* An instruction set that adds to another one for a few kernels: these in place of the other's, and nothing else is compiled
  * again. */
 void NAMED(mt_refine_, ISA, )(struct mt_kernels *kernels);
 void NAMED(mt_refine_, ISA, )(struct mt_kernels *kernels) {
-    kernels->packed_bytes = packed_bytes;
-    kernels->pack = pack;
-    kernels->unpack = unpack;
-    kernels->packed_linear = packed_linear;
-    kernels->linear_top_k = linear_top_k;
+#define KERNEL SKIP
+#define PACKED_KERNEL SET
 #if ISA_BF16
-    kernels->gemm_bfloat16 = gemm_bfloat16;
-    kernels->linear_cross_entropy = linear_cross_entropy;
-    kernels->linear_cross_entropy_backward = linear_cross_entropy_backward;
+#define BFLOAT16_KERNEL SET
+#else
+#define BFLOAT16_KERNEL SKIP
 #endif
+#include "kernels.h"
 }
 #else
 #if REAL_IS_DOUBLE
@@ -49,36 +50,7 @@ void NAMED(mt_refine_, ISA, )(struct mt_kernels *kernels) {
 #endif
 extern const struct mt_kernels TABLE;
 const struct mt_kernels TABLE = {
-    .gemm = gemm,
-    .gemm_bfloat16 = gemm_bfloat16,
-    .packed_bytes = packed_bytes,
-    .pack = pack,
-    .unpack = unpack,
-    .packed_linear = packed_linear,
-    .linear_top_k = linear_top_k,
-    .softmax = softmax,
-    .softmax_backward = softmax_backward,
-    .log_softmax = log_softmax,
-    .layer_norm = layer_norm,
-    .layer_norm_backward = layer_norm_backward,
-    .rms_norm = rms_norm,
-    .rms_norm_backward = rms_norm_backward,
-    .activation = activation,
-    .activation_backward = activation_backward,
-    .dropout = dropout,
-    .embedding = embedding,
-    .embedding_backward = embedding_backward,
-    .sinusoidal_positions = sinusoidal_positions,
-    .rotary = rotary,
-    .cross_entropy = cross_entropy,
-    .cross_entropy_backward = cross_entropy_backward,
-    .linear_cross_entropy = linear_cross_entropy,
-    .linear_cross_entropy_backward = linear_cross_entropy_backward,
-    .adamw = adamw,
-    .sum_of_squares = sum_of_squares,
-    .search = search,
-    .attention = attention,
-    .attention_backward = attention_backward,
-    .attention_mass = attention_mass,
+#define KERNEL(result, name, parameters, arguments) .name = name,
+#include "kernels.h"
 };
 #endif

@@ -1,11 +1,36 @@
 # Weights packed once, and products with them
 
 
+cdef extern from "core.h" nogil:
+    struct mt_packed:
+        void *memory
+        ptrdiff_t d_in, d_out, group
+        int kind, gated
+
+    struct mt_epilogue:
+        const void *bias
+        const void *gate_bias
+        const void *residual
+        int activation
+
+    size_t mt_packed_bytes(int is_double, const mt_packed *w)
+    int mt_pack(int is_double, const mt_packed *w, const void *weight, const void *gate, int transposed)
+    void mt_unpack(int is_double, const mt_packed *w, void *weight, void *gate)
+    int mt_packed_linear(int is_double, const void *x, const mt_packed *w, const mt_epilogue *then, void *out, ptrdiff_t n)
+    int mt_linear_top_k(
+        int is_double, const void *x, const mt_packed *w, const void *bias, void *scores, int64_t *ids, void *lse, ptrdiff_t n,
+        ptrdiff_t k
+    )
+
+
+cdef extern from "stdlib.h" nogil:
+    void *aligned_alloc(size_t alignment, size_t size)
+
+
 cdef class PackedWeight:
     """A weight as the kernels of one instruction set read it; owns its memory. Made by pack(), for products of any rows."""
 
     cdef mt_packed at
-    cdef const mt_kernels_table *c
     cdef size_t n_bytes
     cdef object kind, real, grouped
     cdef bint wide
@@ -51,11 +76,11 @@ cdef class PackedWeight:
         cdef void *pw = ptr(weight)
         cdef void *pg = ptr_or_null(gate)
         with nogil:
-            self.c.unpack(&self.at, pw, pg)
+            mt_unpack(self.wide, &self.at, pw, pg)
         return weight if gate is None else (weight, gate)
 
 
-reference.PackedWeight.register(PackedWeight)
+reference_types.PackedWeight.register(PackedWeight)
 
 
 cdef PackedWeight own_weight(weight):
@@ -74,30 +99,38 @@ def pack(weight, *, dtype="float32", transposed=False, gate=None, group=None):
     w.at.d_in, w.at.d_out = weight.shape[::-1] if t else weight.shape
     w.at.group, w.at.gated = group or 1, gate is not None
     w.at.kind = {"float32": 0, "float64": 0, "bfloat16": 1, "int8": 2}[dtype]
-    w.c = c_for(weight)
-    w.n_bytes = w.c.packed_bytes(&w.at)
+    w.n_bytes = mt_packed_bytes(w.wide, &w.at)
     w.at.memory = aligned_alloc(64, w.n_bytes + 64)
     if w.at.memory == NULL:
         raise MemoryError("mini_tfm: no memory for a packed weight")
     cdef void *pw = ptr(weight)
     cdef void *pg = ptr_or_null(gate)
     with nogil:
-        failed = w.c.pack(&w.at, pw, pg, t)
+        failed = mt_pack(w.wide, &w.at, pw, pg, t)
     no_memory_if(failed)
     return w
 
 
-cdef bint plain_linear(x, PackedWeight w, bias, residual, out) noexcept:
+cdef inline bint plain_factor(x, PackedWeight w) noexcept:
+    """An array (..., d_in) of what the weight multiplies."""
+    return plain_rows(x) and is_double(x) == w.wide and last_axis(x) == w.at.d_in
+
+
+cdef bint plain_epilogue(x, PackedWeight w, bias, gate_bias, residual) noexcept:
     return (
-        plain_rows(x)
-        and (cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT64) == w.wide
-        and last_axis(x) == w.at.d_in
-        and (bias is None or plain_vector(bias, x, w.at.d_out))
+        (bias is None or plain_vector(bias, x, w.at.d_out))
+        and (gate_bias is None or (w.at.gated and plain_vector(gate_bias, x, w.at.d_out)))
         and (residual is None or plain_result(residual, x, w.at.d_out))
-        and (
-            out is None
-            or (plain_result(out, x, w.at.d_out) and written_apart(out, x) and written_apart(out, bias) and written_apart(out, residual))
-        )
+    )
+
+
+cdef bint plain_product_out(out, x, PackedWeight w, bias, gate_bias, residual) noexcept:
+    return out is None or (
+        plain_result(out, x, w.at.d_out)
+        and written_apart(out, x)
+        and written_apart(out, bias)
+        and written_apart(out, gate_bias)
+        and written_apart(out, residual)
     )
 
 
@@ -110,10 +143,11 @@ def packed_linear(x, weight, bias=None, *, gate_bias=None, activation=None, resi
     cdef int failed
     cdef ptrdiff_t n
     if (
-        gate_bias is None
+        isinstance(weight, PackedWeight)
         and (activation is None or (type(activation) is str and activation in activation_numbers))
-        and isinstance(weight, PackedWeight)
-        and plain_linear(x, weight, bias, residual, out)
+        and plain_factor(x, weight)
+        and plain_epilogue(x, weight, bias, gate_bias, residual)
+        and plain_product_out(out, x, weight, bias, gate_bias, residual)
     ):
         kind, n = activation_numbers[activation], n_rows(x)
     else:
@@ -126,26 +160,35 @@ def packed_linear(x, weight, bias=None, *, gate_bias=None, activation=None, resi
     cdef void *px = ptr(x)
     cdef void *po = ptr(out)
     with nogil:
-        failed = w.c.packed_linear(px, &w.at, &then, po, n)
+        failed = mt_packed_linear(w.wide, px, &w.at, &then, po, n)
     no_memory_if(failed)
     return out
 
 
 def linear_top_k(x, weight, k, bias=None, *, lse=False):
     """The k best of x W + bias in each row: scores, ids (..., k), best first; with lse also log sum exp over all, (...)."""
-    cdef int failed, wants_lse
-    cdef ptrdiff_t n, wanted
-    x, wanted, bias, wants_lse, n = _checks.linear_top_k(x, weight, k, bias, lse)
+    cdef int failed
+    cdef int64_t wanted
+    if not (
+        isinstance(weight, PackedWeight)
+        and plain_factor(x, weight)
+        and not (<PackedWeight>weight).at.gated
+        and plain_integer(k, 0, INT32_MAX, &wanted)
+        and plain_bool(lse)
+        and plain_epilogue(x, weight, bias, None, None)
+    ):
+        x, wanted, bias, lse, _ = _checks.linear_top_k(x, weight, k, bias, lse)
     cdef PackedWeight w = own_weight(weight)
-    leading = x.shape[: x.ndim - 1]
-    scores, ids = np.empty((*leading, wanted), x.dtype), np.empty((*leading, wanted), np.int64)
-    totals = np.empty(leading, x.dtype) if wants_lse else None
+    cdef ptrdiff_t n = n_rows(x)
+    cdef int leading = cnp.PyArray_NDIM(x) - 1
+    scores, ids = new_array(x, leading, wanted, cnp.PyArray_TYPE(x)), new_array(x, leading, wanted, cnp.NPY_INT64)
+    totals = new_leading(x) if lse else None
     cdef void *px = ptr(x)
     cdef void *pb = ptr_or_null(bias)
     cdef void *ps = ptr(scores)
     cdef int64_t *pi = <int64_t *>ptr(ids)
     cdef void *pl = ptr_or_null(totals)
     with nogil:
-        failed = w.c.linear_top_k(px, &w.at, pb, ps, pi, pl, n, wanted)
+        failed = mt_linear_top_k(w.wide, px, &w.at, pb, ps, pi, pl, n, wanted)
     no_memory_if(failed)
-    return (scores, ids, totals) if wants_lse else (scores, ids)
+    return (scores, ids, totals) if lse else (scores, ids)

@@ -1,0 +1,119 @@
+# Layer norm and RMS norm
+
+
+cdef extern from "core.h" nogil:
+    void mt_layer_norm(
+        int is_double, const void *x, const void *weight, const void *bias, double eps, void *y, void *mean, void *rstd,
+        ptrdiff_t n, ptrdiff_t d
+    )
+    int mt_layer_norm_backward(
+        int is_double, const void *dy, const void *x, const void *weight, const void *mean, const void *rstd, void *dx,
+        void *dweight, void *dbias, ptrdiff_t n, ptrdiff_t d
+    )
+    void mt_rms_norm(int is_double, const void *x, const void *weight, double eps, void *y, void *rstd, ptrdiff_t n, ptrdiff_t d)
+    int mt_rms_norm_backward(
+        int is_double, const void *dy, const void *x, const void *weight, const void *rstd, void *dx, void *dweight,
+        ptrdiff_t n, ptrdiff_t d
+    )
+
+
+def layer_norm(x, weight, bias, eps, *, out=None):
+    """y, mean (N,), rstd (N,); y = (x - mean) * rstd * weight + bias."""
+    if not (
+        plain_rows(x)
+        and plain_vector(weight, x, last_axis(x))
+        and (bias is None or plain_vector(bias, x, last_axis(x)))
+        and plain_number(eps, 0.0)
+    ):
+        x, weight, bias, eps = _checks.layer_norm(x, weight, bias, eps)
+    cdef double epsilon = eps
+    cdef ptrdiff_t n = n_rows(x)
+    cdef ptrdiff_t d = last_axis(x)
+    if out is not None:
+        _checks.optional_output(out, x, ("x", x), ("weight", weight), *([] if bias is None else [("bias", bias)]))
+    y, mean, rstd = new_like(x) if out is None else out, new_vector(x, n), new_vector(x, n)
+    cdef bint wide = is_double(x)
+    cdef void *px = ptr(x)
+    cdef void *pw = ptr(weight)
+    cdef void *pb = ptr_or_null(bias)
+    cdef void *py = ptr(y)
+    cdef void *pm = ptr(mean)
+    cdef void *pr = ptr(rstd)
+    with nogil:
+        mt_layer_norm(wide, px, pw, pb, epsilon, py, pm, pr, n, d)
+    return y, mean, rstd
+
+
+cdef inline bint plain_norm_backward(dy, x, weight, rstd) noexcept:
+    return (
+        plain_rows(x) and plain_like(dy, x) and plain_vector(weight, x, last_axis(x)) and plain_vector(rstd, x, n_rows(x))
+    )
+
+
+def layer_norm_backward(dy, x, weight, mean, rstd, *, out=None):
+    """dx, dweight (d,), dbias (d,)."""
+    cdef int failed
+    if not (plain_norm_backward(dy, x, weight, rstd) and plain_like(mean, rstd)):
+        dy, x, weight, rstd = _checks.norm_backward(dy, x, weight, rstd)
+        mean = _checks.real("mean", mean, like=x, shape=rstd.shape)
+    cdef ptrdiff_t n = n_rows(x)
+    cdef ptrdiff_t d = last_axis(x)
+    if out is not None:
+        _checks.optional_output(out, x, ("dy", dy), ("x", x), ("weight", weight), ("mean", mean), ("rstd", rstd))
+    dx, dweight, dbias = new_like(x) if out is None else out, new_like(weight), new_like(weight)
+    cdef bint wide = is_double(x)
+    cdef void *pdy = ptr(dy)
+    cdef void *px = ptr(x)
+    cdef void *pw = ptr(weight)
+    cdef void *pm = ptr(mean)
+    cdef void *pr = ptr(rstd)
+    cdef void *pdx = ptr(dx)
+    cdef void *pdw = ptr(dweight)
+    cdef void *pdb = ptr(dbias)
+    with nogil:
+        failed = mt_layer_norm_backward(wide, pdy, px, pw, pm, pr, pdx, pdw, pdb, n, d)
+    no_memory_if(failed)
+    return dx, dweight, dbias
+
+
+def rms_norm(x, weight, eps, *, out=None):
+    """y, rstd (N,); y = x * rstd * weight."""
+    if not (plain_rows(x) and plain_vector(weight, x, last_axis(x)) and plain_number(eps, 0.0)):
+        x, weight, eps = _checks.rms_norm(x, weight, eps)
+    cdef double epsilon = eps
+    cdef ptrdiff_t n = n_rows(x)
+    cdef ptrdiff_t d = last_axis(x)
+    if out is not None:
+        _checks.optional_output(out, x, ("x", x), ("weight", weight))
+    y, rstd = new_like(x) if out is None else out, new_vector(x, n)
+    cdef bint wide = is_double(x)
+    cdef void *px = ptr(x)
+    cdef void *pw = ptr(weight)
+    cdef void *py = ptr(y)
+    cdef void *pr = ptr(rstd)
+    with nogil:
+        mt_rms_norm(wide, px, pw, epsilon, py, pr, n, d)
+    return y, rstd
+
+
+def rms_norm_backward(dy, x, weight, rstd, *, out=None):
+    """dx, dweight (d,)."""
+    cdef int failed
+    if not plain_norm_backward(dy, x, weight, rstd):
+        dy, x, weight, rstd = _checks.norm_backward(dy, x, weight, rstd)
+    cdef ptrdiff_t n = n_rows(x)
+    cdef ptrdiff_t d = last_axis(x)
+    if out is not None:
+        _checks.optional_output(out, x, ("dy", dy), ("x", x), ("weight", weight), ("rstd", rstd))
+    dx, dweight = new_like(x) if out is None else out, new_like(weight)
+    cdef bint wide = is_double(x)
+    cdef void *pdy = ptr(dy)
+    cdef void *px = ptr(x)
+    cdef void *pw = ptr(weight)
+    cdef void *pr = ptr(rstd)
+    cdef void *pdx = ptr(dx)
+    cdef void *pdw = ptr(dweight)
+    with nogil:
+        failed = mt_rms_norm_backward(wide, pdy, px, pw, pr, pdx, pdw, n, d)
+    no_memory_if(failed)
+    return dx, dweight

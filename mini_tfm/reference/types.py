@@ -1,0 +1,90 @@
+"""The types that the compiled kernels and their twins share: what a call takes and gives besides arrays.
+
+`Block` and `BlockGrad` are attention's, `PackedWeight` is what `pack` makes. The aliases say in signatures what an array holds.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Block", "BlockGrad", "PackedWeight"]
+
+Real: TypeAlias = NDArray[Any]  # float32 or float64; all of one dtype in one call
+Integers: TypeAlias = NDArray[np.int64]
+Mask: TypeAlias = NDArray[np.bool_]
+
+
+class Config(TypedDict):
+    """What `show_config` tells."""
+
+    isa: str
+    isas: list[str]
+    isas_built: list[str]
+    emulated: list[str]
+    openmp: bool
+    num_threads: int
+    compiler: str | None
+
+
+@dataclass(slots=True)
+class Block:
+    """Keys and values that queries (B, H, T, D) attend to, and who sees what.
+
+    k, v         (B, Hkv, S, D); Hkv divides H, head h reads kv head h // (H // Hkv).
+    valid        (B, S) bool, or None: all rows.
+    lengths      (B,) int64, rows at and after it are hidden; or None.
+    index        (B, H, T, K) int64, each query's own rows of this bank, -1 = none; or None: every row.
+                 Not together with causal or window; a bias then broadcasts to (B, H, T, K).
+    bias         added to the scores: broadcastable to (B, H, T, S) with any strides, read where it lies; -inf hides.
+    dbias        in backward: where the bias's gradient is accumulated, broadcastable like the bias, any strides: for a
+                 view of a table, the same view of a table of zeros.
+    needs_dbias  ask for the gradient without giving `dbias`: a dense one of the bias's shape is made.
+    causal       query i sees key j only if j <= i + offset.
+    prefix       with causal, and no window: all queries see keys j < prefix, too (prefix LM, arXiv 1910.10683, figure 3).
+    offset       None: S - T, the last query sees the last key.
+    window       w >= 1 or None: only j > i + offset - w, and if not causal also only j < i + offset + w.
+    """
+
+    k: Any
+    v: Any
+    valid: Any = None
+    lengths: Any = None
+    index: Any = None
+    bias: Any = None
+    dbias: Any = None
+    needs_dbias: bool = False
+    causal: bool = False
+    prefix: int = 0
+    offset: int | None = None
+    window: int | None = None
+
+
+class BlockGrad(NamedTuple):
+    """Gradients of one Block: dk, dv (B, Hkv, S, D), None if not needed; dbias, None unless asked for."""
+
+    dk: np.ndarray | None
+    dv: np.ndarray | None
+    dbias: np.ndarray | None
+
+
+class PackedWeight(ABC):  # the compiled one is registered as a kind of it
+    """A weight (d_in, d_out), and perhaps a gate of the same shape, as products are made with them. Made by pack().
+
+    shape (d_in, d_out); dtype "float32", "float64", "bfloat16" or "int8"; gated; group: rows that share a scale in int8,
+    else None; nbytes.
+    """
+
+    shape: tuple[int, int]
+    dtype: str
+    gated: bool
+    group: int | None
+    nbytes: int
+
+    @abstractmethod
+    def unpack(self) -> Any:
+        """The weight (d_in, d_out) that products are made with, or (weight, gate), in float32 (float64 if it is that)."""
