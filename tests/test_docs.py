@@ -1,4 +1,4 @@
-"""The README and docs/: their code runs, their links lead somewhere, nothing public is left out of them, and their
+"""The README, CONTRIBUTING.md and docs/: their code runs, their links lead somewhere, nothing public is left out of them, and their
 tree is the tree there is.
 
 docs/write-a-memory.md is followed from its first line to its last by test_plugin_packages.py. docs/command-line.md is
@@ -22,7 +22,7 @@ from mini_tfm.memory import Memory, describe_memory
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 DECISIONS = DOCS / "decisions"
-PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 FENCED = re.compile(r"(?:^<!-- (?P<mark>[^>]*?) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.S | re.M)
 SHELLS = ("bash", "sh", "console")
 
