@@ -29,7 +29,7 @@ def tree(tmp_path_factory):
     for path in ROOT.iterdir():
         if path.is_file() and path.suffix != ".so":
             shutil.copy2(path, copy)
-    for name in (*PACKAGES, "tests"):
+    for name in (*PACKAGES, "tests", ".ci", "docs", "benchmarks"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info"))
     for name, text in (("README.md", "# mini_tfm\n"), ("LICENSE", "BSD\n"), ("CHANGELOG.md", "# Changes\n")):
         if not (copy / name).exists():
@@ -96,6 +96,11 @@ def test_every_source_is_in_the_sdist(sdist):
         expected = {f"{package}/{name}" for name in files_in(ROOT / package, ".py", *SOURCES, "py.typed")}
         assert not expected - {"mini_tfm/_core/kernels.c"} - held
     assert {"setup.py", "pyproject.toml", "tests/test_build.py", "tests/core/naive.py"} <= held
+
+
+def test_what_the_tests_of_the_docs_read_is_in_the_sdist(sdist):
+    pages = {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    assert pages | {"README.md", "CONTRIBUTING.md", "noxfile.py", ".ci/run", "benchmarks/README.md"} <= names_in_sdist(sdist)
 
 
 def test_nothing_made_by_a_build_is_in_the_sdist(sdist):

@@ -1,4 +1,5 @@
-"""The README and docs/: their code runs, nothing public is left out of them, and their tree is the tree there is.
+"""The README, CONTRIBUTING.md and docs/: their code runs, their links lead somewhere, nothing public is left out of them, and their
+tree is the tree there is.
 
 docs/write-a-memory.md is followed from its first line to its last by test_plugin_packages.py. docs/command-line.md is
 made of the commands' own help: `python tests/test_docs.py` writes it again.
@@ -20,7 +21,8 @@ from mini_tfm.memory import Memory, describe_memory
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+DECISIONS = DOCS / "decisions"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 FENCED = re.compile(r"(?:^<!-- (?P<mark>[^>]*?) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.S | re.M)
 SHELLS = ("bash", "sh", "console")
 
@@ -39,6 +41,10 @@ def to_run(page):
         for mark, language, code in blocks(page)
         if (language == "python" and not mark.startswith(("file:", "run: long"))) or (language in SHELLS and mark == "run")
     ]
+
+
+def page_id(page):
+    return page.relative_to(ROOT).as_posix()
 
 
 def text_of(*pages):
@@ -61,7 +67,7 @@ def as_program(page):
     return "\n\n".join(parts)
 
 
-@pytest.mark.parametrize("page", [pytest.param(page, id=page.name) for page in PAGES if to_run(page)])
+@pytest.mark.parametrize("page", [page for page in PAGES if to_run(page)], ids=page_id)
 def test_the_code_of_a_page_runs(page, tmp_path):
     scripts = str(Path(sys.executable).parent)  # where mini-tfm is
     environment = {**os.environ, "PATH": scripts + os.pathsep + os.environ["PATH"], "PYTHONWARNINGS": "error"}
@@ -83,11 +89,26 @@ def test_every_fence_is_closed():
         assert len(fences) == 2 * len(blocks(page)), f"{page.name}: a block that is not closed, or a comment between its mark and it"
 
 
-@pytest.mark.parametrize("page", [pytest.param(page, id=page.name) for page in PAGES])
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(FENCED, "", page.read_text(encoding="utf-8"))):
         if "://" not in target and not target.startswith("#"):
             assert (page.parent / target.partition("#")[0]).exists(), f"{page.name}: {target}"
+
+
+def test_the_decisions_are_indexed():
+    linked = re.findall(r"\]\(([\w-]+\.md)\)", text_of(DECISIONS / "README.md"))
+    assert sorted(linked) == sorted(page.name for page in DECISIONS.glob("*.md") if page.name != "README.md")
+
+
+SECTIONS = ["The question", "The decision", "Why", "What it costs", "When to look again"]
+
+
+@pytest.mark.parametrize("page", [page for page in DECISIONS.glob("*.md") if page.name != "README.md"], ids=page_id)
+def test_a_decision_is_one_page_with_the_same_five_questions(page):
+    text = text_of(page)
+    assert re.findall(r"^## (.*)$", text, re.M) == SECTIONS
+    assert len(text.split()) < 500
 
 
 def test_the_test_command_is_one_block():

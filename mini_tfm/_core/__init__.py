@@ -39,13 +39,7 @@ if not TYPE_CHECKING:  # a type checker takes all that the twins offer
 if TYPE_CHECKING or _isa == "reference":
     from mini_tfm.reference import *  # noqa: F403
 else:
-    # libgomp's waiting threads spin for some 10 ms by default, which two processes at once pay for dearly. Asleep they cost
-    # 10 to 25 us a region, and more in a virtual machine. So they spin for about 0.5 ms, longer than most gaps between two
-    # kernels, and sleep then. Measured on 2 cores, 300 products of 10 to 300 us, 1 to 8 us apart, medians of three runs: one
-    # thread 90 ms; two with a count of 500, 5000, 20000, 300000 (libgomp's own): 69, 63, 65, 60 ms; beside one busy process 150, 155,
-    # 138, 122 (one thread: 112); two such processes at once 103, 94, 107, 219 each (of one thread each: 87). 60 calls of 0.2 ms
-    # after a rest: 33, 15, 14, 14 ms. libgomp reads the setting when it is loaded: torch's wheel has a copy under the same
-    # name, and whichever of the two comes first serves both.
+    # Waiting threads spin for about 0.5 ms, not libgomp's 10 ms: docs/decisions/spinning-threads.md. It reads this when it is loaded.
     _unset = "OMP_WAIT_POLICY" not in os.environ and "GOMP_SPINCOUNT" not in os.environ
     if _unset:
         os.environ["GOMP_SPINCOUNT"] = "20000"
