@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..checkpoint.folder import OpenFolder
 from ..checkpoint.models import load_saved, save_model
-from ..checkpoint.safetensors import encode_safetensors, read_safetensors
+from ..checkpoint.safetensors import encode_safetensors
 from ..data.batches import Batch, fields
 from ..errors import FileProblem, InvalidValue, TrainingError
-from ..files.strict_json import read_json_strict
 from ..memory.base import Memory
 from .options import FIT_DEFAULTS, check_fit_options, check_trainer_options
 
@@ -37,6 +37,7 @@ TRAINING_FILE = "training.json"
 OPTIMIZER_FILE = "training.safetensors"
 BEST = "best"
 CHECKPOINT = "checkpoint-"
+MAX_TRAINING_BYTES = 1 << 28  # a loss of each step is in it
 
 # Of `training.json`, with what stands for a field in a folder of 0.1.0, which has not all of them.
 _FIELDS: dict[str, Any] = {
@@ -106,8 +107,10 @@ def _step_of(path: Path) -> int:
 
 def load_run(kind: type[Trainer], folder: str | Path, memory: Memory | None, communicator: Any) -> Trainer:
     """The trainer that `save_run` wrote. Raises FileProblem or InvalidValue naming the file or field at fault."""
-    saved = load_saved(folder)
-    about = _checked(read_json_strict(Path(folder) / TRAINING_FILE, 1 << 28), kind)
+    with OpenFolder(folder, (TRAINING_FILE, OPTIMIZER_FILE)) as opened:  # a save meanwhile must not mix two steps
+        saved = load_saved(opened)
+        about = _checked(opened.read_json(TRAINING_FILE, MAX_TRAINING_BYTES), kind)
+        moments = opened.read_tensors(OPTIMIZER_FILE)
     if memory is not None and memory.text != saved.memory_text:
         raise InvalidValue(
             f"memory: {folder} was trained with {saved.memory_text or 'one made in Python, or none'}, expected the same, got"
@@ -118,7 +121,7 @@ def load_run(kind: type[Trainer], folder: str | Path, memory: Memory | None, com
     trainer = kind(saved.model, memory, tokenizer=saved.tokenizer, communicator=communicator, **about.pop("options"))
     if added := sorted(set(trainer.model.weights) - names):
         raise InvalidValue(f"memory: its parameter {added[0]} is not in {folder}; give the memory that it was trained with")
-    trainer.optimizer.load_state(read_safetensors(Path(folder) / OPTIMIZER_FILE), about["step_count"])
+    trainer.optimizer.load_state(moments, about["step_count"])
     for name, value in about.items():
         setattr(trainer, name, value)
     trainer.resumed = True
