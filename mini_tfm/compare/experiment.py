@@ -426,6 +426,6 @@ def _train(
             break
         if step > 0 and step % 10 == 0:  # a slow machine: the schedule and the curriculum are drawn together
             total = min(recipe.steps, step + max(0, int((seconds - used) * step / used)))
-            trainer.options["total_steps"] = total
+            trainer.options = trainer.options.replace(total_steps=total)
         tell(trainer.step(*fields(batch_of(step, step / total))), None)
     return list(enumerate(trainer.losses))

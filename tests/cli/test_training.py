@@ -105,7 +105,9 @@ def test_train_stops_early_and_says_where_the_best_is(run, train, tmp_path):
     said = train(
         tmp_path / "m", "--steps", 40, "--learning-rate", 0.5, "--validate-every", 1, "--early-stopping-patience", 2, "--save-best"
     )
-    assert said.code == 0 and re.search(r"stopped early at step \d+: 2 looks in a row .* at step \d+; that model is in .*best", said.err)
+    assert said.code == 0 and re.search(
+        r"stopped early at step \d+: 2 validations in a row .* at step \d+; that model is in .*best", said.err
+    )
     answer = run("train", "--resume", tmp_path / "m", "--steps", 41, "--json").json
     assert answer["stopped_early"] and answer["steps"] < 40 and answer["best_step"] == answer["steps"] - 2
     assert run("generate", tmp_path / "m" / "best", "The", "--max-new-tokens", 2).code == 0

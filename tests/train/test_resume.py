@@ -123,8 +123,8 @@ def test_a_run_remembers_what_fit_was_told(tmp_path):
     folder = tmp_path / "run"
     fit(make_trainer(), folder, steps=5)
     resumed = Trainer.resume(folder)
-    assert {name: resumed.fit_options[name] for name in FIT} == FIT
-    assert resumed.options["gradient_accumulation_steps"] == 3 and resumed.seconds > 0
+    assert {name: getattr(resumed.fit_options, name) for name in FIT} == FIT
+    assert resumed.options.gradient_accumulation_steps == 3 and resumed.seconds > 0
     resumed.fit(data(), validation=data(seed=2), folder=folder, progress=False)
     assert [line["step"] for line in log_lines(folder)[0]] == list(range(1, STEPS + 1))
     assert (folder / f"checkpoint-{STEPS}").is_dir()
@@ -332,6 +332,6 @@ def test_the_row_that_is_not_finite_is_named(parts):
 def test_a_validation_that_is_not_finite_stops(tmp_path):
     trainer = make_trainer()
     trainer.evaluate = lambda batch: float("nan")
-    with pytest.raises(TrainingError, match="step 2: the loss of validation batch 0 is nan; what was saved last"):
+    with pytest.raises(TrainingError, match="step 2: the loss of validation batch 0 is nan; the last save stays as it was"):
         fit(trainer, tmp_path / "run")
     assert not (tmp_path / "run").exists()
