@@ -34,7 +34,6 @@ memory_option = click.option(
     show_default="what the model was trained with",
     help="A memory as name:option=value,...; stacked with +, as in window:size=512+store:path=notes.mdb; none for no memory.",
 )
-EXPERIMENT_SECONDS = 345.0  # under six minutes
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output, and nothing else there.")
 segment_option = click.option(
     "--segment-length", type=click.IntRange(1), metavar="TOKENS", help="Tokens read at once; default: what the model was trained with."
@@ -58,14 +57,14 @@ def memory_named(pipe: Pipeline) -> str:
 
 def print_json(answer: Any, *, indent: int | None = 2) -> None:
     """The one JSON document of a command. What is not a number (nothing to measure) is null."""
-    click.echo(json.dumps(_plain(answer), indent=indent))
+    click.echo(json.dumps(plain(answer), indent=indent))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item) for item in (sorted(value) if isinstance(value, set | frozenset) else value)]
+        return [plain(item) for item in (sorted(value) if isinstance(value, set | frozenset) else value)]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if value is None or isinstance(value, bool | int | float | str):

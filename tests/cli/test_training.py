@@ -19,6 +19,7 @@ from mini_tfm.cli.shared import command_line, interrupt_between_steps
 from mini_tfm.compare import experiment as experiment_module
 from mini_tfm.compare.experiment import Experiment, Row
 from mini_tfm.compare.report import html_report, line_chart
+from mini_tfm.compare.tasks.recall import DISTANCES
 from mini_tfm.config import Config
 from mini_tfm.model import Transformer
 from mini_tfm.text.tokenizers import ByteTokenizer
@@ -186,7 +187,7 @@ def small_experiment(documents, memories, out, **options):
 
             model = Transformer(Config(vocab_size=259, d_model=16, n_heads=2, n_encoder_layers=1, n_decoder_layers=1, segment_length=16))
             save_model(folder, model, tokenizer=ByteTokenizer(), memory=make_memory(memory) if memory else None)
-        recall = {d: (float("nan") if number == 1 and d == 6 else 0.9 / (1 + d)) for d in experiment_module.DISTANCES}
+        recall = {d: (float("nan") if number == 1 and d == 6 else 0.9 / (1 + d)) for d in DISTANCES}
         row = Row(
             memory=name,
             bits_per_byte=2.0 - number / 10,
@@ -201,7 +202,7 @@ def small_experiment(documents, memories, out, **options):
             history=[(i, 5.0 - i / 10) for i in range(20)],
         )
         rows.append(row)
-    options["tell"]("memory: none")
+    options["report"]("memory: none")
     return Experiment(
         text_name=options.get("text_name", "text"),
         documents=len(documents),
@@ -212,7 +213,7 @@ def small_experiment(documents, memories, out, **options):
         tokenizer_vocab=259,
         seconds=options["seconds"],
         machine={"processor": "<fast> & small", "cores": 2},
-        distances=list(experiment_module.DISTANCES),
+        distances=list(DISTANCES),
         chance=1 / 26,
         history={"start": [(i, 6.0) for i in range(50)], **{row.memory: row.history for row in rows}},
         rows=rows,
@@ -314,7 +315,7 @@ def test_a_path_is_added_where_a_strategy_takes_one(tmp_path):
 @pytest.fixture
 def experiment():
     return small_experiment(
-        {"a <b>": "x", "c": "y"}, [None, "window:size=8", "a&b<script>"], None, seconds=60.0, seed=0, tell=lambda line: None
+        {"a <b>": "x", "c": "y"}, [None, "window:size=8", "a&b<script>"], None, seconds=60.0, seed=0, report=lambda line: None
     )
 
 
