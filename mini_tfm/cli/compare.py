@@ -14,7 +14,7 @@ STREAMS = 64  # facts asked for at each distance, of a saved model
 DOCUMENTS_AT_ONCE = 16
 
 
-@click.command(short_help="Memories side by side: quality, speed, size.")
+@click.command(short_help="Compare memories: quality, speed, size.")
 @click.argument("paths", nargs=-1, metavar="[FOLDER]", type=click.Path(path_type=Path))
 @click.option(
     "--memory",

@@ -37,10 +37,15 @@ if TYPE_CHECKING:
 @click.command(short_help="Continue a text, with what a memory holds.")
 @folder_argument
 @click.argument("prompt", required=False)
-@click.option("--file", type=click.Path(path_type=Path), metavar="FILE", help="Read the prompt from a text file.")
+@click.option("--file", type=click.Path(path_type=Path), metavar="FILE", help="Read the prompt from this text file.")
 @memory_option
 @click.option(
-    "--read", "read_first", multiple=True, type=click.Path(path_type=Path), metavar="FILE", help="Read a text file into the memory first."
+    "--read",
+    "read_first",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Read this text file into the memory first; may be repeated.",
 )
 @options_of(GenerationOptions)
 @segment_option

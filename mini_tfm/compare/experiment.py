@@ -28,7 +28,7 @@ from ..memory.registry import memory as make_memory
 from ..model import Transformer
 from ..progress import track
 from ..text.documents import split_documents
-from ..text.tokenizers import train_bpe
+from ..text.tokenizers import Tokenizer, train_bpe
 from .machine import machine, n_cores
 from .measure import measure_memory
 from .processes import processes
@@ -108,42 +108,35 @@ def run_experiment(
     """
     began = time.perf_counter()
     names = _checked_names(memories)
-    texts = split_documents(documents, HELD_OUT, seed)
-    report(f"training a tokenizer of {VOCABULARY} tokens on {len(texts[0])} documents")
-    tokenizer = train_bpe(texts[0].values(), VOCABULARY)
-    train, held_out = ([tokenizer.encode(text) for text in part.values()] for part in texts)
-    _check_lengths(train, held_out)
-    bytes_train, bytes_held_out = map(n_bytes, texts)
+    texts = _prepare(documents, seed, report)
     config = Config(vocab_size=VOCABULARY, segment_length=SEGMENT_TOKENS, **SHAPE)
     training_seconds = seconds * (1 - MEASURE_SHARE) - (time.perf_counter() - began)
     with tempfile.TemporaryDirectory() as scratch:
         report("the common start: one model learns the text, without a memory")
-        start_folder = os.path.join(scratch, "start")
+        start = os.path.join(scratch, "start")
         model = Transformer(config, seed=seed)
-        history = train_start(model, tokenizer, train, training_seconds * START_SHARE, seed, progress)
-        save_model(start_folder, model, tokenizer=tokenizer)
+        history = train_start(model, texts.tokenizer, texts.train, training_seconds * START_SHARE, seed, progress)
+        save_model(start, model, tokenizer=texts.tokenizer)
         models = Path(out) / "models" if out is not None else Path(scratch)
         jobs = [
-            Job(text, str(models / folder_name(name)), start_folder, train, held_out, bytes_held_out, seed)
+            Job(text, str(models / folder_name(name)), start, texts.train, texts.held_out, texts.bytes_held_out, seed)
             for name, text in zip(names, memories, strict=True)
         ]
         rows = _rows(jobs, training_seconds - (time.perf_counter() - began), report, progress)
-    if out is None:
-        rows = [dataclasses.replace(row, folder=None) for row in rows]
     return Experiment(
         text_name=text_name,
         documents=len(documents),
-        bytes_train=bytes_train,
-        bytes_held_out=bytes_held_out,
-        held_out_names=list(texts[1]),
+        bytes_train=texts.bytes_train,
+        bytes_held_out=texts.bytes_held_out,
+        held_out_names=texts.held_out_names,
         config=config,
-        tokenizer_vocab=tokenizer.vocab_size,
+        tokenizer_vocab=texts.tokenizer.vocab_size,
         seconds=time.perf_counter() - began,
         machine=machine(),
         distances=list(DISTANCES),
         chance=CHANCE,
         history={"start": history, **{row.memory: row.history for row in rows}},
-        rows=rows,
+        rows=rows if out is not None else [dataclasses.replace(row, folder=None) for row in rows],
         seed=seed,
     )
 
@@ -168,7 +161,24 @@ def _checked_names(memories: Sequence[str | None]) -> list[str]:
     return names
 
 
-def _check_lengths(train: list[np.ndarray], held_out: list[np.ndarray]) -> None:
+@dataclasses.dataclass(frozen=True)
+class _Texts:
+    """Documents as token ids, (tokens,) each, in two parts."""
+
+    tokenizer: Tokenizer
+    train: list[np.ndarray]
+    held_out: list[np.ndarray]
+    bytes_train: int
+    bytes_held_out: int
+    held_out_names: list[str]
+
+
+def _prepare(documents: dict[str, str], seed: int, report: Callable[[str], None]) -> _Texts:
+    """Splits and tokenizes the documents. Raises InvalidValue where one part has no document that is long enough."""
+    train_texts, held_out_texts = split_documents(documents, HELD_OUT, seed)
+    report(f"training a tokenizer of {VOCABULARY} tokens on {len(train_texts)} documents")
+    tokenizer = train_bpe(train_texts.values(), VOCABULARY)
+    train, held_out = ([tokenizer.encode(text) for text in part.values()] for part in (train_texts, held_out_texts))
     for what, part in (("for training", train), ("held out", held_out)):
         longest = max(map(len, part))
         if longest <= FAR_TOKENS:
@@ -176,6 +186,7 @@ def _check_lengths(train: list[np.ndarray], held_out: list[np.ndarray]) -> None:
                 f"text: expected a document {what} of more than {FAR_TOKENS} tokens, the longest of {len(part)} has {longest}; give more or"
                 " longer text"
             )
+    return _Texts(tokenizer, train, held_out, n_bytes(train_texts), n_bytes(held_out_texts), list(held_out_texts))
 
 
 def _rows(jobs: list[Job], seconds: float, report: Callable[[str], None], progress: bool) -> list[Row]:

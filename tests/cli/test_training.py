@@ -18,7 +18,8 @@ from mini_tfm.cli import demo as demo_module
 from mini_tfm.cli.shared import command_line, interrupt_between_steps
 from mini_tfm.compare import experiment as experiment_module
 from mini_tfm.compare.experiment import Experiment, Row
-from mini_tfm.compare.report import html_report, line_chart
+from mini_tfm.compare.plot import Axis, line_chart
+from mini_tfm.compare.report import html_report
 from mini_tfm.compare.tasks.recall import DISTANCES
 from mini_tfm.config import Config
 from mini_tfm.model import Transformer
@@ -337,7 +338,7 @@ def test_the_report_holds_all_and_loads_nothing(experiment):
 
 def test_a_plot_has_its_lines_inside():
     series = [(f"line {i}", "#123456", [(0.0, 1.0 + i / 1000), (3.0, 2.0), (5.0, float("nan"))]) for i in range(12)]
-    root = ElementTree.fromstring(line_chart(series, "x", "y"))
+    root = ElementTree.fromstring(line_chart(series, Axis("x"), Axis("y")))
     _, _, width, height = map(float, root.get("viewBox").split())
     labels = [element for element in root.iter("text") if (element.text or "").startswith("line ")]
     heights = sorted(float(element.get("y")) for element in labels)
@@ -350,11 +351,11 @@ def test_a_plot_has_its_lines_inside():
 
 @pytest.mark.parametrize("points", [[(0.0, 0.0)], [(1.0, 5.0), (1.0, 5.0)], [(0.0, 1e-9), (1.0, 2e-9)], [(0.0, -1e9), (1e9, 1e9)]])
 def test_a_plot_of_hardly_anything(points):
-    ElementTree.fromstring(line_chart([("a", "#000", points)], "x", "y"))
+    ElementTree.fromstring(line_chart([("a", "#000", points)], Axis("x"), Axis("y")))
 
 
 def test_a_plot_of_nothing():
-    assert "Nothing was measured" in line_chart([("a", "#000", [(0.0, float("nan"))])], "x", "y")
+    assert "Nothing was measured" in line_chart([("a", "#000", [(0.0, float("nan"))])], Axis("x"), Axis("y"))
 
 
 def test_a_report_of_a_run_without_steps(experiment):
