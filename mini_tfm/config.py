@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import InvalidValue
+from .options import option
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 NORMS = ("layer", "rms")
@@ -48,11 +49,11 @@ class Config:
     """
 
     vocab_size: int
-    d_model: int = 128
-    n_heads: int = 4
-    n_encoder_layers: int = 2
-    n_decoder_layers: int = 2
-    d_ff: int | None = None
+    d_model: int = option(128, "Width of the model: numbers per token.")
+    n_heads: int = option(4, "Attention heads.")
+    n_encoder_layers: int = option(2, "Encoder layers; 0: a decoder-only model.")
+    n_decoder_layers: int = option(2, "Decoder layers.")
+    d_ff: int | None = option(None, "Width of the feed-forward layers; default: 4 d_model.")
     n_kv_heads: int | None = None
     d_head: int | None = None
     attention_scale: float | None = None
@@ -61,7 +62,7 @@ class Config:
     norm_position: str = "pre"
     norm_eps: float = 1e-5
     bias: bool = True  # of the linear layers; layer norm always has its own
-    positions: str = "sinusoidal"
+    positions: str = option("sinusoidal", "Kind of positions: sinusoidal, learned, rotary, relative or none.")
     max_positions: int = 4096  # rows of the learned table; the other kinds have no limit
     rotary_base: float = 10000.0
     relative_buckets: int = 32  # arXiv 1910.10683, section 2.1

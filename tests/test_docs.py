@@ -177,7 +177,7 @@ def command_line_page():
         "# The command line",
         (main.help or "").partition("\n")[0],
         "`mini-tfm COMMAND --help` says the same. Answers go to standard output, everything else to standard error. Exit codes: 0"
-        " done, 1 a check failed, 2 an error, told in one line (`MINI_TFM_DEBUG=1` shows where it came from), 130 Ctrl-C.",
+        " done, 1 a check failed, 2 an error, in one line (`MINI_TFM_DEBUG=1` adds the traceback), 130 Ctrl-C.",
     ]
     for words, command in commands():
         arguments = [argument_name(each) for each in command.params if isinstance(each, click.Argument) and each.metavar != ""]

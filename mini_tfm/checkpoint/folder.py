@@ -1,15 +1,19 @@
-"""A model folder of our own: `config.json` and `model.safetensors`, read as one and written as one."""
+"""A model folder of our own: `config.json` and `model.safetensors`, read as one and written as one.
+
+A save replaces the folder as a whole. So a reader opens all the files it needs through one descriptor (`OpenFolder`): by
+path, a save in between would pair an old configuration with new tensors.
+"""
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from mini_tfm.errors import FileProblem, InvalidValue
 from mini_tfm.files.folders import alone_in, recover, write_folder
-from mini_tfm.files.reading import as_path, open_regular, read_all, reason
+from mini_tfm.files.reading import NamedFile, as_path, open_regular, read_all, reason
 from mini_tfm.files.strict_json import MAX_JSON_BYTES, encode_json, parse_json_strict
 from mini_tfm.files.writing import Buffers
 
@@ -37,37 +41,69 @@ def save_folder(
     write_folder(folder, files | {CONFIG_FILE: encode_json(config), TENSORS_FILE: encode_safetensors(tensors)})
 
 
+class OpenFolder(contextlib.AbstractContextManager["OpenFolder"], os.PathLike):
+    """A model folder whose `config.json`, `model.safetensors` and `more` files are open, all of one save.
+
+    `load_folder`, and so `load_saved`, takes it in place of a path. Raises FileProblem when something is missing,
+    unreadable or a link.
+    """
+
+    def __init__(self, folder: str | os.PathLike, more: Sequence[str] = ()) -> None:
+        self.path = as_path(folder)
+        self._files: dict[str, NamedFile] = {}
+        while not self._open((CONFIG_FILE, TENSORS_FILE, *more)):
+            pass  # a save replaced the folder meanwhile
+
+    def __exit__(self, *exception: object) -> None:
+        self._close()
+
+    def __fspath__(self) -> str:
+        return self.path
+
+    def read_json(self, name: str, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+        """The JSON object in an open file. Raises what `read_json_strict` does."""
+        file = self._files[name]
+        file.seek(0)
+        return parse_json_strict(read_all(file, max_bytes), file.name)
+
+    def read_tensors(self, name: str, *, mmap: bool = False) -> dict[str, np.ndarray]:
+        """Tensors by name from an open file. Raises what `read_safetensors` does."""
+        self._files[name].seek(0)
+        return read_tensors(self._files[name], mmap)
+
+    def _open(self, names: Sequence[str]) -> bool:
+        """Opens all files through one descriptor; False if the folder was replaced before they were open."""
+        try:
+            folder_fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError as error:
+            with contextlib.suppress(OSError), alone_in(os.path.dirname(os.path.realpath(self.path))):
+                if recover(self.path):
+                    return False
+            raise FileProblem(f"{self.path}: there is no such folder; check the path") from error
+        except (OSError, ValueError) as error:
+            raise FileProblem(f"{self.path}: expected a model folder that can be read: {reason(error)}") from error
+        with contextlib.ExitStack() as stack:
+            stack.callback(os.close, folder_fd)
+            try:
+                with contextlib.ExitStack() as opening:
+                    self._files = {name: opening.enter_context(open_regular(self.path, name, folder_fd)) for name in names}
+                    self._close = opening.pop_all().close
+            except FileProblem:
+                if _was_replaced(self.path, folder_fd):
+                    return False
+                raise
+        return True
+
+
 def load_folder(folder: str | os.PathLike, *, mmap: bool = False) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Read a folder written by `save_folder` -> (config, tensors by name).
+    """Read a folder written by `save_folder` -> (config, tensors by name). folder: a path, or an OpenFolder.
 
     Tensors are fresh arrays, or with `mmap` read-only views of the mapped file (those that the file does not align
     are copied). A save that replaces the folder meanwhile does not disturb either: the answer is all old or all new.
     Raises FileProblem when something is missing, unreadable or a link, InvalidValue when a content is refused.
     """
-    folder = as_path(folder)
-    while True:
-        try:
-            folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        except FileNotFoundError as error:
-            with contextlib.suppress(OSError), alone_in(os.path.dirname(os.path.realpath(folder))):
-                if recover(folder):
-                    continue
-            raise FileProblem(f"{folder}: there is no such folder; check the path") from error
-        except (OSError, ValueError) as error:
-            raise FileProblem(f"{folder}: expected a model folder that can be read: {reason(error)}") from error
-        # Both files are opened through one descriptor: by path, a save in between would pair an old
-        # configuration with new tensors.
-        with contextlib.ExitStack() as stack:
-            stack.callback(os.close, folder_fd)
-            try:
-                config_file = stack.enter_context(open_regular(folder, CONFIG_FILE, folder_fd))
-                tensors_file = stack.enter_context(open_regular(folder, TENSORS_FILE, folder_fd))
-            except FileProblem:
-                if _was_replaced(folder, folder_fd):
-                    continue
-                raise
-            config = parse_json_strict(read_all(config_file, MAX_JSON_BYTES), config_file.name)
-            return config, read_tensors(tensors_file, mmap)
+    with contextlib.nullcontext(folder) if isinstance(folder, OpenFolder) else OpenFolder(folder) as opened:
+        return opened.read_json(CONFIG_FILE), opened.read_tensors(TENSORS_FILE, mmap=mmap)
 
 
 def _was_replaced(folder: str, folder_fd: int) -> bool:

@@ -1,15 +1,19 @@
-"""The command line, `mini-tfm`: one file a command, imported when it is asked for.
+"""The command line, `mini-tfm`: one file a command, imported when it is needed.
 
-    demo.py compare.py   memories side by side: trained, measured, reported (table.py, ../report.py)
-    train.py training.py text files -> a model folder
+    train.py             text files -> a model folder: the options
+      -> training.py     the run: new or resumed, progress, result
+      -> training_data.py   its data
+    demo.py compare.py   memories side by side (../compare/)
+      -> results.py      what the two share: options, the folder of results, the table
     average.py           the mean of several models of a run
     generate.py score.py embed.py read.py    a model folder at work
-    plugins.py info.py   what is installed, what a folder holds
-    shared.py            what they have in common: options, tables, JSON, files, Ctrl-C
+    plugins.py info.py   installed memories; versions, kernels, a model folder
+    options.py           the fields of an options class as options of a command
+    shared.py            for all: options, tables, JSON, files, Ctrl-C
 
-How it behaves, everywhere: answers go to standard output, everything else to standard error. An error is one line and
-exit code 2 (`MINI_TFM_DEBUG=1` shows where it came from), Ctrl-C is 130, a closed pipe 141. Nothing but click is
-imported before a command is known to run, so that `--help` is quick.
+All commands behave alike. Answers go to standard output, everything else to standard error. An error is one line and
+exit code 2 (`MINI_TFM_DEBUG=1` adds the traceback), Ctrl-C is 130, a closed pipe 141. Before a command runs, only click is
+imported, so that `--help` is quick.
 """
 
 from __future__ import annotations
@@ -59,13 +63,13 @@ class CommandLine(click.Group):
             from ..errors import MiniTfmError
 
             if not isinstance(error, MiniTfmError | OSError | MemoryError):
-                raise  # a fault of ours: all of it is wanted
+                raise  # a bug: the traceback is needed
             if os.environ.get("MINI_TFM_DEBUG") == "1":
                 import traceback
 
                 traceback.print_exc()
-            told = str(error) or ("not enough memory" if isinstance(error, MemoryError) else type(error).__name__)
-            click.echo("error: " + " ".join(told.splitlines()), err=True)
+            message = str(error) or ("not enough memory" if isinstance(error, MemoryError) else type(error).__name__)
+            click.echo("error: " + " ".join(message.splitlines()), err=True)
             context.exit(2)
 
 
@@ -83,11 +87,11 @@ def _never_fail_at_a_letter() -> None:
 @click.command(cls=CommandLine, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="mini-tfm", message="%(prog)s %(version)s")
 def main() -> None:
-    """The minimal Transformer whose memory is a plugin: trains and runs on a CPU.
+    """The minimal Transformer whose memory is a plugin. Trains and runs on a CPU.
 
     \b
     Start with:
-      mini-tfm demo --quick                     every built-in memory, trained and compared, in two minutes
-      mini-tfm train --text notes/*.txt         a model of your own text
-      mini-tfm plugins new my-memory --name my_memory     a memory of your own
+      mini-tfm demo --quick                     train and compare the built-in memories, in two minutes
+      mini-tfm train --text notes/*.txt         train a model on your own text
+      mini-tfm plugins new my-memory --name my_memory     write a memory of your own
     """

@@ -16,15 +16,15 @@ from .shared import check_out, command_line, json_option, note, print_json
     "--last",
     type=click.IntRange(1),
     metavar="MODELS",
-    help="Of the one FOLDER, a run, take so many of its checkpoint-STEP folders, the last steps.",
+    help="Average this many checkpoint-STEP folders of the run in FOLDER, those of the last steps.",
 )
-@click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Where the average is saved.")
+@click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Save the average here.")
 @json_option
 def average(folders: tuple[Path, ...], last: int | None, out: Path, as_json: bool) -> None:
-    """Saves the model whose weights are the mean of those of the models in FOLDERs, which must be of one kind.
+    """Averages the weights of the models in FOLDERs, which must have one architecture, tokenizer and memory.
 
-    Sums are in float64. With --last, FOLDER is a run, and its checkpoints of the last steps are taken. A folder that
-    holds a model is never written over.
+    Sums are in float64. With --last, FOLDER is a run, and its checkpoints of the last steps are averaged. A folder that
+    holds a model is never overwritten.
 
     \b
     Example:

@@ -7,29 +7,19 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .compare import (
+from .results import (
     REPORT,
     RESULTS,
     check_results_folder,
     far_distances,
     percent,
-    saved_models,
+    run,
+    seconds_option,
+    seed_option,
     text_words,
     write_results,
 )
-from .shared import (
-    EXPERIMENT_SECONDS,
-    command_line,
-    count,
-    duration,
-    json_option,
-    none_of,
-    note,
-    print_json,
-    print_table,
-    read_documents,
-    size,
-)
+from .shared import command_line, count, duration, json_option, none_of, note, print_json, print_table, read_documents, size
 
 if TYPE_CHECKING:
     from ..compare.experiment import Experiment
@@ -48,7 +38,7 @@ HELD_OUT_TEXT = "held-out.txt"
     multiple=True,
     metavar="FILE...",
     type=click.Path(path_type=Path),
-    help="Your own text files instead of Python's documentation.",
+    help="Text files to use instead of Python's documentation.",
 )
 @click.option(
     "--out",
@@ -56,13 +46,11 @@ HELD_OUT_TEXT = "held-out.txt"
     show_default=True,
     metavar="DIR",
     type=click.Path(path_type=Path),
-    help="For the models, report.html and results.json.",
+    help="Save the models, report.html and results.json here.",
 )
-@click.option(
-    "--seconds", default=EXPERIMENT_SECONDS, show_default=True, type=click.FloatRange(0, min_open=True), help="For all of it, about."
-)
-@click.option("--quick", is_flag=True, help=f"{QUICK_SECONDS:.0f} seconds: not all memories learn to recall in so little time.")
-@click.option("--seed", default=0, show_default=True, help="Of weights, batches and the split.")
+@seconds_option("Time for all of it, about.")
+@click.option("--quick", is_flag=True, help=f"Take {QUICK_SECONDS:.0f} seconds, in which not all memories learn to recall.")
+@seed_option
 @json_option
 @click.pass_context
 def demo(
@@ -75,11 +63,11 @@ def demo(
     seed: int,
     as_json: bool,
 ) -> None:
-    """The same small Transformer with no memory, working memory, recurrent memory, a long-term store, and both.
+    """Trains the same small Transformer with no memory, working memory, recurrent memory, a long-term store, and both.
 
-    Each is trained on the same text for the same number of steps, and measured on documents it has never seen: bits
-    per byte, whether a fact from several segments back is still known, tokens/s, state and peak RAM in bytes. Ends
-    with a table, a report with plots, and commands to try on the models.
+    Each gets the same text and number of steps, and is measured on documents it has never seen: bits per byte, whether
+    a fact from several segments back is still known, tokens/s, state and peak RAM in bytes. Prints a table, writes a report
+    with plots, and shows commands to try on the models.
     """
     if quick and context.get_parameter_source("seconds") is click.core.ParameterSource.COMMANDLINE:
         raise click.UsageError("give --quick or --seconds, not both")
@@ -87,18 +75,10 @@ def demo(
     check_results_folder(out)
     paths = [*files, *more_files]
     name, documents = read_documents(paths)
-    from ..compare.experiment import run_experiment
-    from ..files.writing import write_file
-
     note(f"text: {name}; {len(MEMORIES)} memories, about {duration(seconds)} in all; results go to {out}")
-    try:
-        experiment = run_experiment(
-            documents, [none_of(text) for text in MEMORIES], out, seconds=seconds, seed=seed, text_name=name, tell=note
-        )
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(saved_models(out)) from None
+    experiment = run(documents, [none_of(text) for text in MEMORIES], out, seconds=seconds, seed=seed, text_name=name)
     words = ["demo", *text_words(paths), "--seconds", f"{seconds:g}", "--seed", str(seed)]
-    write_file(out / HELD_OUT_TEXT, "\n\n".join(documents[held_out] for held_out in experiment.held_out_names))
+    _write_held_out(out, experiment, documents)
     write_results(out, experiment, words)
     if as_json:
         print_json({"out": str(out), "command": command_line(*words), **experiment.to_dict()})
@@ -107,6 +87,12 @@ def demo(
     note(f"report: {out / REPORT}   numbers: {out / RESULTS}\n\nTry next:")
     for line in try_next(out, experiment):
         note("  " + line)
+
+
+def _write_held_out(out: Path, experiment: Experiment, documents: dict[str, str]) -> None:
+    from ..files.writing import write_file
+
+    write_file(out / HELD_OUT_TEXT, "\n\n".join(documents[name] for name in experiment.held_out_names))
 
 
 def _print(experiment: Experiment) -> None:
@@ -132,8 +118,8 @@ def _print(experiment: Experiment) -> None:
         ],
     )
     steps = sorted({row.steps for row in experiment.rows})
-    told = f"{count(steps[0])} to {count(steps[-1])}" if len(steps) > 1 else count(steps[0])
-    click.echo(f"Guessing recalls {percent(experiment.chance)} of the facts. {told} steps each, {duration(experiment.seconds)} in all.")
+    taken = f"{count(steps[0])} to {count(steps[-1])}" if len(steps) > 1 else count(steps[0])
+    click.echo(f"Guessing recalls {percent(experiment.chance)} of the facts. {taken} steps each, {duration(experiment.seconds)} in all.")
 
 
 def try_next(out: Path, experiment: Experiment) -> list[str]:

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import click
 
+from ..errors import FileProblem
 from .shared import check_out, count, folder_argument, json_option, note, pieces_of, print_json, segment_option
 
 TEXTS_AT_ONCE = 64
 
 
-@click.command(short_help="A vector for each line of a text file.")
+@click.command(short_help="Write a vector for each line of a text file.")
 @folder_argument
 @click.argument("file", type=click.Path(path_type=Path, allow_dash=True))
 @click.option(
@@ -22,28 +23,21 @@ TEXTS_AT_ONCE = 64
 @segment_option
 @json_option
 def embed(folder: Path, file: Path, out: Path | None, overwrite: bool, segment_length: int | None, as_json: bool) -> None:
-    """One vector for each line of FILE (- is standard input): the mean of the encoder's outputs over its tokens.
+    """Computes one vector per line of FILE (- is standard input): the mean of the encoder's outputs over its tokens.
 
-    Row i of the result is line i; an empty line is a row of zeros. A line longer than a segment (in tokens) counts
-    with its beginning.
+    Row i of the result is line i; an empty line gives a row of zeros. Of a line longer than a segment, in tokens, only the
+    beginning counts.
     """
     import numpy as np
 
-    from ..errors import FileProblem
     from ..files.writing import write_file
     from ..pipeline import Pipeline
     from ..progress import track
 
-    if out is None and not as_json:
-        raise click.UsageError("give --out VECTORS.npy, or --json for vectors on standard output")
     if out is not None:
-        if out.is_dir():
-            raise FileProblem(f"--out: {out} is a folder; expected the path of a file")
-        if out.exists() and not overwrite:
-            raise FileProblem(f"--out: {out} exists already; --overwrite replaces it")
-        if not out.parent.is_dir():
-            raise FileProblem(f"--out: {out.parent} is not a folder; expected a file in a folder that exists")
-        check_out(out.parent)
+        _check_out(out, overwrite)
+    elif not as_json:
+        raise click.UsageError("give --out VECTORS.npy, or --json for vectors on standard output")
     pipe = Pipeline.load(folder, memory=None, segment_length=segment_length)
     lines = "".join(pieces_of(file)).split("\n")
     lines = [line.removesuffix("\r") for line in (lines[:-1] if not lines[-1] else lines)]
@@ -63,3 +57,13 @@ def embed(folder: Path, file: Path, out: Path | None, overwrite: bool, segment_l
         print_json(answer, indent=None)
     else:
         click.echo(f"{out}: {count(len(lines))} vectors of {vectors.shape[1]} numbers (float32)")
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    if out.is_dir():
+        raise FileProblem(f"--out: {out} is a folder; expected the path of a file")
+    if out.exists() and not overwrite:
+        raise FileProblem(f"--out: {out} exists already; --overwrite replaces it")
+    if not out.parent.is_dir():
+        raise FileProblem(f"--out: {out.parent} is not a folder; expected a file in a folder that exists")
+    check_out(out.parent)

@@ -1,13 +1,17 @@
-"""`mini-tfm generate`: goes on from a text, with what a memory holds."""
+"""`mini-tfm generate`: continues a text, with what a memory holds."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..generate.options import GenerationOptions
+from ..progress import track
+from .options import options_of
 from .shared import (
     Clock,
     Reading,
@@ -26,23 +30,26 @@ from .shared import (
     total_bytes,
 )
 
+if TYPE_CHECKING:
+    from ..pipeline import Pipeline
 
-@click.command(short_help="Go on from a text, with what a memory holds.")
+
+@click.command(short_help="Continue a text, with what a memory holds.")
 @folder_argument
 @click.argument("prompt", required=False)
-@click.option("--file", type=click.Path(path_type=Path), metavar="FILE", help="Read the prompt from a text file.")
+@click.option("--file", type=click.Path(path_type=Path), metavar="FILE", help="Read the prompt from this text file.")
 @memory_option
 @click.option(
-    "--read", "read_first", multiple=True, type=click.Path(path_type=Path), metavar="FILE", help="Read a text file into the memory first."
+    "--read",
+    "read_first",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Read this text file into the memory first; may be repeated.",
 )
-@click.option("--max-new-tokens", default=64, show_default=True, metavar="TOKENS", help="Tokens to write at most.")
-@click.option("--do-sample", is_flag=True, help="Draw tokens instead of taking the likeliest.")
-@click.option("--top-k", default=0, show_default=True, metavar="TOKENS", help="Draw among the k likeliest tokens; 0 for all.")
-@click.option("--top-p", default=1.0, show_default=True, metavar="SHARE", help="Draw among the likeliest that make up this probability.")
-@click.option("--temperature", default=1.0, show_default=True, help="Divides the scores: below 1 is more careful.")
-@click.option("--seed", type=int, help="Of the draws; without it every call differs.")
+@options_of(GenerationOptions)
 @segment_option
-@click.option("--no-stream", is_flag=True, help="Print the text when all of it is there.")
+@click.option("--no-stream", is_flag=True, help="Print the text at once, when it is complete.")
 @json_option
 def generate(
     folder: Path,
@@ -55,10 +62,10 @@ def generate(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Writes on from PROMPT, from --file, or from standard input, with the model in FOLDER.
+    """Continues PROMPT, the text of --file, or standard input, with the model in FOLDER.
 
-    Only what is new goes to standard output, as it comes. Lengths are in tokens. A prompt longer than a segment is
-    read into a copy of the memory first. What --read reads into a memory on disk stays there.
+    Prints only the new text, as it is generated. Lengths are in tokens. A prompt longer than a segment is first read into
+    a copy of the memory. Files given by --read stay in a memory on disk.
 
     \b
     Examples:
@@ -66,32 +73,41 @@ def generate(
       mini-tfm generate model "In short:" --memory store:path=notes.mdb --read notes.txt
       mini-tfm generate model < prompt.txt
     """
-    from ..generate.options import GenerationOptions
     from ..pipeline import Pipeline
-    from ..progress import track
 
-    GenerationOptions.of(options)  # faults are told before anything is loaded
+    GenerationOptions.of(options)  # report faults before anything is loaded
     if prompt is not None and file is not None:
         raise click.UsageError("give PROMPT or --file, not both")
     check_files([*read_first, *([file] if file else [])])
     pipe = Pipeline.load(folder, memory=none_of(memory), segment_length=segment_length)
     text = _prompt(prompt, file)
-    n_read, clock = 0, Clock()
-    if read_first:
-        with Reading("reading", total_bytes(read_first)) as reading:
-            for path in read_first:
-                n_read += pipe.read(reading.through(pieces_of(path)))
-        note(f"read {count(n_read)} tokens into the memory ({count(n_read / clock.seconds)} tokens/s)")
-    clock = Clock()
+    n_read, clock = _read(pipe, read_first), Clock()
     pieces = pipe.generate(text, stream=True, **options)
-    if no_stream or as_json:
-        whole = "".join(track(pieces, "writing", options["max_new_tokens"], "pieces"))
-        if as_json:
-            answer = {"prompt": text, "text": whole, "memory": memory_named(pipe), "tokens_read": n_read, "seconds": clock.seconds}
-            print_json({**answer, "options": options})
-        else:
-            click.echo(whole, nl=not whole.endswith("\n"))
+    if not (no_stream or as_json):
+        _print_stream(pieces)
         return
+    whole = "".join(track(pieces, "writing", options["max_new_tokens"], "pieces"))
+    if as_json:
+        answer = {"prompt": text, "text": whole, "memory": memory_named(pipe), "tokens_read": n_read, "seconds": clock.seconds}
+        print_json({**answer, "options": options})
+    else:
+        click.echo(whole, nl=not whole.endswith("\n"))
+
+
+def _read(pipe: Pipeline, files: tuple[Path, ...]) -> int:
+    """Reads files into the memory; returns their number of tokens."""
+    if not files:
+        return 0
+    n_read, clock = 0, Clock()
+    with Reading("reading", total_bytes(files)) as reading:
+        for path in files:
+            n_read += pipe.read(reading.through(pieces_of(path)))
+    note(f"read {count(n_read)} tokens into the memory ({count(n_read / clock.seconds)} tokens/s)")
+    return n_read
+
+
+def _print_stream(pieces: Iterable[str]) -> None:
+    """Prints pieces as they come, and ends the line."""
     last = "\n"
     for piece in pieces:
         click.echo(piece, nl=False)

@@ -1,4 +1,4 @@
-"""`mini-tfm info`: versions and kernels; what a model folder or a memory holds."""
+"""`mini-tfm info`: shows versions and kernels, a model folder, a memory."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .shared import count, json_option, none_of, print_json, print_table, size
 PACKAGES = ("numpy", "pluggy", "tokenizers", "lmdb", "click", "rich")
 
 
-@click.command(short_help="Versions and kernels; what a model folder or a memory holds.")
+@click.command(short_help="Show versions and kernels, a model folder, a memory.")
 @click.argument("folder", required=False, type=click.Path(path_type=Path))
-@click.option("--memory", metavar="SPEC", help="Also tell what this memory takes and holds.")
+@click.option("--memory", metavar="SPEC", help="Also show this memory: its options and its documents.")
 @json_option
 def info(folder: Path | None, memory: str | None, as_json: bool) -> None:
-    """Versions, kernels and threads; with FOLDER, that model; with --memory, that memory and its documents.
+    """Shows versions, kernels and threads; with FOLDER also that model; with --memory also that memory and its documents.
 
     Sizes are in bytes, lengths in tokens, capacities in rows (what a memory keeps of a token).
     """
@@ -33,7 +33,7 @@ def info(folder: Path | None, memory: str | None, as_json: bool) -> None:
         print_json(answer)
         return
     for what, facts in answer.items():
-        print_table([("", "left"), ("", "left")], [(name, _told(name, fact)) for name, fact in facts.items()], title=what)
+        print_table([("", "left"), ("", "left")], [(name, _shown(name, fact)) for name, fact in facts.items()], title=what)
 
 
 def _library() -> dict[str, Any]:
@@ -95,12 +95,12 @@ def _memory(text: str) -> dict[str, Any]:
     }
 
 
-def _told(name: str, fact: Any) -> str:
+def _shown(name: str, fact: Any) -> str:
     if isinstance(fact, dict):
-        shown = {key: _told(name, value) for key, value in fact.items() if value is not None}
+        shown = {key: _shown(name, value) for key, value in fact.items() if value is not None}
         return ", ".join(f"{key} {value}" for key, value in shown.items()) or "none"
     if isinstance(fact, list):
-        return "; ".join(_told(name, item) for item in fact) or "none"
+        return "; ".join(_shown(name, item) for item in fact) or "none"
     if name in ("size_bytes", "files"):
         return size(fact)
     if fact is None:

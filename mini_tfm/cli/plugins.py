@@ -1,4 +1,4 @@
-"""`mini-tfm plugins`: which memories are installed, whether one keeps the contract, and a start for a new one."""
+"""`mini-tfm plugins`: lists the installed memories, checks one against the contract, starts a new one."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from .shared import Clock, check_out, command_line, json_option, note, print_jso
 
 @click.group()
 def plugins() -> None:
-    """Memories: list those installed, check one, begin a new one."""
+    """List the installed memories, check one, start a new one."""
 
 
 @plugins.command("list")
 @json_option
 def list_(as_json: bool) -> None:
-    """Every installed memory: its plugin, what it is, its options (sizes are in rows or tokens, as it says).
+    """Lists every installed memory with its plugin, description and options (sizes are in rows or tokens).
 
-    A plugin that cannot be loaded is listed as broken, with the reason; that is no error.
+    A plugin that cannot be loaded is listed as broken, with the reason.
     """
     found = _installed()
     if as_json:
@@ -43,12 +43,12 @@ def list_(as_json: bool) -> None:
 
 
 def _installed() -> list[dict[str, Any]]:
-    """What `describe_memory` says of each, and why it is broken (None: it is not)."""
+    """`describe_memory` of each, and why it is broken (None: it is not)."""
     from ..memory import describe_memory, list_memories
     from ..memory import registry as manager
 
     found: dict[str, dict[str, Any]] = {}
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):  # the second time has the strategies that plugins of another name registered in the first
             for name in list_memories():
@@ -65,14 +65,14 @@ def _installed() -> list[dict[str, Any]]:
                             "broken": reasons.get(name, str(error)),
                         }
                     # else it is a plugin, but no strategy, of that name
-    for warning in told:
+    for warning in caught:
         if "could not be loaded" not in str(warning.message):  # those are in the list
             note(f"warning: {warning.message}")
     return [found[name] for name in sorted(found)]
 
 
 def _owner(name: str) -> str:
-    """The plugin and its distribution, as `describe_memory` tells it, without loading it."""
+    """The plugin and its distribution, as `describe_memory` names it, without loading it."""
     from ..memory.hookspecs import ENTRY_POINT_GROUP
 
     points = [point for point in metadata.entry_points(group=ENTRY_POINT_GROUP) if point.name == name]
@@ -91,10 +91,10 @@ def _options(options: dict[str, Any]) -> str:
 @json_option
 @click.pass_context
 def check(context: click.Context, spec: str, as_json: bool) -> None:
-    """Runs the library's checks of the memory contract on an installed memory; a line a check, with its time in
-    seconds. Exit code 1 if any fails.
+    """Checks that an installed memory keeps the memory contract. Prints a line per check, with its time in seconds; exit
+    code 1 if one fails.
 
-    Give small sizes, as in window:size=8: a window of 512 rows is never full in a check of thirty tokens.
+    Choose small sizes, as in window:size=8: a window of 512 rows never fills in a check of thirty tokens.
     """
     from ..memory import memory as make_memory
     from ..progress import track
@@ -137,9 +137,9 @@ TEMPLATE_NAME = "my_memory"
 
 @plugins.command()
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--name", default=TEMPLATE_NAME, show_default=True, help="Of the memory: small letters, digits and _.")
+@click.option("--name", default=TEMPLATE_NAME, show_default=True, help="Name of the memory: small letters, digits and _.")
 def new(folder: Path, name: str) -> None:
-    """Writes a new plugin into DIR: a strategy of a few dozen lines, its test, its package, ready to install.
+    """Writes a new plugin into DIR: a strategy of a few dozen lines, its test and its package, ready to install.
 
     DIR must be new or empty. What the strategy keeps, in rows or bytes, is up to you.
     """

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import InvalidValue
 from .shared import (
     Clock,
     Reading,
@@ -30,67 +31,65 @@ from .shared import (
 
 if TYPE_CHECKING:
     from ..memory import Memory
+    from ..pipeline import Pipeline
 
 
 @click.command(short_help="Read text files into a memory on disk.")
 @folder_argument
 @files_argument
 @memory_option
-@click.option("--reset", metavar="DOCUMENT", help="First forget this document of the memory.")
+@click.option("--reset", metavar="DOCUMENT", help="Forget this document of the memory first.")
 @segment_option
 @json_option
 def read(folder: Path, files: tuple[Path, ...], memory: str, reset: str | None, segment_length: int | None, as_json: bool) -> None:
-    """Streams FILEs (- is standard input) of any length through the model in FOLDER into a memory on disk.
+    """Reads FILEs (- is standard input) of any length through the model in FOLDER into a memory on disk.
 
-    RAM stays bounded; says bytes, tokens, tokens/s and rows (what the memory keeps of a token). Generate and score
-    with the same --memory afterwards, in any process, to use what was read.
+    RAM stays bounded. Prints bytes, tokens, tokens/s and rows (what the memory keeps of a token). To use what was read,
+    generate or score with the same --memory, in any process.
 
     \b
     Example:
       mini-tfm read model book.txt --memory store:path=book.mdb
       mini-tfm generate model "The murderer is" --memory store:path=book.mdb
     """
-    from ..errors import InvalidValue
     from ..pipeline import Pipeline
 
     check_files(files)
     pipe = Pipeline.load(folder, memory=none_of(memory), segment_length=segment_length)
-    kept = _that_stays(pipe.memory)
-    before = kept.documents()
+    on_disk = _durable(pipe.memory)
     if reset is not None:
-        if reset not in before:
-            raise InvalidValue(f"--reset: expected a document of the memory ({', '.join(before) or 'it has none'}), got {reset!r}")
-        kept.reset(reset)
-        pipe.reset()
-        before = kept.documents()
+        _reset(pipe, on_disk, reset)
+    before = on_disk.documents()
     done: list[dict[str, Any]] = []
     try:
-        with Reading("reading", total_bytes(files)) as reading:
-            for path in files:
-                clock, bytes_before = Clock(), reading.bytes
-                tokens = pipe.read(reading.through(pieces_of(path)))
-                n_bytes = reading.bytes - bytes_before
-                done.append(
-                    {
-                        "file": str(path),
-                        "bytes": n_bytes,
-                        "tokens": tokens,
-                        "seconds": clock.seconds,
-                        "tokens_per_second": tokens / clock.seconds,
-                    }
-                )
-            pipe.close()
+        _read(pipe, files, done)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"{_held(kept)}; {len(done)} of {len(files)} files were read to their end") from None
+        raise KeyboardInterrupt(f"{_contents(on_disk)}; {len(done)} of {len(files)} files were read completely") from None
     except Exception:
         if done:
-            note(f"read before the error: {', '.join(each['file'] for each in done)}; {_held(kept)}")
+            note(f"read before the error: {', '.join(each['file'] for each in done)}; {_contents(on_disk)}")
         raise
-    documents = kept.documents()
+    documents = on_disk.documents()
     if as_json:
         new = sum(documents.values()) - sum(before.values())
         print_json({"model": str(folder), "memory": memory_named(pipe), "files": done, "documents": documents, "new_rows": new})
         return
+    _print(done, documents, before)
+    note("\nTry next:\n  " + command_line("generate", folder, "In short,", "--memory", memory_named(pipe)))
+
+
+def _read(pipe: Pipeline, files: tuple[Path, ...], done: list[dict[str, Any]]) -> None:
+    """Reads the files into the memory; adds the figures of each to `done` when it is read completely."""
+    with Reading("reading", total_bytes(files)) as reading:
+        for path in files:
+            clock, bytes_before = Clock(), reading.bytes
+            tokens = pipe.read(reading.through(pieces_of(path)))
+            figures = {"file": str(path), "bytes": reading.bytes - bytes_before, "tokens": tokens}
+            done.append({**figures, "seconds": clock.seconds, "tokens_per_second": tokens / clock.seconds})
+    pipe.close()
+
+
+def _print(done: list[dict[str, Any]], documents: dict[str, int], before: dict[str, int]) -> None:
     print_table(
         [("file", "left"), ("size", "right"), ("tokens", "right"), ("time (s)", "right"), ("tokens/s", "right")],
         [
@@ -101,28 +100,30 @@ def read(folder: Path, files: tuple[Path, ...], memory: str, reset: str | None, 
     for name, rows in documents.items():
         gained = rows - before.get(name, 0)
         click.echo(f"document {name!r}: {count(rows)} rows" + (f", {count(gained)} of them new" if gained else ""))
-    note("\nTry next:\n  " + command_line("generate", folder, "In short,", "--memory", memory_named(pipe)))
 
 
-def _that_stays(memory: Memory | None) -> Memory:
-    """The memory; refused, before any work, if none of its members makes anything durable."""
-    from ..errors import InvalidValue
+def _reset(pipe: Pipeline, memory: Memory, document: str) -> None:
+    """Forgets a document of the memory."""
+    there = memory.documents()
+    if document not in there:
+        raise InvalidValue(f"--reset: expected a document of the memory ({', '.join(there) or 'it has none'}), got {document!r}")
+    memory.reset(document)
+    pipe.reset()
 
+
+def _durable(memory: Memory | None) -> Memory:
+    """The memory; refuses one that keeps nothing on disk, before any work."""
     if memory is None:
         raise InvalidValue("--memory: expected a memory to read into, got none; for example --memory store:path=notes.mdb")
     members = getattr(memory, "members", [memory])
     if not any(member.durable for member in members):
-        raise InvalidValue(_nothing_left(memory))
+        raise InvalidValue(
+            f"--memory: {memory.text or memory.name} keeps nothing on disk, so nothing would be left after this process; give one that"
+            " does, for example --memory store:path=notes.mdb"
+        )
     return memory
 
 
-def _nothing_left(memory: Any) -> str:
-    return (
-        f"--memory: {memory.text or memory.name} keeps nothing on disk: nothing would be left after this process;"
-        " give one that does, for example --memory store:path=notes.mdb"
-    )
-
-
-def _held(memory: Any) -> str:
+def _contents(memory: Any) -> str:
     documents = memory.documents()
     return "the memory holds " + (", ".join(f"{count(rows)} rows of document {name!r}" for name, rows in documents.items()) or "nothing")

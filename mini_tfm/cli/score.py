@@ -26,17 +26,17 @@ from .shared import (
 )
 
 
-@click.command(short_help="Bits per token and per byte of text files.")
+@click.command(short_help="Measure bits per token and per byte of text files.")
 @folder_argument
 @files_argument
 @memory_option
 @segment_option
 @json_option
 def score(folder: Path, files: tuple[Path, ...], memory: str, segment_length: int | None, as_json: bool) -> None:
-    """How many bits the model in FOLDER needs for each token and each byte of FILEs (- is standard input).
+    """Measures how many bits the model in FOLDER needs per token and per byte of FILEs (- is standard input).
 
-    Fewer is better; 8 bits a byte is no compression. Each file is read from its beginning, with what the memory
-    holds; the memory stays as it was.
+    Fewer is better; 8 bits per byte is no compression. Each file is read from its beginning, with what the memory holds;
+    the memory does not change.
     """
     from ..errors import InvalidValue
     from ..pipeline import Pipeline

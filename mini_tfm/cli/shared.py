@@ -32,12 +32,14 @@ memory_option = click.option(
     metavar="SPEC",
     default="saved",
     show_default="what the model was trained with",
-    help="A memory as name:option=value,...; stacked with +, as in window:size=512+store:path=notes.mdb; none for no memory.",
+    help="The memory, as name:option=value,...; stack several with +, as in window:size=512+store:path=notes.mdb; none: no memory.",
 )
-EXPERIMENT_SECONDS = 345.0  # under six minutes
-json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output, and nothing else there.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output, and nothing else there.")
 segment_option = click.option(
-    "--segment-length", type=click.IntRange(1), metavar="TOKENS", help="Tokens read at once; default: what the model was trained with."
+    "--segment-length",
+    type=click.IntRange(1),
+    metavar="TOKENS",
+    help="Tokens per segment, which are read at once; default: as in training.",
 )
 folder_argument = click.argument("folder", type=click.Path(path_type=Path))
 files_argument = click.argument("files", nargs=-1, required=True, metavar="FILE...", type=click.Path(path_type=Path, allow_dash=True))
@@ -57,15 +59,15 @@ def memory_named(pipe: Pipeline) -> str:
 
 
 def print_json(answer: Any, *, indent: int | None = 2) -> None:
-    """The one JSON document of a command. What is not a number (nothing to measure) is null."""
-    click.echo(json.dumps(_plain(answer), indent=indent))
+    """Prints the one JSON document of a command. NaN and infinity become null."""
+    click.echo(json.dumps(plain(answer), indent=indent))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item) for item in (sorted(value) if isinstance(value, set | frozenset) else value)]
+        return [plain(item) for item in (sorted(value) if isinstance(value, set | frozenset) else value)]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if value is None or isinstance(value, bool | int | float | str):
@@ -103,7 +105,7 @@ def print_table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[str]
 
 
 def note(text: str) -> None:
-    """A line for the person, not the program."""
+    """Prints a line on standard error: for the person, not the program."""
     click.echo(text, err=True)
 
 
@@ -134,7 +136,7 @@ def duration(seconds: float) -> str:
 
 
 def check_files(files: Sequence[Path]) -> None:
-    """That all can be opened, before work begins on the first: the last of many must not fail after an hour."""
+    """Checks that all can be opened, before work begins: the last of many must not fail after an hour."""
     from ..files.reading import open_regular
 
     for path in files:
@@ -168,7 +170,7 @@ def stdin_text() -> str:
 
 
 class Reading:
-    """Text that goes by, counted: bytes so far, and a bar on standard error that moves with them."""
+    """Counts the bytes of text that passes through, with a progress bar on standard error."""
 
     def __init__(self, what: str, total: int | None):
         from ..progress import progress_bar
@@ -184,7 +186,7 @@ class Reading:
         self._bar.__exit__(*error)
 
     def through(self, pieces: Iterable[str]) -> Iterator[str]:
-        """The same pieces; each is counted once the next is asked for, that is, when it is done with."""
+        """The same pieces; each is counted when the next one is requested, so when it is processed."""
         for piece in pieces:
             yield piece
             n = len(piece.encode("utf-8", "surrogatepass"))
@@ -193,9 +195,9 @@ class Reading:
 
 
 def read_documents(files: Sequence[Path]) -> tuple[str, dict[str, str]]:
-    """(a name for the whole, documents by name) from text files; without files, the documentation inside Python.
+    """(a name for all of them, documents by name) from text files; without files, the documentation inside Python.
 
-    Fewer than ten files are cut into parts, as whole documents are held out of training.
+    Fewer than ten files are cut into parts, because whole documents are held out of training.
     """
     from ..text.documents import in_parts, python_topics
     from ..text.files import read_text
@@ -216,7 +218,7 @@ def read_documents(files: Sequence[Path]) -> tuple[str, dict[str, str]]:
 
 
 def check_out(folder: Path) -> None:
-    """That `folder` is one, or can be made, and can be written to: before any work is done."""
+    """Checks that `folder` can be made and written to, before any work."""
     if folder.exists() and not folder.is_dir():
         raise FileProblem(f"--out: {folder} is a file; expected a folder, or a new path")
     for place in (folder, folder.parent) if folder.is_dir() else (_nearest(folder),):
@@ -240,28 +242,28 @@ def _nearest(path: Path) -> Path:
 
 @contextlib.contextmanager
 def interrupt_between_steps() -> Iterator[Callable[[], bool]]:
-    """Inside, Ctrl-C and SIGTERM wait to be asked for, by the function given; the second one does not wait.
+    """Inside, Ctrl-C and SIGTERM are only noted; the function returned says whether one came. The second one raises.
 
-    What is saved after it is then a whole step, and a resumed run goes on as if it had not been stopped. SIGTERM is
-    what `mpirun` makes of Ctrl-C, and how the schedulers of clusters announce the end.
+    So a run stops after a whole step, and a resumed run is the run that was not stopped. `mpirun` turns Ctrl-C into
+    SIGTERM, and the schedulers of clusters announce the end by it.
     """
-    asked = False
+    stop = False
 
     def on_signal(number: int, frame: Any) -> None:
-        nonlocal asked
-        if asked:
+        nonlocal stop
+        if stop:
             raise KeyboardInterrupt
-        asked = True
+        stop = True
 
     usual: dict[signal.Signals, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-    # Whoever has changed what a signal does, or runs us in the background or in a program, has another way to stop.
+    # A handler that is not Python's own belongs to a program around us, which has its own way to stop.
     ours = [number for number, handler in usual.items() if signal.getsignal(number) is handler]
     if threading.current_thread() is not threading.main_thread():
         ours = []
     for number in ours:
         signal.signal(number, on_signal)
     try:
-        yield lambda: asked
+        yield lambda: stop
     finally:
         for number in ours:
             signal.signal(number, usual[number])
@@ -279,7 +281,7 @@ class Clock:
 
 
 def command_line(*words: str | os.PathLike) -> str:
-    """A command as one would type it here: by its path where `mini-tfm` alone would not be found."""
+    """A command to type here: by its path where `mini-tfm` is not found."""
     import shlex
     import shutil
 

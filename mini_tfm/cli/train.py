@@ -1,24 +1,26 @@
-"""`mini-tfm train`: text files -> a model folder. What it may be told; training.py is what it does, training_data.py on what."""
+"""`mini-tfm train`: text files -> a model folder. Its options are here; training.py runs it, training_data.py makes its data."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import click
 
+from ..config import Config
 from ..errors import FileProblem
+from ..train.options import FitOptions, TrainerOptions
+from .options import options_of
 from .shared import json_option
-from .training import begun, fit, ranks_of_command, resumed
+from .training import SAVE_EVERY, WARMUP_STEPS, fit, new_run, ranks_of_command, resumed_run
 
-# The options a resumed run takes from the folder; giving one of them with --resume is refused.
-_FIXED = (
-    *("files", "more_files", "out", "memory", "tokenizer", "vocab_size", "seed", "segment_length", "n_segments", "batch_size"),
-    *("documents", "field", "cache", "objective", "curriculum"),
-    *("d_model", "n_heads", "n_encoder_layers", "n_decoder_layers", "d_ff", "positions"),
-    *("learning_rate", "schedule", "warmup_steps", "dropout", "attention_dropout", "ff_dropout", "source_dropout"),
-    *("weight_decay", "max_grad_norm", "label_smoothing", "bptt_segments", "recompute", "bfloat16"),
-    "gradient_accumulation_steps",
+SHAPE = ("d_model", "n_heads", "n_encoder_layers", "n_decoder_layers", "d_ff", "positions")
+EARLY_STOPPING = ("early_stopping_patience", "early_stopping_threshold")
+# A resumed run takes everything else from its folder; giving it with --resume is an error.
+_FREE_ON_RESUME = (
+    *("resume", "steps", "seconds", "accept_changes", "as_json", *EARLY_STOPPING),
+    *(field.name for field in dataclasses.fields(FitOptions)),
 )
 
 
@@ -30,152 +32,80 @@ _FIXED = (
     multiple=True,
     metavar="FILE...",
     type=click.Path(path_type=Path),
-    help="Files (UTF-8): .jsonl, an object a line; .tsv, source and target; others, a document each; default: the documentation inside"
-    " Python.",
+    help="Text files (UTF-8). .jsonl: one object per line; .tsv: source and target; any other: one document per file. Default: the"
+    " documentation inside Python.",
 )
 @click.option(
     "--documents",
     default="file",
     show_default=True,
     type=click.Choice(["file", "line"]),
-    help="What a document is in a plain text file; an empty line is none.",
+    help="What counts as a document in a plain text file; empty lines are skipped.",
 )
-@click.option("--field", metavar="NAME[,NAME]", help="Of .jsonl: the text's field, or source and target; default: text, or source,target.")
+@click.option(
+    "--field", metavar="NAME[,NAME]", help="Field of .jsonl objects to read, or source and target; default: text, or source,target."
+)
 @click.option(
     "--cache",
     metavar="DIR",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Keep the tokens of --text in this folder and map them into memory, for text larger than RAM.",
+    help="Keep the tokens of --text in this folder and map them into memory: for text larger than RAM.",
 )
 @click.option(
-    "--out",
-    default=Path("mini-tfm-model"),
-    show_default=True,
-    metavar="DIR",
-    type=click.Path(path_type=Path),
-    help="Where the model is saved.",
+    "--out", default=Path("mini-tfm-model"), show_default=True, metavar="DIR", type=click.Path(path_type=Path), help="Save the model here."
 )
-@click.option("--resume", metavar="DIR", type=click.Path(path_type=Path), help="Go on with a model that `train` saved.")
-@click.option("--accept-changes", is_flag=True, help="With --resume: go on, although the text, or what is made of it, has changed.")
+@click.option("--resume", metavar="DIR", type=click.Path(path_type=Path), help="Continue the run in this folder.")
+@click.option("--accept-changes", is_flag=True, help="With --resume: continue although the text or its batches have changed.")
 @click.option(
     "--memory",
     default="none",
     show_default=True,
     metavar="SPEC",
-    help="The memory to train with, as name:option=value,...; stacked with +.",
+    help="The memory to train with, as name:option=value,...; stack several with +.",
 )
-@click.option("--steps", default=1000, show_default=True, type=click.IntRange(1), help="Optimizer steps, in total.")
-@click.option("--seconds", type=click.FloatRange(0, min_open=True), help="Stop after so many seconds of training.")
-@click.option("--segment-length", default=64, show_default=True, metavar="TOKENS", help="Tokens in a segment: what is read at once.")
+@click.option("--steps", default=1000, show_default=True, type=click.IntRange(1), help="Optimizer steps in total.")
+@click.option("--seconds", type=click.FloatRange(0, min_open=True), help="Stop after this many seconds of training.")
+@click.option("--segment-length", default=64, show_default=True, metavar="TOKENS", help="Tokens per segment, which are read at once.")
 @click.option(
-    "--n-segments", default=4, show_default=True, metavar="SEGMENTS", help="Segments in a stream: how far gradients go through a memory."
+    "--n-segments",
+    default=4,
+    show_default=True,
+    metavar="SEGMENTS",
+    help="Segments per stream: how far gradients go through a memory.",
 )
 @click.option(
-    "--curriculum", metavar="STEP:SEGMENTS,...", help="Segments that grow with training, as 0:1,500:2,1000:4, instead of --n-segments."
+    "--curriculum",
+    metavar="STEP:SEGMENTS,...",
+    help="Segments per stream that grow with the step, as 0:1,500:2,1000:4; replaces --n-segments.",
 )
 @click.option(
     "--objective",
     metavar="NAME[=SHARE]+...",
-    help="next-segment, lm (decoder-only), denoise, pairs, or several by share, as next-segment=0.7+denoise=0.3; default: what suits"
-    " the files.",
+    help="next-segment, lm (decoder-only), denoise or pairs; or a mixture, as next-segment=0.7+denoise=0.3. Default: what suits the files.",
 )
-@click.option("--batch-size", default=16, show_default=True, metavar="STREAMS", help="Streams in a batch.")
-@click.option("--learning-rate", default=2e-3, show_default=True, help="At its peak.")
-@click.option(
-    "--warmup-steps", type=int, metavar="STEPS", help="Steps until the peak; default: 50, or a quarter of --steps if that is less."
+@click.option("--batch-size", default=16, show_default=True, metavar="STREAMS", help="Streams per batch.")
+@click.option("--tokenizer", default="bpe", show_default=True, type=click.Choice(["bytes", "bpe"]), help="bpe is learned from the text.")
+@click.option("--vocab-size", default=1024, show_default=True, metavar="TOKENS", help="Vocabulary size of bpe.")
+@options_of(Config, SHAPE)
+@click.option("--seed", default=0, show_default=True, help="Seed of weights, batches, dropout and the held-out split.")
+@options_of(
+    TrainerOptions,
+    learning_rate={"default": 2e-3},
+    warmup_steps={
+        "default": None,
+        "help": f"Steps in which the learning rate rises; default: {WARMUP_STEPS}, or a quarter of --steps if that is less.",
+    },
+    clip={"flag": "--max-grad-norm", "help": "Scale down gradients with a larger norm; 0: no limit."},
 )
-@click.option("--schedule", default="cosine", show_default=True, help="cosine or linear (to 0 at --steps), inverse_sqrt or constant.")
-@click.option("--weight-decay", default=0.01, show_default=True, help="Decoupled, of matrices.")
-@click.option(
-    "--max-grad-norm", default=1.0, show_default=True, metavar="NORM", help="A gradient with a larger norm is scaled down; 0: no limit."
-)
-@click.option(
-    "--gradient-accumulation-steps",
-    default=1,
-    show_default=True,
-    type=click.IntRange(1),
-    metavar="PARTS",
-    help="Cut each batch into so many parts, one after the other: less RAM, the same step.",
-)
-@click.option(
-    "--dropout", default=0.0, show_default=True, metavar="SHARE", help="Of embeddings, sublayers, attention weights and hidden layers."
-)
-@click.option("--attention-dropout", type=float, metavar="SHARE", help="Of attention weights; default: --dropout.")
-@click.option("--ff-dropout", type=float, metavar="SHARE", help="Of the feed-forward's hidden layer; default: --dropout.")
-@click.option(
-    "--source-dropout",
-    default=0.0,
-    show_default=True,
-    metavar="SHARE",
-    help="Of segments hidden from the decoder, which must ask the memory.",
-)
-@click.option("--label-smoothing", default=0.0, show_default=True, metavar="SHARE", help="Of the probability, for all other tokens.")
-@click.option(
-    "--bptt-segments",
-    type=click.IntRange(1),
-    metavar="SEGMENTS",
-    help="Gradients stop after so many segments; default: they go through all of a stream.",
-)
-@click.option(
-    "--recompute", is_flag=True, help="Compute a segment again for its gradient: the same bits, in the RAM of one segment, for more time."
-)
-@click.option(
-    "--bfloat16",
-    is_flag=True,
-    help="Factors of matrix products rounded to bfloat16: twice as fast where the processor has such products.",
-)
-@click.option("--tokenizer", default="bpe", show_default=True, type=click.Choice(["bytes", "bpe"]), help="bpe is learnt from the text.")
-@click.option("--vocab-size", default=1024, show_default=True, metavar="TOKENS", help="Tokens of bpe.")
-@click.option("--d-model", default=128, show_default=True, help="Width of the model, in numbers a token.")
-@click.option("--n-heads", default=4, show_default=True, help="Attention heads.")
-@click.option("--n-encoder-layers", default=2, show_default=True, help="0 for a decoder-only model.")
-@click.option("--n-decoder-layers", default=2, show_default=True, help="Decoder layers.")
-@click.option("--d-ff", type=int, help="Width of the feed-forward layers; default: 4 d_model.")
-@click.option("--positions", default="sinusoidal", show_default=True, help="sinusoidal, learned, rotary, relative or none.")
-@click.option("--seed", default=0, show_default=True, help="Of weights, batches and the split.")
-@click.option(
-    "--validate-every",
-    show_default="100",
-    type=click.IntRange(1),
-    metavar="STEPS",
-    help="How often the held-out documents are looked at.",
-)
-@click.option(
-    "--early-stopping-patience",
-    type=click.IntRange(1),
-    metavar="TIMES",
-    help="Stop when so many looks in a row at the held-out documents find nothing better.",
-)
-@click.option(
-    "--early-stopping-threshold",
-    type=click.FloatRange(0),
-    show_default="0",
-    metavar="NATS",
-    help="By how much a loss must be below the best to be better.",
-)
-@click.option("--save-every", show_default="200", type=click.IntRange(1), metavar="STEPS", help="How often the run is saved.")
-@click.option(
-    "--save-total-limit",
-    type=click.IntRange(0),
-    show_default="0",
-    metavar="MODELS",
-    help="Keep the models of so many of the last saves as well, in DIR/checkpoint-STEP.",
-)
-@click.option("--save-best", is_flag=True, default=None, help="Keep the model that is best on the held-out documents, in DIR/best.")
-@click.option("--jsonl-log", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), help="Append a line of JSON a step.")
-@click.option("--csv-log", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), help="Append a line of CSV a step.")
-@click.option(
-    "--tensorboard-log", metavar="LOGDIR", type=click.Path(path_type=Path, file_okay=False), help="Write event files for TensorBoard."
-)
+@options_of(FitOptions, keeps=True, save_every={"show_default": str(SAVE_EVERY)})
 @json_option
 @click.pass_context
 def train(context: click.Context, /, resume: Path | None, out: Path, as_json: bool, **options: Any) -> None:
-    """Trains a Transformer on text, with a memory or without, and saves it in a folder.
+    """Trains a Transformer on text, with or without a memory, and saves it in a folder.
 
-    A tenth of the text (whole documents; of a single file, a tenth part; with a cache, lines or pairs, the last tenth) is
-    held out, and its bits per byte tell how well the rest was learnt. Ctrl-C saves; --resume goes on, bit for bit, with all
-    that the run was told. A folder that holds a model is never written over. Under mpirun all processes train one model,
-    each on its share of every batch.
+    A tenth of the text is held out to measure bits per byte: whole documents; of a single file, its last part; with
+    --cache, lines or pairs, the last tenth. Ctrl-C saves. --resume continues, bit for bit, with the same options. A folder
+    that holds a model is never overwritten. Under mpirun all processes train one model, each on its share of every batch.
 
     \b
     Examples:
@@ -187,25 +117,36 @@ def train(context: click.Context, /, resume: Path | None, out: Path, as_json: bo
       mini-tfm train --resume model --steps 4000
       mpirun -n 4 mini-tfm train --text notes/*.txt --out model
     """
+    given = _given(context)
     ranks = ranks_of_command()
-    told = {name for name in context.params if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE}
     with ranks.together():
-        if resume is not None:
-            if given := [name for name in _FIXED if name in told]:
-                raise click.UsageError(f"--{given[0].replace('_', '-')} comes from the folder with --resume; leave it out")
-            out = resume
-            if "steps" not in told:
-                options["steps"] = None
-        elif options["accept_changes"]:
-            raise click.UsageError("--accept-changes is for --resume")
-        if options["curriculum"] is not None and "n_segments" in told:
-            raise click.UsageError("--n-segments: --curriculum says how many; leave one of the two out")
-        for name in ("jsonl_log", "csv_log", "tensorboard_log"):
-            if options[name] is not None and not options[name].absolute().parent.is_dir():
-                raise FileProblem(f"--{name.replace('_', '-')}: {options[name].parent} is not a folder")
+        _check_usage(options, given, resume)
         try:
-            trainer, data = begun(out, options, ranks) if resume is None else resumed(resume, options, ranks)
+            if resume is not None:
+                early_stopping = {name: options[name] for name in EARLY_STOPPING if name in given}
+                steps = options["steps"] if "steps" in given else None
+                trainer, data = resumed_run(resume, steps, early_stopping, options["accept_changes"], ranks)
+            else:
+                trainer, data = new_run(out, options, {name: options[name] for name in SHAPE}, ranks)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("training had not begun; nothing is changed") from None
-        options["steps"] = trainer.options["total_steps"]
-        fit(trainer, data, out, options, as_json)
+        fit(trainer, data, resume or out, options, as_json)
+
+
+def _given(context: click.Context) -> dict[str, str]:
+    """The parameters on the command line: name -> how it is written there."""
+    written = {each.name: each.opts[0] if isinstance(each, click.Option) else "--text" for each in context.command.params if each.name}
+    source = click.core.ParameterSource.COMMANDLINE
+    return {name: option for name, option in written.items() if context.get_parameter_source(name) is source}
+
+
+def _check_usage(options: dict[str, Any], given: dict[str, str], resume: Path | None) -> None:
+    if resume is not None and (fixed := [name for name in given if name not in _FREE_ON_RESUME]):
+        raise click.UsageError(f"{given[fixed[0]]} comes from the folder with --resume; leave it out")
+    if resume is None and options["accept_changes"]:
+        raise click.UsageError("--accept-changes is for --resume")
+    if options["curriculum"] is not None and "n_segments" in given:
+        raise click.UsageError("--n-segments: --curriculum says how many; leave one of the two out")
+    for name in ("jsonl_log", "csv_log", "tensorboard_log"):
+        if options[name] is not None and not options[name].absolute().parent.is_dir():
+            raise FileProblem(f"{given[name]}: {options[name].parent} is not a folder")

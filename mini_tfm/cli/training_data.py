@@ -75,8 +75,8 @@ def parse_curriculum(text: str | None) -> list[list[int]] | None:
     return stages
 
 
-def asked_for(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, float] | None]:
-    """The description of a new run's data, before its files are looked at; and the objectives that were asked for."""
+def describe_data(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, float] | None]:
+    """The description of a new run's data, before its files are opened; and the objectives of --objective, if given."""
     asked, stages = parse_objective(options["objective"]), parse_curriculum(options["curriculum"])
     about = {name: options[name] for name in ("documents", "segment_length", "n_segments", "batch_size", "seed")}
     about |= {

@@ -1,27 +1,37 @@
-"""Bits per byte: how well a model with a memory predicts a batch of documents."""
+"""One memory measured on held-out text: by an experiment after training, and of a saved model by `mini-tfm compare FOLDER`."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
+from typing import Any
 
-import numpy as np
-
-from .. import _core
-from ..autodiff import value_of
-from ..data.batches import Batch
+from ..errors import InvalidValue
 from ..memory.base import Memory
 from ..model import Model
-from ..stream import Stream
-from ..train.segments import read_batch
+from ..text.tokenizers import Tokenizer
+from .machine import peak_ram
+from .tasks import TASKS, HeldOut, Text
 
 
-def measure(model: Model, memory: Memory | None, batch: Batch) -> tuple[float, int]:
-    """Bits that all target tokens of a batch take, from memories that start empty; and the bytes of state at the end."""
-    stream = Stream(model, memory, len(batch.target), training=True)
-    total = 0.0
-    for t, hidden in read_batch(stream, batch):
-        counted = np.arange(batch.target.shape[2]) < batch.target_lengths[:, t, None]
-        scores = stream.log_probs(hidden) if stream.run.changes_output else value_of(stream.logits(value_of(hidden)))
-        losses, _ = _core.cross_entropy(scores[counted], batch.target[:, t][counted])
-        total += float(losses.sum(dtype=np.float64)) / math.log(2)
-    return total, stream.run.nbytes()
+def measure_memory(
+    model: Model,
+    memory: Memory | None,
+    tokenizer: Tokenizer,
+    held_out: HeldOut,
+    *,
+    advance: Callable[[float], None] = lambda n: None,
+    report: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """The figures of all tasks, and the peak RAM of this process: what `Row` has fields for.
+
+    advance: called with the number of tokens read. report: called with a line about a task that this model cannot do; its
+    figures are NaN.
+    """
+    figures = Text(advance).measure(model, memory, held_out)
+    for task in TASKS:
+        try:
+            figures |= task(tokenizer).measure(model, memory, held_out)
+        except InvalidValue as error:
+            report(f"{task.name} cannot be measured: {error}")
+            figures |= task.unmeasured()
+    return {**figures, "peak_rss_bytes": peak_ram()}

@@ -5,12 +5,14 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .plot import Axis, Series, line_chart
 
 if TYPE_CHECKING:
     from .experiment import Experiment
 
-# Told apart also by those who see no red or no green (Okabe and Ito), and by the shape of their marks.
+# Distinct also for those who see no red or no green (Okabe and Ito).
 COLOURS = ("#6b7280", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b")
 POINTS_A_CURVE = 120
 
@@ -47,18 +49,18 @@ def html_report(experiment: Experiment, command: str) -> str:
 <p class="dim">The same small Transformer, the same text and training steps; only the memory differs.
 {len(rows)} memories, {experiment.seconds / 60:.1f} minutes on {_say(experiment.machine.get("processor", "?"))}.</p>
 <div class="wide">{_table(experiment, colours)}</div>
-<h2>Is a fact still known, so many segments later?</h2>
+<h2>Is a fact still known, that many segments later?</h2>
 <p class="dim">Share of questions answered, by the number of segments between the fact and the question. 0: both in sight, no
 memory needed. Dashed: guessing, {chance:.0f} %.</p>
-{line_chart(recall, "segments between fact and question", "% recalled", y_range=(0, 100), level=chance, ticks=experiment.distances)}
-<h2>How they learnt</h2>
+{line_chart(recall, Axis("segments between fact and question", ticks=experiment.distances), Axis("% recalled", (0, 100)), level=chance)}
+<h2>How they learned</h2>
 <p class="dim">Loss in training, in nats a token, smoothed. Grey, dashed: the common start, one model without a memory, on its own easier
 task; then each memory on longer and longer streams, with parts of the text hidden.</p>
-{line_chart(_curves(experiment, colours), "optimizer step", "loss (nats/token)", dashed=("common start",), marks=False)}
+{line_chart(_curves(experiment, colours), Axis("optimizer step"), Axis("loss (nats/token)"), dashed=("common start",), marks=False)}
 <h2>What the columns mean</h2>
 <dl><dt>bits per byte</dt><dd>Bits the model needs for each byte of documents it was not trained on. Fewer is better; plain text
 takes 8, and what counts is the difference between memories.</dd>
-<dt>recall</dt><dd>&ldquo;The code word is Q.&rdquo; is put at a random place of a held-out document; so many segments later the
+<dt>recall</dt><dd>&ldquo;The code word is Q.&rdquo; is put at a random place of a held-out document; some segments later the
 model is asked. {chance:.0f} % would be guessing one of {round(1 / experiment.chance)} letters.</dd>
 <dt>tokens/s</dt><dd>Reading and predicting held-out text with this memory.</dd>
 <dt>state</dt><dd>What the memory of one stream takes, after the longest held-out document.</dd>
@@ -117,9 +119,9 @@ def _facts(experiment: Experiment) -> str:
     )
 
 
-def _curves(experiment: Experiment, colours: dict[str, str]) -> list[tuple[str, str, list[tuple[float, float]]]]:
+def _curves(experiment: Experiment, colours: dict[str, str]) -> list[Series]:
     start = experiment.history.get("start", [])
-    curves = [("common start", "#9aa1ad", _smooth(start, 0))] if start else []
+    curves: list[Series] = [("common start", "#9aa1ad", _smooth(start, 0))] if start else []
     return curves + [
         (row.memory, colours[row.memory], _smooth(experiment.history.get(row.memory, []), len(start))) for row in experiment.rows
     ]
@@ -130,94 +132,6 @@ def _smooth(points: Sequence[tuple[int, float]], shift: int) -> list[tuple[float
     n = max(1, math.ceil(len(points) / POINTS_A_CURVE), min(10, len(points) // 10))
     groups = [points[i : i + n] for i in range(0, len(points), n)]
     return [(shift + sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
-
-
-# Plots
-
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 920, 340, 62, 270, 14, 46
-MARKS = (
-    '<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="{c}"/>',
-    '<rect x="{x0:.1f}" y="{y0:.1f}" width="8" height="8" fill="{c}"/>',
-    '<path d="M{x:.1f} {y1:.1f}l5 9h-10z" fill="{c}"/>',
-    '<path d="M{x:.1f} {y1:.1f}l5.5 5.5l-5.5 5.5l-5.5 -5.5z" fill="{c}"/>',
-)
-
-
-def line_chart(
-    series: Sequence[tuple[str, str, Sequence[tuple[float, float]]]],
-    x_name: str,
-    y_name: str,
-    *,
-    y_range: tuple[float, float] | None = None,
-    ticks: Sequence[float] | None = None,
-    level: float | None = None,
-    dashed: Sequence[str] = (),
-    marks: bool = True,
-) -> str:
-    """Lines (name, colour, [(x, y)]) as SVG, named at their right ends. level: a dashed horizontal line."""
-    finite = [(x, y) for _, _, points in series for x, y in points if math.isfinite(y)]
-    if not finite:
-        return '<p class="dim">Nothing was measured.</p>'
-    xs = [x for x, _ in finite]
-    x_ticks = list(ticks or _ticks(min(xs), max(xs)))
-    low_x, high_x = min(*xs, x_ticks[0]), max(*xs, x_ticks[-1])
-    y_ticks = _ticks(*(y_range or (min(y for _, y in finite), max(y for _, y in finite))))
-    low, high = y_range or (min(y_ticks[0], *(y for _, y in finite)), max(y_ticks[-1], *(y for _, y in finite)))
-    at_x = lambda x: LEFT + (x - low_x) / ((high_x - low_x) or 1) * (WIDTH - LEFT - RIGHT)  # noqa: E731
-    at_y = lambda y: TOP + (high - y) / ((high - low) or 1) * (HEIGHT - TOP - BOTTOM)  # noqa: E731
-    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{_say(y_name)} by {_say(x_name)}">']
-    for y in y_ticks:
-        parts.append(f'<path class="grid" d="M{LEFT} {at_y(y):.1f}H{right}"/>')
-        parts.append(f'<text class="dim" x="{LEFT - 8}" y="{at_y(y) + 4:.1f}" text-anchor="end">{y:g}</text>')
-    for x in x_ticks:
-        parts.append(f'<text class="dim" x="{at_x(x):.1f}" y="{bottom + 18}" text-anchor="middle">{x:g}</text>')
-    parts.append(f'<text x="{(LEFT + right) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{_say(x_name)}</text>')
-    middle = (TOP + bottom) / 2
-    parts.append(f'<text x="16" y="{middle}" text-anchor="middle" transform="rotate(-90 16 {middle})">{_say(y_name)}</text>')
-    if level is not None:
-        parts.append(f'<path d="M{LEFT} {at_y(level):.1f}H{right}" stroke="#98a1b3" stroke-dasharray="5 5" fill="none"/>')
-    ends = []
-    for number, (name, colour, points) in enumerate(series):
-        drawn = [(at_x(x), at_y(y)) for x, y in points if math.isfinite(y)]
-        if not drawn:
-            continue
-        line = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in drawn)
-        dash = ' stroke-dasharray="5 4"' if name in dashed else ""
-        parts.append(f'<path d="{line}" fill="none" stroke="{colour}" stroke-width="2.2"{dash}/>')
-        if marks:
-            mark = MARKS[number % len(MARKS)]
-            parts += [mark.format(x=x, y=y, x0=x - 4, y0=y - 4, y1=y - 5.5, c=colour) for x, y in drawn]
-        ends.append((drawn[-1], name, colour))
-    for y, ((end_x, end_y), name, colour) in _spread(ends):
-        parts.append(f'<path d="M{end_x + 6:.1f} {end_y:.1f}L{right + 16} {y:.1f}" stroke="{colour}" stroke-opacity=".45" fill="none"/>')
-        short = name if len(name) <= 34 else name[:33] + "…"
-        parts.append(f'<text x="{right + 20}" y="{y + 4:.1f}" style="fill:{colour}">{_say(short)}</text>')
-    return "".join(parts) + "</svg>"
-
-
-def _spread(ends: Sequence[Any]) -> list[tuple[float, Any]]:
-    """(y, end) with labels at least a line apart, in the order of the lines' ends."""
-    gap = 17.0
-    placed: list[tuple[float, Any]] = []
-    for end in sorted(ends, key=lambda end: end[0][1]):
-        placed.append((max(end[0][1], placed[-1][0] + gap) if placed else end[0][1], end))
-    over = max(0.0, placed[-1][0] - (HEIGHT - BOTTOM + 10)) if placed else 0.0
-    moved: list[tuple[float, Any]] = []
-    for y, end in reversed(placed):  # push back up what went below the plot
-        y = min(y, HEIGHT - BOTTOM + 10) if not moved else min(y, moved[-1][0] - gap) if over else y
-        moved.append((y, end))
-    return moved[::-1]
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """About five round numbers from low to high."""
-    span = (high - low) or abs(high) or 1.0
-    step = 10.0 ** math.floor(math.log10(span / 4))
-    step = next(step * factor for factor in (1, 2, 2.5, 5, 10) if span / (step * factor) <= 5)
-    first = math.ceil(low / step - 1e-9)
-    found = [step * i for i in range(first, math.floor(high / step + 1e-9) + 1)]
-    return found or [low]
 
 
 def _say(text: object) -> str:

@@ -1,10 +1,11 @@
 """Data: from files to the batch of a training step. docs/training-data.md shows it.
 
-sources.py      text files, lines of JSON, pairs: a fault is reported with its file and line
-  -> corpus.py  documents of token ids behind each other, in RAM or mapped from a token cache (cache.py)
-  -> packing.py documents cut into segments, laid out in rows, in an order of permutation.py
-  -> objectives.py, streams.py   the batch of a step: next segment, spans left out, pairs; random places (batches.py)
-  -> mixtures.py                 objectives by weight, and a curriculum of more segments
+sources.py          text files, lines of JSON, pairs; an error names the file and the line
+  -> corpus.py      documents of token ids in one flat array: in RAM, or mapped from a token cache (cache.py)
+  -> packing.py     documents cut into segments and laid out in rows, in the order of permutation.py
+  -> objectives.py  the batch of a step (batches.py): next segment, masked spans, pairs
+     streams.py     the same from random places of the documents
+  -> mixtures.py    objectives by weight, and a curriculum of more and more segments
 """
 
 from .batches import Batch

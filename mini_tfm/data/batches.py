@@ -19,9 +19,9 @@ from ..errors import InvalidType
 class Batch:
     """Token ids in segments: source (B, n, L) or None (decoder-only), target (B, n, L), and their lengths (B, n).
 
-    weights: (B, n, L) of each target token in the loss, or None for 1. Lengths mask what is past them.
-    begins: (B, n) bool, the rows in which a new document begins with a segment: their memory is empty again, and nothing
-    of what stood before in the row is seen. None: no row changes its document.
+    weights: (B, n, L), of each target token in the loss; None: 1. Tokens past a length are masked.
+    begins: (B, n) bool, where a new document begins with a segment: the row's memory is emptied, and nothing before it in the
+    row is seen. None: no row changes its document.
     """
 
     source: np.ndarray | None
@@ -43,7 +43,7 @@ class Batch:
 
 
 def fields(batch: Batch) -> tuple[Any, ...]:
-    """A batch as the arguments of `Trainer.step`. Data gives them as it likes: InvalidType where one is something else."""
+    """A batch as the arguments of `Trainer.step`. Raises InvalidType where data gave something else."""
     if not isinstance(batch, Batch):
         remedy = "mini_tfm.train.Batch(source, target) of token ids (rows, segments, length)"
         raise InvalidType(f"batch: expected a {remedy}, got {type(batch).__name__}")
@@ -52,9 +52,9 @@ def fields(batch: Batch) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class Example:
-    """What one row does in one segment: reads source (S,), or has none, and predicts target (T,); both may be empty.
+    """One row in one segment: source (S,) or None, and target (T,); both may be empty.
 
-    unscored: so many tokens at the target's start are not in the loss. begins: a new document begins here.
+    unscored: number of tokens at the target's start that are not in the loss. begins: a new document begins here.
     """
 
     source: np.ndarray | None
@@ -64,7 +64,7 @@ class Example:
 
 
 def lay_out(rows: Sequence[Sequence[Example | None]], pad_id: int) -> Batch:
-    """The batch of rows of segments, each as wide as its longest; None is a pause, and short rows pause at their end."""
+    """The batch of rows of segments, padded to the longest. None is a pause; short rows pause at their end."""
     n = max(map(len, rows))
     size = (len(rows), n)
     everything = [example for row in rows for example in row if example is not None]

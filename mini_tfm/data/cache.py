@@ -7,10 +7,9 @@
     8 bytes    its length
     8 bytes    END
 
-What is told of the file stands at its end, as it is known only then: writing goes straight on, in bounded RAM, into a
-file beside the final one, `.NAME.building`, which is flushed to the disk and renamed when it is whole. Its builder holds a
-lock on it, so that of several at once one builds and the others wait; what a killed builder left is written over by
-the next.
+The description stands at the end, because it is known only then: the file is written in one pass, in bounded RAM, beside the
+final one as `.NAME.building`, flushed to the disk and renamed when it is complete. Its builder holds a lock on it: of several
+at once one builds and the others wait. The next builder overwrites what a killed one left.
 """
 
 from __future__ import annotations
@@ -51,14 +50,14 @@ def token_cache(
     verify: bool = True,
     progress: bool = True,
 ) -> Corpus:
-    """The corpus of `files` in the cache `path`, which is built if it is not there.
+    """The corpus of `files` in the cache `path`, which is built if it does not exist.
 
-    A cache that is there is opened as `open_token_cache` does: what does not fit is an error, and nothing is written
-    over. Several processes may ask at once; one builds, the others wait for it.
+    An existing cache is opened as by `open_token_cache`: one that does not fit is an error, and is not overwritten. Several
+    processes may call this at once: one builds, the others wait.
     """
     if not isinstance(files, TextFiles):
         raise InvalidType(
-            f"files: expected TextFiles, got {type(files).__name__}; what comes from a program is built with build_token_cache, and opened"
+            f"files: expected TextFiles, got {type(files).__name__}; build a cache of other documents with build_token_cache, and open it"
             " with open_token_cache"
         )
     if not os.path.lexists(as_path(path)):
@@ -77,11 +76,11 @@ def build_token_cache(
     overwrite: bool = False,
     progress: bool = True,
 ) -> Corpus:
-    """Tokenizes `documents` (whatever `Corpus.of` takes; the other arguments are its own) into the file `path`, and opens it.
+    """Tokenizes `documents` into the file `path`, and opens it. documents, tokenizer, end_id, vocab_size: as in `Corpus.of`.
 
-    RAM is bounded whatever the size. A crash leaves no file, or the one that was there. vocab_size: needed where no
-    tokenizer is. Raises FileProblem where the file is there already (unless overwrite), cannot be written, or a source
-    changes meanwhile; and what `Corpus.of` raises.
+    RAM is bounded whatever the size. A crash leaves no file, or the old one. vocab_size: required without a tokenizer.
+    Raises FileProblem where the file exists (unless overwrite), cannot be written, or a source changes meanwhile; and
+    what `Corpus.of` raises.
     """
     source = TokenSource(documents, tokenizer, end_id, vocab_size)
     if source.vocab_size is None:
@@ -92,17 +91,17 @@ def build_token_cache(
         "version": VERSION,
         "vocab_size": source.vocab_size,
         "tokenizer": _tokenizer_name(tokenizer),
-        "sources": None,
+        "sources": None,  # filled in below
         "options": _options(documents, end_id),
     }
+    files = documents if isinstance(documents, TextFiles) else None
     try:
         with building(target, overwrite) as staging:
-            stamps = None
-            if isinstance(documents, TextFiles):
-                stamps, about["sources"] = documents.stamps(), documents.fingerprints()
+            stamps = files.stamps() if files else None
+            about["sources"] = files.fingerprints() if files else None
             with progress_bar("tokenizing", None, "tokens") if progress else contextlib.nullcontext(lambda n: None) as advance:
                 _write(staging, os.path.dirname(target), source, about, advance)
-            if isinstance(documents, TextFiles) and documents.stamps() != stamps:
+            if files and files.stamps() != stamps:
                 raise FileProblem(f"{path}: a source changed while it was read; nothing is written, build it again")
     except (FileProblem, InvalidValue):
         raise
@@ -121,11 +120,11 @@ def open_token_cache(
     end_id: int | None = None,
     verify: bool = True,
 ) -> Corpus:
-    """The corpus in a cache, mapped into memory: nothing is held but what is being read.
+    """The corpus in a cache, mapped into memory: only the parts being read take RAM.
 
-    tokenizer, files (and end_id): what it must have been made with, where given. verify: also reads all of it once, and
-    all of the source files, and compares SHA-256; without, only sizes. Raises FileProblem, and InvalidValue where it is
-    truncated, damaged, made with another tokenizer, or a source has changed.
+    tokenizer, files (and end_id): if given, the cache must have been made with them. verify: read the whole cache and the
+    source files once and compare SHA-256; otherwise compare sizes only. Raises FileProblem, and InvalidValue where the cache
+    is truncated, damaged, made with another tokenizer, or a source has changed.
     """
     shown = as_path(path)
     with open_regular(shown) as file:
@@ -158,7 +157,7 @@ def open_token_cache(
 
 
 def _write(fd: int, folder: str, source: TokenSource, about: dict[str, Any], advance: Callable[[float], None]) -> None:
-    """All of the file, flushed to the disk. `about` is completed."""
+    """Writes the whole file and flushes it to the disk; completes `about`."""
     digest, dtype = hashlib.sha256(), token_dtype(source.vocab_size or 0)
     waiting, held = [MAGIC], len(MAGIC)
     n_tokens = n_documents = 0
@@ -190,15 +189,15 @@ def _write(fd: int, folder: str, source: TokenSource, about: dict[str, Any], adv
             digest.update(chunk)
             put(chunk)
     about |= {"kind": source.kind, "n_tokens": n_tokens, "n_documents": n_documents, "contents": digest.hexdigest()}
-    told = json.dumps(about).encode()
-    put(told + struct.pack("<Q", len(told)) + END, flush=True)
+    description = json.dumps(about).encode()
+    put(description + struct.pack("<Q", len(description)) + END, flush=True)
 
 
 # Reading
 
 
 def _read_about(file: NamedFile, size: int) -> dict[str, Any]:
-    """What a cache says of itself, with every number checked against the size of the file."""
+    """The description at the end of a cache, with every number checked against the size of the file."""
     name = file.name
     tail = len(END) + 8
     cut = f"{name}: is no token cache, or was cut off"
@@ -236,7 +235,7 @@ def _offsets_at(about: dict[str, Any]) -> int:
 
 
 def _check_contents(file: NamedFile, about: dict[str, Any]) -> None:
-    """Reads all of it, a piece at a time."""
+    """Compares the SHA-256 of tokens and offsets, read a piece at a time."""
     digest = hashlib.sha256()
     n_bytes = about["n_tokens"] * token_dtype(about["vocab_size"]).itemsize
     for start, left in ((len(MAGIC), n_bytes), (_offsets_at(about), 8 * (about["n_documents"] + 1))):
@@ -252,7 +251,7 @@ def _check_contents(file: NamedFile, about: dict[str, Any]) -> None:
 
 
 def _check_sources(name: str, about: dict[str, Any], files: TextFiles, end_id: int | None, verify: bool) -> None:
-    """That the cache is of these files, read in this way."""
+    """Refuses a cache of other files, or of files read in another way."""
     if about["sources"] is None or about["options"] != _options(files, end_id):
         raise InvalidValue(
             f"{name}: was made of other sources, or read in another way ({about['options']}, now {_options(files, end_id)}); give another"
@@ -273,7 +272,7 @@ def _check_sources(name: str, about: dict[str, Any], files: TextFiles, end_id: i
 
 
 def _tokenizer_name(tokenizer: Tokenizer | None) -> str:
-    """Names a tokenizer by all that makes it one."""
+    """SHA-256 of everything that makes a tokenizer what it is."""
     if tokenizer is None:
         return ""
     digest = hashlib.sha256(f"{type(tokenizer).__name__} {tokenizer.vocab_size}".encode())

@@ -1,6 +1,6 @@
-"""A corpus: documents of token ids behind each other in one flat array, in RAM or mapped from a file (cache.py).
+"""A corpus: documents of token ids, one after another in a flat array, in RAM or mapped from a file (cache.py).
 
-    tokens   (n_tokens,) integers      the documents, with nothing in between
+    tokens   (n_tokens,) integers      the documents, with nothing between them
     offsets  (n_documents + 1,) int64  where each begins; the last is where the last ends
 
 Source-target pairs are the same with two documents each: 2 i is the source of pair i, 2 i + 1 its target.
@@ -115,15 +115,15 @@ class Corpus:
 
     def joined(self) -> Corpus:
         """All documents as one, so that segments have no padding and nothing stops at a document's end: for language
-        models of many short documents without a memory. Make it with `end_id`, or nothing tells where one ends."""
+        models of many short documents without a memory. Make it with `end_id`, or the ends of documents are lost."""
         self._are_texts("joined")
         whole = self.offsets[[0, -1]].astype(np.int64)
         return Corpus(self.tokens, whole, vocab_size=self.vocab_size, fingerprint=f"{self.fingerprint}:joined")
 
     def split(self, held_out: float) -> tuple[Corpus, Corpus]:
-        """(all but the last part, the last part): so that about the share `held_out` of the tokens is in the latter.
+        """(the rest, the last part), where the last part has about the share `held_out` of the tokens.
 
-        Whole documents or pairs; of fewer than ten texts, one may be cut in two. Nothing is copied.
+        Splits between documents or pairs; of fewer than ten texts, one may be cut in two. Copies nothing.
         """
         if not isinstance(held_out, int | float) or not 0 < held_out < 1:
             raise InvalidValue(f"held_out: expected a share between 0 and 1, got {held_out!r}")
@@ -155,7 +155,7 @@ class Corpus:
 
 
 def as_corpus(documents: Any, kind: str) -> Corpus:
-    """What an objective was given, as a corpus of the kind it needs."""
+    """The argument of an objective as a corpus of the kind it needs."""
     corpus = documents if isinstance(documents, Corpus) else Corpus.of(documents)
     if corpus.kind != kind:
         raise InvalidValue(f"documents: expected {kind} for this objective, got {corpus.kind}")
@@ -168,9 +168,9 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 class TokenSource:
-    """Any source of documents as (ids, whether a document ends with them), checked, in pieces that fit into RAM.
+    """Iterates over any source of documents: (ids, whether a document ends with them), checked, in pieces that fit into RAM.
 
-    kind is known once it was begun (of TextFiles, before that).
+    kind: known after the first piece (of TextFiles, at once).
     """
 
     def __init__(self, documents: Any, tokenizer: Tokenizer | None, end_id: int | None = None, vocab_size: int | None = None):

@@ -1,4 +1,4 @@
-"""Which batches come when: objectives mixed by weight, and more segments as training goes on."""
+"""Which batch each step gets: a mixture of data by weight, and a curriculum of more and more segments."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from ..errors import InvalidType, InvalidValue
 from .batches import Batch
 from .permutation import Permutation
 
-BLOCK_STEPS = 1000  # in so many steps each part of a mixture has its share, to the step
+BLOCK_STEPS = 1000  # in each block of steps a part of a mixture has exactly its share
 
 
 @runtime_checkable
 class Data(Protocol):
-    """What can be trained on: a batch for each step, a pure function of the step.
+    """Training data: a batch for each step, a pure function of the step.
 
-    Where there is also `state`, plain data that names all that the batches depend on, a saved run keeps it, and a resumed
-    one refuses data of another state.
+    Optional: `state`, plain data that describes everything the batches depend on. A saved run keeps it, and a resumed run
+    refuses data with another state.
     """
 
     def batch(self, step: int) -> Batch: ...
 
 
 class Mixture:
-    """Several kinds of data, each with a weight: the share of the steps that are its own.
+    """Several kinds of data; the weight of each is its share of the steps.
 
-    parts: name -> (data, weight), for `batch` to choose from. In each 1,000 steps a part has exactly its share (weights count to a
-    thousandth), in an order that is a pure function of (seed, step); a part's own batches come in their order, none left
-    out, so that its epochs stay whole.
+    parts: name -> (data, weight). In each block of 1,000 steps a part has exactly its share (weights are rounded to a
+    thousandth), in an order that is a pure function of (seed, step). A part's own batches come in order, none left out, so
+    its epochs stay whole. Raises InvalidType, InvalidValue.
     """
 
     def __init__(self, parts: Mapping[str, tuple[Any, float]], *, seed: int = 0):
@@ -60,21 +60,21 @@ class Mixture:
         return {"objective": "mixture", "seed": self.seed, "parts": parts}
 
     def with_segments(self, n_segments: int) -> Mixture:
-        """The same, every part with so many segments a row."""
+        """The same mixture with `n_segments` segments per row in every part."""
         if lacking := [name for name, (data, _) in self.parts.items() if not hasattr(data, "with_segments")]:
             raise InvalidType(f"parts[{lacking[0]!r}]: expected data with a method with_segments, for a curriculum")
         parts = {name: (data.with_segments(n_segments), weight) for name, (data, weight) in self.parts.items()}
         return Mixture(parts, seed=self.seed)
 
     def choice(self, step: int) -> tuple[str, int]:
-        """(the part whose turn it is, the number of its own batch) at a step."""
+        """(name of the part, number of its batch) at a step."""
         block, at = divmod(int(step), BLOCK_STEPS)
         turns = self._turns(block)
         chosen = int(turns[at])
         return list(self.parts)[chosen], block * int(self._counts[chosen]) + int((turns[:at] == chosen).sum())
 
     def _turns_of_block(self, block: int) -> np.ndarray:
-        """The part whose turn it is at each step of a block."""
+        """The number of the part at each step of a block."""
         return np.repeat(np.arange(len(self._counts)), self._counts)[Permutation(BLOCK_STEPS, self.seed, block)(np.arange(BLOCK_STEPS))]
 
     def batch(self, step: int) -> Batch:
@@ -85,10 +85,10 @@ class Mixture:
 
 
 class Curriculum:
-    """`data` with a number of segments that grows: stages are (first step, segments a row), the first from step 0.
+    """`data` with a growing number of segments (arXiv 2207.06881, section 4).
 
-    As for recurrent memories in arXiv 2207.06881, section 4. Each stage begins `data` with so many segments from its
-    beginning: its epochs are whole as long as no new stage begins.
+    stages: (first step, segments per row), the first at step 0. Each stage starts `data` from its first batch. Raises
+    InvalidType, InvalidValue.
     """
 
     def __init__(self, data: Any, stages: Sequence[tuple[int, int]]):
@@ -128,7 +128,7 @@ def _state(data: Any) -> dict[str, Any]:
 
 
 def batches_of(name: str, data: Any) -> Callable[[int], Batch]:
-    """The function step -> Batch that `data` is, or has; `name` of the argument."""
+    """The function step -> Batch that `data` is, or has. name: of the argument, for the error."""
     batch_of = getattr(data, "batch", data)
     if not callable(batch_of):
         raise InvalidType(f"{name}: expected something with batch(step), or a function of the step, got {type(data).__name__}")
@@ -136,7 +136,7 @@ def batches_of(name: str, data: Any) -> Callable[[int], Batch]:
 
 
 def state_of(data: Any) -> dict[str, Any] | None:
-    """The state of `data`, if it has one, as a file gives it back."""
+    """The state of `data`, or None, as it reads after a save. Raises InvalidType where it is not plain data."""
     state = getattr(data, "state", None)
     if not isinstance(state, dict | None):
         raise InvalidType(f"data: state: expected a mapping or None, got {type(state).__name__}")
@@ -147,7 +147,7 @@ def state_of(data: Any) -> dict[str, Any] | None:
 
 
 def differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
-    """What of two states is not the same."""
+    """The differences of two states, in words."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in sorted(before.keys() | now.keys()):
             yield from differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)

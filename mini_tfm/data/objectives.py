@@ -1,8 +1,8 @@
-"""What is learnt from a corpus: the next segment, what was left out, or targets of given sources.
+"""Objectives, which turn a corpus into batches: the next segment, masked spans, targets of given sources.
 
-Each gives `batch(step)`, a pure function of its seed and the step, in which every item of the corpus comes exactly once
-an epoch, in an order that differs from epoch to epoch; `state`, plain data that names all of that, which a saved run
-keeps; and `with_segments(n)`, the same with another number of segments a row, for a `Curriculum`.
+Each has `batch(step)`, a pure function of its seed and the step, that gives every item of the corpus exactly once per epoch,
+in a new order each epoch; `state`, plain data that describes all of that, for a saved run; and `with_segments(n)`, the same
+with another number of segments per row, for a `Curriculum`.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ A = TypeVar("A", bound="Packed")
 
 
 class Packed:
-    """Batches of documents packed into rows (packing.py): what `NextSegment` and `SpanDenoising` share.
+    """Batches of documents packed into rows (packing.py): the base of `NextSegment` and `SpanDenoising`.
 
-    documents: a `Corpus` of texts, or arrays of ids. Rows hold `n_segments` segments of at most `segment_length` tokens;
-    none crosses a document's end, and where one begins the batch says so (`Batch.begins`), so that memories are emptied.
+    documents: a `Corpus` of texts, or arrays of ids. Rows hold `n_segments` segments of at most `segment_length` tokens. No
+    segment crosses a document's end, and `Batch.begins` marks where a document begins, so that memories are emptied.
     """
 
     name = ""
@@ -57,17 +57,17 @@ class Packed:
 
     @property
     def padding(self) -> float:
-        """The share of the places of all segments that no token of the corpus takes."""
+        """The share of padding in all segments."""
         return self._line.padding
 
     @property
     def state(self) -> dict[str, Any]:
-        """All that the batches depend on, as plain data."""
+        """Everything the batches depend on, as plain data."""
         names = ("segment_length", "n_segments", "batch_size", "seed", "bos_id", "eos_id", "has_encoder")
         return {"objective": self.name, "corpus": self.corpus.fingerprint, **{name: getattr(self, name) for name in names}}
 
     def with_segments(self: A, n_segments: int) -> A:
-        """The same with another number of segments a row; the corpus is shared."""
+        """The same with `n_segments` segments per row; the corpus is shared."""
         _check_counts(n_segments=n_segments)
         other = copy.copy(self)
         other.n_segments = n_segments
@@ -85,15 +85,15 @@ class Packed:
         return PackedRows(self._line, self.n_segments, self.batch_size, self.seed)
 
     def _example(self, window: Window, place: tuple[int, int, int]) -> Example:
-        """What becomes of a segment; `place` is (epoch, row, segment of the row)."""
+        """The example made of a segment. place: (epoch, row, segment of the row)."""
         raise NotImplementedError
 
 
 class NextSegment(Packed):
-    """The encoder reads a segment, the decoder predicts the one behind it; a document's first is predicted from `bos`.
+    """The encoder reads a segment, the decoder predicts the next one; a document's first is predicted from `bos`.
 
     With has_encoder=False, for decoder-only models: language modelling, each segment predicted token by token. Every
-    token of the corpus is a target exactly once an epoch.
+    token of the corpus is a target exactly once per epoch.
     """
 
     name = "next-segment"
@@ -109,16 +109,16 @@ class NextSegment(Packed):
 
 
 class SpanDenoising(Packed):
-    """Spans are left out of each segment, and predicted (T5: arXiv 1910.10683, section 3.1.4 and figure 2).
+    """Span corruption (T5: arXiv 1910.10683, section 3.1.4 and figure 2): the model predicts masked spans.
 
-    Of each segment `noise_density` of the tokens, in spans of `mean_span` tokens on average, are replaced by a sentinel
-    each; the target is every sentinel with what it stands for, and one more at the end. Sentinels are the last ids of the
-    vocabulary: the first is vocab_size - 1. Which spans is a pure function of (seed, epoch, row, segment). Every token of the
-    corpus is in a source or in a target exactly once an epoch. For decoder-only models source, `eos` and target are one
-    text, and the source is not in the loss.
+    Spans of `mean_span` tokens on average, `noise_density` of each segment in all, are replaced by one sentinel each; the
+    target is each sentinel followed by its span, and one more sentinel. Sentinels are the last ids of the vocabulary: the
+    first is vocab_size - 1. The spans are a pure function of (seed, epoch, row, segment). Every token of the corpus is in a
+    source or in a target exactly once per epoch. For decoder-only models source, `eos` and target are one text, and the
+    source is not in the loss.
 
-    vocab_size: the model's; `SpanDenoising.sentinels(segment_length)` ids at its end must be free of text. The paper lets
-    neither two spans touch nor a text begin with one: here spans do not touch, and stand anywhere.
+    vocab_size: the model's; text must not use its last `SpanDenoising.sentinels(segment_length)` ids. In the paper no two
+    spans touch, and no text begins with one; here a span may come first.
     """
 
     name = "denoise"
@@ -150,7 +150,7 @@ class SpanDenoising(Packed):
 
     @staticmethod
     def sentinels(segment_length: int, noise_density: float = 0.15, mean_span: float = 3.0) -> int:
-        """How many sentinels a segment of so many tokens needs, the last one included."""
+        """The number of sentinels for segments of `segment_length` tokens, the last one included."""
         return _spans(segment_length, noise_density, mean_span)[1] + 1
 
     @property
@@ -184,7 +184,7 @@ class SpanDenoising(Packed):
 
 
 def _spans(length: int, noise_density: float, mean_span: float) -> tuple[int, int]:
-    """How many of `length` tokens are left out, and in how many spans."""
+    """(masked tokens, spans) of `length` tokens."""
     n_noise = min(max(1, round(length * noise_density)), max(1, length - 1))
     most = length - n_noise + 1  # a token must stay between two spans
     return n_noise, min(max(1, round(n_noise / mean_span)), n_noise, most)
@@ -197,7 +197,7 @@ def _parts(rng: np.random.Generator, total: int, n: int) -> np.ndarray:
 
 
 def _given(source: np.ndarray, target: np.ndarray, eos_id: int, has_encoder: bool) -> tuple[np.ndarray | None, np.ndarray, int]:
-    """(source, target, tokens of it that are not scored): one text, for a model without an encoder."""
+    """(source, target, tokens of it that are not scored); for a model without an encoder, one text."""
     if has_encoder:
         return source, target, 0
     return None, np.concatenate([source, [eos_id], target]), len(source) + 1
@@ -206,14 +206,14 @@ def _given(source: np.ndarray, target: np.ndarray, eos_id: int, has_encoder: boo
 class Pairs:
     """Given source-target pairs: translations, questions and answers, texts and summaries.
 
-    pairs: a `Corpus` of pairs, or (source, target) arrays of ids. The target is followed by `eos_id`. Pairs of like
-    length come together: of each `pool_batches` batches in the shuffled order, the pairs are sorted by length, cut into batches,
-    and those shuffled, so that little is padded; the last batch of an epoch may be smaller. Every pair comes once an epoch.
+    pairs: a `Corpus` of pairs, or (source, target) arrays of ids. `eos_id` is appended to each target. Pairs of similar
+    length share a batch, to save padding: each pool of `pool_batches` batches in the shuffled order is sorted by length, cut
+    into batches, and these are shuffled. Every pair comes once per epoch; the last batch of an epoch may be smaller.
 
-    segment_length: sources longer than it are read in segments, through the memory, and the target follows the last of them
-    (a shorter source waits for the longest). None: sources are read at once. max_source_length, max_target_length: longer
-    pairs are an error, or with cut=True cut to them; None: no limit. For decoder-only models source, `eos` and target are
-    one text, and the source is not in the loss.
+    segment_length: longer sources are read in segments, through the memory, and the target follows the last of them
+    (shorter sources wait for the longest). None: sources are read at once. max_source_length, max_target_length: longer
+    pairs are an error, or with cut=True are cut; None: no limit. For decoder-only models source, `eos` and target are one
+    text, and the source is not in the loss.
     """
 
     name = "pairs"
@@ -257,7 +257,7 @@ class Pairs:
         return {"objective": self.name, "corpus": self.corpus.fingerprint, **own}
 
     def with_segments(self, n_segments: int) -> Pairs:
-        """The same: the number of segments is up to the sources."""
+        """The same object: sources determine the number of segments."""
         return self
 
     def batch(self, step: int) -> Batch:
@@ -279,7 +279,7 @@ class Pairs:
         return [*(Example(part, target[:0]) for part in parts[:-1]), Example(parts[-1], target)]
 
     def _sorted_pool(self, epoch: int, pool: int) -> list[np.ndarray]:
-        """The batches of a pool, as numbers of pairs: by length of source and target, in a shuffled order."""
+        """The batches of a pool, in a shuffled order: numbers of pairs of similar length."""
         size, total = self.pool_batches * self.batch_size, len(self.corpus)
         order = Permutation(total, self.seed, epoch)(np.arange(pool * size, min(total, (pool + 1) * size)))
         offsets = self.corpus.offsets

@@ -1,12 +1,12 @@
-"""Packing: documents behind each other in the rows of a batch, cut into segments of which none crosses a document's end.
+"""Packing: documents one after another in the rows of a batch, cut into segments that never cross a document's end.
 
     documents   aaaaaaaaaaa bbbb ccccccc        of 11, 4 and 7 tokens
-    segments    aaaa aaaa aaa|bbbb|cccc ccc     of 4 at most; a bar is where a memory is emptied
+    segments    aaaa aaaa aaa|bbbb|cccc ccc     of at most 4; a bar is where a memory is emptied
     rows        [aaaa aaaa aaa] [bbbb cccc ccc] of n = 3
 
-All segments of a corpus are one line, of which each row is n in sequence. An epoch begins somewhere else on the line
-and takes the rows in another order, both drawn from (seed, epoch), and has each segment exactly once. What is left of padding
-is the end of each document's last segment.
+All segments of a corpus form one line; a row is n of them in sequence. Each epoch starts at another place on the line and
+takes the rows in another order, both drawn from (seed, epoch), and has each segment exactly once. Only the end of each
+document's last segment is padded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..errors import InvalidValue
 from .corpus import CHUNK, Corpus
 from .permutation import Permutation
 
-BLOCK = 1024  # documents; where each block's segments begin is held, the rest is counted when it is needed
+BLOCK = 1024  # documents; RAM holds where each block's segments begin, the rest is counted when it is needed
 
 
 class Window(NamedTuple):
@@ -49,11 +49,11 @@ class SegmentLine:
 
     @property
     def padding(self) -> float:
-        """The share of the places in all segments that hold no token."""
+        """The share of padding in all segments."""
         return 1 - self.corpus.n_tokens / (len(self) * self.length)
 
     def windows(self, first: int, n: int) -> Iterator[Window]:
-        """`n` segments from number `first` on; behind the last comes the first."""
+        """`n` segments from number `first` on; the first follows the last."""
         while n > 0:
             first %= len(self)
             block = int(np.searchsorted(self._before, first, side="right")) - 1
@@ -77,7 +77,7 @@ class SegmentLine:
 
 
 class PackedRows:
-    """The rows of a line, `size` a step, in an order that is a pure function of (seed, step)."""
+    """The rows of a line, `size` per step, in an order that is a pure function of (seed, step)."""
 
     def __init__(self, line: SegmentLine, n_segments: int, size: int, seed: int):
         self.line, self.n_segments, self.size, self.seed = line, n_segments, size, seed

@@ -1,4 +1,4 @@
-"""Shuffling without a list: a permutation of any size that is computed, not held.
+"""Shuffling without a list: a permutation of any size, computed on demand.
 
 A Feistel network whose round keys come from (seed, epoch) permutes the numbers of an even count of bits; what falls
 outside of 0 to n - 1 is permuted again until it falls inside ("cycle walking", Black and Rogaway, CT-RSA 2002, method 2),

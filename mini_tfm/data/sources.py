@@ -4,7 +4,7 @@
     .tsv             source, tab, target; one pair a line
     all others       text: a file is a document, or each line that is not blank
 
-Whatever is wrong is told with the file and the line. Nothing is held but a line, or a piece of a long text.
+An error names the file and the line. RAM holds one line, or one piece of a long text.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class Piece(NamedTuple):
 
 
 class TextFiles:
-    """Documents, or source-target pairs, in files; by their extension (see above), all of one kind.
+    """Documents, or source-target pairs, in files of one kind, known by their extension (see above).
 
-    paths: one or several. fields: of JSON lines: the name of the text's field, or the two of source and target; None
-    takes "text", or else "source" and "target", whatever the file's first line has. documents: what a document is in a
-    plain text file, "file" or "line". Iterating gives str, or (source, target). kind: "texts" or "pairs".
-    Raises FileProblem, InvalidValue at once for what cannot be opened or is of another kind, and for a bad line where it
-    is met.
+    paths: one or several. fields: of JSON lines, the name of the text's field, or the names of source and target; None takes
+    "text", or else "source" and "target", whichever the first line has. documents: what counts as a document in a plain text
+    file, "file" or "line". Iterating gives str, or (source, target). kind: "texts" or "pairs".
+    Raises FileProblem, InvalidValue at once for a file that cannot be opened or is of another kind, and while iterating for
+    a bad line.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class TextFiles:
 
     @property
     def options(self) -> dict[str, Any]:
-        """How the files are read, as plain data."""
+        """Arguments that change what is read, as plain data."""
         return {"fields": list(self.fields) if self.fields else None, "documents": self.documents}
 
     def __iter__(self) -> Iterator[Any]:
@@ -108,11 +108,11 @@ class TextFiles:
                 yield Piece(last or "", True, path)
 
     def fingerprints(self) -> list[dict[str, Any]]:
-        """Name, size in bytes and SHA-256 of the content of each file, which is read for it."""
+        """Name, size in bytes and SHA-256 of each file. Reads all of them."""
         return [_fingerprint(path) for path in self.paths]
 
     def stamps(self) -> list[tuple[int, ...]]:
-        """What shows that a file is written to: its number, size and time of change."""
+        """Inode, size and time of change of each file: they differ after a write."""
         found: list[tuple[int, ...]] = []
         for path in self.paths:
             try:
@@ -128,7 +128,7 @@ class TextFiles:
         return "pairs" if len(self._fields_of[path]) == 2 else "texts"
 
     def _find_fields(self, path: str) -> tuple[str, ...]:
-        """The fields of a file of JSON lines, looked up in its first line unless they are given."""
+        """The fields of a file of JSON lines: those given, or those of its first line."""
         if not path.endswith(JSON_LINES):
             with open_regular(path):
                 return ()
@@ -191,8 +191,8 @@ def _pair_lines(path: str) -> Iterator[Piece]:
     for _, where, line in _lines(path):
         sides = _decoded(line, where).split("\t")
         if len(sides) != 2:
-            told = "an empty line" if sides == [""] else f"{len(sides) - 1} tabs"
-            raise InvalidValue(f"{where}: expected source, one tab and target, found {told}")
+            found = "an empty line" if sides == [""] else f"{len(sides) - 1} tabs"
+            raise InvalidValue(f"{where}: expected source, one tab and target, found {found}")
         for name, text in zip(("source", "target"), sides, strict=True):
             if not text:
                 raise InvalidValue(f"{where}: the {name} is empty")
@@ -207,8 +207,8 @@ def _json_lines(path: str, names: tuple[str, ...]) -> Iterator[Piece]:
         for name in names:
             text = record.get(name)
             if not isinstance(text, str):
-                told = f"it has {sorted(record)[:8]}" if name not in record else f"got {type(text).__name__}"
-                raise InvalidValue(f"{where}: expected text in field {name!r}, {told}")
+                found = f"it has {sorted(record)[:8]}" if name not in record else f"got {type(text).__name__}"
+                raise InvalidValue(f"{where}: expected text in field {name!r}, {found}")
             if not text:
                 raise InvalidValue(f"{where}: field {name!r} is empty")
             yield Piece(text, True, where)

@@ -1,4 +1,4 @@
-"""Streams of segments that begin at random places of long documents.
+"""Streams of segments that start at random places of long documents.
 
 At step t of a stream the encoder reads segment t and the decoder predicts segment t + 1. Before a document's
 first segment stands a segment of one `bos` token, so that the first is predicted too.
@@ -22,7 +22,7 @@ class TextStreams:
 
     Each stream starts at a random place of a document drawn by its length, or at its beginning (one in eight).
     `batch(step)` is a pure function of (seed, step). documents: arrays of ids, or a `Corpus` of texts, which is not
-    copied. Where every token is to come once an epoch, see `NextSegment`.
+    copied. `NextSegment` gives every token once per epoch instead. Raises InvalidType, InvalidValue.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class TextStreams:
 
     @property
     def state(self) -> dict[str, Any]:
-        """All that the batches depend on, as plain data. Reads all documents the first time."""
+        """Everything the batches depend on, as plain data. Reads all documents the first time."""
         if self._fingerprint is None:
             digest = hashlib.sha256()
             for document in self.documents:
@@ -68,7 +68,7 @@ class TextStreams:
         return {"objective": "text-streams", "corpus": self._fingerprint, **{name: getattr(self, name) for name in names}}
 
     def with_segments(self, n_segments: int) -> TextStreams:
-        """The same with another number of segments a stream; the documents are shared."""
+        """The same with `n_segments` segments per stream; the documents are shared."""
         other = copy.copy(self)
         other.n_segments = n_segments
         return other

@@ -1,6 +1,6 @@
 """Generation: one token at a time, with a cache of keys and values.
 
-generate       below: token ids in, token ids out
+batch.py       token ids in, token ids out
 options.py     how tokens are chosen, when to stop: names and meanings of Hugging Face's `generate`
 search.py      which tokens a session goes on with: greedy, or drawn
   session.py   a decoding session: streams in, out, reordered, joined
@@ -8,46 +8,21 @@ search.py      which tokens a session goes on with: greedy, or drawn
   sampling.py  from scores to one token: a processor a class
 """
 
-from __future__ import annotations
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from typing import Any
-
-import numpy as np
-
-from ..model import Model
-from ..stream import Stream
-from ..tokens import check_tokens
-from .options import GenerationOptions
-from .search import one_by_one
-from .session import Session
+_WHERE = {"GenerationOptions": ".options", "Session": ".session", "generate": ".batch"}
 
 __all__ = ["GenerationOptions", "Session", "generate"]
 
+if TYPE_CHECKING:
+    from .batch import generate
+    from .options import GenerationOptions
+    from .session import Session
 
-def generate(model: Model, source: Any, lengths: Any = None, **options: Any) -> list[list[int]]:
-    """Token ids for each row of source (B, S), ragged by `lengths` (B,): B lists, without the eos.
 
-    For an encoder-decoder the source is what the encoder reads, for a decoder-only model the prompt. Options:
-    see `GenerationOptions`.
-    """
-    chosen = GenerationOptions.of(options)
-    model.needs("decoder")
-    source, lengths = check_tokens("source", source, model.config.vocab_size, lengths)
-    results: list[list[int]] = [[] for _ in range(len(source))]
-    if model.config.has_encoder:
-        groups = [np.arange(len(source))]
-    else:  # prompts of one length at a time
-        groups = [np.flatnonzero(lengths == n) for n in np.unique(lengths)]
-    for rows in groups:
-        if not len(rows):
-            continue
-        stream = Stream(model, None, len(rows))
-        stream.open(source[rows] if model.config.has_encoder else None, lengths[rows])
-        prompt = np.full((len(rows), 1), model.config.bos_id)
-        if not model.config.has_encoder and lengths[rows[0]]:
-            prompt = source[rows, : lengths[rows[0]]]
-        session = Session(stream, n_tokens=chosen.max_new_tokens)
-        for step in one_by_one(session, prompt, chosen, rows=rows):
-            for row in np.flatnonzero(step >= 0):
-                results[rows[row]].append(int(step[row]))
-    return results
+def __getattr__(name: str) -> Any:
+    """Imports a name when it is first used: the command line reads options.py without NumPy."""
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_WHERE[name], __name__), name)

@@ -3,53 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import ClassVar
 
-from ..errors import InvalidType, InvalidValue
+from ..options import Options, option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerationOptions:
-    """How tokens are chosen and when generation stops.
+class GenerationOptions(Options):
+    """The options of `generate`. Raises InvalidValue that lists every option at fault."""
 
-    max_new_tokens: at most so many. do_sample: draw instead of taking the likeliest. temperature: divides the
-    scores. top_k: draw among the k likeliest, 0 for all. top_p: among the fewest whose probabilities add up to
-    it (arXiv 1904.09751). seed: of the draws; None differs from call to call. stop_at_eos: end a row at eos_id,
-    which is left out. num_beams: only 1 so far.
-    """
+    owner: ClassVar[str] = "generate"
 
-    max_new_tokens: int = 64
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop_at_eos: bool = True
-    num_beams: int = 1
-
-    def __post_init__(self) -> None:
-        faults = []
-        for name, low, high in (("max_new_tokens", 0, None), ("top_k", 0, None), ("num_beams", 1, 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
-                wanted = f"{low}, the only one so far" if high is not None else f"an integer of at least {low}"
-                faults.append(f"{name}: expected {wanted}, got {value!r}")
-        for name in ("do_sample", "stop_at_eos"):
-            if not isinstance(getattr(self, name), bool):
-                faults.append(f"{name}: expected True or False, got {getattr(self, name)!r}")
-        if not isinstance(self.temperature, int | float) or not 0 < self.temperature < float("inf"):
-            faults.append(f"temperature: expected a number above 0 (do_sample=False takes the likeliest), got {self.temperature!r}")
-        if not isinstance(self.top_p, int | float) or not 0 < self.top_p <= 1:
-            faults.append(f"top_p: expected a number above 0 and at most 1, got {self.top_p!r}")
-        if self.seed is not None and (not isinstance(self.seed, int) or self.seed < 0):
-            faults.append(f"seed: expected None or an integer of at least 0, got {self.seed!r}")
-        if faults:
-            raise InvalidValue("generate: " + "; ".join(faults))
-
-    @classmethod
-    def of(cls, options: dict[str, Any]) -> GenerationOptions:
-        known = [field.name for field in dataclasses.fields(cls)]
-        unknown = [name for name in options if name not in known]
-        if unknown:
-            raise InvalidType(f"generate: unknown option {unknown[0]!r}; it takes {', '.join(known)}")
-        return cls(**options)
+    max_new_tokens: int = option(64, "Maximum number of tokens to generate.", at_least=0, unit="TOKENS")
+    do_sample: bool = option(False, "Sample instead of taking the most likely token.")
+    top_k: int = option(0, "Sample from the k most likely tokens; 0: all.", at_least=0, unit="TOKENS")
+    temperature: float = option(
+        1.0, "Divide the scores by this: below 1 sharpens, above 1 flattens.", above=0, hint="do_sample=False takes the likeliest"
+    )
+    top_p: float = option(
+        1.0,
+        "Sample from the most likely tokens whose probabilities add up to this (arXiv 1904.09751).",
+        above=0,
+        at_most=1,
+        unit="SHARE",
+    )
+    seed: int | None = option(None, "Seed of the sampling; without it every call differs.", at_least=0)
+    stop_at_eos: bool = option(True, "End a row at eos_id, which is left out.", cli=False)
+    num_beams: int = option(1, "Number of beams.", at_least=1, at_most=1, hint="beam search is not there yet", cli=False)

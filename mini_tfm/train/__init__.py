@@ -11,22 +11,14 @@
 What a batch is made of is mini_tfm.data, whose names can be imported from here, too.
 """
 
-from ..data import (
-    Batch,
-    Corpus,
-    Curriculum,
-    Mixture,
-    NextSegment,
-    Pairs,
-    Permutation,
-    SpanDenoising,
-    TextFiles,
-    TextStreams,
-    build_token_cache,
-    open_token_cache,
-    token_cache,
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+_DATA = (
+    *("Batch", "Corpus", "Curriculum", "Mixture", "NextSegment", "Pairs", "Permutation", "SpanDenoising", "TextFiles", "TextStreams"),
+    *("build_token_cache", "open_token_cache", "token_cache"),
 )
-from .trainer import Trainer
+_WHERE = {"Trainer": ".trainer", **dict.fromkeys(_DATA, "..data")}
 
 __all__ = [
     "Batch",
@@ -44,3 +36,28 @@ __all__ = [
     "open_token_cache",
     "token_cache",
 ]
+
+if TYPE_CHECKING:
+    from ..data import (
+        Batch,
+        Corpus,
+        Curriculum,
+        Mixture,
+        NextSegment,
+        Pairs,
+        Permutation,
+        SpanDenoising,
+        TextFiles,
+        TextStreams,
+        build_token_cache,
+        open_token_cache,
+        token_cache,
+    )
+    from .trainer import Trainer
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a name when it is first used: the command line reads options.py without NumPy."""
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_WHERE[name], __name__), name)

@@ -1,7 +1,7 @@
-"""Logs of a run: a line a step as JSON or CSV, and TensorBoard's event files.
+"""Logs of a run: one line per step as JSON or CSV, and TensorBoard's event files.
 
-A log is appended to. When a run is resumed, the lines after the step it goes on from are cut off, as those steps are
-taken again: no step is there twice, and the log is that of a run which was not stopped.
+Logs are appended to. A resumed run first removes the lines after its step, as it takes those steps again: no step is there
+twice, and the log is that of a run that was not stopped.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 from ..errors import FileProblem, InvalidValue
 from ..files.reading import open_regular
+from .options import FitOptions
 
 # step; loss and validation_loss in nats a target token; learning_rate of the step; gradient_norm before clipping;
 # tokens seen and seconds trained, both since the run began.
@@ -23,12 +24,12 @@ COLUMNS = ("step", "loss", "validation_loss", "learning_rate", "gradient_norm", 
 
 
 class Logs:
-    """Those that are asked for, as a context. Only opened where something is written: on rank 0."""
+    """The logs that the options ask for, as a context. Only rank 0 opens any."""
 
-    def __init__(self, options: Mapping[str, Any], losses: Sequence[float]):
-        """options: of `fit`. losses: of the steps so far, by which a log is known to be this run's."""
+    def __init__(self, options: FitOptions, losses: Sequence[float]):
+        """options: of `fit`. losses: of the steps so far; a log whose lines have others belongs to another run."""
         self._losses = losses
-        self._kinds = [(kind, options[name]) for name, kind in KINDS.items() if options[name] is not None]
+        self._kinds = [(kind, path) for name, kind in KINDS.items() if (path := getattr(options, name)) is not None]
         self._open: list[Any] = []
 
     def __enter__(self) -> Logs:
@@ -44,12 +45,12 @@ class Logs:
             log.close()
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """A step's figures, by names of COLUMNS; what was not measured is left out."""
+        """Writes a step's figures, by names of COLUMNS; a figure that was not measured is left out."""
         for log in self._open:
             log.write(record)
 
     def sync(self) -> None:
-        """What is written is on the disk: before a checkpoint that counts on it."""
+        """Flushes to the disk: a checkpoint counts on the lines before it."""
         for log in self._open:
             log.sync()
 
@@ -70,7 +71,7 @@ class _Lines:
             raise _problem(self.path, error) from error
 
     def _cut(self, losses: Sequence[float]) -> None:
-        """Takes off the lines after the last step that there is a loss of, and half a line of a killed process."""
+        """Removes lines of later steps than there are losses, and the half line of a killed process."""
         if not self.path.exists():
             return
         with open_regular(self.path) as file:
@@ -117,7 +118,7 @@ class _Lines:
 
 
 class JsonLines(_Lines):
-    """An object a line; what was not measured at a step is not in its line."""
+    """One object per line; a figure that was not measured is left out."""
 
     def read(self, line: str) -> tuple[int, float]:
         record = json.loads(line)
@@ -128,7 +129,7 @@ class JsonLines(_Lines):
 
 
 class Csv(_Lines):
-    """COLUMNS, separated by commas; what was not measured is empty."""
+    """COLUMNS, separated by commas; a figure that was not measured is empty."""
 
     header = ",".join(COLUMNS) + "\n"
 
@@ -141,7 +142,7 @@ class Csv(_Lines):
 
 
 class TensorBoard:
-    """Event files in a folder. Those of a killed run stay; TensorBoard is told to forget their later steps."""
+    """Event files in a folder. Those of a killed run stay; `purge_step` makes TensorBoard drop their later steps."""
 
     def __init__(self, path: str, losses: Sequence[float]):
         try:

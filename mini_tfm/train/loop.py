@@ -1,4 +1,4 @@
-"""The loop around a step: batches, validation, early stopping, logs, checkpoints, progress. `Trainer.fit` says what of it."""
+"""The loop around a step, `Trainer.fit`: batches, validation, early stopping, logs, checkpoints, progress."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..data.mixtures import batches_of, differences, state_of
 from ..errors import InvalidValue, TrainingError
 from ..progress import training_progress
 from .interrupts import uninterrupted
-from .logs import Logs
+from .logs import KINDS, Logs
 from .parallel import StoppedTogether
 from .run_folder import BEST, check_finite, digest, keep_checkpoint, save_weights
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .trainer import Trainer
 
 
-class Fitting:
+class Loop:
     """One call of `Trainer.fit`."""
 
     def __init__(self, trainer: Trainer, batch_of: Callable[[int], Batch], validation_of: Callable[[int], Batch] | None, folder: Any):
@@ -30,22 +30,22 @@ class Fitting:
         self.folder = Path(folder) if folder is not None else None
         self.options = trainer.fit_options
         self.saved_at: int | None = None
-        self.accounted = trainer.step_count
-        self.batches: dict[int, Batch] = {}  # of the last two steps
-        self.rate = 0.0  # of the last step
+        self.recorded = trainer.step_count
+        self.batches: dict[int, Batch] = {}  # by step, the last two
+        self.rate = 0.0  # learning rate of the last step
         self.history: dict[str, Any] = {"loss": [], "validation": []}
-        if self.folder is None and (self.options["save_best"] or self.options["save_total_limit"]):
-            raise InvalidValue("folder: expected one, in which save_best and save_total_limit keep models, got None")
-        if validation_of is None and (self.options["save_best"] or trainer.options["early_stopping_patience"] is not None):
-            raise InvalidValue("validation: expected data, by which save_best and early_stopping_patience judge, got None")
+        if self.folder is None and (self.options.save_best or self.options.save_total_limit):
+            raise InvalidValue("folder: expected one, as save_best and save_total_limit keep models in it, got None")
+        if validation_of is None and (self.options.save_best or trainer.options.early_stopping_patience is not None):
+            raise InvalidValue("validation: expected data, as save_best and early_stopping_patience need its loss, got None")
 
     def run(self, steps: int | None, seconds: float | None, on_step: Callable[[Trainer, float], None] | None, progress: bool) -> None:
         trainer, ranks = self.trainer, self.trainer.communicator
         before, began = trainer.seconds, time.perf_counter()
         chief = ranks.rank == 0
         with (
-            Logs(self.options if chief else {**self.options, **_NO_LOGS}, trainer.losses) as self.logs,
-            training_progress(progress and chief, steps, trainer.step_count) as tell,
+            Logs(self.options if chief else self.options.replace(**_NO_LOGS), trainer.losses) as self.logs,
+            training_progress(progress and chief, steps, trainer.step_count) as report,
         ):
             try:
                 while (steps is None or trainer.step_count < steps) and not trainer.stopped_early:
@@ -55,28 +55,28 @@ class Fitting:
                     self.batches = {step: self.batch_of(step), **{n: b for n, b in self.batches.items() if n == step - 1}}
                     loss = trainer.step(*fields(self.batches[step]))
                     trainer.seconds = before + time.perf_counter() - began
-                    self.account()
-                    if self.options["save_every"] and trainer.step_count % self.options["save_every"] == 0:
+                    self.record()
+                    if self.options.save_every and trainer.step_count % self.options.save_every == 0:
                         self.save()
-                    tell(loss, trainer.validations[-1][1] if trainer.validations else None, self.rate, trainer.tokens_seen - tokens)
+                    report(loss, trainer.validations[-1][1] if trainer.validations else None, self.rate, trainer.tokens_seen - tokens)
                     if on_step is not None:
                         on_step(trainer, loss)
             except KeyboardInterrupt as stop:
                 if ranks.size == 1 or isinstance(stop, StoppedTogether):
-                    self.account()
+                    self.record()
                     self.save(keep=False)
                 raise
             self.save(keep=False)
 
-    def account(self) -> None:
-        """What belongs to the last step, done once: its validation, if one is due, and its line in the logs."""
+    def record(self) -> None:
+        """Validates if the last step is due for it, and logs that step; once, however often it is called."""
         trainer = self.trainer
-        if trainer.step_count == self.accounted:
+        if trainer.step_count == self.recorded:
             return
-        due = self.validation_of is not None and trainer.step_count % self.options["validate_every"] == 0
+        due = self.validation_of is not None and trainer.step_count % self.options.validate_every == 0
         if due and not (trainer.validations and trainer.validations[-1][0] == trainer.step_count):
             self.validate()
-        record = {
+        figures = {
             "step": trainer.step_count,
             "loss": trainer.losses[-1],
             "learning_rate": self.rate,
@@ -85,16 +85,16 @@ class Fitting:
             "seconds": trainer.seconds,
         }
         with uninterrupted():
-            self.logs.write({**record, "validation_loss": trainer.validations[-1][1]} if due else record)
+            self.logs.write({**figures, "validation_loss": trainer.validations[-1][1]} if due else figures)
             self.history["loss"].append(trainer.losses[-1])
-            self.accounted = trainer.step_count
+            self.recorded = trainer.step_count
 
     def validate(self) -> None:
-        """Measures the loss of the validation batches, which ranks share out, over all their target tokens; keeps the best so far."""
+        """Measures the loss over all target tokens of the validation batches, which ranks share out; keeps the best model."""
         assert self.validation_of is not None
         trainer, ranks = self.trainer, self.trainer.communicator
-        check_finite(trainer)  # or a memory would be blamed for what it was given
-        losses, weights = sums = np.zeros((2, self.options["validation_batches"]))
+        check_finite(trainer)  # or a memory would be blamed for NaN it was given
+        losses, weights = sums = np.zeros((2, self.options.validation_batches))
         for i in range(ranks.rank, len(losses), ranks.size):
             batch = self.validation_of(i)
             losses[i], weights[i] = trainer.evaluate(batch), trainer.weight_of(batch)
@@ -102,19 +102,21 @@ class Fitting:
         loss = float(losses @ weights / (weights.sum() or 1.0))
         if not np.isfinite(loss):
             bad = np.flatnonzero(~np.isfinite(losses))[0]
-            told = f"step {trainer.step_count}: the loss of validation batch {bad} is {losses[bad]}"
-            raise TrainingError(f"{told}; what was saved last is as it was: lower learning_rate, or check the data")
+            raise TrainingError(
+                f"step {trainer.step_count}: the loss of validation batch {bad} is {losses[bad]}; the last save stays as it was: lower"
+                " learning_rate, or check the data"
+            )
         with uninterrupted():
-            if trainer.best is None or loss < trainer.best[1] - trainer.options["early_stopping_threshold"]:
-                if self.options["save_best"]:
+            if trainer.best is None or loss < trainer.best[1] - trainer.options.early_stopping_threshold:
+                if self.options.save_best:
                     self.write(lambda folder: save_weights(trainer, folder / BEST))
                 trainer.best = [trainer.step_count, loss]
             self.history["validation"].append((trainer.step_count, loss))
             trainer.validations.append([trainer.step_count, loss])
 
     def save(self, keep: bool = True) -> None:
-        """The run, unless this step is saved already; first, with `keep`, its model as one of the last few."""
-        trainer, limit = self.trainer, self.options["save_total_limit"]
+        """Saves the run, unless this step is saved; with `keep`, first its model as one of the last few."""
+        trainer, limit = self.trainer, self.options.save_total_limit
         if self.saved_at == trainer.step_count:
             return
         if (last := self.batches.get(trainer.step_count - 1)) is not None:
@@ -129,21 +131,24 @@ class Fitting:
         self.write(write)
         self.saved_at = trainer.step_count
 
-    def write(self, what: Callable[[Path], None]) -> None:
-        """Into the folder, if there is one: rank 0 alone writes, and the others wait until it has."""
+    def write(self, write: Callable[[Path], None]) -> None:
+        """Calls `write` with the folder, if there is one, on rank 0 alone; the others wait until it is done."""
         if self.folder is None:
             return
         check_finite(self.trainer)  # by all ranks, so that all of them stop
         if self.trainer.communicator.rank == 0:
-            what(self.folder)
+            write(self.folder)
         self.trainer.communicator.wait()
 
 
-_NO_LOGS = dict.fromkeys(("jsonl_log", "csv_log", "tensorboard_log"))
+_NO_LOGS = dict.fromkeys(KINDS)
 
 
-def agree(trainer: Trainer, data: Any, other_data: bool) -> None:
-    """What has to hold before the first step: the data is that of the resumed run, and ranks have the same of everything."""
+def check_data(trainer: Trainer, data: Any, other_data: bool) -> None:
+    """Before the first step: refuses data that is not the resumed run's, and ranks that do not have the same of everything.
+
+    Weights and moments become those of rank 0. Raises InvalidValue.
+    """
     ranks, step, batch_of, state = trainer.communicator, trainer.step_count, batches_of("data", data), state_of(data)
     if not trainer.resumed or other_data:
         trainer.batch_digest = None
@@ -155,22 +160,22 @@ def agree(trainer: Trainer, data: Any, other_data: bool) -> None:
     trainer.resumed, trainer.data_state = False, state
     if ranks.size == 1:
         return
-    mine = np.frombuffer(bytes.fromhex(digest(trainer._batch(*fields(batch_of(step))))), np.uint8).astype(np.int64)
-    told = np.concatenate([[step], mine])
-    ranks.share(told)
-    if told[0] != step:
-        raise InvalidValue(f"step: rank 0 stands at step {told[0]}, rank {ranks.rank} at {step}; resume all from the same folder")
-    if not np.array_equal(told[1:], mine):
+    own = np.frombuffer(bytes.fromhex(digest(trainer._batch(*fields(batch_of(step))))), np.uint8).astype(np.int64)
+    first = np.concatenate([[step], own])
+    ranks.share(first)
+    if first[0] != step:
+        raise InvalidValue(f"step: rank 0 stands at step {first[0]}, rank {ranks.rank} at {step}; resume all from the same folder")
+    if not np.array_equal(first[1:], own):
         raise InvalidValue(f"data: batch {step} of rank {ranks.rank} is not that of rank 0; give all ranks the same data and seed")
     for array in (trainer.optimizer.arena, *trainer.optimizer.state().values()):
         ranks.share(array)
 
 
 def _changed(trainer: Trainer, batch_of: Callable[[int], Batch], state: dict[str, Any] | None) -> str:
-    """What of the data is not as it was when the run was saved; "" where nothing is known to be.
+    """How the data differs from that of the saved run, in words; "" if no difference is found.
 
-    Its state names the fault, in batches that have not come yet, too; the last step's batch shows it of data that has no
-    state, and what no state names.
+    Two checks: the states, which also cover batches still to come; and the batch of the last step, for data without a state
+    and for what no state names.
     """
     if state is not None and trainer.data_state is not None and (found := list(differences(trainer.data_state, state))):
         return "; ".join(found[:4])

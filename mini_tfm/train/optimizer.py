@@ -12,8 +12,6 @@ from ..autodiff import Var
 from ..errors import InvalidValue
 from ..memory.base import Param
 
-SCHEDULES = ("cosine", "linear", "inverse_sqrt", "constant")
-
 
 def schedule_factor(schedule: str, step: int, warmup_steps: int, total_steps: int | None) -> float:
     """What the learning rate is multiplied by at `step` (counted from 0): linear warm-up to 1, then the schedule.

@@ -1,91 +1,97 @@
-"""What a Trainer and a fit may be told, checked before any work: all faults in one error."""
+"""The options of a Trainer, and those of a fit: each is stated here once, with its default, limits and help."""
 
 from __future__ import annotations
 
-import math
-from typing import Any
+import dataclasses
+from typing import ClassVar
 
-from ..errors import InvalidValue
-from .optimizer import SCHEDULES
+from ..options import Options, option
 
-# name: lowest value, value it must stay below (None: any), whole number, may be None
-_Limit = tuple[float, float | None, bool, bool]
-
-_TRAINER: dict[str, _Limit] = {
-    "learning_rate": (0, None, False, False),
-    "warmup_steps": (0, None, True, False),
-    "weight_decay": (0, None, False, False),
-    "eps": (0, None, False, False),
-    "dropout": (0, 1, False, False),
-    "attention_dropout": (0, 1, False, True),
-    "ff_dropout": (0, 1, False, True),
-    "label_smoothing": (0, 1, False, False),
-    "source_dropout": (0, 1, False, False),
-    "seed": (0, None, True, False),
-    "clip": (0, None, False, True),
-    "total_steps": (1, None, True, True),
-    "bptt_segments": (1, None, True, True),
-    "gradient_accumulation_steps": (1, None, True, False),
-    "early_stopping_patience": (1, None, True, True),
-    "early_stopping_threshold": (0, None, False, False),
-}
-
-_FIT: dict[str, _Limit] = {
-    "validate_every": (1, None, True, False),
-    "validation_batches": (1, None, True, False),
-    "save_every": (1, None, True, True),
-    "save_total_limit": (0, None, True, False),
-}
-
-# What `fit` does when it was never told otherwise. A saved run remembers what it was told.
-FIT_DEFAULTS: dict[str, Any] = {
-    "validate_every": 100,
-    "validation_batches": 4,
-    "save_every": None,
-    "save_total_limit": 0,
-    "save_best": False,
-    "jsonl_log": None,
-    "csv_log": None,
-    "tensorboard_log": None,
-}
+SCHEDULES = ("cosine", "linear", "inverse_sqrt", "constant")
 
 
-def check_trainer_options(options: dict[str, Any]) -> None:
-    """Raises InvalidValue naming every option at fault."""
-    faults = _out_of_limits(options, _TRAINER)
-    betas = options.get("betas")
-    if not isinstance(betas, list) or len(betas) != 2 or not all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in betas):
-        faults.append(f"betas: expected two numbers of at least 0 and below 1, got {betas!r}")
-    for name in ("recompute", "bfloat16"):
-        if not isinstance(options.get(name, False), bool):
-            faults.append(f"{name}: expected True or False, got {options[name]!r}")
-    if options.get("schedule") not in SCHEDULES:
-        faults.append(f"schedule: expected one of {', '.join(SCHEDULES)}, got {options.get('schedule')!r}")
-    if faults:
-        raise InvalidValue("Trainer: " + "; ".join(faults))
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainerOptions(Options):
+    """The optimizer, regularization and how gradients are computed. The order of the fields is that of training.json."""
+
+    owner: ClassVar[str] = "Trainer"
+
+    learning_rate: float = option(1e-3, "Peak learning rate, reached after the warm-up.", at_least=0)
+    schedule: str = option(
+        "cosine",
+        "Learning rate after the warm-up: cosine and linear decay to 0 at the last step, inverse_sqrt falls with the square root of"
+        " the step, constant stays.",
+        choices=SCHEDULES,
+    )
+    warmup_steps: int = option(0, "Steps in which the learning rate rises to its peak.", at_least=0, unit="STEPS")
+    total_steps: int | None = option(None, "The step at which training ends and schedules reach 0.", at_least=1, unit="STEPS", cli=False)
+    weight_decay: float = option(0.01, "Decoupled weight decay, of matrices only (arXiv 1711.05101).", at_least=0)
+    betas: tuple[float, float] = option((0.9, 0.98), "AdamW's decay rates of the two moments.", at_least=0, below=1, cli=False)
+    eps: float = option(1e-9, "AdamW's term that keeps the division finite.", at_least=0, cli=False)
+    clip: float | None = option(1.0, "Largest norm of the gradient; None: no limit.", at_least=0, unit="NORM")
+    dropout: float = option(
+        0.0,
+        "Dropout rate of embeddings and sublayer outputs (arXiv 1706.03762, section 5.4); of attention weights and hidden layers, too,"
+        " unless they have their own.",
+        at_least=0,
+        below=1,
+        unit="RATE",
+    )
+    attention_dropout: float | None = option(None, "Dropout rate of attention weights; default: dropout.", at_least=0, below=1, unit="RATE")
+    ff_dropout: float | None = option(
+        None, "Dropout rate of the feed-forward hidden layer; default: dropout.", at_least=0, below=1, unit="RATE"
+    )
+    label_smoothing: float = option(
+        0.0, "Share of the target probability spread over all tokens (arXiv 1706.03762, section 5.4).", at_least=0, below=1, unit="SHARE"
+    )
+    source_dropout: float = option(
+        0.0,
+        "Chance to hide a segment's source from the decoder, which then sees only the memory. Trains a memory to carry what is needed"
+        " later.",
+        at_least=0,
+        below=1,
+        unit="SHARE",
+    )
+    bptt_segments: int | None = option(
+        None, "Stop gradients after this many segments; default: backpropagate through all.", at_least=1, unit="SEGMENTS"
+    )
+    recompute: bool = option(
+        False,
+        "Recompute each segment in the backward pass: the same gradients, bit for bit, in the RAM of one segment, for about a third"
+        " more time.",
+    )
+    bfloat16: bool = option(
+        False,
+        "Round the factors of matrix products to bfloat16 (arXiv 1710.03740); the rest stays float32. About twice as fast where the"
+        " processor supports it, no gain elsewhere.",
+    )
+    gradient_accumulation_steps: int = option(
+        1, "Split each batch into this many parts and add up their gradients: less RAM, the same step.", at_least=1, unit="PARTS"
+    )
+    early_stopping_patience: int | None = option(
+        None, "Stop after this many validations in a row without a better loss.", at_least=1, unit="VALIDATIONS"
+    )
+    early_stopping_threshold: float = option(
+        0.0, "A loss is better when it is below the best by more than this, in nats per token.", at_least=0, unit="NATS"
+    )
+    seed: int = option(0, "Seed of dropout and of a memory's initial weights.", at_least=0, cli=False)
 
 
-def check_fit_options(options: dict[str, Any]) -> None:
-    """Raises InvalidValue naming every option at fault."""
-    faults = [f"unknown option {name!r}" for name in options if name not in FIT_DEFAULTS]
-    faults += _out_of_limits(options, _FIT)
-    if not isinstance(options.get("save_best"), bool):
-        faults.append(f"save_best: expected True or False, got {options.get('save_best')!r}")
-    for name in ("jsonl_log", "csv_log", "tensorboard_log"):
-        if not isinstance(options.get(name), str | None) or options.get(name) == "":
-            faults.append(f"{name}: expected a path or None, got {options.get(name)!r}")
-    if faults:
-        raise InvalidValue("fit: " + "; ".join(faults))
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FitOptions(Options):
+    """Validation, checkpoints and logs. A run remembers them: an option that is not given keeps its value."""
 
+    owner: ClassVar[str] = "fit"
 
-def _out_of_limits(options: dict[str, Any], limits: dict[str, _Limit]) -> list[str]:
-    faults = []
-    for name, (low, high, whole, optional) in limits.items():
-        value: Any = options.get(name)
-        if value is None and optional:
-            continue
-        number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-        if not number or not low <= value < (high or math.inf):
-            kind = "an integer" if whole else "a number"
-            faults.append(f"{name}: expected {kind} of at least {low}{f' and below {high}' if high else ''}, got {value!r}")
-    return faults
+    validate_every: int = option(100, "Steps between validations.", at_least=1, unit="STEPS")
+    validation_batches: int = option(4, "Number of validation batches.", at_least=1, cli=False)
+    save_every: int | None = option(None, "Steps between saves of the run.", at_least=1, unit="STEPS")
+    save_total_limit: int = option(
+        0, "Number of last saves whose models are also kept, in checkpoint-STEP inside the folder.", at_least=0, unit="MODELS"
+    )
+    save_best: bool = option(False, "Keep the model with the best validation loss, in best inside the folder.")
+    jsonl_log: str | None = option(None, "Append one JSON line per step to this file.", path=True, unit="FILE")
+    csv_log: str | None = option(None, "Append one CSV line per step to this file.", path=True, unit="FILE")
+    tensorboard_log: str | None = option(
+        None, "Write TensorBoard event files into this folder (needs tensorboardX).", path=True, unit="DIR"
+    )

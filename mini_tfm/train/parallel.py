@@ -58,10 +58,10 @@ class Alone:
 class Ranks(Alone):
     """The processes of an mpi4py communicator (default: all that `mpirun` started).
 
-    tell: how an error that ends all ranks is written to standard error; default: as Python does.
+    describe: the text about an error that ends all ranks, for standard error; default: a traceback.
     """
 
-    def __init__(self, comm: Any = None, tell: Callable[[BaseException], str] | None = None):
+    def __init__(self, comm: Any = None, describe: Callable[[BaseException], str] | None = None):
         try:
             from mpi4py import MPI
         except ImportError as error:
@@ -69,7 +69,7 @@ class Ranks(Alone):
         comm = MPI.COMM_WORLD if comm is None else comm
         if not isinstance(comm, MPI.Intracomm):
             raise InvalidType(f"communicator: expected an mpi4py intracommunicator such as MPI.COMM_WORLD, got {type(comm).__name__}")
-        self._comm, self._in_place, self._tell = comm, MPI.IN_PLACE, tell
+        self._comm, self._in_place, self._describe = comm, MPI.IN_PLACE, describe
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
 
     def sum(self, array: np.ndarray) -> None:
@@ -92,9 +92,9 @@ class Ranks(Alone):
                 raise
             if self.rank:
                 time.sleep(OTHERS_WAIT)
-            told = self._tell(error) if self._tell else "".join(traceback.format_exception(error)).rstrip()
+            message = self._describe(error) if self._describe else "".join(traceback.format_exception(error)).rstrip()
             stream = sys.__stderr__ or sys.stderr
-            stream.write(f"rank {self.rank} of {self.size}: {told}\n")
+            stream.write(f"rank {self.rank} of {self.size}: {message}\n")
             stream.flush()
             self._comm.Abort(EXIT_CODE)
             raise  # an MPI whose Abort returns

@@ -12,24 +12,26 @@ All that a step depends on besides is a function of (seed, step): there is no st
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
-import inspect
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..checkpoint.folder import OpenFolder
 from ..checkpoint.models import save_model
-from ..checkpoint.safetensors import encode_safetensors, read_safetensors
+from ..checkpoint.safetensors import encode_safetensors
 from ..data.batches import Batch, fields
 from ..errors import FileProblem, InvalidValue, TrainingError
-from ..files.strict_json import read_json_strict
 from ..memory.base import Memory
+from ..options import Options
 from ..transformer import load_saved
-from .options import FIT_DEFAULTS, check_fit_options, check_trainer_options
+from .options import FitOptions, TrainerOptions
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -38,8 +40,9 @@ TRAINING_FILE = "training.json"
 OPTIMIZER_FILE = "training.safetensors"
 BEST = "best"
 CHECKPOINT = "checkpoint-"
+MAX_TRAINING_BYTES = 1 << 28  # a loss of each step is in it
 
-# Of `training.json`, with what stands for a field in a folder of 0.1.0, which has not all of them.
+# The fields of `training.json`, with the values of those that a folder of 0.1.0 lacks.
 _FIELDS: dict[str, Any] = {
     "step_count": 0,
     "tokens_seen": 0,
@@ -49,10 +52,15 @@ _FIELDS: dict[str, Any] = {
     "seconds": 0.0,
     "data_state": None,
     "batch_digest": None,
-    "fit_options": FIT_DEFAULTS,
+    "fit_options": {},
 }
 _NEEDED = ("options", "step_count", "tokens_seen", "losses")
-_NEW_OPTIONS = {"gradient_accumulation_steps": 1, "early_stopping_patience": None, "early_stopping_threshold": 0.0}
+# Of 0.1.0: every version has saved them, so a file without one of them is spoilt. A later option takes its default.
+_ALWAYS_SAVED = (
+    *("learning_rate", "schedule", "warmup_steps", "total_steps", "weight_decay", "betas", "eps", "clip", "dropout"),
+    *("label_smoothing", "source_dropout", "bptt_segments", "seed"),
+)
+_OPTIONS: dict[str, type[Options]] = {"options": TrainerOptions, "fit_options": FitOptions}
 
 
 def save_run(trainer: Trainer, folder: str | Path) -> None:
@@ -61,7 +69,11 @@ def save_run(trainer: Trainer, folder: str | Path) -> None:
     Raises TrainingError, and leaves what is there, when a weight is not finite: a run can be resumed from nothing else.
     """
     check_finite(trainer)
-    about = {"options": trainer.options, **{name: getattr(trainer, name) for name in _FIELDS}}
+    about = {
+        "options": trainer.options.to_dict(),
+        **{name: getattr(trainer, name) for name in _FIELDS},
+        "fit_options": trainer.fit_options.to_dict(),
+    }
     extra = {
         TRAINING_FILE: json.dumps(about).encode(),
         OPTIMIZER_FILE: b"".join(bytes(part) for part in encode_safetensors(trainer.optimizer.state())),
@@ -107,8 +119,10 @@ def _step_of(path: Path) -> int:
 
 def load_run(kind: type[Trainer], folder: str | Path, memory: Memory | None, communicator: Any) -> Trainer:
     """The trainer that `save_run` wrote. Raises FileProblem or InvalidValue naming the file or field at fault."""
-    saved = load_saved(folder)
-    about = _checked(read_json_strict(Path(folder) / TRAINING_FILE, 1 << 28), kind)
+    with OpenFolder(folder, (TRAINING_FILE, OPTIMIZER_FILE)) as opened:  # a save meanwhile must not mix two steps
+        saved = load_saved(opened)
+        about = _checked(opened.read_json(TRAINING_FILE, MAX_TRAINING_BYTES))
+        moments = opened.read_tensors(OPTIMIZER_FILE)
     if memory is not None and memory.text != saved.memory_text:
         raise InvalidValue(
             f"memory: {folder} was trained with {saved.memory_text or 'one made in Python, or none'}, expected the same, got"
@@ -116,53 +130,46 @@ def load_run(kind: type[Trainer], folder: str | Path, memory: Memory | None, com
         )
     memory = memory if memory is not None else saved.memory()
     names = set(saved.model.weights)
-    trainer = kind(saved.model, memory, tokenizer=saved.tokenizer, communicator=communicator, **about.pop("options"))
+    trainer = kind(saved.model, memory, tokenizer=saved.tokenizer, communicator=communicator, **about.pop("options").to_dict())
     if added := sorted(set(trainer.model.weights) - names):
         raise InvalidValue(f"memory: its parameter {added[0]} is not in {folder}; give the memory that it was trained with")
-    trainer.optimizer.load_state(read_safetensors(Path(folder) / OPTIMIZER_FILE), about["step_count"])
+    trainer.optimizer.load_state(moments, about["step_count"])
     for name, value in about.items():
         setattr(trainer, name, value)
     trainer.resumed = True
     return trainer
 
 
-def _checked(about: dict[str, Any], kind: type[Trainer]) -> dict[str, Any]:
-    """Refuses a training file that `save_run` did not write; the fields and options that 0.1.0 had not are filled in."""
+def _checked(about: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a training file, with option objects; refuses a file that `save_run` did not write."""
     faults = [f"field {name!r} is missing" for name in _NEEDED if name not in about]
     faults += [f"unknown field {name!r}" for name in about if name not in _NEEDED and name not in _FIELDS]
     about = {**copy.deepcopy(_FIELDS), "options": {}, **about}
-    for name in ("step_count", "tokens_seen"):
-        if not _is_count(about[name]):
-            faults.append(f"{name}: expected an integer of at least 0, got {about[name]!r}")
-    losses = about["losses"]
-    if not isinstance(losses, list) or not all(isinstance(loss, float) for loss in losses):
-        faults.append("losses: expected a list of numbers")
-    elif _is_count(about["step_count"]) and len(losses) != about["step_count"]:
-        faults.append(f"losses: expected {about['step_count']}, as many as steps, got {len(losses)}")
-    validations = about["validations"]
-    if not isinstance(validations, list) or not all(_is_validation(pair) for pair in validations):
-        faults.append("validations: expected a list of [step, loss]")
-    if about["best"] is not None and not _is_validation(about["best"]):
-        faults.append(f"best: expected [step, loss] or null, got {about['best']!r}")
-    if not isinstance(about["seconds"], float) or about["seconds"] < 0:
-        faults.append(f"seconds: expected a number of at least 0, got {about['seconds']!r}")
-    if not isinstance(about["data_state"], dict | None):
-        faults.append(f"data_state: expected a mapping or null, got {type(about['data_state']).__name__}")
-    if not isinstance(about["batch_digest"], str | None):
-        faults.append(f"batch_digest: expected text or null, got {about['batch_digest']!r}")
-    options, fit_options = about["options"], about["fit_options"]
-    for name, value in (("options", options), ("fit_options", fit_options)):
-        if not isinstance(value, dict):
-            faults.append(f"{name}: expected a mapping, got {type(value).__name__}")
-    if isinstance(options, dict):
-        known = set(inspect.signature(kind).parameters) - {"model", "memory", "tokenizer", "communicator"}
-        faults += [f"unknown option {name!r}" for name in options if name not in known]
+    faults += [
+        f"{name}: expected {wanted}, got {_short(about[name])}" for name, (is_good, wanted) in _CHECKS.items() if not is_good(about[name])
+    ]
+    if not faults and len(about["losses"]) != about["step_count"]:
+        faults.append(f"losses: expected {about['step_count']}, as many as steps, got {len(about['losses'])}")
+    for name, kind in _OPTIONS.items():
+        faults += _option_faults(name, kind, about[name])
     if faults:
         raise InvalidValue(f"{TRAINING_FILE}: " + "; ".join(faults))
-    about["options"], about["fit_options"] = {**_NEW_OPTIONS, **options}, {**FIT_DEFAULTS, **fit_options}
-    check_trainer_options(about["options"])
-    check_fit_options(about["fit_options"])
-    return about
+    return about | {name: kind.of(about[name]) for name, kind in _OPTIONS.items()}
+
+
+def _option_faults(name: str, kind: type[Options], given: Any) -> list[str]:
+    """Unknown options, and missing ones that every version has saved."""
+    if not isinstance(given, dict):
+        return [f"{name}: expected a mapping, got {type(given).__name__}"]
+    known = [field.name for field in dataclasses.fields(kind)]
+    missing = [option for option in _ALWAYS_SAVED if name == "options" and option not in given]
+    return [f"unknown option {option!r}" for option in given if option not in known] + [
+        f"option {option!r} is missing" for option in missing
+    ]
+
+
+def _short(value: Any) -> str:
+    return repr(value) if len(repr(value)) < 60 else type(value).__name__
 
 
 def _is_count(value: Any) -> bool:
@@ -171,6 +178,18 @@ def _is_count(value: Any) -> bool:
 
 def _is_validation(pair: Any) -> bool:
     return isinstance(pair, list) and len(pair) == 2 and _is_count(pair[0]) and isinstance(pair[1], float)
+
+
+_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "step_count": (_is_count, "an integer of at least 0"),
+    "tokens_seen": (_is_count, "an integer of at least 0"),
+    "losses": (lambda value: isinstance(value, list) and all(isinstance(loss, float) for loss in value), "a list of numbers"),
+    "validations": (lambda value: isinstance(value, list) and all(map(_is_validation, value)), "a list of [step, loss]"),
+    "best": (lambda value: value is None or _is_validation(value), "[step, loss] or null"),
+    "seconds": (lambda value: isinstance(value, float) and value >= 0, "a number of at least 0"),
+    "data_state": (lambda value: isinstance(value, dict | None), "a mapping or null"),
+    "batch_digest": (lambda value: isinstance(value, str | None), "text or null"),
+}
 
 
 def digest(batch: Batch) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from ..data.mixtures import Data, batches_of
 from ..errors import InvalidType, InvalidValue, PluginError, TrainingError
 from ..memory.base import Memory
 from ..memory.run import memory_parameters
+from ..options import takes
 from ..stream import Stream
 from ..text.tokenizers import Tokenizer
 from ..tokens import check_tokens
@@ -24,100 +24,46 @@ from ..transformer import Transformer
 from .backpropagation import SegmentLoss, backpropagate, counts_of
 from .interrupts import uninterrupted
 from .optimizer import AdamW, schedule_factor
-from .options import FIT_DEFAULTS, check_fit_options, check_trainer_options
+from .options import FitOptions, TrainerOptions
 from .parallel import communicator_of, shares
 
 
 class Trainer:
     """Trains `model`, and the parameters of `memory`, in place.
 
-    learning_rate: the peak, after `warmup_steps`; the schedules "cosine" and "linear" decay to 0 at `total_steps`,
-    "inverse_sqrt" falls with the square root of the step, "constant" does not. weight_decay: decoupled, of matrices
-    only. clip: largest norm of the gradient, None for no limit.
-    dropout: on the embeddings and each sublayer's output (arXiv 1706.03762, section 5.4).
-    label_smoothing: section 5.4. source_dropout: the chance that the decoder does not see a segment's own
-    encoder outputs but the memory alone, which teaches a memory to carry what will be asked for.
-    attention_dropout, ff_dropout: of attention weights and of the feed-forward's hidden layer; None: `dropout`.
-    bptt_segments: gradients stop after so many segments; None: full backpropagation through all of a batch.
-    recompute: what a segment computed is not kept for the backward pass but computed again: the same gradients, bit
-    for bit, in the RAM of one segment and the states between them, for about a third more time.
-    bfloat16: the factors of the model's matrix products, forward and backward, are rounded to bfloat16; weights, sums,
-    attention, norms and the loss stay float32 (arXiv 1710.03740). About twice the speed of products where the processor has
-    them (`mt.show_config()`), no gain elsewhere.
-    gradient_accumulation_steps: a batch is cut into so many parts by rows, whose gradients are added up one after the
-    other: less RAM, and the same step up to the order of summation (dropout masks differ).
-    early_stopping_patience: `fit` ends when so many validations in a row are not better than the best by more than
-    early_stopping_threshold (nats per token). The weights stay those of the last step; `save_best` keeps the best.
-    seed: of dropout. tokenizer: saved with the model.
-    communicator: an mpi4py communicator whose processes train together: each is given the same batches, computes on
-    rows of its own, and takes the same steps as all others (docs/training.md).
+    tokenizer: saved with the model. communicator: an mpi4py communicator whose processes train together: each is given the
+    same batches, computes on rows of its own, and takes the same steps as all others (docs/training.md).
+    The options are keywords (see `__init__`); `trainer.options` holds them, frozen:
+    `trainer.options = trainer.options.replace(total_steps=2000)` changes one for the steps to come.
+    Raises InvalidType for an unknown option, InvalidValue that lists every option at fault.
     """
 
+    @takes(TrainerOptions)
     def __init__(
         self,
         model: Transformer,
         memory: Memory | None = None,
         *,
-        learning_rate: float = 1e-3,
-        schedule: str = "cosine",
-        warmup_steps: int = 0,
-        total_steps: int | None = None,
-        weight_decay: float = 0.01,
-        betas: tuple[float, float] = (0.9, 0.98),
-        eps: float = 1e-9,
-        clip: float | None = 1.0,
-        dropout: float = 0.0,
-        attention_dropout: float | None = None,
-        ff_dropout: float | None = None,
-        label_smoothing: float = 0.0,
-        source_dropout: float = 0.0,
-        bptt_segments: int | None = None,
-        recompute: bool = False,
-        bfloat16: bool = False,
-        gradient_accumulation_steps: int = 1,
-        early_stopping_patience: int | None = None,
-        early_stopping_threshold: float = 0.0,
-        seed: int = 0,
         tokenizer: Tokenizer | None = None,
         communicator: Any = None,
+        **options: Any,
     ):
+        """The options, with their defaults:"""
         if not isinstance(model, Transformer):
             raise InvalidType(f"model: expected a Transformer, got {type(model).__name__}")
         if memory is not None and not isinstance(memory, Memory):
             raise InvalidType(f"memory: expected a Memory (mt.memory(...)) or None, got {type(memory).__name__}")
         if not model.config.has_decoder:
             raise InvalidValue("model: expected one with a decoder, as training predicts text; n_decoder_layers is 0")
-        self.options: dict[str, Any] = {
-            "learning_rate": learning_rate,
-            "schedule": schedule,
-            "warmup_steps": warmup_steps,
-            "total_steps": total_steps,
-            "weight_decay": weight_decay,
-            "betas": list(betas) if isinstance(betas, tuple | list) else betas,
-            "eps": eps,
-            "clip": clip,
-            "dropout": dropout,
-            "attention_dropout": attention_dropout,
-            "ff_dropout": ff_dropout,
-            "label_smoothing": label_smoothing,
-            "source_dropout": source_dropout,
-            "bptt_segments": bptt_segments,
-            "recompute": recompute,
-            "bfloat16": bfloat16,
-            "gradient_accumulation_steps": gradient_accumulation_steps,
-            "early_stopping_patience": early_stopping_patience,
-            "early_stopping_threshold": early_stopping_threshold,
-            "seed": seed,
-        }
-        check_trainer_options(self.options)
-        if bfloat16 and model.dtype != np.float32:
+        self.options = o = TrainerOptions.of(options)
+        if o.bfloat16 and model.dtype != np.float32:
             raise InvalidValue(f"bfloat16: expected False, or a model in float32, got True and a model in {model.dtype}")
-        self.fit_options = dict(FIT_DEFAULTS)
+        self.fit_options = FitOptions()
         self.model, self.memory, self.tokenizer = model, memory, tokenizer
         self.communicator = communicator_of(communicator)
-        model.add_memory_weights(memory, seed)
+        model.add_memory_weights(memory, o.seed)
         params = memory_parameters(memory, model.config, model.dtype)
-        self.optimizer = AdamW(model.weights, params, betas=betas, eps=eps, weight_decay=weight_decay)
+        self.optimizer = AdamW(model.weights, params, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
         model.weights.update(self.optimizer.weights)  # views of the arena: the model sees every step
         self.step_count = 0
         self.losses: list[float] = []
@@ -134,12 +80,12 @@ class Trainer:
     def learning_rate(self) -> float:
         """At the next step."""
         o = self.options
-        return o["learning_rate"] * schedule_factor(o["schedule"], self.step_count, o["warmup_steps"], o["total_steps"])
+        return o.learning_rate * schedule_factor(o.schedule, self.step_count, o.warmup_steps, o.total_steps)
 
     @property
     def stopped_early(self) -> bool:
         """Whether so many validations in a row as `early_stopping_patience` says were no better than the best."""
-        patience = self.options["early_stopping_patience"]
+        patience = self.options.early_stopping_patience
         if patience is None or self.best is None:
             return False
         return sum(step > self.best[0] for step, _ in self.validations) >= patience
@@ -163,7 +109,7 @@ class Trainer:
         ranks = self.communicator
         with ranks.together():
             batch = self._batch(source, target, source_lengths, target_lengths, weights, begins)
-            n_parts = self.options["gradient_accumulation_steps"]
+            n_parts = self.options.gradient_accumulation_steps
             parts = shares(len(batch.target), n_parts * ranks.size)
             total = float(counts_of(batch, self.model.dtype).sum(dtype=np.float64)) or 1.0
             losses = np.zeros(len(parts))  # each part's share of the loss; a rank fills in its own
@@ -176,7 +122,7 @@ class Trainer:
         if not np.isfinite(value) or not np.isfinite(norm):
             raise TrainingError(self._diagnosis(batch, value, [parts[i] for i in np.flatnonzero(~np.isfinite(losses))]))
         with uninterrupted():
-            self.optimizer.step(self.learning_rate, self.options["clip"], norm)
+            self.optimizer.step(self.learning_rate, self.options.clip, norm)
             self.step_count += 1
             self.tokens_seen += batch.n_tokens
             self.losses.append(value)
@@ -191,65 +137,46 @@ class Trainer:
         """What the target tokens of a batch weigh together: their number, where they have no weights."""
         return float(counts_of(self._batch(*fields(batch)), self.model.dtype).sum(dtype=np.float64))
 
+    @takes(FitOptions, keeps=True)
     def fit(
         self,
         data: Data | Callable[[int], Batch],
         steps: int | None = None,
         *,
         validation: Data | Callable[[int], Batch] | None = None,
-        validate_every: int | None = None,
-        validation_batches: int | None = None,
         folder: str | Path | None = None,
-        save_every: int | None = None,
-        save_total_limit: int | None = None,
-        save_best: bool | None = None,
-        jsonl_log: str | Path | None = None,
-        csv_log: str | Path | None = None,
-        tensorboard_log: str | Path | None = None,
         seconds: float | None = None,
         on_step: Callable[[Trainer, float], None] | None = None,
         progress: bool = True,
         other_data: bool = False,
+        **options: Any,
     ) -> dict[str, Any]:
-        """Trains until step `steps` (default: total_steps), for `seconds`, or until it is stopped early; returns losses by step.
+        """Trains until step `steps` (default: total_steps), for `seconds`, or until early stopping; returns the losses by step.
 
         data: gives the batch of a step number, a pure function of it, so that a resumed run sees the same: anything with
         `batch(step)` (`NextSegment`, `SpanDenoising`, `Pairs`, `Mixture`, `Curriculum`, `TextStreams`), or a function.
-        validation: its loss over all target tokens of its first `validation_batches` (4) is measured every
-        `validate_every` steps (100).
-        folder: where the run is saved every `save_every` steps and at the end; `Trainer.resume(folder)` goes on from
-        there. save_total_limit: the models of so many of the last saves are kept too, in folder/checkpoint-<step>
-        (0). save_best: that of the best validation is kept in folder/best (False).
-        jsonl_log, csv_log: files to which a line a step is appended (train/logs.py tells the columns);
-        tensorboard_log: a folder of event files, by tensorboardX.
-        What is left None of all these is as it was at the last `fit`, of a resumed run too, or the default in brackets.
-        other_data: after a resume, do not refuse data whose `state`, if it has one, or batch of the last step is not what
-        it was.
+        validation: data whose loss, over all target tokens, is measured every `validate_every` steps.
+        folder: where the run is saved, every `save_every` steps and at the end; `Trainer.resume(folder)` continues it.
+        on_step: called after each step with the trainer and the loss.
+        other_data: after a resume, accept data that differs from that of the run.
         Ctrl-C saves (with a folder) and raises KeyboardInterrupt. Raises TrainingError as `step` does, or when a
-        validation or the weights to be saved are not finite: what was saved last is then as it was.
-        """
-        from .loop import Fitting, agree
+        validation loss or the weights to save are not finite: the last save stays as it was.
 
-        steps = steps if steps is not None else self.options["total_steps"]
+        An option that is None keeps its value from the last `fit`, also in a resumed run. At first (in brackets):
+        """
+        from .loop import Loop, check_data
+
+        steps = steps if steps is not None else self.options.total_steps
         if steps is None and seconds is None:
             raise InvalidValue("steps: expected a number of steps (or total_steps of the trainer, or seconds), got None")
-        told = {
-            "validate_every": validate_every,
-            "validation_batches": validation_batches,
-            "save_every": save_every,
-            "save_total_limit": save_total_limit,
-            "save_best": save_best,
-            **_absolute(jsonl_log=jsonl_log, csv_log=csv_log, tensorboard_log=tensorboard_log),
-        }
-        options = {**self.fit_options, **{name: value for name, value in told.items() if value is not None}}
-        check_fit_options(options)
-        self.fit_options = options
+        FitOptions.check_names(options)
+        self.fit_options = self.fit_options.replace(**{name: value for name, value in options.items() if value is not None})
         batch_of = batches_of("data", data)
         with self.communicator.together():
-            fitting = Fitting(self, batch_of, None if validation is None else batches_of("validation", validation), folder)
-            agree(self, data, other_data)
-            fitting.run(steps, seconds, on_step, progress)
-        return fitting.history
+            loop = Loop(self, batch_of, None if validation is None else batches_of("validation", validation), folder)
+            check_data(self, data, other_data)
+            loop.run(steps, seconds, on_step, progress)
+        return loop.history
 
     def save(self, folder: str | Path) -> None:
         """Writes the model, the optimizer and where training stands into `folder`: old or new, never half.
@@ -315,28 +242,28 @@ class Trainer:
     def _backward(self, batch: Batch, dropout: Dropout, hidden: np.ndarray | None = None, total: float | None = None) -> float:
         """The loss through all segments of the batch, as it is in training; its gradient is added into the arena."""
         o, w = self.options, self.optimizer.leaves()
-        options: dict[str, Any] = {"dropout": dropout, "hide_source": hidden, "label_smoothing": o["label_smoothing"], "total": total}
+        options: dict[str, Any] = {"dropout": dropout, "hide_source": hidden, "label_smoothing": o.label_smoothing, "total": total}
         stream = Stream(self.model, self.memory, len(batch.target), weights=w, training=True)
-        with ops.bfloat16_products(o["bfloat16"]):
-            return backpropagate(SegmentLoss(self.model, batch, **options), stream, truncate=o["bptt_segments"], recompute=o["recompute"])
+        with ops.bfloat16_products(o.bfloat16):
+            return backpropagate(SegmentLoss(self.model, batch, **options), stream, truncate=o.bptt_segments, recompute=o.recompute)
 
     def _dropout(self, first_row: int = 0) -> Dropout:
         """Of the next step, for a part of the batch that begins at `first_row`."""
         o = self.options
-        attention, hidden = (o["dropout"] if o[name] is None else o[name] for name in ("attention_dropout", "ff_dropout"))
-        return Dropout(o["dropout"], o["seed"], attention, hidden, self.step_count, first_row)
+        attention, hidden = (o.dropout if rate is None else rate for rate in (o.attention_dropout, o.ff_dropout))
+        return Dropout(o.dropout, o.seed, attention, hidden, self.step_count, first_row)
 
     def _hidden(self, batch: Batch, rows: slice = slice(None)) -> np.ndarray | None:
         """(rows, n) bool: segments whose source is hidden from the decoder at the next step, drawn for the whole batch."""
-        if not self.options["source_dropout"]:
+        if not self.options.source_dropout:
             return None
-        draws = np.random.default_rng([self.options["seed"], self.step_count]).random(batch.target.shape[:2])
-        return draws[rows] < self.options["source_dropout"]
+        draws = np.random.default_rng([self.options.seed, self.step_count]).random(batch.target.shape[:2])
+        return draws[rows] < self.options.source_dropout
 
     def _loss(self, batch: Batch, *, with_memory: bool = True) -> float:
         """Mean negative log-likelihood of all target tokens, through all segments of the batch, as it is outside of training."""
         stream = Stream(self.model, self.memory if with_memory else None, len(batch.target), training=True)
-        with ops.bfloat16_products(self.options["bfloat16"]):
+        with ops.bfloat16_products(self.options.bfloat16):
             return SegmentLoss(self.model, batch).value(stream)
 
     def _diagnosis(self, batch: Batch, loss: float, parts: list[slice]) -> str:
@@ -367,14 +294,6 @@ class Trainer:
 def _rows_of(batch: Batch, rows: slice) -> Batch:
     values = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
     return dataclasses.replace(batch, **{name: value[rows] for name, value in values.items() if isinstance(value, np.ndarray)})
-
-
-def _absolute(**paths: Any) -> dict[str, str | None]:
-    """Paths that a run remembers, wherever it is resumed from."""
-    for name, path in paths.items():
-        if not isinstance(path, str | os.PathLike | None) or path == "":
-            raise InvalidType(f"{name}: expected a path or None, got {path!r}")
-    return {name: None if path is None else os.path.abspath(path) for name, path in paths.items()}
 
 
 def _segments(name: str, tokens: Any, lengths: Any, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -38,7 +38,7 @@ def test_help_imports_next_to_nothing():
         "heavy += ['mini_tfm._core', 'mini_tfm.memory', 'mini_tfm_plugins']\n"
         "print([name for name in heavy if name in sys.modules])"
     )
-    for words in (["--help"], ["demo", "--help"], ["--version"], ["plugins", "--help"]):
+    for words in (["--help"], ["demo", "--help"], ["--version"], ["plugins", "--help"], ["train", "--help"], ["generate", "--help"]):
         done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, timeout=60, env=ENVIRONMENT)
         assert done.stdout.splitlines()[-1] == "[]", words
 

@@ -18,7 +18,9 @@ from mini_tfm.cli import demo as demo_module
 from mini_tfm.cli.shared import command_line, interrupt_between_steps
 from mini_tfm.compare import experiment as experiment_module
 from mini_tfm.compare.experiment import Experiment, Row
-from mini_tfm.compare.report import html_report, line_chart
+from mini_tfm.compare.plot import Axis, line_chart
+from mini_tfm.compare.report import html_report
+from mini_tfm.compare.tasks.recall import DISTANCES
 from mini_tfm.config import Config
 from mini_tfm.text.tokenizers import ByteTokenizer
 from mini_tfm.transformer import Transformer, load_saved
@@ -105,7 +107,9 @@ def test_train_stops_early_and_says_where_the_best_is(run, train, tmp_path):
     said = train(
         tmp_path / "m", "--steps", 40, "--learning-rate", 0.5, "--validate-every", 1, "--early-stopping-patience", 2, "--save-best"
     )
-    assert said.code == 0 and re.search(r"stopped early at step \d+: 2 looks in a row .* at step \d+; that model is in .*best", said.err)
+    assert said.code == 0 and re.search(
+        r"stopped early at step \d+: 2 validations in a row .* at step \d+; that model is in .*best", said.err
+    )
     answer = run("train", "--resume", tmp_path / "m", "--steps", 41, "--json").json
     assert answer["stopped_early"] and answer["steps"] < 40 and answer["best_step"] == answer["steps"] - 2
     assert run("generate", tmp_path / "m" / "best", "The", "--max-new-tokens", 2).code == 0
@@ -184,7 +188,7 @@ def small_experiment(documents, memories, out, **options):
 
             model = Transformer(Config(vocab_size=259, d_model=16, n_heads=2, n_encoder_layers=1, n_decoder_layers=1, segment_length=16))
             save_model(folder, model, tokenizer=ByteTokenizer(), memory=make_memory(memory) if memory else None)
-        recall = {d: (float("nan") if number == 1 and d == 6 else 0.9 / (1 + d)) for d in experiment_module.DISTANCES}
+        recall = {d: (float("nan") if number == 1 and d == 6 else 0.9 / (1 + d)) for d in DISTANCES}
         row = Row(
             memory=name,
             bits_per_byte=2.0 - number / 10,
@@ -199,7 +203,7 @@ def small_experiment(documents, memories, out, **options):
             history=[(i, 5.0 - i / 10) for i in range(20)],
         )
         rows.append(row)
-    options["tell"]("memory: none")
+    options["report"]("memory: none")
     return Experiment(
         text_name=options.get("text_name", "text"),
         documents=len(documents),
@@ -210,7 +214,7 @@ def small_experiment(documents, memories, out, **options):
         tokenizer_vocab=259,
         seconds=options["seconds"],
         machine={"processor": "<fast> & small", "cores": 2},
-        distances=list(experiment_module.DISTANCES),
+        distances=list(DISTANCES),
         chance=1 / 26,
         history={"start": [(i, 6.0) for i in range(50)], **{row.memory: row.history for row in rows}},
         rows=rows,
@@ -312,7 +316,7 @@ def test_a_path_is_added_where_a_strategy_takes_one(tmp_path):
 @pytest.fixture
 def experiment():
     return small_experiment(
-        {"a <b>": "x", "c": "y"}, [None, "window:size=8", "a&b<script>"], None, seconds=60.0, seed=0, tell=lambda line: None
+        {"a <b>": "x", "c": "y"}, [None, "window:size=8", "a&b<script>"], None, seconds=60.0, seed=0, report=lambda line: None
     )
 
 
@@ -334,7 +338,7 @@ def test_the_report_holds_all_and_loads_nothing(experiment):
 
 def test_a_plot_has_its_lines_inside():
     series = [(f"line {i}", "#123456", [(0.0, 1.0 + i / 1000), (3.0, 2.0), (5.0, float("nan"))]) for i in range(12)]
-    root = ElementTree.fromstring(line_chart(series, "x", "y"))
+    root = ElementTree.fromstring(line_chart(series, Axis("x"), Axis("y")))
     _, _, width, height = map(float, root.get("viewBox").split())
     labels = [element for element in root.iter("text") if (element.text or "").startswith("line ")]
     heights = sorted(float(element.get("y")) for element in labels)
@@ -347,11 +351,11 @@ def test_a_plot_has_its_lines_inside():
 
 @pytest.mark.parametrize("points", [[(0.0, 0.0)], [(1.0, 5.0), (1.0, 5.0)], [(0.0, 1e-9), (1.0, 2e-9)], [(0.0, -1e9), (1e9, 1e9)]])
 def test_a_plot_of_hardly_anything(points):
-    ElementTree.fromstring(line_chart([("a", "#000", points)], "x", "y"))
+    ElementTree.fromstring(line_chart([("a", "#000", points)], Axis("x"), Axis("y")))
 
 
 def test_a_plot_of_nothing():
-    assert "Nothing was measured" in line_chart([("a", "#000", [(0.0, float("nan"))])], "x", "y")
+    assert "Nothing was measured" in line_chart([("a", "#000", [(0.0, float("nan"))])], Axis("x"), Axis("y"))
 
 
 def test_a_report_of_a_run_without_steps(experiment):

@@ -47,7 +47,7 @@ def state(trainer):
     return {
         "weights": sha(*(weights[name] for name in sorted(weights))),
         "optimizer": sha(trainer.optimizer.m, trainer.optimizer.v, np.array([trainer.optimizer.step_count])),
-        "random and cursor": [trainer.options["seed"], trainer.step_count, trainer.tokens_seen],
+        "random and cursor": [trainer.options.seed, trainer.step_count, trainer.tokens_seen],
         "losses": sha(np.array(trainer.losses)),
         "validations": trainer.validations,
         "best": trainer.best,

@@ -99,7 +99,7 @@ def test_a_resumed_run_is_the_same_run(recompute, tmp_path):
     half = make_trainer(**options)
     half.fit(data(), 4, folder=tmp_path, progress=False)
     resumed = Trainer.resume(tmp_path)
-    assert resumed.options["bfloat16"] is True
+    assert resumed.options.bfloat16 is True
     resumed.fit(data(), 8, progress=False)
     assert resumed.losses == whole.losses and state(resumed) == state(whole)
 

@@ -128,7 +128,7 @@ def test_the_best_is_kept_and_the_last_stays(tmp_path):
     assert best.memory_text == "recurrent:tokens=2"
     stopped = Trainer.resume(tmp_path / "run")
     assert stopped.fit(data(), 20, validation=data(seed=2), progress=False, folder=tmp_path / "run")["loss"] == []
-    stopped.options["early_stopping_patience"] = 4  # more patience goes on
+    stopped.options = stopped.options.replace(early_stopping_patience=4)  # more patience goes on
     stopped.evaluate = lambda batch: 9.0
     assert len(stopped.fit(data(), 20, validation=data(seed=2), progress=False, folder=tmp_path / "run")["loss"]) == 2
 
@@ -142,14 +142,18 @@ def test_what_nothing_can_judge_or_keep_is_refused(tmp_path):
         (plain, {"save_total_limit": 2}, "folder: expected one"),
         (plain, {"validate_every": 0}, "fit: validate_every: expected an integer of at least 1, got 0"),
         (plain, {"save_every": 1.5, "save_total_limit": -1}, "fit: save_every: .*; save_total_limit: "),
-        (plain, {"save_best": "yes"}, "fit: save_best: expected True or False"),
+        (
+            plain,
+            {"save_best": "yes", "jsonl_log": 3},
+            "fit: save_best: expected True or False.*; jsonl_log: expected a path or None, got 3",
+        ),
     ):
         trainer = make_trainer(**options)
         with pytest.raises(InvalidValue, match=told):
             trainer.fit(data(), 2, progress=False, **given)
         assert trainer.step_count == 0
     assert not (tmp_path / "run").exists()
-    for given, told in (({"data": [1, 2]}, "data: expected something with batch"), ({"jsonl_log": 3}, "jsonl_log: expected a path"),
+    for given, told in (({"data": [1, 2]}, "data: expected something with batch"),
                         ({"validation": "text"}, "validation: expected something with batch")):  # fmt: skip
         with pytest.raises(InvalidType, match=told):
             make_trainer(**plain).fit(**{"data": data(), "steps": 2, "progress": False, **given})

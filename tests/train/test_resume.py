@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 
 import mini_tfm as mt
 from mini_tfm.config import Config
+from mini_tfm.data.batches import fields
 from mini_tfm.errors import FileProblem, InvalidType, InvalidValue, TrainingError
 from mini_tfm.files import folders
 from mini_tfm.train import Trainer
@@ -120,8 +122,8 @@ def test_a_run_remembers_what_fit_was_told(tmp_path):
     folder = tmp_path / "run"
     fit(make_trainer(), folder, steps=5)
     resumed = Trainer.resume(folder)
-    assert {name: resumed.fit_options[name] for name in FIT} == FIT
-    assert resumed.options["gradient_accumulation_steps"] == 3 and resumed.seconds > 0
+    assert {name: getattr(resumed.fit_options, name) for name in FIT} == FIT
+    assert resumed.options.gradient_accumulation_steps == 3 and resumed.seconds > 0
     resumed.fit(data(), validation=data(seed=2), folder=folder, progress=False)
     assert [line["step"] for line in log_lines(folder)[0]] == list(range(1, STEPS + 1))
     assert (folder / f"checkpoint-{STEPS}").is_dir()
@@ -195,6 +197,49 @@ def test_a_folder_of_version_0_1_0_is_resumed(tmp_path):
     resumed = Trainer.resume(folder)
     assert state(resumed) == state(trainer)
     resumed.fit(data(), 6, progress=False)
+
+
+@pytest.mark.parametrize("at", ["config.json", "model.safetensors", "training.json", "training.safetensors"])
+def test_a_save_during_a_resume_mixes_nothing(at, tmp_path, monkeypatch):
+    """A save replaces the folder just before one of its files is opened, by whatever name."""
+    folder, trainer = tmp_path / "run", make_trainer()
+    fit(trainer, folder, steps=3)
+    saved, real = [state(trainer)], os.open
+
+    def opened(path, *args, **options):
+        if os.fspath(path).endswith(at) and len(saved) == 1:
+            saved.append(None)  # the save opens files, too
+            trainer.step(*fields(data().batch(3)))
+            trainer.save(folder)
+            saved[1] = state(trainer)
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(os, "open", opened)
+    resumed = state(Trainer.resume(folder))
+    assert len(saved) == 2 and saved[0] != saved[1] and resumed in saved
+
+
+def test_resumes_while_a_run_is_saved_are_whole(tmp_path):
+    folder, trainer, steps = tmp_path / "run", make_trainer(total_steps=20), 15
+    states, begun = {}, threading.Event()
+
+    def save_them():
+        for step in range(steps):
+            trainer.step(*fields(data().batch(step)))
+            states[step + 1] = state(trainer)
+            trainer.save(folder)
+            begun.set()
+
+    saver = threading.Thread(target=save_them)
+    saver.start()
+    begun.wait(30)
+    seen = []
+    while saver.is_alive():
+        seen.append(Trainer.resume(folder))
+    saver.join()
+    assert seen
+    for resumed in seen:
+        assert state(resumed) == states[resumed.step_count]
 
 
 # The disk
@@ -286,6 +331,6 @@ def test_the_row_that_is_not_finite_is_named(parts):
 def test_a_validation_that_is_not_finite_stops(tmp_path):
     trainer = make_trainer()
     trainer.evaluate = lambda batch: float("nan")
-    with pytest.raises(TrainingError, match="step 2: the loss of validation batch 0 is nan; what was saved last"):
+    with pytest.raises(TrainingError, match="step 2: the loss of validation batch 0 is nan; the last save stays as it was"):
         fit(trainer, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -136,7 +136,7 @@ def one_layer(variant):
 
 def taped(trainer, batch, **options):
     """The loss as a function of the weights, the weights and the gradients."""
-    trainer.options.update(options)
+    trainer.options = trainer.options.replace(**options)
     for name, weight in trainer.model.weights.items():
         if name.startswith("memory."):
             weight += 0.3 * np.random.default_rng(0).standard_normal(weight.shape)
@@ -147,7 +147,7 @@ def taped(trainer, batch, **options):
 
 
 def training_loss(trainer, batch, w, dropout=NO_DROPOUT):
-    smoothing = trainer.options["label_smoothing"]
+    smoothing = trainer.options.label_smoothing
     loss = SegmentLoss(trainer.model, batch, dropout=dropout, hide_source=trainer._hidden(batch), label_smoothing=smoothing)
     return loss.value(Stream(trainer.model, trainer.memory, len(batch.target), weights=w, training=True))
 
@@ -621,7 +621,7 @@ def test_what_cannot_be_trained_is_refused():
         (lambda about: about.pop("step_count"), "field 'step_count' is missing"),
         (lambda about: about["options"].update(learning_rate=-1), "learning_rate: expected"),
         (lambda about: about["options"].update(momentum=1), "unknown option 'momentum'"),
-        (lambda about: about["options"].pop("seed"), "seed: expected"),
+        (lambda about: about["options"].pop("seed"), "option 'seed' is missing"),
         (lambda about: about["options"].update(betas=[1, 2, 3]), "betas: expected"),
         (lambda about: about.update(options=[]), "options"),
         (lambda about: about.update(step_count="three"), "step_count"),

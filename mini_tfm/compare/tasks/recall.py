@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import string
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -21,14 +23,20 @@ from ...model import Model
 from ...stream import Stream
 from ...text.tokenizers import Tokenizer
 from ...train.segments import read_batch
+from .base import HeldOut
 
 FACT = "\nThe code word is {}.\n"
 LETTERS = string.ascii_uppercase
 CHANCE = 1 / len(LETTERS)
+DISTANCES = (0, 1, 2, 4, 6)  # segments between fact and question
+FAR = (4, 6)
+STRAYS = 2.0  # stray letters in a segment, in training
 
 
 class Recall:
     """Plants facts and questions in batches, and measures how many are answered."""
+
+    name = "recall"
 
     def __init__(self, tokenizer: Tokenizer):
         before, after = FACT.split("{}")
@@ -62,29 +70,47 @@ class Recall:
             stray = rng.random(source.shape) < strays / length
             source = np.where(stray, self.letters[rng.integers(len(self.letters), size=source.shape)], source)
         asked: np.ndarray = np.full((size, n), -1, np.int64)
-        always = n > 1
         for b in range(size):
             t = int(rng.integers((n + 1) // 2)) if facts_at is None else facts_at
-            room = int(batch.source_lengths[b, t]) - self.length
             letter = self.letters[rng.integers(len(self.letters))]
             fact = np.concatenate([self.before, [letter], self.after])
-            place = float(rng.random())
-            coins = np.asarray(rng.random(n))
+            place, coins = float(rng.random()), np.asarray(rng.random(n))
+            room = int(batch.source_lengths[b, t]) - self.length
             if room < 0:
                 continue
             start = int(place * (room + 1))
             source[b, t, start : start + self.length] = fact
-            for later in range(t, n):
-                if later > t and batch.begins is not None and batch.begins[b, later]:
-                    break  # another document, whose memory does not know the fact
-                ask = always or coins[later] < 0.5 if asked_at is None else later == asked_at
-                if ask and batch.target_lengths[b, later] >= self.length:
-                    target[b, later, : self.length] = fact
-                    weights[b, later, : self.length] = 0
-                    asked[b, later] = letter
+            for later in self._questions(batch, b, t, coins < 0.5, asked_at):
+                target[b, later, : self.length], weights[b, later, : self.length], asked[b, later] = fact, 0, letter
         counted = np.arange(length) < batch.target_lengths[..., None]
         weights[..., len(self.before)][asked >= 0] = (weights * counted).sum() / max(1, (asked >= 0).sum())
         return dataclasses.replace(batch, source=source, target=target, weights=weights), asked
+
+    def _questions(self, batch: Batch, row: int, fact_at: int, coins: np.ndarray, asked_at: int | None) -> Iterator[int]:
+        """The segments of a row in which the question is asked; coins: (n,) bool, drawn for a stream of one segment."""
+        n = len(coins)
+        for t in range(fact_at, n):
+            if t > fact_at and batch.begins is not None and batch.begins[row, t]:
+                return  # another document, whose memory does not know the fact
+            wanted = n > 1 or coins[t] if asked_at is None else t == asked_at
+            if wanted and batch.target_lengths[row, t] >= self.length:
+                yield t
+
+    def training_batch(self, batch: Batch, seed: tuple[int, ...]) -> Batch:
+        """A batch of text with facts, questions and stray letters."""
+        return self.plant(batch, seed, strays=STRAYS)[0]
+
+    def measure(self, model: Model, memory: Memory | None, held_out: HeldOut) -> dict[str, Any]:
+        """Shares of facts that are still known, by distance in segments, and the mean of the far ones.
+
+        Raises InvalidValue where segments are too short for a fact, or the model has no encoder.
+        """
+        known = {d: self.accuracy(model, memory, held_out.streams, d, seed=held_out.seed) for d in DISTANCES}
+        return {"recall": known, "recall_far": float(np.mean([known[d] for d in FAR]))}
+
+    @staticmethod
+    def unmeasured() -> dict[str, Any]:
+        return {"recall": dict.fromkeys(DISTANCES, float("nan")), "recall_far": float("nan")}
 
     def accuracy(self, model: Model, memory: Memory | None, batch: Batch, distance: int, seed: int = 0) -> float:
         """Share of questions whose letter is the likeliest of all tokens; facts are `distance` segments back.

@@ -1,0 +1,116 @@
+"""What `demo` and `compare` share: their options, the folder of results, the table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from ..errors import FileProblem
+from .shared import check_out, command_line, count, note, plain, print_table, size
+
+if TYPE_CHECKING:
+    from ..compare.experiment import Experiment
+
+C = TypeVar("C", bound=Callable[..., Any])
+
+RESULTS, REPORT = "results.json", "report.html"
+MADE_BY = "mini-tfm"
+EXPERIMENT_SECONDS = 345.0  # under six minutes
+
+
+def seconds_option(help: str) -> Callable[[C], C]:
+    return click.option("--seconds", default=EXPERIMENT_SECONDS, show_default=True, type=click.FloatRange(0, min_open=True), help=help)
+
+
+seed_option = click.option("--seed", default=0, show_default=True, help="Seed of weights, batches and the held-out split.")
+
+
+def text_words(files: list[Path]) -> list[str]:
+    return [word for path in files for word in ("--text", str(path))]
+
+
+def run(documents: dict[str, str], memories: list[str | None], out: Path | None, **options: Any) -> Experiment:
+    """`run_experiment`, with progress on standard error. Raises KeyboardInterrupt that names the models saved so far."""
+    from ..compare import experiment
+
+    try:
+        return experiment.run_experiment(documents, memories, out, report=note, **options)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_saved_models(out)) from None
+
+
+def _saved_models(out: Path | None) -> str:
+    found = sorted((out / "models").iterdir()) if out is not None and (out / "models").is_dir() else []
+    folders = [str(path) for path in found if (path / "config.json").is_file()]
+    return f"saved so far: {', '.join(folders)}" if folders else "no model was saved yet"
+
+
+def check_results_folder(out: Path) -> None:
+    """Refuses a folder that cannot be written to, or that holds results we did not make."""
+    check_out(out)
+    there = [name for name in (RESULTS, REPORT, "models") if (out / name).exists()]
+    if not there:
+        return
+    try:
+        ours = json.loads((out / RESULTS).read_text()).get("made_by") == MADE_BY
+    except (OSError, ValueError, AttributeError):
+        ours = False
+    if not ours:
+        raise FileProblem(f"--out: {out} has a {there[0]} that is not known to be of an earlier run; give another folder")
+
+
+def write_results(out: Path, experiment: Experiment, words: list[str]) -> None:
+    """Writes report.html and results.json; the latter marks the folder as ours."""
+    from ..compare.report import html_report
+    from ..files.writing import write_file
+
+    results = {"made_by": MADE_BY, "command": command_line(*words), **experiment.to_dict()}
+    write_file(out / RESULTS, json.dumps(plain(results), indent=1) + "\n")
+    write_file(out / REPORT, html_report(experiment, command_line(*words)))
+
+
+def far_distances(experiment: Experiment) -> str:
+    """The distances that `recall_far` is the mean of, as a range."""
+    from ..compare.tasks.recall import FAR
+
+    if not set(FAR) <= set(experiment.distances):
+        return str(max(experiment.distances))
+    return "-".join(str(distance) for distance in sorted({min(FAR), max(FAR)}))
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None or share != share else f"{100 * share:.0f} %"
+
+
+def print_rows(rows: list[dict[str, Any]], chance: float | None = None) -> None:
+    """A line a memory, a column a distance."""
+    distances = list(rows[0]["recall"])
+    print_table(
+        [
+            ("memory", "left"),
+            ("bits/\nbyte", "right"),
+            *((f"fact\n{d} back", "right") for d in distances),
+            ("tokens/s", "right"),
+            ("state", "right"),
+            ("peak\nRAM", "right"),
+        ],
+        [
+            [
+                row["memory"],
+                f"{row['bits_per_byte']:.3f}",
+                *(percent(row["recall"][d]) for d in distances),
+                count(row["tokens_per_second"]),
+                size(row["state_bytes"]),
+                size(row["peak_rss_bytes"]),
+            ]
+            for row in rows
+        ],
+    )
+    if chance is not None:
+        click.echo(
+            f"bits/byte: of held-out text. fact: how often it is still known that many segments later; guessing gives {percent(chance)}."
+        )

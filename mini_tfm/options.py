@@ -1,0 +1,189 @@
+"""Options as data: a frozen dataclass whose fields carry their default, limits and help, and which checks itself.
+
+train/options.py  generate/options.py   the options there are
+cli/options.py                          the same fields as options of the command line
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import math
+import numbers
+import os
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, Self, TypeVar
+
+from .errors import InvalidType, InvalidValue
+
+F = TypeVar("F", bound=Callable[..., Any])
+_ORDINARY = inspect.Parameter.POSITIONAL_OR_KEYWORD
+
+
+@dataclasses.dataclass(frozen=True)
+class About:
+    """What the value of a field may be, beside its type, and what it means.
+
+    help: one sentence or two, for the docstring and the command line. hint: added to the error about a wrong value.
+    path: a str that is a path. unit: of the value, as the command line shows it. cli: whether it is an option there.
+    """
+
+    help: str
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    choices: tuple[str, ...] = ()
+    hint: str = ""
+    path: bool = False
+    unit: str | None = None
+    cli: bool = True
+
+
+def option(default: Any, help: str, **about: Any) -> Any:
+    """A field of an options class; `about` is what `About` takes."""
+    return dataclasses.field(default=default, metadata={"about": About(help, **about)})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Base of option classes, whose fields are made by `option`.
+
+    A field is annotated `bool`, `int`, `float`, `str` or `tuple[float, float]`, with `| None` where None is allowed. NumPy's
+    numbers become Python's, paths absolute. Raises InvalidValue that lists every field at fault.
+    """
+
+    owner: ClassVar[str] = ""  # who takes them: errors begin with it
+
+    def __post_init__(self) -> None:
+        faults = []
+        for field in dataclasses.fields(self):
+            value = _plain(getattr(self, field.name))
+            if not _fits(field, value):
+                faults.append(f"{field.name}: expected {_expected(field)}, got {value!r}")
+            elif value is not None and about(field).path:
+                value = os.path.abspath(value)  # a run is resumed from any working directory
+            object.__setattr__(self, field.name, value)
+        if faults:
+            raise InvalidValue(f"{self.owner}: " + "; ".join(faults))
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Self:
+        """The options of keyword arguments. Raises InvalidType naming an unknown one, InvalidValue for values."""
+        cls.check_names(given)
+        return cls(**given)
+
+    @classmethod
+    def check_names(cls, given: Mapping[str, Any]) -> None:
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in given:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, 1)
+                meant = f" (did you mean {close[0]!r}?)" if close else ""
+                raise InvalidType(f"{cls.owner}: unknown option {name!r}{meant}; it takes {', '.join(known)}")
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some options changed. Raises what `of` does."""
+        return self.of({**self.to_dict(), **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+def about(field: dataclasses.Field) -> About:
+    return field.metadata["about"]
+
+
+def kinds(field: dataclasses.Field) -> list[str]:
+    """The parts of a field's annotation: "int | None" -> ["int", "None"]."""
+    return (field.type.__name__ if isinstance(field.type, type) else str(field.type)).split(" | ")
+
+
+def takes(options: type[Options], *, keeps: bool = False) -> Callable[[F], F]:
+    """Decorates a function whose `**options` are fields of an options class: its signature and docstring name them all.
+
+    keeps: a field that is not given keeps the value it had before, so its default is shown as None.
+    """
+
+    def decorate(function: F) -> F:
+        parameters = list(inspect.signature(function).parameters.values())
+        ordinary = [each for each in parameters if each.kind is not inspect.Parameter.VAR_KEYWORD]
+        ours = [
+            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None if keeps else field.default, annotation=field.type)
+            for field in dataclasses.fields(options)
+        ]
+        function.__signature__ = inspect.Signature([*ordinary, *ours])  # type: ignore[attr-defined]
+        function.__doc__ = inspect.cleandoc(function.__doc__ or "") + "\n\n" + "\n".join(_described(options))
+        return function
+
+    return decorate
+
+
+def _described(options: type[Options]) -> Iterator[str]:
+    """A line a field: its name, default and help."""
+    for field in dataclasses.fields(options):
+        yield textwrap.fill(f"{field.name} ({field.default!r}): {about(field).help}", 110, subsequent_indent="    ")
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's numbers as Python's, a path as text, a list as a tuple."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
+
+
+def _fits(field: dataclasses.Field, value: Any) -> bool:
+    kind, limits = kinds(field)[0], about(field)
+    if value is None:
+        return "None" in kinds(field)
+    if kind == "bool":
+        return isinstance(value, bool)
+    if kind == "int":
+        return type(value) is int and _is_within(limits, value)
+    if kind == "float":
+        return _is_number(value) and _is_within(limits, value)
+    if kind.startswith("tuple"):
+        n = kind.count("float")
+        return isinstance(value, tuple) and len(value) == n and all(_is_number(each) and _is_within(limits, each) for each in value)
+    return isinstance(value, str) and value != "" and (not limits.choices or value in limits.choices)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_within(limits: About, value: float) -> bool:
+    """False for NaN and infinity, too."""
+    return (
+        -math.inf < value < math.inf
+        and (limits.at_least is None or value >= limits.at_least)
+        and (limits.above is None or value > limits.above)
+        and (limits.at_most is None or value <= limits.at_most)
+        and (limits.below is None or value < limits.below)
+    )
+
+
+def _expected(field: dataclasses.Field) -> str:
+    """What a field takes, in words: "an integer of at least 1 or None"."""
+    kind, limits = kinds(field)[0], about(field)
+    if kind == "bool":
+        wanted = "True or False"
+    elif limits.choices:
+        wanted = f"one of {', '.join(limits.choices)}"
+    elif kind == "str":
+        wanted = "a path" if about(field).path else "text"
+    else:
+        wanted = {"int": "an integer", "float": "a number"}.get(kind, "two numbers")
+        bounds = {"of at least": limits.at_least, "above": limits.above, "at most": limits.at_most, "below": limits.below}
+        wanted += " " + " and ".join(f"{words} {bound}" for words, bound in bounds.items() if bound is not None)
+    wanted = wanted.rstrip() + (" or None" if "None" in kinds(field) else "")
+    return wanted + (f" ({limits.hint})" if limits.hint else "")

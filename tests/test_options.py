@@ -1,0 +1,130 @@
+"""Options are stated once: their fields check themselves, and signatures, help and the command line are made of them."""
+
+import dataclasses
+import inspect
+import json
+import os
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+
+import mini_tfm as mt
+from mini_tfm.cli.options import options_of
+from mini_tfm.cli.train import train
+from mini_tfm.errors import InvalidType, InvalidValue
+from mini_tfm.generate.options import GenerationOptions
+from mini_tfm.options import Options, about, option, takes
+from mini_tfm.train.options import FitOptions, TrainerOptions
+
+KINDS = [TrainerOptions, FitOptions, GenerationOptions]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Some(Options):
+    owner: ClassVar[str] = "cook"
+
+    heat: float = option(0.5, "How hot.", above=0, at_most=1)
+    eggs: int | None = option(None, "How many.", at_least=1, below=9)
+    pair: tuple[float, float] = option((0.1, 0.2), "Two of them.", at_least=0)
+    dish: str = option("soup", "What.", choices=("soup", "cake"))
+    hot: bool = option(False, "Whether.", hint="it burns")
+    log: str | None = option(None, "Where.", path=True)
+
+
+def test_all_faults_are_in_one_error():
+    with pytest.raises(InvalidValue) as caught:
+        Some(heat=0, eggs=9, pair=(1,), dish="tea", hot=1, log="")
+    assert str(caught.value) == (
+        "cook: heat: expected a number above 0 and at most 1, got 0; eggs: expected an integer of at least 1 and below 9 or None, got 9;"
+        " pair: expected two numbers of at least 0, got (1,); dish: expected one of soup, cake, got 'tea';"
+        " hot: expected True or False (it burns), got 1; log: expected a path or None, got ''"
+    )
+
+
+@pytest.mark.parametrize("value", [True, "1", float("nan"), float("inf"), None, [0.5], 1j])
+def test_what_is_no_number_is_refused(value):
+    with pytest.raises(InvalidValue, match="heat: expected a number"):
+        Some(heat=value)
+
+
+@pytest.mark.parametrize("number", [np.float32, np.float64, np.float16])
+def test_numbers_of_numpy_are_numbers(number):
+    made = Some(heat=number(0.25), eggs=np.int64(3), pair=[np.float32(0.5), np.uint8(1)], log=Path("x"))
+    assert made == Some(heat=0.25, eggs=3, pair=(0.5, 1), log=os.path.abspath("x"))
+    assert [type(value) for value in (made.heat, made.eggs, *made.pair)] == [float, int, float, int]
+    json.dumps(made.to_dict())  # a run is saved as JSON
+    with pytest.raises(InvalidValue, match="eggs: expected an integer"):
+        Some(eggs=number(3))
+
+
+def test_an_unknown_option_is_named_with_a_close_one():
+    for call in (lambda: Some.of({"egs": 1}), lambda: Some().replace(egs=1)):
+        with pytest.raises(InvalidType, match=r"cook: unknown option 'egs' \(did you mean 'eggs'\?\); it takes heat, eggs, pair"):
+            call()
+
+
+def test_options_are_frozen_and_replaced():
+    made = Some(eggs=2)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made.eggs = 3
+    assert made.replace(heat=1).to_dict() == {**made.to_dict(), "heat": 1} and made.heat == 0.5
+    with pytest.raises(InvalidValue):
+        made.replace(heat=2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_option_has_help_and_a_default_that_is_allowed(kind):
+    kind()
+    for field in dataclasses.fields(kind):
+        help = about(field).help
+        assert help and help[0].isupper() and help.endswith("."), field.name
+
+
+@pytest.mark.parametrize(("function", "kind"), [(mt.Trainer, TrainerOptions), (mt.Trainer.fit, FitOptions)])
+def test_a_signature_and_its_help_name_every_option(function, kind):
+    shown = inspect.signature(function).parameters
+    described = (function.__init__ if function is mt.Trainer else function).__doc__
+    for field in dataclasses.fields(kind):
+        assert shown[field.name].kind is inspect.Parameter.KEYWORD_ONLY
+        assert shown[field.name].default == (field.default if kind is TrainerOptions else None)
+        assert f"\n{field.name} (" in described and about(field).help.split()[0] in described
+    assert not [each for each in shown.values() if each.kind is inspect.Parameter.VAR_KEYWORD]
+
+
+def test_a_decorated_function_still_takes_its_own():
+    @takes(Some)
+    def cook(pan, *, lid=True, **options):
+        """Cooks."""
+        return pan, lid, Some.of(options)
+
+    assert cook("iron", lid=False, eggs=2) == ("iron", False, Some(eggs=2))
+    assert str(inspect.signature(cook)).startswith("(pan, *, lid=True, heat: float = 0.5, eggs: int | None = None,")
+    assert cook.__doc__.startswith("Cooks.\n\nheat (0.5): How hot.\n")
+
+
+def test_the_command_line_has_every_option_with_its_default():
+    on_command_line = {each.name: each for each in train.params}
+    for kind in (TrainerOptions, FitOptions):
+        for field in dataclasses.fields(kind):
+            if about(field).cli:
+                assert field.name in on_command_line
+                if kind is FitOptions:
+                    assert on_command_line[field.name].default is None, "what is not given keeps its value"
+    same = {"schedule", "weight_decay", "clip", "dropout", "label_smoothing", "gradient_accumulation_steps", "early_stopping_threshold"}
+    for name in same:
+        assert on_command_line[name].default == getattr(TrainerOptions(), name)
+    assert on_command_line["clip"].opts == ["--max-grad-norm"] and on_command_line["learning_rate"].default == 2e-3
+
+
+def test_options_of_a_command_keep_the_order_of_the_fields():
+    import click
+
+    @click.command()
+    @options_of(Some, eggs={"flag": "--number-of-eggs", "default": 4})
+    def command(**options):
+        pass
+
+    assert [each.opts[0] for each in command.params] == ["--heat", "--number-of-eggs", "--pair", "--dish", "--hot", "--log"]
+    assert command.params[1].name == "eggs" and command.params[1].default == 4
