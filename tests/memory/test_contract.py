@@ -18,9 +18,10 @@ from mini_tfm.testing import check_memory
 from mini_tfm.testing.trial import LENGTH, Reader, Trial, random_segments, small_model
 from mini_tfm.train import Trainer
 
-ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(Path(__file__).parent))
 from strategies import PUBLISHED, HeavyHitters, Infini, Memorizing, NearestTokens, TransformerXL
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

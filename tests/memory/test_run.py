@@ -377,19 +377,46 @@ class TestJoin:
             assert short.read(segment).tobytes() == together.read(segment).tobytes()
 
 
+def open_and_decode(trial, reader, tokens):
+    """A segment up to the point where the cross site is written; its encoder's outputs and their mask."""
+    lengths = np.full(len(tokens), LENGTH)
+    reader.run.open(lengths, tokens)
+    encoded = trial.model.encode_segment(tokens, lengths, reader.run)
+    return encoded, lambda: trial.model.decode_segment(trial.model.shift_right(tokens), lengths, encoded, reader.run)
+
+
 def test_streams_join_within_a_segment():
-    trial = Trial(lambda: HeavyHitters(size=8), "decoder-only")
+    """With the attention that their rows have received in it."""
+    trial = Trial(lambda: HeavyHitters(size=8), "encoder-decoder")
     together, one, two = trial.reader(2), trial.reader(1), trial.reader(1)
-    for reader, rows in ((together, slice(None)), (one, slice(0, 1)), (two, slice(1, 2))):
-        reader.read(SEGMENTS[0][rows])
-        tokens, lengths = SEGMENTS[1][rows], np.full(len(SEGMENTS[1][rows]), LENGTH)
-        reader.run.open(lengths, tokens)
-        trial.model.decode_segment(trial.model.shift_right(tokens, reader.last), lengths, None, reader.run)
+    outputs = []
+    for reader, streams in ((together, slice(None)), (one, slice(0, 1)), (two, slice(1, 2))):
+        reader.read(SEGMENTS[0][streams])
+        encoded, decode = open_and_decode(trial, reader, SEGMENTS[1][streams])
+        decode()
+        outputs.append((encoded.text, encoded.valid))
     one.run.join(two.run)
-    one.run.close()
-    together.run.close()
-    one.last = together.last = SEGMENTS[1][:, -1]
+    for run in (together.run, one.run):
+        run.wrote("cross", 0, *outputs[0])
+        run.close()
+    for name, array in together.run.dump().items():
+        np.testing.assert_array_equal(one.run.dump()[name], array)
     assert one.read(SEGMENTS[2]).tobytes() == together.read(SEGMENTS[2]).tobytes()
+
+
+def test_a_copy_within_a_segment_goes_its_own_way():
+    trial = Trial(lambda: HeavyHitters(size=8), "encoder-decoder")
+    alone, copied = trial.reader(2), trial.reader(2)
+    for reader in (alone, copied):
+        encoded, decode = open_and_decode(trial, reader, SEGMENTS[0])
+        if reader is copied:
+            own, reader.run = reader.run, reader.run.copy()
+            decode()  # the copy's
+            reader.run = own
+        decode()
+        trial.model.finish_segment(encoded, reader.run)
+    for name, array in alone.run.dump().items():
+        np.testing.assert_array_equal(copied.run.dump()[name], array)
 
 
 def test_a_run_of_something_else_does_not_join():
