@@ -161,7 +161,7 @@ def check_state(name: Any, value: Any, batch: int) -> None:
     require(isinstance(name, str) and name, "state: expected names, got {!r}", name)
     if not (isinstance(array, np.ndarray) and array.ndim > 0 and len(array) == batch and array.dtype.kind in "fib"):
         got = f"shape {array.shape}, {array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__
-        raise Refused(f"state[{name!r}]: expected an array of {batch} rows of numbers or bools, got {got}")
+        raise Refused(f"state[{name!r}]: expected an array of numbers or bools, {batch} streams along axis 0, got {got}")
 
 
 def check_begin(rows: Any, site: str, batch: int, dims: Dims) -> Rows | None:

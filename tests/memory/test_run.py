@@ -11,7 +11,7 @@ import mini_tfm as mt
 from mini_tfm.autodiff import Var
 from mini_tfm.errors import FileProblem, InvalidValue, PluginError
 from mini_tfm.memory import Evicted, Memory, MemorySpec, Param, RowMemory, Rows, Side, Stack, View
-from mini_tfm.memory.run import select_rows
+from mini_tfm.memory.run import select_streams
 from mini_tfm.testing.trial import LENGTH, Reader, Trial, random_segments, small_model
 from mini_tfm.text.tokenizers import ByteTokenizer
 
@@ -139,15 +139,23 @@ HOSTILE = [
     ("write", Evicted("decoder", 0, np.zeros((2, 3)), None, None), "hidden: expected shape (2, any, 8), got (2, 3)"),
     ("write", Evicted("decoder", 0, np.zeros((2, 1, WIDTH)), None, None), "valid: expected an array, got NoneType"),
     ("write", Evicted("decoder", 0, KV[:, 0].repeat(2, 2), KV[:, 0, :, 0] == 0, np.zeros((2, 2), int)), "positions: expected shape (2, 3)"),
-    ("write", lambda state: state.update(rows=None), "state['rows']: expected an array of 2 rows of numbers or bools, got NoneType"),
-    ("write", lambda state: state.update(rows=np.zeros((3, 1))), "state['rows']: expected an array of 2 rows"),
-    ("write", lambda state: state.update(rows=np.zeros(())), "state['rows']: expected an array of 2 rows"),
+    (
+        "write",
+        lambda state: state.update(rows=None),
+        "state['rows']: expected an array of numbers or bools, 2 streams along axis 0, got NoneType",
+    ),
+    ("write", lambda state: state.update(rows=np.zeros((3, 1))), "state['rows']: expected an array of numbers or bools, 2 streams"),
+    ("write", lambda state: state.update(rows=np.zeros(())), "state['rows']: expected an array of numbers or bools, 2 streams"),
     ("write", lambda state: state.update(rows=np.array(["a", "b"])), "got shape (2,), <U1"),
     ("write", lambda state: state.update({7: np.zeros(2)}), "state: expected names, got 7"),
     ("start", None, "expected a mapping of arrays, got NoneType"),
     ("start", [np.zeros(2)], "expected a mapping of arrays, got list"),
-    ("start", {"rows": [1, 2]}, "state['rows']: expected an array of 2 rows of numbers or bools, got list"),
-    ("start", {"rows": np.zeros((1, 2))}, "state['rows']: expected an array of 2 rows of numbers or bools, got shape (1, 2), float64"),
+    ("start", {"rows": [1, 2]}, "state['rows']: expected an array of numbers or bools, 2 streams along axis 0, got list"),
+    (
+        "start",
+        {"rows": np.zeros((1, 2))},
+        "state['rows']: expected an array of numbers or bools, 2 streams along axis 0, got shape (1, 2), float64",
+    ),
     ("logits", LOG_PROBS[:1], "expected shape (2, 5, 24), got (1, 5, 24)"),
     ("logits", LOG_PROBS.tolist(), "expected an array or None, got list"),
     ("logits", LOG_PROBS * np.nan, "expected numbers, got float64 or NaN"),
@@ -470,13 +478,13 @@ def test_a_dump_of_something_else_is_refused():
         run.load(Trial(lambda: mt.memory("window", size=8), "decoder-only").reader(3).run.dump())
 
 
-def test_select_rows_fills_the_shorter_with_zeros():
+def test_select_streams_fills_the_shorter_with_zeros():
     a, b = np.ones((2, 3, 1)), np.full((2, 1, 1), 2.0)
     chosen = np.array([True, False])
-    assert select_rows(chosen, a, b)[..., 0].tolist() == [[1, 1, 1], [2, 0, 0]]
-    assert select_rows(chosen, b, a)[..., 0].tolist() == [[2, 0, 0], [1, 1, 1]]
-    assert select_rows(chosen, a, a) is a
-    assert isinstance(select_rows(chosen, Var(a), b), Var)
+    assert select_streams(chosen, a, b)[..., 0].tolist() == [[1, 1, 1], [2, 0, 0]]
+    assert select_streams(chosen, b, a)[..., 0].tolist() == [[2, 0, 0], [1, 1, 1]]
+    assert select_streams(chosen, a, a) is a
+    assert isinstance(select_streams(chosen, Var(a), b), Var)
 
 
 def test_a_site_or_layer_that_the_model_does_not_have_is_told():
