@@ -1,1 +1,1 @@
-"""The built-in memories, one file each, found through entry points as anyone's are."""
+"""The built-in memories, one file each. Entry points name them, as they name anyone's."""

@@ -35,7 +35,7 @@ _lock = threading.RLock()
 
 
 class LmdbRows:
-    """The file at `path`; made when first written to. Raises InvalidValue or FileProblem naming the path."""
+    """The RowStore in the LMDB file at `path`; made when it is first opened. Raises InvalidValue or FileProblem naming the path."""
 
     def __init__(self, path: str):
         self.path = os.path.realpath(path)  # LMDB must not open a file twice, under whatever name

@@ -40,17 +40,17 @@ class Store(RetrievalMemory):
         if not str(document) or len(str(document).encode()) > 200:
             raise InvalidValue("document: expected a name of 1 to 200 bytes")
         self.document = str(document)
-        self.store = row_store(str(path)) if path is not None else None
+        self.disk = row_store(str(path)) if path is not None else None
         self.durable = path is not None
 
     def start(self, batch: int, dims: Dims) -> dict[str, np.ndarray]:
         """on_disk (B, banks): rows that a stream sees of the store, no banks without one. next_position (B,): its own first."""
-        if self.store is None or dims.training:
+        if self.disk is None or dims.training:
             return {"next_position": np.zeros(batch, np.int64), "on_disk": np.zeros((batch, 0), np.int64)}
-        self.store.open(dims.d_model, dims.fingerprint())
+        self.disk.open(dims.d_model, dims.fingerprint())
         return {
-            "next_position": np.full(batch, self.store.next_position(self.document), np.int64),
-            "on_disk": np.tile(self._counts(self.store.counts(self.document), dims), (batch, 1)),
+            "next_position": np.full(batch, self.disk.next_position(self.document), np.int64),
+            "on_disk": np.tile(self._counts(self.disk.counts(self.document), dims), (batch, 1)),
         }
 
     def _counts(self, counts: dict[str, int], dims: Dims) -> np.ndarray:
@@ -72,8 +72,8 @@ class Store(RetrievalMemory):
         best, stored, seen = BestRows(queries, k), self._stored(state, bank), 0
         for hidden, positions, valid in self.held(state, bank):
             best.search(hidden, positions, valid)
-        if self.store is not None and stored.any():
-            with self.store.reading(self.document, bank, int(stored.max())) as chunks:
+        if self.disk is not None and stored.any():
+            with self.disk.reading(self.document, bank, int(stored.max())) as chunks:
                 for hidden, positions in chunks:
                     valid = np.arange(seen, seen + len(hidden)) < stored[:, None]
                     best.search(hidden, positions, None if valid.all() else valid)
@@ -83,7 +83,7 @@ class Store(RetrievalMemory):
 
     def flush(self, state: State) -> None:
         """Moves the rows in RAM to the document in the store: durable when this returns."""
-        if self.store is None or not state["on_disk"].shape[1]:
+        if self.disk is None or not state["on_disk"].shape[1]:
             return
         if len(state["on_disk"]) != 1:
             raise InvalidValue(f"path: a store on disk is written by one stream at a time, got a batch of {len(state['on_disk'])}")
@@ -93,16 +93,16 @@ class Store(RetrievalMemory):
                 hidden, positions, valid = (np.concatenate([part[0] for part in parts]) for parts in zip(*chunks, strict=True))
                 fresh[bank] = hidden[valid], positions[valid]
         if fresh:
-            state["on_disk"] = self._counts(self.store.append(self.document, fresh), state.dims)
+            state["on_disk"] = self._counts(self.disk.append(self.document, fresh), state.dims)
             for name in [name for name in state if name.startswith(tuple(fresh))]:
                 del state[name]
 
     def documents(self) -> dict[str, int]:
-        return self.store.documents() if self.store is not None else {}
+        return self.disk.documents() if self.disk is not None else {}
 
     def reset(self, document: str) -> None:
-        if self.store is not None:
-            self.store.delete(document)
+        if self.disk is not None:
+            self.disk.delete(document)
 
 
 @hookimpl

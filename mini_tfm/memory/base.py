@@ -1,24 +1,24 @@
-"""The memory contract: what a strategy may do, and the few shapes it speaks in.
+"""The memory contract: the methods of a strategy, and the types they take and return.
 
-A strategy declares WHICH rows a query may see besides the current segment. The library projects them,
-attends to them together with the segment in compiled code, merges, and differentiates. A strategy never
-sees another strategy, and calls nothing of the library but what is in this module.
+A strategy declares WHICH rows a query may see besides the current segment. The library projects them, attends to them
+together with the segment in compiled code, merges the results, and differentiates. A strategy never sees another one.
 
-Legend: B batch, S source length, T target length, H heads, D head size, d model size, M rows of a bank.
+A row is one vector kept in memory; a bank is an array of rows; a stream is one row of the batch.
+Legend: B streams, S source length, T target length, H heads, D head size, d model size, M rows of a bank.
 
 What happens in a segment, at each site ("encoder" self-attention, "decoder" self-attention, "cross"):
 
     begin(state, segment)              rows that join the sequence itself: memory tokens
       for each layer:
-        view(state, site, layer, ...)  rows that do not depend on the query
+        view(state, site, layer, ...)  rows chosen without the query
         read(state, site, layer, q)    rows chosen by the query; only if "query" is in spec.needs
         --- the library attends ---
         write(state, site, layer, new) what the segment computed; returns what is dropped
     end(state, rows)                   outputs at the rows that begin() put in
     --- next segment ---
 
-A query never sees what its own segment writes. At "cross" the rows are the encoder's outputs: `write` is
-called once a segment, after the decoder is done, with layer 0; `view` and `read` once a decoder layer.
+A query never sees what its own segment writes. At "cross" the rows are the encoder's outputs: `write` is called once a
+segment, with layer 0, after the decoder is done; `view` and `read` are called once a decoder layer.
 """
 
 from __future__ import annotations
@@ -34,21 +34,22 @@ Site = Literal["encoder", "decoder", "cross"]
 SITES = ("encoder", "decoder", "cross")
 MERGES: tuple[str, ...] = ("joint", "gate", "add", "replace")
 NEEDS = ("query", "hidden", "mass", "tokens", "text")
-CONTRACT_VERSION = 1
+CONTRACT_VERSION = 2
 
 
 @dataclass(frozen=True)
 class MemorySpec:
-    """What a strategy uses, so that the library prepares nothing else.
+    """What a strategy needs; the library prepares nothing else.
 
-    sites: where it takes part. layers: which layers there, counted from 0, negative from the top; None
-    for all. needs: "query" (calls `read`), "mass" (attention each new row received), "tokens" (ids in
-    `Segment` and `New`), "hidden" (`write` also gets the decoder's outputs, as one layer more: `layer` is
-    the number of layers, rows are what `logits` is asked with). "text" is kept for later. merge: how rows
-    join the segment, unless a View says otherwise: "joint" one softmax with it, "gate" own softmax mixed
-    by a gate, "add" own softmax added, "replace" instead of it. gradient: "none" rows are detached when
-    written, "rows"/"state" gradients flow through segments. capacity: rows at most, None without limit.
-    version: of the contract it was written for.
+    sites: where it may take part; `Memory.sites` chooses among them for one model.
+    layers: which layers there, counted from 0, or from the top if negative; None for all.
+    needs: "query" calls `read`. "mass" measures the attention that rows receive. "tokens" gives token ids in `Segment`
+        and `New`. "hidden" calls `write` once more with the decoder's outputs, as one layer more: `layer` is the number
+        of layers, and `logits` is later asked with such outputs. "text" is reserved.
+    merge: how rows join the segment, unless a View says otherwise. "joint": one softmax with it. "gate": a softmax of
+        their own, mixed in by a gate. "add": a softmax of their own, added. "replace": instead of the segment.
+    gradient: "none" detaches rows when they are written; "rows" and "state" let gradients flow through segments.
+    capacity: most rows in any array of the state, None without limit. version: of the contract it was written for.
     """
 
     sites: frozenset[str] = frozenset(SITES)
@@ -62,7 +63,7 @@ class MemorySpec:
 
 @dataclass(frozen=True)
 class Dims:
-    """The model a memory is started for. `layers` counts the attention layers of each site."""
+    """The model that a memory works in. `layers` counts the attention layers of each site."""
 
     d_model: int
     n_heads: int
@@ -77,7 +78,7 @@ class Dims:
 
     @property
     def reading_site(self) -> str:
-        """Where the model meets earlier text by default: what a strategy's `site=None` stands for."""
+        """Where the model attends to earlier text by default: the meaning of a strategy's option `site=None`."""
         if self.layers["cross"]:
             return "cross"
         return "encoder" if self.layers["encoder"] else "decoder"
@@ -85,9 +86,10 @@ class Dims:
 
 @dataclass(frozen=True)
 class Param:
-    """A trainable parameter of a strategy: (shape, init), with its own learning rate factor and decay.
+    """A trainable parameter of a strategy.
 
-    init: a float is the standard deviation of a normal distribution around 0; an array is the value.
+    init: a float is the standard deviation of a normal distribution around 0, an array the value itself. lr_factor
+    multiplies the learning rate.
     """
 
     shape: tuple[int, ...]
@@ -97,11 +99,11 @@ class Param:
 
 
 class State(dict):
-    """What a memory holds: arrays (or Vars), batch first. `params` and `dims` come with it.
+    """What a memory holds: arrays (or Vars) by name, one stream after another along axis 0. `params` and `dims` come with it.
 
-    The library owns it: it selects, resets, reorders, detaches and saves rows of every array alike, so
-    assign new arrays (`state["rows"] = ...`) and never write into one. Axis 1 may grow; new slots of
-    other batch rows are filled with zeros, so keep a mask of what is valid.
+    The library selects, resets, reorders, joins, detaches and saves the streams of every array alike. So assign new
+    arrays (`state["rows"] = ...`) and never write into one. Axis 1 may grow; where streams differ in it the shorter are
+    filled with zeros, so keep a mask of valid rows.
     """
 
     def __init__(self, arrays: Mapping[str, Array], dims: Dims):
@@ -115,24 +117,27 @@ class State(dict):
 
 @dataclass(frozen=True)
 class Segment:
-    """The segment being read. start: (B,) tokens of the stream before it; length: (B,) its own tokens."""
+    """The segment being read. number: segments before it; start: (B,) tokens before it; length: (B,) tokens in it."""
 
     number: int
     site: str
     start: np.ndarray
     length: np.ndarray
-    tokens: np.ndarray | None = None  # (B, S) ids that the site's stack reads, where "tokens" is needed
+    tokens: np.ndarray | None = None  # (B, S) ids that the site's stack reads, with "tokens" in spec.needs
 
     @property
     def active(self) -> np.ndarray:
-        """(B,) bool: rows that have anything in this segment; the others keep their state."""
+        """(B,) bool: streams with a token in this segment; the others keep their state."""
         return self.length > 0
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows that join the sequence: values (B, m, d). where: "front", or "around" (decoder only): the same
-    rows before the text, to be read, and after it, to be written; `end` gets the latter."""
+    """Rows that join the sequence: values (B, m, d).
+
+    where: "front" of the text; or "around" it, in a decoder: the same rows before the text, to be read, and behind it,
+    to be written. `end` gets the outputs at the latter.
+    """
 
     values: Array
     where: Literal["front", "around"] = "front"
@@ -142,12 +147,12 @@ class Rows:
 class New:
     """What a segment computed at a site and layer: the rows offered to `write`.
 
-    hidden: (B, S, d) what the layer projects to keys and values. valid: (B, S) bool. positions: (B, S)
-    tokens since the start of the stream. tokens: (B, S) the id each row was made from, if needed; targets:
-    (B, S) the id each row of a decoder predicts, if needed and known. mass: (B, S) attention received,
-    summed over heads and queries, if needed; view_mass: (B, M) the same for the rows of the strategy's own
-    view (a joint one, without index). project: rows (B, M, d) to the layer's own keys and values, each
-    (B, Hkv, M, D), without position; None at "cross", where every layer has its own.
+    hidden: (B, S, d) inputs of the layer's key and value projections. valid: (B, S) bool. positions: (B, S) tokens since
+    the start of the stream. With "tokens" in spec.needs, tokens: (B, S) the id each row was made from; targets: (B, S)
+    the id each row of a decoder predicts, where known. With "mass", mass: (B, S) accumulated attention (arXiv
+    2306.14048): the weights each row received, summed over heads and queries; view_mass: (B, M) the same for the rows
+    of the strategy's own view, if that is joint and has no index. project: rows (B, M, d) to the layer's own keys and
+    values, each (B, Hkv, M, D), without position; None at "cross", where every layer has its own.
     """
 
     site: str
@@ -162,15 +167,17 @@ class New:
     project: Callable[[Array], tuple[Array, Array]] | None = None
 
 
-Evicted = New  # dropped rows have the same fields: what one memory drops is what the next is offered
+Evicted = New  # the same fields: what one memory drops, the next is offered
 
 
 @dataclass(frozen=True)
 class Query:
-    """What asks: heads (B, H, T, D), without position, a Var in training; and `hidden()`, the same queries
-    in the space of hidden rows, (B, H, T, d), for choosing rows: heads W_k^T, so that `hidden . row` orders
-    rows as their scores do (arXiv 2305.01625, section 2.3), a plain array always. positions: (B, T) tokens
-    since the start of the stream."""
+    """The queries of a layer: heads (B, H, T, D), without position, a Var in training.
+
+    hidden: gives the same queries in the space of hidden rows, (B, H, T, d), always a plain array: heads W_k^T, so that
+    `hidden() . row` orders rows as their scores do (arXiv 2305.01625, section 2.3). positions: (B, T) tokens since the
+    start of the stream.
+    """
 
     heads: Array
     hidden: Callable[[], np.ndarray]
@@ -181,12 +188,11 @@ class Query:
 class View:
     """Rows to attend to.
 
-    bank: ("hidden", X (B, M, d)), projected by the layer's own W_k and W_v; or ("kv", K, V), each
-    (B, Hkv, M, D), without position. index: None for all, (B, K) or (B, H, T, K) rows of the bank, -1 for
-    none. positions: (B, M) tokens since the start of the stream, or None if they have none. valid: (B, M)
-    bool, never optional: no row is "empty because it is zero". bias: added to the scores, broadcastable to
-    (B, H, T, M), or (B, H, T, K) with an index of four axes. merge: see MemorySpec; gate: (H,) logits, with
-    merge="gate".
+    bank: ("hidden", X (B, M, d)), projected by the layer's own W_k and W_v; or ("kv", K, V), each (B, Hkv, M, D),
+    without position. valid: (B, M) bool, never optional: a row of zeros is not an empty one. index: None for all rows,
+    or (B, K) or (B, H, T, K) row numbers, -1 for none. positions: (B, M) tokens since the start of the stream, applied
+    when a row is read; None for rows without one. bias: added to the scores, broadcastable to (B, H, T, M), or to (B, H,
+    T, K) with an index of four axes. merge: see MemorySpec. gate: (H,) logits, with merge="gate".
     """
 
     bank: tuple[Any, ...]
@@ -200,9 +206,11 @@ class View:
 
 @dataclass(frozen=True)
 class Side:
-    """A strategy's own maths instead of rows: output (B, H, T, D); write it in NumPy and it is
-    differentiated. merge: "add", "gate" (with gate (H,) logits) or "replace". valid: (B,) bool, the batch
-    rows whose memory holds anything; the others attend as if there were none. None: all."""
+    """A side output: the result (B, H, T, D) of a strategy's own maths instead of rows. NumPy code is differentiated.
+
+    merge: "add", "gate" (with gate (H,) logits) or "replace". valid: (B,) bool, streams whose memory holds anything, None
+    for all; the others attend as if there were no memory.
+    """
 
     output: Array
     merge: str = "add"
@@ -213,16 +221,17 @@ class Side:
 class Memory:
     """Base of every strategy; every method is optional. Options are keyword arguments of `__init__`."""
 
-    name: str = ""  # set by the library: the name it was asked for by
-    origin: str = ""  # and the plugin, distribution and version it came from
+    name: str = ""  # set by the library: the name it was made by
+    origin: str = ""  # set by the library: the plugin, distribution and version it comes from
+    text: str | None = None  # set by the library: the text that makes it again, as in "window:size=512"
     durable: bool = False  # set by a strategy whose `flush` makes rows outlive the process
-    text: str | None = None  # and the text that makes it again, as in "window:size=512"
     spec: MemorySpec = MemorySpec()
 
     def sites(self, dims: Dims) -> Collection[str]:
-        """Where the strategy takes part in this model, by default all of `spec.sites` that it has.
+        """Where the strategy takes part in this model: some of `spec.sites`, by default all that the model has.
 
-        Asked once, before `start`: at other sites no method is called, and a stack hands rows to the member behind.
+        Asked once a run, before `start`. At other sites no method is called, and a stack's new rows go to the member
+        behind.
         """
         return self.spec.sites
 
@@ -231,44 +240,44 @@ class Memory:
         return {}
 
     def start(self, batch: int, dims: Dims) -> Mapping[str, Array]:
-        """The state of `batch` empty memories."""
+        """The state of `batch` empty memories: arrays by name, each with `batch` rows along axis 0."""
         return {}
 
     def begin(self, state: State, segment: Segment) -> Rows | None:
-        """Rows put into the sequence at `segment.site`: "encoder" or "decoder"."""
+        """Rows to put into the sequence at `segment.site`, "encoder" or "decoder"."""
 
     def view(self, state: State, site: str, layer: int, segment: Segment) -> View | None:
-        """Rows that do not depend on the query."""
+        """Rows chosen without the query."""
 
     def read(self, state: State, site: str, layer: int, query: Query) -> View | Side | None:
-        """Rows chosen by the query, or a result of the strategy's own."""
+        """Rows chosen by the query, or a side output."""
 
     def write(self, state: State, site: str, layer: int, new: New) -> Evicted | None:
-        """Takes what the segment computed; returns what is dropped for it."""
+        """Takes the rows that the segment computed; returns the rows dropped for them."""
 
     def absorb(self, state: State, evicted: Evicted) -> Evicted | None:
-        """Takes what the memory before this one in a stack dropped; by default as if it were new."""
+        """Takes the rows that the memory before it in a stack dropped; by default as if they were new."""
         return self.write(state, evicted.site, evicted.layer, evicted)
 
     def end(self, state: State, rows: Array) -> None:
-        """Outputs (B, m, d) at the rows that `begin` put in."""
+        """Takes the outputs (B, m, d) at the rows that `begin` put in."""
 
     def logits(self, state: State, hidden: np.ndarray, log_probs: np.ndarray) -> np.ndarray | None:
-        """Changes the log-probabilities (B, T, V), given the decoder's outputs (B, T, d). Generation and scoring."""
+        """The log-probabilities (B, T, V), changed, given the decoder's outputs (B, T, d). In generation and scoring."""
 
     def drain(self, state: State) -> Iterable[Evicted]:
-        """The stream ends: gives up the rows that a memory behind this one in a stack should have."""
+        """Called when the streams end: gives up the rows that the memory behind it in a stack should have."""
         return ()
 
     def flush(self, state: State) -> None:
-        """Makes durable what the state holds. Called while a pipeline reads; never in training or generation."""
+        """Makes the rows in the state durable. Called while a pipeline reads; never in training or generation."""
 
     def documents(self) -> dict[str, int]:
-        """Named documents this memory holds outside the process, and the rows of each."""
+        """The documents that this memory holds outside the process, and the rows of each."""
         return {}
 
     def reset(self, document: str) -> None:
-        """Forgets a document named by `documents`."""
+        """Forgets one of the `documents`."""
 
 
 def bank_key(site: str, layer: int) -> str:

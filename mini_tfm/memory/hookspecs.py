@@ -26,4 +26,4 @@ hookimpl = pluggy.HookimplMarker("mini_tfm")
 
 @hookspec
 def register_memories(register: Callable) -> None:
-    """Call `register(name, factory)` once a strategy; `factory(**options)` gives a `Memory`."""
+    """Call `register(name, factory)` once for each strategy; `factory(**options)` makes a `Memory`."""

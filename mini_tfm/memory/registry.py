@@ -1,7 +1,7 @@
-"""Finding strategies, and making them from a line of text.
+"""Finds strategies, and makes them from a line of text.
 
-Plugins are loaded by pluggy from the entry-point group `mini_tfm`, one when it is asked for: a plugin that
-cannot be imported costs one warning and nothing else, and a list of names imports nothing.
+pluggy loads plugins from the entry-point group `mini_tfm`, each when it is first asked for. A plugin that cannot be
+imported costs one warning and nothing else. Listing names imports nothing.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class _Registry:
         self.failed: dict[str, str] = {}
 
     def entry_points(self) -> dict[str, metadata.EntryPoint]:
-        """By name; of two with one name the built-in counts, else the first distribution by name."""
+        """By name. Of two with the same name the built-in one wins, else the first distribution by name."""
         found: dict[str, metadata.EntryPoint] = {}
         for point in self._all_points():
             found.setdefault(point.name, point)

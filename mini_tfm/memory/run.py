@@ -172,7 +172,7 @@ class MemoryRun:
         if not active.all():
             for state, before in zip(self.states, self._before, strict=True):
                 for name in state:
-                    state[name] = select_rows(active, state[name], before.get(name, np.zeros_like(state[name])))
+                    state[name] = select_streams(active, state[name], before.get(name, np.zeros_like(state[name])))
         self.start = self.start + self._lengths
         self.number += 1
         self.open(np.zeros(self.batch, np.int64))  # nothing of a segment is held between two
@@ -306,13 +306,13 @@ class MemoryRun:
 
     # Streams
 
-    def reset(self, rows: np.ndarray) -> None:
-        """Forgets the streams where (B,) bool `rows` is set: a new document begins there."""
+    def reset(self, streams: np.ndarray) -> None:
+        """Empties the memory of the streams where (B,) bool `streams` is set: a new document begins there."""
         for i, state in enumerate(self.states):
             fresh = self._start(i, self.batch)
             for name in state:
-                state[name] = select_rows(rows, fresh.get(name, np.zeros_like(state[name])), state[name])
-        self.start = np.where(rows, 0, self.start)
+                state[name] = select_streams(streams, fresh.get(name, np.zeros_like(state[name])), state[name])
+        self.start = np.where(streams, 0, self.start)
 
     def reorder(self, index: np.ndarray) -> None:
         """Stream i becomes what stream index[i] was: beams, shuffled or shrinking batches. Within a segment, too."""
@@ -456,7 +456,7 @@ def _identity(member: Memory) -> tuple[type, str, str | None]:
     return type(member), member.name, member.text
 
 
-def select_rows(chosen: np.ndarray, a: Array, b: Array) -> Array:
+def select_streams(chosen: np.ndarray, a: Array, b: Array) -> Array:
     """Streams of `a` where (B,) bool `chosen`, else of `b`; the shorter one along axis 1 is filled with zeros."""
     if a is b:
         return a

@@ -1,4 +1,4 @@
-"""Stack: several memories as one. What one drops, the next is offered."""
+"""Stack: several memories as one. Each is offered what the one before it drops."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .base import Memory
 class Stack(Memory):
     """Memories in order, from working memory to long-term memory.
 
-    New rows enter at the first member that takes rows (that has its own `write`); what it drops goes to
-    the `absorb` of the next such member, and so on: exchange between memories needs no code in either.
-    Rows from `begin` go in front in order; views of all members are attended to. The library walks the
-    members (memory/run.py); a stack itself computes nothing.
+    New rows go to the first member at their site and layer that has a `write`. What it drops goes to the `absorb` of the
+    next member there, and so on: an exchange between memories needs no code in either. Rows from `begin` go in front of
+    the text in the order of the members; the views of all members are attended to. The library calls the members
+    (memory/run.py); a stack computes nothing.
     """
 
     def __init__(self, members: Sequence[Memory]):

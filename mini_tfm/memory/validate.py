@@ -1,4 +1,4 @@
-"""Checks of all that a strategy says and returns, before anything is computed with it, and the blame for what fails."""
+"""Checks of all that a strategy declares and returns, before it reaches the kernels; and errors that name the strategy at fault."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def require(condition: Any, message: str, *arguments: Any) -> None:
         raise Refused(message.format(*arguments) if arguments else message)
 
 
-# What a strategy declares
+# Declarations
 
 
 def check_spec(member: Memory) -> None:
@@ -104,14 +104,14 @@ def _is_set_of(value: Any, allowed: tuple[str, ...]) -> bool:
 
 
 def check_sites(sites: Any, spec: MemorySpec) -> frozenset[str]:
-    """What `sites` returned."""
+    """The result of `sites`, checked."""
     allowed = tuple(site for site in SITES if site in spec.sites)
     require(_is_set_of(sites, allowed), "sites: expected a set of those in spec.sites ({}), got {!r}", ", ".join(allowed), sites)
     return frozenset(sites)
 
 
 def check_parameters(params: Any) -> Mapping[str, Param]:
-    """What `parameters` returned."""
+    """The result of `parameters`, checked."""
     require(isinstance(params, Mapping), "parameters: expected a mapping, got {}", type(params).__name__)
     for name, param in params.items():
         require(isinstance(name, str) and name, "parameters: expected names, got {!r}", name)
@@ -136,11 +136,11 @@ def _is_factor(value: Any) -> bool:
     return isinstance(value, int | float) and 0 <= value < float("inf")
 
 
-# What a strategy returns while it runs
+# Results
 
 
 def check_array(name: str, value: Any, shape: tuple[Any, ...], kind: str, dtype: Any = None) -> None:
-    """`value` is an array or Var of `shape` and of the dtype's kind ("f", "b" or "i"), finite if real.
+    """Checks that `value` is an array or Var of `shape` and of the dtype's kind ("f", "b" or "i"), finite if real.
 
     dtype: also exactly this one. Numbers that meet the model's must have its dtype, or all that follows would change.
     """
@@ -156,16 +156,16 @@ def check_array(name: str, value: Any, shape: tuple[Any, ...], kind: str, dtype:
 
 
 def check_state(name: Any, value: Any, batch: int) -> None:
-    """An array of the state: numbers or bools, batch first."""
+    """Checks an array of the state: numbers or bools, streams along axis 0."""
     array = value_of(value)
     require(isinstance(name, str) and name, "state: expected names, got {!r}", name)
     if not (isinstance(array, np.ndarray) and array.ndim > 0 and len(array) == batch and array.dtype.kind in "fib"):
         got = f"shape {array.shape}, {array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__
-        raise Refused(f"state[{name!r}]: expected an array of {batch} rows of numbers or bools, got {got}")
+        raise Refused(f"state[{name!r}]: expected an array of numbers or bools, {batch} streams along axis 0, got {got}")
 
 
 def check_begin(rows: Any, site: str, batch: int, dims: Dims) -> Rows | None:
-    """What `begin` returned."""
+    """The result of `begin`, checked."""
     if rows is None:
         return None
     require(isinstance(rows, Rows), "expected Rows or None, got {}", type(rows).__name__)
@@ -176,7 +176,7 @@ def check_begin(rows: Any, site: str, batch: int, dims: Dims) -> Rows | None:
 
 
 def check_evicted(evicted: Any, batch: int, dims: Dims) -> New | None:
-    """What `write`, `absorb` or `drain` gave up."""
+    """Rows that `write`, `absorb` or `drain` returned, checked."""
     if evicted is None:
         return None
     require(isinstance(evicted, New), "expected Evicted or None, got {}", type(evicted).__name__)
@@ -188,7 +188,7 @@ def check_evicted(evicted: Any, batch: int, dims: Dims) -> New | None:
 
 
 def check_log_probs(changed: Any, before: np.ndarray) -> np.ndarray:
-    """What `logits` returned, in the dtype of the log-probabilities `before`."""
+    """The result of `logits`, checked, in the dtype of the log-probabilities `before`."""
     if changed is None:
         return before
     require(isinstance(changed, np.ndarray), "expected an array or None, got {}", type(changed).__name__)
@@ -200,7 +200,7 @@ def check_log_probs(changed: Any, before: np.ndarray) -> np.ndarray:
 
 
 def check_view(view: Any, default_merge: str, shape: tuple[int, int], dims: Dims) -> View | Side | None:
-    """What `view` or `read` returned, as the kernels take it. shape: (streams, queries)."""
+    """The result of `view` or `read`, checked, with its index as the kernels take it. shape: (streams, queries)."""
     if view is None:
         return None
     require(isinstance(view, View | Side), "expected a View, a Side or None, got {}", type(view).__name__)

@@ -1,4 +1,4 @@
-"""What every strategy must keep: one function a check, and the table of them.
+"""The checks that every strategy must pass: one function each, and the table of them.
 
 Each takes a `Trial` (a strategy and a kind of model) and raises CheckFailed, saying what was expected and what came.
 """
@@ -23,14 +23,14 @@ TOLERANCE = 1e-8  # in float64, where the checks run: differences of rounding ar
 
 
 class CheckFailed(MiniTfmError, AssertionError):
-    """A strategy does not keep what the contract asks for; lists every check that failed."""
+    """A strategy breaks the contract; the message lists every check that failed."""
 
 
 def check_memory(memory: str | Memory | Callable[[], Memory], *, skip: Iterable[str] = ()) -> None:
     """Runs every check on a strategy: its text ("my_memory:size=8"), a Memory, or a function or class that gives one.
 
-    A strategy that keeps a file gets a new one each time from such a function: one file does not serve two models.
-    skip: names of checks that are not meant for this strategy (see CHECKS). Raises CheckFailed naming all that failed.
+    For a strategy that keeps a file give a function that picks a new file each time: one file cannot serve two models.
+    skip: names of checks that do not apply to this strategy (see CHECKS). Raises CheckFailed with all that failed.
     """
     make = _factory(memory)
     if unknown := sorted(set(skip) - set(CHECKS)):
@@ -48,13 +48,13 @@ def check_memory(memory: str | Memory | Callable[[], Memory], *, skip: Iterable[
             try:
                 check(Trial(make, kind))
             except Exception as error:
-                told = str(error) if isinstance(error, CheckFailed) else f"expected no error, got {type(error).__name__}: {error}"
-                faults.append((f"  {name} ({kind}): {told}", error))
+                message = str(error) if isinstance(error, CheckFailed) else f"expected no error, got {type(error).__name__}: {error}"
+                faults.append((f"  {name} ({kind}): {message}", error))
                 if name == "runs":
                     break  # nothing else can be learned
     if faults:
         count = f"{len(faults)} check" + "s" * (len(faults) > 1)
-        raise CheckFailed(f"memory {who!r} fails {count}:\n" + "\n".join(told for told, _ in faults)) from faults[0][1]
+        raise CheckFailed(f"memory {who!r} fails {count}:\n" + "\n".join(message for message, _ in faults)) from faults[0][1]
 
 
 def _factory(memory: str | Memory | Callable[[], Memory]) -> Callable[[], Memory]:
@@ -99,7 +99,7 @@ def keeps_the_dtype(trial: Trial) -> None:
 
 
 def has_effect(trial: Trial) -> None:
-    """After some segments, what is read next comes out differently than without the memory."""
+    """After some segments the next one's outputs differ from those without the memory."""
     reader, plain = trial.reader(1), trial.reader(1, without=True)
     for tokens in random_segments(1, 6):
         out, other = reader.read(tokens), plain.read(tokens)
@@ -117,7 +117,7 @@ def is_deterministic(trial: Trial) -> None:
 
 
 def text_makes_it_again(trial: Trial) -> None:
-    """`memory.text`, which a saved model keeps, makes the same memory."""
+    """`memory.text`, which is saved with a model, makes the same memory again."""
     memory = trial.make()
     text = memory.text
     if text is None:
@@ -128,7 +128,7 @@ def text_makes_it_again(trial: Trial) -> None:
         _same(f"made from its text {text!r}", other.read(tokens), reader.read(tokens))
 
 
-# What a memory may see
+# Visibility
 
 
 def empty_is_nothing(trial: Trial) -> None:
@@ -140,7 +140,7 @@ def empty_is_nothing(trial: Trial) -> None:
 
 
 def padding_is_ignored(trial: Trial) -> None:
-    """Tokens past a row's length leave no trace, now or later."""
+    """Tokens past a stream's length leave no trace, now or later."""
     segments, lengths = random_segments(2, 4), [LENGTH, LENGTH - 3]
     changed = segments.copy()
     changed[:, 1, LENGTH - 3 :] = 3 + (changed[:, 1, LENGTH - 3 :] + 5) % 20
@@ -150,7 +150,7 @@ def padding_is_ignored(trial: Trial) -> None:
 
 
 def future_is_not_seen(trial: Trial) -> None:
-    """In a decoder, what comes later in a segment does not change what comes earlier."""
+    """In a decoder, later tokens of a segment do not change the outputs of earlier ones."""
     if trial.model.config.has_encoder:
         return  # it reads the same tokens, and may see them all
     segments = random_segments(1, 3)
@@ -163,7 +163,7 @@ def future_is_not_seen(trial: Trial) -> None:
 
 
 def generation_equals_reading(trial: Trial) -> None:
-    """One decoder token at a time, with a cache, gives what the whole segment gives."""
+    """Decoding one token at a time, with a cache, gives the outputs of the whole segment."""
     if not trial.model.config.has_decoder:
         return
     reader = trial.reader(2)
@@ -174,36 +174,36 @@ def generation_equals_reading(trial: Trial) -> None:
     _same("token by token", reader.copy().token_by_token(tokens), whole)
 
 
-# Batch rows
+# Streams: rows of the batch
 
 
 def rows_are_independent(trial: Trial) -> None:
-    """A stream's outputs do not depend on what else is in the batch, nor on its place there."""
+    """A stream's outputs do not depend on the other streams of the batch, nor on its place there."""
     segments, lengths = random_segments(3, 4), np.array([LENGTH, LENGTH - 2, LENGTH - 1])
     together, turned, order = trial.reader(3), trial.reader(3), np.array([2, 0, 1])
     alone = [trial.reader(1) for _ in range(3)]
     for tokens in segments:
         out = together.read(tokens, lengths)
-        _same("rows in another order", turned.read(tokens[order], lengths[order]), out[order])
+        _same("streams in another order", turned.read(tokens[order], lengths[order]), out[order])
         for b, reader in enumerate(alone):
             n = lengths[b]
-            _same(f"row {b} alone", reader.read(tokens[b : b + 1, :n])[0], out[b, :n])
+            _same(f"stream {b} alone", reader.read(tokens[b : b + 1, :n])[0], out[b, :n])
 
 
 def rows_pause(trial: Trial) -> None:
-    """A row with no token in a segment keeps its memory as it was; the others go on."""
+    """A stream without a token in a segment keeps its memory as it was; the others go on."""
     segments = random_segments(2, 4)
     reader, other, steady = trial.reader(2), trial.reader(1), trial.reader(1)
     for number, tokens in enumerate(segments):
         pauses = number in (0, 2)
         out = reader.read(tokens, [LENGTH, 0 if pauses else LENGTH])
-        _same(f"segment {number}: the row that goes on", out[:1], steady.read(tokens[:1]))
+        _same(f"segment {number}: the stream that goes on", out[:1], steady.read(tokens[:1]))
         if not pauses:
-            _same(f"segment {number}: the row that paused", out[1:], other.read(tokens[1:]))
+            _same(f"segment {number}: the stream that paused", out[1:], other.read(tokens[1:]))
 
 
 def reset_forgets(trial: Trial) -> None:
-    """After `reset(rows)` those rows are as if nothing had been read, and the others as if nothing had happened."""
+    """After `reset` a stream is as if it had read nothing, and the others are unchanged."""
     *before, tokens = random_segments(2, 4)
     reader, fresh, steady = trial.reader(2), trial.reader(1), trial.reader(1)
     for segment in before:
@@ -211,12 +211,12 @@ def reset_forgets(trial: Trial) -> None:
         steady.read(segment[:1])
     reader.stream.begin_documents(np.array([False, True]))
     out = reader.read(tokens)
-    _same("the row that was reset", out[1:], fresh.read(tokens[1:]))
-    _same("the row that was not", out[:1], steady.read(tokens[:1]))
+    _same("the stream that was reset", out[1:], fresh.read(tokens[1:]))
+    _same("the stream that was not", out[:1], steady.read(tokens[:1]))
 
 
 def rows_reorder(trial: Trial) -> None:
-    """Rows of the batch can be taken in any order and number, as beams are."""
+    """Streams can be reordered, dropped and repeated, as beams are."""
     first, second, third = random_segments(2, 3)
     reader, plain = trial.reader(2), trial.reader(2)
     for tokens in (first, second):
@@ -224,14 +224,14 @@ def rows_reorder(trial: Trial) -> None:
         plain.read(tokens)
     index = np.array([1, 1, 0])
     reader.stream.reorder(index)
-    _same("rows 1, 1, 0", reader.read(third[index]), plain.read(third)[index])
+    _same("streams 1, 1, 0", reader.read(third[index]), plain.read(third)[index])
 
 
 # State
 
 
 def dump_and_load_go_on(trial: Trial) -> None:
-    """All that is remembered is in the state: dumped and loaded into a new memory, reading goes on as if nothing was."""
+    """All that is remembered is in the state: dumped and loaded into a new memory, reading goes on the same."""
     segments = random_segments(2, 5)
     reader = trial.reader(2)
     for tokens in segments[:3]:
@@ -266,7 +266,7 @@ def capacity_holds(trial: Trial) -> None:
 
 
 def dropped_rows_were_held(trial: Trial) -> None:
-    """What `write` returns is rows it was given, each at most once, and none that is still shown."""
+    """`write` returns rows that it was given, each at most once, and none that is still shown."""
     memory = trial.make()
     if type(memory).write is Memory.write or members_of(memory) != [memory]:
         return
@@ -293,7 +293,7 @@ def _shown_positions(state: dict, memory: Memory, site: str, layer: int, b: int)
 
 
 def stacks(trial: Trial) -> None:
-    """It works in a stack: rows reach it from a memory before it, and what it drops can be taken."""
+    """It works in a stack: it takes rows from a memory before it, and a memory behind it takes those it drops."""
     before, stack, _ = between_taps(trial.make())
     reader = trial.reader(2, memory=stack)
     for tokens in random_segments(2, 4):
@@ -306,7 +306,7 @@ def stacks(trial: Trial) -> None:
 
 
 def gradients_are_right(trial: Trial) -> None:
-    """The gradient of a segment's loss agrees with finite differences, what was read before being given."""
+    """The gradient of a segment's loss, given the state before it, agrees with finite differences."""
     if not trial.model.config.has_decoder:
         return
     segments = random_segments(2, 3)
@@ -337,7 +337,7 @@ def _compare_gradient(trial: Trial, segments: np.ndarray, state: dict | None) ->
 
 
 def gradient_is_as_declared(trial: Trial) -> None:
-    """With spec.gradient "none" nothing flows from a segment to those before it; otherwise something does."""
+    """With spec.gradient "none" no gradient flows from a segment to those before it; otherwise some does."""
     if not trial.model.config.has_decoder:
         return
     grads = []
@@ -349,8 +349,8 @@ def gradient_is_as_declared(trial: Trial) -> None:
     declared = {member.spec.gradient for member in members_of(trial.make())} - {"none"}
     differ = grads[0].shape != grads[1].shape or np.max(np.abs(grads[0] - grads[1])) > TOLERANCE
     if declared and not differ:
-        told = "expected other gradients when they are cut before the last segment, got the same"
-        raise CheckFailed(f"spec.gradient is {min(declared)!r}: {told}")
+        message = "expected other gradients when they are cut before the last segment, got the same"
+        raise CheckFailed(f"spec.gradient is {min(declared)!r}: {message}")
     if not declared and differ:
         raise CheckFailed("spec.gradient is 'none': expected no gradient from one segment to another, got some")
 
@@ -376,7 +376,7 @@ def _short(memory: Memory, name: str) -> str:
 
 
 def recomputing_gives_the_same(trial: Trial) -> None:
-    """Segments that are computed again instead of kept give the same gradients, to the bit."""
+    """Segments computed again give the same gradients as segments kept, bit for bit."""
     if not trial.model.config.has_decoder:
         return
     tokens, grads = np.moveaxis(random_segments(2, 3), 0, 1), []
@@ -391,7 +391,7 @@ def recomputing_gives_the_same(trial: Trial) -> None:
 
 
 def training_resumes(trial: Trial) -> None:
-    """Saved and resumed, training goes on with the same bits."""
+    """Training that is saved and resumed goes on with the same bits."""
     if not trial.model.config.has_decoder:
         return
     single = Trial(trial.make, trial.kind, np.float32)
@@ -407,7 +407,7 @@ def training_resumes(trial: Trial) -> None:
         raise CheckFailed(f"expected the losses {[a for a, _ in losses]} after resuming, got {[b for _, b in losses]}")
 
 
-# The table: what check_memory runs, in this order. Other checks make no sense where `runs` fails.
+# check_memory runs these, in this order. The others make no sense where `runs` fails.
 CHECKS: dict[str, Callable[[Trial], None]] = {
     check.__name__: check
     for check in (

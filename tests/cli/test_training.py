@@ -307,7 +307,7 @@ def test_a_path_is_added_where_a_strategy_takes_one(tmp_path):
     for name in ("a,b", "a+store:b", "it's", 'say "x"'):
         path = tmp_path / name / "x.mdb"
         made = make_memory(demo_module.on_disk("store", path))
-        assert made.store.given == str(path)
+        assert made.disk.given == str(path)
 
 
 # The report

@@ -4,6 +4,7 @@ The kit (mini_tfm/testing) checks most of it on any strategy; here it is run on 
 number of its own is shown with one.
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -12,13 +13,15 @@ import pytest
 
 import mini_tfm as mt
 from mini_tfm.autodiff import Var, backward, value_of
-from mini_tfm.memory import Stack
+from mini_tfm.memory import RowStore, Stack
 from mini_tfm.testing import check_memory
 from mini_tfm.testing.trial import LENGTH, Reader, Trial, random_segments, small_model
 from mini_tfm.train import Trainer
 
 sys.path.insert(0, str(Path(__file__).parent))
 from strategies import PUBLISHED, HeavyHitters, Infini, Memorizing, NearestTokens, TransformerXL
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -30,6 +33,12 @@ def test_published_memories_fit_the_contract(name):
 @pytest.mark.parametrize("strategy", [Infini, Memorizing])
 def test_published_memories_fit_in_an_encoder_too(strategy):
     check_memory(lambda: strategy(site="encoder"))
+
+
+@pytest.mark.parametrize("name", [*mt.memory.__all__, *(name for name in vars(RowStore) if not name.startswith("_"))])
+def test_a_name_of_the_contract_is_documented(name):
+    text = "".join((ROOT / "docs" / page).read_text(encoding="utf-8") for page in ("memory-contract.md", "write-a-memory.md"))
+    assert re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text), f"{name} is in neither page"
 
 
 # A memory that holds everything is attention over everything

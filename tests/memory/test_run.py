@@ -11,7 +11,7 @@ import mini_tfm as mt
 from mini_tfm.autodiff import Var
 from mini_tfm.errors import FileProblem, InvalidValue, PluginError
 from mini_tfm.memory import Evicted, Memory, MemorySpec, Param, RowMemory, Rows, Side, Stack, View
-from mini_tfm.memory.run import select_rows
+from mini_tfm.memory.run import select_streams
 from mini_tfm.stream import Stream
 from mini_tfm.testing.trial import LENGTH, Reader, Trial, random_segments, small_model
 from mini_tfm.text.tokenizers import ByteTokenizer
@@ -140,15 +140,23 @@ HOSTILE = [
     ("write", Evicted("decoder", 0, np.zeros((2, 3)), None, None), "hidden: expected shape (2, any, 8), got (2, 3)"),
     ("write", Evicted("decoder", 0, np.zeros((2, 1, WIDTH)), None, None), "valid: expected an array, got NoneType"),
     ("write", Evicted("decoder", 0, KV[:, 0].repeat(2, 2), KV[:, 0, :, 0] == 0, np.zeros((2, 2), int)), "positions: expected shape (2, 3)"),
-    ("write", lambda state: state.update(rows=None), "state['rows']: expected an array of 2 rows of numbers or bools, got NoneType"),
-    ("write", lambda state: state.update(rows=np.zeros((3, 1))), "state['rows']: expected an array of 2 rows"),
-    ("write", lambda state: state.update(rows=np.zeros(())), "state['rows']: expected an array of 2 rows"),
+    (
+        "write",
+        lambda state: state.update(rows=None),
+        "state['rows']: expected an array of numbers or bools, 2 streams along axis 0, got NoneType",
+    ),
+    ("write", lambda state: state.update(rows=np.zeros((3, 1))), "state['rows']: expected an array of numbers or bools, 2 streams"),
+    ("write", lambda state: state.update(rows=np.zeros(())), "state['rows']: expected an array of numbers or bools, 2 streams"),
     ("write", lambda state: state.update(rows=np.array(["a", "b"])), "got shape (2,), <U1"),
     ("write", lambda state: state.update({7: np.zeros(2)}), "state: expected names, got 7"),
     ("start", None, "expected a mapping of arrays, got NoneType"),
     ("start", [np.zeros(2)], "expected a mapping of arrays, got list"),
-    ("start", {"rows": [1, 2]}, "state['rows']: expected an array of 2 rows of numbers or bools, got list"),
-    ("start", {"rows": np.zeros((1, 2))}, "state['rows']: expected an array of 2 rows of numbers or bools, got shape (1, 2), float64"),
+    ("start", {"rows": [1, 2]}, "state['rows']: expected an array of numbers or bools, 2 streams along axis 0, got list"),
+    (
+        "start",
+        {"rows": np.zeros((1, 2))},
+        "state['rows']: expected an array of numbers or bools, 2 streams along axis 0, got shape (1, 2), float64",
+    ),
     ("logits", LOG_PROBS[:1], "expected shape (2, 5, 24), got (1, 5, 24)"),
     ("logits", LOG_PROBS.tolist(), "expected an array or None, got list"),
     ("logits", LOG_PROBS * np.nan, "expected numbers, got float64 or NaN"),
@@ -375,18 +383,40 @@ class TestJoin:
             assert short.read(segment).tobytes() == together.read(segment).tobytes()
 
 
+def open_and_decode(reader, tokens):
+    """A segment up to the point where the cross site is written."""
+    lengths = np.full(len(tokens), LENGTH)
+    reader.stream.open(tokens, lengths, tokens)
+    reader.stream.decode(tokens, lengths)
+
+
 def test_streams_join_within_a_segment():
-    trial = Trial(lambda: HeavyHitters(size=8), "decoder-only")
+    """With the attention that their rows have received in it."""
+    trial = Trial(lambda: HeavyHitters(size=8), "encoder-decoder")
     together, one, two = trial.reader(2), trial.reader(1), trial.reader(1)
-    for reader, rows in ((together, slice(None)), (one, slice(0, 1)), (two, slice(1, 2))):
-        reader.read(SEGMENTS[0][rows])
-        tokens, lengths = SEGMENTS[1][rows], np.full(len(SEGMENTS[1][rows]), LENGTH)
-        reader.stream.open(None, lengths, tokens)
-        reader.stream.decode(tokens, lengths)
+    for reader, streams in ((together, slice(None)), (one, slice(0, 1)), (two, slice(1, 2))):
+        reader.read(SEGMENTS[0][streams])
+        open_and_decode(reader, SEGMENTS[1][streams])
     one.stream.join(two.stream)
     one.stream.finish()
     together.stream.finish()
+    for name, array in together.run.dump().items():
+        np.testing.assert_array_equal(one.run.dump()[name], array)
     assert one.read(SEGMENTS[2]).tobytes() == together.read(SEGMENTS[2]).tobytes()
+
+
+def test_a_copy_within_a_segment_goes_its_own_way():
+    trial = Trial(lambda: HeavyHitters(size=8), "encoder-decoder")
+    alone, copied = trial.reader(2), trial.reader(2)
+    lengths = np.full(2, LENGTH)
+    for stream in (alone.stream, copied.stream):
+        stream.open(SEGMENTS[0], lengths, SEGMENTS[0])
+        if stream is copied.stream:
+            stream.copy().decode(SEGMENTS[0], lengths)
+        stream.decode(SEGMENTS[0], lengths)
+        stream.finish()
+    for name, array in alone.run.dump().items():
+        np.testing.assert_array_equal(copied.run.dump()[name], array)
 
 
 def test_a_run_of_something_else_does_not_join():
@@ -440,13 +470,13 @@ def test_a_dump_of_something_else_is_refused():
         run.load(Trial(lambda: mt.memory("window", size=8), "decoder-only").reader(3).run.dump())
 
 
-def test_select_rows_fills_the_shorter_with_zeros():
+def test_select_streams_fills_the_shorter_with_zeros():
     a, b = np.ones((2, 3, 1)), np.full((2, 1, 1), 2.0)
     chosen = np.array([True, False])
-    assert select_rows(chosen, a, b)[..., 0].tolist() == [[1, 1, 1], [2, 0, 0]]
-    assert select_rows(chosen, b, a)[..., 0].tolist() == [[2, 0, 0], [1, 1, 1]]
-    assert select_rows(chosen, a, a) is a
-    assert isinstance(select_rows(chosen, Var(a), b), Var)
+    assert select_streams(chosen, a, b)[..., 0].tolist() == [[1, 1, 1], [2, 0, 0]]
+    assert select_streams(chosen, b, a)[..., 0].tolist() == [[2, 0, 0], [1, 1, 1]]
+    assert select_streams(chosen, a, a) is a
+    assert isinstance(select_streams(chosen, Var(a), b), Var)
 
 
 def test_a_site_or_layer_that_the_model_does_not_have_is_told():

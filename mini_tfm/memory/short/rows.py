@@ -71,7 +71,7 @@ class RowMemory(Memory):
             got = "NaN" if priority.shape == valid.shape else f"shape {priority.shape}"
             raise InvalidValue(f"keep: expected a priority for each of {valid.shape} rows, got {got}")
         priority = np.where(valid, np.maximum(priority, np.finfo(np.float64).min), -np.inf)  # invalid rows go first
-        # Of each batch row the `size` best, then back in order of position (invalid ones first).
+        # The `size` best of each stream, then back in order of position (invalid ones first).
         best = np.argsort(-priority, axis=1, kind="stable")
         stay, go = (_in_order(part, positions, valid) for part in (best[:, : self.size], best[:, self.size :]))
         for name, value in rows.items():
