@@ -133,3 +133,9 @@ def test_a_nearly_plain_block_is_refused(label, dtype):
 def test_a_target_in_no_class_is_refused(target, core):
     with pytest.raises(InvalidValue, match=r"^targets: expected values from 0 to 4 \(or -100\)"):
         core.cross_entropy(np.ones((2, 5), np.float32), np.array([1, target]))
+
+
+def test_a_table_that_overlaps_its_rows_gradient_is_refused(core, dtype):
+    table = np.zeros((9, 4), dtype)
+    with pytest.raises(InvalidValue, match=r"^dtable: expected memory of its own, got an array that overlaps dout"):
+        core.embedding_backward(np.array([1, 2]), table[3:5], table)

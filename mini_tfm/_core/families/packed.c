@@ -452,6 +452,56 @@ static int packed_linear(const void *x, const struct mt_packed *w, const struct 
     return 0;
 }
 
+/* Some panels of sums, of which linear_top_k takes a row's best and its sum of exponentials. */
+struct top_panels {
+    ptrdiff_t column, d_out;  /* the first panel's first column; how many the weight has */
+    ptrdiff_t rows, panels;   /* sums are (panels, rows, NR) */
+    ptrdiff_t kept;           /* size of a heap */
+    const real *bias;         /* (d_out,) or NULL */
+    int sums_exp;             /* is the sum wanted? */
+};
+
+/* sums: those of one row, a panel's NR `rows` * NR apart. heap_k (kept,) and peak (2,), maximum and sum above it, brought on. */
+static void top_of_panels(const struct top_panels *of, const real *sums, struct found *heap_k, real *peak) {
+    const ptrdiff_t vectors = 2 * of->panels, kept = of->kept;
+    vec largest = all(-INFINITY), y_j[2 * PANELS];
+    /* 1: bias; past the last column -inf, which changes neither maximum nor sum */
+    for (ptrdiff_t j = 0; j < vectors; j++) {
+        ptrdiff_t column = of->column + j * VL, left = of->d_out - column;
+        vec y = load(sums + j / 2 * of->rows * NR + j % 2 * VL);
+        if (of->bias && left > 0) y += load_columns(of->bias + column, left);
+        for (ptrdiff_t lane = max_size(left, 0); lane < VL; lane++) y[lane] = -INFINITY;
+        y_j[j] = y;
+        largest = max_vec(y, largest);
+    }
+    /* 2: the best. One comparison turns nearly every vector away. NaN fails it. */
+    for (ptrdiff_t j = 0; j < vectors && kept; j++) {
+        real worst = worst_of(heap_k);
+        if (!any_lane(y_j[j] >= worst)) continue;
+        ptrdiff_t column = of->column + j * VL;
+        for (ptrdiff_t lane = 0; lane < VL && column + lane < of->d_out; lane++)
+            if (y_j[j][lane] >= worst) offer(heap_k, kept, (struct found){y_j[j][lane], column + lane});
+    }
+    if (!of->sums_exp) return;
+    /* 3: the sum, brought to the new maximum */
+    real top = max_lanes(largest), old = peak[0];
+    top = top > old ? top : old;
+    real base = top > -INFINITY ? top : 0; /* inf - inf would be NaN where all is hidden */
+    vec sum = {0};
+    for (ptrdiff_t j = 0; j < vectors; j++) sum += exp_vec(y_j[j] - base);
+    peak[1] = (old > -INFINITY ? peak[1] * exp_real(old - base) : peak[1]) + sum_lanes(sum);
+    peak[0] = top;
+}
+
+/* log sum exp of a row from its parts, in order: peak_p (parts, 2) of maxima and of sums above them. */
+static real lse_of_parts(const real *peak_p, ptrdiff_t parts) {
+    real top = -INFINITY, sum = 0;
+    for (ptrdiff_t part = 0; part < parts; part++) top = peak_p[part * 2] > top ? peak_p[part * 2] : top;
+    real base = top > -INFINITY ? top : 0;
+    for (ptrdiff_t part = 0; part < parts; part++) sum += peak_p[part * 2 + 1] * exp_real(peak_p[part * 2] - base);
+    return base + log(sum);
+}
+
 /* x (N, d_in), w read; scores_nk, ids_nk (N, k) written, best first, and lse (N,) if not NULL: log sum exp over all columns.
  * -1: no workspace. The columns are cut into parts of a fixed width, each with its own maximum and sum, which are merged in order;
  * the best are in heaps, one for each thread and row: so no result depends on threads or rows. */
@@ -497,52 +547,16 @@ static int linear_top_k(const void *x, const struct mt_packed *w, const void *bi
             for (ptrdiff_t panel = part * part_panels; panel < end && here > 0; panel += PANELS) {
                 ptrdiff_t some = min_size(PANELS, end - panel);
                 packed_sums(w, &at, &rows, r0, here, panel, some, sums, (char *)sums + SUMS_ROOM);
-                for (ptrdiff_t i = 0; i < here; i++) {
-                    struct found *heap_k = mine + (r0 + i) * kept;
-                    real *peak = peaks + ((r0 + i) * parts + part) * 2;
-                    vec largest = all(-INFINITY), y_j[2 * PANELS];
-                    /* 1: bias; past the last column -inf, which changes neither maximum nor sum */
-                    for (ptrdiff_t j = 0; j < 2 * some; j++) {
-                        ptrdiff_t column = panel * NR + j * VL, left = w->d_out - column;
-                        vec y = load(sums + (j / 2 * here + i) * NR + j % 2 * VL);
-                        if (bias && left > 0) y += load_columns(bias + column, left);
-                        for (ptrdiff_t lane = max_size(left, 0); lane < VL; lane++) y[lane] = -INFINITY;
-                        y_j[j] = y;
-                        largest = max_vec(y, largest);
-                    }
-                    /* 2: the best. One comparison turns nearly every vector away. NaN fails it. */
-                    for (ptrdiff_t j = 0; j < 2 * some && kept; j++) {
-                        real worst = worst_of(heap_k);
-                        if (!any_lane(y_j[j] >= worst)) continue;
-                        ptrdiff_t column = panel * NR + j * VL;
-                        for (ptrdiff_t lane = 0; lane < VL && column + lane < w->d_out; lane++)
-                            if (y_j[j][lane] >= worst) offer(heap_k, kept, (struct found){y_j[j][lane], column + lane});
-                    }
-                    /* 3: the sum, brought to the new maximum */
-                    if (lse_n) {
-                        real top = max_lanes(largest), old = peak[0];
-                        top = top > old ? top : old;
-                        real base = top > -INFINITY ? top : 0; /* inf - inf would be NaN where all is hidden */
-                        vec sum = {0};
-                        for (ptrdiff_t j = 0; j < 2 * some; j++) sum += exp_vec(y_j[j] - base);
-                        peak[1] = (old > -INFINITY ? peak[1] * exp_real(old - base) : peak[1]) + sum_lanes(sum);
-                        peak[0] = top;
-                    }
-                }
+                const struct top_panels of = {panel * NR, w->d_out, here, some, kept, bias, lse_n != NULL};
+                for (ptrdiff_t i = 0; i < here; i++)
+                    top_of_panels(&of, sums + i * NR, mine + (r0 + i) * kept, peaks + ((r0 + i) * parts + part) * 2);
             }
         }
         /* All threads' heaps, and the parts, in order. */
 #pragma omp for schedule(static)
         for (ptrdiff_t row = 0; row < n; row++) {
             take_best(heaps + row * kept, team, apart, kept, heads + row * team, k, scores_nk + row * k, ids_nk + row * k);
-            if (lse_n) {
-                const real *peak_p = peaks + row * parts * 2;
-                real top = -INFINITY, sum = 0;
-                for (ptrdiff_t part = 0; part < parts; part++) top = peak_p[part * 2] > top ? peak_p[part * 2] : top;
-                real base = top > -INFINITY ? top : 0;
-                for (ptrdiff_t part = 0; part < parts; part++) sum += peak_p[part * 2 + 1] * exp_real(peak_p[part * 2] - base);
-                lse_n[row] = base + log(sum);
-            }
+            if (lse_n) lse_n[row] = lse_of_parts(peaks + row * parts * 2, parts);
         }
     }
     free(rows.memory);

@@ -161,11 +161,30 @@ static void dots_of(ptrdiff_t n, int kind, ptrdiff_t d, const real *q, ptrdiff_t
     }
 }
 
-/* `n` queries q_nd (n, ldq) against rows [first, last) of one bank (M, d): offered to heaps_nk (n, k).
- * widened: MAX_TILE * ldq reals, or fewer where a tile is smaller; scores: n * MAX_TILE reals. */
-static void search_piece(const real *q_nd, ptrdiff_t ldq, ptrdiff_t n, const struct mt_bank *bank, ptrdiff_t b, ptrdiff_t m,
-                         ptrdiff_t first, ptrdiff_t last, ptrdiff_t d, ptrdiff_t tile, int in_place, struct found *heaps_nk, ptrdiff_t k,
-                         real *widened, real *scores) {
+/* What all pieces of a search share. */
+struct search {
+    const struct mt_bank *bank; /* (B, M, d) */
+    ptrdiff_t m, d, ldq;        /* ldq: d up to a whole vector, a query's stride */
+    ptrdiff_t tile, k;          /* rows of a tile; size of a heap */
+    int in_place;               /* are rows read where they lie? */
+};
+
+/* A piece: some queries against some rows. */
+struct search_piece {
+    ptrdiff_t n, b, first, last; /* n queries against rows [first, last) of bank b */
+    const real *q_nd;            /* (n, ldq) */
+    struct found *heaps_nk;      /* (n, k), which the rows are offered to */
+    real *widened;               /* room for tile * ldq reals */
+    real *scores;                /* room for n * MAX_TILE reals, twice as many for codes that come twice */
+};
+
+static void search_piece(const struct search *of, const struct search_piece *piece, ptrdiff_t first, ptrdiff_t last) {
+    const struct mt_bank *bank = of->bank;
+    const ptrdiff_t m = of->m, d = of->d, ldq = of->ldq, tile = of->tile, k = of->k, n = piece->n, b = piece->b;
+    const int in_place = of->in_place;
+    const real *q_nd = piece->q_nd;
+    struct found *heaps_nk = piece->heaps_nk;
+    real *widened = piece->widened, *scores = piece->scores;
     const char *rows_md = (const char *)bank->rows + b * bank->stride[0];
     const uint8_t *valid_m = bank->valid ? bank->valid + b * m : NULL;
     ptrdiff_t row_bytes = d * element_bytes(bank->kind), stride = in_place ? bank->stride[1] : ldq * (ptrdiff_t)sizeof(real);
@@ -245,6 +264,7 @@ static int search(const void *queries, const struct mt_bank *bank, void *scores,
     failed = failed || !workspace || !heaps || !heads;
     if (failed) goto done;
     nothing_found(heaps, slots * rows * kept);
+    const struct search of = {bank, m, d, ldq, tile, kept, in_place};
     /* 2: every part of the bank with every group of queries; the groups of one part follow each other, so it is still in L3 */
 #pragma omp parallel for num_threads(team) schedule(dynamic)
     for (ptrdiff_t piece = 0; piece < pieces; piece++) {
@@ -252,15 +272,12 @@ static int search(const void *queries, const struct mt_bank *bank, void *scores,
         ptrdiff_t slot = slots > 1 ? mt_thread_id() : 0, row = b * n + i0;
         real *mine = workspace + room * mt_thread_id();
         if (i0 >= n) continue;
-        const real *q_nd = padded_bnd + row * ldq;
-        ptrdiff_t count = min_size(group, n - i0), first = at * part, last = min_size(m, first + part);
-        struct found *heaps_nk = heaps + (slot * rows + row) * kept;
-        real *widened = mine + widened_at;
-        if (coded.tile)
-            search_coded_piece(&coded, row, q_nd, ldq, count, bank, b, m, first, last, d, tile, in_place, heaps_nk, kept, widened, mine,
-                               (uint8_t *)(mine + codes_at));
-        else
-            search_piece(q_nd, ldq, count, bank, b, m, first, last, d, tile, in_place, heaps_nk, kept, widened, mine);
+        const struct search_piece one = {
+            min_size(group, n - i0), b, at * part, min_size(m, (at + 1) * part), padded_bnd + row * ldq,
+            heaps + (slot * rows + row) * kept, mine + widened_at, mine,
+        };
+        if (coded.tile) search_coded_piece(&coded, &of, &one, row, (uint8_t *)(mine + codes_at));
+        else search_piece(&of, &one, one.first, one.last);
     }
     /* 3: of all threads' heaps */
 #pragma omp parallel for num_threads(mt_team(rows, 20.0 * rows * slots * kept)) schedule(static)

@@ -241,11 +241,14 @@ static void code_tile(const struct mt_bank *bank, const char *from, const float 
 }
 
 /* search_piece with codes: queries from row q0 on. Where codes do not tell enough, because heaps are not yet full or the
- * numbers are not made for it, some rows are searched without. scores: (1 + twice) * n * MAX_TILE reals; row_codes: tile * n_codes bytes. */
-static void search_coded_piece(const struct coded_search *search, ptrdiff_t q0, const real *q_nd, ptrdiff_t ldq, ptrdiff_t n,
-                               const struct mt_bank *bank, ptrdiff_t b, ptrdiff_t m, ptrdiff_t first, ptrdiff_t last, ptrdiff_t d,
-                               ptrdiff_t tile, int in_place, struct found *heaps_nk, ptrdiff_t k, real *widened, real *scores,
-                               uint8_t *row_codes) {
+ * numbers are not made for it, some rows are searched without. row_codes: room for tile * n_codes bytes. */
+static void search_coded_piece(const struct coded_search *search, const struct search *of, const struct search_piece *piece,
+                               ptrdiff_t q0, uint8_t *row_codes) {
+    const struct mt_bank *bank = of->bank;
+    const ptrdiff_t m = of->m, d = of->d, ldq = of->ldq, k = of->k, n = piece->n, b = piece->b, last = piece->last;
+    const real *q_nd = piece->q_nd;
+    struct found *heaps_nk = piece->heaps_nk;
+    real *scores = piece->scores;
     enum { ALLOWED = 16, WITHOUT = 8 }; /* one row in so many may be in question; else so many tiles without */
     const ptrdiff_t n_codes = search->n_codes, row_bytes = d * element_bytes(bank->kind), twice = search->twice;
     const int8_t *codes_nd = search->codes_nd + q0 * (1 + twice) * n_codes;
@@ -256,7 +259,7 @@ static void search_coded_piece(const struct coded_search *search, ptrdiff_t q0, 
     const char *read_m = search->given ? (const char *)search->given + b * bank->code_stride[0] : rows_md;
     const ptrdiff_t read_stride = search->given ? bank->code_stride[1] : bank->stride[1];
     const ptrdiff_t read_bytes = search->given ? n_codes + (ptrdiff_t)sizeof(struct code_tail) : row_bytes;
-    for (ptrdiff_t j0 = first; j0 < last;) {
+    for (ptrdiff_t j0 = piece->first; j0 < last;) {
         ptrdiff_t rows = min_size(search->tile, last - j0), in_question = 0, full = 1;
         const char *from = rows_md + j0 * bank->stride[1], *read = read_m + j0 * read_stride;
         for (ptrdiff_t i = 0; i < n; i++) full &= heaps_nk[i * k].index >= 0;
@@ -313,7 +316,7 @@ static void search_coded_piece(const struct coded_search *search, ptrdiff_t q0, 
         }
         if (!full || in_question * ALLOWED > rows * n) {
             ptrdiff_t until = min_size(last, j0 + WITHOUT * search->tile);
-            search_piece(q_nd, ldq, n, bank, b, m, j0, until, d, tile, in_place, heaps_nk, k, widened, scores);
+            search_piece(of, piece, j0, until);
             j0 = until;
         }
     }
@@ -326,11 +329,9 @@ static int code_queries(struct coded_search *search, const struct mt_bank *bank,
     return 0;
 }
 
-static void search_coded_piece(const struct coded_search *search, ptrdiff_t q0, const real *q_nd, ptrdiff_t ldq, ptrdiff_t n,
-                               const struct mt_bank *bank, ptrdiff_t b, ptrdiff_t m, ptrdiff_t first, ptrdiff_t last, ptrdiff_t d,
-                               ptrdiff_t tile, int in_place, struct found *heaps_nk, ptrdiff_t k, real *widened, real *scores,
-                               uint8_t *row_codes) {
+static void search_coded_piece(const struct coded_search *search, const struct search *of, const struct search_piece *piece,
+                               ptrdiff_t q0, uint8_t *row_codes) {
     (void)search, (void)q0, (void)row_codes;
-    search_piece(q_nd, ldq, n, bank, b, m, first, last, d, tile, in_place, heaps_nk, k, widened, scores);
+    search_piece(of, piece, piece->first, piece->last);
 }
 #endif
