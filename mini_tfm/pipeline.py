@@ -213,7 +213,7 @@ class Pipeline:
         stream.open(source[None] if has_encoder else None, np.array([len(source)]))
         # The first inputs of a decoder are bos, or what came before, and then its own text.
         prompt = stream.shifted(np.append([] if has_encoder else source, 0).astype(np.int64)[None])
-        session = Session(stream, n_ids=self.tokenizer.vocab_size, n_tokens=limit)
+        session = Session(stream, n_ids=self.tokenizer.vocab_size)
         for step in one_by_one(session, prompt, options, limit=limit):
             if step[0] < 0:
                 return

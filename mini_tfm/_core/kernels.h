@@ -82,6 +82,7 @@ KERNEL(void, adamw,
         double weight_decay, int64_t step, double grad_scale),
        (param, grad, m, v, n, lr, beta1, beta2, eps, weight_decay, step, grad_scale))
 KERNEL(int, sum_of_squares, (const void *x, ptrdiff_t n, double *sum), (x, n, sum))
+KERNEL(int, checksum, (const void *x, ptrdiff_t n, uint64_t *sum), (x, n, sum))
 
 KERNEL(int, search,
        (const void *queries, const struct mt_bank *bank, void *scores, int64_t *index, ptrdiff_t batch, ptrdiff_t n, ptrdiff_t m,

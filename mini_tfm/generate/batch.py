@@ -36,7 +36,7 @@ def generate(model: Model, source: Any, lengths: Any = None, **options: Any) -> 
         prompt = np.full((len(rows), 1), model.config.bos_id)
         if not model.config.has_encoder and lengths[rows[0]]:
             prompt = source[rows, : lengths[rows[0]]]
-        session = Session(stream, n_tokens=chosen.max_new_tokens)
+        session = Session(stream)
         for step in one_by_one(session, prompt, chosen, rows=rows):
             for row in np.flatnonzero(step >= 0):
                 results[rows[row]].append(int(step[row]))

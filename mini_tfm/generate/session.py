@@ -7,6 +7,9 @@ memory's states included: finished rows and beams need nothing else.
 
 from __future__ import annotations
 
+from typing import Any
+from weakref import WeakKeyDictionary
+
 import numpy as np
 
 from .. import _core
@@ -18,21 +21,18 @@ from ..stream import Stream
 from ..weights import Weight, Weights
 from .cache import KVCache
 
-PACKED_FROM = 16  # tokens: packing takes about as long as so many steps are faster for it
-
 
 class Session:
     """Goes on from the segment that is open in `stream`.
 
-    n_ids: only ids below it are scored, where the model has more than its tokenizer can say. n_tokens: how many steps there
-    will be, about: what is worth preparing.
+    n_ids: only ids below it are scored, where the model has more than its tokenizer can say.
     """
 
-    def __init__(self, stream: Stream, *, n_ids: int | None = None, n_tokens: int = PACKED_FROM):
+    def __init__(self, stream: Stream, *, n_ids: int | None = None):
         self.stream, self.cache = stream, KVCache()
         self.n_ids = stream.model.config.vocab_size if n_ids is None else n_ids
         self.n_steps = 0
-        self.weights = packed_weights(stream.model, self.n_ids) if n_tokens >= PACKED_FROM else stream.weights
+        self.weights = packed_weights(stream.model, self.n_ids)
         self._pass = Pass(self.weights, stream.run, cache=self.cache)
 
     @property
@@ -91,12 +91,24 @@ class Session:
 _NO_LENGTHS = np.zeros(0, np.int64)  # with a cache nothing is padding
 
 
+_packed: WeakKeyDictionary[Model, tuple[Any, dict[str, Any]]] = WeakKeyDictionary()
+
+
 def packed_weights(model: Model, n_ids: int) -> Weights:
-    """The model's weights, those of a decoding step packed; of the output layer only `n_ids` columns."""
+    """The model's weights, those of a decoding step packed too; of the output layer only `n_ids` columns.
+
+    They are kept for the next session, as long as the weights are what they were: a checksum tells, in the time of reading
+    them once. Packing takes about as long as ten steps.
+    """
     assert model.decoder is not None
+    names = list(model.decoder.step_matrices())
     weights = Weights(model.weights)
-    for name in model.decoder.step_matrices():
-        weight = weights[name]
-        weights[name] = Weight(weight.kept, weight.pack())
-    weights[model.output.PACKED] = Weight(None, weights[model.output.name].pack(transposed=model.output.is_tied, columns=n_ids))
+    state = n_ids, [(name, _core.checksum(weights[name].array)) for name in (*names, model.output.name)]
+    kept, packed = _packed.get(model, (None, None))
+    if packed is None or kept != state:
+        packed = {name: weights[name].pack() for name in names}
+        packed[model.output.PACKED] = weights[model.output.name].pack(transposed=model.output.is_tied, columns=n_ids)
+        _packed[model] = state, packed
+    for name, one in packed.items():
+        weights[name] = Weight(None if name == model.output.PACKED else weights[name].kept, one)
     return weights

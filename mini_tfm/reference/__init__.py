@@ -9,6 +9,7 @@ returns the dtype it was given. One file a family:
     norm         layer_norm, rms_norm, backward     optimizer   adamw, sum_of_squares
     elementwise  activations, dropout               search      exact top-k by inner product
     attention    attention and its backward         threads     the twins of the thread settings
+    checksum     whether an array has changed
     types        Block, BlockGrad, PackedWeight, which the compiled kernels share
 
 The `__all__` of these files together are the names behind the door `mini_tfm._core`, which fails to import without a compiled
@@ -18,6 +19,7 @@ function for each; `MINI_TFM_ISA=reference` puts the twins themselves behind it.
 from typing import TYPE_CHECKING
 
 from mini_tfm.reference.attention import *
+from mini_tfm.reference.checksum import *
 from mini_tfm.reference.elementwise import *
 from mini_tfm.reference.embedding import *
 from mini_tfm.reference.linear import *

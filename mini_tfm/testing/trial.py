@@ -124,7 +124,7 @@ class Reader:
     def token_by_token(self, tokens: np.ndarray) -> np.ndarray:
         """The same as `read`, the way generation does it: one decoder token at a time, with a cache."""
         self._open(tokens, self._lengths(tokens, None))
-        session, inputs = Session(self.stream, n_tokens=0), self.stream.shifted(tokens)
+        session, inputs = Session(self.stream), self.stream.shifted(tokens)
         steps = [session.step(inputs[:, t : t + 1])[:, None] for t in range(tokens.shape[1])]
         return np.concatenate([self.stream.log_probs(hidden) for hidden in steps], axis=1)
 

@@ -102,12 +102,13 @@ def sample(name, dtype, layout="contiguous", big=False, seed=0):
         "softmax": lambda: {"x": x, "out": out},
         "softmax_backward": lambda: {"y": x, "dy": dy, "out": out},
         "sum_of_squares": lambda: {"x": x},
+        "checksum": lambda: {"x": x},
     }  # fmt: skip
     return samples[name]()
 
 
 NAMES = (
-    "activation", "activation_backward", "adamw", "attention", "attention_backward", "attention_mass", "cross_entropy",
+    "activation", "activation_backward", "adamw", "attention", "attention_backward", "attention_mass", "checksum", "cross_entropy",
     "cross_entropy_backward",
     "dropout", "embedding", "embedding_backward", "gemm", "layer_norm", "layer_norm_backward", "linear_cross_entropy",
     "linear_cross_entropy_backward", "linear_top_k", "log_softmax", "pack", "packed_linear", "rms_norm", "rms_norm_backward",

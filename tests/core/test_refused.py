@@ -16,6 +16,7 @@ from mini_tfm.reference import Block, PackedWeight
 # These axes may have any length; an ellipsis: all of them, and any number of axes.
 FREE = {
     ("softmax", "x"): ..., ("log_softmax", "x"): ..., ("activation", "x"): ..., ("dropout", "x"): ..., ("sum_of_squares", "x"): ...,
+    ("checksum", "x"): ...,
     ("embedding", "table"): (0, 1), ("embedding", "ids"): ...,
     ("embedding_backward", "dtable"): (0,), ("cross_entropy", "logits"): (1,), ("cross_entropy", "targets"): (),
     ("cross_entropy_backward", "logits"): (1,), ("rotary", "x"): (0, 1), ("search", "queries"): (1,),

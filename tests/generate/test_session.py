@@ -1,5 +1,8 @@
 """A decoding session: what its steps give, and its streams dropped, repeated, sorted and joined at any of them."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 from helpers import assert_same_bits
@@ -13,7 +16,6 @@ from mini_tfm.stream import Stream
 
 VARIANTS = ["pre norm", "relative", "rotary", "decoder only"]
 MEMORIES = [None, "window:size=9,sinks=2,site=all", "recurrent:tokens=2", "store:top_k=3", "window:size=4+store:top_k=3"]
-PACKED = [pytest.param(0, id="plain"), pytest.param(99, id="packed")]
 RNG = np.random.default_rng(5)
 TEXT = RNG.integers(3, 13, (5, 24))
 
@@ -25,14 +27,14 @@ def model_for(variant, memory=None, dtype=np.float32):
     return model
 
 
-def begun(model, memory, rows, *, read=2, n_tokens=0, length=6):
+def begun(model, memory, rows, *, read=2, length=6):
     """A session of the streams `rows` of TEXT, which have read some segments of it."""
     stream = Stream(model, memory, len(rows))
     for t in range(read):
         stream.read(TEXT[rows, 6 * t : 6 * t + 6], np.full(len(rows), 6))
     source = TEXT[rows, 12 : 12 + length]
     stream.open(source if model.config.has_encoder else None, np.full(len(rows), length))
-    return Session(stream, n_tokens=n_tokens)
+    return Session(stream)
 
 
 def steps(session, tokens):
@@ -40,30 +42,28 @@ def steps(session, tokens):
     return np.stack([session.scores(session.step(tokens[:, i : i + 1])) for i in range(tokens.shape[1])], axis=1)
 
 
-@pytest.mark.parametrize("n_tokens", PACKED)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_decoding_past_every_growth_of_the_cache_is_full_decoding(variant, n_tokens):
+def test_decoding_past_every_growth_of_the_cache_is_full_decoding(variant):
     model = model_for(variant, dtype=np.float64)
     n = 4 * FIRST_CAPACITY + 3
     target = np.random.default_rng(1).integers(3, 13, (2, n))
     stream = Stream(model, None, 2)
     stream.open(TEXT[:2, :7] if model.config.has_encoder else None, np.array([7, 5]))
-    inputs, session = stream.shifted(target), Session(stream, n_tokens=n_tokens)
+    inputs, session = stream.shifted(target), Session(stream)
     found = steps(session, inputs)
     whole = model.logits(*((TEXT[:2, :7], target, [7, 5]) if model.config.has_encoder else (None, target)))
     np.testing.assert_allclose(found, whole, rtol=0, atol=1e-10 * np.abs(whole).max())
 
 
-@pytest.mark.parametrize("n_tokens", PACKED)
 @pytest.mark.parametrize("spec", MEMORIES)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_streams_are_dropped_repeated_and_sorted(variant, spec, n_tokens):
+def test_streams_are_dropped_repeated_and_sorted(variant, spec):
     """Each goes on as if the others had never been there: the same bits."""
     memory = mt.memory(spec) if spec else None
     model = model_for(variant, memory)
     tokens = np.random.default_rng(2).integers(3, 13, (4, 9))
-    alone = [steps(begun(model, memory, [b], n_tokens=n_tokens), tokens[b : b + 1])[0] for b in range(4)]
-    session, order = begun(model, memory, [0, 1, 2, 3], n_tokens=n_tokens), np.arange(4)
+    alone = [steps(begun(model, memory, [b]), tokens[b : b + 1])[0] for b in range(4)]
+    session, order = begun(model, memory, [0, 1, 2, 3]), np.arange(4)
     for i, index in enumerate(([0, 1, 2, 3], [3, 0, 2], [2, 1], [1, 0, 0, 1], [3, 2, 0])):
         session.reorder(np.array(index))
         order = order[index]
@@ -72,10 +72,9 @@ def test_streams_are_dropped_repeated_and_sorted(variant, spec, n_tokens):
         assert_same_bits(found, np.stack([alone[b][i] for b in order]))
 
 
-@pytest.mark.parametrize("n_tokens", PACKED)
 @pytest.mark.parametrize("spec", MEMORIES)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_streams_join_that_have_come_differently_far(variant, spec, n_tokens):
+def test_streams_join_that_have_come_differently_far(variant, spec):
     """Another source length, another number of segments read, another number of tokens decoded."""
     memory = mt.memory(spec) if spec else None
     model = model_for(variant, memory, np.float64)
@@ -83,9 +82,9 @@ def test_streams_join_that_have_come_differently_far(variant, spec, n_tokens):
 
     def three():
         return [
-            begun(model, memory, [0, 1], n_tokens=n_tokens),
-            begun(model, memory, [2], read=1, n_tokens=n_tokens, length=4),
-            begun(model, memory, [3, 4], read=0, n_tokens=n_tokens, length=9),
+            begun(model, memory, [0, 1]),
+            begun(model, memory, [2], read=1, length=4),
+            begun(model, memory, [3, 4], read=0, length=9),
         ]
 
     before = (7, 2, 3)  # tokens that each has decoded
@@ -108,29 +107,46 @@ def test_streams_join_that_have_come_differently_far(variant, spec, n_tokens):
     np.testing.assert_allclose(found, expected[kept, 20:], rtol=0, atol=1e-10 * np.abs(expected).max())
 
 
-def test_packed_and_plain_weights_choose_the_same_tokens():
+def test_a_shorter_text_is_the_beginning_of_a_longer_one():
     for variant in VARIANTS:
         model = model_for(variant)
-        made = [model.generate(TEXT[:, :7], max_new_tokens=n, stop_at_eos=False) for n in (15, 40)]
-        assert [row[:15] for row in made[1]] == made[0]
+        made = [model.generate(TEXT[:, :7], max_new_tokens=n, stop_at_eos=False) for n in (3, 40)]
+        assert [row[:3] for row in made[1]] == made[0]
 
 
-@pytest.mark.parametrize("n_tokens", PACKED)
-def test_only_ids_of_the_tokenizer_are_chosen(n_tokens):
+@pytest.mark.parametrize("name", ["decoder.1.feed_forward.out.weight", "embedding.weight", "decoder.0.attention.k.weight"])
+def test_a_weight_that_is_written_into_counts_at_once(name):
+    """What was packed for an earlier session is not used for another model's weights."""
     model = model_for("pre norm")
-    session = begun(model, None, [0, 1], n_tokens=n_tokens)
+    before = model.generate(TEXT[:, :7], max_new_tokens=12, stop_at_eos=False)
+    assert model.generate(TEXT[:, :7], max_new_tokens=12, stop_at_eos=False) == before
+    model.weights[name] *= -1
+    after = model.generate(TEXT[:, :7], max_new_tokens=12, stop_at_eos=False)
+    fresh = mt.Transformer(model.config, weights={n: w.copy() for n, w in model.weights.items()})
+    assert after != before and after == fresh.generate(TEXT[:, :7], max_new_tokens=12, stop_at_eos=False)
+
+
+def test_a_model_that_has_generated_can_be_copied():
+    model = model_for("pre norm")
+    made = model.generate(TEXT[:, :7], max_new_tokens=5)
+    assert copy.deepcopy(model).generate(TEXT[:, :7], max_new_tokens=5) == made
+    assert pickle.loads(pickle.dumps(model)).generate(TEXT[:, :7], max_new_tokens=5) == made
+
+
+def test_only_ids_of_the_tokenizer_are_chosen():
+    model = model_for("pre norm")
+    session = begun(model, None, [0, 1])
     hidden = session.step(np.array([[1], [1]]))
     best = np.argsort(-session.scores(hidden), axis=1)
-    limited = Session(begun(model, None, [0, 1]).stream, n_ids=4, n_tokens=n_tokens)
+    limited = Session(begun(model, None, [0, 1]).stream, n_ids=4)
     assert limited.scores(limited.step(np.array([[1], [1]]))).shape == (2, 4)
     chosen = limited.best(hidden)
     assert chosen.tolist() == [next(i for i in row if i < 4) for row in best.tolist()]
 
 
 @pytest.mark.parametrize("options", [{}, {"do_sample": True, "seed": 0}], ids=["greedy", "drawn"])
-@pytest.mark.parametrize("n_tokens", [4, 40])
-def test_scores_that_are_not_numbers_are_an_error(options, n_tokens):
+def test_scores_that_are_not_numbers_are_an_error(options):
     model = model_for("pre norm")
     model.weights["decoder.norm.weight"][0] = np.nan
     with pytest.raises(InvalidValue, match=r"the scores of token 1 of row 0 are not finite \(.*\); check that the model's weights"):
-        model.generate(TEXT[:, :7], max_new_tokens=n_tokens, **options)
+        model.generate(TEXT[:, :7], max_new_tokens=4, **options)

@@ -15,6 +15,7 @@
 #include "families/embedding.c"
 #include "families/loss.c"
 #include "families/optimizer.c"
+#include "families/checksum.c"
 #include "families/search.c"
 #include "families/attention_tile.c"
 #include "families/attention_few.c"
