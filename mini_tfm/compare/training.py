@@ -111,7 +111,7 @@ def _pace(job: Job) -> float:
     batch_of = _batches(job, saved.tokenizer)
     began = 0.0
     for step in range(PACE_STEPS + 1):
-        if step == 1:  # the first pays for what is set up once
+        if step == 1:  # the first step includes one-time set-up
             began = time.perf_counter()
         trainer.step(*fields(batch_of(step, 1.0)))
     return (time.perf_counter() - began) / PACE_STEPS

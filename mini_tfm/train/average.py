@@ -15,7 +15,7 @@ from .run_folder import checkpoints
 def average_models(folders: Sequence[str | Path], out: str | Path) -> list[Path]:
     """Writes into `out` the model whose every weight is the mean of those in `folders`; returns the folders.
 
-    Sums in float64. Configuration, tokenizer and memory have to be the same in all; `out` must not hold a model yet.
+    Sums in float64. All must have the same configuration, tokenizer and memory; `out` must not hold a model yet.
     Raises InvalidValue naming the first folder that is of another kind, FileProblem for one that cannot be read.
     """
     if isinstance(folders, str | Path):
@@ -40,7 +40,7 @@ def average_models(folders: Sequence[str | Path], out: str | Path) -> list[Path]
 
 
 def last_checkpoints(run: str | Path, n: int) -> list[Path]:
-    """The newest `n` folders checkpoint-<step> of a run, which `save_total_limit` keeps; oldest first."""
+    """The newest `n` folders checkpoint-<step> of a run (see `save_total_limit`); oldest first."""
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:
         raise InvalidValue(f"n: expected an integer of at least 1, got {n!r}")
     found = checkpoints(run)
@@ -50,7 +50,7 @@ def last_checkpoints(run: str | Path, n: int) -> list[Path]:
 
 
 def _difference(one: Saved, other: Saved) -> str | None:
-    """What two models that are averaged may not differ in; None: nothing."""
+    """Why two models cannot be averaged; None if they can."""
     a, b = one.model.config.to_dict(), other.model.config.to_dict()
     for name in sorted(a):
         if a[name] != b.get(name):
