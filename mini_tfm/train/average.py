@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..checkpoint.models import Saved, load_saved, save_model
+from ..data.checks import integers
 from ..errors import InvalidType, InvalidValue
 from .run_folder import checkpoints
 
@@ -41,8 +42,7 @@ def average_models(folders: Sequence[str | Path], out: str | Path) -> list[Path]
 
 def last_checkpoints(run: str | Path, n: int) -> list[Path]:
     """The newest `n` folders checkpoint-<step> of a run (see `save_total_limit`); oldest first."""
-    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-        raise InvalidValue(f"n: expected an integer of at least 1, got {n!r}")
+    [n] = integers(n=n)
     found = checkpoints(run)
     if len(found) < n:
         raise InvalidValue(f"{run}: expected at least {n} folders checkpoint-<step>, found {len(found)}; train with save_total_limit={n}")
