@@ -55,12 +55,12 @@ def _difference(one: Saved, other: Saved) -> str | None:
     for name in sorted(a):
         if a[name] != b.get(name):
             return f"{name} is {b.get(name)}, expected {a[name]}"
-    shapes = ({name: weight.shape for name, weight in saved.model.weights.items()} for saved in (one, other))
+    shapes = ({name: weight.shape for name, weight in each.model.weights.items()} for each in (one, other))
     expected, got = shapes
     for name in sorted(expected.keys() | got.keys()):
         if expected.get(name) != got.get(name):
             return f"{name} has shape {got.get(name)}, expected {expected.get(name)}"
     if one.memory_text != other.memory_text:
         return f"its memory is {other.memory_text}, expected {one.memory_text}"
-    files = [saved.tokenizer.files() if saved.tokenizer is not None else {} for saved in (one, other)]
+    files = [each.tokenizer.files() if each.tokenizer is not None else {} for each in (one, other)]
     return "its tokenizer is another one" if files[0] != files[1] else None

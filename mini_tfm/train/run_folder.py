@@ -119,17 +119,17 @@ def _step_of(path: Path) -> int:
 def load_run(kind: type[Trainer], folder: str | Path, memory: Memory | None, communicator: Any) -> Trainer:
     """The trainer that `save_run` wrote. Raises FileProblem or InvalidValue naming the file or field at fault."""
     with OpenFolder(folder, (TRAINING_FILE, OPTIMIZER_FILE)) as opened:  # a save meanwhile must not mix two steps
-        saved = load_saved(opened)
+        checkpoint = load_saved(opened)
         about = _checked(opened.read_json(TRAINING_FILE, MAX_TRAINING_BYTES))
         moments = opened.read_tensors(OPTIMIZER_FILE)
-    if memory is not None and memory.text != saved.memory_text:
+    if memory is not None and memory.text != checkpoint.memory_text:
         raise InvalidValue(
-            f"memory: {folder} was trained with {saved.memory_text or 'one made in Python, or none'}, expected the same, got"
+            f"memory: {folder} was trained with {checkpoint.memory_text or 'one made in Python, or none'}, expected the same, got"
             f" {memory.text or memory.name}; to train its model with another memory, begin anew: Trainer(mt.load(folder), memory)"
         )
-    memory = memory if memory is not None else saved.memory()
-    names = set(saved.model.weights)
-    trainer = kind(saved.model, memory, tokenizer=saved.tokenizer, communicator=communicator, **about.pop("options").to_dict())
+    memory = memory if memory is not None else checkpoint.memory()
+    names = set(checkpoint.model.weights)
+    trainer = kind(checkpoint.model, memory, tokenizer=checkpoint.tokenizer, communicator=communicator, **about.pop("options").to_dict())
     if added := sorted(set(trainer.model.weights) - names):
         raise InvalidValue(f"memory: its parameter {added[0]} is not in {folder}; give the memory that it was trained with")
     trainer.optimizer.load_state(moments, about["step_count"])

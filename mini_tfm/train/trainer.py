@@ -160,7 +160,7 @@ class Trainer:
         Ctrl-C saves (with a folder) and raises KeyboardInterrupt. Raises TrainingError as `step` does, or when a
         validation loss or the weights to save are not finite: the last save stays as it was.
 
-        An option that is None keeps its value from the last `fit`, also in a resumed run. At first (in brackets):
+        The options below keep their value from the last `fit`, also in a resumed run, unless given. Initial values in brackets:
         """
         from .loop import Loop, check_data
 
