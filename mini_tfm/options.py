@@ -19,7 +19,6 @@ from typing import Any, ClassVar, Self, TypeVar
 from .errors import InvalidType, InvalidValue
 
 F = TypeVar("F", bound=Callable[..., Any])
-_ORDINARY = inspect.Parameter.POSITIONAL_OR_KEYWORD
 
 
 @dataclasses.dataclass(frozen=True)

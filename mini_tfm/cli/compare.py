@@ -88,7 +88,7 @@ def _check_usage(
     if len(set(memories)) < len(memories):
         raise InvalidValue(f"--memory: expected each once, got {', '.join(memories)}")
     if folders and out is not None:
-        raise click.UsageError("--out is for what is trained; with FOLDER use --json")
+        raise click.UsageError("--out is for trained models; with FOLDER use --json")
     if out is not None:
         check_results_folder(out)
     return (folders[0] if folders else None), [*files, *rest]

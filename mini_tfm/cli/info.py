@@ -57,15 +57,15 @@ def _library() -> dict[str, Any]:
 def _model(folder: Path) -> dict[str, Any]:
     from ..transformer import load_saved
 
-    saved = load_saved(folder)
-    model = saved.model
+    checkpoint = load_saved(folder)
+    model = checkpoint.model
     return {
         "folder": str(folder),
         "parameters": model.n_parameters,
         "size_bytes": model.nbytes,
-        "memory": saved.memory_text,
-        "tokenizer": type(saved.tokenizer).__name__ if saved.tokenizer else None,
-        "tokenizer_tokens": saved.tokenizer.vocab_size if saved.tokenizer else None,
+        "memory": checkpoint.memory_text,
+        "tokenizer": type(checkpoint.tokenizer).__name__ if checkpoint.tokenizer else None,
+        "tokenizer_tokens": checkpoint.tokenizer.vocab_size if checkpoint.tokenizer else None,
         "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()},
         "config": model.config.to_dict(),
     }

@@ -117,7 +117,7 @@ def check(context: click.Context, spec: str, as_json: bool) -> None:
         print_json({"memory": spec, "passed": not failed, "checks": results})
     else:
         print_table(
-            [("check", "left"), ("", "left"), ("what is asked", "left"), ("time (s)", "right")],
+            [("check", "left"), ("", "left"), ("requirement", "left"), ("time (s)", "right")],
             [
                 (
                     each["check"],

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..pipeline import Pipeline
 
 WIDTH = 110  # columns where the output is no terminal
-READ_BYTES = 1 << 16  # text is read in pieces of so many bytes: how often a bar moves
+READ_BYTES = 1 << 16  # bytes read at once: how often a progress bar moves
 
 # Options
 

@@ -11,7 +11,7 @@ import click
 from ..config import Config
 from ..errors import FileProblem
 from ..train.options import FitOptions, TrainerOptions
-from .options import options_of
+from .options import options_of, values_of
 from .shared import json_option
 from .training import SAVE_EVERY, WARMUP_STEPS, fit, new_run, ranks_of_command, resumed_run
 
@@ -141,12 +141,14 @@ def _given(context: click.Context) -> dict[str, str]:
 
 
 def _check_usage(options: dict[str, Any], given: dict[str, str], resume: Path | None) -> None:
+    """Refuses options that do not go together, and values out of range, before any work."""
     if resume is not None and (fixed := [name for name in given if name not in _FREE_ON_RESUME]):
         raise click.UsageError(f"{given[fixed[0]]} comes from the folder with --resume; leave it out")
     if resume is None and options["accept_changes"]:
         raise click.UsageError("--accept-changes is for --resume")
     if options["curriculum"] is not None and "n_segments" in given:
         raise click.UsageError("--n-segments: --curriculum says how many; leave one of the two out")
+    FitOptions.of({name: value for name, value in values_of(FitOptions, options).items() if value is not None})
     for name in ("jsonl_log", "csv_log", "tensorboard_log"):
         if options[name] is not None and not options[name].absolute().parent.is_dir():
             raise FileProblem(f"{given[name]}: {options[name].parent} is not a folder")

@@ -1,4 +1,4 @@
-"""What `mini-tfm train` trains on: files of any kind -> corpora in RAM or in a cache -> objectives, and a part held out."""
+"""The data of `mini-tfm train`: files of any kind -> corpora in RAM or in a cache -> objectives, and a held-out part."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from ..train import Trainer
     from ..train.parallel import Alone
 
-DATA_FILE = "training_data.json"  # in the folder of a run: what --resume needs to see the same batches
+DATA_FILE = "training_data.json"  # in the folder of a run: describes its data, for --resume
 HELD_OUT = 0.1  # of the text
 VALIDATION_BATCHES = 4  # of each objective
-TOKENIZER_CHARACTERS = 1 << 26  # of files that are read in pieces, so many are enough to learn a tokenizer from
-OBJECTIVES = {"next-segment": "texts", "lm": "texts", "denoise": "texts", "pairs": "pairs"}  # and what each is made of
+TOKENIZER_CHARACTERS = 1 << 26  # enough to train a tokenizer on; files that are read whole are used whole
+OBJECTIVES = {"next-segment": "texts", "lm": "texts", "denoise": "texts", "pairs": "pairs"}  # and the kind of corpus each needs
 
-# What a saved run keeps of its data, and the type of each.
+# The fields of DATA_FILE, and their types.
 ABOUT = {
     "files": list,
     "documents": str,
@@ -62,7 +62,7 @@ def parse_objective(text: str | None) -> dict[str, float] | None:
 
 
 def parse_curriculum(text: str | None) -> list[list[int]] | None:
-    """0:1,500:2 -> [[0, 1], [500, 2]]: from which step on rows have how many segments."""
+    """0:1,500:2 -> [[0, 1], [500, 2]]: (first step, segments per row)."""
     if text is None:
         return None
     try:
@@ -77,7 +77,7 @@ def parse_curriculum(text: str | None) -> list[list[int]] | None:
 
 def describe_data(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, float] | None]:
     """The description of a new run's data, before its files are opened; and the objectives of --objective, if given."""
-    asked, stages = parse_objective(options["objective"]), parse_curriculum(options["curriculum"])
+    objectives, stages = parse_objective(options["objective"]), parse_curriculum(options["curriculum"])
     about = {name: options[name] for name in ("documents", "segment_length", "n_segments", "batch_size", "seed")}
     about |= {
         "files": [str(path.resolve()) for path in (*options["files"], *options["more_files"])],
@@ -87,12 +87,12 @@ def describe_data(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, fl
     }
     if stages:
         about["n_segments"] = stages[-1][1]
-    return about, asked
+    return about, objectives
 
 
 class Sources:
-    """The files of a run. Plain text files without a cache are read whole, as are Python's own documents without files;
-    all others a piece at a time.
+    """The files of a run. Plain text files without a cache are read whole, as is Python's documentation; all others a piece at a
+    time.
     """
 
     def __init__(self, about: dict[str, Any]):
@@ -119,7 +119,7 @@ class Sources:
         self.name = f"{len(paths)} files" if len(paths) > 1 else str(paths[0])
 
     def fingerprint(self) -> str:
-        """Names the texts, whatever the files are called. Reads all of them."""
+        """SHA-256 of the texts, independent of file names. Reads all of them."""
         digest = hashlib.sha256()
         if self.texts is not None:
             for text in self.texts.values():
@@ -130,7 +130,7 @@ class Sources:
         return digest.hexdigest()
 
     def train_tokenizer(self, vocab_size: int) -> Tokenizer:
-        """Learnt from what is trained on; of files that are read in pieces, from their beginning."""
+        """A byte-level BPE of the training text; of files that are read in pieces, of their beginning."""
         from ..text.documents import split_documents
         from ..text.tokenizers import train_bpe
 
@@ -141,7 +141,7 @@ class Sources:
             left = TOKENIZER_CHARACTERS
             for piece in itertools.chain.from_iterable(files.pieces() for files in self.files.values()):
                 if left <= 0:
-                    note(f"tokenizer: learnt from the first {count(TOKENIZER_CHARACTERS)} characters")
+                    note(f"tokenizer: trained on the first {count(TOKENIZER_CHARACTERS)} characters")
                     return
                 left -= len(piece.text)
                 yield piece.text
@@ -149,7 +149,7 @@ class Sources:
         return train_bpe(some(), vocab_size)
 
     def corpora(self, tokenizer: Tokenizer, ranks: Alone, overwrite: bool) -> dict[str, tuple[Corpus, Corpus]]:
-        """kind -> (what is trained on, what is held out). overwrite: a cache of what the files were before."""
+        """kind -> (training corpus, held-out corpus). overwrite: rebuild the cache, whose text has changed."""
         from ..data import Corpus, build_token_cache, token_cache
         from ..progress import track
         from ..text.documents import split_documents
@@ -178,7 +178,7 @@ class Sources:
 
 
 class TrainingData:
-    """The data of a run: what it is trained on, batches of what is held out, and how many bytes those are."""
+    """The data of a run: training data, held-out batches and the bytes of their targets."""
 
     def __init__(self, sources: Sources, tokenizer: Tokenizer, config: Config, ranks: Alone, *, overwrite: bool = False):
         import numpy as np
@@ -221,7 +221,7 @@ class TrainingData:
         return SpanDenoising(corpus, vocab_size=self.config.vocab_size, **shape) if name == "denoise" else NextSegment(corpus, **shape)
 
     def measure(self, trainer: Trainer) -> float:
-        """Nats per token on the held-out batches: what `fit` has just found, or else finds."""
+        """Nats per token on the held-out batches, after the last step."""
         import numpy as np
 
         if trainer.validations and trainer.validations[-1][0] == trainer.step_count:
@@ -234,35 +234,35 @@ class TrainingData:
         return loss * sum(self.held_out_tokens) / math.log(2) / self.held_out_bytes if self.held_out_bytes else None
 
 
-def resolve_objective(asked: dict[str, float] | None, kinds: set[str], has_encoder: bool) -> dict[str, float]:
-    """The shares of the objectives: those asked for, or what suits the files and the model. Raises InvalidValue."""
+def resolve_objective(given: dict[str, float] | None, kinds: set[str], has_encoder: bool) -> dict[str, float]:
+    """The shares of the objectives: those given, or what suits the files and the model. Raises InvalidValue."""
     plain = "next-segment" if has_encoder else "lm"
-    if asked is None:
+    if given is None:
         return {plain if kind == "texts" else "pairs": 1.0 for kind in sorted(kinds, reverse=True)}
     wrong = {"next-segment", "lm"} - {plain}
-    if found := wrong & set(asked):
+    if found := wrong & set(given):
         model = "an encoder" if has_encoder else "no encoder"
         raise InvalidValue(f"--objective: {found.pop()} is not for a model with {model}; there it is {plain}")
-    needed = {OBJECTIVES[name] for name in asked}
+    needed = {OBJECTIVES[name] for name in given}
     if missing := needed - kinds:
         raise InvalidValue(f"--objective: needs {missing.pop()}, and --text has only {', '.join(sorted(kinds))} (.tsv files, and .jsonl"
                            " files with two fields, are pairs)")  # fmt: skip
     if unused := kinds - needed:
-        raise InvalidValue(f"--objective: no objective asked for uses the {unused.pop()} in --text; add one, or leave those files out")
-    return asked
+        raise InvalidValue(f"--objective: no objective uses the {unused.pop()} in --text; add one, or leave those files out")
+    return given
 
 
 def n_sentinels(objective: dict[str, float], segment_length: int) -> int:
-    """Ids behind the tokenizer's that the objectives need."""
+    """The number of ids that the objectives need after the tokenizer's."""
     from ..data import SpanDenoising
 
     return SpanDenoising.sentinels(segment_length) if "denoise" in objective else 0
 
 
 def read_about(path: Path) -> tuple[dict[str, Any], bool]:
-    """The description of a saved run's data, and whether it is of 0.1.0, which drew streams from it at random places.
+    """The description of a saved run's data, and whether 0.1.0 wrote it, which drew streams at random places.
 
-    Refuses one that `train` did not write.
+    Raises InvalidValue for a file that `train` did not write.
     """
     from ..files.strict_json import read_json_strict
 
@@ -280,7 +280,7 @@ def read_about(path: Path) -> tuple[dict[str, Any], bool]:
 
 
 def has_lines(path: str | Path) -> bool:
-    """Whether a file's extension says that each of its lines is a record."""
+    """Whether each line of a file is a record, by its extension."""
     from ..data.sources import JSON_LINES, PAIR_LINES
 
     return str(path).endswith((*JSON_LINES, *PAIR_LINES))

@@ -207,12 +207,12 @@ def _rows(jobs: list[Job], seconds: float, report: Callable[[str], None], progre
 
 def _measure(job: Job) -> dict[str, Any]:
     """The figures of the model in `job.folder` on the held-out documents, in a process of its own."""
-    saved = load_saved(job.folder)
-    assert saved.tokenizer is not None
+    checkpoint = load_saved(job.folder)
+    assert checkpoint.tokenizer is not None
     cutter = TextStreams(job.held_out, segment_length=SEGMENT_TOKENS, n_segments=1, batch_size=1)
     rng = np.random.default_rng(job.seed)
     long_enough = [document for document in job.held_out if len(document) > FAR_TOKENS]
     documents = [long_enough[i % len(long_enough)] for i in range(RECALL_STREAMS)]
     streams = cutter.cut([(document, int(rng.integers(1, len(document) - FAR_TOKENS + 1))) for document in documents], max(DISTANCES) + 1)
     held_out = HeldOut(job.held_out, job.bytes_held_out, cutter, streams, seed=job.seed)
-    return measure_memory(saved.model, job.make_memory(), saved.tokenizer, held_out)
+    return measure_memory(checkpoint.model, job.make_memory(), checkpoint.tokenizer, held_out)

@@ -19,7 +19,7 @@ def step_queue() -> Any:
 
 @contextlib.contextmanager
 def processes(workers: int, steps: Any = None) -> Iterator[concurrent.futures.ProcessPoolExecutor]:
-    """A pool. Whatever is raised inside, Ctrl-C above all, ends its processes instead of waiting for them.
+    """A pool. An exception inside, Ctrl-C above all, ends its processes instead of waiting for them.
 
     steps: a `step_queue`, for processes that report steps.
     """

@@ -106,12 +106,12 @@ def train_all(jobs: list[Job], workers: int, seconds: float, progress: bool) -> 
 def _pace(job: Job) -> float:
     """Seconds a step takes here, on the longest streams, with all workers at work."""
     _core.set_num_threads(1)
-    saved = load_saved(job.start_folder)
-    trainer = Trainer(saved.model, job.make_memory(), source_dropout=WITH_MEMORY.source_dropout)
-    batch_of = _batches(job, saved.tokenizer)
+    checkpoint = load_saved(job.start_folder)
+    trainer = Trainer(checkpoint.model, job.make_memory(), source_dropout=WITH_MEMORY.source_dropout)
+    batch_of = _batches(job, checkpoint.tokenizer)
     began = 0.0
     for step in range(PACE_STEPS + 1):
-        if step == 1:  # the first pays for what is set up once
+        if step == 1:  # the first step includes one-time set-up
             began = time.perf_counter()
         trainer.step(*fields(batch_of(step, 1.0)))
     return (time.perf_counter() - began) / PACE_STEPS
@@ -120,11 +120,11 @@ def _pace(job: Job) -> float:
 def _train_memory(job: Job, steps: int, seconds: float) -> Trained:
     """From the common start to a model in `job.folder`."""
     _core.set_num_threads(1)
-    saved, memory = load_saved(job.start_folder), job.make_memory()
+    checkpoint, memory = load_saved(job.start_folder), job.make_memory()
     began = time.perf_counter()
-    trainer = Trainer(saved.model, memory, **_options(dataclasses.replace(WITH_MEMORY, steps=steps), job.seed))
-    history = _train(trainer, _batches(job, saved.tokenizer), seconds, report_step)
-    save_model(job.folder, saved.model, tokenizer=saved.tokenizer, memory=memory)
+    trainer = Trainer(checkpoint.model, memory, **_options(dataclasses.replace(WITH_MEMORY, steps=steps), job.seed))
+    history = _train(trainer, _batches(job, checkpoint.tokenizer), seconds, report_step)
+    save_model(job.folder, checkpoint.model, tokenizer=checkpoint.tokenizer, memory=memory)
     return Trained(time.perf_counter() - began, history)
 
 

@@ -6,6 +6,7 @@ sources.py          text files, lines of JSON, pairs; an error names the file an
   -> objectives.py  the batch of a step (batches.py): next segment, masked spans, pairs
      streams.py     the same from random places of the documents
   -> mixtures.py    objectives by weight, and a curriculum of more and more segments
+checks.py           numbers as arguments: Python's or NumPy's
 """
 
 from .batches import Batch

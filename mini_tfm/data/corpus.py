@@ -17,6 +17,7 @@ import numpy as np
 from ..errors import InvalidType, InvalidValue
 from ..text.pieces import in_pieces  # long text is tokenized here as it is when it is read
 from ..text.tokenizers import Tokenizer
+from .checks import number
 from .sources import TextFiles
 
 KINDS = ("texts", "pairs")
@@ -125,7 +126,7 @@ class Corpus:
 
         Splits between documents or pairs; of fewer than ten texts, one may be cut in two. Copies nothing.
         """
-        if not isinstance(held_out, int | float) or not 0 < held_out < 1:
+        if not 0 < number(held_out) < 1:
             raise InvalidValue(f"held_out: expected a share between 0 and 1, got {held_out!r}")
         first, last = int(self.offsets[0]), int(self.offsets[-1])
         wanted = max(first + 1, min(last - 1, last - round(self.n_tokens * held_out)))

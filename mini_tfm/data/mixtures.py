@@ -11,6 +11,7 @@ import numpy as np
 
 from ..errors import InvalidType, InvalidValue
 from .batches import Batch
+from .checks import integers, number
 from .permutation import Permutation
 
 BLOCK_STEPS = 1000  # in each block of steps a part of a mixture has exactly its share
@@ -41,12 +42,11 @@ class Mixture:
         for name, part in parts.items():
             if not isinstance(part, tuple) or len(part) != 2 or not isinstance(part[0], Data):
                 raise InvalidType(f"parts[{name!r}]: expected (data, weight), data with a method batch(step), got {part!r}")
-            if not isinstance(part[1], int | float) or isinstance(part[1], bool) or not 0 < part[1] < float("inf"):
+            if not 0 < number(part[1]) < float("inf"):
                 raise InvalidValue(f"parts[{name!r}]: expected a weight above 0, got {part[1]!r}")
-        if not isinstance(seed, int) or seed < 0:
-            raise InvalidValue(f"seed: expected an integer of at least 0, got {seed!r}")
-        self.parts, self.seed = dict(parts), seed
-        weights = np.array([weight for _, weight in parts.values()], np.float64)
+        [self.seed] = integers(0, seed=seed)
+        self.parts = {name: (data, number(weight)) for name, (data, weight) in parts.items()}
+        weights = np.array([weight for _, weight in self.parts.values()], np.float64)
         exact = BLOCK_STEPS * weights / weights.sum()
         counts = np.floor(exact).astype(int)
         counts[np.argsort(counts - exact, kind="stable")[: BLOCK_STEPS - counts.sum()]] += 1
@@ -78,10 +78,9 @@ class Mixture:
         return np.repeat(np.arange(len(self._counts)), self._counts)[Permutation(BLOCK_STEPS, self.seed, block)(np.arange(BLOCK_STEPS))]
 
     def batch(self, step: int) -> Batch:
-        if not isinstance(step, int | np.integer) or step < 0:
-            raise InvalidValue(f"step: expected an integer of at least 0, got {step!r}")
-        name, number = self.choice(step)
-        return self.parts[name][0].batch(number)
+        [step] = integers(0, step=step)
+        name, i = self.choice(step)
+        return self.parts[name][0].batch(i)
 
 
 class Curriculum:
@@ -96,8 +95,7 @@ class Curriculum:
             raise InvalidType(f"data: expected data with methods batch and with_segments, got {type(data).__name__}")
         stages = list(stages) if isinstance(stages, Sequence) and not isinstance(stages, str) else []
         good = all(
-            isinstance(stage, tuple | list) and len(stage) == 2 and all(isinstance(n, int) and not isinstance(n, bool) for n in stage)
-            for stage in stages
+            isinstance(stage, tuple | list) and len(stage) == 2 and all(isinstance(number(n), int) for n in stage) for stage in stages
         )
         firsts = [stage[0] for stage in stages] if good else []
         if not firsts or firsts[0] != 0 or sorted(set(firsts)) != firsts or any(stage[1] < 1 for stage in stages):
@@ -117,10 +115,9 @@ class Curriculum:
         return int(np.searchsorted([first for first, _ in self.stages], step, side="right")) - 1
 
     def batch(self, step: int) -> Batch:
-        if not isinstance(step, int | np.integer) or step < 0:
-            raise InvalidValue(f"step: expected an integer of at least 0, got {step!r}")
-        number = self.stage(step)
-        return self._of_stage[number].batch(int(step) - self.stages[number][0])
+        [step] = integers(0, step=step)
+        i = self.stage(step)
+        return self._of_stage[i].batch(step - self.stages[i][0])
 
 
 def _state(data: Any) -> dict[str, Any]:

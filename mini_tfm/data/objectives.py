@@ -15,6 +15,7 @@ import numpy as np
 
 from ..errors import InvalidValue
 from .batches import Batch, Example, lay_out
+from .checks import integers, number
 from .corpus import CHUNK, as_corpus
 from .packing import PackedRows, SegmentLine, Window
 from .permutation import Permutation
@@ -44,12 +45,12 @@ class Packed:
         pad_id: int = 0,
         has_encoder: bool = True,
     ):
-        _check_counts(segment_length=segment_length, n_segments=n_segments, batch_size=batch_size)
-        _check_seed(seed)
+        counts = integers(segment_length=segment_length, n_segments=n_segments, batch_size=batch_size)
+        self.segment_length, self.n_segments, self.batch_size = counts
+        [self.seed] = integers(0, seed=seed)
         self.corpus = as_corpus(documents, "texts")
-        self.segment_length, self.n_segments, self.batch_size, self.seed = segment_length, n_segments, batch_size, seed
         self.bos_id, self.eos_id, self.pad_id, self.has_encoder = bos_id, eos_id, pad_id, has_encoder
-        self._line = SegmentLine(self.corpus, segment_length)
+        self._line = SegmentLine(self.corpus, self.segment_length)
 
     @property
     def steps_per_epoch(self) -> float:
@@ -68,13 +69,12 @@ class Packed:
 
     def with_segments(self: A, n_segments: int) -> A:
         """The same with `n_segments` segments per row; the corpus is shared."""
-        _check_counts(n_segments=n_segments)
         other = copy.copy(self)
-        other.n_segments = n_segments
+        [other.n_segments] = integers(n_segments=n_segments)
         return other
 
     def batch(self, step: int) -> Batch:
-        _check_step(step)
+        [step] = integers(0, step=step)
         rows = []
         for place, windows in self._rows.rows(step):
             rows.append([self._example(window, (*place, t)) for t, window in enumerate(windows)])
@@ -134,17 +134,17 @@ class SpanDenoising(Packed):
     ):
         super().__init__(documents, **options)
         faults = []
-        if not isinstance(noise_density, int | float) or not 0 < noise_density < 1:
+        if not 0 < number(noise_density) < 1:
             faults.append(f"noise_density: expected a share between 0 and 1, got {noise_density!r}")
-        if not isinstance(mean_span, int | float) or not mean_span >= 1:
+        if not number(mean_span) >= 1:
             faults.append(f"mean_span: expected at least 1 token, got {mean_span!r}")
-        if not isinstance(vocab_size, int) or vocab_size < 1:
+        if not number(vocab_size) >= 1 or not isinstance(number(vocab_size), int):
             faults.append(f"vocab_size: expected an integer of at least 1, got {vocab_size!r}")
         if faults:
             raise InvalidValue("SpanDenoising: " + "; ".join(faults))
-        self.vocab_size, self.noise_density, self.mean_span = vocab_size, noise_density, mean_span
-        self.first_sentinel = vocab_size - 1
-        self.n_sentinels = self.sentinels(self.segment_length, noise_density, mean_span)
+        self.vocab_size, self.noise_density, self.mean_span = int(vocab_size), number(noise_density), number(mean_span)
+        self.first_sentinel = self.vocab_size - 1
+        self.n_sentinels = self.sentinels(self.segment_length, self.noise_density, self.mean_span)
         if self.n_sentinels >= vocab_size:
             raise InvalidValue(f"vocab_size: expected room for {self.n_sentinels} sentinels and the text, got {vocab_size}")
 
@@ -234,13 +234,15 @@ class Pairs:
         has_encoder: bool = True,
     ):
         limits = {"segment_length": segment_length, "max_source_length": max_source_length, "max_target_length": max_target_length}
-        _check_counts(batch_size=batch_size, pool_batches=pool_batches, **{name: n for name, n in limits.items() if n is not None})
-        _check_seed(seed)
+        given = {name: n for name, n in limits.items() if n is not None}
+        self.batch_size, self.pool_batches, *counts = integers(batch_size=batch_size, pool_batches=pool_batches, **given)
+        limits |= dict(zip(given, counts, strict=True))
+        self.segment_length, self.max_source_length, self.max_target_length = limits.values()
+        [self.seed] = integers(0, seed=seed)
         if segment_length is not None and not has_encoder:
             raise InvalidValue("segment_length: expected None, as a decoder-only model reads source and target as one text")
         self.corpus = as_corpus(pairs, "pairs")
-        self.batch_size, self.segment_length, self.pool_batches, self.seed = batch_size, segment_length, pool_batches, seed
-        self.max_source_length, self.max_target_length, self.cut = max_source_length, max_target_length, cut
+        self.cut = cut
         self.eos_id, self.pad_id, self.has_encoder = eos_id, pad_id, has_encoder
         if not cut:
             self._check_lengths()
@@ -261,7 +263,7 @@ class Pairs:
         return self
 
     def batch(self, step: int) -> Batch:
-        _check_step(step)
+        [step] = integers(0, step=step)
         epoch, at = divmod(step, self.steps_per_epoch)
         pool, within = divmod(at, self.pool_batches)
         rows = [self._row(int(i)) for i in self._pool(epoch, pool)[within]]
@@ -299,22 +301,3 @@ class Pairs:
                         f"max_{name}_length: expected at most {most} tokens, the {name} of pair {start // 2 + int(lengths.argmax())} has"
                         f" {lengths.max()}; raise it, or give cut=True"
                     )
-
-
-def _check_counts(**counts: Any) -> None:
-    if faults := [
-        f"{name}: expected an integer of at least 1, got {n!r}"
-        for name, n in counts.items()
-        if not isinstance(n, int) or isinstance(n, bool) or n < 1
-    ]:
-        raise InvalidValue("; ".join(faults))
-
-
-def _check_seed(seed: Any) -> None:
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise InvalidValue(f"seed: expected an integer of at least 0, got {seed!r}")
-
-
-def _check_step(step: Any) -> None:
-    if not isinstance(step, int | np.integer) or step < 0:
-        raise InvalidValue(f"step: expected an integer of at least 0, got {step!r}")

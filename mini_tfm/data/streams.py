@@ -15,6 +15,7 @@ import numpy as np
 
 from ..errors import InvalidType, InvalidValue
 from .batches import Batch
+from .checks import integers
 
 
 class TextStreams:
@@ -38,9 +39,8 @@ class TextStreams:
         has_encoder: bool = True,
     ):
         arrays = list(documents.values()) if isinstance(documents, Mapping) else list(documents)
-        for name, value in (("segment_length", segment_length), ("n_segments", n_segments), ("batch_size", batch_size)):
-            if not isinstance(value, int) or value < 1:
-                raise InvalidValue(f"{name}: expected an integer of at least 1, got {value!r}")
+        segment_length, n_segments, batch_size = integers(segment_length=segment_length, n_segments=n_segments, batch_size=batch_size)
+        [self.seed] = integers(0, seed=seed)
         if any(np.asarray(a).dtype.kind not in "iu" or np.ndim(a) != 1 for a in arrays):
             raise InvalidType("documents: expected arrays of token ids, each (tokens,); encode the text first")
         self.documents = [np.asarray(a) for a in arrays if len(a) > segment_length]
@@ -51,7 +51,7 @@ class TextStreams:
                 " give more text or a smaller segment_length"
             )
         self.segment_length, self.n_segments, self.batch_size = segment_length, n_segments, batch_size
-        self.bos_id, self.pad_id, self.seed, self.has_encoder = bos_id, pad_id, seed, has_encoder
+        self.bos_id, self.pad_id, self.has_encoder = bos_id, pad_id, has_encoder
         lengths = np.array([len(a) for a in self.documents], np.float64)
         self._share = lengths / lengths.sum()
         self._fingerprint: str | None = None
@@ -70,7 +70,7 @@ class TextStreams:
     def with_segments(self, n_segments: int) -> TextStreams:
         """The same with `n_segments` segments per stream; the documents are shared."""
         other = copy.copy(self)
-        other.n_segments = n_segments
+        [other.n_segments] = integers(n_segments=n_segments)
         return other
 
     def batch(self, step: int, n_segments: int | None = None) -> Batch:

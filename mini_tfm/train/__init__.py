@@ -5,10 +5,11 @@
       -> optimizer.py         AdamW on flat arenas, schedules
     loop.py               Trainer.fit: validation, early stopping, logs.py, checkpoints
     run_folder.py         a run on disk, and back; average.py: the mean of several of its models
-    options.py            the options of both, with their limits
+    options.py            the options of both: types, defaults, limits, help
+    arguments.py          the arguments of a step as a checked batch
     parallel.py           several processes over MPI; interrupts.py: Ctrl-C when nothing is half done
 
-What a batch is made of is mini_tfm.data, whose names can be imported from here, too.
+Batches come from mini_tfm.data; its names can be imported from here, too.
 """
 
 from importlib import import_module

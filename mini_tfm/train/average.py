@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..checkpoint.models import save_model
+from ..data.checks import integers
 from ..errors import InvalidType, InvalidValue
 from ..transformer import Saved, load_saved
 from .run_folder import checkpoints
@@ -16,7 +17,7 @@ from .run_folder import checkpoints
 def average_models(folders: Sequence[str | Path], out: str | Path) -> list[Path]:
     """Writes into `out` the model whose every weight is the mean of those in `folders`; returns the folders.
 
-    Sums in float64. Configuration, tokenizer and memory have to be the same in all; `out` must not hold a model yet.
+    Sums in float64. All must have the same configuration, tokenizer and memory; `out` must not hold a model yet.
     Raises InvalidValue naming the first folder that is of another kind, FileProblem for one that cannot be read.
     """
     if isinstance(folders, str | Path):
@@ -41,9 +42,8 @@ def average_models(folders: Sequence[str | Path], out: str | Path) -> list[Path]
 
 
 def last_checkpoints(run: str | Path, n: int) -> list[Path]:
-    """The newest `n` folders checkpoint-<step> of a run, which `save_total_limit` keeps; oldest first."""
-    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-        raise InvalidValue(f"n: expected an integer of at least 1, got {n!r}")
+    """The newest `n` folders checkpoint-<step> of a run (see `save_total_limit`); oldest first."""
+    [n] = integers(n=n)
     found = checkpoints(run)
     if len(found) < n:
         raise InvalidValue(f"{run}: expected at least {n} folders checkpoint-<step>, found {len(found)}; train with save_total_limit={n}")
@@ -51,17 +51,17 @@ def last_checkpoints(run: str | Path, n: int) -> list[Path]:
 
 
 def _difference(one: Saved, other: Saved) -> str | None:
-    """What two models that are averaged may not differ in; None: nothing."""
+    """Why two models cannot be averaged; None if they can."""
     a, b = one.model.config.to_dict(), other.model.config.to_dict()
     for name in sorted(a):
         if a[name] != b.get(name):
             return f"{name} is {b.get(name)}, expected {a[name]}"
-    shapes = ({name: weight.shape for name, weight in saved.model.weights.items()} for saved in (one, other))
+    shapes = ({name: weight.shape for name, weight in each.model.weights.items()} for each in (one, other))
     expected, got = shapes
     for name in sorted(expected.keys() | got.keys()):
         if expected.get(name) != got.get(name):
             return f"{name} has shape {got.get(name)}, expected {expected.get(name)}"
     if one.memory_text != other.memory_text:
         return f"its memory is {other.memory_text}, expected {one.memory_text}"
-    files = [saved.tokenizer.files() if saved.tokenizer is not None else {} for saved in (one, other)]
+    files = [each.tokenizer.files() if each.tokenizer is not None else {} for each in (one, other)]
     return "its tokenizer is another one" if files[0] != files[1] else None

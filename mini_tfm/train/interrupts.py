@@ -11,13 +11,13 @@ from typing import Any
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits until the block is done: what a half-written step leaves must not be saved."""
+    """Delays Ctrl-C until the block is done: a half-written step must not be saved."""
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield
         return
     waiting: list[Any] = []
-    signal.signal(signal.SIGINT, lambda *what: waiting.append(what))
+    signal.signal(signal.SIGINT, lambda *call: waiting.append(call))
     try:
         yield
     finally:

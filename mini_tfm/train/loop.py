@@ -123,7 +123,7 @@ class Loop:
             trainer.batch_digest = digest(trainer._batch(*fields(last)))
 
         def write(folder: Path) -> None:
-            self.logs.sync()  # a log that ends before the checkpoint could not be gone on with
+            self.logs.sync()  # a log that ends before the checkpoint could not be continued
             if keep and limit:
                 keep_checkpoint(trainer, folder, limit)
             trainer.save(folder)

@@ -1,4 +1,4 @@
-"""AdamW on flat arenas: all parameters, gradients and moments each lie in one array, in groups of equal treatment."""
+"""AdamW on flat arenas: one array each for parameters, gradients and moments, grouped by learning rate factor and decay."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..memory.base import Param
 
 
 def schedule_factor(schedule: str, step: int, warmup_steps: int, total_steps: int | None) -> float:
-    """What the learning rate is multiplied by at `step` (counted from 0): linear warm-up to 1, then the schedule.
+    """The factor of the learning rate at `step` (counted from 0): linear warm-up to 1, then the schedule.
 
     "cosine" decays to 0 at `total_steps` (arXiv 1608.03983, eq. 5, without restarts), "linear" in a straight line; both
     stay at 1 where `total_steps` is None. "inverse_sqrt" falls with the square root of the step (arXiv 1706.03762,

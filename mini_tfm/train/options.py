@@ -72,7 +72,7 @@ class TrainerOptions(Options):
         None, "Stop after this many validations in a row without a better loss.", at_least=1, unit="VALIDATIONS"
     )
     early_stopping_threshold: float = option(
-        0.0, "A loss is better when it is below the best by more than this, in nats per token.", at_least=0, unit="NATS"
+        0.0, "A loss counts as better if it is below the best by more than this, in nats per token.", at_least=0, unit="NATS"
     )
     seed: int = option(0, "Seed of dropout and of a memory's initial weights.", at_least=0, cli=False)
 

@@ -1,8 +1,8 @@
-"""Several processes, on one machine or many, that take one step together: data parallelism over MPI.
+"""Data parallelism over MPI: several processes, on one machine or many, take one step together.
 
-Every process (rank) is given the same batch, computes on rows of its own, and adds up its gradients with all the
-others' in one sum of the flat arena; each then takes the same optimizer step. What a Trainer needs of them is the
-five methods of `Alone`; `Ranks` has the same over mpi4py.
+Every process (rank) gets the same batch, computes on rows of its own, and sums its gradients with those of all others in
+one reduction of the flat arena; each then takes the same optimizer step. A Trainer uses the five methods of `Alone`; `Ranks`
+implements them over mpi4py.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import numpy as np
 
 from ..errors import InvalidType, InvalidValue, TrainingError
 
-# What the launchers of Open MPI, MPICH and Intel MPI, and those that speak PMIx, set for the processes they start.
+# Environment variables set by the launchers of Open MPI, MPICH, Intel MPI and those that speak PMIx.
 _LAUNCHED = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "MV2_COMM_WORLD_SIZE")
 EXIT_CODE = 2
-OTHERS_WAIT = 1.0  # seconds that a rank leaves to rank 0, which often fails in the same way, to tell it first
+OTHERS_WAIT = 1.0  # seconds before another rank prints its error: rank 0 often has the same and prints it first
 
 
 class StoppedTogether(KeyboardInterrupt):
@@ -31,7 +31,7 @@ class StoppedTogether(KeyboardInterrupt):
 
 
 class Alone:
-    """One process: nothing to add up, nobody to wait for."""
+    """One process: nothing to sum, nobody to wait for."""
 
     rank, size = 0, 1
 
@@ -42,10 +42,10 @@ class Alone:
         """Replaces a contiguous array by rank 0's."""
 
     def wait(self) -> None:
-        """Until all ranks are here."""
+        """Waits until all ranks are here."""
 
     def together(self) -> contextlib.AbstractContextManager[None]:
-        """What is raised inside by one rank ends all: the others would wait for it for ever."""
+        """An error that one rank raises inside ends all: the others would wait for it forever."""
         return contextlib.nullcontext()
 
     def any(self, answer: bool) -> bool:
@@ -109,13 +109,13 @@ def launched(environ: Any = os.environ) -> bool:
 
 
 def communicator_of(given: Any) -> Alone:
-    """What a Trainer uses for its argument: None is this process alone, an mpi4py communicator its ranks."""
+    """The argument of a Trainer as ranks: None is this process alone."""
     if given is None:
         return Alone()
     return given if isinstance(given, Alone) else Ranks(given)
 
 
 def shares(n_rows: int, n_parts: int) -> list[slice]:
-    """Rows cut into `n_parts` neighbouring parts as equal as can be; with fewer rows than parts some are empty."""
+    """Rows cut into `n_parts` consecutive parts of nearly equal size; with fewer rows than parts some are empty."""
     ends = [part * n_rows // n_parts for part in range(n_parts + 1)]
     return [slice(a, b) for a, b in itertools.pairwise(ends)]

@@ -1,12 +1,12 @@
-"""A run on disk: the model's own folder, with two more files from which training goes on.
+"""A run on disk: the model's own folder, with two more files from which training resumes.
 
     config.json model.safetensors ...   the model after the last saved step, which `mt.load` reads
-    training.json                       options, step, losses and whatever else is not an array
+    training.json                       options, step, losses: everything that is not an array
     training.safetensors                the optimizer's moments
-    best/                               the model of the best validation, where `save_best` asks for it
-    checkpoint-<step>/                  the models of the last saves, as many as `save_total_limit` says
+    best/                               the model of the best validation, with `save_best`
+    checkpoint-<step>/                  the models of the last saves, `save_total_limit` of them
 
-All that a step depends on besides is a function of (seed, step): there is no state of a random generator to save.
+Everything else a step depends on is a function of (seed, step): there is no random state to save.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ _OPTIONS: dict[str, type[Options]] = {"options": TrainerOptions, "fit_options": 
 
 
 def save_run(trainer: Trainer, folder: str | Path) -> None:
-    """Writes all of a run into `folder`: the old files or the new ones, never half.
+    """Writes the whole run into `folder`: after a crash, the old files or the new ones.
 
-    Raises TrainingError, and leaves what is there, when a weight is not finite: a run can be resumed from nothing else.
+    Raises TrainingError, and leaves the folder as it is, when a weight is not finite: a run could not resume from it.
     """
     check_finite(trainer)
     about = {
@@ -82,7 +82,7 @@ def save_run(trainer: Trainer, folder: str | Path) -> None:
 
 
 def save_weights(trainer: Trainer, folder: Path) -> None:
-    """The model alone, at this step."""
+    """Writes the model alone."""
     check_finite(trainer)
     save_model(folder, trainer.model, tokenizer=trainer.tokenizer, memory=trainer.memory)
 
@@ -91,7 +91,7 @@ def check_finite(trainer: Trainer) -> None:
     if not np.isfinite(trainer.optimizer.arena).all():
         bad = [name for name, weight in trainer.model.weights.items() if not np.isfinite(weight).all()]
         raise TrainingError(
-            f"step {trainer.step_count}: weights are not finite ({', '.join(bad[:3])}), so they are not saved: what is saved stays as it"
+            f"step {trainer.step_count}: weights are not finite ({', '.join(bad[:3])}), so they are not saved: the last save stays as it"
             " was; lower learning_rate, or add warmup_steps"
         )
 
@@ -103,7 +103,7 @@ def checkpoints(folder: str | Path) -> list[Path]:
 
 
 def keep_checkpoint(trainer: Trainer, folder: Path, limit: int) -> None:
-    """The model as it is, beside the newest limit - 1 of the steps before it; what a cut-off run left of later ones stays."""
+    """Saves the model of this step and keeps the newest limit - 1 of earlier steps; those of later steps, from an interrupted run, stay."""
     save_weights(trainer, folder / f"{CHECKPOINT}{trainer.step_count}")
     earlier = [path for path in checkpoints(folder) if _step_of(path) <= trainer.step_count]
     for path in earlier[:-limit]:
@@ -120,17 +120,17 @@ def _step_of(path: Path) -> int:
 def load_run(kind: type[Trainer], folder: str | Path, memory: Memory | None, communicator: Any) -> Trainer:
     """The trainer that `save_run` wrote. Raises FileProblem or InvalidValue naming the file or field at fault."""
     with OpenFolder(folder, (TRAINING_FILE, OPTIMIZER_FILE)) as opened:  # a save meanwhile must not mix two steps
-        saved = load_saved(opened)
+        checkpoint = load_saved(opened)
         about = _checked(opened.read_json(TRAINING_FILE, MAX_TRAINING_BYTES))
         moments = opened.read_tensors(OPTIMIZER_FILE)
-    if memory is not None and memory.text != saved.memory_text:
+    if memory is not None and memory.text != checkpoint.memory_text:
         raise InvalidValue(
-            f"memory: {folder} was trained with {saved.memory_text or 'one made in Python, or none'}, expected the same, got"
+            f"memory: {folder} was trained with {checkpoint.memory_text or 'one made in Python, or none'}, expected the same, got"
             f" {memory.text or memory.name}; to train its model with another memory, begin anew: Trainer(mt.load(folder), memory)"
         )
-    memory = memory if memory is not None else saved.memory()
-    names = set(saved.model.weights)
-    trainer = kind(saved.model, memory, tokenizer=saved.tokenizer, communicator=communicator, **about.pop("options").to_dict())
+    memory = memory if memory is not None else checkpoint.memory()
+    names = set(checkpoint.model.weights)
+    trainer = kind(checkpoint.model, memory, tokenizer=checkpoint.tokenizer, communicator=communicator, **about.pop("options").to_dict())
     if added := sorted(set(trainer.model.weights) - names):
         raise InvalidValue(f"memory: its parameter {added[0]} is not in {folder}; give the memory that it was trained with")
     trainer.optimizer.load_state(moments, about["step_count"])
@@ -193,7 +193,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def digest(batch: Batch) -> str:
-    """Names the content of a batch: the data of a run is the same as long as that of its last step is."""
+    """SHA-256 of a batch: by it a resumed run recognizes its data."""
     sha = hashlib.sha256()
     for values in fields(batch):
         sha.update(b"-" if values is None else repr((values.shape, values.dtype.str)).encode() + np.ascontiguousarray(values).tobytes())

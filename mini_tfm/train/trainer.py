@@ -19,8 +19,8 @@ from ..memory.run import memory_parameters
 from ..options import takes
 from ..stream import Stream
 from ..text.tokenizers import Tokenizer
-from ..tokens import check_tokens
 from ..transformer import Transformer
+from .arguments import checked_batch
 from .backpropagation import SegmentLoss, backpropagate, counts_of
 from .interrupts import uninterrupted
 from .optimizer import AdamW, schedule_factor
@@ -71,9 +71,9 @@ class Trainer:
         self.seconds = 0.0  # in `fit`, over all its calls
         self.gradient_norm = 0.0  # of the last step, before clipping
         self.validations: list[list[Any]] = []  # [step, mean loss]
-        self.best: list[Any] | None = None  # the one of `validations` that early stopping compares with
-        self.data_state: dict[str, Any] | None = None  # of what `fit` trained on last, if it has one
-        self.batch_digest: str | None = None  # of the last step's batch, where `fit` took it
+        self.best: list[Any] | None = None  # [step, loss] that early stopping compares with
+        self.data_state: dict[str, Any] | None = None  # of the data of the last `fit`, if it has one
+        self.batch_digest: str | None = None  # of the last step's batch, if `fit` took that step
         self.resumed = False
 
     @property
@@ -84,7 +84,7 @@ class Trainer:
 
     @property
     def stopped_early(self) -> bool:
-        """Whether so many validations in a row as `early_stopping_patience` says were no better than the best."""
+        """Whether the last `early_stopping_patience` validations were no better than the best."""
         patience = self.options.early_stopping_patience
         if patience is None or self.best is None:
             return False
@@ -99,11 +99,11 @@ class Trainer:
         weights: np.ndarray | None = None,
         begins: Any = None,
     ) -> float:
-        """One optimizer step; the loss before it, in nats per target token.
+        """Takes one optimizer step; returns the loss before it, in nats per target token.
 
         source: (B, S) token ids, or (B, n, S) for a stream of n segments; None for a decoder-only model.
         target: (B, T) or (B, n, T), predicted token by token. lengths: (B,) or (B, n). weights: of each target
-        token. begins: (B, n) bool, where a new document begins (see `Batch`). Raises TrainingError, and changes nothing,
+        token in the loss. begins: (B, n) bool, where a new document begins (see `Batch`). Raises TrainingError, and changes nothing,
         when the loss or the gradient is not finite.
         """
         ranks = self.communicator
@@ -134,7 +134,7 @@ class Trainer:
         return self._loss(self._batch(*fields(batch)))
 
     def weight_of(self, batch: Batch) -> float:
-        """What the target tokens of a batch weigh together: their number, where they have no weights."""
+        """Total weight of the target tokens of a batch: their number, where they have no weights."""
         return float(counts_of(self._batch(*fields(batch)), self.model.dtype).sum(dtype=np.float64))
 
     @takes(FitOptions, keeps=True)
@@ -162,7 +162,7 @@ class Trainer:
         Ctrl-C saves (with a folder) and raises KeyboardInterrupt. Raises TrainingError as `step` does, or when a
         validation loss or the weights to save are not finite: the last save stays as it was.
 
-        An option that is None keeps its value from the last `fit`, also in a resumed run. At first (in brackets):
+        The options below keep their value from the last `fit`, also in a resumed run, unless given. Initial values in brackets:
         """
         from .loop import Loop, check_data
 
@@ -179,10 +179,10 @@ class Trainer:
         return loop.history
 
     def save(self, folder: str | Path) -> None:
-        """Writes the model, the optimizer and where training stands into `folder`: old or new, never half.
+        """Writes the model, the optimizer and the state of training into `folder`: the old files or the new ones.
 
-        Raises TrainingError, and writes nothing, when a weight is not finite. With a communicator: to be called on
-        rank 0 alone, as `fit` does.
+        Raises TrainingError, and writes nothing, when a weight is not finite. With a communicator, call it on rank 0
+        alone, as `fit` does.
         """
         from .run_folder import save_run
 
@@ -192,8 +192,8 @@ class Trainer:
     def resume(cls, folder: str | Path, memory: Memory | None = None, *, communicator: Any = None) -> Trainer:
         """The trainer saved in `folder`: its next steps are, bit for bit, those of a run that was not stopped.
 
-        memory: needed only if it was not made from text by `mt.memory`. communicator: as for a new Trainer; it may
-        have another number of processes than the one that saved.
+        memory: required only if it was not made from text by `mt.memory`. communicator: as for a new Trainer; the number of
+        processes may differ.
         """
         from .run_folder import load_run
 
@@ -201,31 +201,15 @@ class Trainer:
 
     # Inside
 
-    def _batch(self, source: Any, target: Any, source_lengths: Any, target_lengths: Any, weights: Any, begins: Any = None) -> Batch:
+    def _batch(self, *given: Any) -> Batch:
         """The arguments of `step` as checked (B, n, L) arrays."""
-        config = self.model.config
-        target, target_lengths = _segments("target", target, target_lengths, config.vocab_size)
-        if not config.has_encoder:
-            if source is not None:
-                raise InvalidValue("source: expected None, as this model has no encoder")
-        else:
-            source, source_lengths = _segments("source", source, source_lengths, config.vocab_size)
-            if source.shape[:2] != target.shape[:2]:
-                raise InvalidValue(f"target: expected (batch, segments) {source.shape[:2]} as source has, got {target.shape[:2]}")
-        if weights is not None:
-            weights = _weights(weights, target.shape, self.model.dtype)
-        if begins is not None:
-            begins = np.asarray(begins)
-            if begins.dtype != bool or begins.shape not in (target.shape[:2], (target.shape[0] * target.shape[1],)):
-                raise InvalidValue(f"begins: expected bool of shape {target.shape[:2]}, got {begins.dtype} of shape {begins.shape}")
-            begins = begins.reshape(target.shape[:2])
-        return Batch(source, target, source_lengths, target_lengths, weights, begins)
+        return checked_batch(self.model, *given)
 
     def _add_gradients(self, batch: Batch, rows: slice, total: float) -> float:
-        """Adds those of some rows' share of the batch's loss to the arena; returns that share.
+        """Adds the gradient of some rows' share of the batch's loss to the arena; returns that share.
 
-        total: what the batch's target tokens weigh, so that the shares of all rows add up to the mean of the batch.
-        Draws its own dropout masks for each part, and hides the sources that would be hidden in the whole batch.
+        total: weight of all target tokens of the batch, so that the shares of all rows add up to its mean loss. Each part
+        has its own dropout masks, and hides the sources that are hidden in the whole batch.
         """
         if rows.start == rows.stop:
             return 0.0
@@ -233,14 +217,14 @@ class Trainer:
         try:
             return self._backward(part, self._dropout(rows.start), self._hidden(batch, rows), total)
         except PluginError:
-            # A strategy is blamed for the NaN it holds; where the model alone gives them, the fault is not its own.
+            # A strategy is blamed for the NaN it holds; if the model alone gives NaN, the strategy is not at fault.
             value = self._loss(part, with_memory=False)
             if np.isfinite(value):
                 raise
             return value
 
     def _backward(self, batch: Batch, dropout: Dropout, hidden: np.ndarray | None = None, total: float | None = None) -> float:
-        """The loss through all segments of the batch, as it is in training; its gradient is added into the arena."""
+        """The training loss through all segments of the batch; adds its gradient to the arena."""
         o, w = self.options, self.optimizer.leaves()
         options: dict[str, Any] = {"dropout": dropout, "hide_source": hidden, "label_smoothing": o.label_smoothing, "total": total}
         stream = Stream(self.model, self.memory, len(batch.target), weights=w, training=True)
@@ -248,7 +232,7 @@ class Trainer:
             return backpropagate(SegmentLoss(self.model, batch, **options), stream, truncate=o.bptt_segments, recompute=o.recompute)
 
     def _dropout(self, first_row: int = 0) -> Dropout:
-        """Of the next step, for a part of the batch that begins at `first_row`."""
+        """The dropout of the next step, for a part of the batch that begins at `first_row`."""
         o = self.options
         attention, hidden = (o.dropout if rate is None else rate for rate in (o.attention_dropout, o.ff_dropout))
         return Dropout(o.dropout, o.seed, attention, hidden, self.step_count, first_row)
@@ -261,25 +245,25 @@ class Trainer:
         return draws[rows] < self.options.source_dropout
 
     def _loss(self, batch: Batch, *, with_memory: bool = True) -> float:
-        """Mean negative log-likelihood of all target tokens, through all segments of the batch, as it is outside of training."""
+        """Mean negative log-likelihood of all target tokens, through all segments of the batch, without dropout or smoothing."""
         stream = Stream(self.model, self.memory if with_memory else None, len(batch.target), training=True)
         with ops.bfloat16_products(self.options.bfloat16):
             return SegmentLoss(self.model, batch).value(stream)
 
     def _diagnosis(self, batch: Batch, loss: float, parts: list[slice]) -> str:
-        """What is not finite, in which rows of which batch, and the largest gradients by name."""
-        told = ""
+        """An error message: which rows give a loss that is not finite, and the largest gradients by name."""
+        place = ""
         if parts:
             suspects = [row for part in parts for row in range(part.start, part.stop)]
             rows = [row for row in suspects if not self._is_finite(_rows_of(batch, slice(row, row + 1)))]
             which = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
             shown = f"row {which}" if len(rows) == 1 else f"rows {which}" if rows else f"rows {suspects[0]} to {suspects[-1]} together"
-            told = f" at {shown} of batch {self.step_count}"
+            place = f" at {shown} of batch {self.step_count}"
         sizes = {name: float(np.max(np.abs(g))) if g.size else 0.0 for name, g in self.optimizer.grads.items()}
         worst = sorted(sizes, key=lambda name: (np.isfinite(sizes[name]), -np.nan_to_num(sizes[name], posinf=0)))[:3]
         largest = ", ".join(f"{name} {sizes[name]:.3g}" for name in worst)
         return (
-            f"step {self.step_count}: the loss is {loss}{told} or its gradient is not finite (largest gradients: {largest}); the weights"
+            f"step {self.step_count}: the loss is {loss}{place} or its gradient is not finite (largest gradients: {largest}); the weights"
             " are those of the step before: lower learning_rate, add warmup_steps, or check the data"
         )
 
@@ -294,37 +278,3 @@ class Trainer:
 def _rows_of(batch: Batch, rows: slice) -> Batch:
     values = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
     return dataclasses.replace(batch, **{name: value[rows] for name, value in values.items() if isinstance(value, np.ndarray)})
-
-
-def _segments(name: str, tokens: Any, lengths: Any, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """(B, T) or (B, n, T) ids -> (B, n, T) and lengths (B, n)."""
-    if tokens is None:
-        raise InvalidType(f"{name}: expected token ids, got None")
-    try:
-        array = np.asarray(tokens)
-    except ValueError as error:
-        raise InvalidValue(f"{name}: expected rows of one length; fill short ones with pad_id and give their lengths") from error
-    if array.ndim not in (2, 3):
-        raise InvalidValue(f"{name}: expected shape (batch, tokens) or (batch, segments, tokens), got {array.shape}")
-    array = array[:, None] if array.ndim == 2 else array
-    size, n, length = array.shape
-    if lengths is not None:
-        lengths = np.asarray(lengths)
-        if lengths.shape not in ((size, n), (size * n,)):
-            raise InvalidValue(f"{name} lengths: expected shape {(size, n) if n > 1 else (size,)}, got {lengths.shape}")
-        lengths = lengths.reshape(-1)
-    ids, lengths = check_tokens(name, array.reshape(size * n, length), vocab_size, lengths)
-    return ids.reshape(size, n, length), lengths.reshape(size, n)
-
-
-def _weights(weights: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """(B, T) or (B, n, T) weights of target tokens -> (B, n, T)."""
-    try:
-        array = np.asarray(weights, dtype)
-    except (ValueError, TypeError) as error:
-        raise InvalidValue(f"weights: expected numbers of shape {shape}: {error}") from error
-    if array.shape not in (shape, (shape[0], shape[2])) or array.size != np.prod(shape):
-        raise InvalidValue(f"weights: expected shape {shape}, as target has, got {array.shape}")
-    if not (np.isfinite(array).all() and (array >= 0).all()):
-        raise InvalidValue("weights: expected finite numbers of at least 0")
-    return array.reshape(shape)

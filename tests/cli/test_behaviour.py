@@ -101,6 +101,10 @@ ERRORS = [
     ([*TRAIN, "--memory", "window:size=x"], "size"),
     ([*TRAIN, "--d-model", "17"], "d_model"),
     ([*TRAIN, "--learning-rate", "-1"], "learning_rate"),
+    ([*TRAIN, "--text", "{folder}/missing.txt", "--dropout", "2", "--warmup-steps", "-1"], "warmup_steps"),  # before a file is opened
+    ([*TRAIN, "--text", "{folder}/missing.txt", "--dropout", "2", "--warmup-steps", "-1"], "dropout"),
+    ([*TRAIN, "--text", "{folder}/missing.txt", "--validate-every", "0"], "validate_every"),
+    ("train --resume {folder}/nothing --save-every 0", "save_every"),
     ([*TRAIN, "--schedule", "lunar"], "schedule"),
     ([*TRAIN, "--positions", "lunar"], "positions"),
     ([*TRAIN, "--batch-size", "0"], "batch_size"),

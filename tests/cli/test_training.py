@@ -1,29 +1,20 @@
-"""train, compare, demo and the report: what is trained, what is kept, what is told."""
+"""train, average, demo and compare: what they train, keep and print."""
 
 import contextlib
-import dataclasses
-import itertools
 import json
 import math
 import re
 import signal
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 from commands import TINY_OPTIONS
+from experiments import small_experiment
 
-from mini_tfm.checkpoint.models import save_model
 from mini_tfm.cli import demo as demo_module
-from mini_tfm.cli.shared import command_line, interrupt_between_steps
+from mini_tfm.cli.shared import interrupt_between_steps
 from mini_tfm.compare import experiment as experiment_module
-from mini_tfm.compare.experiment import Experiment, Row
-from mini_tfm.compare.plot import Axis, line_chart
-from mini_tfm.compare.report import html_report
-from mini_tfm.compare.tasks.recall import DISTANCES
-from mini_tfm.config import Config
-from mini_tfm.text.tokenizers import ByteTokenizer
-from mini_tfm.transformer import Transformer, load_saved
+from mini_tfm.transformer import load_saved
 
 
 def weights(folder):
@@ -177,51 +168,6 @@ def test_a_single_file_is_enough(run, texts, tmp_path):
 # compare and demo, with an experiment that was made before
 
 
-def small_experiment(documents, memories, out, **options):
-    """As run_experiment, with models that learnt nothing."""
-    rows = []
-    for number, memory in enumerate(memories):
-        name = memory or "none"
-        folder = Path(out) / "models" / experiment_module.folder_name(name) if out else None
-        if folder:
-            from mini_tfm.memory import memory as make_memory
-
-            model = Transformer(Config(vocab_size=259, d_model=16, n_heads=2, n_encoder_layers=1, n_decoder_layers=1, segment_length=16))
-            save_model(folder, model, tokenizer=ByteTokenizer(), memory=make_memory(memory) if memory else None)
-        recall = {d: (float("nan") if number == 1 and d == 6 else 0.9 / (1 + d)) for d in DISTANCES}
-        row = Row(
-            memory=name,
-            bits_per_byte=2.0 - number / 10,
-            recall=recall,
-            recall_far=recall[6],
-            tokens_per_second=1234.5,
-            state_bytes=1000 * number,
-            peak_rss_bytes=98_765_432,
-            folder=folder,
-            train_seconds=3.2,
-            steps=20,
-            history=[(i, 5.0 - i / 10) for i in range(20)],
-        )
-        rows.append(row)
-    options["report"]("memory: none")
-    return Experiment(
-        text_name=options.get("text_name", "text"),
-        documents=len(documents),
-        bytes_train=1000,
-        bytes_held_out=100,
-        held_out_names=list(documents)[:1],
-        config=Config(vocab_size=259, d_model=16, n_heads=2, segment_length=16),
-        tokenizer_vocab=259,
-        seconds=options["seconds"],
-        machine={"processor": "<fast> & small", "cores": 2},
-        distances=list(DISTANCES),
-        chance=1 / 26,
-        history={"start": [(i, 6.0) for i in range(50)], **{row.memory: row.history for row in rows}},
-        rows=rows,
-        seed=options["seed"],
-    )
-
-
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(experiment_module, "run_experiment", small_experiment)
@@ -308,59 +254,6 @@ def test_a_path_is_added_where_a_strategy_takes_one(tmp_path):
         path = tmp_path / name / "x.mdb"
         made = make_memory(demo_module.on_disk("store", path))
         assert made.disk.given == str(path)
-
-
-# The report
-
-
-@pytest.fixture
-def experiment():
-    return small_experiment(
-        {"a <b>": "x", "c": "y"}, [None, "window:size=8", "a&b<script>"], None, seconds=60.0, seed=0, report=lambda line: None
-    )
-
-
-def parsed(page):
-    """The page, which is well-formed but for what HTML closes by itself."""
-    body = re.sub(r"<(meta|br)([^>]*)>", r"<\1\2/>", page.removeprefix("<!doctype html>\n"))
-    return ElementTree.fromstring(body.replace("&ldquo;", "").replace("&rdquo;", ""))
-
-
-def test_the_report_holds_all_and_loads_nothing(experiment):
-    page = html_report(experiment, "mini-tfm demo --text 'a b' --seed 0")
-    root = parsed(page)
-    assert "<script" not in page and "http" not in page and "url(" not in page and "src=" not in page
-    text = "".join(root.itertext())
-    for word in ("window:size=8", "a&b<script>", "mini-tfm demo --text 'a b' --seed 0", "<fast> & small", "a <b>", "1.900", "98.8 MB"):
-        assert word in text
-    assert len(root.findall(".//svg")) == 2 and "nan" not in page.lower().replace("financ", "")
-
-
-def test_a_plot_has_its_lines_inside():
-    series = [(f"line {i}", "#123456", [(0.0, 1.0 + i / 1000), (3.0, 2.0), (5.0, float("nan"))]) for i in range(12)]
-    root = ElementTree.fromstring(line_chart(series, Axis("x"), Axis("y")))
-    _, _, width, height = map(float, root.get("viewBox").split())
-    labels = [element for element in root.iter("text") if (element.text or "").startswith("line ")]
-    heights = sorted(float(element.get("y")) for element in labels)
-    assert len(labels) == 12 and heights[0] > 0 and heights[-1] < height
-    assert all(after - before > 12 for before, after in itertools.pairwise(heights))
-    for path in root.iter("path"):
-        for number in re.findall(r"-?\d+\.\d", path.get("d")):
-            assert -10 <= float(number) <= width
-
-
-@pytest.mark.parametrize("points", [[(0.0, 0.0)], [(1.0, 5.0), (1.0, 5.0)], [(0.0, 1e-9), (1.0, 2e-9)], [(0.0, -1e9), (1e9, 1e9)]])
-def test_a_plot_of_hardly_anything(points):
-    ElementTree.fromstring(line_chart([("a", "#000", points)], Axis("x"), Axis("y")))
-
-
-def test_a_plot_of_nothing():
-    assert "Nothing was measured" in line_chart([("a", "#000", [(0.0, float("nan"))])], Axis("x"), Axis("y"))
-
-
-def test_a_report_of_a_run_without_steps(experiment):
-    rows = [dataclasses.replace(row, history=[], steps=0) for row in experiment.rows]
-    parsed(html_report(dataclasses.replace(experiment, rows=rows, history={}), command_line("demo")))
 
 
 @pytest.mark.long

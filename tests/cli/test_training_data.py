@@ -141,7 +141,7 @@ def test_a_cache_of_other_text_is_not_written_over(train, data):
         (("text.txt", "--objective", "next-segment", "--n-encoder-layers", 0), "there it is lm"),
         (("text.txt", "--objective", "pairs"), "needs pairs, and --text has only texts"),
         (("pairs.tsv", "--objective", "denoise"), "needs texts, and --text has only pairs"),
-        (("text.txt pairs.tsv", "--objective", "pairs"), "no objective asked for uses the texts"),
+        (("text.txt pairs.tsv", "--objective", "pairs"), "no objective uses the texts"),
         (("text.txt", "--curriculum", "1:2"), "--curriculum: expected STEP:SEGMENTS"),
         (("text.txt", "--curriculum", "0:1,0:2"), "--curriculum: expected STEP:SEGMENTS"),
         (("text.txt", "--curriculum", "0:0"), "--curriculum: expected STEP:SEGMENTS"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import mini_tfm as mt
 from mini_tfm import _core
 from mini_tfm.autodiff import value_of
 from mini_tfm.compare import Recall
-from mini_tfm.data import Corpus, NextSegment, Pairs, SpanDenoising
+from mini_tfm.data import Corpus, Curriculum, Mixture, NextSegment, Pairs, SpanDenoising, TextStreams
 from mini_tfm.data.batches import Batch, Example, fields, lay_out
 from mini_tfm.data.packing import BLOCK, SegmentLine
 from mini_tfm.errors import InvalidValue
@@ -481,3 +482,25 @@ def test_laying_out():
     assert batch.source.tolist() == [[[0, 0], [5, 0]], [[8, 9], [0, 0]]] and batch.source_lengths.tolist() == [[0, 1], [2, 0]]
     assert batch.target.tolist() == [[[0, 0], [6, 7]], [[4, 0], [0, 0]]] and batch.target_lengths.tolist() == [[0, 2], [1, 0]]
     assert batch.weights is None and batch.begins is None and isinstance(batch, Batch)
+
+
+def test_numbers_of_numpy_are_numbers():
+    """And the state, which a run saves as JSON, has Python's."""
+    documents, pairs = [np.arange(3, 50)], [(np.arange(3, 9), np.arange(3, 7))]
+    shape = {"segment_length": np.int64(8), "n_segments": np.int32(2), "batch_size": np.uint8(2), "seed": np.int64(1)}
+    plain = {name: int(n) for name, n in shape.items()}
+    noise = {"noise_density": np.float32(0.25), "mean_span": np.int64(2), "vocab_size": np.int64(99)}
+    paired = {"batch_size": np.int64(1), "max_source_length": np.int64(9), "seed": np.int64(0)}
+    for made, same in (
+        (NextSegment(documents, **shape), NextSegment(documents, **plain)),
+        (TextStreams(documents, **shape), TextStreams(documents, **plain)),
+        (SpanDenoising(documents, **shape, **noise), SpanDenoising(documents, **plain, noise_density=0.25, mean_span=2, vocab_size=99)),
+        (Pairs(pairs, **paired), Pairs(pairs, batch_size=1, max_source_length=9)),
+        (
+            Curriculum(NextSegment(documents, **shape), [(np.int64(0), np.int64(1))]),
+            Curriculum(NextSegment(documents, **plain), [(0, 1)]),
+        ),
+        (Mixture({"a": (NextSegment(documents, **shape), np.float32(2))}), Mixture({"a": (NextSegment(documents, **plain), 2.0)})),
+    ):
+        assert json.loads(json.dumps(made.state)) == same.state
+        assert (made.batch(np.int64(1)).target == same.batch(1).target).all()

@@ -50,13 +50,13 @@ class Recall:
     def plant(
         self, batch: Batch, seed: tuple[int, ...], *, facts_at: int | None = None, asked_at: int | None = None, strays: float = 0.0
     ) -> tuple[Batch, np.ndarray]:
-        """A batch with one fact in each stream, and the letters asked for (B, n), -1 where nothing is asked.
+        """A batch with one fact in each stream, and the letters that answer its questions (B, n); -1: no question.
 
         facts_at, asked_at: the segments of the fact and of the only question; by default the fact is anywhere in the
-        first half, and the question comes in every segment from there on, or in one of two where there is only one.
-        In the loss, question and what follows it in the target have weight 0, and all letters together as much as
-        all the text. strays: so many letters a source segment, on average, are put in the place of tokens, so that
-        a lone capital is not taken for a fact.
+        first half, and every segment from there on has the question, or one in two where there is only one segment.
+        In the loss the question and the rest of the fact in the target have weight 0, and all letters together weigh as
+        much as all the text. strays: average number of letters per source segment that replace tokens, so that a lone
+        capital is not mistaken for a fact. Raises InvalidValue.
         """
         if batch.source is None or batch.source_lengths is None:
             raise InvalidValue("batch: facts are planted in sources, and this one has none (a decoder-only model)")

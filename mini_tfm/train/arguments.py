@@ -1,0 +1,69 @@
+"""The arguments of a training step, checked: any shape that `Trainer.step` accepts -> a Batch of (B, n, L) arrays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..data.batches import Batch
+from ..errors import InvalidType, InvalidValue
+from ..model import Model
+from ..tokens import check_tokens
+
+
+def checked_batch(
+    model: Model, source: Any, target: Any, source_lengths: Any, target_lengths: Any, weights: Any, begins: Any = None
+) -> Batch:
+    """The arguments of `Trainer.step` as checked (B, n, L) arrays. Raises InvalidType, InvalidValue naming the argument."""
+    config = model.config
+    target, target_lengths = _segments("target", target, target_lengths, config.vocab_size)
+    if not config.has_encoder:
+        if source is not None:
+            raise InvalidValue("source: expected None, as this model has no encoder")
+    else:
+        source, source_lengths = _segments("source", source, source_lengths, config.vocab_size)
+        if source.shape[:2] != target.shape[:2]:
+            raise InvalidValue(f"target: expected (batch, segments) {source.shape[:2]} as source has, got {target.shape[:2]}")
+    if weights is not None:
+        weights = _weights(weights, target.shape, model.dtype)
+    if begins is not None:
+        begins = np.asarray(begins)
+        if begins.dtype != bool or begins.shape not in (target.shape[:2], (target.shape[0] * target.shape[1],)):
+            raise InvalidValue(f"begins: expected bool of shape {target.shape[:2]}, got {begins.dtype} of shape {begins.shape}")
+        begins = begins.reshape(target.shape[:2])
+    return Batch(source, target, source_lengths, target_lengths, weights, begins)
+
+
+def _segments(name: str, tokens: Any, lengths: Any, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(B, T) or (B, n, T) ids -> (B, n, T) and lengths (B, n)."""
+    if tokens is None:
+        raise InvalidType(f"{name}: expected token ids, got None")
+    try:
+        array = np.asarray(tokens)
+    except ValueError as error:
+        raise InvalidValue(f"{name}: expected rows of one length; fill short ones with pad_id and give their lengths") from error
+    if array.ndim not in (2, 3):
+        raise InvalidValue(f"{name}: expected shape (batch, tokens) or (batch, segments, tokens), got {array.shape}")
+    array = array[:, None] if array.ndim == 2 else array
+    size, n, length = array.shape
+    if lengths is not None:
+        lengths = np.asarray(lengths)
+        if lengths.shape not in ((size, n), (size * n,)):
+            raise InvalidValue(f"{name} lengths: expected shape {(size, n) if n > 1 else (size,)}, got {lengths.shape}")
+        lengths = lengths.reshape(-1)
+    ids, lengths = check_tokens(name, array.reshape(size * n, length), vocab_size, lengths)
+    return ids.reshape(size, n, length), lengths.reshape(size, n)
+
+
+def _weights(weights: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """(B, T) or (B, n, T) weights of target tokens -> (B, n, T)."""
+    try:
+        array = np.asarray(weights, dtype)
+    except (ValueError, TypeError) as error:
+        raise InvalidValue(f"weights: expected numbers of shape {shape}: {error}") from error
+    if array.shape not in (shape, (shape[0], shape[2])) or array.size != np.prod(shape):
+        raise InvalidValue(f"weights: expected shape {shape}, as target has, got {array.shape}")
+    if not (np.isfinite(array).all() and (array >= 0).all()):
+        raise InvalidValue("weights: expected finite numbers of at least 0")
+    return array.reshape(shape)
