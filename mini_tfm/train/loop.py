@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -13,19 +13,18 @@ from ..data.batches import Batch, fields
 from ..data.mixtures import batches_of, differences, state_of
 from ..errors import InvalidValue, TrainingError
 from ..progress import training_progress
+from .arguments import checked_batch
 from .interrupts import uninterrupted
 from .logs import KINDS, Logs
 from .parallel import StoppedTogether
+from .run import Run
 from .run_folder import BEST, check_finite, digest, keep_checkpoint, save_weights
-
-if TYPE_CHECKING:
-    from .trainer import Trainer
 
 
 class Loop:
     """One call of `Trainer.fit`."""
 
-    def __init__(self, trainer: Trainer, batch_of: Callable[[int], Batch], validation_of: Callable[[int], Batch] | None, folder: Any):
+    def __init__(self, trainer: Run, batch_of: Callable[[int], Batch], validation_of: Callable[[int], Batch] | None, folder: Any):
         self.trainer, self.batch_of, self.validation_of = trainer, batch_of, validation_of
         self.folder = Path(folder) if folder is not None else None
         self.options = trainer.fit_options
@@ -39,7 +38,7 @@ class Loop:
         if validation_of is None and (self.options.save_best or trainer.options.early_stopping_patience is not None):
             raise InvalidValue("validation: expected data, as save_best and early_stopping_patience need its loss, got None")
 
-    def run(self, steps: int | None, seconds: float | None, on_step: Callable[[Trainer, float], None] | None, progress: bool) -> None:
+    def run(self, steps: int | None, seconds: float | None, on_step: Callable[[Any, float], None] | None, progress: bool) -> None:
         trainer, ranks = self.trainer, self.trainer.communicator
         before, began = trainer.seconds, time.perf_counter()
         chief = ranks.rank == 0
@@ -120,7 +119,7 @@ class Loop:
         if self.saved_at == trainer.step_count:
             return
         if (last := self.batches.get(trainer.step_count - 1)) is not None:
-            trainer.batch_digest = digest(trainer._batch(*fields(last)))
+            trainer.batch_digest = digest(checked_batch(trainer.model, *fields(last)))
 
         def write(folder: Path) -> None:
             self.logs.sync()  # a log that ends before the checkpoint could not be continued
@@ -144,7 +143,7 @@ class Loop:
 _NO_LOGS = dict.fromkeys(KINDS)
 
 
-def check_data(trainer: Trainer, data: Any, other_data: bool) -> None:
+def check_data(trainer: Run, data: Any, other_data: bool) -> None:
     """Before the first step: refuses data that is not the resumed run's, and ranks that do not have the same of everything.
 
     Weights and moments become those of rank 0. Raises InvalidValue.
@@ -160,7 +159,7 @@ def check_data(trainer: Trainer, data: Any, other_data: bool) -> None:
     trainer.resumed, trainer.data_state = False, state
     if ranks.size == 1:
         return
-    own = np.frombuffer(bytes.fromhex(digest(trainer._batch(*fields(batch_of(step))))), np.uint8).astype(np.int64)
+    own = np.frombuffer(bytes.fromhex(digest(checked_batch(trainer.model, *fields(batch_of(step))))), np.uint8).astype(np.int64)
     first = np.concatenate([[step], own])
     ranks.share(first)
     if first[0] != step:
@@ -171,7 +170,7 @@ def check_data(trainer: Trainer, data: Any, other_data: bool) -> None:
         ranks.share(array)
 
 
-def _changed(trainer: Trainer, batch_of: Callable[[int], Batch], state: dict[str, Any] | None) -> str:
+def _changed(trainer: Run, batch_of: Callable[[int], Batch], state: dict[str, Any] | None) -> str:
     """How the data differs from that of the saved run, in words; "" if no difference is found.
 
     Two checks: the states, which also cover batches still to come; and the batch of the last step, for data without a state
@@ -180,6 +179,6 @@ def _changed(trainer: Trainer, batch_of: Callable[[int], Batch], state: dict[str
     if state is not None and trainer.data_state is not None and (found := list(differences(trainer.data_state, state))):
         return "; ".join(found[:4])
     last = trainer.step_count - 1
-    if trainer.batch_digest is not None and digest(trainer._batch(*fields(batch_of(last)))) != trainer.batch_digest:
+    if trainer.batch_digest is not None and digest(checked_batch(trainer.model, *fields(batch_of(last)))) != trainer.batch_digest:
         return f"batch {last} is not what it was"
     return ""

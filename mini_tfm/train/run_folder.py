@@ -19,7 +19,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -32,9 +32,9 @@ from ..memory.base import Memory
 from ..options import Options
 from ..transformer import load_saved
 from .options import FitOptions, TrainerOptions
+from .run import Run
 
-if TYPE_CHECKING:
-    from .trainer import Trainer
+R = TypeVar("R", bound=Run)
 
 TRAINING_FILE = "training.json"
 OPTIMIZER_FILE = "training.safetensors"
@@ -63,7 +63,7 @@ _ALWAYS_SAVED = (
 _OPTIONS: dict[str, type[Options]] = {"options": TrainerOptions, "fit_options": FitOptions}
 
 
-def save_run(trainer: Trainer, folder: str | Path) -> None:
+def save_run(trainer: Run, folder: str | Path) -> None:
     """Writes the whole run into `folder`: after a crash, the old files or the new ones.
 
     Raises TrainingError, and leaves the folder as it is, when a weight is not finite: a run could not resume from it.
@@ -81,13 +81,13 @@ def save_run(trainer: Trainer, folder: str | Path) -> None:
     save_model(folder, trainer.model, tokenizer=trainer.tokenizer, memory=trainer.memory, extra_files=extra)
 
 
-def save_weights(trainer: Trainer, folder: Path) -> None:
+def save_weights(trainer: Run, folder: Path) -> None:
     """Writes the model alone."""
     check_finite(trainer)
     save_model(folder, trainer.model, tokenizer=trainer.tokenizer, memory=trainer.memory)
 
 
-def check_finite(trainer: Trainer) -> None:
+def check_finite(trainer: Run) -> None:
     if not np.isfinite(trainer.optimizer.arena).all():
         bad = [name for name, weight in trainer.model.weights.items() if not np.isfinite(weight).all()]
         raise TrainingError(
@@ -102,7 +102,7 @@ def checkpoints(folder: str | Path) -> list[Path]:
     return sorted(found, key=_step_of)
 
 
-def keep_checkpoint(trainer: Trainer, folder: Path, limit: int) -> None:
+def keep_checkpoint(trainer: Run, folder: Path, limit: int) -> None:
     """Saves the model of this step and keeps the newest limit - 1 of earlier steps; those of later steps, from an interrupted run, stay."""
     save_weights(trainer, folder / f"{CHECKPOINT}{trainer.step_count}")
     earlier = [path for path in checkpoints(folder) if _step_of(path) <= trainer.step_count]
@@ -117,7 +117,7 @@ def _step_of(path: Path) -> int:
     return int(path.name.removeprefix(CHECKPOINT))
 
 
-def load_run(kind: type[Trainer], folder: str | Path, memory: Memory | None, communicator: Any) -> Trainer:
+def load_run(kind: Callable[..., R], folder: str | Path, memory: Memory | None, communicator: Any) -> R:
     """The trainer that `save_run` wrote. Raises FileProblem or InvalidValue naming the file or field at fault."""
     with OpenFolder(folder, (TRAINING_FILE, OPTIMIZER_FILE)) as opened:  # a save meanwhile must not mix two steps
         checkpoint = load_saved(opened)

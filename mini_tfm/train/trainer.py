@@ -23,9 +23,11 @@ from ..transformer import Transformer
 from .arguments import checked_batch
 from .backpropagation import SegmentLoss, backpropagate, counts_of
 from .interrupts import uninterrupted
+from .loop import Loop, check_data
 from .optimizer import AdamW, schedule_factor
 from .options import FitOptions, TrainerOptions
 from .parallel import communicator_of, shares
+from .run_folder import load_run, save_run
 
 
 class Trainer:
@@ -164,7 +166,6 @@ class Trainer:
 
         The options below keep their value from the last `fit`, also in a resumed run, unless given. Initial values in brackets:
         """
-        from .loop import Loop, check_data
 
         steps = steps if steps is not None else self.options.total_steps
         if steps is None and seconds is None:
@@ -184,7 +185,6 @@ class Trainer:
         Raises TrainingError, and writes nothing, when a weight is not finite. With a communicator, call it on rank 0
         alone, as `fit` does.
         """
-        from .run_folder import save_run
 
         save_run(self, folder)
 
@@ -195,7 +195,6 @@ class Trainer:
         memory: required only if it was not made from text by `mt.memory`. communicator: as for a new Trainer; the number of
         processes may differ.
         """
-        from .run_folder import load_run
 
         return load_run(cls, folder, memory, communicator)
 
