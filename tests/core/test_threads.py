@@ -295,7 +295,7 @@ def test_python_threads_do_not_disturb_each_other(threads):
             assert_same_bits(list(pool.map(run, range(8))), quiet)
 
 
-def test_the_blas_of_scipy_has_its_threads_back(threads):
+def test_the_blas_of_numpy_has_its_threads_back(threads):
     """Inside a gemm its pool is held at one thread; afterwards it is what it was, whoever came and went meanwhile."""
     values = Values(0, "float32")
     a, b = values.real(300, 300), values.real(300, 300)
