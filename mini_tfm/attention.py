@@ -24,7 +24,7 @@ from ._core import Block
 from .autodiff import is_traced, value_of
 from .config import Config
 from .context import Pass
-from .layers import Linear, Shape
+from .layers import Linear, Shape, StepProduct
 from .memory.base import Query, Side, View
 from .weights import Array
 
@@ -82,16 +82,21 @@ class MultiHeadAttention:
         self.q, self.k, self.v = (
             Linear(config, f"{name}.{part}", d, n) for part, n in zip("qkv", (heads, kv_heads, kv_heads), strict=True)
         )
-        self.o = Linear(config, name + ".o", heads, d)
+        self.o, self.qkv = Linear(config, name + ".o", heads, d), name + ".qkv"
         self.relative = RelativeBias(config, site) if config.positions == "relative" and site != "cross" else None
 
     def shapes(self) -> Iterator[Shape]:
         for linear in (self.q, self.k, self.v, self.o):
             yield from linear.shapes()
 
+    def step_products(self) -> Iterator[StepProduct]:
+        """What a decoding step multiplies with: W^Q, W^K and W^V as one matrix. Keys of the encoder's outputs are made once."""
+        yield StepProduct(self.qkv, (self.q, self.k, self.v)) if self.site != "cross" else StepProduct(self.q.weight, (self.q,))
+        yield StepProduct(self.o.weight, (self.o,))
+
     def to_itself(self, x: Array, p: Pass, layout: Layout, skip: int = 0, residual: Array | None = None) -> Array:
         """Self-attention of all rows of x (B, T, d) but the first `skip`, which are keys alone; residual is added to it."""
-        q, k, v = self._heads(self.q, x[:, skip:] if skip else x, p), self._heads(self.k, x, p), self._heads(self.v, x, p)
+        q, k, v = self._projected(x, p, skip)
         at = layout.positions[..., skip:]
         queries, keys = self._rotate(q, at), self._rotate(k, layout.positions)
         if p.cache is not None:
@@ -113,7 +118,7 @@ class MultiHeadAttention:
 
     def to_encoder(self, x: Array, p: Pass, layout: Layout, encoded: Encoded, residual: Array | None = None) -> Array:
         """Cross-attention of x (B, T, d) to the encoder's outputs; residual is added to it."""
-        q = self._heads(self.q, x, p)
+        q = self._split(self.q(x, p))
         project = lambda: self._keys_and_values(encoded.hidden, p)  # noqa: E731
         k, v = p.cache.cross(self.layer, project) if p.cache is not None else project()
         own, at = Block(k, v, valid=encoded.valid), layout.positions[..., -x.shape[1] :]
@@ -122,13 +127,20 @@ class MultiHeadAttention:
 
     # Heads and positions
 
-    def _heads(self, linear: Linear, x: Array, p: Pass) -> Array:
-        """x W + b, (B, T, d) -> (B, heads, T, D)."""
-        y = linear(x, p)
-        return y.reshape(x.shape[0], x.shape[1], y.shape[2] // self.d_head, self.d_head).swapaxes(1, 2)
+    def _split(self, y: Array) -> Array:
+        """Into heads: (B, T, heads D) -> (B, heads, T, D)."""
+        return y.reshape(*y.shape[:2], y.shape[2] // self.d_head, self.d_head).swapaxes(1, 2)
+
+    def _projected(self, x: Array, p: Pass, skip: int) -> tuple[Array, Array, Array]:
+        """Queries, of all rows of x but the first `skip`, keys and values, in heads."""
+        if (qkv := p.weights.get(self.qkv)) is not None:
+            y = self._split(qkv.linear(x, None if self.q.bias is None else p.value(self.qkv + ".bias")))
+            n, m = self.q.d_out // self.d_head, self.k.d_out // self.d_head
+            return y[:, :n, skip:], y[:, n : n + m], y[:, n + m :]
+        return self._split(self.q(x[:, skip:] if skip else x, p)), *self._keys_and_values(x, p)
 
     def _keys_and_values(self, rows: Array, p: Pass) -> tuple[Array, Array]:
-        return self._heads(self.k, rows, p), self._heads(self.v, rows, p)
+        return self._split(self.k(rows, p)), self._split(self.v(rows, p))
 
     def _rotate(self, x: Array, positions: np.ndarray) -> Array:
         return ops.rotary(x, positions, self.config.rotary_base) if self.config.positions == "rotary" else x

@@ -24,6 +24,13 @@ class Shape(NamedTuple):
     fill: float = 0.0
 
 
+class StepProduct(NamedTuple):
+    """A product of every decoding step, by the name that its packed weight has: with one matrix, or several side by side."""
+
+    name: str
+    linears: tuple[Linear, ...]
+
+
 class Linear:
     """x W + b, W (d_in, d_out)."""
 

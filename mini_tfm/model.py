@@ -24,7 +24,7 @@ from .attention import Encoded, Layout, MultiHeadAttention, RelativeBias
 from .config import Config
 from .context import Pass
 from .errors import InvalidValue
-from .layers import Linear, Norm, Shape
+from .layers import Linear, Norm, Shape, StepProduct
 from .memory.base import Memory, Rows
 from .memory.run import memory_parameters
 from .weights import Array, Weight
@@ -164,11 +164,11 @@ class Decoder(Stack):
         p.run.finished(x, layout.text)
         return x
 
-    def step_matrices(self) -> Iterator[str]:
-        """Names of the matrices that every decoding step multiplies with; the encoder's outputs are projected once."""
-        for name, shape, *_ in itertools.chain.from_iterable(layer.shapes() for layer in self.layers):
-            if len(shape) == 2 and not name.endswith((".cross.k.weight", ".cross.v.weight")):
-                yield name
+    def step_products(self) -> Iterator[StepProduct]:
+        """All that a decoding step multiplies with, but for the output layer."""
+        for layer in self.layers:
+            for sublayer in filter(None, (layer.attention, layer.cross, layer.feed_forward)):
+                yield from sublayer.f.step_products()
 
     def _next(self, tokens: np.ndarray, encoded: Encoded | None, p: Pass) -> Array:
         cache = p.cache
@@ -225,6 +225,10 @@ class FeedForward:
     def shapes(self) -> Iterator[Shape]:
         yield from self.inner.shapes()
         yield from self.outer.shapes()
+
+    def step_products(self) -> Iterator[StepProduct]:
+        yield StepProduct(self.inner.weight, (self.inner,))
+        yield StepProduct(self.outer.weight, (self.outer,))
 
     def __call__(self, x: Array, p: Pass, residual: Array | None = None) -> Array:
         hidden = p.dropout.hidden(self.inner(x, p, activation=self.activation), self.name + ".hidden")

@@ -6,7 +6,7 @@ plain arrays, which anyone may read and write; a pass wraps them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -56,22 +56,24 @@ class Weight:
         y = y if activation is None else ops.activation(y, activation)
         return y if residual is None else residual + y
 
-    def pack(self, dtype: str | None = None, *, transposed: bool = False, columns: int | None = None) -> Any:
-        """A PackedWeight of it: dtype "float32", "bfloat16" or "int8" (None: its own).
-
-        transposed: of W^T. columns: only the first so many columns of the result.
-        """
-        array = self.array[:columns] if transposed else self.array[:, :columns]
-        return _core.pack(np.ascontiguousarray(array), dtype=dtype or str(array.dtype), transposed=transposed)
-
 
 class Weights(dict[str, Weight]):
     """The weights of a model by name, each wrapped when it is first asked for."""
 
     def __init__(self, kept: Mapping[str, Any]):
         super().__init__()
-        self._kept = kept
+        self.kept = kept
 
     def __missing__(self, name: str) -> Weight:
-        weight = self[name] = Weight(self._kept[name])
+        weight = self[name] = Weight(self.kept[name])
         return weight
+
+    def pack(self, names: Sequence[str], *, dtype: str | None = None, transposed: bool = False, columns: int | None = None) -> Any:
+        """A PackedWeight of matrices side by side: dtype "float32", "bfloat16" or "int8" (None: their own).
+
+        transposed: of W^T. columns: only the first so many of what a product gives.
+        """
+        arrays = [self[name].array for name in names]
+        array = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=0 if transposed else 1)
+        array = array[:columns] if transposed else array[:, :columns]
+        return _core.pack(np.ascontiguousarray(array), dtype=dtype or str(array.dtype), transposed=transposed)

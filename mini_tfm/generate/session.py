@@ -101,14 +101,17 @@ def packed_weights(model: Model, n_ids: int) -> Weights:
     them once. Packing takes about as long as ten steps.
     """
     assert model.decoder is not None
-    names = list(model.decoder.step_matrices())
-    weights = Weights(model.weights)
+    weights, products = Weights(model.weights), list(model.decoder.step_products())
+    names = [linear.weight for product in products for linear in product.linears]
     state = n_ids, [(name, _core.checksum(weights[name].array)) for name in (*names, model.output.name)]
-    kept, packed = _packed.get(model, (None, None))
-    if packed is None or kept != state:
-        packed = {name: weights[name].pack() for name in names}
-        packed[model.output.PACKED] = weights[model.output.name].pack(transposed=model.output.is_tied, columns=n_ids)
+    kept, packed = _packed.get(model, (None, {}))
+    if kept != state:
+        packed = {product.name: weights.pack([linear.weight for linear in product.linears]) for product in products}
+        packed[model.output.PACKED] = weights.pack([model.output.name], transposed=model.output.is_tied, columns=n_ids)
         _packed[model] = state, packed
     for name, one in packed.items():
-        weights[name] = Weight(None if name == model.output.PACKED else weights[name].kept, one)
+        weights[name] = Weight(model.weights.get(name), one)
+    for name, linears in products:
+        if len(linears) > 1 and linears[0].bias is not None:
+            weights[name + ".bias"] = Weight(np.concatenate([weights[str(linear.bias)].array for linear in linears]))
     return weights
