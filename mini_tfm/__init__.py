@@ -64,7 +64,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'mini_tfm' has no attribute {name!r}")
     if name == "memory":  # the package itself, which can be called: see memory/__init__.py
         return import_module(".memory", __name__)
-    return getattr(import_module("." + _WHERE[name], __name__), name)
+    found = globals()[name] = getattr(import_module("." + _WHERE[name], __name__), name)
+    return found
 
 
 def __dir__() -> list[str]:
@@ -72,15 +73,14 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """`mt.attention` is the kernel, whatever imports the module of that name: a submodule becomes an attribute of its package."""
+    """Where a public name is a module's as well (`mt.attention`, attention.py), it stays what it is when that is imported.
 
-    @property
-    def attention(self) -> Any:
-        return import_module(".kernels", __name__).attention
+    Python makes a submodule an attribute of its package.
+    """
 
-    @attention.setter
-    def attention(self, submodule: ModuleType) -> None:
-        pass
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "attention" or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
 
 
 sys.modules[__name__].__class__ = _Package

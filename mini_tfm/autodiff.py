@@ -133,7 +133,10 @@ def value_of(x: Any) -> Any:
 
 
 def is_traced(*xs: Any) -> bool:
-    return any(isinstance(x, Var) for x in xs)
+    for x in xs:  # noqa: SIM110  # a generator would take twice as long, and this is asked by every operation
+        if isinstance(x, Var):
+            return True
+    return False
 
 
 def record(value: np.ndarray, parents: Sequence[Any], vjp: Callable, *, fresh: bool = False) -> Var:

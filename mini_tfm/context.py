@@ -33,7 +33,8 @@ class Dropout:
     segment: int = 0
 
     def at(self, segment: int) -> Dropout:
-        return dataclasses.replace(self, segment=segment)
+        """The same in another segment."""
+        return self if self is NO_DROPOUT else dataclasses.replace(self, segment=segment)
 
     def seed_of(self, place: str) -> int:
         drawn = hashlib.blake2b(f"{self.seed} {self.step} {self.first_row} {self.segment} {place}".encode(), digest_size=8)

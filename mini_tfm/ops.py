@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -40,39 +41,49 @@ def bfloat16_products(enabled: bool = True) -> Iterator[None]:
 
 
 def _flat(x: np.ndarray) -> np.ndarray:
-    return x.reshape(-1, x.shape[-1])
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
 
 
 def linear(x: Array, weight: Array, bias: Array | None = None, *, transposed: bool = False) -> Array:
     """x (..., d_in) weight (d_in, d_out) + bias (d_out,) -> (..., d_out); transposed: weight is (d_out, d_in)."""
     vx, vw, vb = value_of(x), value_of(weight), value_of(bias)
     rows, bfloat16 = _flat(vx), _bfloat16.get()
-    out = _core.gemm(rows, vw, trans_b=transposed, bias=vb, bfloat16=bfloat16)
-    y = out.reshape(*vx.shape[:-1], out.shape[1])
+    y = _core.gemm(rows, vw, trans_b=transposed, bias=vb, bfloat16=bfloat16)
+    y = y if vx.ndim == 2 else y.reshape(*vx.shape[:-1], y.shape[1])
     if not is_traced(x, weight, bias):
         return y
 
     def vjp(dy: np.ndarray) -> tuple[Any, ...]:
         d_out = np.ascontiguousarray(_flat(dy))
-        pairs = (d_out, rows) if transposed else (rows, d_out)
-        return (
-            _product(x, d_out, vw, trans_b=not transposed, bfloat16=bfloat16),
-            _product(weight, *pairs, trans_a=True, bfloat16=bfloat16),
-            _product(bias, np.ones((1, len(d_out)), vx.dtype), d_out),
-        )
+        dx = dweight = dbias = None
+        if type(x) is Var:
+            dx = _product(x, d_out, vw, trans_b=not transposed, bfloat16=bfloat16)
+        if type(weight) is Var:
+            a, b = (d_out, rows) if transposed else (rows, d_out)
+            dweight = _product(weight, a, b, trans_a=True, bfloat16=bfloat16)
+        if type(bias) is Var:
+            dbias = _product(bias, _ones(len(d_out), d_out.dtype), d_out)
+        return dx, dweight, dbias
 
     return record(y, (x, weight, bias), vjp, fresh=True)
 
 
-def _product(of: Array, a: np.ndarray, b: np.ndarray, **flags: Any) -> np.ndarray | None:
+def _product(of: Var, a: np.ndarray, b: np.ndarray, **flags: Any) -> np.ndarray | None:
     """The gradient a b of `of`: added in place to what there is, else new."""
-    if not isinstance(of, Var):
-        return None
     into = gathered(of)
     if into is None or not into.flags.c_contiguous:
-        return _core.gemm(a, b, **flags).reshape(of.shape)
-    _core.gemm(a, b, out=into.reshape(-1, b.shape[0] if flags.get("trans_b") else b.shape[1]), accumulate=True, **flags)
+        return _core.gemm(a, b, **flags).reshape(of.value.shape)
+    into = into if into.ndim == 2 else into.reshape(-1, b.shape[0] if flags.get("trans_b") else b.shape[1])
+    _core.gemm(a, b, out=into, accumulate=True, **flags)
     return None
+
+
+@functools.lru_cache(16)
+def _ones(n: int, dtype: np.dtype) -> np.ndarray:
+    """(1, n), by which a product sums n rows."""
+    ones = np.ones((1, n), dtype)
+    ones.flags.writeable = False
+    return ones
 
 
 def softmax(x: Array) -> Array:
@@ -259,10 +270,7 @@ def attention_with_lse(q: Array, blocks: Sequence[Block], scale: float, *, dropo
     if type(q) is not Var and all(map(_is_plain, blocks)):
         return _core.attention(q, blocks, scale, dropout=dropout, seed=seed)
     tables = [block.bias.table if isinstance(block.bias, DistanceBias) else block.bias for block in blocks]
-    plain = [
-        dataclasses.replace(block, k=value_of(block.k), v=value_of(block.v), bias=_bias_view(block.bias, value_of(table)))
-        for block, table in zip(blocks, tables, strict=True)
-    ]
+    plain = [_plain(block, value_of(table)) for block, table in zip(blocks, tables, strict=True)]
     vq = value_of(q)
     out, lse = _core.attention(vq, plain, scale, dropout=dropout, seed=seed)
     parents = [q, *(x for block, table in zip(blocks, tables, strict=True) for x in (block.k, block.v, table))]
@@ -286,6 +294,22 @@ def _is_plain(block: Block) -> bool:
     return type(block.k) is not Var and type(block.v) is not Var and type(block.bias) not in (Var, DistanceBias)
 
 
+def _plain(block: Block, table: Any) -> Block:
+    """The block as the kernel takes it; a DistanceBias is read through its table."""
+    return Block(
+        value_of(block.k),
+        value_of(block.v),
+        block.valid,
+        block.lengths,
+        block.index,
+        _bias_view(block.bias, table),
+        causal=block.causal,
+        prefix=block.prefix,
+        offset=block.offset,
+        window=block.window,
+    )
+
+
 def _bias_view(bias: Any, table: Any) -> np.ndarray | None:
     return bias.strided(table) if isinstance(bias, DistanceBias) else table
 
@@ -293,6 +317,5 @@ def _bias_view(bias: Any, table: Any) -> np.ndarray | None:
 def attention_mass(q: Array, block: Block, lse: np.ndarray, scale: float, asking: np.ndarray) -> np.ndarray:
     """Attention each row of `block` received, summed over heads and the queries `asking` (B, T): (B, S). No gradient."""
     bias = block.bias
-    bias = _bias_view(bias, value_of(bias.table if isinstance(bias, DistanceBias) else bias))
-    plain = dataclasses.replace(block, k=value_of(block.k), v=value_of(block.v), bias=bias)
+    plain = _plain(block, value_of(bias.table if isinstance(bias, DistanceBias) else bias))
     return _core.attention_mass(value_of(q), plain, lse, scale, asking)

@@ -30,7 +30,7 @@ from .weights import Array, Weights
 class Stream:
     """A batch of streams of a model, with `memory` at work on them.
 
-    weights: by name, arrays or Vars, if not the model's own. training: what a memory is told (see `memory.Dims`).
+    weights: arrays or Vars by name, or a Weights of them, if not the model's own. training: what a memory is told (see `memory.Dims`).
     run: the memory's states. last: (B,) the token that each stream ended with so far, bos where none was read.
     """
 
@@ -38,8 +38,8 @@ class Stream:
         self, model: Model, memory: Memory | None, batch: int, *, weights: Mapping[str, Any] | None = None, training: bool = False
     ):
         given = model.weights if weights is None else weights
-        self.model, self.weights = model, Weights(given)
-        self.run = MemoryRun(memory, model.config, given, batch, training=training, fingerprint=model.fingerprint)
+        self.model, self.weights = model, given if isinstance(given, Weights) else Weights(given)
+        self.run = MemoryRun(memory, model.config, self.weights.kept, batch, training=training, fingerprint=model.fingerprint)
         self.last = np.full(batch, model.config.bos_id, np.int64)
         self.encoded: Encoded | None = None
         self._pass = Pass(self.weights, self.run)

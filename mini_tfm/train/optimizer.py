@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 
@@ -11,6 +12,7 @@ from .. import _core
 from ..autodiff import Var
 from ..errors import InvalidValue
 from ..memory.base import Param
+from ..weights import Weights
 
 
 def schedule_factor(schedule: str, step: int, warmup_steps: int, total_steps: int | None) -> float:
@@ -64,9 +66,10 @@ class AdamW:
                 start = part.stop
             self.groups.append((slice(first, start), factor, decay))
 
-    def leaves(self) -> dict[str, Var]:
-        """The weights as Vars whose gradients are added into the arena."""
-        return {name: Var(weight, self.grads[name]) for name, weight in self.weights.items()}
+    @functools.cached_property
+    def leaves(self) -> Weights:
+        """The weights as Vars whose gradients are added into the arena: the same at every step."""
+        return Weights({name: Var(weight, self.grads[name]) for name, weight in self.weights.items()})
 
     def zero_grad(self) -> None:
         self.grad[:] = 0

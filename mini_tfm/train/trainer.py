@@ -224,7 +224,7 @@ class Trainer:
 
     def _backward(self, batch: Batch, dropout: Dropout, hidden: np.ndarray | None = None, total: float | None = None) -> float:
         """The training loss through all segments of the batch; adds its gradient to the arena."""
-        o, w = self.options, self.optimizer.leaves()
+        o, w = self.options, self.optimizer.leaves
         options: dict[str, Any] = {"dropout": dropout, "hide_source": hidden, "label_smoothing": o.label_smoothing, "total": total}
         stream = Stream(self.model, self.memory, len(batch.target), weights=w, training=True)
         with ops.bfloat16_products(o.bfloat16):

@@ -248,7 +248,7 @@ def test_nothing_is_written_twice():
     batch = trainer._batch(*fields(ragged(True)))
     seen = []
     loss = SegmentLoss(trainer.model, batch)
-    trained = Stream(trainer.model, trainer.memory, 3, weights=trainer.optimizer.leaves(), training=True)
+    trained = Stream(trainer.model, trainer.memory, 3, weights=trainer.optimizer.leaves, training=True)
     plain = Stream(trainer.model, trainer.memory, 3, training=True)
     backpropagate(loss, trained, recompute=True)
     loss.value(plain)
