@@ -5,6 +5,7 @@
     kernels.py    products, search, softmax, norms, cross-entropy, positions, AdamW
     attention.py  attention, forward and backward; its peak memory at 16,384 tokens
     model.py      encode, generate, a training step
+    steps.py      a decoded token, a small training step, the loss of a large vocabulary
     training.py   a training step of three sizes and of a recurrent memory, beside PyTorch
     characters.py the loss that a character model reaches on real text, here and in PyTorch
     tape.py       what the tape costs an operation
