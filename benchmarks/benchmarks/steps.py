@@ -83,7 +83,7 @@ class recorded:
 class SmallTrainingStep:
     """(batch, segments, tokens) of source and of target through a model of d 64 with 1 + 1 layers."""
 
-    params = [(1, 2, 8), (2, 2, 16), (4, 2, 32)]
+    params = [[(1, 2, 8), (2, 2, 16), (4, 2, 32)]]
     param_names = ["shape"]
 
     def setup(self, shape):
