@@ -13,7 +13,7 @@ Legend: B batch, T queries, S keys, H heads, D head size (the paper's d_k), d d_
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,7 @@ from .autodiff import is_traced, value_of
 from .config import Config
 from .context import Pass
 from .layers import Linear, Shape, StepProduct
-from .memory.base import Query, Side, View
+from .memory.base import Query, SideOutput, View
 from .weights import Array
 
 
@@ -66,6 +66,10 @@ class Layout:
         """The text among the keys."""
         return slice(self.n_front, self.n_front + self.text.shape[1])
 
+    def last(self, n: int) -> np.ndarray:
+        """The positions of the last n queries, (n,) or (B, n)."""
+        return self.positions[..., self.positions.shape[-1] - n :]
+
     def counted(self, batch: int, n_queries: int) -> np.ndarray:
         """(B, T) bool: the queries that are no padding."""
         return np.ones((batch, n_queries), bool) if self.valid is None else self.valid[:, -n_queries:]
@@ -97,8 +101,7 @@ class MultiHeadAttention:
     def to_itself(self, x: Array, p: Pass, layout: Layout, skip: int = 0, residual: Array | None = None) -> Array:
         """Self-attention of all rows of x (B, T, d) but the first `skip`, which are keys alone; residual is added to it."""
         q, k, v = self._projected(x, p, skip)
-        at = layout.positions[..., skip:]
-        queries, keys = self._rotate(q, at), self._rotate(k, layout.positions)
+        queries, keys = self._rotate(q, layout.positions[..., skip:]), self._rotate(k, layout.positions)
         if p.cache is not None:
             keys, v = p.cache.append(self.layer, keys, v)
         own = Block(
@@ -110,7 +113,7 @@ class MultiHeadAttention:
             causal=layout.causal,
             prefix=layout.n_front if layout.causal else 0,
         )
-        out = self._with_memory(p, queries, q, own, at, layout, None if p.cache else layout.of_text)
+        out = self._with_memory(p, queries, q, own, layout, None if p.cache else layout.of_text)
         if p.cache is None and p.run.members:
             text = x if x.shape[1] == layout.text.shape[1] else x[:, layout.of_text]
             p.run.wrote(self.site, self.layer, text, layout.text, lambda rows: self._keys_and_values(rows, p))
@@ -121,8 +124,7 @@ class MultiHeadAttention:
         q = self._split(self.q(x, p))
         project = lambda: self._keys_and_values(encoded.hidden, p)  # noqa: E731
         k, v = p.cache.cross(self.layer, project) if p.cache is not None else project()
-        own, at = Block(k, v, valid=encoded.valid), layout.positions[..., -x.shape[1] :]
-        out = self._with_memory(p, q, q, own, at, layout, slice(encoded.n_rows, None))
+        out = self._with_memory(p, q, q, Block(k, v, valid=encoded.valid), layout, slice(encoded.n_rows, None))
         return self.o(_concatenated(out), p, residual=residual)
 
     # Heads and positions
@@ -163,52 +165,43 @@ class MultiHeadAttention:
 
     # The rows of memories
 
-    def _with_memory(self, p: Pass, q: Array, free_q: Array, own: Block, at: np.ndarray, layout: Layout, text: slice | None) -> Array:
+    def _with_memory(self, p: Pass, q: Array, free_q: Array, own: Block, layout: Layout, text: slice | None) -> Array:
         """Attention over the segment's own block and what the memory shows: (B, H, T, D).
 
-        q, free_q: queries with and without position; at: their positions. text: the keys whose attention a memory may ask
-        for; None: nobody asks.
+        q, free_q: queries with and without position. text: the keys whose attention a memory may ask for; None: nobody asks.
         """
-        run = p.run
+        run, dropout, n_queries = p.run, p.dropout.weights, q.shape[2]
         if not run.members:
-            return ops.attention(q, [own], self.scale, **p.dropout.weights(self.name))
-        shown = run.views(self.site, self.layer, lambda: self._query(p, free_q, at), q.shape[2])
-        joint = [(i, view) for i, view in shown if isinstance(view, View) and run.merge(i, view) == "joint"]
-        blocks = [own, *(self._block_of(p, view, at) for _, view in joint)]
-        out, lse = ops.attention_with_lse(q, blocks, self.scale, **p.dropout.weights(self.name))
+            return ops.attention(q, [own], self.scale, **dropout(self.name))
+        at = layout.last(n_queries)
+        shown = [
+            (i, view, run.merge(i, view)) for i, view in run.views(self.site, self.layer, lambda: self._query(p, free_q, at), n_queries)
+        ]
+        joint = [(i, view, self._block_of(p, view, at)) for i, view, merge in shown if isinstance(view, View) and merge == "joint"]
+        blocks = [own, *(block for _, _, block in joint)]
+        out, lse = ops.attention_with_lse(q, blocks, self.scale, **dropout(self.name))
         if text is not None and run.wants_mass():
-            self._report_attention(p, q, blocks, lse, [i for i, view in joint], layout, text, [view for _, view in joint])
-        for n, (i, view) in enumerate(shown):
-            if run.merge(i, view) != "joint":
-                out = self._merged(p, out, q, view, run.merge(i, view), at, n)
+            counted = layout.counted(q.shape[0], n_queries)
+            self._report_attention(p, own, text, joint, lambda block: ops.attention_mass(q, block, lse, self.scale, counted))
+        for n, (_, view, merge) in enumerate(shown):
+            if isinstance(view, SideOutput):
+                out = _combined(out, view.output, np.ones(1, bool) if view.valid is None else view.valid, view, merge)
+            elif merge != "joint":
+                other = ops.attention(q, [self._block_of(p, view, at)], self.scale, **dropout(f"{self.name}.view.{n}"))
+                out = _combined(out, other, np.asarray(view.valid.any(axis=1)), view, merge)
         return out
 
-    def _report_attention(self, p, q, blocks, lse, members, layout, text, views) -> None:
-        """Tells the memories how much attention their rows, and the segment's own, have received."""
-        run, counted = p.run, layout.counted(q.shape[0], q.shape[2])
-        received = lambda block: ops.attention_mass(q, block, lse, self.scale, counted)  # noqa: E731
-        run.received(self.site, self.layer, None, received(blocks[0])[:, text])
-        seen: set[int] = set()  # a member that shows two views is told about the first
-        for i, view, block in zip(members, views, blocks[1:], strict=True):
+    def _report_attention(
+        self, p: Pass, own: Block, text: slice, joint: list[tuple[int, View, Block]], received: Callable[[Block], np.ndarray]
+    ) -> None:
+        """Reports to the memories how much attention their rows, and the segment's own, have received."""
+        run = p.run
+        run.received(self.site, self.layer, None, received(own)[:, text])
+        seen: set[int] = set()  # of a member that shows two views, the first is reported
+        for i, view, block in joint:
             if run.wants_mass(i) and view.index is None and i not in seen:
                 seen.add(i)
                 run.received(self.site, self.layer, i, received(block))
-
-    def _merged(self, p: Pass, out: Array, q: Array, view: View | Side, merge: str, at: np.ndarray, n: int) -> Array:
-        """`out` with a view that has a softmax of its own, or a result of the strategy's own: added, gated, or instead."""
-        if isinstance(view, Side):
-            other = view.output
-            has = np.ones(1, bool) if view.valid is None else view.valid
-        else:
-            other = ops.attention(q, [self._block_of(p, view, at)], self.scale, **p.dropout.weights(f"{self.name}.view.{n}"))
-            has = np.asarray(view.valid.any(axis=1))
-        has = has[:, None, None, None]
-        if merge == "add":
-            return out + (other if has.all() else np.where(has, other, 0))
-        if merge == "gate":
-            gate = ops.sigmoid(view.gate)[:, None, None]
-            other = gate * other + (1 - gate) * out
-        return other if has.all() else np.where(has, other, out)  # an empty memory must equal no memory
 
     def _block_of(self, p: Pass, view: View, at: np.ndarray) -> Block:
         """A view as keys and values: projected by this layer, and given the positions it has."""
@@ -271,6 +264,17 @@ def _concatenated(heads: Array) -> Array:
     """Concat(head_1, ..., head_h): (B, H, T, D) -> (B, T, H D)."""
     b, h, t, d = heads.shape
     return heads.swapaxes(1, 2).reshape(b, t, h * d)
+
+
+def _combined(out: Array, other: Array, has: np.ndarray, view: View | SideOutput, merge: str) -> Array:
+    """`out` with what a view gives by itself: added, gated, or instead. has (B,) bool, or (1,): where the memory has rows."""
+    has = has[:, None, None, None]
+    if merge == "add":
+        return out + (other if has.all() else np.where(has, other, 0))
+    if merge == "gate":
+        gate = ops.sigmoid(view.gate)[:, None, None]
+        other = gate * other + (1 - gate) * out
+    return other if has.all() else np.where(has, other, out)  # an empty memory must equal no memory
 
 
 def _with_chosen_rows(view: View, n_heads: int, n_queries: int) -> View:

@@ -102,8 +102,8 @@ class Config:
         unknown = [str(name) for name in fields if name not in known]
         if unknown:
             hints = [difflib.get_close_matches(name, known, 1) for name in unknown]
-            told = [f"{name!r}" + (f" (did you mean {hint[0]!r}?)" if hint else "") for name, hint in zip(unknown, hints, strict=True)]
-            raise InvalidValue(f"Config: unknown field {', '.join(told)}")
+            named = [f"{name!r}" + (f" (did you mean {hint[0]!r}?)" if hint else "") for name, hint in zip(unknown, hints, strict=True)]
+            raise InvalidValue(f"Config: unknown field {', '.join(named)}")
         if "vocab_size" not in fields:
             raise InvalidValue("Config: field 'vocab_size' is missing")
         return cls(**fields)

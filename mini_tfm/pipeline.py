@@ -18,7 +18,7 @@ from .memory.registry import memory as make_memory
 from .stream import Stream
 from .text.pieces import in_pieces
 from .text.tokenizers import Tokenizer
-from .transformer import Transformer, load_saved
+from .transformer import Transformer, load_checkpoint
 
 DEFAULT_SEGMENT_TOKENS = 256
 SEGMENTS_A_FLUSH = 16  # how often reading makes a long-term memory durable
@@ -56,7 +56,7 @@ class Pipeline:
         cls, folder: str | Path, memory: Memory | str | None = "saved", dtype: str = "float32", segment_length: int | None = None
     ) -> Pipeline:
         """The pipeline of a model folder; memory: text or a Memory, None for none, "saved" for what it was trained with."""
-        saved = load_saved(folder, dtype)
+        saved = load_checkpoint(folder, dtype)
         if saved.tokenizer is None:
             raise InvalidValue(f"folder: {folder} has no tokenizer (tokenizer.json); use mt.load(folder) for the model alone")
         return cls(saved.model, saved.tokenizer, saved.memory_text if memory == "saved" else memory, segment_length)

@@ -30,26 +30,26 @@ def track(items: Iterable[Any], what: str, total: int | None = None, unit: str =
 
 @contextlib.contextmanager
 def training_progress(shown: bool, steps: int | None, done: int) -> Iterator[Callable[..., None]]:
-    """A bar for training, to be told after each step: tell(loss, last validation loss or None, learning rate, new tokens)."""
+    """A bar for training, updated after each step: update(loss, last validation loss or None, learning rate, new tokens)."""
     if not shown or not sys.stderr.isatty():
         yield lambda *what: None
         return
     from rich.progress import TextColumn
 
-    with _bar("steps", TextColumn("{task.fields[told]}")) as bar:
-        task = bar.add_task("training", total=steps, completed=done, told="")
+    with _bar("steps", TextColumn("{task.fields[figures]}")) as bar:
+        task = bar.add_task("training", total=steps, completed=done, figures="")
         began, tokens = time.perf_counter(), 0
 
-        def tell(loss: float, validation: float | None, learning_rate: float | None = None, new_tokens: int = 0) -> None:
+        def update(loss: float, validation: float | None, learning_rate: float | None = None, new_tokens: int = 0) -> None:
             nonlocal tokens
             tokens += new_tokens
-            told = [f"loss {loss:.3f}"]
-            told += [] if validation is None else [f"validation {validation:.3f}"]
-            told += [] if learning_rate is None else [f"rate {learning_rate:.2g}"]
-            told += [] if not tokens else [f"{tokens / (time.perf_counter() - began):,.0f} tokens/s"]
-            bar.update(task, advance=1, told=", ".join(told))
+            figures = [f"loss {loss:.3f}"]
+            figures += [] if validation is None else [f"validation {validation:.3f}"]
+            figures += [] if learning_rate is None else [f"rate {learning_rate:.2g}"]
+            figures += [] if not tokens else [f"{tokens / (time.perf_counter() - began):,.0f} tokens/s"]
+            bar.update(task, advance=1, figures=", ".join(figures))
 
-        yield tell
+        yield update
 
 
 def _bar(unit: str, *columns: Any) -> Any:

@@ -76,7 +76,7 @@ class Transformer(Model):
 
 
 @dataclass(frozen=True)
-class Saved:
+class Checkpoint:
     """A loaded folder: the model, its tokenizer if it has one, the text of the memory it was trained with."""
 
     model: Transformer
@@ -88,13 +88,13 @@ class Saved:
         return make_memory(self.memory_text) if self.memory_text else None
 
 
-def load_saved(folder: str | os.PathLike, dtype: str = "float32") -> Saved:
+def load_checkpoint(folder: str | os.PathLike, dtype: str = "float32") -> Checkpoint:
     """All that a model folder holds. Raises FileProblem or InvalidValue naming the file, field or tensor at fault."""
     contents = read_model(folder, dtype)
     model = Transformer(contents.config, dtype=dtype, weights=contents.weights)
-    return Saved(model, contents.tokenizer, contents.memory_text)
+    return Checkpoint(model, contents.tokenizer, contents.memory_text)
 
 
 def load(folder: str | os.PathLike, dtype: str = "float32") -> Transformer:
     """The model saved in `folder` (see `Transformer.save`). dtype: float32."""
-    return load_saved(folder, dtype).model
+    return load_checkpoint(folder, dtype).model

@@ -44,7 +44,7 @@ def save_folder(
 class OpenFolder(contextlib.AbstractContextManager["OpenFolder"], os.PathLike):
     """A model folder whose `config.json`, `model.safetensors` and `more` files are open, all of one save.
 
-    `load_folder`, and so `load_saved`, takes it in place of a path. Raises FileProblem when something is missing,
+    `load_folder`, and so `load_checkpoint`, takes it in place of a path. Raises FileProblem when something is missing,
     unreadable or a link.
     """
 

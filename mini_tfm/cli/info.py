@@ -55,9 +55,9 @@ def _library() -> dict[str, Any]:
 
 
 def _model(folder: Path) -> dict[str, Any]:
-    from ..transformer import load_saved
+    from ..transformer import load_checkpoint
 
-    checkpoint = load_saved(folder)
+    checkpoint = load_checkpoint(folder)
     model = checkpoint.model
     return {
         "folder": str(folder),

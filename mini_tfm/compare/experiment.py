@@ -28,7 +28,7 @@ from ..memory.registry import memory as make_memory
 from ..progress import track
 from ..text.documents import split_documents
 from ..text.tokenizers import Tokenizer, train_bpe
-from ..transformer import Transformer, load_saved
+from ..transformer import Transformer, load_checkpoint
 from .machine import machine, n_cores
 from .measure import measure_memory
 from .processes import processes
@@ -207,7 +207,7 @@ def _rows(jobs: list[Job], seconds: float, report: Callable[[str], None], progre
 
 def _measure(job: Job) -> dict[str, Any]:
     """The figures of the model in `job.folder` on the held-out documents, in a process of its own."""
-    checkpoint = load_saved(job.folder)
+    checkpoint = load_checkpoint(job.folder)
     assert checkpoint.tokenizer is not None
     cutter = TextStreams(job.held_out, segment_length=SEGMENT_TOKENS, n_segments=1, batch_size=1)
     rng = np.random.default_rng(job.seed)

@@ -24,7 +24,7 @@ from ..memory.registry import memory as make_memory
 from ..progress import training_progress
 from ..text.tokenizers import Tokenizer
 from ..train.trainer import Trainer
-from ..transformer import Transformer, load_saved
+from ..transformer import Transformer, load_checkpoint
 from .processes import processes, report_step, step_queue
 from .tasks.recall import Recall
 
@@ -106,7 +106,7 @@ def train_all(jobs: list[Job], workers: int, seconds: float, progress: bool) -> 
 def _pace(job: Job) -> float:
     """Seconds a step takes here, on the longest streams, with all workers at work."""
     _core.set_num_threads(1)
-    checkpoint = load_saved(job.start_folder)
+    checkpoint = load_checkpoint(job.start_folder)
     trainer = Trainer(checkpoint.model, job.make_memory(), source_dropout=WITH_MEMORY.source_dropout)
     batch_of = _batches(job, checkpoint.tokenizer)
     began = 0.0
@@ -120,7 +120,7 @@ def _pace(job: Job) -> float:
 def _train_memory(job: Job, steps: int, seconds: float) -> Trained:
     """From the common start to a model in `job.folder`."""
     _core.set_num_threads(1)
-    checkpoint, memory = load_saved(job.start_folder), job.make_memory()
+    checkpoint, memory = load_checkpoint(job.start_folder), job.make_memory()
     began = time.perf_counter()
     trainer = Trainer(checkpoint.model, memory, **_options(dataclasses.replace(WITH_MEMORY, steps=steps), job.seed))
     history = _train(trainer, _batches(job, checkpoint.tokenizer), seconds, report_step)

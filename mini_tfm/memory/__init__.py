@@ -8,7 +8,7 @@
     registry.py    loading plugins, making strategies from text
     stack.py       several memories as one
     run.py         a memory at work on a batch of streams: the only caller of strategies
-    validate.py    what strategies return, checked, and the blame for what fails
+    validate.py    checks of what strategies return, and errors that name the strategy
 
 A plugin imports from here and from `mini_tfm.errors`, and nothing else of the library.
 """
@@ -16,13 +16,15 @@ A plugin imports from here and from `mini_tfm.errors`, and nothing else of the l
 import sys
 from types import ModuleType
 
-from .base import Dims, Evicted, Memory, MemorySpec, New, Param, Query, Rows, Segment, Side, State, View, bank_key
+from .base import Dims, Evicted, Memory, MemorySpec, New, Param, Query, Rows, Segment, SideOutput, State, View, bank_key
 from .hookspecs import hookimpl
 from .nearest import BestRows, search
 from .registry import describe_memory, list_memories, memory, register_memory
 from .row_store import RowStore
 from .short import RecurrentMemory, RetrievalMemory, RowMemory
 from .stack import Stack
+
+Side = SideOutput  # its name in 0.1.0
 
 __all__ = [
     "BestRows",
@@ -40,6 +42,7 @@ __all__ = [
     "Rows",
     "Segment",
     "Side",
+    "SideOutput",
     "Stack",
     "State",
     "View",

@@ -205,7 +205,7 @@ class View:
 
 
 @dataclass(frozen=True)
-class Side:
+class SideOutput:
     """A side output: the result (B, H, T, D) of a strategy's own maths instead of rows. NumPy code is differentiated.
 
     merge: "add", "gate" (with gate (H,) logits) or "replace". valid: (B,) bool, streams whose memory holds anything, None
@@ -249,7 +249,7 @@ class Memory:
     def view(self, state: State, site: str, layer: int, segment: Segment) -> View | None:
         """Rows chosen without the query."""
 
-    def read(self, state: State, site: str, layer: int, query: Query) -> View | Side | None:
+    def read(self, state: State, site: str, layer: int, query: Query) -> View | SideOutput | None:
         """Rows chosen by the query, or a side output."""
 
     def write(self, state: State, site: str, layer: int, new: New) -> Evicted | None:

@@ -18,10 +18,10 @@ import numpy as np
 from ..autodiff import Var, value_of
 from ..config import Config
 from ..errors import InvalidValue
-from .base import Array, Dims, Memory, New, Param, Query, Rows, Segment, Side, State, View
+from .base import Array, Dims, Memory, New, Param, Query, Rows, Segment, SideOutput, State, View
 from .stack import Stack
 from .validate import (
-    blame,
+    attributed,
     check_begin,
     check_evicted,
     check_log_probs,
@@ -68,7 +68,7 @@ def memory_parameters(memory: Memory | None, config: Config, dtype: Any) -> dict
     """All trainable parameters of a memory, by their full names."""
     found: dict[str, Param] = {}
     for member, prefix in zip(members_of(memory), parameter_prefixes(memory), strict=True):
-        with blame(member, "parameters"):
+        with attributed(member, "parameters"):
             params = check_parameters(member.parameters(model_dims(config, dtype)))
         found.update({prefix + name: param for name, param in params.items()})
     return found
@@ -195,9 +195,9 @@ class MemoryRun:
         for (i, _), output in zip(self._rows.get(site, ()), outputs, strict=True):
             self._call(i, "end", output, site=site)
 
-    def views(self, site: str, layer: int, query: Callable[[], Query], n_queries: int) -> list[tuple[int, View | Side]]:
+    def views(self, site: str, layer: int, query: Callable[[], Query], n_queries: int) -> list[tuple[int, View | SideOutput]]:
         """What the members want the `n_queries` queries of this layer to see, with the number of the member."""
-        found: list[tuple[int, View | Side]] = []
+        found: list[tuple[int, View | SideOutput]] = []
         asked: Query | None = None  # made once, and only if a member reads
         for i, has_view, reads in self._sites.show.get((site, layer), ()):
             merge, dims = self.members[i].spec.merge, self.dims[i]
@@ -217,7 +217,7 @@ class MemoryRun:
             return True  # attention to the rows of the cross site is the decoder's
         return site in self._sites.used
 
-    def merge(self, i: int, view: View | Side) -> str:
+    def merge(self, i: int, view: View | SideOutput) -> str:
         return view.merge or self.members[i].spec.merge
 
     def wants_mass(self, i: int | None = None) -> bool:
@@ -406,7 +406,7 @@ class MemoryRun:
 
     def _start(self, i: int, batch: int) -> State:
         member, dims = self.members[i], self.dims[i]
-        with blame(member, "start", step=self.number):
+        with attributed(member, "start", step=self.number):
             arrays = member.start(batch, dims)
             require(isinstance(arrays, Mapping), "expected a mapping of arrays, got {}", type(arrays).__name__)
             for name, value in arrays.items():
@@ -440,7 +440,7 @@ class MemoryRun:
 
 def _sites_in_model(member: Memory, dims: Dims) -> frozenset[str]:
     """The member's sites that the model has. Raises InvalidValue if there is none, or a layer is not there."""
-    with blame(member, "sites"):
+    with attributed(member, "sites"):
         wanted = check_sites(member.sites(dims), member.spec)
     found = frozenset(site for site in wanted if dims.layers[site])
     if not found:

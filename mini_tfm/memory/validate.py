@@ -11,7 +11,7 @@ import numpy as np
 
 from ..autodiff import value_of
 from ..errors import InvalidValue, MiniTfmError, PluginError
-from .base import CONTRACT_VERSION, MERGES, NEEDS, SITES, Dims, Memory, MemorySpec, New, Param, Rows, Side, View
+from .base import CONTRACT_VERSION, MERGES, NEEDS, SITES, Dims, Memory, MemorySpec, New, Param, Rows, SideOutput, View
 
 GRADIENTS: tuple[str, ...] = ("none", "rows", "state")
 KINDS = {"f": "floating point", "b": "bool", "i": "integer"}
@@ -27,7 +27,7 @@ class _AnySize:
 ANY = _AnySize()
 
 
-# Blame
+# Errors that name the strategy
 
 
 def owner(member: Memory) -> str:
@@ -50,7 +50,7 @@ def fault(member: Memory, method: str, site: str | None, layer: int | None, step
 
 
 @contextlib.contextmanager
-def blame(member: Memory, method: str, site: str | None = None, layer: int | None = None, step: int = 0) -> Iterator[None]:
+def attributed(member: Memory, method: str, site: str | None = None, layer: int | None = None, step: int = 0) -> Iterator[None]:
     """Turns any error inside into the strategy's `fault`, with the cause kept."""
     try:
         yield
@@ -199,19 +199,19 @@ def check_log_probs(changed: Any, before: np.ndarray) -> np.ndarray:
     return changed.astype(before.dtype, copy=False)
 
 
-def check_view(view: Any, default_merge: str, shape: tuple[int, int], dims: Dims) -> View | Side | None:
+def check_view(view: Any, default_merge: str, shape: tuple[int, int], dims: Dims) -> View | SideOutput | None:
     """The result of `view` or `read`, checked, with its index as the kernels take it. shape: (streams, queries)."""
     if view is None:
         return None
-    require(isinstance(view, View | Side), "expected a View, a Side or None, got {}", type(view).__name__)
+    require(isinstance(view, View | SideOutput), "expected a View, a SideOutput or None, got {}", type(view).__name__)
     merge = view.merge or default_merge
     require(merge in MERGES, "merge: expected one of {}, got {!r}", ", ".join(MERGES), merge)
     if merge == "gate":
         require(view.gate is not None, "gate: expected (H,) logits with merge='gate', got None")
         check_array("gate", view.gate, (dims.n_heads,), "f", dims.dtype)
     batch, n_queries = shape
-    if isinstance(view, Side):
-        require(merge != "joint", "merge: a Side cannot be 'joint', it has no scores")
+    if isinstance(view, SideOutput):
+        require(merge != "joint", "merge: a SideOutput cannot be 'joint', it has no scores")
         check_array("output", view.output, (batch, dims.n_heads, n_queries, dims.d_head), "f", dims.dtype)
         if view.valid is not None:
             check_array("valid", view.valid, (batch,), "b")

@@ -403,8 +403,8 @@ def search(queries, bank, k, valid, scales, codes):
     shape = (batch, bank.shape[1])
     valid = None if valid is None else mask("valid", valid, shape=shape)
     if (scales is None) == (bank.dtype == INT8):
-        told = "a scale for each row of an int8 bank" if scales is None else f"None for a bank of {bank.dtype}"
-        raise InvalidValue(f"scales: expected {told}, got {'None' if scales is None else type(scales).__name__}")
+        wanted = "a scale for each row of an int8 bank" if scales is None else f"None for a bank of {bank.dtype}"
+        raise InvalidValue(f"scales: expected {wanted}, got {'None' if scales is None else type(scales).__name__}")
     scales = None if scales is None else real("scales", scales, like=queries, shape=shape)
     if codes is not None:
         if bank.dtype not in (FLOAT32, FLOAT16):

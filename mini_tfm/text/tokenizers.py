@@ -209,7 +209,7 @@ class BPETokenizer(Tokenizer):
         if isinstance(rules.get("model"), dict) and "dropout" in rules["model"]:
             rules["model"]["dropout"] = None
         self._engine = self._build(rules)
-        with self._blame():
+        with self._attributed():
             vocab = self._engine.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values(), default=-1) + 1
         if not 0 < self.vocab_size <= MAX_VOCAB_SIZE:
@@ -229,14 +229,14 @@ class BPETokenizer(Tokenizer):
 
     def encode(self, text: str) -> np.ndarray:
         _utf8(text)
-        with self._blame():
+        with self._attributed():
             return np.array(self._engine.encode(text, add_special_tokens=False).ids, np.int64)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         ids = self._check_ids(ids).tolist()
         if self._bytes is not None:
             return b"".join(self._bytes.get(i, b"") for i in ids).decode("utf-8", "replace")
-        with self._blame():
+        with self._attributed():
             return self._engine.decode([i for i in ids if i not in self._special_ids], skip_special_tokens=False)
 
     def decode_stream(self) -> StreamDecoder:
@@ -254,13 +254,13 @@ class BPETokenizer(Tokenizer):
     def _build(self, rules: dict[str, Any]) -> Any:
         from tokenizers import Tokenizer as Engine
 
-        with self._blame():
+        with self._attributed():
             engine = Engine.from_str(json.dumps(rules))
             engine.encode_special_tokens = True  # as text, that is: the names of special tokens are plain characters
             return engine
 
     @contextlib.contextmanager
-    def _blame(self) -> Iterator[None]:
+    def _attributed(self) -> Iterator[None]:
         """Whatever the engine raises becomes an error that names the file."""
         try:
             yield

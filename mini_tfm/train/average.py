@@ -10,7 +10,7 @@ import numpy as np
 from ..checkpoint.models import save_model
 from ..data.checks import integers
 from ..errors import InvalidType, InvalidValue
-from ..transformer import Saved, load_saved
+from ..transformer import Checkpoint, load_checkpoint
 from .run_folder import checkpoints
 
 
@@ -27,10 +27,10 @@ def average_models(folders: Sequence[str | Path], out: str | Path) -> list[Path]
         raise InvalidValue("folders: expected at least one")
     if any((Path(out) / name).exists() for name in ("config.json", "model.safetensors")):
         raise InvalidValue(f"out: {out} holds a model already; give another folder")
-    first = load_saved(paths[0])
+    first = load_checkpoint(paths[0])
     total = {name: weight.astype(np.float64) for name, weight in first.model.weights.items()}
     for path in paths[1:]:
-        other = load_saved(path)
+        other = load_checkpoint(path)
         if fault := _difference(first, other):
             raise InvalidValue(f"folders: {path} is not a model like {paths[0]}: {fault}")
         for name, weight in other.model.weights.items():
@@ -50,7 +50,7 @@ def last_checkpoints(run: str | Path, n: int) -> list[Path]:
     return found[-n:]
 
 
-def _difference(one: Saved, other: Saved) -> str | None:
+def _difference(one: Checkpoint, other: Checkpoint) -> str | None:
     """Why two models cannot be averaged; None if they can."""
     a, b = one.model.config.to_dict(), other.model.config.to_dict()
     for name in sorted(a):

@@ -15,7 +15,7 @@ import numpy as np
 from ..autodiff import Var, backward, value_of
 from ..context import NO_DROPOUT, Dropout
 from ..data.batches import Batch
-from ..memory.validate import blame, require
+from ..memory.validate import attributed, require
 from ..model import Model
 from ..stream import Stream
 from .segments import read_segment
@@ -136,11 +136,11 @@ def _send(part: Var | None, made: Leaves, arrived: Leaves) -> None:
 def _same(again: Stream, before: Stream, t: int) -> Leaves:
     """The states on the tape of a segment computed again, which must be what they were."""
     for i, (new, old) in enumerate(zip(again.run.states, before.run.states, strict=True)):
-        with blame(again.run.members[i], "write", None, None, t):
-            told = "the segment, computed again from the same state, leaves {}; keep everything in the state and write into no array of it"
-            require(new.keys() == old.keys(), told.format(f"{sorted(new)}, before {sorted(old)}"))
+        with attributed(again.run.members[i], "write", None, None, t):
+            fault = "the segment, computed again from the same state, leaves {}; keep everything in the state and write into no array of it"
+            require(new.keys() == old.keys(), fault.format(f"{sorted(new)}, before {sorted(old)}"))
             for name in new:
-                require(_equal(new[name], old[name]), told.format(f"another state[{name!r}]"))
+                require(_equal(new[name], old[name]), fault.format(f"another state[{name!r}]"))
     return again.run.traced()
 
 

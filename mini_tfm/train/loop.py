@@ -92,7 +92,7 @@ class Loop:
         """Measures the loss over all target tokens of the validation batches, which ranks share out; keeps the best model."""
         assert self.validation_of is not None
         trainer, ranks = self.trainer, self.trainer.communicator
-        check_finite(trainer)  # or a memory would be blamed for NaN it was given
+        check_finite(trainer)  # or the error would name a memory for NaN that it was given
         losses, weights = sums = np.zeros((2, self.options.validation_batches))
         for i in range(ranks.rank, len(losses), ranks.size):
             batch = self.validation_of(i)

@@ -30,7 +30,7 @@ from ..data.batches import Batch, fields
 from ..errors import FileProblem, InvalidValue, TrainingError
 from ..memory.base import Memory
 from ..options import Options
-from ..transformer import load_saved
+from ..transformer import load_checkpoint
 from .options import FitOptions, TrainerOptions
 from .run import Run
 
@@ -120,7 +120,7 @@ def _step_of(path: Path) -> int:
 def load_run(kind: Callable[..., R], folder: str | Path, memory: Memory | None, communicator: Any) -> R:
     """The trainer that `save_run` wrote. Raises FileProblem or InvalidValue naming the file or field at fault."""
     with OpenFolder(folder, (TRAINING_FILE, OPTIMIZER_FILE)) as opened:  # a save meanwhile must not mix two steps
-        checkpoint = load_saved(opened)
+        checkpoint = load_checkpoint(opened)
         about = _checked(opened.read_json(TRAINING_FILE, MAX_TRAINING_BYTES))
         moments = opened.read_tensors(OPTIMIZER_FILE)
     if memory is not None and memory.text != checkpoint.memory_text:

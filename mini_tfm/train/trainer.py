@@ -216,7 +216,7 @@ class Trainer:
         try:
             return self._backward(part, self._dropout(rows.start), self._hidden(batch, rows), total)
         except PluginError:
-            # A strategy is blamed for the NaN it holds; if the model alone gives NaN, the strategy is not at fault.
+            # NaN in a state is the strategy's fault, unless the model alone gives NaN.
             value = self._loss(part, with_memory=False)
             if np.isfinite(value):
                 raise

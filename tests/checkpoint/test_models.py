@@ -15,7 +15,7 @@ from mini_tfm.checkpoint.safetensors import encode_safetensors, read_safetensors
 from mini_tfm.config import Config
 from mini_tfm.errors import FileProblem, InvalidValue
 from mini_tfm.text.tokenizers import ByteTokenizer, train_bpe
-from mini_tfm.transformer import Transformer, load_saved
+from mini_tfm.transformer import Transformer, load_checkpoint
 
 
 def contents(folder):
@@ -67,7 +67,7 @@ def test_save_load_save_gives_the_same_bytes(tmp_path_factory, fields, seed, mem
     made = mt.memory(memory) if memory else None
     model.add_memory_weights(made)
     save_model(folder / "one", model, tokenizer=ByteTokenizer() if with_tokenizer else None, memory=made)
-    saved = load_saved(folder / "one")
+    saved = load_checkpoint(folder / "one")
     save_model(folder / "two", saved.model, tokenizer=saved.tokenizer, memory=saved.memory())
     assert contents(folder / "one") == contents(folder / "two")
     assert saved.memory_text == memory and (saved.tokenizer is not None) == with_tokenizer
@@ -78,7 +78,7 @@ def test_a_bpe_tokenizer_and_a_memory_come_back(tmp_path):
     model, memory = Transformer(Config(**{**SIZES, "vocab_size": 300})), mt.memory("recurrent:tokens=3+window:size=9,sinks=1")
     model.add_memory_weights(memory)
     save_model(tmp_path / "model", model, tokenizer=tokenizer, memory=memory)
-    saved = load_saved(tmp_path / "model")
+    saved = load_checkpoint(tmp_path / "model")
     assert saved.tokenizer.encode("the mat").tolist() == tokenizer.encode("the mat").tolist()
     assert saved.memory().text == memory.text
     assert_same_bits(saved.model.weights["memory.recurrent.tokens"], model.weights["memory.recurrent.tokens"])
@@ -186,7 +186,7 @@ def test_the_vocabulary_must_fit_the_model(folder):
     (folder / "tokenizer_config.json").unlink()
     tokenizer.save(folder)
     with pytest.raises(InvalidValue, match=f"the tokenizer has {tokenizer.vocab_size} tokens, the model only 300"):
-        load_saved(folder)
+        load_checkpoint(folder)
 
 
 def test_a_memory_with_other_options_than_the_weights_is_refused(tmp_path):
@@ -200,7 +200,7 @@ def test_a_memory_with_other_options_than_the_weights_is_refused(tmp_path):
 
 def test_a_memory_that_is_not_installed_is_named_when_it_is_asked_for(folder):
     change_config(folder, lambda about: about.update(memory="windwo:size=3"))
-    saved = load_saved(folder)
+    saved = load_checkpoint(folder)
     with pytest.raises(InvalidValue, match=r"windwo.*did you mean 'window'"):
         saved.memory()
 

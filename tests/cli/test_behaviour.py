@@ -14,7 +14,7 @@ from commands import ENVIRONMENT, TINY_OPTIONS, command, run_process
 
 from mini_tfm import cli
 from mini_tfm.pipeline import Pipeline
-from mini_tfm.transformer import load_saved
+from mini_tfm.transformer import load_checkpoint
 
 HELP = [[], *([name] for name in cli.COMMANDS), *(["plugins", name] for name in ("list", "check", "new"))]
 
@@ -233,7 +233,7 @@ def test_ctrl_c_tells_the_models_of_a_demo_that_are_there(run, monkeypatch, mode
         out = tmp_path / words[0]
         said = run(*words, "--out", out)
         assert said.code == 130 and said.err.splitlines()[-1] == f"stopped: saved so far: {out / 'models' / 'window-size=64'}"
-        assert load_saved(out / "models" / "window-size=64").memory_text == "window:size=8"
+        assert load_checkpoint(out / "models" / "window-size=64").memory_text == "window:size=8"
 
 
 def test_ctrl_c_while_writing(run, monkeypatch, model):

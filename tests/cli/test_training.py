@@ -14,11 +14,11 @@ from experiments import small_experiment
 from mini_tfm.cli import demo as demo_module
 from mini_tfm.cli.shared import interrupt_between_steps
 from mini_tfm.compare import experiment as experiment_module
-from mini_tfm.transformer import load_saved
+from mini_tfm.transformer import load_checkpoint
 
 
 def weights(folder):
-    return {name: w.tobytes() for name, w in load_saved(folder).model.weights.items()}
+    return {name: w.tobytes() for name, w in load_checkpoint(folder).model.weights.items()}
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_train_saves_a_model_that_works(run, train, texts, tmp_path):
         tmp_path / "m", "--memory", "window:size=8", "--steps", 6, "--validate-every", 3, "--json", "--jsonl-log", tmp_path / "log"
     ).json
     assert (answer["steps"], answer["memory"], answer["folder"]) == (6, "window:size=8", str(tmp_path / "m"))
-    saved = load_saved(tmp_path / "m")
+    saved = load_checkpoint(tmp_path / "m")
     assert saved.memory_text == "window:size=8" and saved.model.config.segment_length == 16
     assert answer["parameters"] == saved.model.n_parameters
     log = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
@@ -110,7 +110,7 @@ def test_average_is_a_model_that_works(run, train, tmp_path):
     assert train(tmp_path / "m", "--steps", 6, "--save-every", 2, "--save-total-limit", 3).code == 0
     answer = run("average", tmp_path / "m", "--last", 2, "--out", tmp_path / "a", "--json").json
     assert answer["models"] == [str(tmp_path / "m" / f"checkpoint-{step}") for step in (4, 6)]
-    one, other, mean = (load_saved(path).model.weights for path in (*answer["models"], tmp_path / "a"))
+    one, other, mean = (load_checkpoint(path).model.weights for path in (*answer["models"], tmp_path / "a"))
     assert all(((one[n].astype(float) + other[n]) / 2).astype("f4").tobytes() == mean[n].tobytes() for n in mean)
     said = run("average", *answer["models"], "--out", tmp_path / "b")
     assert said.code == 0 and "mean of 2 models" in said.out and weights(tmp_path / "b") == weights(tmp_path / "a")
@@ -138,7 +138,7 @@ def test_a_signal_waits_to_be_asked_for_and_the_second_does_not():
 
 def test_no_time_for_a_step_is_a_model_all_the_same(train, tmp_path):
     answer = train(tmp_path / "m", "--seconds", 1e-9, "--json").json
-    assert answer["steps"] == 0 and answer["loss"] is None and load_saved(tmp_path / "m").tokenizer is not None
+    assert answer["steps"] == 0 and answer["loss"] is None and load_checkpoint(tmp_path / "m").tokenizer is not None
 
 
 def test_resume_refuses_what_would_be_another_run(run, train, texts, tmp_path):
@@ -237,7 +237,7 @@ def test_compare_of_a_saved_model_is_its_score(run, model, tmp_path):
     assert rows["none"]["bits_per_byte"] != rows["window:size=8"]["bits_per_byte"]
     table = run("compare", model, "--text", text, "--memory", "none")
     assert table.code == 0 and "0 back" in table.out
-    assert load_saved(model).memory_text == "window:size=8"
+    assert load_checkpoint(model).memory_text == "window:size=8"
 
 
 @pytest.mark.parametrize("memory", ["none", "window:size=64"])

@@ -8,7 +8,7 @@ from commands import TINY_OPTIONS
 from mini_tfm.cli.training_data import parse_curriculum, parse_objective
 from mini_tfm.data import open_token_cache
 from mini_tfm.errors import InvalidValue
-from mini_tfm.transformer import load_saved
+from mini_tfm.transformer import load_checkpoint
 
 at = TINY_OPTIONS.index("--n-segments")
 OPTIONS = TINY_OPTIONS[:at] + TINY_OPTIONS[at + 2 :]  # it is a matter of --curriculum, too
@@ -33,7 +33,7 @@ def train(run, data):
 
 
 def weights(folder):
-    return {name: w.tobytes() for name, w in load_saved(folder).model.weights.items()}
+    return {name: w.tobytes() for name, w in load_checkpoint(folder).model.weights.items()}
 
 
 def about(data, out="m"):
@@ -63,7 +63,7 @@ def test_every_kind_of_file_and_objective(train, run, data, words, objective, ha
     answer = said.json
     assert answer["steps"] == 4 and answer["held_out_loss"] > 0 and (answer["held_out_bits_per_byte"] is not None) == has_bits
     assert about(data)["objective"] == objective
-    saved = load_saved(data / "m")
+    saved = load_checkpoint(data / "m")
     more = {"denoise": 2}.get("denoise" if "denoise" in objective else "", 0)  # of 16 tokens one span is left out
     assert saved.model.config.vocab_size == saved.tokenizer.vocab_size + more
     assert run("generate", data / "m", "This", "--max-new-tokens", 4).code == 0
@@ -116,7 +116,7 @@ def test_other_batches_of_the_same_text_are_refused_unless_asked(train, run, dat
         path.write_text(json.dumps(given))
         refused = run("train", "--resume", data / "m", "--steps", 6)
         assert refused.code == 2 and told in refused.err and "--accept-changes" in refused.err and refused.err.count("\n") <= 4
-        assert load_saved(data / "m") and json.loads((data / "m" / "training.json").read_text())["step_count"] == 4
+        assert load_checkpoint(data / "m") and json.loads((data / "m" / "training.json").read_text())["step_count"] == 4
     assert run("train", "--resume", data / "m", "--steps", 6, "--accept-changes", "--json").json["steps"] == 6
     assert about(data) == now
     assert run("train", "--resume", data / "m", "--steps", 7).code == 0

@@ -5,7 +5,7 @@ Each is here to be tested, and as short as it can be said; the built-in ones are
 
 import numpy as np
 
-from mini_tfm.memory import Memory, MemorySpec, Param, RowMemory, Side, View, bank_key
+from mini_tfm.memory import Memory, MemorySpec, Param, RowMemory, SideOutput, View, bank_key
 
 
 class TransformerXL(RowMemory):
@@ -58,7 +58,7 @@ class Infini(Memory):
         key, q = bank_key(site, layer), _elu_plus_one(query.heads)
         above = np.einsum("bhtd,bhde->bhte", q, state[key + "m"])
         below = np.einsum("bhtd,bhd->bht", q, state[key + "z"])[..., None] + 1e-6
-        return Side(above / below, "gate", state.params["gate"][layer], state[key + "used"])
+        return SideOutput(above / below, "gate", state.params["gate"][layer], state[key + "used"])
 
     def write(self, state, site, layer, new):
         key = bank_key(site, layer)
@@ -98,7 +98,7 @@ class Memorizing(Memory):
         weights = np.exp(np.take_along_axis(scores, best, -1) - np.max(scores, axis=-1, keepdims=True))
         b, h = np.ogrid[: len(best), : best.shape[1]]
         found = np.einsum("bhtk,bhtkd->bhtd", weights, state["v"][b[..., None, None], best, h[..., None, None]])
-        return Side(found / np.sum(weights, axis=-1, keepdims=True), "gate", state.params["gate"], state["valid"].any(axis=1))
+        return SideOutput(found / np.sum(weights, axis=-1, keepdims=True), "gate", state.params["gate"], state["valid"].any(axis=1))
 
     def write(self, state, site, layer, new):
         k, v = (np.swapaxes(x, 1, 2) for x in new.project(new.hidden))

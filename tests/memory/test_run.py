@@ -10,7 +10,7 @@ import pytest
 import mini_tfm as mt
 from mini_tfm.autodiff import Var
 from mini_tfm.errors import FileProblem, InvalidValue, PluginError
-from mini_tfm.memory import Evicted, Memory, MemorySpec, Param, RowMemory, Rows, Side, Stack, View
+from mini_tfm.memory import Evicted, Memory, MemorySpec, Param, RowMemory, Rows, SideOutput, Stack, View
 from mini_tfm.memory.run import select_streams
 from mini_tfm.stream import Stream
 from mini_tfm.testing.trial import LENGTH, Reader, Trial, random_segments, small_model
@@ -78,9 +78,9 @@ LOG_PROBS = np.full((2, LENGTH, 24), -np.log(24))
 
 # method, what it returns, what the message must say
 HOSTILE = [
-    ("view", 7, "expected a View, a Side or None, got int"),
-    ("view", np.zeros(3), "expected a View, a Side or None, got ndarray"),
-    ("view", (good_view(),), "expected a View, a Side or None, got tuple"),
+    ("view", 7, "expected a View, a SideOutput or None, got int"),
+    ("view", np.zeros(3), "expected a View, a SideOutput or None, got ndarray"),
+    ("view", (good_view(),), "expected a View, a SideOutput or None, got tuple"),
     ("view", good_view(bank=None), "bank: expected ('hidden', X) or ('kv', K, V)"),
     ("view", good_view(bank=()), "bank: expected ('hidden', X) or ('kv', K, V)"),
     ("view", good_view(bank=("hidden",)), "bank: expected ('hidden', X) or ('kv', K, V)"),
@@ -123,14 +123,14 @@ HOSTILE = [
     ("view", good_view(merge="gate"), "gate: expected (H,) logits with merge='gate', got None"),
     ("view", good_view(merge="gate", gate=np.zeros(3)), "gate: expected shape (2,), got (3,)"),
     ("view", good_view(merge="gate", gate=np.full(2, np.nan)), "gate: holds NaN or infinity"),
-    ("read", [], "expected a View, a Side or None, got list"),
-    ("read", Side(None), "output: expected an array, got NoneType"),
-    ("read", Side(np.zeros((2, H, 1, D))), "output: expected shape (2, 2, 5, 4), got (2, 2, 1, 4)"),
-    ("read", Side(np.full((2, H, LENGTH, D), np.nan)), "output: holds NaN or infinity"),
-    ("read", Side(np.zeros((2, H, LENGTH, D), np.float32)), "output: expected float64, as the model has, got float32"),
-    ("read", Side(np.zeros((2, H, LENGTH, D)), "joint"), "merge: a Side cannot be 'joint', it has no scores"),
-    ("read", Side(np.zeros((2, H, LENGTH, D)), "gate"), "gate: expected (H,) logits with merge='gate', got None"),
-    ("read", Side(np.zeros((2, H, LENGTH, D)), valid=np.ones(3, bool)), "valid: expected shape (2,), got (3,)"),
+    ("read", [], "expected a View, a SideOutput or None, got list"),
+    ("read", SideOutput(None), "output: expected an array, got NoneType"),
+    ("read", SideOutput(np.zeros((2, H, 1, D))), "output: expected shape (2, 2, 5, 4), got (2, 2, 1, 4)"),
+    ("read", SideOutput(np.full((2, H, LENGTH, D), np.nan)), "output: holds NaN or infinity"),
+    ("read", SideOutput(np.zeros((2, H, LENGTH, D), np.float32)), "output: expected float64, as the model has, got float32"),
+    ("read", SideOutput(np.zeros((2, H, LENGTH, D)), "joint"), "merge: a SideOutput cannot be 'joint', it has no scores"),
+    ("read", SideOutput(np.zeros((2, H, LENGTH, D)), "gate"), "gate: expected (H,) logits with merge='gate', got None"),
+    ("read", SideOutput(np.zeros((2, H, LENGTH, D)), valid=np.ones(3, bool)), "valid: expected shape (2,), got (3,)"),
     ("begin", np.zeros((2, 1, WIDTH)), "expected Rows or None, got ndarray"),
     ("begin", Rows(np.zeros((2, WIDTH))), "values: expected shape (2, any, 8), got (2, 8)"),
     ("begin", Rows(np.zeros((2, 1, WIDTH), np.float32)), "values: expected float64, as the model has, got float32"),

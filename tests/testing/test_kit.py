@@ -8,7 +8,7 @@ import pytest
 import mini_tfm as mt
 from mini_tfm.autodiff import value_of
 from mini_tfm.errors import InvalidType, InvalidValue, PluginError
-from mini_tfm.memory import Evicted, Memory, MemorySpec, Param, RowMemory, Rows, Side, View
+from mini_tfm.memory import Evicted, Memory, MemorySpec, Param, RowMemory, Rows, SideOutput, View
 from mini_tfm.testing import CHECKS, CheckFailed, check_memory
 
 HONEST = [
@@ -116,7 +116,7 @@ class SeesTheFuture(Last):
         self.spec = MemorySpec(sites=frozenset({"decoder"}), needs=frozenset({"query"}))
 
     def read(self, state, site, layer, query):
-        return Side(
+        return SideOutput(
             np.broadcast_to(query.heads.mean(axis=2, keepdims=True), query.heads.shape)
             if state["decoder.0.valid"].size
             else query.heads * 0
@@ -246,7 +246,7 @@ class ForgetsToDifferentiate(Last):
         self.spec = MemorySpec(sites=frozenset({"decoder"}), needs=frozenset({"query"}))
 
     def read(self, state, site, layer, query):
-        return Side(value_of(query.heads) ** 2)
+        return SideOutput(value_of(query.heads) ** 2)
 
 
 class ParameterWithoutUse(Last):

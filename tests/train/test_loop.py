@@ -23,7 +23,7 @@ from mini_tfm.train.average import average_models, last_checkpoints
 from mini_tfm.train.logs import COLUMNS
 from mini_tfm.train.parallel import shares
 from mini_tfm.train.run_folder import digest
-from mini_tfm.transformer import Transformer, load_saved
+from mini_tfm.transformer import Transformer, load_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent))  # `import runs`
 
@@ -121,7 +121,7 @@ def test_the_best_is_kept_and_the_last_stays(tmp_path):
     trainer.fit(data(), 20, validation=data(seed=2), validate_every=2, validation_batches=1, save_best=True, folder=tmp_path / "run",
                 on_step=lambda t, loss: seen.update({t.step_count: t.optimizer.arena.copy()}), progress=False)  # fmt: skip
     assert trainer.step_count == 10 and trainer.best == [4, 3.0]
-    best, last = load_saved(tmp_path / "run" / "best"), load_saved(tmp_path / "run")
+    best, last = load_checkpoint(tmp_path / "run" / "best"), load_checkpoint(tmp_path / "run")
     for step, saved in ((4, best), (10, last)):
         trainer.optimizer.arena[:] = seen[step]
         assert_same_bits([saved.model.weights[n] for n in trainer.model.weights], list(trainer.model.weights.values()))
@@ -169,7 +169,7 @@ def test_the_last_saves_are_kept_as_models(tmp_path):
     assert last_checkpoints(tmp_path / "run", 2) == [tmp_path / "run" / f"checkpoint-{step}" for step in (4, 6)]
     assert sorted(path.name for path in (tmp_path / "run").glob("*-*")) == ["checkpoint-4", "checkpoint-6"]
     trainer.optimizer.arena[:] = seen[4]
-    saved = load_saved(tmp_path / "run" / "checkpoint-4").model.weights
+    saved = load_checkpoint(tmp_path / "run" / "checkpoint-4").model.weights
     assert_same_bits([saved[n] for n in trainer.model.weights], list(trainer.model.weights.values()))
     with pytest.raises(InvalidValue, match=r"expected at least 3 folders checkpoint-<step>, found 2; train with save_total_limit=3"):
         last_checkpoints(tmp_path / "run", 3)
@@ -195,7 +195,7 @@ def test_the_average_is_that_of_float64(tmp_path):
         folders.append(tmp_path / str(i))
         save_model(folders[-1], model, memory=memory)
     assert average_models(folders, tmp_path / "out") == folders
-    out = load_saved(tmp_path / "out")
+    out = load_checkpoint(tmp_path / "out")
     assert out.memory_text == "recurrent:tokens=2" and "memory.recurrent.tokens" in out.model.weights
     expected = np.float32((1 + 2.0**-23) / 3)
     assert expected != np.float32(1 / 3) and all((weight == expected).all() for weight in out.model.weights.values())

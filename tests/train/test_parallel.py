@@ -16,7 +16,7 @@ import pytest
 from mini_tfm.errors import InvalidType, InvalidValue
 from mini_tfm.train import Trainer
 from mini_tfm.train.parallel import Alone, Ranks, communicator_of, launched
-from mini_tfm.transformer import load_saved
+from mini_tfm.transformer import load_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent))  # `import runs`
 
@@ -82,7 +82,7 @@ if ranks.rank == 0:
 def trained(n, folder, parts=1, stops=None, dropout=0.0, dtype="float64"):
     code, out, err = program(n, FIT, folder, parts, json.dumps(stops), dropout, dtype)
     assert code == 0, err
-    return json.loads(out), load_saved(folder, dtype).model.weights
+    return json.loads(out), load_checkpoint(folder, dtype).model.weights
 
 
 def assert_close_runs(one, other, tolerance):

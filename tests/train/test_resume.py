@@ -18,7 +18,7 @@ from mini_tfm.data.batches import fields
 from mini_tfm.errors import FileProblem, InvalidType, InvalidValue, TrainingError
 from mini_tfm.files import folders
 from mini_tfm.train import Trainer
-from mini_tfm.transformer import Transformer, load_saved
+from mini_tfm.transformer import Transformer, load_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent))  # `import runs`, here and in the processes started below
 
@@ -113,7 +113,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(cut, whole, tmp_path):
     assert log_lines(folder) == lines
     assert {path.name for path in folder.iterdir()} == names
     for inside in ("best", f"checkpoint-{STEPS}", f"checkpoint-{STEPS - 3}"):
-        one, two = load_saved(folder / inside).model.weights, load_saved(other / inside).model.weights
+        one, two = load_checkpoint(folder / inside).model.weights, load_checkpoint(other / inside).model.weights
         assert all(one[name].tobytes() == two[name].tobytes() for name in two)
     assert not [path.name for path in tmp_path.iterdir() if ".saving-" in path.name]
 
