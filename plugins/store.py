@@ -18,7 +18,7 @@ from mini_tfm.memory import BestRows, Dims, New, RetrievalMemory, RowStore, Stat
 from mini_tfm_plugins.rows_lmdb import LmdbRows
 
 
-def row_store(path: str) -> RowStore:
+def backend_of(path: str) -> RowStore:
     """The backend of a path: a file is LMDB's. The one place to choose another by what the path looks like."""
     return LmdbRows(path)
 
@@ -40,7 +40,7 @@ class Store(RetrievalMemory):
         if not str(document) or len(str(document).encode()) > 200:
             raise InvalidValue("document: expected a name of 1 to 200 bytes")
         self.document = str(document)
-        self.disk = row_store(str(path)) if path is not None else None
+        self.disk = backend_of(str(path)) if path is not None else None
         self.durable = path is not None
 
     def start(self, batch: int, dims: Dims) -> dict[str, np.ndarray]:

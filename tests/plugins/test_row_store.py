@@ -111,7 +111,7 @@ def test_the_store_is_the_same_over_any_backend(tmp_path, monkeypatch):
     """It knows the protocol alone, and one function chooses."""
     outputs = []
     for backend in (LmdbRows, RamRows):
-        monkeypatch.setattr(store, "row_store", backend)
+        monkeypatch.setattr(store, "backend_of", backend)
         reader = Reader(MODEL, mt.memory("store", path=str(tmp_path / backend.__name__), top_k=4), 1)
         for tokens in random_segments(1, 6):
             outputs.append(reader.read(tokens).tobytes())
@@ -122,7 +122,7 @@ def test_the_store_is_the_same_over_any_backend(tmp_path, monkeypatch):
 
 
 def test_the_kit_passes_a_store_over_another_backend(monkeypatch):
-    monkeypatch.setattr(store, "row_store", RamRows)
+    monkeypatch.setattr(store, "backend_of", RamRows)
     monkeypatch.setattr("mini_tfm.testing.checks.kinds_for", lambda memory: ["decoder-only"])
     paths = iter(range(1000))
     check_memory(lambda: mt.memory("store", path=f"ram {next(paths)}", top_k=3))
