@@ -46,7 +46,7 @@ RECALL_STREAMS = 128
 
 
 @dataclasses.dataclass
-class Row:
+class Result:
     """What was measured of one memory. Sizes in bytes; state of the longest document; recall is a share by distance."""
 
     memory: str
@@ -78,7 +78,7 @@ class Experiment:
     distances: list[int]
     chance: float
     history: dict[str, list[tuple[int, float]]]
-    rows: list[Row]
+    rows: list[Result]
     seed: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -189,7 +189,7 @@ def _prepare(documents: dict[str, str], seed: int, report: Callable[[str], None]
     return _Texts(tokenizer, train, held_out, n_bytes(train_texts), n_bytes(held_out_texts), list(held_out_texts))
 
 
-def _rows(jobs: list[Job], seconds: float, report: Callable[[str], None], progress: bool) -> list[Row]:
+def _rows(jobs: list[Job], seconds: float, report: Callable[[str], None], progress: bool) -> list[Result]:
     """Trains all jobs in about `seconds`, then measures one after the other."""
     workers = min(len(jobs), n_cores())
     report(f"training {len(jobs)} memories, {workers} at a time: {', '.join(job.name for job in jobs)}")
@@ -200,7 +200,7 @@ def _rows(jobs: list[Job], seconds: float, report: Callable[[str], None], progre
         with processes(1) as pool:
             figures = pool.submit(_measure, job).result()
         rows.append(
-            Row(memory=job.name, folder=Path(job.folder), train_seconds=train_seconds, steps=len(history), history=history, **figures)
+            Result(memory=job.name, folder=Path(job.folder), train_seconds=train_seconds, steps=len(history), history=history, **figures)
         )
     return rows
 

@@ -22,7 +22,7 @@ def measure_memory(
     advance: Callable[[float], None] = lambda n: None,
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """The figures of all tasks, and the peak RAM of this process: what `Row` has fields for.
+    """The figures of all tasks, and the peak RAM of this process: what `Result` has fields for.
 
     advance: called with the number of tokens read. report: called with a line about a task that this model cannot do; its
     figures are NaN.

@@ -8,7 +8,7 @@ import pytest
 
 import mini_tfm as mt
 from mini_tfm.compare import training
-from mini_tfm.compare.experiment import Row
+from mini_tfm.compare.experiment import Result
 from mini_tfm.compare.measure import measure_memory
 from mini_tfm.compare.tasks import TASKS, HeldOut, Recall, Text
 from mini_tfm.compare.tasks.recall import DISTANCES, FAR
@@ -54,9 +54,9 @@ def test_recall_is_the_accuracy_at_each_distance():
 
 def test_the_figures_of_all_tasks_are_fields_of_a_row():
     figures = measure_memory(model_of(), None, ByteTokenizer(), held_out())
-    row = Row(memory="none", folder=None, **figures)
+    row = Result(memory="none", folder=None, **figures)
     assert row.peak_rss_bytes > 10**7 and row.state_bytes == 0
-    assert {field.name for field in dataclasses.fields(Row)} >= {name for task in TASKS for name in task.unmeasured()}
+    assert {field.name for field in dataclasses.fields(Result)} >= {name for task in TASKS for name in task.unmeasured()}
 
 
 def test_what_a_model_cannot_do_is_reported_and_nan():

@@ -36,7 +36,7 @@ class Task(Protocol):
     name: str
 
     def measure(self, model: Model, memory: Memory | None, held_out: HeldOut) -> dict[str, Any]:
-        """Figures by name: fields of `Row`. Memories start empty. Raises InvalidValue where this model cannot do the task."""
+        """Figures by name: fields of `Result`. Memories start empty. Raises InvalidValue where this model cannot do the task."""
         ...
 
     @staticmethod
