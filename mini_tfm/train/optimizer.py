@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -52,19 +53,46 @@ class AdamW:
         size = sum(w.size for w in weights.values())
         dtype = next(iter(weights.values())).dtype
         self.arena, self.grad, self.m, self.v = (np.zeros(size, dtype) for _ in range(4))
-        self.weights: dict[str, np.ndarray] = {}
-        self.grads: dict[str, np.ndarray] = {}
         self.groups: list[tuple[slice, float, float]] = []
         start = 0
         for (factor, decay), names in sorted(treated.items()):
-            first = start
-            for name in names:
-                part = slice(start, start + weights[name].size)
-                self.arena[part] = weights[name].ravel()
-                self.weights[name] = self.arena[part].reshape(weights[name].shape)
-                self.grads[name] = self.grad[part].reshape(weights[name].shape)
-                start = part.stop
-            self.groups.append((slice(first, start), factor, decay))
+            n = sum(weights[name].size for name in names)
+            self.groups.append((slice(start, start + n), factor, decay))
+            start += n
+        self.shapes = {name: weights[name].shape for _, names in sorted(treated.items()) for name in names}
+        self._make_views()
+        for name, view in self.weights.items():
+            view[...] = weights[name]
+
+    def _make_views(self) -> None:
+        self.weights: dict[str, np.ndarray] = {}
+        self.grads: dict[str, np.ndarray] = {}
+        start = 0
+        for name, shape in self.shapes.items():
+            part = slice(start, start := start + math.prod(shape))
+            self.weights[name], self.grads[name] = self.arena[part].reshape(shape), self.grad[part].reshape(shape)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("weights", "grads", "leaves")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy, or what was pickled: its views are of its own arena."""
+        self.__dict__.update(state)
+        self._make_views()
+
+    def take(self, weights: dict[str, np.ndarray]) -> None:
+        """Makes `weights` views of the arena again, which has their values then: where one was replaced, or all of them were moved
+        into the arena of another trainer. Raises InvalidValue where one is missing, or not of the shape it had.
+        """
+        for name, view in self.weights.items():
+            given = weights.get(name)
+            if given is view:
+                continue
+            if given is None or np.shape(given) != view.shape:
+                got = "none" if given is None else f"shape {np.shape(given)}"
+                raise InvalidValue(f"model.weights[{name!r}]: expected shape {view.shape}, as it had when the Trainer was made, got {got}")
+            view[...] = given
+            weights[name] = view
 
     @functools.cached_property
     def leaves(self) -> Weights:

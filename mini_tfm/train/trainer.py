@@ -66,7 +66,7 @@ class Trainer:
         model.add_memory_weights(memory, o.seed)
         params = memory_parameters(memory, model.config, model.dtype)
         self.optimizer = AdamW(model.weights, params, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
-        model.weights.update(self.optimizer.weights)  # views of the arena: the model sees every step
+        self.optimizer.take(model.weights)  # views of the arena: the model sees every step
         self.step_count = 0
         self.losses: list[float] = []
         self.tokens_seen = 0
@@ -110,6 +110,7 @@ class Trainer:
         """
         ranks = self.communicator
         with ranks.together():
+            self.optimizer.take(self.model.weights)
             batch = self._batch(source, target, source_lengths, target_lengths, weights, begins)
             n_parts = self.options.gradient_accumulation_steps
             parts = shares(len(batch.target), n_parts * ranks.size)

@@ -1,7 +1,9 @@
 """Training: that it learns, that it can be repeated and resumed to the bit, and that its gradients are the gradients."""
 
+import copy
 import dataclasses
 import json
+import pickle
 import re
 import signal
 
@@ -535,6 +537,49 @@ def test_training_goes_on_after_a_refused_step():
                 trainer.model.weights["embedding.weight"][5] = kept
             trainer.step(*fields(stream(step)))
     assert_same_run(one, other)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda trainer: pickle.loads(pickle.dumps(trainer))], ids=["deepcopy", "pickle"])
+def test_a_copied_trainer_goes_on_with_the_same_bits(copied):
+    original = trainer_of("recurrent:tokens=2")
+    batch = stream(1)
+    original.step(*fields(batch))
+    twin = copied(original)
+    for _ in range(3):
+        assert original.step(*fields(batch)) == twin.step(*fields(batch))
+    for name, weight in original.model.weights.items():
+        assert_same_bits(twin.model.weights[name], weight)
+        assert not np.shares_memory(twin.model.weights[name], weight)
+
+
+def test_two_trainers_of_one_model_take_turns():
+    first = trainer_of()
+    second = trainer_of(model=first.model)
+    batch = stream(1)
+    for trainer in (first, second, first, second):
+        before = weights_of(trainer)
+        assert np.isfinite(trainer.step(*fields(batch)))
+        assert any((trainer.model.weights[name] != before[name]).any() for name in before)
+    assert_same_bits(weights_of(first)["embedding.weight"], weights_of(second)["embedding.weight"])
+
+
+def test_a_replaced_weight_is_trained():
+    trainer, fresh = trainer_of(), trainer_of()
+    name, value = "embedding.weight", np.full_like(trainer.model.weights["embedding.weight"], 0.5)
+    trainer.model.weights[name] = value.copy()
+    fresh.model.weights[name][...] = value
+    batch = stream(1)
+    assert trainer.step(*fields(batch)) == fresh.step(*fields(batch))
+    assert_same_bits(trainer.model.weights[name], fresh.model.weights[name])
+    assert (trainer.model.weights[name] != value).any()
+
+
+@pytest.mark.parametrize("value, got", [(np.zeros((3, 3), np.float32), r"shape \(3, 3\)"), (None, "none")])
+def test_a_replaced_weight_of_another_shape_is_named(value, got):
+    trainer = trainer_of()
+    trainer.model.weights["embedding.weight"] = value
+    with pytest.raises(InvalidValue, match=rf"model.weights\['embedding.weight'\]: expected shape .* got {got}"):
+        trainer.step(*fields(stream(1)))
 
 
 def test_clipping_limits_the_norm():
