@@ -5,7 +5,8 @@
     short/         three short bases: a strategy in one method
     nearest.py     the best rows for a query, over one bank or several
     row_store.py   the contract of a place where rows outlive the process
-    registry.py    loading plugins, making strategies from text
+    registry.py    loading plugins, making strategies by name
+    text.py        memories as text, read and written
     stack.py       several memories as one
     run.py         a memory at work on a batch of streams: the only caller of strategies
     validate.py    checks of what strategies return, and errors that name the strategy

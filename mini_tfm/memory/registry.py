@@ -6,7 +6,6 @@ imported costs one warning and nothing else. Listing names imports nothing.
 
 from __future__ import annotations
 
-import ast
 import difflib
 import inspect
 import re
@@ -21,6 +20,7 @@ from ..errors import InvalidType, InvalidValue, MiniTfmError, PluginError
 from . import hookspecs
 from .base import Memory
 from .stack import Stack
+from .text import members_of, options_of, signature_of, text_of
 from .validate import check_spec, with_message
 
 BUILT_IN = "mini_tfm_plugins."
@@ -163,76 +163,25 @@ def memory(name: str, **options: Any) -> Memory:
     """
     if not isinstance(name, str):
         raise InvalidType(f"memory: expected the name of a strategy, got {type(name).__name__}")
-    parts = _split(name, r"\+(?=[A-Za-z_][\w-]*(?:[:+]|$))")
+    parts = members_of(name)
     if len(parts) > 1:
         if options:
             raise InvalidValue(f"memory: give the options of a stack inside its text, got {name!r} and {sorted(options)}")
         return Stack([memory(part) for part in parts])
-    name, _, text = name.partition(":")
-    name = name.strip()
-    given = _parse_options(name, text)
-    if both := sorted(set(given) & set(options)):
-        raise InvalidValue(f"memory {name!r}: option {both[0]!r} is given twice")
-    return _make(name, {**given, **options})
+    name, _, text = parts[0].partition(":")
+    return _make(name.strip(), text, options)
 
 
-def _parse_options(name: str, text: str) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    for part in filter(None, _split(text, ",")):
-        option, equals, value = part.partition("=")
-        if not equals or not option.strip():
-            raise InvalidValue(f"memory {name!r}: expected option=value, got {part!r}")
-        if option.strip() in options:
-            raise InvalidValue(f"memory {name!r}: option {option.strip()!r} is given twice")
-        options[option.strip()] = _parse_value(value.strip())
-    return options
-
-
-def _split(text: str, separator: str) -> list[str]:
-    """`text` cut at a separator (a regular expression), but not inside the quotes of a value, as in path='a,b'."""
-    cuts = re.finditer(rf"=\s*(?:'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\")|({separator})", text)
-    parts, start = [], 0
-    for cut in cuts:
-        if cut[1] is not None:
-            parts.append(text[start : cut.start()])
-            start = cut.end()
-    return [*parts, text[start:]]
-
-
-def _parse_value(text: str) -> Any:
-    if text.lower() in ("true", "false", "none"):
-        return {"true": True, "false": False, "none": None}[text.lower()]
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return text
-    return value if isinstance(value, int | float | str) else text
-
-
-def _text_of(name: str, options: Mapping[str, Any]) -> str | None:
-    """What makes the same memory again, quoted where need be; None where an option is not a number, text, bool or None."""
-    written = []
-    for option, value in options.items():
-        for text in (str(value), repr(value)):
-            try:
-                back = _parse_options(name, f"{option}={text}")
-                same = back == {option: value} and type(back[option]) is type(value)
-                if same and len(_split(f"{name}:{option}={text}+x", r"\+(?=[A-Za-z_][\w-]*(?:[:+]|$))")) == 2:
-                    written.append(f"{option}={text}")
-                    break
-            except InvalidValue:
-                continue
-        else:
-            return None
-    return name + (":" + ",".join(written) if written else "")
-
-
-def _make(name: str, options: dict[str, Any]) -> Memory:
+def _make(name: str, text: str, options: dict[str, Any]) -> Memory:
     factory = _registry.factory(name)
     try:
-        signature = inspect.signature(factory)
+        signature = signature_of(factory)
     except (TypeError, ValueError) as error:
         raise PluginError(f"memory {name!r} ({_registry.owners[name]}): the options of its factory cannot be read: {error}") from error
+    given = options_of(name, text, signature)
+    if both := sorted(set(given) & set(options)):
+        raise InvalidValue(f"memory {name!r}: option {both[0]!r} is given twice")
+    options = {**given, **options}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
     if not takes_any and (unknown := sorted(set(options) - set(signature.parameters))):
         close = difflib.get_close_matches(unknown[0], signature.parameters, 1)
@@ -253,6 +202,6 @@ def _make(name: str, options: dict[str, Any]) -> Memory:
     if not isinstance(made, Memory):
         raise PluginError(f"memory {name!r} ({_registry.owners[name]}): expected a Memory, its factory gave {type(made).__name__}")
     made.name, made.origin = name, _registry.owners[name]
-    made.text = _text_of(name, options)
+    made.text = text_of(name, options, signature)
     check_spec(made)
     return made

@@ -34,7 +34,8 @@ mt.register_memory("three", Three)
         ("anything", {}),
         ("anything:", {}),
         (" anything : a=1 ", {"a": 1}),
-        ("anything:a=1,b=-2.5,c=1e-3", {"a": 1, "b": -2.5, "c": 1e-3}),
+        ("anything:a=1,b=-2.5,c=0.001", {"a": 1, "b": -2.5, "c": 1e-3}),
+        ("anything:a=1e-3,b=1.10,c=0x1F,d=61e9540", {"a": "1e-3", "b": "1.10", "c": "0x1F", "d": "61e9540"}),
         ("anything:a=true,b=False,c=none", {"a": True, "b": False, "c": None}),
         ("anything:a=text,b='1',c=\"none\"", {"a": "text", "b": "1", "c": "none"}),
         ("anything:path=/a b/c-d_e.mdb", {"path": "/a b/c-d_e.mdb"}),
@@ -55,6 +56,63 @@ def test_options_are_read_from_text(text, options):
     made = mt.memory(text)
     assert made.options == options and {name: type(v) for name, v in made.options.items()} == {n: type(v) for n, v in options.items()}
     assert mt.memory(made.text).options == options
+
+
+class Typed(Memory):
+    def __init__(
+        self, *, name: str = "x", path: str | None = None, size: int | None = 4, rate: float = 0.5, on: bool = False, either: int | str = 0
+    ):
+        self.options = {"name": name, "path": path, "size": size, "rate": rate, "on": on, "either": either}
+
+
+mt.register_memory("typed", Typed)
+
+
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [
+        *(
+            ("name", text)
+            for text in ("61e9540", "12e45678", "1.10", "1.1", "2026_01", "202601", "0x1F", "31", "none", "None", "true", "+5", " a", "")
+        ),
+        *(("path", text) for text in ("1e2", "100.0", "none", "007")),
+        ("size", 12),
+        ("rate", 1.0),
+        ("rate", 1e-3),
+        ("on", True),
+        ("either", 5),
+        ("either", "+5"),
+        ("either", "05"),
+    ],
+)
+def test_a_value_has_the_type_that_its_parameter_declares(given, value):
+    made = mt.memory(f"typed:{given}={value},size=3" if given != "size" else f"typed:size={value}")
+    assert made.options[given] == value and type(made.options[given]) is type(value)
+    assert mt.memory(made.text).options == made.options
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("size=3.0", "size: expected a whole number or none, got '3.0'"),
+        ("size=true", "size: expected a whole number or none, got 'true'"),
+        ("size=" + "9" * 5000, "size: expected a whole number or none, got '9999"),
+        ("rate=nan", "rate: expected a number, got 'nan'"),
+        ("rate=1e999", "rate: expected a number, got '1e999'"),
+        ("on=1", "on: expected true or false, got '1'"),
+    ],
+)
+def test_a_value_of_another_type_is_named(text, told):
+    with pytest.raises(InvalidValue, match=re.escape("memory 'typed': " + told)) as caught:
+        mt.memory("typed:" + text)
+    assert len(str(caught.value)) < 200
+
+
+def test_none_is_said_of_an_option_that_may_be_none():
+    assert mt.memory("typed:size=none").options["size"] is None
+    assert mt.memory("typed:path=None").options["path"] is None
+    again = mt.memory(mt.memory("typed", path=None, size=None).text).options
+    assert again["path"] is None and again["size"] is None
 
 
 values = st.one_of(st.text(max_size=12), st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.booleans(), st.none())
@@ -100,11 +158,11 @@ def test_what_text_cannot_say_has_no_text():
         ("window:=3", "memory 'window': expected option=value, got '=3'"),
         ("window:size=3,,sinks", "memory 'window': expected option=value, got 'sinks'"),
         ("window:size=0", "memory 'window': size: expected a number of rows of at least 1, got 0"),
-        ("window:size=big", "memory 'window': size: expected a number of rows of at least 1, got 'big'"),
+        ("window:size=big", "memory 'window': size: expected a whole number, got 'big'"),
         ("window:size=4,sinks=4", "memory 'window': sinks: expected 0 to size - 1 = 3, got 4"),
         ("window:site=top", "memory 'window': site: expected one of encoder, decoder, cross, all, got 'top'"),
         ("recurrent:tokens=0", "memory 'recurrent': tokens: expected a number of rows of at least 1, got 0"),
-        ("store:top_k=none", "memory 'store': top_k: expected a number of rows of at least 1, got None"),
+        ("store:top_k=none", "memory 'store': top_k: expected a whole number, got 'none'"),
         ("store:merge=add", "memory 'store': merge: expected joint or gate, got 'add'"),
         ("store:document=" + "x" * 201, "memory 'store': document: expected a name of 1 to 200 bytes"),
         ("three", "memory 'three': option 'size' is required, as in 'three:size=...'"),
