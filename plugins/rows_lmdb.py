@@ -5,9 +5,12 @@ file. Rows lie in chunks, one value each:
 
     meta                         {"format", "d_model", "model"}
     document/<name>              {"banks": {bank: rows}, "next_position"}
-    rows/<name>/<bank>/<chunk>   up to CHUNK_ROWS rows: (n, d) float32, then (n,) int64 positions
+    rows/<name>/<bank>/<chunk>   up to CHUNK_ROWS rows: (n, d) float32, (n,) int64 positions, a CRC-32 of both (format 2)
 
 Numbers are little-endian. A row counts only once its document says so, in the same transaction.
+
+The map is made once, much larger than any file (MAP_BYTES): it takes address space alone, and to enlarge it later would pull it from
+under threads that read.
 """
 
 from __future__ import annotations
@@ -16,8 +19,11 @@ import contextlib
 import hashlib
 import json
 import os
+import stat
+import struct
 import sys
 import threading
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -25,12 +31,19 @@ import numpy as np
 
 from mini_tfm.errors import FileProblem, InvalidValue
 
-FORMAT = 1
+FORMAT = 2  # 1, of version 0.1.0, has no CRCs
 CHUNK_ROWS = 1024
 MAGIC_AT, MAGIC = 16, (0xBEEFC0DE).to_bytes(4, sys.byteorder)  # behind the header of LMDB's first page
-FIRST_MAP_BYTES = 1 << 28  # virtual, not disk: the map is doubled when full
+MAP_BYTES = 1 << 40  # 1 TiB: the most that a store can hold
+PAGE_BYTES = 4096
+CRC_BYTES = 4
+LEAST_MAP_BYTES = 1 << 28  # where the process may not have so much address space
+
+# Of LMDB's meta page, behind its header: magic, page size, last page, transaction.
+_META = struct.Struct("=I20xI92xQQ")
 
 _open: dict[str, tuple[Any, Any]] = {}  # path -> (process and inode, environment): LMDB allows one a process
+_checked: set[tuple[Any, bytes, int]] = set()  # chunks whose CRC was right: (file, key, bytes)
 _lock = threading.RLock()
 
 
@@ -80,26 +93,23 @@ class LmdbRows:
 
     def append(self, document: str, rows: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, int]:
         """Adds (hidden (n, d), positions (n,)) to each bank, in one durable transaction; the banks' new counts."""
-        d_model = self._meta()["d_model"]
-        while True:
-            try:
-                with self._write() as txn:
-                    return self._append(txn, document, rows, d_model)
-            except self._lmdb().MapFullError:
-                self._grow()
+        meta = self._meta()
+        with self._write() as txn:
+            return self._append(txn, document, rows, meta)
 
-    def _append(self, txn: Any, document: str, rows: Mapping[str, tuple[np.ndarray, np.ndarray]], d_model: int) -> dict[str, int]:
+    def _append(self, txn: Any, document: str, rows: Mapping[str, tuple[np.ndarray, np.ndarray]], meta: dict[str, Any]) -> dict[str, int]:
         about = self._parse(txn.get(_document_key(document))) if txn.get(_document_key(document)) else _nothing()
         for bank, (hidden, positions) in rows.items():
             count = about["banks"].get(bank, 0)
             number, used = divmod(count, CHUNK_ROWS)
             if used:
-                old_hidden, old_positions = _unpack(txn.get(_rows_key(document, bank, number)), d_model)
+                old_hidden, old_positions = self._unpack(txn.get(_rows_key(document, bank, number)), meta["d_model"])
                 hidden = np.concatenate([old_hidden[:used], hidden])
                 positions = np.concatenate([old_positions[:used], positions])
             for start in range(0, len(hidden), CHUNK_ROWS):
                 part = slice(start, start + CHUNK_ROWS)
                 value = hidden[part].astype("<f4").tobytes() + positions[part].astype("<i8").tobytes()
+                value += _crc(value) if meta["format"] > 1 else b""
                 txn.put(_rows_key(document, bank, number + start // CHUNK_ROWS), value)
             about["banks"][bank] = number * CHUNK_ROWS + len(hidden)
             about["next_position"] = max(about["next_position"], int(positions.max(initial=-1)) + 1)
@@ -110,17 +120,23 @@ class LmdbRows:
     def reading(self, document: str, bank: str, count: int) -> Iterator[Iterator[tuple[np.ndarray, np.ndarray]]]:
         """The first `count` rows, a chunk at a time: (n, d) float32 as it lies in the file, (n,) int64 positions.
 
-        Valid inside the context only.
+        Valid inside the context only. Raises InvalidValue for a damaged chunk, when this process first reads it.
         """
         d_model = self._meta()["d_model"]
         with self._read(buffers=True) as txn:
+            opened = self._identity()
 
             def chunks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
                 for number in range(-(-count // CHUNK_ROWS)):
-                    value = txn.get(_rows_key(document, bank, number))
-                    if value is None:
+                    value = txn.get(key := _rows_key(document, bank, number))
+                    if (
+                        value is None
+                        and self._parse(txn.get(_document_key(document)) or b"{}").get("banks", {}).get(bank, 0) <= number * CHUNK_ROWS
+                    ):
                         return  # the document was deleted by someone else: nothing to remember
-                    hidden, positions = _unpack(value, d_model)
+                    checked = (opened, key, len(value or b""))
+                    hidden, positions = self._unpack(value, d_model, check=checked not in _checked)
+                    _checked.add(checked)
                     n = min(len(hidden), count - number * CHUNK_ROWS)
                     yield hidden[:n], positions[:n]
 
@@ -149,35 +165,63 @@ class LmdbRows:
             opened, environment = _open.get(self.path, (None, None))
             # A forked child must open its own; and where the file was deleted, what is written to it would be lost.
             if environment is None or opened != self._identity():
-                if environment is not None:
-                    environment.close()
-                    del _open[self.path]
-                if os.path.isdir(self.path):
-                    raise InvalidValue(f"path: expected a file, {self.given} is a folder")
+                _open.pop(self.path, None)  # it is closed when the last transaction of another thread ends
+                environment = None
                 self._refuse_foreign()
                 try:
-                    size = max(FIRST_MAP_BYTES, 2 * os.path.getsize(self.path) if os.path.exists(self.path) else 0)
-                    environment = lmdb.open(self.path, subdir=False, map_size=size, max_dbs=0, max_readers=512)
+                    environment = self._map()
+                    environment.reader_check()  # frees the slots of processes that died
                 except lmdb.Error as error:
                     raise FileProblem(
                         f"path: cannot open the store {self.given}: {error}; expected an LMDB file or a new path in a folder you can write"
                     ) from error
                 _open[self.path] = (self._identity(), environment)
+            self._refuse_truncated(environment.info()["last_pgno"], environment.stat()["psize"])
             return environment
 
+    def _map(self) -> Any:
+        """The file mapped, with as much address space as the process may have."""
+        lmdb, size = self._lmdb(), MAP_BYTES
+        while True:
+            try:
+                return lmdb.open(self.path, subdir=False, map_size=size, max_dbs=0, max_readers=512)
+            except lmdb.MemoryError:
+                size //= 2
+                if size < max(LEAST_MAP_BYTES, os.path.getsize(self.path) if os.path.exists(self.path) else 0):
+                    raise
+
     def _refuse_foreign(self) -> None:
-        """LMDB would write into an empty file that is somebody else's, and leave a lock file beside any."""
+        """LMDB would write into an empty file that is somebody else's, leave a lock file beside any, and map what is not there."""
         try:
+            if not stat.S_ISREG(os.stat(self.path).st_mode):
+                raise InvalidValue(f"path: expected a file, {self.given} is a folder or a device")
             with open(self.path, "rb") as file:
-                head = file.read(MAGIC_AT + len(MAGIC))
+                first = file.read(MAGIC_AT + _META.size)
+                whole = len(first) == MAGIC_AT + _META.size
+                page_bytes = _META.unpack_from(first, MAGIC_AT)[1] if whole else 0
+                file.seek(page_bytes)
+                second = file.read(MAGIC_AT + _META.size)
         except FileNotFoundError:
             return
         except OSError as error:
             raise FileProblem(f"path: cannot open the store {self.given}: {error}; expected a file you can read and write") from error
-        # An empty file with a lock beside it is a store that another process is about to make.
-        is_made_now = not head and os.path.exists(self.path + "-lock")
-        if head[MAGIC_AT:] != MAGIC and not is_made_now:
+        if not first and os.path.exists(self.path + "-lock"):
+            return  # an empty file with a lock beside it is a store that another process is about to make
+        if first[MAGIC_AT : MAGIC_AT + len(MAGIC)] != MAGIC:
             raise FileProblem(f"path: cannot open the store {self.given}: it is something else; expected an LMDB file or a new path")
+        # Each of the first two pages says where the file ends; the one of the later transaction counts.
+        metas = [_META.unpack_from(page, MAGIC_AT) for page in (first, second) if len(page) == MAGIC_AT + _META.size]
+        last_page = max(metas, key=lambda meta: meta[3])[2] if metas else 1
+        self._refuse_truncated(last_page, page_bytes)
+
+    def _refuse_truncated(self, last_page: int, page_bytes: int) -> None:
+        """A file shorter than it says it is would end the process where the missing part is read."""
+        wanted, size = (last_page + 1) * (page_bytes or PAGE_BYTES), os.path.getsize(self.path) if os.path.exists(self.path) else 0
+        if size < wanted:
+            raise FileProblem(
+                f"path: the store {self.given} is cut off: it should have {wanted} bytes and has {size}; restore it from a copy, or give"
+                " another path and read the text again"
+            )
 
     def _identity(self) -> tuple[int, int, int] | None:
         try:
@@ -190,15 +234,14 @@ class LmdbRows:
     def _transaction(self, **options: Any) -> Iterator[Any]:
         lmdb = self._lmdb()
         try:
-            try:
-                txn = self._environment().begin(**options)
-            except lmdb.MapResizedError:  # another process has grown the file
-                self._environment().set_mapsize(0)
-                txn = self._environment().begin(**options)
-            with txn:
+            with self._environment().begin(**options) as txn:
                 yield txn
-        except lmdb.MapFullError:
-            raise
+        except (lmdb.MapFullError, lmdb.MapResizedError) as error:
+            size = self._environment().info()["map_size"]
+            raise FileProblem(
+                f"path: the store {self.given} does not fit into the {size >> 20} MB of address space that this process has for it; what"
+                " it held before is still there"
+            ) from error
         except lmdb.Error as error:
             raise FileProblem(f"path: the store {self.given} cannot be used: {error}; what it held before is still there") from error
 
@@ -208,23 +251,28 @@ class LmdbRows:
     def _write(self) -> Any:
         return self._transaction(write=True)
 
-    def _grow(self) -> None:
-        with _lock:
-            environment = self._environment()
-            environment.set_mapsize(2 * environment.info()["map_size"])
-
     def _meta(self) -> dict[str, Any]:
         with self._read() as txn:
             value = txn.get(b"meta")
         meta = self._parse(value) if value is not None else {}
-        if meta.get("format") != FORMAT or not isinstance(meta.get("d_model"), int):
-            raise InvalidValue(f"path: {self.given} is not a store of format {FORMAT}; give another path")
+        if meta.get("format") not in (1, FORMAT) or not isinstance(meta.get("d_model"), int) or meta["d_model"] < 1:
+            raise InvalidValue(f"path: {self.given} is not a store of format 1 or {FORMAT}; give another path")
         return meta
 
     def _document(self, name: str) -> dict[str, Any]:
         with self._read() as txn:
             value = txn.get(_document_key(name))
         return self._parse(value) if value is not None else _nothing()
+
+    def _unpack(self, value: Any, d_model: int, check: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and positions of a chunk, as they lie in `value`."""
+        n, rest = divmod(len(value or b""), 4 * d_model + 8)
+        if not n or rest not in (0, CRC_BYTES) or (rest and check and _crc(value[:-CRC_BYTES]) != bytes(value[-CRC_BYTES:])):
+            raise InvalidValue(
+                f"path: rows of the store {self.given} are damaged; restore it from a copy, or give another path and read the text again"
+            )
+        hidden = np.frombuffer(value, "<f4", n * d_model).reshape(n, d_model)
+        return hidden, np.frombuffer(value, "<i8", n, offset=4 * n * d_model)
 
     def _parse(self, value: Any) -> dict[str, Any]:
         try:
@@ -250,9 +298,5 @@ def _rows_key(document: str, bank: str, number: int) -> bytes:
     return _rows_prefix(document) + bank.encode() + b"/" + number.to_bytes(8, "big")
 
 
-def _unpack(value: Any, d_model: int) -> tuple[np.ndarray, np.ndarray]:
-    n = len(value) // (4 * d_model + 8)
-    if n * (4 * d_model + 8) != len(value):
-        raise InvalidValue("path: a chunk of the store is damaged; give another path and read the text again")
-    hidden = np.frombuffer(value, "<f4", n * d_model).reshape(n, d_model)
-    return hidden, np.frombuffer(value, "<i8", n, offset=4 * n * d_model)
+def _crc(value: Any) -> bytes:
+    return zlib.crc32(value).to_bytes(CRC_BYTES, "little")

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
+from pathlib import Path
 
 import lmdb
 import numpy as np
@@ -255,7 +257,7 @@ def test_a_file_that_is_no_store_is_refused_and_left_as_it_is(path, content):
 def test_an_lmdb_file_of_something_else_is_refused_and_left_as_it_is(path):
     with lmdb.open(path, subdir=False) as file, file.begin(write=True) as txn:
         txn.put(b"mine", b"1")
-    with pytest.raises(InvalidValue, match="is not a store of format 1; give another path"):
+    with pytest.raises(InvalidValue, match="is not a store of format 1 or 2; give another path"):
         reader_of(path)
     with lmdb.open(path + "2", subdir=False) as file, file.begin(write=True) as txn:
         txn.put(b"meta", b"{not json")
@@ -294,35 +296,135 @@ def test_training_leaves_the_file_alone(path):
     assert not os.path.exists(path)
 
 
-def test_the_map_grows_as_it_must(path, monkeypatch):
-    monkeypatch.setattr(rows_lmdb, "FIRST_MAP_BYTES", 1 << 16)
+def test_a_store_grows_while_others_read_it(path):
+    """Threads and a second process search and look up documents while the file grows beyond any size it was opened with."""
     disk = LmdbRows(path)
     disk.open(WIDTH, "weights")
-    for number in range(40):
-        rows = np.full((500, WIDTH), number, np.float32)
-        disk.append("d", {"bank": [rows, np.arange(500) + 500 * number]})
-    assert os.path.getsize(path) > 1 << 19
-    with disk.reading("d", "bank", 20000) as chunks:
-        seen = np.concatenate([hidden[:, 0].copy() for hidden, _ in chunks])
-    np.testing.assert_array_equal(seen, np.repeat(np.arange(40), 500))
-
-
-def test_another_process_may_grow_the_map(path):
-    """A reader whose map is too small by then maps the file again."""
-    disk = LmdbRows(path)
-    disk.open(WIDTH, "weights")
-    code = f"""
+    rows = np.random.default_rng(0).standard_normal((CHUNK_ROWS, WIDTH)).astype(np.float32)
+    disk.append("read", {"bank": [rows, np.arange(CHUNK_ROWS)]})
+    other = f"""
         import sys, numpy as np
-        from mini_tfm_plugins import rows_lmdb
-        rows_lmdb.FIRST_MAP_BYTES = 1 << 30
-        disk = rows_lmdb.LmdbRows(sys.argv[1])
-        disk.append("d", {{"bank": [np.ones((3000, {WIDTH}), np.float32), np.arange(3000)]}})
-        print(disk.counts("d")["bank"])
+        from mini_tfm_plugins.rows_lmdb import LmdbRows
+        disk = LmdbRows(sys.argv[1])
+        for n in range(100):
+            with disk.reading("read", "bank", {CHUNK_ROWS}) as chunks:
+                seen = [hidden.copy() for hidden, _ in chunks]
+            disk.append("other", {{"bank": [seen[0], np.arange({CHUNK_ROWS}) + {CHUNK_ROWS} * n]}})
+        print(disk.counts("other")["bank"])
     """
-    assert script(code, path) == 3000
+    failed, done = [], threading.Event()
+
+    def read():
+        try:
+            while not done.is_set():
+                with disk.reading("read", "bank", CHUNK_ROWS) as chunks:
+                    assert all(np.array_equal(hidden, rows) for hidden, _ in chunks)
+                assert disk.documents()["read"] == CHUNK_ROWS
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=read) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    process = threading.Thread(target=lambda: failed.extend([] if script(other, path) == 100 * CHUNK_ROWS else ["the other process"]))
+    process.start()
+    for number in range(100):
+        disk.append("written", {"bank": [rows, np.arange(CHUNK_ROWS) + CHUNK_ROWS * number]})
+    process.join()
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert disk.documents() == {"other": 100 * CHUNK_ROWS, "read": CHUNK_ROWS, "written": 100 * CHUNK_ROWS}
+
+
+def test_a_store_that_does_not_fit_is_named(path, monkeypatch):
+    monkeypatch.setattr(rows_lmdb, "MAP_BYTES", 1 << 20)
+    disk = LmdbRows(path)
+    disk.open(WIDTH, "weights")
+    rows = np.ones((CHUNK_ROWS, WIDTH), np.float32)
+    disk.append("d", {"bank": [rows, np.arange(CHUNK_ROWS)]})
+    with pytest.raises(FileProblem, match="does not fit into the 1 MB"):
+        for number in range(1, 1000):
+            disk.append("d", {"bank": [rows, np.arange(CHUNK_ROWS) + CHUNK_ROWS * number]})
+    assert disk.counts("d")["bank"] == number * CHUNK_ROWS  # what was acknowledged is there
+
+
+def test_the_map_takes_the_address_space_that_there_is(path):
+    code = f"""
+        import resource, sys, numpy as np
+        from mini_tfm_plugins.rows_lmdb import LmdbRows
+        resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+        disk = LmdbRows(sys.argv[1])
+        disk.open({WIDTH}, "weights")
+        print(disk.append("d", {{"bank": [np.ones((7, {WIDTH}), np.float32), np.arange(7)]}})["bank"])
+    """
+    assert script(code, path) == 7
+
+
+def spoilt(path, change):
+    """A store of three chunks, changed, each in a process of its own, as LMDB keeps a file open."""
+    make = f"""
+        import sys, numpy as np
+        from mini_tfm_plugins.rows_lmdb import LmdbRows
+        disk = LmdbRows(sys.argv[1])
+        disk.open({WIDTH}, "weights")
+        rows = np.random.default_rng(0).standard_normal((3000, {WIDTH})).astype(np.float32)
+        print(disk.append("d", {{"bank": [rows, np.arange(3000)]}})["bank"])
+    """
+    assert script(make, path) == 3000
+    data = bytearray(Path(path).read_bytes())
+    Path(path).write_bytes(change(data))
+    os.remove(path + "-lock")
+
+
+@pytest.mark.parametrize("part", [0.0, 0.001, 0.3, 0.6, 0.999])
+def test_a_store_that_is_cut_off_is_refused(path, part):
+    spoilt(path, lambda data: data[: int(len(data) * part)])
+    code = """
+        import sys
+        from mini_tfm.errors import FileProblem
+        from mini_tfm_plugins.rows_lmdb import LmdbRows
+        try:
+            LmdbRows(sys.argv[1]).documents()
+        except FileProblem as error:
+            print(int("cut off" in str(error) or "something else" in str(error)))
+    """
+    assert script(code, path) == 1  # and no signal has ended the process
+
+
+def test_rows_that_were_overwritten_are_refused(path):
+    row = np.random.default_rng(0).standard_normal((3000, WIDTH)).astype(np.float32)[1500].tobytes()
+
+    def overwrite(data):
+        at = data.index(row)
+        data[at] ^= 1
+        return data
+
+    spoilt(path, overwrite)
+    disk = LmdbRows(path)
+    with disk.reading("d", "bank", 1000) as chunks:
+        assert sum(len(hidden) for hidden, _ in chunks) == 1000
+    with pytest.raises(InvalidValue, match=r"rows of the store .* are damaged"), disk.reading("d", "bank", 3000) as chunks:
+        list(chunks)
+
+
+def test_a_store_of_the_first_format_is_read_and_continued(path, monkeypatch):
+    monkeypatch.setattr(rows_lmdb, "FORMAT", 1)
+    disk = LmdbRows(path)
+    disk.open(WIDTH, "weights")
+    disk.append("d", {"bank": [np.ones((1500, WIDTH), np.float32), np.arange(1500)]})
+    monkeypatch.undo()
+    disk.append("d", {"bank": [np.ones((1500, WIDTH), np.float32), np.arange(1500)]})
     with disk.reading("d", "bank", 3000) as chunks:
-        assert sum(len(hidden) for hidden, _ in chunks) == 3000
-    assert disk.append("d", {"bank": [np.ones((1, WIDTH), np.float32), np.array([3000])]}) == {"bank": 3001}
+        assert sum(float(hidden.sum()) for hidden, _ in chunks) == 3000 * WIDTH
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_path_that_is_no_file_is_refused_at_once(path, make):
+    make(path)
+    with pytest.raises(InvalidValue, match="path: expected a file"):
+        LmdbRows(path).open(WIDTH, "weights")
 
 
 @pytest.mark.parametrize("count", [0, 1, CHUNK_ROWS - 1, CHUNK_ROWS, CHUNK_ROWS + 1, 2 * CHUNK_ROWS + 3])
