@@ -53,6 +53,8 @@ class Stream:
         source: (B, S) tokens, the first `lengths` (B,) of each row; None for a decoder-only model, where `lengths` counts
         the target's. target: (B, T) what the decoder is to predict, where it is known.
         """
+        if self.run.forget_deleted():
+            self.begin_text()
         self._pass = Pass(self.weights, self.run, dropout)
         self._target = None
         self.run.open(lengths, target)

@@ -5,6 +5,7 @@ file. Rows lie in chunks, one value each:
 
     meta                         {"format", "d_model", "model"}
     document/<name>              {"banks": {bank: rows}, "next_position"}
+    deleted/<name>               how often it was deleted
     rows/<name>/<bank>/<chunk>   up to CHUNK_ROWS rows: (n, d) float32, (n,) int64 positions, a CRC-32 of both (format 2)
 
 Numbers are little-endian. A row counts only once its document says so, in the same transaction.
@@ -150,6 +151,13 @@ class LmdbRows:
             while more and cursor.key().startswith(prefix):
                 more = cursor.delete()
             txn.delete(_document_key(document))
+            txn.put(_deleted_key(document), str(int(bytes(txn.get(_deleted_key(document)) or b"0")) + 1).encode())
+
+    def deletions(self, document: str) -> int:
+        if not os.path.exists(self.path):
+            return 0
+        with self._read() as txn:
+            return int(bytes(txn.get(_deleted_key(document)) or b"0"))
 
     # Inside
 
@@ -287,6 +295,10 @@ def _nothing() -> dict[str, Any]:
 
 def _document_key(name: str) -> bytes:
     return b"document/" + name.encode()
+
+
+def _deleted_key(name: str) -> bytes:
+    return b"deleted/" + name.encode()
 
 
 def _rows_prefix(document: str) -> bytes:

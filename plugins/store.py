@@ -14,7 +14,7 @@ import dataclasses
 import numpy as np
 
 from mini_tfm.errors import InvalidValue
-from mini_tfm.memory import BestRows, Dims, New, RetrievalMemory, RowStore, State, View, hookimpl
+from mini_tfm.memory import BestRows, Dims, Evicted, New, RetrievalMemory, RowStore, State, View, bank_key, hookimpl
 from mini_tfm_plugins.rows_lmdb import LmdbRows
 
 
@@ -44,12 +44,17 @@ class Store(RetrievalMemory):
         self.durable = path is not None
 
     def start(self, batch: int, dims: Dims) -> dict[str, np.ndarray]:
-        """on_disk (B, banks): rows that a stream sees of the store, no banks without one. next_position (B,): its own first."""
+        """on_disk (B, banks): rows that a stream sees of the store, no banks without one. next_position (B,): its own first.
+
+        deletions (B,): of its document so far. `<bank>ahead` (B, n): 1 + the positions of rows that are in the store already, and are
+        shown only when the working memory drops them; 0 for none.
+        """
         if self.disk is None or dims.training:
             return {"next_position": np.zeros(batch, np.int64), "on_disk": np.zeros((batch, 0), np.int64)}
         self.disk.open(dims.d_model, dims.fingerprint())
         return {
             "next_position": np.full(batch, self.disk.next_position(self.document), np.int64),
+            "deletions": np.full(batch, self.disk.deletions(self.document), np.int64),
             "on_disk": np.tile(self._counts(self.disk.counts(self.document), dims), (batch, 1)),
         }
 
@@ -66,16 +71,34 @@ class Store(RetrievalMemory):
 
     def write(self, state: State, site: str, layer: int, new: New) -> None:
         positions = new.positions + state["next_position"][:, None]  # on from where an earlier process stopped
-        super().write(state, site, layer, dataclasses.replace(new, positions=positions))
+        valid, ahead = new.valid, state.get(key := bank_key(site, layer) + "ahead")
+        if ahead is not None:  # of rows that are in the store there is nothing to keep, but they are shown from now on
+            valid = valid & ~_among(positions + 1, ahead)
+            ahead = np.where(_among(ahead, np.where(new.valid, positions + 1, -1)), 0, ahead)
+            state[key] = ahead[:, ahead.any(axis=0)]
+        super().write(state, site, layer, dataclasses.replace(new, positions=positions, valid=valid))
+
+    def write_ahead(self, state: State, held: Evicted) -> None:
+        if self.disk is None or not state["on_disk"].shape[1]:
+            return
+        bank = bank_key(held.site, held.layer)
+        ahead = state.get(bank + "ahead", np.zeros((1, 0), np.int64))
+        positions = held.positions + state["next_position"][:, None]
+        fresh = held.valid & ~_among(positions + 1, ahead)
+        if fresh.any():
+            self._append(state, {bank: (held.hidden[fresh], positions[fresh])})
+            state[bank + "ahead"] = np.concatenate([ahead, positions[fresh][None] + 1], axis=1)
 
     def search(self, state: State, bank: str, queries: np.ndarray, k: int) -> View | None:
-        best, stored, seen = BestRows(queries, k), self._stored(state, bank), 0
+        best, stored, seen, ahead = BestRows(queries, k), self._stored(state, bank), 0, state.get(bank + "ahead")
         for hidden, positions, valid in self.held(state, bank):
             best.search(hidden, positions, valid)
         if self.disk is not None and stored.any():
             with self.disk.reading(self.document, bank, int(stored.max())) as chunks:
                 for hidden, positions in chunks:
                     valid = np.arange(seen, seen + len(hidden)) < stored[:, None]
+                    if ahead is not None:
+                        valid = valid & ~_among(positions[None] + 1, ahead)
                     best.search(hidden, positions, None if valid.all() else valid)
                     seen += len(hidden)
         view = best.view()
@@ -85,17 +108,25 @@ class Store(RetrievalMemory):
         """Moves the rows in RAM to the document in the store: durable when this returns."""
         if self.disk is None or not state["on_disk"].shape[1]:
             return
-        if len(state["on_disk"]) != 1:
-            raise InvalidValue(f"path: a store on disk is written by one stream at a time, got a batch of {len(state['on_disk'])}")
         fresh = {}
         for bank in self.banks(state.dims):
             if chunks := list(self.held(state, bank)):
                 hidden, positions, valid = (np.concatenate([part[0] for part in parts]) for parts in zip(*chunks, strict=True))
-                fresh[bank] = hidden[valid], positions[valid]
+                if valid.any():
+                    fresh[bank] = hidden[valid], positions[valid]
         if fresh:
-            state["on_disk"] = self._counts(self.disk.append(self.document, fresh), state.dims)
-            for name in [name for name in state if name.startswith(tuple(fresh))]:
+            self._append(state, fresh)
+            for name in [name for name in state if name.startswith(tuple(fresh)) and not name.endswith("ahead")]:
                 del state[name]
+
+    def _append(self, state: State, rows: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
+        assert self.disk is not None
+        if len(state["on_disk"]) != 1:
+            raise InvalidValue(f"path: a store on disk is written by one stream at a time, got a batch of {len(state['on_disk'])}")
+        state["on_disk"] = self._counts(self.disk.append(self.document, rows), state.dims)
+
+    def deleted(self, state: State) -> bool:
+        return self.disk is not None and "deletions" in state and self.disk.deletions(self.document) != state["deletions"][0]
 
     def documents(self) -> dict[str, int]:
         return self.disk.documents() if self.disk is not None else {}
@@ -103,6 +134,15 @@ class Store(RetrievalMemory):
     def reset(self, document: str) -> None:
         if self.disk is not None:
             self.disk.delete(document)
+
+
+def _among(positions: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """(B, N) bool: which of positions (B, N), or (1, N), are among known (B, n)."""
+    found = np.zeros((len(known), positions.shape[1]), bool)
+    if known.size and positions.size and known.max() >= positions.min():
+        for b, row in enumerate(known):
+            found[b] = np.isin(positions[min(b, len(positions) - 1)], row)
+    return found
 
 
 @hookimpl

@@ -272,12 +272,22 @@ class Memory:
     def flush(self, state: State) -> None:
         """Makes the rows in the state durable. Called while a pipeline reads; never in training or generation."""
 
+    def write_ahead(self, state: State, held: Evicted) -> None:
+        """Makes rows durable that a member before it still holds, before `flush`. They are not shown yet: `absorb` brings them, later.
+
+        May be called many times with the same rows, which their positions name.
+        """
+
+    def deleted(self, state: State) -> bool:
+        """Whether what the streams remember was deleted outside the state since they began. All memories of the stack then begin anew."""
+        return False
+
     def documents(self) -> dict[str, int]:
         """The documents that this memory holds outside the process, and the rows of each."""
         return {}
 
     def reset(self, document: str) -> None:
-        """Forgets one of the `documents`."""
+        """Forgets a document, also the rows of it that are still in a state: see `deleted`."""
 
 
 def bank_key(site: str, layer: int) -> str:

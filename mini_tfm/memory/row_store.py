@@ -41,4 +41,7 @@ class RowStore(Protocol):
         """
 
     def delete(self, document: str) -> None:
-        """Forgets a document, if it is there."""
+        """Forgets a document, if it is there, and counts that."""
+
+    def deletions(self, document: str) -> int:
+        """How often `delete` was called for this document, by any process: a session with rows of it must forget them, too."""

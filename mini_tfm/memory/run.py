@@ -289,6 +289,7 @@ class MemoryRun:
 
     def drain(self) -> None:
         """The streams end: what a working memory holds goes to the memories behind it."""
+        self.forget_deleted()
         for i in range(len(self.members) - 1):
             check_each = partial(check_evicted, batch=self.batch, dims=self.dims[i])
             for dropped in filter(None, self._call(i, "drain", check=lambda rows, each=check_each: [*map(each, rows)])):
@@ -296,8 +297,34 @@ class MemoryRun:
                 self._hand_on(dropped, behind, None)
 
     def flush(self) -> None:
+        """Makes durable what was read, also the rows that a working memory still holds for a durable one behind it."""
+        self.forget_deleted()
+        for i in range(len(self.members) - 1):
+            if any(_has(member, "write_ahead") for member in self.members[i + 1 :]):
+                self._write_ahead(i)
         for i in range(len(self.members)):
             self._call(i, "flush")
+
+    def _write_ahead(self, i: int) -> None:
+        """What member i would give up if the streams ended now, to the next durable member; it keeps its rows."""
+        state = self.states[i]
+        self.states[i] = State(state, state.dims)  # to drain it, and put the old one back
+        try:
+            check_each = partial(check_evicted, batch=self.batch, dims=self.dims[i])
+            held = [*filter(None, self._call(i, "drain", check=lambda rows: [*map(check_each, rows)]))]
+        finally:
+            self.states[i] = state
+        for rows in held:
+            behind = (j for j in self._sites.take.get((rows.site, rows.layer), ()) if j > i and _has(self.members[j], "write_ahead"))
+            if (j := next(behind, None)) is not None:
+                self._call(j, "write_ahead", rows, site=rows.site, layer=rows.layer)
+
+    def forget_deleted(self) -> bool:
+        """Begins all streams anew if rows of theirs were deleted, by whatever process; says whether it did."""
+        found = [self._call(i, "deleted") for i, member in enumerate(self.members) if _has(member, "deleted")]
+        if any(found):
+            self.reset(np.ones(self.batch, bool))
+        return any(found)
 
     def site_start(self, site: str) -> np.ndarray:
         """(B,) stream position of the first token at a site: an encoder-decoder's decoder is a segment ahead."""
@@ -310,6 +337,9 @@ class MemoryRun:
         """Empties the memory of the streams where (B,) bool `streams` is set: a new document begins there."""
         for i, state in enumerate(self.states):
             fresh = self._start(i, self.batch)
+            if streams.all():
+                state.clear()
+                state.update(fresh)
             for name in state:
                 state[name] = select_streams(streams, fresh.get(name, np.zeros_like(state[name])), state[name])
         self.start = np.where(streams, 0, self.start)

@@ -32,5 +32,4 @@ class Stack(Memory):
 
     def reset(self, document: str) -> None:
         for member in self.members:
-            if document in member.documents():
-                member.reset(document)
+            member.reset(document)

@@ -18,6 +18,7 @@ WIDTH = MODEL.config.d_model
 
 
 STORES = {}  # by path
+DELETIONS = {}  # by path and document
 
 
 class RamRows:
@@ -56,6 +57,10 @@ class RamRows:
 
     def delete(self, document):
         self._documents().pop(document, None)
+        DELETIONS[self.path, document] = self.deletions(document) + 1
+
+    def deletions(self, document):
+        return DELETIONS.get((self.path, document), 0)
 
 
 @pytest.fixture(params=[LmdbRows, RamRows])

@@ -611,7 +611,96 @@ def test_a_pipeline_keeps_what_it_reads(path):
     model = mt.Transformer(mt.Config(vocab_size=tokenizer.vocab_size, d_model=8, n_heads=2, n_encoder_layers=1, n_decoder_layers=1))
     pipe = mt.Pipeline(model, tokenizer, f"window:size=8+store:path={path},top_k=4", segment_length=16)
     pipe.read("A first note. " * 10)
-    assert pipe.memory.documents() == {"default": 140 - 8}
+    assert pipe.memory.documents() == {"default": 140}, "what read has returned from is durable, the window's rows, too"
     again = mt.Pipeline(model, tokenizer, f"store:path={path},top_k=4", segment_length=16)
     plain = mt.Pipeline(model, tokenizer, None, segment_length=16)
     assert again.score("A first note.") != plain.score("A first note.")
+
+
+# A working memory in front
+
+
+STACKED = ["window:size=24", "window:size=24,sinks=3", "window:size=6+window:size=30"]
+
+
+def pipeline(spec, **options):
+    from mini_tfm.text.tokenizers import ByteTokenizer
+
+    model = mt.Transformer(
+        mt.Config(vocab_size=259, d_model=8, n_heads=2, n_encoder_layers=1, n_decoder_layers=1, segment_length=16), seed=0
+    )
+    return mt.Pipeline(model, ByteTokenizer(), spec, **options)
+
+
+def rows_on_disk(path, document="default"):
+    disk = LmdbRows(path)
+    with disk.reading(document, "cross.", sum(disk.counts(document).values())) as chunks:
+        return [position for _, positions in chunks for position in positions.tolist()]
+
+
+@pytest.mark.parametrize("front", STACKED)
+def test_what_read_has_returned_from_survives_a_kill(path, front):
+    code = f"""
+        import os, signal, sys
+        sys.path.insert(0, sys.argv[2])
+        from test_store import pipeline
+        pipe = pipeline("{front}+store:path=" + sys.argv[1])
+        pipe.read("x" * 150)
+        pipe.read("y" * 50)
+        print("200", flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), path, str(Path(__file__).parent)], capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout == "200\n", done.stderr
+    assert sorted(rows_on_disk(path)) == list(range(200))
+
+
+@pytest.mark.parametrize("front", STACKED)
+def test_rows_written_ahead_are_there_once_and_shown_once(path, front):
+    pipe, at_once = pipeline(f"{front}+store:path={path},top_k=5"), pipeline(f"{front}+store:top_k=5")
+    text = "".join(chr(97 + i * i % 26) for i in range(300))
+    for start in range(0, 300, 40):
+        pipe.read(text[start : start + 40])
+    for start in range(0, 300, 40):  # the end of a call ends a segment
+        at_once.read(text[start : start + 40])
+    assert sorted(rows_on_disk(path)) == list(range(300))
+    assert pipe.score("what was it?")["bits"] == pytest.approx(at_once.score("what was it?")["bits"], rel=1e-6)
+    pipe.close()
+    assert sorted(rows_on_disk(path)) == list(range(300))
+
+
+@pytest.mark.parametrize("front", ["", "window:size=24+", "window:size=6+window:size=30+"])
+@pytest.mark.parametrize("by", ["memory", "another memory", "another process"])
+def test_a_deleted_document_does_not_come_back(path, front, by):
+    spec = f"{front}store:path={path},document=alice"
+    pipe, fresh = pipeline(spec), pipeline(spec.replace("alice", "nobody"))
+    other = pipeline(spec)  # another open session with rows of its own
+    pipe.read("alice's secret is 4711. " * 8)
+    other.read("another of hers")
+    before = fresh.score("alice's secret is")["bits"]
+    assert pipe.score("alice's secret is")["bits"] != before
+    if by == "memory":
+        pipe.memory.reset("alice")
+    elif by == "another memory":
+        mt.memory(f"store:path={path}").reset("alice")
+    else:
+        script("import sys, mini_tfm as mt; mt.memory(f'store:path={sys.argv[1]}').reset('alice'); print(0)", path)
+    assert pipe.score("alice's secret is")["bits"] == before
+    for session in (pipe, other):
+        session.close()
+    assert pipe.memory.documents() == {}
+    pipe.read("something new")
+    assert pipe.memory.documents() == {"alice": len("something new")}
+    assert sorted(rows_on_disk(path, "alice")) == list(range(len("something new")))
+
+
+def test_deleting_before_anything_is_on_disk_forgets_what_is_queued(path):
+    model = small_model("decoder-only", np.float32)
+    reader = Reader(model, mt.memory(f"window:size=4+store:path={path},document=a"), 1)
+    reader.read(SEGMENTS[0])
+    reader.run.memory.reset("a")
+    reader.run.drain()
+    reader.run.flush()
+    assert reader.run.memory.documents() == {}
