@@ -59,7 +59,7 @@ class Pipeline:
         saved = load_checkpoint(folder, dtype)
         if saved.tokenizer is None:
             raise InvalidValue(f"folder: {folder} has no tokenizer (tokenizer.json); use mt.load(folder) for the model alone")
-        return cls(saved.model, saved.tokenizer, saved.memory_text if memory == "saved" else memory, segment_length)
+        return cls(saved.model, saved.tokenizer, saved.memory() if memory == "saved" else memory, segment_length)
 
     def reset(self) -> None:
         """Forgets what was read in this process; documents on disk stay (`memory.reset(name)` deletes one)."""

@@ -15,7 +15,7 @@ from .config import Config
 from .errors import InvalidType, InvalidValue
 from .generate import generate
 from .memory.base import Memory
-from .memory.registry import memory as make_memory
+from .memory.registry import memory_of_file
 from .model import Model, initial_weights
 from .stream import Stream
 from .text.tokenizers import Tokenizer
@@ -82,17 +82,18 @@ class Checkpoint:
     model: Transformer
     tokenizer: Tokenizer | None
     memory_text: str | None
+    folder: str = ""
 
     def memory(self) -> Memory | None:
-        """That memory, made again."""
-        return make_memory(self.memory_text) if self.memory_text else None
+        """That memory, made again. Raises InvalidValue for one that would import a plugin or open a file: see `memory_of_file`."""
+        return memory_of_file(self.memory_text, self.folder) if self.memory_text else None
 
 
 def load_checkpoint(folder: str | os.PathLike, dtype: str = "float32") -> Checkpoint:
     """All that a model folder holds. Raises FileProblem or InvalidValue naming the file, field or tensor at fault."""
     contents = read_model(folder, dtype)
     model = Transformer(contents.config, dtype=dtype, weights=contents.weights)
-    return Checkpoint(model, contents.tokenizer, contents.memory_text)
+    return Checkpoint(model, contents.tokenizer, contents.memory_text, os.fspath(folder))
 
 
 def load(folder: str | os.PathLike, dtype: str = "float32") -> Transformer:

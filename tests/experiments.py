@@ -6,7 +6,6 @@ from mini_tfm.checkpoint.models import save_model
 from mini_tfm.compare.experiment import Experiment, Result, folder_name
 from mini_tfm.compare.tasks.recall import DISTANCES
 from mini_tfm.config import Config
-from mini_tfm.memory import memory as make_memory
 from mini_tfm.text.tokenizers import ByteTokenizer
 from mini_tfm.transformer import Transformer
 
@@ -19,7 +18,7 @@ def small_experiment(documents, memories, out, **options):
         folder = Path(out) / "models" / folder_name(name) if out else None
         if folder:
             model = Transformer(Config(vocab_size=259, d_model=16, n_heads=2, n_encoder_layers=1, n_decoder_layers=1, segment_length=16))
-            save_model(folder, model, tokenizer=ByteTokenizer(), memory=make_memory(memory) if memory else None)
+            save_model(folder, model, tokenizer=ByteTokenizer(), memory_text=memory)
         recall = {d: (float("nan") if number == 1 and d == 6 else 0.9 / (1 + d)) for d in DISTANCES}
         row = Result(
             memory=name,

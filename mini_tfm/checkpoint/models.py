@@ -11,7 +11,6 @@ import numpy as np
 
 from ..config import Config
 from ..errors import InvalidValue
-from ..memory.base import Memory
 from ..text.tokenizers import Tokenizer, load_tokenizer
 from ..weights import Weight
 from .families import family_of, own
@@ -40,13 +39,13 @@ def save_model(
     model: HasWeights,
     *,
     tokenizer: Tokenizer | None = None,
-    memory: Memory | None = None,
+    memory_text: str | None = None,
     extra_files: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Writes a model folder, all of it or nothing. The memory is kept as text: its trained parameters are weights."""
+    """Writes a model folder, all of it or nothing. A memory is kept as text: its trained parameters are weights."""
     files = {**(tokenizer.files() if tokenizer is not None else {}), **(extra_files or {})}
     weights = {name: Weight(weight).array for name, weight in model.weights.items()}
-    save_folder(folder, own.about_of(model.config, memory.text if memory is not None else None), weights, files)
+    save_folder(folder, own.about_of(model.config, memory_text), weights, files)
 
 
 def read_model(folder: str | os.PathLike, dtype: str = "float32") -> Contents:

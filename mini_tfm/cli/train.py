@@ -19,7 +19,7 @@ SHAPE = ("d_model", "n_heads", "n_encoder_layers", "n_decoder_layers", "d_ff", "
 EARLY_STOPPING = ("early_stopping_patience", "early_stopping_threshold")
 # A resumed run takes everything else from its folder; giving it with --resume is an error.
 _FREE_ON_RESUME = (
-    *("resume", "steps", "seconds", "accept_changes", "as_json", *EARLY_STOPPING),
+    *("resume", "memory", "steps", "seconds", "accept_changes", "as_json", *EARLY_STOPPING),
     *(field.name for field in dataclasses.fields(FitOptions)),
 )
 
@@ -61,7 +61,7 @@ _FREE_ON_RESUME = (
     default="none",
     show_default=True,
     metavar="SPEC",
-    help="The memory to train with, as name:option=value,...; stack several with +.",
+    help="The memory to train with, as name:option=value,...; stack several with +. With --resume only for one that is no built-in.",
 )
 @click.option("--steps", default=1000, show_default=True, type=click.IntRange(1), help="Optimizer steps in total.")
 @click.option("--seconds", type=click.FloatRange(0, min_open=True), help="Stop after this many seconds of training.")
@@ -125,7 +125,8 @@ def train(context: click.Context, /, resume: Path | None, out: Path, as_json: bo
             if resume is not None:
                 early_stopping = {name: options[name] for name in EARLY_STOPPING if name in given}
                 steps = options["steps"] if "steps" in given else None
-                trainer, data = resumed_run(resume, steps, early_stopping, options["accept_changes"], ranks)
+                memory_text = options["memory"] if "memory" in given else None
+                trainer, data = resumed_run(resume, steps, early_stopping, memory_text, options["accept_changes"], ranks)
             else:
                 trainer, data = new_run(out, options, {name: options[name] for name in SHAPE}, ranks)
         except KeyboardInterrupt:

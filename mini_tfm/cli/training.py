@@ -83,16 +83,17 @@ def _trainer_options(options: dict[str, Any]) -> TrainerOptions:
 
 
 def resumed_run(
-    folder: Path, steps: int | None, early_stopping: dict[str, Any], accept_changes: bool, ranks: Alone
+    folder: Path, steps: int | None, early_stopping: dict[str, Any], memory_text: str | None, accept_changes: bool, ranks: Alone
 ) -> tuple[Trainer, TrainingData]:
     """The saved run and its data, with new options for early stopping. steps: None for those planned before.
 
     Raises InvalidValue where the text has changed, unless that is accepted: it would not be the same run.
     """
+    from ..memory import memory as make_memory
     from ..train import Trainer
 
     check_out(folder)
-    trainer = Trainer.resume(folder, communicator=ranks)
+    trainer = Trainer.resume(folder, make_memory(memory_text) if memory_text else None, communicator=ranks)
     about, is_old = read_about(folder / DATA_FILE)
     if trainer.tokenizer is None:
         raise InvalidValue(f"{folder}: has no tokenizer; was it saved by `mini-tfm train`?")

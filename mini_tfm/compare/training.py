@@ -124,7 +124,7 @@ def _train_memory(job: Job, steps: int, seconds: float) -> Trained:
     began = time.perf_counter()
     trainer = Trainer(checkpoint.model, memory, **_options(dataclasses.replace(WITH_MEMORY, steps=steps), job.seed))
     history = _train(trainer, _batches(job, checkpoint.tokenizer), seconds, report_step)
-    save_model(job.folder, checkpoint.model, tokenizer=checkpoint.tokenizer, memory=memory)
+    save_model(job.folder, checkpoint.model, tokenizer=checkpoint.tokenizer, memory_text=memory.text if memory else None)
     return Trained(time.perf_counter() - began, history)
 
 

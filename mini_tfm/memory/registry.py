@@ -24,6 +24,7 @@ from .text import members_of, options_of, signature_of, text_of
 from .validate import check_spec, with_message
 
 BUILT_IN = "mini_tfm_plugins."
+IN_PROCESS = "registered in this process"
 
 
 class PluginWarning(UserWarning):
@@ -132,7 +133,7 @@ _registry = _Registry()
 def register_memory(name: str, factory: Callable[..., Memory]) -> None:
     """Registers a strategy for this process, without a package: notebooks, tests, experiments."""
     _check_registration(name, factory)
-    _registry.factories[name], _registry.owners[name] = factory, "registered in this process"
+    _registry.factories[name], _registry.owners[name] = factory, IN_PROCESS
 
 
 def list_memories() -> list[str]:
@@ -170,6 +171,27 @@ def memory(name: str, **options: Any) -> Memory:
         return Stack([memory(part) for part in parts])
     name, _, text = parts[0].partition(":")
     return _make(name.strip(), text, options)
+
+
+def memory_of_file(text: str, where: str) -> Memory:
+    """The memory that the file `where` names: only a built-in one, or one of this process, and only if it keeps nothing on disk.
+
+    What a file names is never imported or opened. Raises InvalidValue that says how to ask for it.
+    """
+    points = _registry.entry_points()
+    for name in (member.partition(":")[0].strip() for member in members_of(text)):
+        is_built_in = name in points and points[name].value.startswith(BUILT_IN)
+        if not is_built_in and _registry.owners.get(name) != IN_PROCESS:
+            break
+    else:
+        made = memory(text)
+        if not any(member.durable for member in (made.members if isinstance(made, Stack) else [made])):
+            return made
+    shown = text if len(text) <= 200 else text[:200] + "..."
+    raise InvalidValue(
+        f"{where}: names the memory {shown!r}, and a file may only name a built-in memory that opens no file. If you trust it, ask for it:"
+        f" memory={shown!r}, or --memory {shown!r} on the command line; --memory none goes without"
+    )
 
 
 def _make(name: str, text: str, options: dict[str, Any]) -> Memory:

@@ -78,13 +78,13 @@ def save_run(trainer: Run, folder: str | Path) -> None:
         TRAINING_FILE: json.dumps(about).encode(),
         OPTIMIZER_FILE: b"".join(bytes(part) for part in encode_safetensors(trainer.optimizer.state())),
     }
-    save_model(folder, trainer.model, tokenizer=trainer.tokenizer, memory=trainer.memory, extra_files=extra)
+    save_model(folder, trainer.model, tokenizer=trainer.tokenizer, memory_text=_text_of(trainer.memory), extra_files=extra)
 
 
 def save_weights(trainer: Run, folder: Path) -> None:
     """Writes the model alone."""
     check_finite(trainer)
-    save_model(folder, trainer.model, tokenizer=trainer.tokenizer, memory=trainer.memory)
+    save_model(folder, trainer.model, tokenizer=trainer.tokenizer, memory_text=_text_of(trainer.memory))
 
 
 def check_finite(trainer: Run) -> None:
@@ -111,6 +111,10 @@ def keep_checkpoint(trainer: Run, folder: Path, limit: int) -> None:
             shutil.rmtree(path)
         except OSError as error:
             raise FileProblem(f"{path}: an old checkpoint cannot be removed: {error.strerror or error}") from error
+
+
+def _text_of(memory: Memory | None) -> str | None:
+    return None if memory is None else memory.text
 
 
 def _step_of(path: Path) -> int:

@@ -14,6 +14,7 @@ from mini_tfm.checkpoint.models import save_model
 from mini_tfm.checkpoint.safetensors import encode_safetensors, read_safetensors
 from mini_tfm.config import Config
 from mini_tfm.errors import FileProblem, InvalidValue
+from mini_tfm.memory import registry
 from mini_tfm.text.tokenizers import ByteTokenizer, train_bpe
 from mini_tfm.transformer import Transformer, load_checkpoint
 
@@ -66,9 +67,9 @@ def test_save_load_save_gives_the_same_bytes(tmp_path_factory, fields, seed, mem
     model = Transformer(Config(**fields).replace(vocab_size=fields["vocab_size"] + 300 * with_tokenizer), seed=seed)
     made = mt.memory(memory) if memory else None
     model.add_memory_weights(made)
-    save_model(folder / "one", model, tokenizer=ByteTokenizer() if with_tokenizer else None, memory=made)
+    save_model(folder / "one", model, tokenizer=ByteTokenizer() if with_tokenizer else None, memory_text=made and made.text)
     saved = load_checkpoint(folder / "one")
-    save_model(folder / "two", saved.model, tokenizer=saved.tokenizer, memory=saved.memory())
+    save_model(folder / "two", saved.model, tokenizer=saved.tokenizer, memory_text=saved.memory_text)
     assert contents(folder / "one") == contents(folder / "two")
     assert saved.memory_text == memory and (saved.tokenizer is not None) == with_tokenizer
 
@@ -77,7 +78,7 @@ def test_a_bpe_tokenizer_and_a_memory_come_back(tmp_path):
     tokenizer = train_bpe(["the cat sat on the mat " * 20], 280)
     model, memory = Transformer(Config(**{**SIZES, "vocab_size": 300})), mt.memory("recurrent:tokens=3+window:size=9,sinks=1")
     model.add_memory_weights(memory)
-    save_model(tmp_path / "model", model, tokenizer=tokenizer, memory=memory)
+    save_model(tmp_path / "model", model, tokenizer=tokenizer, memory_text=memory.text)
     saved = load_checkpoint(tmp_path / "model")
     assert saved.tokenizer.encode("the mat").tolist() == tokenizer.encode("the mat").tolist()
     assert saved.memory().text == memory.text
@@ -192,7 +193,7 @@ def test_the_vocabulary_must_fit_the_model(folder):
 def test_a_memory_with_other_options_than_the_weights_is_refused(tmp_path):
     model, memory = tiny_model(dtype=np.float32), mt.memory("recurrent:tokens=3")
     model.add_memory_weights(memory)
-    save_model(tmp_path / "model", model, memory=memory)
+    save_model(tmp_path / "model", model, memory_text=memory.text)
     loaded = mt.load(tmp_path / "model")
     with pytest.raises(InvalidValue, match=r"memory.recurrent.tokens has shape \(3, 8\) in this model, and \(4, 8\)"):
         loaded.add_memory_weights(mt.memory("recurrent:tokens=4"))
@@ -201,8 +202,30 @@ def test_a_memory_with_other_options_than_the_weights_is_refused(tmp_path):
 def test_a_memory_that_is_not_installed_is_named_when_it_is_asked_for(folder):
     change_config(folder, lambda about: about.update(memory="windwo:size=3"))
     saved = load_checkpoint(folder)
-    with pytest.raises(InvalidValue, match=r"windwo.*did you mean 'window'"):
+    with pytest.raises(InvalidValue, match=r"names the memory 'windwo:size=3', .* ask for it: memory='windwo:size=3'"):
         saved.memory()
+
+
+@pytest.mark.parametrize(
+    "text", ["store:path={}", "window:size=4+store:path={}", "store:top_k=2,path='{}'", "stranger:path={}", "window+stranger"]
+)
+def test_nothing_that_a_file_names_is_opened_or_imported(text, folder, tmp_path, monkeypatch):
+    target = tmp_path / "elsewhere" / "x.mdb"
+    target.parent.mkdir()
+    text = text.format(target)
+    change_config(folder, lambda about: about.update(memory=text))
+    load = registry._registry.load
+    monkeypatch.setattr(registry._registry, "load", lambda name: pytest.fail(f"{name} was imported") if name == "stranger" else load(name))
+    for ask in (lambda: mt.Pipeline.load(folder), load_checkpoint(folder).memory):
+        with pytest.raises(InvalidValue, match=r"names the memory .* a file may only name a built-in memory that opens no file"):
+            ask()
+    assert mt.Pipeline.load(folder, memory=None).memory is None
+    assert not list(target.parent.iterdir())
+
+
+def test_a_built_in_memory_that_opens_nothing_is_made(folder):
+    change_config(folder, lambda about: about.update(memory="window:size=4+store:top_k=2"))
+    assert mt.Pipeline.load(folder).memory.name == "window+store"
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])

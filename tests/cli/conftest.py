@@ -7,7 +7,6 @@ import pytest
 
 from mini_tfm.checkpoint.models import save_model
 from mini_tfm.config import Config
-from mini_tfm.memory import memory
 from mini_tfm.text.tokenizers import ByteTokenizer
 from mini_tfm.transformer import Transformer
 
@@ -25,7 +24,7 @@ def run():
 def shared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
     model = Transformer(Config(vocab_size=ByteTokenizer.vocab_size, segment_length=16, **TINY))
-    save_model(folder / "model", model, tokenizer=ByteTokenizer(), memory=memory("window:size=8"))
+    save_model(folder / "model", model, tokenizer=ByteTokenizer(), memory_text="window:size=8")
     (folder / "a.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 4, encoding="utf-8")
     (folder / "b.txt").write_text("Zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich.\n" * 3, encoding="utf-8")
     (folder / "empty.txt").write_bytes(b"")

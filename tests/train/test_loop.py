@@ -193,7 +193,7 @@ def test_the_average_is_that_of_float64(tmp_path):
         for weight in model.weights.values():
             weight[...] = value
         folders.append(tmp_path / str(i))
-        save_model(folders[-1], model, memory=memory)
+        save_model(folders[-1], model, memory_text=memory and memory.text)
     assert average_models(folders, tmp_path / "out") == folders
     out = load_checkpoint(tmp_path / "out")
     assert out.memory_text == "recurrent:tokens=2" and "memory.recurrent.tokens" in out.model.weights
@@ -206,7 +206,7 @@ def test_models_that_differ_are_not_averaged(tmp_path):
     others = {
         "width": (small(np.float32, d_ff=16), {}, "d_ff is 16, expected 12"),
         "layers": (small(np.float32, n_decoder_layers=2), {}, "n_decoder_layers is 2, expected 1"),
-        "memory": (small(np.float32), {"memory": mt.memory("window:size=4")}, "its memory is window:size=4, expected None"),
+        "memory": (small(np.float32), {"memory_text": "window:size=4"}, "its memory is window:size=4, expected None"),
         "positions": (small(np.float32, activation="gelu"), {}, "activation is gelu, expected relu"),
     }
     for name, (model, more, told) in others.items():
