@@ -51,12 +51,12 @@ class LmdbRows:
         meta = self._meta()
         if meta["d_model"] != d_model:
             raise InvalidValue(
-                f"path: the store {self.given} holds rows of width {meta['d_model']}, this model's are {d_model} wide; give another path"
+                f"path: the store {self.given} holds rows of width {meta['d_model']}, this model needs {d_model}; give another path"
             )
         if meta["model"] != model:
             raise InvalidValue(
-                f"path: the store {self.given} holds rows of other weights (model {meta['model']}, this is {model});"
-                " rows mean nothing to another model: read the text again into another path"
+                f"path: the store {self.given} holds rows from other weights (model {meta['model']}, this is {model});"
+                " another model cannot use them: read the text again into another path"
             )
 
     def documents(self) -> dict[str, int]:
@@ -177,7 +177,7 @@ class LmdbRows:
         # An empty file with a lock beside it is a store that another process is about to make.
         is_made_now = not head and os.path.exists(self.path + "-lock")
         if head[MAGIC_AT:] != MAGIC and not is_made_now:
-            raise FileProblem(f"path: cannot open the store {self.given}: it is something else; expected an LMDB file or a new path")
+            raise FileProblem(f"path: cannot open the store {self.given}: it is not a store; expected an LMDB file or a new path")
 
     def _identity(self) -> tuple[int, int, int] | None:
         try:
@@ -200,7 +200,7 @@ class LmdbRows:
         except lmdb.MapFullError:
             raise
         except lmdb.Error as error:
-            raise FileProblem(f"path: the store {self.given} cannot be used: {error}; what it held before is still there") from error
+            raise FileProblem(f"path: the store {self.given} cannot be used: {error}; its earlier contents are still there") from error
 
     def _read(self, buffers: bool = False) -> Any:
         return self._transaction(buffers=buffers)

@@ -34,7 +34,7 @@ def check_memory(memory: str | Memory | Callable[[], Memory], *, skip: Iterable[
     """
     make = _factory(memory)
     if unknown := sorted(set(skip) - set(CHECKS)):
-        raise InvalidValue(f"skip: unknown check {unknown[0]!r}; there are {', '.join(CHECKS)}")
+        raise InvalidValue(f"skip: unknown check {unknown[0]!r}; the checks are {', '.join(CHECKS)}")
     made = make()
     if not isinstance(made, Memory):
         raise InvalidType(f"memory: expected a Memory, got {type(made).__name__}")
@@ -64,7 +64,7 @@ def _factory(memory: str | Memory | Callable[[], Memory]) -> Callable[[], Memory
         return lambda: memory
     if callable(memory):
         return memory
-    raise InvalidType(f"memory: expected text, a Memory or a function that gives one, got {type(memory).__name__}")
+    raise InvalidType(f"memory: expected text, a Memory or a function that returns a Memory, got {type(memory).__name__}")
 
 
 def _same(what: str, actual: np.ndarray, expected: np.ndarray) -> None:

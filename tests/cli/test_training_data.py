@@ -126,7 +126,7 @@ def test_a_cache_of_other_text_is_not_written_over(train, data):
     assert train("text.jsonl", "--field", "body", "--cache", data / "cache").code == 0
     before = (data / "cache" / "texts.tokens").read_bytes()
     refused = train("text.txt", "--cache", data / "cache", out="n")
-    assert refused.code == 2 and "texts.tokens: was made of other sources" in refused.err
+    assert refused.code == 2 and "texts.tokens: was built from other sources" in refused.err
     assert (data / "cache" / "texts.tokens").read_bytes() == before and not (data / "n" / "config.json").exists()
 
 
