@@ -64,4 +64,4 @@ def _difference(one: Checkpoint, other: Checkpoint) -> str | None:
     if one.memory_text != other.memory_text:
         return f"its memory is {other.memory_text}, expected {one.memory_text}"
     files = [each.tokenizer.files() if each.tokenizer is not None else {} for each in (one, other)]
-    return "its tokenizer is another one" if files[0] != files[1] else None
+    return "its tokenizer differs" if files[0] != files[1] else None
