@@ -110,7 +110,7 @@ class Var(NDArrayOperatorsMixin):
             if method == "reduce" and ufunc in (np.add, np.maximum):
                 return (_sum if ufunc is np.add else _max)(*inputs, **kwargs)
             given = f"{method} " + ", ".join(f"{name}=" for name in kwargs)
-            raise InvalidType(f"np.{ufunc.__name__}: {given.strip()} is not differentiable; call it plainly, for a new array")
+            raise InvalidType(f"np.{ufunc.__name__}: {given.strip()} is not differentiable; use a plain call that returns a new array")
         if rules is None:
             raise InvalidType(f"np.{ufunc.__name__}: no gradient is known; supported: {_supported()}")
         if len(inputs) == 1:
@@ -200,7 +200,7 @@ def _give(x: Var, dx: Any, waiting: list[tuple[int, Var]]) -> None:
 
 
 def _spent(node: Var, dy: np.ndarray, waiting: Any) -> None:
-    raise InvalidValue("backward: a gradient has gone through here already and what it needs is forgotten; add up the losses first")
+    raise InvalidValue("backward: this graph was already used and freed; add up the losses, then call backward once")
 
 
 # How a gradient goes on.
@@ -497,7 +497,7 @@ def _einsum(subscripts: str, *operands: Any, **_: Any) -> Var:
     left, out = subscripts.replace(" ", "").split("->")
     terms = left.split(",")
     if any(len(set(term)) != len(term) for term in terms):
-        raise InvalidValue(f"np.einsum: a label twice in one operand has no gradient here, got {subscripts!r}")
+        raise InvalidValue(f"np.einsum: a label repeated in one operand is not differentiable, got {subscripts!r}")
     values = [value_of(x) for x in operands]
 
     def grad(i: int, dy: np.ndarray) -> np.ndarray:

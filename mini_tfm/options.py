@@ -1,6 +1,6 @@
-"""Options as data: a frozen dataclass whose fields carry their default, limits and help, and which checks itself.
+"""Options as data: a frozen dataclass that checks itself; each field has its default, limits and help.
 
-train/options.py  generate/options.py   the options there are
+train/options.py  generate/options.py   the options
 cli/options.py                          the same fields as options of the command line
 """
 
@@ -23,10 +23,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclasses.dataclass(frozen=True)
 class About:
-    """What the value of a field may be, beside its type, and what it means.
+    """The limits of a field's value, beside its type, and its meaning.
 
-    help: one sentence or two, for the docstring and the command line. hint: added to the error about a wrong value.
-    path: a str that is a path. unit: of the value, as the command line shows it. cli: whether it is an option there.
+    help: one or two sentences, for the docstring and the command line. hint: added to the error about a wrong value.
+    path: the str is a path. unit: of the value, as shown on the command line. cli: whether it is an option there.
     """
 
     help: str
@@ -42,7 +42,7 @@ class About:
 
 
 def option(default: Any, help: str, **about: Any) -> Any:
-    """A field of an options class; `about` is what `About` takes."""
+    """A field of an options class; `about` holds the arguments of `About`."""
     return dataclasses.field(default=default, metadata={"about": About(help, **about)})
 
 
@@ -54,7 +54,7 @@ class Options:
     numbers become Python's, paths absolute. Raises InvalidValue that lists every field at fault.
     """
 
-    owner: ClassVar[str] = ""  # who takes them: errors begin with it
+    owner: ClassVar[str] = ""  # errors begin with it
 
     def __post_init__(self) -> None:
         faults = []
@@ -70,7 +70,7 @@ class Options:
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Self:
-        """The options of keyword arguments. Raises InvalidType naming an unknown one, InvalidValue for values."""
+        """The options from keyword arguments. Raises InvalidType for an unknown name, InvalidValue for wrong values."""
         cls.check_names(given)
         return cls(**given)
 
@@ -84,7 +84,7 @@ class Options:
                 raise InvalidType(f"{cls.owner}: unknown option {name!r}{meant}; it takes {', '.join(known)}")
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with some options changed. Raises what `of` does."""
+        """A copy with some options changed. Raises the same errors as `of`."""
         return self.of({**self.to_dict(), **changes})
 
     def to_dict(self) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def kinds(field: dataclasses.Field) -> list[str]:
 
 
 def takes(options: type[Options], *, keeps: bool = False) -> Callable[[F], F]:
-    """Decorates a function whose `**options` are fields of an options class: its signature and docstring name them all.
+    """Decorates a function whose `**options` are fields of an options class: adds them all to its signature and docstring.
 
     keeps: a field that is not given keeps the value it had before, so its default is shown as None.
     """
@@ -122,7 +122,7 @@ def takes(options: type[Options], *, keeps: bool = False) -> Callable[[F], F]:
 
 
 def _described(options: type[Options]) -> Iterator[str]:
-    """A line a field: its name, default and help."""
+    """One line per field: its name, default and help."""
     for field in dataclasses.fields(options):
         yield textwrap.fill(f"{field.name} ({field.default!r}): {about(field).help}", 110, subsequent_indent="    ")
 
@@ -161,7 +161,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_within(limits: About, value: float) -> bool:
-    """False for NaN and infinity, too."""
+    """Also False for NaN and infinity."""
     return (
         -math.inf < value < math.inf
         and (limits.at_least is None or value >= limits.at_least)
@@ -172,7 +172,7 @@ def _is_within(limits: About, value: float) -> bool:
 
 
 def _expected(field: dataclasses.Field) -> str:
-    """What a field takes, in words: "an integer of at least 1 or None"."""
+    """A field's allowed values in words: "an integer of at least 1 or None"."""
     kind, limits = kinds(field)[0], about(field)
     if kind == "bool":
         wanted = "True or False"

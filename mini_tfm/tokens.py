@@ -14,7 +14,7 @@ def check_tokens(name: str, tokens: Any, vocab_size: int, lengths: Any = None) -
     try:
         array = np.asarray(tokens)
     except ValueError as error:  # rows of different lengths
-        raise InvalidValue(f"{name}: expected rows of one length; fill short ones with pad_id and give their lengths") from error
+        raise InvalidValue(f"{name}: expected sequences of one length; pad short ones with pad_id and give their lengths") from error
     if array.dtype.kind not in "iu" and array.size:
         raise InvalidType(f"{name}: expected integer token ids, got {array.dtype}")
     if array.ndim != 2:

@@ -59,9 +59,9 @@ class Transformer(Model):
         if self.config.has_encoder:
             source, lengths = check_tokens("source", source, self.config.vocab_size, source_lengths)
             if len(source) != len(target):
-                raise InvalidValue(f"target: expected {len(source)} rows, as source has, got {len(target)}")
+                raise InvalidValue(f"target: expected {len(source)} sequences, as source has, got {len(target)}")
         elif source is not None:
-            raise InvalidValue("source: expected None, as this model has no encoder")
+            raise InvalidValue("source: expected None, because this model has no encoder")
         stream = Stream(self, None, len(target))
         stream.open(source, lengths)
         return value_of(stream.logits(stream.decode(target, target_lengths)))

@@ -65,12 +65,12 @@ class LmdbRows:
         meta = self._meta()
         if meta["d_model"] != d_model:
             raise InvalidValue(
-                f"path: the store {self.given} holds rows of width {meta['d_model']}, this model's are {d_model} wide; give another path"
+                f"path: the store {self.given} holds rows of width {meta['d_model']}, this model needs {d_model}; give another path"
             )
         if meta["model"] != model:
             raise InvalidValue(
-                f"path: the store {self.given} holds rows of other weights (model {meta['model']}, this is {model});"
-                " rows mean nothing to another model: read the text again into another path"
+                f"path: the store {self.given} holds rows from other weights (model {meta['model']}, this is {model});"
+                " another model cannot use them: read the text again into another path"
             )
 
     def documents(self) -> dict[str, int]:
@@ -216,7 +216,7 @@ class LmdbRows:
         if not first and os.path.exists(self.path + "-lock"):
             return  # an empty file with a lock beside it is a store that another process is about to make
         if first[MAGIC_AT : MAGIC_AT + len(MAGIC)] != MAGIC:
-            raise FileProblem(f"path: cannot open the store {self.given}: it is something else; expected an LMDB file or a new path")
+            raise FileProblem(f"path: cannot open the store {self.given}: it is not a store; expected an LMDB file or a new path")
         # Each of the first two pages says where the file ends; the one of the later transaction counts.
         metas = [_META.unpack_from(page, MAGIC_AT) for page in (first, second) if len(page) == MAGIC_AT + _META.size]
         last_page = max(metas, key=lambda meta: meta[3])[2] if metas else 1
@@ -251,7 +251,7 @@ class LmdbRows:
                 " it held before is still there"
             ) from error
         except lmdb.Error as error:
-            raise FileProblem(f"path: the store {self.given} cannot be used: {error}; what it held before is still there") from error
+            raise FileProblem(f"path: the store {self.given} cannot be used: {error}; its earlier contents are still there") from error
 
     def _read(self, buffers: bool = False) -> Any:
         return self._transaction(buffers=buffers)

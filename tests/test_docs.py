@@ -176,7 +176,7 @@ def command_line_page():
     parts = [
         "# The command line",
         (main.help or "").partition("\n")[0],
-        "`mini-tfm COMMAND --help` says the same. Answers go to standard output, everything else to standard error. Exit codes: 0"
+        "`mini-tfm COMMAND --help` shows the same text. Results go to standard output, everything else to standard error. Exit codes: 0"
         " done, 1 a check failed, 2 an error, in one line (`MINI_TFM_DEBUG=1` adds the traceback), 130 Ctrl-C.",
     ]
     for words, command in commands():

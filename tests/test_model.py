@@ -370,7 +370,7 @@ def test_lengths_are_checked(call, kind):
 
 CALLS = {
     "a source for a decoder-only model": (lambda: tiny_model("decoder only").logits(GOOD, GOOD), InvalidValue, "source: expected None"),
-    "batches of different sizes": (lambda: tiny_model().logits(GOOD, GOOD[:1]), InvalidValue, "target: expected 2 rows"),
+    "batches of different sizes": (lambda: tiny_model().logits(GOOD, GOOD[:1]), InvalidValue, "target: expected 2 sequences"),
     "logits without a decoder": (lambda: tiny_model("encoder only").logits(GOOD, GOOD), InvalidValue, "no decoder"),
     "generate without a decoder": (lambda: tiny_model("encoder only").generate(GOOD), InvalidValue, "no decoder"),
     "encode without an encoder": (lambda: tiny_model("decoder only").encode(GOOD), InvalidValue, "no encoder"),

@@ -142,7 +142,7 @@ BROKEN = {
     "hook that registers nothing": (HOOK + "pass", "it registers no strategy"),
     "registers no factory": (
         HOOK + "register('broken', 7)",
-        "factory: expected a Memory class or a callable that gives one, got 7",
+        "factory: expected a Memory class or a callable that returns a Memory, got 7",
     ),
     "registers an odd name": (
         HOOK + "register(7, dict)",

@@ -37,7 +37,7 @@ def save_folder(
     files = dict(extra_files or {})
     for name in (CONFIG_FILE, TENSORS_FILE):
         if name in files:
-            raise InvalidValue(f"extra_files: {name!r} is written from the other arguments; choose another name")
+            raise InvalidValue(f"extra_files: {name!r} is a file of the model itself; choose another name")
     write_folder(folder, files | {CONFIG_FILE: encode_json(config), TENSORS_FILE: encode_safetensors(tensors)})
 
 

@@ -51,7 +51,7 @@ def save_model(
 def read_model(folder: str | os.PathLike, dtype: str = "float32") -> Contents:
     """Reads a model folder of any family. Raises FileProblem or InvalidValue naming the file, field or tensor at fault."""
     if dtype not in ("float32", "float64"):
-        raise InvalidValue(f"dtype: expected 'float32' ('float64' for checks), the only ones so far, got {dtype!r}")
+        raise InvalidValue(f"dtype: expected 'float32', or 'float64' for checks, got {dtype!r}")
     about, tensors = load_folder(folder)
     config_path, tensors_path = (os.path.join(os.fspath(folder), name) for name in (CONFIG_FILE, TENSORS_FILE))
     family = family_of(about, config_path)

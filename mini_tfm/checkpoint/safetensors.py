@@ -87,7 +87,7 @@ def encode_safetensors(tensors: Mapping[str, np.ndarray]) -> list[bytes | memory
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-(8 + len(text)) % 64)  # the data then starts on a cache line of the mapped file
     if len(text) > MAX_HEADER_BYTES:
-        raise InvalidValue(f"tensors: names and shapes take {len(text)} bytes, at most {MAX_HEADER_BYTES} expected")
+        raise InvalidValue(f"tensors: expected at most {MAX_HEADER_BYTES} bytes of names and shapes, got {len(text)}")
     return [struct.pack("<Q", len(text)), text, *(arrays[name].reshape(-1).view(np.uint8).data for name in ordered)]
 
 
@@ -143,7 +143,7 @@ def _read_header(file: NamedFile) -> tuple[int, list[_Entry]]:
         raise ValueError(f"expected at least 8 bytes, found {size}")
     (length,) = struct.unpack("<Q", file.read(8))
     if length > min(size - 8, MAX_HEADER_BYTES):
-        raise ValueError(f"the header claims {length} bytes, the file has {size - 8} after the length, the cap is {MAX_HEADER_BYTES}")
+        raise ValueError(f"the header claims {length} bytes, the file has {size - 8} after the length, the limit is {MAX_HEADER_BYTES}")
     text = file.read(length)
     if not text.startswith(b"{"):
         raise ValueError("the header does not start with a brace")
@@ -175,9 +175,9 @@ def _read_entry(name: str, fields: Any) -> _Entry:
     if not isinstance(code, str) or code not in DTYPES:
         raise ValueError(f"tensor {name!r}: dtype: expected one of {', '.join(DTYPES)}, found {str(code)[:40]!r}")
     if not _are_counts(shape) or len(shape) > MAX_RANK:
-        raise ValueError(f"tensor {name!r}: shape: expected at most {MAX_RANK} integers from 0")
+        raise ValueError(f"tensor {name!r}: shape: expected at most {MAX_RANK} integers of at least 0")
     if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise ValueError(f"tensor {name!r}: data_offsets: expected two integers from 0, the first not the larger")
+        raise ValueError(f"tensor {name!r}: data_offsets: expected two integers of at least 0 in ascending order")
     dtype = DTYPES[code]
     # Zeros are left out of the cap: NumPy too refuses an empty array whose other dimensions overflow.
     if math.prod(count or 1 for count in shape) * dtype.itemsize > MAX_TENSOR_BYTES:

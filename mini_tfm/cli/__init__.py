@@ -1,17 +1,17 @@
-"""The command line, `mini-tfm`: one file a command, imported when it is needed.
+"""The command line, `mini-tfm`: one file per command, imported when it is needed.
 
     train.py             text files -> a model folder: the options
-      -> training.py     the run: new or resumed, progress, result
+      -> training.py     the run: new or resumed, its progress and result
       -> training_data.py   its data
     demo.py compare.py   memories side by side (../compare/)
-      -> results.py      what the two share: options, the folder of results, the table
-    average.py           the mean of several models of a run
-    generate.py score.py embed.py read.py    a model folder at work
+      -> results.py      shared by the two: options, the results folder, the table
+    average.py           averages models of a run
+    generate.py score.py embed.py read.py    commands that use a saved model
     plugins.py info.py   installed memories; versions, kernels, a model folder
     options.py           the fields of an options class as options of a command
-    shared.py            for all: options, tables, JSON, files, Ctrl-C
+    shared.py            for all commands: options, tables, JSON, files, Ctrl-C
 
-All commands behave alike. Answers go to standard output, everything else to standard error. An error is one line and
+All commands behave alike. Results go to standard output, everything else to standard error. An error is one line and
 exit code 2 (`MINI_TFM_DEBUG=1` adds the traceback), Ctrl-C is 130, a closed pipe 141. Before a command runs, only click is
 imported, so that `--help` is quick.
 """
@@ -35,7 +35,7 @@ PIPE_CLOSED = 128 + getattr(signal, "SIGPIPE", 13)
 
 
 class CommandLine(click.Group):
-    """A group whose commands are modules of this package, and the one place where an error becomes a line."""
+    """A group whose commands are modules of this package; it turns every error into one line."""
 
     def list_commands(self, context: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -56,7 +56,7 @@ class CommandLine(click.Group):
             click.echo(("\n" if sys.stderr.isatty() else "") + f"stopped: {str(stop) or 'nothing was left half done'}", err=True)
             context.exit(INTERRUPTED)
         except BrokenPipeError:
-            # What Python still holds for the reader that went away must not fail at exit.
+            # Output that Python still buffers for the closed pipe must not fail at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             context.exit(PIPE_CLOSED)
         except Exception as error:
@@ -93,5 +93,5 @@ def main() -> None:
     Start with:
       mini-tfm demo --quick                     train and compare the built-in memories, in two minutes
       mini-tfm train --text notes/*.txt         train a model on your own text
-      mini-tfm plugins new my-memory --name my_memory     write a memory of your own
+      mini-tfm plugins new my-memory --name my_memory     start a memory of your own
     """

@@ -1,4 +1,4 @@
-"""`mini-tfm average`: the mean of several models of one run."""
+"""`mini-tfm average`: averages the weights of several models."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .shared import check_out, command_line, json_option, note, print_json
     "--last",
     type=click.IntRange(1),
     metavar="MODELS",
-    help="Average this many checkpoint-STEP folders of the run in FOLDER, those of the last steps.",
+    help="Average this many of the last checkpoint-STEP folders of the run in FOLDER.",
 )
 @click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Save the average here.")
 @json_option
 def average(folders: tuple[Path, ...], last: int | None, out: Path, as_json: bool) -> None:
-    """Averages the weights of the models in FOLDERs, which must have one architecture, tokenizer and memory.
+    """Averages the weights of the models in FOLDERs, which must have the same architecture, tokenizer and memory.
 
-    Sums are in float64. With --last, FOLDER is a run, and its checkpoints of the last steps are averaged. A folder that
+    Sums are in float64. With --last, FOLDER is a run, and the checkpoints of its last saved steps are averaged. A folder that
     holds a model is never overwritten.
 
     \b
@@ -34,7 +34,7 @@ def average(folders: tuple[Path, ...], last: int | None, out: Path, as_json: boo
     from ..train.average import average_models, last_checkpoints
 
     if last is not None and len(folders) != 1:
-        raise click.UsageError(f"--last goes with one FOLDER, a run; got {len(folders)}")
+        raise click.UsageError(f"--last: expected one FOLDER, a run; got {len(folders)}")
     check_out(out)
     if any((out / name).exists() for name in ("config.json", "model.safetensors")):
         raise FileProblem(f"--out: {out} holds a model already; give another folder")

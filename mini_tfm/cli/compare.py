@@ -1,4 +1,4 @@
-"""`mini-tfm compare`: memories side by side, on one text."""
+"""`mini-tfm compare`: compares memories on one text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import click
 from .results import check_results_folder, print_rows, run, seconds_option, seed_option, text_words, write_results
 from .shared import json_option, none_of, note, print_json, read_documents
 
-STREAMS = 64  # facts asked for at each distance, of a saved model
+STREAMS = 64  # questions asked of a saved model at each distance
 DOCUMENTS_AT_ONCE = 16
 
 
@@ -22,7 +22,7 @@ DOCUMENTS_AT_ONCE = 16
     multiple=True,
     required=True,
     metavar="SPEC",
-    help="A memory to compare, as name:option=value,...; none for no memory. Repeat it for each.",
+    help="A memory to compare, as name:option=value,...; none: no memory. Repeat the option for each memory.",
 )
 @click.option(
     "--text",
@@ -30,9 +30,9 @@ DOCUMENTS_AT_ONCE = 16
     multiple=True,
     metavar="FILE...",
     type=click.Path(path_type=Path),
-    help="Text files, one document each; default: the documentation inside Python.",
+    help="Text files, one document each; default: Python's own documentation.",
 )
-@seconds_option("Time for training and measuring all memories, about.")
+@seconds_option("Approximate time to train and measure all memories.")
 @seed_option
 @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Save models, report.html (with plots) and results.json here.")
 @json_option
@@ -42,8 +42,8 @@ def compare(
     """Compares memories on one text: bits per byte of held-out documents, recall of a fact by distance (in segments),
     tokens/s, state (bytes per stream) and peak RAM (bytes).
 
-    Without FOLDER it trains a model with each memory, all from a common start and for the same number of steps. With FOLDER
-    it measures the saved model with each memory, trains nothing, and uses all of the text.
+    Without FOLDER, trains a model with each memory, all from the same start and for the same number of steps. With FOLDER,
+    measures the saved model with each memory on all of the text, without training.
 
     \b
     Examples:
@@ -74,7 +74,7 @@ def compare(
 def _check_usage(
     paths: tuple[Path, ...], files: tuple[Path, ...], memories: tuple[str, ...], out: Path | None
 ) -> tuple[Path | None, list[Path]]:
-    """(the model's folder, the text files): a shell puts the files of `--text *.txt`, but for the first, among the arguments."""
+    """(the model's folder, the text files). A shell expands `--text *.txt`: all files but the first arrive as arguments."""
     from ..errors import FileProblem, InvalidValue
 
     folders = [path for path in paths if path.is_dir()]
@@ -86,16 +86,16 @@ def _check_usage(
     if len(folders) > 1:
         raise click.UsageError(f"expected one model folder, got {len(folders)}")
     if len(set(memories)) < len(memories):
-        raise InvalidValue(f"--memory: expected each once, got {', '.join(memories)}")
+        raise InvalidValue(f"--memory: expected each memory once, got {', '.join(memories)}")
     if folders and out is not None:
-        raise click.UsageError("--out is for trained models; with FOLDER use --json")
+        raise click.UsageError("--out: not with FOLDER, which trains no models; use --json")
     if out is not None:
         check_results_folder(out)
     return (folders[0] if folders else None), [*files, *rest]
 
 
 def measure_saved(folder: Path, memories: tuple[str, ...], documents: dict[str, str], seed: int) -> list[dict[str, Any]]:
-    """A row for each memory: the model of `folder` on all documents, each read by an empty memory."""
+    """One table row per memory: the model in `folder` on all documents, each read with an empty memory."""
     from ..compare.experiment import n_bytes
     from ..compare.machine import forget_peak_ram
     from ..compare.measure import measure_memory
@@ -105,7 +105,7 @@ def measure_saved(folder: Path, memories: tuple[str, ...], documents: dict[str, 
     from ..pipeline import Pipeline
     from ..progress import progress_bar
 
-    for spec in memories:  # a wrong option must not show up after minutes
+    for spec in memories:  # report a wrong option now, not after minutes
         Pipeline.load(folder, memory=none_of(spec))
     rows = []
     for spec in memories:

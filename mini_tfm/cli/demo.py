@@ -1,4 +1,4 @@
-"""`mini-tfm demo`: what a memory is for, measured in minutes on text that comes with Python."""
+"""`mini-tfm demo`: shows what each memory is good for, in minutes, on text that comes with Python."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .shared import command_line, count, duration, json_option, none_of, note, p
 if TYPE_CHECKING:
     from ..compare.experiment import Experiment
 
-# Small on purpose: what does not fit is what shows. A window of 64 rows is two segments of the experiment.
+# Small on purpose, so that not everything fits. A window of 64 rows is two segments of the experiment.
 MEMORIES = ("none", "window:size=64", "recurrent:tokens=4", "store:top_k=16", "window:size=64+store:top_k=16")
 QUICK_SECONDS = 90.0
 HELD_OUT_TEXT = "held-out.txt"
@@ -48,8 +48,8 @@ HELD_OUT_TEXT = "held-out.txt"
     type=click.Path(path_type=Path),
     help="Save the models, report.html and results.json here.",
 )
-@seconds_option("Time for all of it, about.")
-@click.option("--quick", is_flag=True, help=f"Take {QUICK_SECONDS:.0f} seconds, in which not all memories learn to recall.")
+@seconds_option("Approximate total time.")
+@click.option("--quick", is_flag=True, help=f"Take {QUICK_SECONDS:.0f} seconds: too short for some memories to learn recall.")
 @seed_option
 @json_option
 @click.pass_context
@@ -63,11 +63,11 @@ def demo(
     seed: int,
     as_json: bool,
 ) -> None:
-    """Trains the same small Transformer with no memory, working memory, recurrent memory, a long-term store, and both.
+    """Trains the same small Transformer with no memory, a window, a recurrent memory, a store, and a window plus a store.
 
-    Each gets the same text and number of steps, and is measured on documents it has never seen: bits per byte, whether
-    a fact from several segments back is still known, tokens/s, state and peak RAM in bytes. Prints a table, writes a report
-    with plots, and shows commands to try on the models.
+    Each is trained on the same text for the same number of steps, then measured on held-out documents: bits per byte, recall
+    of a fact from several segments back, tokens/s, state and peak RAM in bytes. Prints a table, writes a report with plots,
+    and shows commands to try on the models.
     """
     if quick and context.get_parameter_source("seconds") is click.core.ParameterSource.COMMANDLINE:
         raise click.UsageError("give --quick or --seconds, not both")
@@ -123,7 +123,7 @@ def _print(experiment: Experiment) -> None:
 
 
 def try_next(out: Path, experiment: Experiment) -> list[str]:
-    """Commands that work on what the demo has left: writing, and reading into a memory that stays."""
+    """Commands to try on the saved models: generation, and reading into a memory on disk."""
     best = max(experiment.rows, key=lambda row: (row.recall_far == row.recall_far, row.recall_far))
     prompt, held_out = "The import statement", out / HELD_OUT_TEXT
     lines: list[tuple[str | Path, ...]] = []
@@ -141,7 +141,7 @@ def try_next(out: Path, experiment: Experiment) -> list[str]:
 
 
 def on_disk(memory: str, path: Path) -> str | None:
-    """A memory's text with a file to keep its rows in; None if no strategy of it takes a `path`."""
+    """The memory's text with a `path` for its rows; None if none of its strategies has that option."""
     from ..memory import describe_memory
     from ..memory import memory as make_memory
 

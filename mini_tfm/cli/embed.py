@@ -1,4 +1,4 @@
-"""`mini-tfm embed`: a vector for each line of text."""
+"""`mini-tfm embed`: computes one vector per line of text."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ TEXTS_AT_ONCE = 64
 def embed(folder: Path, file: Path, out: Path | None, overwrite: bool, segment_length: int | None, as_json: bool) -> None:
     """Computes one vector per line of FILE (- is standard input): the mean of the encoder's outputs over its tokens.
 
-    Row i of the result is line i; an empty line gives a row of zeros. Of a line longer than a segment, in tokens, only the
-    beginning counts.
+    Row i of the result is the vector of line i; an empty line gives zeros. A line longer than a segment, in tokens, is
+    truncated.
     """
     import numpy as np
 

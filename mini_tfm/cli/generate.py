@@ -1,4 +1,4 @@
-"""`mini-tfm generate`: continues a text, with what a memory holds."""
+"""`mini-tfm generate`: continues a text, using a memory."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ..pipeline import Pipeline
 
 
-@click.command(short_help="Continue a text, with what a memory holds.")
+@click.command(short_help="Continue a text, using a memory.")
 @folder_argument
 @click.argument("prompt", required=False)
 @click.option("--file", type=click.Path(path_type=Path), metavar="FILE", help="Read the prompt from this text file.")
@@ -45,11 +45,11 @@ if TYPE_CHECKING:
     multiple=True,
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Read this text file into the memory first; may be repeated.",
+    help="First read this text file into the memory; can be repeated.",
 )
 @options_of(GenerationOptions)
 @segment_option
-@click.option("--no-stream", is_flag=True, help="Print the text at once, when it is complete.")
+@click.option("--no-stream", is_flag=True, help="Print the text only when it is complete.")
 @json_option
 def generate(
     folder: Path,
@@ -65,7 +65,7 @@ def generate(
     """Continues PROMPT, the text of --file, or standard input, with the model in FOLDER.
 
     Prints only the new text, as it is generated. Lengths are in tokens. A prompt longer than a segment is first read into
-    a copy of the memory. Files given by --read stay in a memory on disk.
+    a copy of the memory. A memory on disk keeps the files given with --read.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""`mini-tfm info`: shows versions and kernels, a model folder, a memory."""
+"""`mini-tfm info`: shows versions and kernels, a model or a memory."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .shared import count, json_option, none_of, print_json, print_table, size
 PACKAGES = ("numpy", "pluggy", "tokenizers", "lmdb", "click", "rich")
 
 
-@click.command(short_help="Show versions and kernels, a model folder, a memory.")
+@click.command(short_help="Show versions and kernels, a model or a memory.")
 @click.argument("folder", required=False, type=click.Path(path_type=Path))
 @click.option("--memory", metavar="SPEC", help="Also show this memory: its options and its documents.")
 @json_option
 def info(folder: Path | None, memory: str | None, as_json: bool) -> None:
-    """Shows versions, kernels and threads; with FOLDER also that model; with --memory also that memory and its documents.
+    """Shows versions, kernels and threads; with FOLDER also a model; with --memory also a memory and its documents.
 
-    Sizes are in bytes, lengths in tokens, capacities in rows (what a memory keeps of a token).
+    Sizes are in bytes, lengths in tokens, capacities in rows (the vectors that a memory keeps).
     """
     answer: dict[str, Any] = {"library": _library()}
     if folder is not None:

@@ -1,4 +1,4 @@
-"""The fields of a dataclass whose options are made by `mini_tfm.options.option`, as options of a command."""
+"""Turns the fields of an options class (see `mini_tfm.options.option`) into options of a command."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ C = TypeVar("C", bound=Callable[..., Any])
 
 
 def options_of(kind: type, names: Iterable[str] = (), *, keeps: bool = False, **changes: Mapping[str, Any]) -> Callable[[C], C]:
-    """A decorator that gives a command an option for each field of `kind`, or for those of `names`.
+    """A decorator that adds an option to a command for each field of `kind`, or only for the fields in `names`.
 
-    Name, type, default, unit and help are the field's. keeps: an option that is not given is None, as it then keeps its
-    value. changes: by field, arguments of `click.option` that differ; `flag` is the option's name, such as --max-grad-norm.
+    Name, type, default, unit and help come from the field. keeps: an option that is not given is None and keeps its earlier
+    value. changes: by field, different arguments of `click.option`; `flag` is the option's name, such as --max-grad-norm.
     """
     chosen = [field for field in dataclasses.fields(kind) if (field.name in names if names else about(field).cli)]
 
@@ -33,7 +33,7 @@ def options_of(kind: type, names: Iterable[str] = (), *, keeps: bool = False, **
 
 
 def values_of(kind: type, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a command's options that are fields of `kind`."""
+    """The command's options that are fields of `kind`."""
     return {field.name: options[field.name] for field in dataclasses.fields(kind) if field.name in options}
 
 

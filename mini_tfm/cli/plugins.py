@@ -1,4 +1,4 @@
-"""`mini-tfm plugins`: lists the installed memories, checks one against the contract, starts a new one."""
+"""`mini-tfm plugins`: lists the installed memories, checks one against the contract, or starts a new one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .shared import Clock, check_out, command_line, json_option, note, print_jso
 
 @click.group()
 def plugins() -> None:
-    """List the installed memories, check one, start a new one."""
+    """List the installed memories, check one, or start a new one."""
 
 
 @plugins.command("list")
@@ -43,18 +43,18 @@ def list_(as_json: bool) -> None:
 
 
 def _installed() -> list[dict[str, Any]]:
-    """`describe_memory` of each, and why it is broken (None: it is not)."""
+    """`describe_memory` of each memory, plus the reason why it is broken (None: it is not)."""
     from ..memory import describe_memory, list_memories
     from ..memory import registry as manager
 
     found: dict[str, dict[str, Any]] = {}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for _ in range(2):  # the second time has the strategies that plugins of another name registered in the first
+        for _ in range(2):  # the second pass also sees strategies that plugins of other names registered in the first
             for name in list_memories():
                 try:
                     found[name] = {**describe_memory(name), "broken": None}
-                except Exception as error:  # somebody else's code must not end a list
+                except Exception as error:  # a broken plugin must not end the list
                     reasons = manager._registry.failed
                     if name in reasons or not isinstance(error, MiniTfmError):
                         found[name] = {
@@ -72,7 +72,7 @@ def _installed() -> list[dict[str, Any]]:
 
 
 def _owner(name: str) -> str:
-    """The plugin and its distribution, as `describe_memory` names it, without loading it."""
+    """The plugin and its distribution, named as in `describe_memory`, without loading it."""
     from ..memory.hookspecs import ENTRY_POINT_GROUP
 
     points = [point for point in metadata.entry_points(group=ENTRY_POINT_GROUP) if point.name == name]
@@ -91,16 +91,16 @@ def _options(options: dict[str, Any]) -> str:
 @json_option
 @click.pass_context
 def check(context: click.Context, spec: str, as_json: bool) -> None:
-    """Checks that an installed memory keeps the memory contract. Prints a line per check, with its time in seconds; exit
-    code 1 if one fails.
+    """Checks that an installed memory follows the memory contract. Prints one line per check, with its time in seconds. The
+    exit code is 1 if a check fails.
 
-    Choose small sizes, as in window:size=8: a window of 512 rows never fills in a check of thirty tokens.
+    Choose small sizes, as in window:size=8: a window of 512 rows never fills up in a check of thirty tokens.
     """
     from ..memory import memory as make_memory
     from ..progress import track
     from ..testing import CHECKS, CheckFailed, check_memory
 
-    make_memory(spec)  # an unknown name or option is an error, not a check that failed
+    make_memory(spec)  # an unknown name or option is an error, not a failed check
     results: list[dict[str, Any]] = []
     for name in track(CHECKS, "checking", len(CHECKS), "checks"):
         clock, failures = Clock(), []
@@ -137,17 +137,17 @@ TEMPLATE_NAME = "my_memory"
 
 @plugins.command()
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--name", default=TEMPLATE_NAME, show_default=True, help="Name of the memory: small letters, digits and _.")
+@click.option("--name", default=TEMPLATE_NAME, show_default=True, help="Name of the memory: lowercase letters, digits and _.")
 def new(folder: Path, name: str) -> None:
     """Writes a new plugin into DIR: a strategy of a few dozen lines, its test and its package, ready to install.
 
-    DIR must be new or empty. What the strategy keeps, in rows or bytes, is up to you.
+    DIR must be new or empty. You decide what the strategy keeps, in rows or bytes.
     """
     from ..errors import FileProblem, InvalidValue
     from ..files.writing import write_file
 
     if not re.fullmatch(r"[a-z_][a-z0-9_]*", name) or keyword.iskeyword(name):
-        raise InvalidValue(f"--name: expected small letters, digits and _, a letter first, got {name!r}")
+        raise InvalidValue(f"--name: expected lowercase letters, digits and _, a letter first, got {name!r}")
     check_out(folder)
     if folder.is_dir() and any(folder.iterdir()):
         raise FileProblem(f"{folder}: expected a new or empty folder; it holds {next(folder.iterdir()).name}")
@@ -166,7 +166,7 @@ def new(folder: Path, name: str) -> None:
 
 
 def _files(folder: Any, place: str) -> Iterator[tuple[Any, str]]:
-    """(file, its path in the template) of all files; what Python or an editor left is no part of it."""
+    """(file, its path in the template) of all files, without files that Python or an installer left there."""
     for entry in folder.iterdir():
         if entry.name == "__pycache__" or entry.name.endswith((".pyc", ".egg-info")):
             continue
@@ -178,6 +178,6 @@ def _files(folder: Any, place: str) -> Iterator[tuple[Any, str]]:
 
 
 def _renamed(text: str, name: str) -> str:
-    """The template's name in each of its spellings: my_memory, my-memory, MyMemory."""
+    """Replaces the template's name in all spellings: my_memory, my-memory, MyMemory."""
     text = text.replace("my_memory", name).replace("my-memory", name.strip("_").replace("_", "-"))
     return text.replace("MyMemory", "".join(part.title() for part in name.split("_")) or "MyMemory")

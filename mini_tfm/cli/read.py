@@ -1,4 +1,4 @@
-"""`mini-tfm read`: text files into a memory that outlives the process."""
+"""`mini-tfm read`: reads text files into a memory on disk."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ if TYPE_CHECKING:
 @folder_argument
 @files_argument
 @memory_option
-@click.option("--reset", metavar="DOCUMENT", help="Forget this document of the memory first.")
+@click.option("--reset", metavar="DOCUMENT", help="First delete this document from the memory.")
 @segment_option
 @json_option
 def read(folder: Path, files: tuple[Path, ...], memory: str, reset: str | None, segment_length: int | None, as_json: bool) -> None:
     """Reads FILEs (- is standard input) of any length through the model in FOLDER into a memory on disk.
 
-    RAM stays bounded. Prints bytes, tokens, tokens/s and rows (what the memory keeps of a token). To use what was read,
+    RAM use is bounded. Prints bytes, tokens, tokens/s and rows (the vectors that the memory keeps). To use the text later, run
     generate or score with the same --memory, in any process.
 
     \b
@@ -79,7 +79,7 @@ def read(folder: Path, files: tuple[Path, ...], memory: str, reset: str | None, 
 
 
 def _read(pipe: Pipeline, files: tuple[Path, ...], done: list[dict[str, Any]]) -> None:
-    """Reads the files into the memory; adds the figures of each to `done` when it is read completely."""
+    """Reads the files into the memory; adds the figures of each to `done` when it is complete."""
     with Reading("reading", total_bytes(files)) as reading:
         for path in files:
             clock, bytes_before = Clock(), reading.bytes
@@ -103,7 +103,7 @@ def _print(done: list[dict[str, Any]], documents: dict[str, int], before: dict[s
 
 
 def _reset(pipe: Pipeline, memory: Memory, document: str) -> None:
-    """Forgets a document of the memory."""
+    """Deletes a document from the memory."""
     there = memory.documents()
     if document not in there:
         raise InvalidValue(f"--reset: expected a document of the memory ({', '.join(there) or 'it has none'}), got {document!r}")
@@ -118,8 +118,8 @@ def _durable(memory: Memory | None) -> Memory:
     members = getattr(memory, "members", [memory])
     if not any(member.durable for member in members):
         raise InvalidValue(
-            f"--memory: {memory.text or memory.name} keeps nothing on disk, so nothing would be left after this process; give one that"
-            " does, for example --memory store:path=notes.mdb"
+            f"--memory: {memory.text or memory.name} keeps nothing on disk, so all rows would be lost when this process ends; give a memory"
+            " on disk, for example --memory store:path=notes.mdb"
         )
     return memory
 

@@ -1,4 +1,4 @@
-"""What `demo` and `compare` share: their options, the folder of results, the table."""
+"""Shared by `demo` and `compare`: options, the results folder, the table."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def text_words(files: list[Path]) -> list[str]:
 
 
 def run(documents: dict[str, str], memories: list[str | None], out: Path | None, **options: Any) -> Experiment:
-    """`run_experiment`, with progress on standard error. Raises KeyboardInterrupt that names the models saved so far."""
+    """`run_experiment`, with progress on standard error. On Ctrl-C, raises KeyboardInterrupt naming the models saved so far."""
     from ..compare import experiment
 
     try:
@@ -50,7 +50,7 @@ def _saved_models(out: Path | None) -> str:
 
 
 def check_results_folder(out: Path) -> None:
-    """Refuses a folder that cannot be written to, or that holds results we did not make."""
+    """Raises FileProblem if the folder cannot be written to, or holds results that mini-tfm did not write."""
     check_out(out)
     there = [name for name in (RESULTS, REPORT, "models") if (out / name).exists()]
     if not there:
@@ -60,11 +60,11 @@ def check_results_folder(out: Path) -> None:
     except (OSError, ValueError, AttributeError):
         ours = False
     if not ours:
-        raise FileProblem(f"--out: {out} has a {there[0]} that is not known to be of an earlier run; give another folder")
+        raise FileProblem(f"--out: {out} holds {there[0]}, not known to be from an earlier run; give another folder")
 
 
 def write_results(out: Path, experiment: Experiment, words: list[str]) -> None:
-    """Writes report.html and results.json; the latter marks the folder as ours."""
+    """Writes report.html and results.json; the latter marks the folder as written by mini-tfm."""
     from ..compare.report import html_report
     from ..files.writing import write_file
 
@@ -74,7 +74,7 @@ def write_results(out: Path, experiment: Experiment, words: list[str]) -> None:
 
 
 def far_distances(experiment: Experiment) -> str:
-    """The distances that `recall_far` is the mean of, as a range."""
+    """The range of distances that `recall_far` averages over."""
     from ..compare.tasks.recall import FAR
 
     if not set(FAR) <= set(experiment.distances):
@@ -87,7 +87,7 @@ def percent(share: float | None) -> str:
 
 
 def print_rows(rows: list[dict[str, Any]], chance: float | None = None) -> None:
-    """A line a memory, a column a distance."""
+    """One line per memory, one column per distance."""
     distances = list(rows[0]["recall"])
     print_table(
         [
@@ -112,5 +112,5 @@ def print_rows(rows: list[dict[str, Any]], chance: float | None = None) -> None:
     )
     if chance is not None:
         click.echo(
-            f"bits/byte: of held-out text. fact: how often it is still known that many segments later; guessing gives {percent(chance)}."
+            f"bits/byte: on held-out text. fact: how often it is recalled that many segments later; guessing gives {percent(chance)}."
         )

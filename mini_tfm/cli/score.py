@@ -1,4 +1,4 @@
-"""`mini-tfm score`: how well a model predicts texts."""
+"""`mini-tfm score`: measures how well a model predicts texts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from .shared import (
 def score(folder: Path, files: tuple[Path, ...], memory: str, segment_length: int | None, as_json: bool) -> None:
     """Measures how many bits the model in FOLDER needs per token and per byte of FILEs (- is standard input).
 
-    Fewer is better; 8 bits per byte is no compression. Each file is read from its beginning, with what the memory holds;
+    Fewer is better; 8 bits per byte means no compression. Each file is read from its beginning, with the memory's contents;
     the memory does not change.
     """
     from ..errors import InvalidValue

@@ -1,4 +1,4 @@
-"""What the commands have in common: options, tables and JSON, files in and folders out, Ctrl-C."""
+"""Shared by all commands: options, tables and JSON, input files and output folders, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..errors import FileProblem, InvalidValue
 if TYPE_CHECKING:
     from ..pipeline import Pipeline
 
-WIDTH = 110  # columns where the output is no terminal
+WIDTH = 110  # columns when the output is not a terminal
 READ_BYTES = 1 << 16  # bytes read at once: how often a progress bar moves
 
 # Options
@@ -34,24 +34,24 @@ memory_option = click.option(
     show_default="what the model was trained with",
     help="The memory, as name:option=value,...; stack several with +, as in window:size=512+store:path=notes.mdb; none: no memory.",
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output, and nothing else there.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document, and nothing else, on standard output.")
 segment_option = click.option(
     "--segment-length",
     type=click.IntRange(1),
     metavar="TOKENS",
-    help="Tokens per segment, which are read at once; default: as in training.",
+    help="Tokens per segment, processed at once; default: as in training.",
 )
 folder_argument = click.argument("folder", type=click.Path(path_type=Path))
 files_argument = click.argument("files", nargs=-1, required=True, metavar="FILE...", type=click.Path(path_type=Path, allow_dash=True))
 
 
 def none_of(spec: str) -> str | None:
-    """A memory's text from the command line; "none" is no memory."""
+    """The text of --memory, or None for "none"."""
     return None if spec == "none" else spec
 
 
 def memory_named(pipe: Pipeline) -> str:
-    """A memory as it is shown."""
+    """The name of the pipeline's memory, for output."""
     return "none" if pipe.memory is None else pipe.memory.text or pipe.memory.name
 
 
@@ -59,7 +59,7 @@ def memory_named(pipe: Pipeline) -> str:
 
 
 def print_json(answer: Any, *, indent: int | None = 2) -> None:
-    """Prints the one JSON document of a command. NaN and infinity become null."""
+    """Prints a command's JSON document. NaN and infinity become null."""
     click.echo(json.dumps(plain(answer), indent=indent))
 
 
@@ -105,7 +105,7 @@ def print_table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[str]
 
 
 def note(text: str) -> None:
-    """Prints a line on standard error: for the person, not the program."""
+    """Prints a line on standard error, for a human reader."""
     click.echo(text, err=True)
 
 
@@ -115,7 +115,7 @@ def count(n: float) -> str:
 
 
 def size(n_bytes: float) -> str:
-    """Bytes as a person reads them: 1.5 MB."""
+    """Bytes in readable units: 1.5 MB."""
     amount = float(n_bytes)
     for unit in ("B", "kB", "MB", "GB"):
         if amount < 1000 or unit == "GB":
@@ -136,7 +136,7 @@ def duration(seconds: float) -> str:
 
 
 def check_files(files: Sequence[Path]) -> None:
-    """Checks that all can be opened, before work begins: the last of many must not fail after an hour."""
+    """Checks that all files can be opened before work begins, so that the last one does not fail after an hour."""
     from ..files.reading import open_regular
 
     for path in files:
@@ -146,12 +146,12 @@ def check_files(files: Sequence[Path]) -> None:
 
 
 def total_bytes(files: Sequence[Path]) -> int | None:
-    """Bytes of all files, None where standard input is one of them."""
+    """Bytes of all files, or None if standard input is one of them."""
     return None if any(str(path) == "-" for path in files) else sum(path.stat().st_size for path in files)
 
 
 def pieces_of(path: Path) -> Iterator[str]:
-    """A file's text, or standard input's, piece by piece."""
+    """The text of a file or of standard input, piece by piece."""
     from ..text.files import stream_text
 
     if str(path) == "-":
@@ -161,7 +161,7 @@ def pieces_of(path: Path) -> Iterator[str]:
 
 
 def stdin_text() -> str:
-    """All of standard input. Raises InvalidValue where it is not UTF-8."""
+    """All of standard input. Raises InvalidValue if it is not UTF-8."""
     data = sys.stdin.buffer.read()
     try:
         return data.decode("utf-8")
@@ -170,7 +170,7 @@ def stdin_text() -> str:
 
 
 class Reading:
-    """Counts the bytes of text that passes through, with a progress bar on standard error."""
+    """Counts the bytes of text passed through it, with a progress bar on standard error."""
 
     def __init__(self, what: str, total: int | None):
         from ..progress import progress_bar
@@ -186,7 +186,7 @@ class Reading:
         self._bar.__exit__(*error)
 
     def through(self, pieces: Iterable[str]) -> Iterator[str]:
-        """The same pieces; each is counted when the next one is requested, so when it is processed."""
+        """The same pieces; each is counted when the next one is requested, that is, after it was processed."""
         for piece in pieces:
             yield piece
             n = len(piece.encode("utf-8", "surrogatepass"))
@@ -195,9 +195,9 @@ class Reading:
 
 
 def read_documents(files: Sequence[Path]) -> tuple[str, dict[str, str]]:
-    """(a name for all of them, documents by name) from text files; without files, the documentation inside Python.
+    """(a name for all of them, documents by name) from text files; without files, Python's own documentation.
 
-    Fewer than ten files are cut into parts, because whole documents are held out of training.
+    Fewer than ten files are split into parts, because whole documents are held out of training.
     """
     from ..text.documents import in_parts, python_topics
     from ..text.files import read_text
@@ -209,7 +209,7 @@ def read_documents(files: Sequence[Path]) -> tuple[str, dict[str, str]]:
     parts = in_parts(texts)
     if len(parts) < 2:
         raise InvalidValue(
-            f"--text: {name} is too short ({len(texts[name])} characters): a part must be held out, another be longer than a segment"
+            f"--text: {name} is too short ({len(texts[name])} characters): it needs a held-out part and a part longer than a segment"
         )
     return name, parts
 
@@ -218,7 +218,7 @@ def read_documents(files: Sequence[Path]) -> tuple[str, dict[str, str]]:
 
 
 def check_out(folder: Path) -> None:
-    """Checks that `folder` can be made and written to, before any work."""
+    """Checks that `folder` can be created and written to, before any work."""
     if folder.exists() and not folder.is_dir():
         raise FileProblem(f"--out: {folder} is a file; expected a folder, or a new path")
     for place in (folder, folder.parent) if folder.is_dir() else (_nearest(folder),):
@@ -242,10 +242,10 @@ def _nearest(path: Path) -> Path:
 
 @contextlib.contextmanager
 def interrupt_between_steps() -> Iterator[Callable[[], bool]]:
-    """Inside, Ctrl-C and SIGTERM are only noted; the function returned says whether one came. The second one raises.
+    """Delays Ctrl-C and SIGTERM: the returned function says whether one came. The second one raises.
 
-    So a run stops after a whole step, and a resumed run is the run that was not stopped. `mpirun` turns Ctrl-C into
-    SIGTERM, and the schedulers of clusters announce the end by it.
+    So a run stops after a whole step, and a resumed run equals an uninterrupted one. `mpirun` turns Ctrl-C into SIGTERM,
+    and cluster schedulers send SIGTERM before they end a job.
     """
     stop = False
 
@@ -256,7 +256,7 @@ def interrupt_between_steps() -> Iterator[Callable[[], bool]]:
         stop = True
 
     usual: dict[signal.Signals, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-    # A handler that is not Python's own belongs to a program around us, which has its own way to stop.
+    # A handler that is not Python's own belongs to an enclosing program, which has its own way to stop.
     ours = [number for number, handler in usual.items() if signal.getsignal(number) is handler]
     if threading.current_thread() is not threading.main_thread():
         ours = []
@@ -281,7 +281,7 @@ class Clock:
 
 
 def command_line(*words: str | os.PathLike) -> str:
-    """A command to type here: by its path where `mini-tfm` is not found."""
+    """A command for the user to type, with the program's path if `mini-tfm` is not on PATH."""
     import shlex
     import shutil
 

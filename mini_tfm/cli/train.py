@@ -1,4 +1,4 @@
-"""`mini-tfm train`: text files -> a model folder. Its options are here; training.py runs it, training_data.py makes its data."""
+"""`mini-tfm train`: text files -> a model folder. Defines the options; training.py runs it, training_data.py makes its data."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ _FREE_ON_RESUME = (
     multiple=True,
     metavar="FILE...",
     type=click.Path(path_type=Path),
-    help="Text files (UTF-8). .jsonl: one object per line; .tsv: source and target; any other: one document per file. Default: the"
-    " documentation inside Python.",
+    help="Text files (UTF-8). .jsonl: one object per line; .tsv: source and target; any other: one document per file. Default:"
+    " Python's own documentation.",
 )
 @click.option(
     "--documents",
     default="file",
     show_default=True,
     type=click.Choice(["file", "line"]),
-    help="What counts as a document in a plain text file; empty lines are skipped.",
+    help="What counts as a document in a plain text file: the whole file, or each line that is not empty.",
 )
 @click.option(
     "--field", metavar="NAME[,NAME]", help="Field of .jsonl objects to read, or source and target; default: text, or source,target."
@@ -49,42 +49,42 @@ _FREE_ON_RESUME = (
     "--cache",
     metavar="DIR",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Keep the tokens of --text in this folder and map them into memory: for text larger than RAM.",
+    help="Store the tokens of --text in this folder and map them into memory: for text larger than RAM.",
 )
 @click.option(
     "--out", default=Path("mini-tfm-model"), show_default=True, metavar="DIR", type=click.Path(path_type=Path), help="Save the model here."
 )
 @click.option("--resume", metavar="DIR", type=click.Path(path_type=Path), help="Continue the run in this folder.")
-@click.option("--accept-changes", is_flag=True, help="With --resume: continue although the text or its batches have changed.")
+@click.option("--accept-changes", is_flag=True, help="With --resume: continue even if the text or its batches have changed.")
 @click.option(
     "--memory",
     default="none",
     show_default=True,
     metavar="SPEC",
-    help="The memory to train with, as name:option=value,...; stack several with +. With --resume only for one that is no built-in.",
+    help="The memory to train with, as name:option=value,...; stack several with +. With --resume: only needed if it is not built in.",
 )
 @click.option("--steps", default=1000, show_default=True, type=click.IntRange(1), help="Optimizer steps in total.")
 @click.option("--seconds", type=click.FloatRange(0, min_open=True), help="Stop after this many seconds of training.")
-@click.option("--segment-length", default=64, show_default=True, metavar="TOKENS", help="Tokens per segment, which are read at once.")
+@click.option("--segment-length", default=64, show_default=True, metavar="TOKENS", help="Tokens per segment, processed at once.")
 @click.option(
     "--n-segments",
     default=4,
     show_default=True,
     metavar="SEGMENTS",
-    help="Segments per stream: how far gradients go through a memory.",
+    help="Segments per stream: how far gradients flow through a memory.",
 )
 @click.option(
     "--curriculum",
     metavar="STEP:SEGMENTS,...",
-    help="Segments per stream that grow with the step, as 0:1,500:2,1000:4; replaces --n-segments.",
+    help="Change the number of segments per stream at these steps, as in 0:1,500:2,1000:4; replaces --n-segments.",
 )
 @click.option(
     "--objective",
     metavar="NAME[=SHARE]+...",
-    help="next-segment, lm (decoder-only), denoise or pairs; or a mixture, as next-segment=0.7+denoise=0.3. Default: what suits the files.",
+    help="next-segment, lm (decoder-only), denoise or pairs; or a mixture: next-segment=0.7+denoise=0.3. Default: depends on the files.",
 )
 @click.option("--batch-size", default=16, show_default=True, metavar="STREAMS", help="Streams per batch.")
-@click.option("--tokenizer", default="bpe", show_default=True, type=click.Choice(["bytes", "bpe"]), help="bpe is learned from the text.")
+@click.option("--tokenizer", default="bpe", show_default=True, type=click.Choice(["bytes", "bpe"]), help="bpe is trained on the text.")
 @click.option("--vocab-size", default=1024, show_default=True, metavar="TOKENS", help="Vocabulary size of bpe.")
 @options_of(Config, SHAPE)
 @click.option("--seed", default=0, show_default=True, help="Seed of weights, batches, dropout and the held-out split.")
@@ -93,7 +93,7 @@ _FREE_ON_RESUME = (
     learning_rate={"default": 2e-3},
     warmup_steps={
         "default": None,
-        "help": f"Steps in which the learning rate rises; default: {WARMUP_STEPS}, or a quarter of --steps if that is less.",
+        "help": f"Steps over which the learning rate rises; default: {WARMUP_STEPS}, or a quarter of --steps if that is less.",
     },
     clip={"flag": "--max-grad-norm", "help": "Scale down gradients with a larger norm; 0: no limit."},
 )
@@ -103,8 +103,8 @@ _FREE_ON_RESUME = (
 def train(context: click.Context, /, resume: Path | None, out: Path, as_json: bool, **options: Any) -> None:
     """Trains a Transformer on text, with or without a memory, and saves it in a folder.
 
-    A tenth of the text is held out to measure bits per byte: whole documents; of a single file, its last part; with
-    --cache, lines or pairs, the last tenth. Ctrl-C saves. --resume continues, bit for bit, with the same options. A folder
+    A tenth of the text is held out to measure bits per byte: whole documents; for a single file, its last part; with --cache,
+    lines or pairs, the last tenth. Ctrl-C saves the run. --resume continues it, bit for bit, with the same options. A folder
     that holds a model is never overwritten. Under mpirun all processes train one model, each on its share of every batch.
 
     \b
@@ -135,20 +135,20 @@ def train(context: click.Context, /, resume: Path | None, out: Path, as_json: bo
 
 
 def _given(context: click.Context) -> dict[str, str]:
-    """The parameters on the command line: name -> how it is written there."""
+    """The parameters given on the command line: name -> its spelling there."""
     written = {each.name: each.opts[0] if isinstance(each, click.Option) else "--text" for each in context.command.params if each.name}
     source = click.core.ParameterSource.COMMANDLINE
     return {name: option for name, option in written.items() if context.get_parameter_source(name) is source}
 
 
 def _check_usage(options: dict[str, Any], given: dict[str, str], resume: Path | None) -> None:
-    """Refuses options that do not go together, and values out of range, before any work."""
+    """Raises an error for options that do not go together and for values out of range, before any work."""
     if resume is not None and (fixed := [name for name in given if name not in _FREE_ON_RESUME]):
         raise click.UsageError(f"{given[fixed[0]]} comes from the folder with --resume; leave it out")
     if resume is None and options["accept_changes"]:
-        raise click.UsageError("--accept-changes is for --resume")
+        raise click.UsageError("--accept-changes needs --resume")
     if options["curriculum"] is not None and "n_segments" in given:
-        raise click.UsageError("--n-segments: --curriculum says how many; leave one of the two out")
+        raise click.UsageError("give --n-segments or --curriculum, not both")
     FitOptions.of({name: value for name, value in values_of(FitOptions, options).items() if value is not None})
     for name in ("jsonl_log", "csv_log", "tensorboard_log"):
         if options[name] is not None and not options[name].absolute().parent.is_dir():

@@ -1,4 +1,4 @@
-"""A run of `mini-tfm train`: new or resumed, its processes, Ctrl-C, progress and result."""
+"""A run of `mini-tfm train`, new or resumed: its processes, Ctrl-C, progress and result."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BEST = "best"  # the folder of the best model, inside that of the run
 
 
 def ranks_of_command() -> Alone:
-    """The processes that `mpirun` started, of which only the first prints; otherwise this one alone."""
+    """The processes that `mpirun` started (only the first one prints), or this process alone."""
     from ..train.parallel import Alone, Ranks, launched
 
     if not launched():
@@ -39,7 +39,7 @@ def ranks_of_command() -> Alone:
 
 
 def _as_line(error: BaseException) -> str:
-    """An error that ends all ranks, as the line that a command prints."""
+    """An error that ends all ranks, as one line to print."""
     if isinstance(error, click.ClickException):
         return f"error: {error.format_message()}"
     if isinstance(error, KeyboardInterrupt):
@@ -49,7 +49,7 @@ def _as_line(error: BaseException) -> str:
 
 
 def new_run(out: Path, options: dict[str, Any], shape: dict[str, Any], ranks: Alone) -> tuple[Trainer, TrainingData]:
-    """A new model, its trainer and data. Everything that can be checked is checked before the first file is read."""
+    """A new model, its trainer and data. Checks as much as possible before the first file is read."""
     from ..config import Config
     from ..memory import memory as make_memory
     from ..text.tokenizers import ByteTokenizer
@@ -85,9 +85,9 @@ def _trainer_options(options: dict[str, Any]) -> TrainerOptions:
 def resumed_run(
     folder: Path, steps: int | None, early_stopping: dict[str, Any], memory_text: str | None, accept_changes: bool, ranks: Alone
 ) -> tuple[Trainer, TrainingData]:
-    """The saved run and its data, with new options for early stopping. steps: None for those planned before.
+    """The saved run and its data, with new options for early stopping. steps: None for the number planned before.
 
-    Raises InvalidValue where the text has changed, unless that is accepted: it would not be the same run.
+    Raises InvalidValue if the text has changed, unless that is accepted: it would not be the same run.
     """
     from ..memory import memory as make_memory
     from ..train import Trainer
@@ -101,20 +101,20 @@ def resumed_run(
     before, about["fingerprint"] = about["fingerprint"], sources.fingerprint()
     changed = before != about["fingerprint"]
     if (changed or is_old) and not accept_changes:
-        what = "the text has changed" if changed else "what batches are made of the text has changed"
+        what = "the text has changed" if changed else "the way batches are made from the text has changed"
         raise InvalidValue(
-            f"--resume: {what} since {folder} was trained on it ({sources.name}); start anew with --text, or continue with the text as it"
-            " is now: --accept-changes"
+            f"--resume: {what} since {folder} was trained on it ({sources.name}); start a new run with --text, or continue with the current"
+            " text: --accept-changes"
         )
     steps = steps or trainer.options.total_steps or 0
     if steps <= trainer.step_count:
-        raise InvalidValue(f"--steps: {folder} has {trainer.step_count} steps already; expected more in total, got {steps}")
+        raise InvalidValue(f"--steps: {folder} has {trainer.step_count} steps already; expected a larger total, got {steps}")
     trainer.options = trainer.options.replace(total_steps=steps, **early_stopping)
     return trainer, TrainingData(sources, trainer.tokenizer, trainer.model.config, ranks, overwrite=changed)
 
 
 class Pace:
-    """Speed of a run since it was begun or resumed."""
+    """Speed of a run since it started or resumed."""
 
     def __init__(self, trainer: Trainer):
         self._trainer, self._clock = trainer, Clock()
@@ -208,7 +208,7 @@ def _memory_of(trainer: Trainer) -> str | None:
 
 
 def _result(trainer: Trainer, data: TrainingData, out: Path, pace: Pace) -> dict[str, Any]:
-    """The answer of the command, ready for JSON."""
+    """The command's result, ready for JSON."""
     seconds, speed = pace.seconds, pace.tokens_per_second
     held_out = data.measure(trainer)
     best = trainer.best

@@ -1,4 +1,4 @@
-"""The data of `mini-tfm train`: files of any kind -> corpora in RAM or in a cache -> objectives, and a held-out part."""
+"""The data of `mini-tfm train`: text files -> corpora in RAM or in a cache -> objectives, and a held-out part."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 DATA_FILE = "training_data.json"  # in the folder of a run: describes its data, for --resume
 HELD_OUT = 0.1  # of the text
 VALIDATION_BATCHES = 4  # of each objective
-TOKENIZER_CHARACTERS = 1 << 26  # enough to train a tokenizer on; files that are read whole are used whole
-OBJECTIVES = {"next-segment": "texts", "lm": "texts", "denoise": "texts", "pairs": "pairs"}  # and the kind of corpus each needs
+TOKENIZER_CHARACTERS = 1 << 26  # enough to train a tokenizer; files that are read whole are used completely
+OBJECTIVES = {"next-segment": "texts", "lm": "texts", "denoise": "texts", "pairs": "pairs"}  # name -> the kind of corpus it needs
 
 # The fields of DATA_FILE, and their types.
 ABOUT = {
@@ -42,7 +42,7 @@ ABOUT = {
 
 
 def parse_objective(text: str | None) -> dict[str, float] | None:
-    """next-segment=0.7+denoise=0.3 -> {"next-segment": 0.7, "denoise": 0.3}; a name alone counts 1; None stays None."""
+    """next-segment=0.7+denoise=0.3 -> {"next-segment": 0.7, "denoise": 0.3}; a name alone has share 1; None stays None."""
     if text is None:
         return None
     found: dict[str, float] = {}
@@ -50,19 +50,19 @@ def parse_objective(text: str | None) -> dict[str, float] | None:
         name, equals, share = part.partition("=")
         if name not in OBJECTIVES or name in found:
             raise InvalidValue(
-                f"--objective: expected {', '.join(OBJECTIVES)}, each once, as in next-segment=0.7+denoise=0.3; got {part!r}"
+                f"--objective: expected some of {', '.join(OBJECTIVES)}, each once, as in next-segment=0.7+denoise=0.3; got {part!r}"
             )
         try:
             found[name] = float(share) if equals else 1.0
         except ValueError:
             found[name] = math.nan
         if not 0 < found[name] < math.inf:
-            raise InvalidValue(f"--objective: expected a share above 0 behind {name}=, got {share!r}")
+            raise InvalidValue(f"--objective: expected a share above 0 after {name}=, got {share!r}")
     return found
 
 
 def parse_curriculum(text: str | None) -> list[list[int]] | None:
-    """0:1,500:2 -> [[0, 1], [500, 2]]: (first step, segments per row)."""
+    """0:1,500:2 -> [[0, 1], [500, 2]]: (first step, segments per stream)."""
     if text is None:
         return None
     try:
@@ -71,12 +71,12 @@ def parse_curriculum(text: str | None) -> list[list[int]] | None:
         stages = []
     firsts = [stage[0] for stage in stages]
     if not stages or any(len(stage) != 2 or stage[1] < 1 for stage in stages) or firsts[0] != 0 or sorted(set(firsts)) != firsts:
-        raise InvalidValue(f"--curriculum: expected STEP:SEGMENTS,... from step 0 on, as in 0:1,500:2,1000:4; got {text!r}")
+        raise InvalidValue(f"--curriculum: expected STEP:SEGMENTS,... with steps rising from 0, as in 0:1,500:2,1000:4; got {text!r}")
     return stages
 
 
 def describe_data(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, float] | None]:
-    """The description of a new run's data, before its files are opened; and the objectives of --objective, if given."""
+    """The description of a new run's data, made before its files are opened; and the objectives of --objective, if given."""
     objectives, stages = parse_objective(options["objective"]), parse_curriculum(options["curriculum"])
     about = {name: options[name] for name in ("documents", "segment_length", "n_segments", "batch_size", "seed")}
     about |= {
@@ -91,9 +91,7 @@ def describe_data(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, fl
 
 
 class Sources:
-    """The files of a run. Plain text files without a cache are read whole, as is Python's documentation; all others a piece at a
-    time.
-    """
+    """The files of a run. Plain text files without a cache, and Python's documentation, are read whole; all others in pieces."""
 
     def __init__(self, about: dict[str, Any]):
         from ..data import TextFiles
@@ -108,7 +106,7 @@ class Sources:
             self.kinds = {"texts"}
             return
         if not paths:
-            raise InvalidValue("--cache: expected files to keep the tokens of: --text FILE...")
+            raise InvalidValue("--cache: expected text files, got none; add --text FILE...")
         by_kind: dict[str, list[str]] = {"texts": [], "pairs": []}
         for path in dict.fromkeys(paths):
             by_kind[TextFiles(path, fields=about["fields"], documents=about["documents"]).kind].append(str(path))
@@ -130,7 +128,7 @@ class Sources:
         return digest.hexdigest()
 
     def train_tokenizer(self, vocab_size: int) -> Tokenizer:
-        """A byte-level BPE of the training text; of files that are read in pieces, of their beginning."""
+        """A byte-level BPE trained on the training text; for files read in pieces, on their beginning."""
         from ..text.documents import split_documents
         from ..text.tokenizers import train_bpe
 
@@ -149,7 +147,7 @@ class Sources:
         return train_bpe(some(), vocab_size)
 
     def corpora(self, tokenizer: Tokenizer, ranks: Alone, overwrite: bool) -> dict[str, tuple[Corpus, Corpus]]:
-        """kind -> (training corpus, held-out corpus). overwrite: rebuild the cache, whose text has changed."""
+        """kind -> (training corpus, held-out corpus). overwrite: rebuild the cache, because its text has changed."""
         from ..data import Corpus, build_token_cache, token_cache
         from ..progress import track
         from ..text.documents import split_documents
@@ -178,7 +176,7 @@ class Sources:
 
 
 class TrainingData:
-    """The data of a run: training data, held-out batches and the bytes of their targets."""
+    """The data of a run: training data, held-out batches, and the number of bytes of their targets."""
 
     def __init__(self, sources: Sources, tokenizer: Tokenizer, config: Config, ranks: Alone, *, overwrite: bool = False):
         import numpy as np
@@ -230,25 +228,25 @@ class TrainingData:
         return float(np.average(losses, weights=self.held_out_tokens))
 
     def bits_per_byte(self, loss: float) -> float | None:
-        """Of the held-out batches, from their loss in nats per token; None where the targets are not the text."""
+        """Bits per byte on the held-out batches, from their loss in nats per token; None if the targets are not the text."""
         return loss * sum(self.held_out_tokens) / math.log(2) / self.held_out_bytes if self.held_out_bytes else None
 
 
 def resolve_objective(given: dict[str, float] | None, kinds: set[str], has_encoder: bool) -> dict[str, float]:
-    """The shares of the objectives: those given, or what suits the files and the model. Raises InvalidValue."""
+    """The shares of the objectives: the given ones, or the default for the files and the model. Raises InvalidValue."""
     plain = "next-segment" if has_encoder else "lm"
     if given is None:
         return {plain if kind == "texts" else "pairs": 1.0 for kind in sorted(kinds, reverse=True)}
     wrong = {"next-segment", "lm"} - {plain}
     if found := wrong & set(given):
         model = "an encoder" if has_encoder else "no encoder"
-        raise InvalidValue(f"--objective: {found.pop()} is not for a model with {model}; there it is {plain}")
+        raise InvalidValue(f"--objective: {found.pop()} does not fit a model with {model}; use {plain}")
     needed = {OBJECTIVES[name] for name in given}
     if missing := needed - kinds:
-        raise InvalidValue(f"--objective: needs {missing.pop()}, and --text has only {', '.join(sorted(kinds))} (.tsv files, and .jsonl"
+        raise InvalidValue(f"--objective: needs {missing.pop()}, but --text has only {', '.join(sorted(kinds))} (.tsv files, and .jsonl"
                            " files with two fields, are pairs)")  # fmt: skip
     if unused := kinds - needed:
-        raise InvalidValue(f"--objective: no objective uses the {unused.pop()} in --text; add one, or leave those files out")
+        raise InvalidValue(f"--objective: no objective uses the {unused.pop()} in --text; add one that does, or leave those files out")
     return given
 
 
@@ -260,7 +258,7 @@ def n_sentinels(objective: dict[str, float], segment_length: int) -> int:
 
 
 def read_about(path: Path) -> tuple[dict[str, Any], bool]:
-    """The description of a saved run's data, and whether 0.1.0 wrote it, which drew streams at random places.
+    """The description of a saved run's data, and whether version 0.1.0 wrote it, which drew streams at random positions.
 
     Raises InvalidValue for a file that `train` did not write.
     """
@@ -280,7 +278,7 @@ def read_about(path: Path) -> tuple[dict[str, Any], bool]:
 
 
 def has_lines(path: str | Path) -> bool:
-    """Whether each line of a file is a record, by its extension."""
+    """Whether each line of the file is a record, judged by its extension."""
     from ..data.sources import JSON_LINES, PAIR_LINES
 
     return str(path).endswith((*JSON_LINES, *PAIR_LINES))
@@ -290,4 +288,4 @@ def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FileProblem(f"--cache: {folder} cannot be made: {error.strerror or error}") from error
+        raise FileProblem(f"--cache: {folder} cannot be created: {error.strerror or error}") from error

@@ -154,7 +154,7 @@ def _checked_names(memories: Sequence[str | None]) -> list[str]:
     """The memories by name. An unknown one, or a wrong option, is an error before any work."""
     names = [text or "none" for text in memories]
     if len(set(names)) < len(names):
-        raise InvalidValue(f"memories: each once, got {', '.join(names)}")
+        raise InvalidValue(f"memories: expected each memory once, got {', '.join(names)}")
     for text in memories:
         if text is not None:
             make_memory(text)

@@ -49,22 +49,22 @@ def html_report(experiment: Experiment, command: str) -> str:
 <p class="dim">The same small Transformer, the same text and training steps; only the memory differs.
 {len(rows)} memories, {experiment.seconds / 60:.1f} minutes on {_say(experiment.machine.get("processor", "?"))}.</p>
 <div class="wide">{_table(experiment, colours)}</div>
-<h2>Is a fact still known, that many segments later?</h2>
-<p class="dim">Share of questions answered, by the number of segments between the fact and the question. 0: both in sight, no
+<h2>Is a fact still recalled some segments later?</h2>
+<p class="dim">Share of correct answers, by the number of segments between the fact and the question. 0: both are visible, no
 memory needed. Dashed: guessing, {chance:.0f} %.</p>
 {line_chart(recall, Axis("segments between fact and question", ticks=experiment.distances), Axis("% recalled", (0, 100)), level=chance)}
 <h2>How they learned</h2>
-<p class="dim">Loss in training, in nats a token, smoothed. Grey, dashed: the common start, one model without a memory, on its own easier
-task; then each memory on longer and longer streams, with parts of the text hidden.</p>
+<p class="dim">Training loss, in nats per token, smoothed. Grey, dashed: the common start, one model without a memory, on an easier
+task of its own; then each memory on longer and longer streams, with parts of the text hidden.</p>
 {line_chart(_curves(experiment, colours), Axis("optimizer step"), Axis("loss (nats/token)"), dashed=("common start",), marks=False)}
 <h2>What the columns mean</h2>
-<dl><dt>bits per byte</dt><dd>Bits the model needs for each byte of documents it was not trained on. Fewer is better; plain text
-takes 8, and what counts is the difference between memories.</dd>
-<dt>recall</dt><dd>&ldquo;The code word is Q.&rdquo; is put at a random place of a held-out document; some segments later the
-model is asked. {chance:.0f} % would be guessing one of {round(1 / experiment.chance)} letters.</dd>
+<dl><dt>bits per byte</dt><dd>Bits the model needs per byte of held-out documents. Fewer is better; plain text takes 8. Compare the
+memories with each other.</dd>
+<dt>recall</dt><dd>&ldquo;The code word is Q.&rdquo; is inserted at a random position of a held-out document; some segments later the
+model is asked for it. Guessing one of {round(1 / experiment.chance)} letters gives {chance:.0f} %.</dd>
 <dt>tokens/s</dt><dd>Reading and predicting held-out text with this memory.</dd>
-<dt>state</dt><dd>What the memory of one stream takes, after the longest held-out document.</dd>
-<dt>peak RAM</dt><dd>Of the process that trained and measured this memory alone, everything included.</dd></dl>
+<dt>state</dt><dd>Size of one stream's memory after the longest held-out document.</dd>
+<dt>peak RAM</dt><dd>Total, of the process that trained and measured only this memory.</dd></dl>
 <h2>Set-up</h2>
 <div class="wide"><table>{_facts(experiment)}</table></div>
 <h2>Repeat it</h2>

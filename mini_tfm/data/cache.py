@@ -102,12 +102,12 @@ def build_token_cache(
             with progress_bar("tokenizing", None, "tokens") if progress else contextlib.nullcontext(lambda n: None) as advance:
                 _write(staging, os.path.dirname(target), source, about, advance)
             if files and files.stamps() != stamps:
-                raise FileProblem(f"{path}: a source changed while it was read; nothing is written, build it again")
+                raise FileProblem(f"{path}: a source changed while it was read; nothing was written, build the cache again")
     except (FileProblem, InvalidValue):
         raise
     except OSError as error:
         raise FileProblem(
-            f"{path}: cannot be written: {error.strerror or error}; what was there is untouched. Check free space and permissions"
+            f"{path}: cannot be written: {error.strerror or error}; nothing was changed. Check free space and permissions"
         ) from error
     return open_token_cache(path, verify=False)
 
@@ -141,7 +141,7 @@ def open_token_cache(
         mapped.madvise(mmap.MADV_RANDOM)
     if tokenizer is not None and about["tokenizer"] != _tokenizer_name(tokenizer):
         raise InvalidValue(
-            f"{shown}: was made with another tokenizer (of {about['vocab_size']:,} ids; this one has {tokenizer.vocab_size:,}); give that"
+            f"{shown}: was built with another tokenizer ({about['vocab_size']:,} ids; this one has {tokenizer.vocab_size:,}); give that"
             " one, or another path for a new cache"
         )
     if files is not None:
@@ -149,7 +149,7 @@ def open_token_cache(
     tokens = np.frombuffer(mapped, dtype, about["n_tokens"], len(MAGIC))
     offsets = np.frombuffer(mapped, "<i8", about["n_documents"] + 1, start)
     if offsets[0] != 0 or offsets[-1] != about["n_tokens"]:
-        raise InvalidValue(f"{shown}: is damaged: its documents are not its {about['n_tokens']:,} tokens; delete it, and build it again")
+        raise InvalidValue(f"{shown}: is damaged: its documents do not hold {about['n_tokens']:,} tokens; delete it, and build it again")
     return Corpus(tokens, offsets, kind=about["kind"], vocab_size=about["vocab_size"], fingerprint=about["contents"])
 
 
@@ -247,14 +247,14 @@ def _check_contents(file: NamedFile, about: dict[str, Any]) -> None:
             digest.update(chunk)
             left -= len(chunk)
     if digest.hexdigest() != about["contents"]:
-        raise InvalidValue(f"{file.name}: is damaged: its contents are not those that were written; delete it, and build it again")
+        raise InvalidValue(f"{file.name}: is damaged: its contents have changed since it was written; delete it, and build it again")
 
 
 def _check_sources(name: str, about: dict[str, Any], files: TextFiles, end_id: int | None, verify: bool) -> None:
     """Refuses a cache of other files, or of files read in another way."""
     if about["sources"] is None or about["options"] != _options(files, end_id):
         raise InvalidValue(
-            f"{name}: was made of other sources, or read in another way ({about['options']}, now {_options(files, end_id)}); give another"
+            f"{name}: was built from other sources or with other options ({about['options']}, now {_options(files, end_id)}); give another"
             " path for a new cache"
         )
     keys = ("name", "bytes", "sha256") if verify else ("name", "bytes")
@@ -266,8 +266,8 @@ def _check_sources(name: str, about: dict[str, Any], files: TextFiles, end_id: i
     if now != then:
         changed = [each["name"] for each in now if each not in then] or [str(each.get("name")) for each in then if each not in now]
         raise InvalidValue(
-            f"{name}: the text has changed since this cache was made of it ({', '.join(changed[:3]) or 'the files have another order'});"
-            " delete the cache or give another path, and it is built anew"
+            f"{name}: the text has changed since this cache was built ({', '.join(changed[:3]) or 'the files have another order'});"
+            " delete the cache, or give another path, to build it again"
         )
 
 

@@ -47,7 +47,7 @@ class Corpus:
         if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or offsets.ndim != 1 or offsets.dtype.kind not in "iu":
             raise InvalidType(f"tokens, offsets: expected flat arrays of integers, got {tokens.dtype}, {offsets.dtype}")
         if len(offsets) < 2 or (kind == "pairs" and len(offsets) % 2 == 0):
-            raise InvalidValue(f"offsets: expected those of at least one document, and two a pair, got {len(offsets)}")
+            raise InvalidValue(f"offsets: expected at least 2, for pairs an odd number of at least 3, got {len(offsets)}")
         self.tokens, self.offsets, self.kind, self.vocab_size = tokens, offsets, kind, vocab_size
         self._fingerprint = fingerprint
 
@@ -85,7 +85,7 @@ class Corpus:
         """Tokens `start` to `stop` of document i (a side of a pair is one)."""
         first, last = int(self.offsets[i]), int(self.offsets[i + 1])
         if not 0 <= first <= last <= len(self.tokens):
-            raise InvalidValue(f"offsets: those of document {i} are damaged: {first} to {last} of {len(self.tokens)} tokens")
+            raise InvalidValue(f"offsets: document {i} is damaged: {first} to {last} of {len(self.tokens)} tokens")
         return self.tokens[first + start : last if stop is None else min(last, first + stop)]
 
     @property
@@ -141,7 +141,7 @@ class Corpus:
             cut = int(np.searchsorted(offsets, wanted)) // a_unit * a_unit
             cut = min(max(cut, a_unit), self.n_documents - a_unit)
         if not 0 < cut < len(offsets) - 1:
-            raise InvalidValue(f"corpus: expected enough to hold a part out, got {self.n_tokens} tokens in {len(self)} {self.kind}")
+            raise InvalidValue(f"corpus: expected enough text to hold out a part, got {self.n_tokens} tokens in {len(self)} {self.kind}")
         sides = (offsets[: cut + 1], offsets[cut:])
         names = (f"{self.fingerprint}:before {wanted}", f"{self.fingerprint}:from {wanted}")
         train, rest = (
@@ -176,9 +176,9 @@ class TokenSource:
 
     def __init__(self, documents: Any, tokenizer: Tokenizer | None, end_id: int | None = None, vocab_size: int | None = None):
         if isinstance(documents, str | bytes | np.ndarray) or not isinstance(documents, Iterable):
-            raise InvalidType(f"documents: expected several, or TextFiles, got {type(documents).__name__}; put one into a list")
+            raise InvalidType(f"documents: expected several, or TextFiles, got {type(documents).__name__}; put one document into a list")
         if isinstance(documents, TextFiles) and tokenizer is None:
-            raise InvalidType("tokenizer: expected one, as the documents are text; got None")
+            raise InvalidType("tokenizer: expected a Tokenizer, because the documents are text; got None")
         self.vocab_size = tokenizer.vocab_size if tokenizer is not None else vocab_size
         if end_id is not None and (not isinstance(end_id, int) or not 0 <= end_id < (self.vocab_size or 1 << 32)):
             raise InvalidValue(f"end_id: expected a token of the vocabulary or None, got {end_id!r}")
@@ -226,7 +226,7 @@ class TokenSource:
             if kind is None:
                 kind = self.kind = "pairs" if is_pair else "texts"
             elif kind != ("pairs" if is_pair else "texts"):
-                raise InvalidType(f"documents[{i}]: expected all {kind}, as the first is, got {type(item).__name__}")
+                raise InvalidType(f"documents[{i}]: expected {kind}, like the first document, got {type(item).__name__}")
             for side, document in enumerate(item if is_pair else [item]):
                 where = f"documents[{i}]" + (f"[{side}]" if is_pair else "")
                 if isinstance(document, str):

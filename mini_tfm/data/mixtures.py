@@ -51,7 +51,7 @@ class Mixture:
         counts = np.floor(exact).astype(int)
         counts[np.argsort(counts - exact, kind="stable")[: BLOCK_STEPS - counts.sum()]] += 1
         if counts.min() < 1:
-            raise InvalidValue(f"parts: expected weights of at least a thousandth of all, got {weights.tolist()}")
+            raise InvalidValue(f"parts: expected weights of at least a thousandth of their sum, got {weights.tolist()}")
         self._counts, self._turns = counts, functools.lru_cache(2)(self._turns_of_block)
 
     @property
@@ -128,7 +128,7 @@ def batches_of(name: str, data: Any) -> Callable[[int], Batch]:
     """The function step -> Batch that `data` is, or has. name: of the argument, for the error."""
     batch_of = getattr(data, "batch", data)
     if not callable(batch_of):
-        raise InvalidType(f"{name}: expected something with batch(step), or a function of the step, got {type(data).__name__}")
+        raise InvalidType(f"{name}: expected an object with batch(step), or a function of the step, got {type(data).__name__}")
     return batch_of
 
 
@@ -140,7 +140,7 @@ def state_of(data: Any) -> dict[str, Any] | None:
     try:
         return json.loads(json.dumps(state, allow_nan=False))
     except (TypeError, ValueError) as error:
-        raise InvalidType(f"data: state: expected plain data, as JSON has it: {error}") from error
+        raise InvalidType(f"data: state: expected plain data, as in JSON: {error}") from error
 
 
 def differences(before: Any, now: Any, name: str = "") -> Iterator[str]:

@@ -162,8 +162,8 @@ class SpanDenoising(Packed):
         last = self.first_sentinel - self.n_sentinels
         if tokens.max() > last:
             raise InvalidValue(
-                f"vocab_size: {self.vocab_size} leaves ids up to {last} to the text, as {self.n_sentinels} are sentinels, and document"
-                f" {window.document} holds {tokens.max()}; make a model of a larger vocabulary"
+                f"vocab_size: {self.vocab_size} leaves ids up to {last} for the text and {self.n_sentinels} for sentinels, but document"
+                f" {window.document} holds {tokens.max()}; use a model with a larger vocabulary"
             )
         rng = np.random.default_rng([self.seed, *place])
         n_noise, n_spans = _spans(len(tokens), self.noise_density, self.mean_span)
@@ -240,7 +240,7 @@ class Pairs:
         self.segment_length, self.max_source_length, self.max_target_length = limits.values()
         [self.seed] = integers(0, seed=seed)
         if segment_length is not None and not has_encoder:
-            raise InvalidValue("segment_length: expected None, as a decoder-only model reads source and target as one text")
+            raise InvalidValue("segment_length: expected None, because a decoder-only model reads source and target as one text")
         self.corpus = as_corpus(pairs, "pairs")
         self.cut = cut
         self.eos_id, self.pad_id, self.has_encoder = eos_id, pad_id, has_encoder

@@ -72,7 +72,7 @@ class SegmentLine:
     def _counts(self, start: int, stop: int) -> np.ndarray:
         lengths = self.corpus.lengths(start, stop)
         if len(lengths) and lengths.min() < 0:
-            raise InvalidValue(f"offsets: those of document {start + int(lengths.argmin())} are damaged: its length is negative")
+            raise InvalidValue(f"offsets: document {start + int(lengths.argmin())} is damaged: its length is negative")
         return -(-lengths // self.length)
 
 

@@ -161,7 +161,7 @@ def _lines(path: str) -> Iterator[tuple[int, str, bytes]]:
                 yield number, f"{path}, line {number}", line.removesuffix(b"\r")
             if len(rest) > MAX_LINE_BYTES:
                 where = f"{path}, line {number + 1}"
-                raise InvalidValue(f"{where}: expected at most {MAX_LINE_BYTES:,} bytes a line; is it the kind its name says?")
+                raise InvalidValue(f"{where}: expected at most {MAX_LINE_BYTES:,} bytes per line; does the file match its extension?")
             if not chunk:
                 break
     if not number:
@@ -184,7 +184,7 @@ def _text_lines(path: str) -> Iterator[Piece]:
             empty = False
             yield Piece(text, True, where)
     if empty:
-        raise InvalidValue(f"{path}: all lines are empty; expected a document a line")
+        raise InvalidValue(f"{path}: all lines are empty; expected one document per line")
 
 
 def _pair_lines(path: str) -> Iterator[Piece]:
@@ -202,7 +202,7 @@ def _pair_lines(path: str) -> Iterator[Piece]:
 def _json_lines(path: str, names: tuple[str, ...]) -> Iterator[Piece]:
     for _, where, line in _lines(path):
         if not line.strip():
-            raise InvalidValue(f"{where}: expected an object of JSON, found an empty line")
+            raise InvalidValue(f"{where}: expected a JSON object, found an empty line")
         record = parse_json_strict(line, where)
         for name in names:
             text = record.get(name)

@@ -47,7 +47,7 @@ class TextStreams:
         if not self.documents:
             longest = max((len(a) for a in arrays), default=0)
             raise InvalidValue(
-                f"documents: expected at least one longer than a segment ({segment_length} tokens), the longest has {longest} tokens;"
+                f"documents: expected one longer than a segment ({segment_length} tokens), the longest has {longest} tokens;"
                 " give more text or a smaller segment_length"
             )
         self.segment_length, self.n_segments, self.batch_size = segment_length, n_segments, batch_size

@@ -55,7 +55,7 @@ def write_folder(folder: str | os.PathLike, files: Mapping[str, bytes | Buffers]
         raise
     except (OSError, ValueError) as error:
         raise FileProblem(
-            f"{shown}: cannot be saved: {reason(error)}; what was there is untouched. Check free space and permissions, then save again"
+            f"{shown}: cannot be saved: {reason(error)}; nothing was changed. Check free space and permissions, then save again"
         ) from error
 
 
@@ -92,7 +92,7 @@ def _check_target(target: str, files: Mapping[str, Any]) -> None:
     for name in files:
         path = os.path.join(target, name)
         if os.path.isdir(path) and not os.path.islink(path):
-            raise FileProblem(f"{path}: is a folder where a file is to be written; move it away")
+            raise FileProblem(f"{path}: is a folder, but a file must be written there; move it away")
 
 
 @contextlib.contextmanager
@@ -191,7 +191,7 @@ def _carry_over(source: str, destination: str, without: Iterable[str]) -> None:
                 continue
             if entry.is_dir(follow_symlinks=False):
                 if os.path.ismount(entry.path):
-                    raise FileProblem(f"{entry.path}: is a mount point and cannot be carried over; unmount it")
+                    raise FileProblem(f"{entry.path}: is a mount point and cannot be moved to the new folder; unmount it")
                 os.mkdir(copy)
                 _carry_over(entry.path, copy, ())
                 fsync_folder(copy)

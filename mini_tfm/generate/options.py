@@ -1,4 +1,4 @@
-"""How tokens are chosen and when generation stops. Names and meanings are those of Hugging Face's `generate`."""
+"""How tokens are chosen and when generation stops. Names and meanings follow Hugging Face's `generate`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class GenerationOptions(Options):
     do_sample: bool = option(False, "Sample instead of taking the most likely token.")
     top_k: int = option(0, "Sample from the k most likely tokens; 0: all.", at_least=0, unit="TOKENS")
     temperature: float = option(
-        1.0, "Divide the scores by this: below 1 sharpens, above 1 flattens.", above=0, hint="do_sample=False takes the likeliest"
+        1.0, "Divide the scores by this: below 1 sharpens, above 1 flattens.", above=0, hint="do_sample=False takes the most likely token"
     )
     top_p: float = option(
         1.0,
@@ -27,6 +27,6 @@ class GenerationOptions(Options):
         at_most=1,
         unit="SHARE",
     )
-    seed: int | None = option(None, "Seed of the sampling; without it every call differs.", at_least=0)
-    stop_at_eos: bool = option(True, "End a row at eos_id, which is left out.", cli=False)
-    num_beams: int = option(1, "Number of beams.", at_least=1, at_most=1, hint="beam search is not there yet", cli=False)
+    seed: int | None = option(None, "Sampling seed; without it every call differs.", at_least=0)
+    stop_at_eos: bool = option(True, "End a sequence at eos_id, which is not returned.", cli=False)
+    num_beams: int = option(1, "Number of beams.", at_least=1, at_most=1, hint="beam search is not supported yet", cli=False)

@@ -70,8 +70,8 @@ class Session:
         if not np.isfinite(best).all():
             row = int(np.flatnonzero(~np.isfinite(best))[0])
             raise InvalidValue(
-                f"generate: the scores of token {self.n_steps} of row {row} are not finite ({best[row]}); check that the model's"
-                " weights are, and what the memory holds"
+                f"generate: the scores of token {self.n_steps} of sequence {row} are not finite ({best[row]}); check that the model's"
+                " weights and the memory's rows are finite"
             )
 
     # Streams of the batch

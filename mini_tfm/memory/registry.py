@@ -120,7 +120,7 @@ def _check_registration(name: Any, factory: Any) -> None:
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][\w-]*", name):
         raise InvalidValue(f"name: expected letters, digits, _ and -, a letter first, got {name!r}")
     if not callable(factory):
-        raise InvalidType(f"factory: expected a Memory class or a callable that gives one, got {factory!r}")
+        raise InvalidType(f"factory: expected a Memory class or a callable that returns a Memory, got {factory!r}")
 
 
 def _distribution(point: metadata.EntryPoint) -> str:
@@ -167,7 +167,7 @@ def memory(name: str, **options: Any) -> Memory:
     parts = members_of(name)
     if len(parts) > 1:
         if options:
-            raise InvalidValue(f"memory: give the options of a stack inside its text, got {name!r} and {sorted(options)}")
+            raise InvalidValue(f"memory: expected the options of a stack inside its text, got {name!r} and {sorted(options)}")
         return Stack([memory(part) for part in parts])
     name, _, text = parts[0].partition(":")
     return _make(name.strip(), text, options)
@@ -222,7 +222,7 @@ def _make(name: str, text: str, options: dict[str, Any]) -> Memory:
     except (Exception, SystemExit) as error:
         raise PluginError(f"memory {name!r} ({_registry.owners[name]}) failed in __init__: {type(error).__name__}: {error}") from error
     if not isinstance(made, Memory):
-        raise PluginError(f"memory {name!r} ({_registry.owners[name]}): expected a Memory, its factory gave {type(made).__name__}")
+        raise PluginError(f"memory {name!r} ({_registry.owners[name]}): expected a Memory, its factory returned {type(made).__name__}")
     made.name, made.origin = name, _registry.owners[name]
     made.text = text_of(name, options, signature)
     check_spec(made)

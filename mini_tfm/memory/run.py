@@ -362,7 +362,7 @@ class MemoryRun:
         larger number on. Raises InvalidValue for a run of another memory or model.
         """
         if other.config != self.config or [_identity(m) for m in other.members] != [_identity(m) for m in self.members]:
-            raise InvalidValue("other: expected a run of the same memory and model; start it as this one was")
+            raise InvalidValue("other: expected a run with the same memory and model, started in the same way")
         sizes = self.batch, other.batch
         mine, theirs = ([*run.states, *run._before, run._tokens, run._mass] for run in (self, other))
         for a, b in zip(mine, theirs, strict=True):
@@ -420,7 +420,7 @@ class MemoryRun:
         """Goes on from what `dump` gave."""
         unknown = [name for name in arrays if name not in ("start", "number") and not name.partition(".")[0].isdecimal()]
         if unknown or not {"start", "number"} <= set(arrays):
-            raise InvalidValue(f"arrays: expected what dump() gave, got {sorted(arrays)[:5]}")
+            raise InvalidValue(f"arrays: expected the result of dump(), got {sorted(arrays)[:5]}")
         if len(arrays["start"]) != self.batch:
             raise InvalidValue(f"arrays: expected a dump of {self.batch} streams, got one of {len(arrays['start'])}")
         for i, state in enumerate(self.states):
@@ -475,7 +475,7 @@ def _sites_in_model(member: Memory, dims: Dims) -> frozenset[str]:
     found = frozenset(site for site in wanted if dims.layers[site])
     if not found:
         has = [site for site, count in dims.layers.items() if count]
-        raise InvalidValue(f"memory {member.name!r}: works at {sorted(wanted)}, this model has only {has}")
+        raise InvalidValue(f"memory {member.name!r}: works at {sorted(wanted)}, but this model has only {has}")
     most = max(dims.layers[site] for site in found)
     if wrong := [layer for layer in member.spec.layers or () if not -most <= layer < most]:
         raise InvalidValue(f"memory {member.name!r}: layer: expected {-most} to {most - 1} in this model, got {wrong[0]}")

@@ -34,7 +34,7 @@ def check_memory(memory: str | Memory | Callable[[], Memory], *, skip: Iterable[
     """
     make = _factory(memory)
     if unknown := sorted(set(skip) - set(CHECKS)):
-        raise InvalidValue(f"skip: unknown check {unknown[0]!r}; there are {', '.join(CHECKS)}")
+        raise InvalidValue(f"skip: unknown check {unknown[0]!r}; the checks are {', '.join(CHECKS)}")
     made = make()
     if not isinstance(made, Memory):
         raise InvalidType(f"memory: expected a Memory, got {type(made).__name__}")
@@ -64,7 +64,7 @@ def _factory(memory: str | Memory | Callable[[], Memory]) -> Callable[[], Memory
         return lambda: memory
     if callable(memory):
         return memory
-    raise InvalidType(f"memory: expected text, a Memory or a function that gives one, got {type(memory).__name__}")
+    raise InvalidType(f"memory: expected text, a Memory or a function that returns a Memory, got {type(memory).__name__}")
 
 
 def _same(what: str, actual: np.ndarray, expected: np.ndarray) -> None:
@@ -80,7 +80,7 @@ def _same(what: str, actual: np.ndarray, expected: np.ndarray) -> None:
 
 
 def runs(trial: Trial) -> None:
-    """Ragged segments are read without an error, and everything that comes out is finite."""
+    """Ragged segments are read without an error, and all outputs are finite."""
     reader = trial.reader(2)
     for number, tokens in enumerate(random_segments(2, 4)):
         out = reader.read(tokens, [LENGTH, LENGTH - number])
@@ -99,7 +99,7 @@ def keeps_the_dtype(trial: Trial) -> None:
 
 
 def has_effect(trial: Trial) -> None:
-    """After some segments the next one's outputs differ from those without the memory."""
+    """After several segments, the next outputs differ from those without the memory."""
     reader, plain = trial.reader(1), trial.reader(1, without=True)
     for tokens in random_segments(1, 6):
         out, other = reader.read(tokens), plain.read(tokens)
@@ -117,7 +117,7 @@ def is_deterministic(trial: Trial) -> None:
 
 
 def text_makes_it_again(trial: Trial) -> None:
-    """`memory.text`, which is saved with a model, makes the same memory again."""
+    """`memory.text`, which is saved with a model, recreates the same memory."""
     memory = trial.make()
     text = memory.text
     if text is None:
@@ -132,7 +132,7 @@ def text_makes_it_again(trial: Trial) -> None:
 
 
 def empty_is_nothing(trial: Trial) -> None:
-    """A memory that has read nothing changes nothing, unless it puts rows of its own into the sequence."""
+    """A memory that has read nothing changes nothing, unless it inserts rows of its own into the sequence."""
     if any(type(member).begin is not Memory.begin for member in members_of(trial.make())):
         return
     for tokens in random_segments(2, 1):
@@ -140,7 +140,7 @@ def empty_is_nothing(trial: Trial) -> None:
 
 
 def padding_is_ignored(trial: Trial) -> None:
-    """Tokens past a stream's length leave no trace, now or later."""
+    """Tokens past a stream's length have no effect, now or later."""
     segments, lengths = random_segments(2, 4), [LENGTH, LENGTH - 3]
     changed = segments.copy()
     changed[:, 1, LENGTH - 3 :] = 3 + (changed[:, 1, LENGTH - 3 :] + 5) % 20
@@ -178,7 +178,7 @@ def generation_equals_reading(trial: Trial) -> None:
 
 
 def rows_are_independent(trial: Trial) -> None:
-    """A stream's outputs do not depend on the other streams of the batch, nor on its place there."""
+    """A stream's outputs do not depend on the other streams of the batch, nor on its position in it."""
     segments, lengths = random_segments(3, 4), np.array([LENGTH, LENGTH - 2, LENGTH - 1])
     together, turned, order = trial.reader(3), trial.reader(3), np.array([2, 0, 1])
     alone = [trial.reader(1) for _ in range(3)]
@@ -191,7 +191,7 @@ def rows_are_independent(trial: Trial) -> None:
 
 
 def rows_pause(trial: Trial) -> None:
-    """A stream without a token in a segment keeps its memory as it was; the others go on."""
+    """A stream without a token in a segment keeps its memory unchanged; the others continue."""
     segments = random_segments(2, 4)
     reader, other, steady = trial.reader(2), trial.reader(1), trial.reader(1)
     for number, tokens in enumerate(segments):
@@ -231,7 +231,7 @@ def rows_reorder(trial: Trial) -> None:
 
 
 def dump_and_load_go_on(trial: Trial) -> None:
-    """All that is remembered is in the state: dumped and loaded into a new memory, reading goes on the same."""
+    """The state holds everything: after a dump is loaded into a new memory, reading continues with the same outputs."""
     segments = random_segments(2, 5)
     reader = trial.reader(2)
     for tokens in segments[:3]:
@@ -266,7 +266,7 @@ def capacity_holds(trial: Trial) -> None:
 
 
 def dropped_rows_were_held(trial: Trial) -> None:
-    """`write` returns rows that it was given, each at most once, and none that is still shown."""
+    """`write` returns only rows that it was given, each at most once, and none that is still shown."""
     memory = trial.make()
     if type(memory).write is Memory.write or members_of(memory) != [memory]:
         return
@@ -293,7 +293,7 @@ def _shown_positions(state: dict, memory: Memory, site: str, layer: int, b: int)
 
 
 def stacks(trial: Trial) -> None:
-    """It works in a stack: it takes rows from a memory before it, and a memory behind it takes those it drops."""
+    """It works in a stack: it takes rows from the memory before it, and the memory after it takes the rows it drops."""
     before, stack, _ = between_taps(trial.make())
     reader = trial.reader(2, memory=stack)
     for tokens in random_segments(2, 4):
@@ -337,7 +337,7 @@ def _compare_gradient(trial: Trial, segments: np.ndarray, state: dict | None) ->
 
 
 def gradient_is_as_declared(trial: Trial) -> None:
-    """With spec.gradient "none" no gradient flows from a segment to those before it; otherwise some does."""
+    """With spec.gradient "none" no gradient flows from a segment to earlier ones; otherwise some does."""
     if not trial.model.config.has_decoder:
         return
     grads = []
@@ -376,7 +376,7 @@ def _short(memory: Memory, name: str) -> str:
 
 
 def recomputing_gives_the_same(trial: Trial) -> None:
-    """Segments computed again give the same gradients as segments kept, bit for bit."""
+    """Recomputed segments give the same gradients as kept segments, bit for bit."""
     if not trial.model.config.has_decoder:
         return
     tokens, grads = np.moveaxis(random_segments(2, 3), 0, 1), []
@@ -391,7 +391,7 @@ def recomputing_gives_the_same(trial: Trial) -> None:
 
 
 def training_resumes(trial: Trial) -> None:
-    """Training that is saved and resumed goes on with the same bits."""
+    """Saved and resumed training continues with the same bits."""
     if not trial.model.config.has_decoder:
         return
     single = Trial(trial.make, trial.kind, np.float32)
@@ -401,7 +401,8 @@ def training_resumes(trial: Trial) -> None:
     trainer.step(source, tokens)
     with tempfile.TemporaryDirectory() as folder:
         trainer.save(f"{folder}/model")
-        again = Trainer.resume(f"{folder}/model", None if trainer.memory is not None and trainer.memory.text else single.make())
+        text = trainer.memory.text if trainer.memory is not None else None
+        again = Trainer.resume(f"{folder}/model", make_memory(text) if text else single.make())
     losses = [(value_of(trainer.step(source, tokens)), value_of(again.step(source, tokens))) for _ in range(2)]
     if any(a != b for a, b in losses):
         raise CheckFailed(f"expected the losses {[a for a, _ in losses]} after resuming, got {[b for _, b in losses]}")

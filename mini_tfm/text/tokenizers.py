@@ -277,7 +277,7 @@ class BPETokenizer(Tokenizer):
                 name = config[key]
                 name = name.get("content") if isinstance(name, dict) else name
                 if not isinstance(name, str) or name not in vocab:
-                    raise InvalidValue(f"{self._source}: {CONFIG_FILE} says {key} is {name!r}, which is no token of it")
+                    raise InvalidValue(f"{self._source}: {CONFIG_FILE} says {key} is {name!r}, which is not one of its tokens")
                 return name
         if any(key in config for key in keys):
             return None

@@ -20,7 +20,7 @@ def checked_batch(
     target, target_lengths = _segments("target", target, target_lengths, config.vocab_size)
     if not config.has_encoder:
         if source is not None:
-            raise InvalidValue("source: expected None, as this model has no encoder")
+            raise InvalidValue("source: expected None, because this model has no encoder")
     else:
         source, source_lengths = _segments("source", source, source_lengths, config.vocab_size)
         if source.shape[:2] != target.shape[:2]:
@@ -42,7 +42,7 @@ def _segments(name: str, tokens: Any, lengths: Any, vocab_size: int) -> tuple[np
     try:
         array = np.asarray(tokens)
     except ValueError as error:
-        raise InvalidValue(f"{name}: expected rows of one length; fill short ones with pad_id and give their lengths") from error
+        raise InvalidValue(f"{name}: expected sequences of one length; pad short ones with pad_id and give their lengths") from error
     if array.ndim not in (2, 3):
         raise InvalidValue(f"{name}: expected shape (batch, tokens) or (batch, segments, tokens), got {array.shape}")
     array = array[:, None] if array.ndim == 2 else array

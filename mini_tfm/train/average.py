@@ -21,7 +21,7 @@ def average_models(folders: Sequence[str | Path], out: str | Path) -> list[Path]
     Raises InvalidValue naming the first folder that is of another kind, FileProblem for one that cannot be read.
     """
     if isinstance(folders, str | Path):
-        raise InvalidType(f"folders: expected a list of folders, got {folders!r}; last_checkpoints(run, n) gives those of a run")
+        raise InvalidType(f"folders: expected a list of folders, got {folders!r}; last_checkpoints(run, n) returns those of a run")
     paths = [Path(folder) for folder in folders]
     if not paths:
         raise InvalidValue("folders: expected at least one")
@@ -32,7 +32,7 @@ def average_models(folders: Sequence[str | Path], out: str | Path) -> list[Path]
     for path in paths[1:]:
         other = load_checkpoint(path)
         if fault := _difference(first, other):
-            raise InvalidValue(f"folders: {path} is not a model like {paths[0]}: {fault}")
+            raise InvalidValue(f"folders: {path} differs from {paths[0]}: {fault}")
         for name, weight in other.model.weights.items():
             total[name] += weight
     for name, weight in first.model.weights.items():
@@ -64,4 +64,4 @@ def _difference(one: Checkpoint, other: Checkpoint) -> str | None:
     if one.memory_text != other.memory_text:
         return f"its memory is {other.memory_text}, expected {one.memory_text}"
     files = [each.tokenizer.files() if each.tokenizer is not None else {} for each in (one, other)]
-    return "its tokenizer is another one" if files[0] != files[1] else None
+    return "its tokenizer differs" if files[0] != files[1] else None

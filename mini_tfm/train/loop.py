@@ -34,9 +34,9 @@ class Loop:
         self.rate = 0.0  # learning rate of the last step
         self.history: dict[str, Any] = {"loss": [], "validation": []}
         if self.folder is None and (self.options.save_best or self.options.save_total_limit):
-            raise InvalidValue("folder: expected one, as save_best and save_total_limit keep models in it, got None")
+            raise InvalidValue("folder: expected a path, because save_best and save_total_limit keep models there, got None")
         if validation_of is None and (self.options.save_best or trainer.options.early_stopping_patience is not None):
-            raise InvalidValue("validation: expected data, as save_best and early_stopping_patience need its loss, got None")
+            raise InvalidValue("validation: expected data, because save_best and early_stopping_patience need its loss, got None")
 
     def run(self, steps: int | None, seconds: float | None, on_step: Callable[[Any, float], None] | None, progress: bool) -> None:
         trainer, ranks = self.trainer, self.trainer.communicator
@@ -153,8 +153,8 @@ def check_data(trainer: Run, data: Any, other_data: bool) -> None:
         trainer.batch_digest = None
     elif changed := _changed(trainer, batch_of, state):
         raise InvalidValue(
-            f"data: is not what this run was trained on: {changed}; give the same data, or other_data=True (on the command line"
-            " --accept-changes) to go on with other data"
+            f"data: differs from the data this run was trained on: {changed}; give the same data, or other_data=True (on the command line"
+            " --accept-changes) to continue with other data"
         )
     trainer.resumed, trainer.data_state = False, state
     if ranks.size == 1:
@@ -163,9 +163,9 @@ def check_data(trainer: Run, data: Any, other_data: bool) -> None:
     first = np.concatenate([[step], own])
     ranks.share(first)
     if first[0] != step:
-        raise InvalidValue(f"step: rank 0 stands at step {first[0]}, rank {ranks.rank} at {step}; resume all from the same folder")
+        raise InvalidValue(f"step: rank 0 is at step {first[0]}, rank {ranks.rank} at {step}; resume all from the same folder")
     if not np.array_equal(first[1:], own):
-        raise InvalidValue(f"data: batch {step} of rank {ranks.rank} is not that of rank 0; give all ranks the same data and seed")
+        raise InvalidValue(f"data: batch {step} of rank {ranks.rank} differs from that of rank 0; give all ranks the same data and seed")
     for array in (trainer.optimizer.arena, *trainer.optimizer.state().values()):
         ranks.share(array)
 
@@ -180,5 +180,5 @@ def _changed(trainer: Run, batch_of: Callable[[int], Batch], state: dict[str, An
         return "; ".join(found[:4])
     last = trainer.step_count - 1
     if trainer.batch_digest is not None and digest(checked_batch(trainer.model, *fields(batch_of(last)))) != trainer.batch_digest:
-        return f"batch {last} is not what it was"
+        return f"batch {last} has changed"
     return ""

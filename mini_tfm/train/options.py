@@ -1,4 +1,4 @@
-"""The options of a Trainer, and those of a fit: each is stated here once, with its default, limits and help."""
+"""The options of Trainer and of `fit`: each is defined here once, with its default, limits and help."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ SCHEDULES = ("cosine", "linear", "inverse_sqrt", "constant")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainerOptions(Options):
-    """The optimizer, regularization and how gradients are computed. The order of the fields is that of training.json."""
+    """The optimizer, regularization and gradient computation. The fields have the same order as in training.json."""
 
     owner: ClassVar[str] = "Trainer"
 
     learning_rate: float = option(1e-3, "Peak learning rate, reached after the warm-up.", at_least=0)
     schedule: str = option(
         "cosine",
-        "Learning rate after the warm-up: cosine and linear decay to 0 at the last step, inverse_sqrt falls with the square root of"
-        " the step, constant stays.",
+        "Learning rate after the warm-up: cosine and linear decay to 0 at the last step, inverse_sqrt falls as 1 / sqrt(step),"
+        " constant does not change.",
         choices=SCHEDULES,
     )
-    warmup_steps: int = option(0, "Steps in which the learning rate rises to its peak.", at_least=0, unit="STEPS")
+    warmup_steps: int = option(0, "Steps over which the learning rate rises to its peak.", at_least=0, unit="STEPS")
     total_steps: int | None = option(None, "The step at which training ends and schedules reach 0.", at_least=1, unit="STEPS", cli=False)
     weight_decay: float = option(0.01, "Decoupled weight decay, of matrices only (arXiv 1711.05101).", at_least=0)
     betas: tuple[float, float] = option((0.9, 0.98), "AdamW's decay rates of the two moments.", at_least=0, below=1, cli=False)
-    eps: float = option(1e-9, "AdamW's term that keeps the division finite.", at_least=0, cli=False)
-    clip: float | None = option(1.0, "Largest norm of the gradient; None: no limit.", at_least=0, unit="NORM")
+    eps: float = option(1e-9, "AdamW's term that prevents division by zero.", at_least=0, cli=False)
+    clip: float | None = option(1.0, "Maximum norm of the gradient; None: no limit.", at_least=0, unit="NORM")
     dropout: float = option(
         0.0,
-        "Dropout rate of embeddings and sublayer outputs (arXiv 1706.03762, section 5.4); of attention weights and hidden layers, too,"
-        " unless they have their own.",
+        "Dropout rate of embeddings and sublayer outputs (arXiv 1706.03762, section 5.4); also of attention weights and hidden layers,"
+        " unless they have their own rate.",
         at_least=0,
         below=1,
         unit="RATE",
@@ -46,8 +46,8 @@ class TrainerOptions(Options):
     )
     source_dropout: float = option(
         0.0,
-        "Chance to hide a segment's source from the decoder, which then sees only the memory. Trains a memory to carry what is needed"
-        " later.",
+        "Probability of hiding a segment's source from the decoder, which then sees only the memory. Trains a memory to keep what is"
+        " needed later.",
         at_least=0,
         below=1,
         unit="SHARE",
@@ -87,7 +87,7 @@ class FitOptions(Options):
     validation_batches: int = option(4, "Number of validation batches.", at_least=1, cli=False)
     save_every: int | None = option(None, "Steps between saves of the run.", at_least=1, unit="STEPS")
     save_total_limit: int = option(
-        0, "Number of last saves whose models are also kept, in checkpoint-STEP inside the folder.", at_least=0, unit="MODELS"
+        0, "Number of recent saves whose models are also kept, in checkpoint-STEP inside the folder.", at_least=0, unit="MODELS"
     )
     save_best: bool = option(False, "Keep the model with the best validation loss, in best inside the folder.")
     jsonl_log: str | None = option(None, "Append one JSON line per step to this file.", path=True, unit="FILE")

@@ -91,8 +91,8 @@ def check_finite(trainer: Run) -> None:
     if not np.isfinite(trainer.optimizer.arena).all():
         bad = [name for name, weight in trainer.model.weights.items() if not np.isfinite(weight).all()]
         raise TrainingError(
-            f"step {trainer.step_count}: weights are not finite ({', '.join(bad[:3])}), so they are not saved: the last save stays as it"
-            " was; lower learning_rate, or add warmup_steps"
+            f"step {trainer.step_count}: weights are not finite ({', '.join(bad[:3])}) and not saved; the last save stays as it"
+            " was: lower learning_rate, or add warmup_steps"
         )
 
 
@@ -130,7 +130,7 @@ def load_run(kind: Callable[..., R], folder: str | Path, memory: Memory | None, 
     if memory is not None and memory.text != checkpoint.memory_text:
         raise InvalidValue(
             f"memory: {folder} was trained with {checkpoint.memory_text or 'one made in Python, or none'}, expected the same, got"
-            f" {memory.text or memory.name}; to train its model with another memory, begin anew: Trainer(mt.load(folder), memory)"
+            f" {memory.text or memory.name}; to train its model with another memory, start a new run: Trainer(mt.load(folder), memory)"
         )
     memory = memory if memory is not None else checkpoint.memory()
     names = set(checkpoint.model.weights)

@@ -56,7 +56,7 @@ class Trainer:
         if memory is not None and not isinstance(memory, Memory):
             raise InvalidType(f"memory: expected a Memory (mt.memory(...)) or None, got {type(memory).__name__}")
         if not model.config.has_decoder:
-            raise InvalidValue("model: expected one with a decoder, as training predicts text; n_decoder_layers is 0")
+            raise InvalidValue("model: expected a decoder, because training predicts text; n_decoder_layers is 0")
         self.options = o = TrainerOptions.of(options)
         if o.bfloat16 and model.dtype != np.float32:
             raise InvalidValue(f"bfloat16: expected False, or a model in float32, got True and a model in {model.dtype}")
@@ -193,8 +193,8 @@ class Trainer:
     def resume(cls, folder: str | Path, memory: Memory | None = None, *, communicator: Any = None) -> Trainer:
         """The trainer saved in `folder`: its next steps are, bit for bit, those of a run that was not stopped.
 
-        memory: required only if it was not made from text by `mt.memory`. communicator: as for a new Trainer; the number of
-        processes may differ.
+        memory: the one it was trained with. It may be left out if it is built in and opens no file: a folder's file may name no
+        other. communicator: as for a new Trainer; the number of processes may differ.
         """
 
         return load_run(cls, folder, memory, communicator)
@@ -251,14 +251,14 @@ class Trainer:
             return SegmentLoss(self.model, batch).value(stream)
 
     def _diagnosis(self, batch: Batch, loss: float, parts: list[slice]) -> str:
-        """An error message: which rows give a loss that is not finite, and the largest gradients by name."""
+        """An error message: the streams whose loss is not finite, and the largest gradients by name."""
         place = ""
         if parts:
             suspects = [row for part in parts for row in range(part.start, part.stop)]
             rows = [row for row in suspects if not self._is_finite(_rows_of(batch, slice(row, row + 1)))]
             which = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
-            shown = f"row {which}" if len(rows) == 1 else f"rows {which}" if rows else f"rows {suspects[0]} to {suspects[-1]} together"
-            place = f" at {shown} of batch {self.step_count}"
+            shown = which or f"{suspects[0]} to {suspects[-1]} together"
+            place = f" at stream{'s' * (len(rows) != 1)} {shown} of batch {self.step_count}"
         sizes = {name: float(np.max(np.abs(g))) if g.size else 0.0 for name, g in self.optimizer.grads.items()}
         worst = sorted(sizes, key=lambda name: (np.isfinite(sizes[name]), -np.nan_to_num(sizes[name], posinf=0)))[:3]
         largest = ", ".join(f"{name} {sizes[name]:.3g}" for name in worst)

@@ -1,7 +1,7 @@
 """my_memory: a dense near past and a sparse far one.
 
-A working memory of `size` rows in which every `every`-th row of the stream ages `every` times more slowly: change
-`keep` to make it yours. For more than a choice of rows see the contract, `mini_tfm.memory.base`.
+A working memory of `size` rows, in which every `every`-th row of the stream ages `every` times more slowly. Change `keep`
+to make it your own. To do more than choose rows, see the contract, `mini_tfm.memory.base`.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ from mini_tfm.memory import RowMemory, hookimpl
 
 
 class MyMemory(RowMemory):
-    """The newest rows, and of the older ones every `every`-th."""
+    """The newest rows, and every `every`-th of the older ones."""
 
     def __init__(self, *, size: int = 64, every: int = 4, site: str | None = None):
         super().__init__(size=size, site=site)

@@ -80,7 +80,7 @@ ERRORS = [
     ("read {folder}/model {folder}/a.txt --memory store:path=/dev/null/s.mdb", "/dev/null"),
     ("info {folder}/nothing", "nothing"),
     ("info --memory nothing", "nothing"),
-    ("compare {folder}/model --memory none --memory none", "each once"),
+    ("compare {folder}/model --memory none --memory none", "each memory once"),
     ("compare {folder}/nothing --memory none", "nothing"),
     ("compare {folder}/model --text {folder}/empty.txt --memory none", "empty.txt"),
     ("compare {folder}/model --text {folder}/short.txt --memory none", "segment"),

@@ -115,7 +115,7 @@ def test_average_is_a_model_that_works(run, train, tmp_path):
     said = run("average", *answer["models"], "--out", tmp_path / "b")
     assert said.code == 0 and "mean of 2 models" in said.out and weights(tmp_path / "b") == weights(tmp_path / "a")
     for words, told in (
-        ([tmp_path / "m", tmp_path / "m", "--last", 2, "--out", tmp_path / "c"], "--last goes with one FOLDER"),
+        ([tmp_path / "m", tmp_path / "m", "--last", 2, "--out", tmp_path / "c"], "--last: expected one FOLDER"),
         ([tmp_path / "m", "--last", 4, "--out", tmp_path / "c"], "found 3"),
         ([tmp_path / "m", "--out", tmp_path / "a"], "holds a model already"),
         ([tmp_path / "nothing", "--out", tmp_path / "c"], "nothing"),

@@ -112,7 +112,7 @@ def test_other_batches_of_the_same_text_are_refused_unless_asked(train, run, dat
     path, now = data / "m" / "training_data.json", about(data)
     new = ("documents", "fields", "cache", "objective", "curriculum")
     old = {"has_encoder": False, **{name: value for name, value in now.items() if name not in new}}
-    for given, told in ((now | {"batch_size": 3}, "batch_size was 2, is 3"), (old, "what batches are made of the text has changed")):
+    for given, told in ((now | {"batch_size": 3}, "batch_size was 2, is 3"), (old, "the way batches are made from the text has changed")):
         path.write_text(json.dumps(given))
         refused = run("train", "--resume", data / "m", "--steps", 6)
         assert refused.code == 2 and told in refused.err and "--accept-changes" in refused.err and refused.err.count("\n") <= 4
@@ -126,32 +126,32 @@ def test_a_cache_of_other_text_is_not_written_over(train, data):
     assert train("text.jsonl", "--field", "body", "--cache", data / "cache").code == 0
     before = (data / "cache" / "texts.tokens").read_bytes()
     refused = train("text.txt", "--cache", data / "cache", out="n")
-    assert refused.code == 2 and "texts.tokens: was made of other sources" in refused.err
+    assert refused.code == 2 and "texts.tokens: was built from other sources" in refused.err
     assert (data / "cache" / "texts.tokens").read_bytes() == before and not (data / "n" / "config.json").exists()
 
 
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("text.txt", "--objective", "nonsense"), "--objective: expected next-segment, lm, denoise, pairs"),
+        (("text.txt", "--objective", "nonsense"), "--objective: expected some of next-segment, lm, denoise, pairs"),
         (("text.txt", "--objective", "denoise+denoise"), "each once"),
         (("text.txt", "--objective", "denoise=0"), "expected a share above 0"),
         (("text.txt", "--objective", "denoise=x"), "expected a share above 0"),
-        (("text.txt", "--objective", "lm"), "lm is not for a model with an encoder; there it is next-segment"),
-        (("text.txt", "--objective", "next-segment", "--n-encoder-layers", 0), "there it is lm"),
-        (("text.txt", "--objective", "pairs"), "needs pairs, and --text has only texts"),
-        (("pairs.tsv", "--objective", "denoise"), "needs texts, and --text has only pairs"),
+        (("text.txt", "--objective", "lm"), "lm does not fit a model with an encoder; use next-segment"),
+        (("text.txt", "--objective", "next-segment", "--n-encoder-layers", 0), "use lm"),
+        (("text.txt", "--objective", "pairs"), "needs pairs, but --text has only texts"),
+        (("pairs.tsv", "--objective", "denoise"), "needs texts, but --text has only pairs"),
         (("text.txt pairs.tsv", "--objective", "pairs"), "no objective uses the texts"),
         (("text.txt", "--curriculum", "1:2"), "--curriculum: expected STEP:SEGMENTS"),
         (("text.txt", "--curriculum", "0:1,0:2"), "--curriculum: expected STEP:SEGMENTS"),
         (("text.txt", "--curriculum", "0:0"), "--curriculum: expected STEP:SEGMENTS"),
         (("text.txt", "--curriculum", "0:1:2"), "--curriculum: expected STEP:SEGMENTS"),
         (("text.txt", "--curriculum", ""), "--curriculum: expected STEP:SEGMENTS"),
-        (("text.txt", "--curriculum", "0:1", "--n-segments", 3), "--n-segments: --curriculum says how many"),
-        (("text.txt", "--accept-changes"), "--accept-changes is for --resume"),
+        (("text.txt", "--curriculum", "0:1", "--n-segments", 3), "give --n-segments or --curriculum, not both"),
+        (("text.txt", "--accept-changes"), "--accept-changes needs --resume"),
         (("text.jsonl",), "text.jsonl, line 1: expected field 'text'"),
         (("text.jsonl", "--field", "a,b,c"), "fields: expected"),
-        (("", "--cache", "cache"), "--cache: expected files"),
+        (("", "--cache", "cache"), "--cache: expected text files"),
         (("text.txt", "--cache", "text.txt"), "text.txt"),
         (("missing.tsv",), "no such file"),
         (("bad.tsv",), "bad.tsv, line 2: expected source, one tab and target"),

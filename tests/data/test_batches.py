@@ -110,7 +110,7 @@ def test_a_list_of_documents_will_do():
         ({"segment_length": 2.5}, InvalidValue, "segment_length: expected"),
         ({"n_segments": 0}, InvalidValue, "n_segments: expected"),
         ({"batch_size": None}, InvalidValue, "batch_size: expected"),
-        ({"documents": {}}, InvalidValue, "documents: expected at least one longer than a segment"),
+        ({"documents": {}}, InvalidValue, "documents: expected one longer than a segment"),
         ({"segment_length": 40}, InvalidValue, "the longest has 40 tokens"),
         ({"documents": [np.ones(50)]}, InvalidType, "documents: expected arrays of token ids"),
         ({"documents": ["text " * 20]}, InvalidType, "documents: expected arrays of token ids, each .*; encode"),

@@ -123,13 +123,13 @@ def test_other_sources_or_options_are_told(files, path, tmp_path):
     for other, options, told in (
         (TextFiles(files.paths[:2]), {}, "changed"),
         (TextFiles(files.paths[::-1]), {}, "another order"),
-        (TextFiles(files.paths, documents="line"), {}, "read in another way"),
-        (files, {"end_id": 2}, "read in another way"),
+        (TextFiles(files.paths, documents="line"), {}, "with other options"),
+        (files, {"end_id": 2}, "with other options"),
     ):
         with pytest.raises(InvalidValue, match=told):
             token_cache(path, other, BYTES, **options)
     build_token_cache(path.with_name("y"), TEXTS, BYTES)
-    with pytest.raises(InvalidValue, match="made of other sources"):
+    with pytest.raises(InvalidValue, match="built from other sources"):
         token_cache(path.with_name("y"), files, BYTES)
 
 
@@ -231,7 +231,7 @@ def test_what_is_no_file_is_refused(path, tmp_path):
 def test_wrong_arguments(path, files):
     with pytest.raises(InvalidType, match="build_token_cache"):
         token_cache(path, TEXTS, BYTES)
-    with pytest.raises(InvalidType, match="tokenizer: expected one"):
+    with pytest.raises(InvalidType, match="tokenizer: expected a Tokenizer"):
         build_token_cache(path, files)
     with pytest.raises(InvalidValue, match="vocab_size: expected the number of ids"):
         build_token_cache(path, [[1]])
@@ -296,7 +296,7 @@ def test_every_failing_write_leaves_what_was_there(path, monkeypatch):
                 build_token_cache(path, documents, BYTES, overwrite=True)
                 done = True
             except FileProblem as error:
-                assert "No space left" in str(error) and "untouched" in str(error)
+                assert "No space left" in str(error) and "nothing was changed" in str(error)
         if done:
             break
         assert path.read_bytes() == before and os.listdir(path.parent) == ["x.tokens"], k

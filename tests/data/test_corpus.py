@@ -118,8 +118,8 @@ def test_streams_of_a_corpus_are_those_of_its_documents():
         ([[1], [[2]]], {}, InvalidType, r"documents\[1\]: expected token ids"),
         ([[1], [-2]], {}, InvalidValue, r"documents\[1\]: expected ids from 0, got -2"),
         ([[1], [9]], {"vocab_size": 9}, InvalidValue, r"documents\[1\]: expected ids from 0 to 8, got 9"),
-        ([([1], [2]), [3]], {}, InvalidType, r"documents\[1\]: expected all pairs"),
-        ([[3, 3, 3], ([1], [2])], {}, InvalidType, r"documents\[1\]: expected all texts"),
+        ([([1], [2]), [3]], {}, InvalidType, r"documents\[1\]: expected pairs"),
+        ([[3, 3, 3], ([1], [2])], {}, InvalidType, r"documents\[1\]: expected texts"),
         ([([1], [2], [3])], {}, InvalidType, r"documents\[0\]: expected \(source, target\), got 3"),
         ([([1], [])], {}, InvalidValue, r"documents\[0\]\[1\]: no tokens"),
         ([[1]], {"end_id": -1}, InvalidValue, "end_id: expected"),
@@ -134,7 +134,7 @@ def test_what_is_no_document_is_refused_by_its_number(documents, options, error,
 def test_a_split_needs_something_on_either_side():
     with pytest.raises(InvalidValue, match="expected a share between 0 and 1"):
         Corpus.of([[1, 2]]).split(1.0)
-    with pytest.raises(InvalidValue, match="expected enough to hold a part out"):
+    with pytest.raises(InvalidValue, match="expected enough text to hold out a part"):
         Corpus.of([[1]]).split(0.1)
-    with pytest.raises(InvalidValue, match="expected enough to hold a part out"):
+    with pytest.raises(InvalidValue, match="expected enough text to hold out a part"):
         Corpus.of([([1], [2])]).split(0.5)

@@ -171,7 +171,7 @@ def test_a_resumed_run_sees_what_it_would_have_seen(stopped_at, tmp_path):
 def test_other_data_is_refused_on_resume_unless_asked(other, told, tmp_path):
     trainer_of().fit(everything(), 2, folder=tmp_path / "run", progress=False)
     resumed = Trainer.resume(tmp_path / "run")
-    with pytest.raises(InvalidValue, match=f"data: is not what this run was trained on: .*{told}.*other_data=True"):
+    with pytest.raises(InvalidValue, match=f"data: differs from the data this run was trained on: .*{told}.*other_data=True"):
         resumed.fit(other(), 4, progress=False)
     assert resumed.step_count == 2
     assert len(resumed.fit(other(), 4, progress=False, other_data=True)["loss"]) == 2
@@ -189,7 +189,7 @@ def test_functions_and_data_without_a_state_train_as_before(tmp_path):
     trainer = trainer_of()
     assert len(trainer.fit(data.batch, 2, progress=False, validation=data, validate_every=1, folder=tmp_path / "run")["validation"]) == 2
     assert trainer.data_state is None and Trainer.resume(tmp_path / "run").data_state is None
-    with pytest.raises(InvalidType, match=r"data: expected something with batch\(step\)"):
+    with pytest.raises(InvalidType, match=r"data: expected an object with batch\(step\)"):
         trainer.fit(5, 3, progress=False)
 
 

@@ -340,7 +340,7 @@ def test_the_same_segment_is_noised_otherwise_in_another_epoch():
 
 def test_text_that_takes_the_sentinels_is_refused():
     data = SpanDenoising([np.arange(3, 35)], vocab_size=36, segment_length=16, n_segments=1, batch_size=2)
-    with pytest.raises(InvalidValue, match=r"vocab_size: 36 leaves ids up to 33 to the text, .* document 0 holds 34"):
+    with pytest.raises(InvalidValue, match=r"vocab_size: 36 leaves ids up to 33 for the text .* document 0 holds 34"):
         [data.batch(step) for step in range(3)]
 
 

@@ -172,7 +172,7 @@ def test_whichever_call_fails_the_old_folder_is_intact(way, first_time, code, tm
                 save_folder(folder, {"v": 2}, NEW)
             except FileProblem as error:
                 failures += 1
-                assert "untouched" in str(error) and os.strerror(code) in str(error)
+                assert "nothing was changed" in str(error) and os.strerror(code) in str(error)
                 assert snapshot(folder) == before
                 assert [path.name for path in tmp_path.rglob(".m.*")] == []
                 assert os.path.exists(tmp_path / "parent") != first_time

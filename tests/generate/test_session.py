@@ -148,5 +148,5 @@ def test_only_ids_of_the_tokenizer_are_chosen():
 def test_scores_that_are_not_numbers_are_an_error(options):
     model = model_for("pre norm")
     model.weights["decoder.norm.weight"][0] = np.nan
-    with pytest.raises(InvalidValue, match=r"the scores of token 1 of row 0 are not finite \(.*\); check that the model's weights"):
+    with pytest.raises(InvalidValue, match=r"the scores of token 1 of sequence 0 are not finite \(.*\); check that the model's weights"):
         model.generate(TEXT[:, :7], max_new_tokens=4, **options)

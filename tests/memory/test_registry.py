@@ -160,7 +160,7 @@ def test_what_text_cannot_say_has_no_text():
         ("window:size=0", "memory 'window': size: expected a number of rows of at least 1, got 0"),
         ("window:size=big", "memory 'window': size: expected a whole number, got 'big'"),
         ("window:size=4,sinks=4", "memory 'window': sinks: expected 0 to size - 1 = 3, got 4"),
-        ("window:site=top", "memory 'window': site: expected one of encoder, decoder, cross, all, got 'top'"),
+        ("window:site=top", "memory 'window': site: expected encoder, decoder, cross or all, got 'top'"),
         ("recurrent:tokens=0", "memory 'recurrent': tokens: expected a number of rows of at least 1, got 0"),
         ("store:top_k=none", "memory 'store': top_k: expected a whole number, got 'none'"),
         ("store:merge=add", "memory 'store': merge: expected joint or gate, got 'add'"),
@@ -179,7 +179,7 @@ def test_a_faulty_text_is_told_what_is_wrong(text, told):
 def test_options_are_given_once():
     with pytest.raises(InvalidValue, match="memory 'window': option 'size' is given twice"):
         mt.memory("window:size=3", size=3)
-    with pytest.raises(InvalidValue, match=r"give the options of a stack inside its text, got 'window\+store'"):
+    with pytest.raises(InvalidValue, match=r"expected the options of a stack inside its text, got 'window\+store'"):
         mt.memory("window+store", top_k=3)
     with pytest.raises(InvalidType, match="memory: expected the name of a strategy, got int"):
         mt.memory(3)
@@ -217,8 +217,8 @@ def test_a_factory_must_be_callable():
 @pytest.mark.parametrize(
     ("factory", "told"),
     [
-        (lambda: 7, "expected a Memory, its factory gave int"),
-        (lambda: Memory, "expected a Memory, its factory gave type"),
+        (lambda: 7, "expected a Memory, its factory returned int"),
+        (lambda: Memory, "expected a Memory, its factory returned type"),
         (lambda: 1 / 0, "failed in __init__: ZeroDivisionError: division by zero"),
         (lambda: exit(3), "failed in __init__: SystemExit: 3"),
         (dict.fromkeys, "the options of its factory cannot be read|failed in __init__|option 'iterable' is required"),

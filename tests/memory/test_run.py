@@ -422,9 +422,9 @@ def test_a_copy_within_a_segment_goes_its_own_way():
 def test_a_run_of_something_else_does_not_join():
     run = Reader(MODEL, mt.memory("window", size=8), 1).run
     for other in (Reader(MODEL, mt.memory("window", size=9), 1).run, Reader(MODEL, None, 1).run):
-        with pytest.raises(InvalidValue, match="other: expected a run of the same memory and model"):
+        with pytest.raises(InvalidValue, match="other: expected a run with the same memory and model"):
             run.join(other)
-    with pytest.raises(InvalidValue, match="other: expected a run of the same memory and model"):
+    with pytest.raises(InvalidValue, match="other: expected a run with the same memory and model"):
         run.join(Reader(small_model("encoder-decoder"), mt.memory("window", size=8), 1).run)
 
 
@@ -462,9 +462,9 @@ def test_rows_can_be_reordered_within_a_segment():
 
 def test_a_dump_of_something_else_is_refused():
     run = Trial(lambda: mt.memory("window", size=8), "decoder-only").reader(2).run
-    with pytest.raises(InvalidValue, match="expected what dump"):
+    with pytest.raises(InvalidValue, match="expected the result of dump"):
         run.load({"start": np.zeros(2)})
-    with pytest.raises(InvalidValue, match="expected what dump"):
+    with pytest.raises(InvalidValue, match="expected the result of dump"):
         run.load({**run.dump(), "weights": np.zeros(2)})
     with pytest.raises(InvalidValue, match="expected a dump of 2 streams, got one of 3"):
         run.load(Trial(lambda: mt.memory("window", size=8), "decoder-only").reader(3).run.dump())
@@ -480,10 +480,10 @@ def test_select_streams_fills_the_shorter_with_zeros():
 
 
 def test_a_site_or_layer_that_the_model_does_not_have_is_told():
-    with pytest.raises(InvalidValue, match=r"memory 'store': works at \['cross'\], this model has only \['decoder'\]"):
+    with pytest.raises(InvalidValue, match=r"memory 'store': works at \['cross'\], but this model has only \['decoder'\]"):
         Stream(MODEL, mt.memory("store", site="cross"), 1)
     for text in ("window:site=encoder", "recurrent:site=encoder"):
-        with pytest.raises(InvalidValue, match=r"works at \['encoder'\], this model has only \['decoder'\]"):
+        with pytest.raises(InvalidValue, match=r"works at \['encoder'\], but this model has only \['decoder'\]"):
             Reader(MODEL, mt.memory(text), 1)
     for layer in (2, -3):
         with pytest.raises(InvalidValue, match=f"layer: expected -2 to 1 in this model, got {layer}"):

@@ -232,8 +232,8 @@ def test_a_store_of_other_rows_is_refused_and_left_as_it_is(path):
     other_weights.weights["embedding.weight"][0, 0] += 1
     wide = mt.Transformer(mt.Config(vocab_size=24, d_model=16, n_heads=2, n_encoder_layers=0))
     for model, told in (
-        (other_weights, "holds rows of other weights .*: read the text again into another path"),
-        (wide, "holds rows of width 8, this model's are 16 wide; give another path"),
+        (other_weights, "holds rows from other weights .*: read the text again into another path"),
+        (wide, "holds rows of width 8, this model needs 16; give another path"),
     ):
         with pytest.raises(InvalidValue, match=f"path: the store {path} {told}"):
             reader_of(path, model)
@@ -388,7 +388,7 @@ def test_a_store_that_is_cut_off_is_refused(path, part):
         try:
             LmdbRows(sys.argv[1]).documents()
         except FileProblem as error:
-            print(int("cut off" in str(error) or "something else" in str(error)))
+            print(int("cut off" in str(error) or "not a store" in str(error)))
     """
     assert script(code, path) == 1  # and no signal has ended the process
 

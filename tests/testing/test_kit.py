@@ -368,7 +368,7 @@ def test_the_cause_of_a_failure_is_kept(only_decoders):
 
 def test_checks_can_be_skipped_by_name(only_decoders):
     check_memory(DoesNothing, skip=["has_effect"])
-    with pytest.raises(InvalidValue, match=r"skip: unknown check 'effect'; there are runs,"):
+    with pytest.raises(InvalidValue, match=r"skip: unknown check 'effect'; the checks are runs,"):
         check_memory(DoesNothing, skip=["effect"])
 
 

@@ -138,8 +138,8 @@ def test_what_nothing_can_judge_or_keep_is_refused(tmp_path):
     for options, given, told in (
         ({}, {}, "validation: expected data"),
         (plain, {"save_best": True, "folder": tmp_path / "run"}, "validation: expected data"),
-        (plain, {"save_best": True, "validation": data(seed=2)}, "folder: expected one"),
-        (plain, {"save_total_limit": 2}, "folder: expected one"),
+        (plain, {"save_best": True, "validation": data(seed=2)}, "folder: expected a path"),
+        (plain, {"save_total_limit": 2}, "folder: expected a path"),
         (plain, {"validate_every": 0}, "fit: validate_every: expected an integer of at least 1, got 0"),
         (plain, {"save_every": 1.5, "save_total_limit": -1}, "fit: save_every: .*; save_total_limit: "),
         (
@@ -153,8 +153,8 @@ def test_what_nothing_can_judge_or_keep_is_refused(tmp_path):
             trainer.fit(data(), 2, progress=False, **given)
         assert trainer.step_count == 0
     assert not (tmp_path / "run").exists()
-    for given, told in (({"data": [1, 2]}, "data: expected something with batch"),
-                        ({"validation": "text"}, "validation: expected something with batch")):  # fmt: skip
+    for given, told in (({"data": [1, 2]}, "data: expected an object with batch"),
+                        ({"validation": "text"}, "validation: expected an object with batch")):  # fmt: skip
         with pytest.raises(InvalidType, match=told):
             make_trainer(**plain).fit(**{"data": data(), "steps": 2, "progress": False, **given})
 
@@ -211,12 +211,12 @@ def test_models_that_differ_are_not_averaged(tmp_path):
     }
     for name, (model, more, told) in others.items():
         save_model(tmp_path / name, model, **more)
-        with pytest.raises(InvalidValue, match=f"{name} is not a model like .*a: {told}"):
+        with pytest.raises(InvalidValue, match=f"{name} differs from .*a: {told}"):
             average_models([tmp_path / "a", tmp_path / name], tmp_path / "out")
     wide = {"vocab_size": 300}
     save_model(tmp_path / "b", small(np.float32, **wide))
     save_model(tmp_path / "tokens", small(np.float32, **wide), tokenizer=ByteTokenizer())
-    with pytest.raises(InvalidValue, match="tokenizer is another"):
+    with pytest.raises(InvalidValue, match="tokenizer differs"):
         average_models([tmp_path / "b", tmp_path / "tokens"], tmp_path / "out")
     with pytest.raises(InvalidValue, match="expected at least one"):
         average_models([], tmp_path / "out")

@@ -134,7 +134,7 @@ def test_a_run_remembers_what_fit_was_told(tmp_path):
     [
         (data(seed=3), "seed was 1, is 3"),
         (data(batch_size=3), "batch_size was 4, is 3"),
-        (data(seed=3).batch, "batch 4 is not what it was"),  # a function has no state
+        (data(seed=3).batch, "batch 4 has changed"),  # a function has no state
     ],
     ids=["seed", "batch size", "function"],
 )
@@ -142,7 +142,7 @@ def test_other_data_is_refused_and_nothing_lost(other, told, tmp_path):
     folder = tmp_path / "run"
     fit(make_trainer(), folder, steps=5)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(InvalidValue, match=f"data: is not what this run was trained on: {told}; give the same.*other_data=True"):
+    with pytest.raises(InvalidValue, match=f"data: differs from the data this run was trained on: {told}; give the same.*other_data=True"):
         Trainer.resume(folder).fit(other, validation=data(seed=2), folder=folder, progress=False)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     trainer = Trainer.resume(folder)
@@ -161,7 +161,7 @@ def test_a_batch_shows_what_no_state_names(tmp_path):
     trainer = make_trainer(early_stopping_patience=None)
     trainer.fit(Kept(1, {"corpus": "a"}), 3, folder=tmp_path / "run", progress=False)
     assert Trainer.resume(tmp_path / "run").data_state == {"corpus": "a"}
-    for other, told in ((Kept(2, {"corpus": "a"}), "batch 2 is not what it was"), (Kept(1, {"corpus": "b"}), "corpus has changed")):
+    for other, told in ((Kept(2, {"corpus": "a"}), "batch 2 has changed"), (Kept(1, {"corpus": "b"}), "corpus has changed")):
         with pytest.raises(InvalidValue, match=told):
             Trainer.resume(tmp_path / "run").fit(other, 4, progress=False)
     again = Trainer.resume(tmp_path / "run")
@@ -265,7 +265,7 @@ def test_a_full_disk_is_told_and_the_last_save_stays(code, tmp_path, monkeypatch
             fit(trainer, folder, steps=6, save_best=False)
             break  # fewer writes than k: it was saved
         except FileProblem as error:
-            assert os.strerror(code) in str(error) and "what was there is untouched" in str(error)
+            assert os.strerror(code) in str(error) and "nothing was changed" in str(error)
         finally:
             monkeypatch.undo()
         kept = {name: (folder / name).read_bytes() for name in saved}
@@ -295,7 +295,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
         if trainer.step_count == 5:
             trainer.optimizer.m[-1] = np.inf  # the loss and the gradient of step 6 are finite all the same
 
-    with pytest.raises(TrainingError, match=r"step 6: weights are not finite .*, so they are not saved"):
+    with pytest.raises(TrainingError, match=r"step 6: weights are not finite .* and not saved"):
         fit(trainer, folder, on_step=spoil)
     resumed = Trainer.resume(folder)
     assert resumed.step_count == 3 and np.isfinite(resumed.optimizer.arena).all()
@@ -311,7 +311,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path):
         if trainer.step_count == 4:
             trainer.model.weights["decoder.0.feed_forward.out.weight"][0, 0] = np.nan
 
-    with pytest.raises(TrainingError, match=r"step 4: the loss is nan at rows 0, 1, 2, 3 of batch 4 .*largest gradients: \S+"):
+    with pytest.raises(TrainingError, match=r"step 4: the loss is nan at streams 0, 1, 2, 3 of batch 4 .*largest gradients: \S+"):
         fit(trainer, folder, on_step=spoil)
     assert Trainer.resume(folder).step_count == 3
 
@@ -324,7 +324,7 @@ def test_the_row_that_is_not_finite_is_named(parts):
     source = np.full((6, 4), 5)
     trainer.step(source, source)
     source[4, 1] = 12
-    with pytest.raises(TrainingError, match=r"^step 1: the loss is nan at row 4 of batch 1 .*largest gradients: \S+ "):
+    with pytest.raises(TrainingError, match=r"^step 1: the loss is nan at stream 4 of batch 1 .*largest gradients: \S+ "):
         trainer.step(source, source)
 
 

@@ -621,7 +621,7 @@ BAD_BATCHES = {
     "no target": ((ONES, None), InvalidType, "target: expected token ids, got None"),
     "no source": ((None, ONES), InvalidType, "source: expected token ids, got None"),
     "rank 1": ((ONES[0, 0], ONES), InvalidValue, "source: expected shape"),
-    "ragged": (([[4, 5], [4]], ONES), InvalidValue, "source: expected rows of one length"),
+    "ragged": (([[4, 5], [4]], ONES), InvalidValue, "source: expected sequences of one length"),
     "ids out of range": ((ONES * 9, ONES), InvalidValue, "source: expected ids from 0"),
     "real numbers": ((ONES, ONES * 1.0), InvalidType, "target: expected integer"),
     "other batch": ((ONES, ONES[:1]), InvalidValue, r"target: expected \(batch, segments\) \(2, 3\)"),
@@ -652,7 +652,7 @@ def test_what_cannot_be_trained_is_refused():
     for call, error, told in (
         (lambda: Trainer("model"), InvalidType, "model: expected a Transformer, got str"),
         (lambda: Trainer(tiny_model(), "window"), InvalidType, "memory: expected a Memory"),
-        (lambda: Trainer(tiny_model("encoder only")), InvalidValue, "model: expected one with a decoder"),
+        (lambda: Trainer(tiny_model("encoder only")), InvalidValue, "model: expected a decoder"),
         (lambda: trainer_of(model=tiny_model("decoder only")).step(ONES, ONES), InvalidValue, "source: expected None"),
         (lambda: Trainer(tiny_model()).fit(stream), InvalidValue, "steps: expected"),
     ):

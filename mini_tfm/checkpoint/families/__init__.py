@@ -40,5 +40,5 @@ def family_of(about: Mapping[str, Any], where: str) -> Family:
         if family.recognises(about):
             return family
     raise InvalidValue(
-        f"{where}: field 'format': expected {own.FORMAT!r}, got {about.get('format')!r}; only folders saved by mini_tfm load so far"
+        f"{where}: field 'format': expected {own.FORMAT!r}, got {about.get('format')!r}; only folders saved by mini_tfm can be loaded"
     )

@@ -21,7 +21,7 @@ class RowMemory(Memory):
         if not isinstance(size, int) or size < 1:
             raise InvalidValue(f"size: expected a number of rows of at least 1, got {size!r}")
         if site not in (None, "all", *SITES):
-            raise InvalidValue(f"site: expected one of {', '.join(SITES)}, all, got {site!r}")
+            raise InvalidValue(f"site: expected {', '.join(SITES)} or all, got {site!r}")
         self.size, self.site = size, site
         self.spec = MemorySpec(sites=frozenset(SITES if site in (None, "all") else [site]), capacity=size)
 
