@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from .attention import Encoded, Layout, MultiHeadAttention, RelativeBias
 from .config import Config
 from .context import Pass
 from .errors import InvalidValue
+from .files.reading import ram_bytes
 from .layers import Linear, Norm, Shape, StepProduct
 from .memory.base import Memory, Rows
 from .memory.run import memory_parameters
@@ -332,6 +334,10 @@ class Model:
         """Gives the strategies' parameters that the model does not have yet their initial values."""
         for name, param in memory_parameters(memory, self.config, self.dtype).items():
             if name not in self.weights:
+                if 12 * math.prod(param.shape) > ram_bytes():  # drawn in float64, kept in float32
+                    raise InvalidValue(
+                        f"memory: {name} has {math.prod(param.shape)} numbers, more than this machine's RAM holds; make it smaller"
+                    )
                 rng = np.random.default_rng([seed, *name.encode()])
                 value = rng.normal(0, param.init, param.shape) if isinstance(param.init, int | float) else param.init
                 self.weights[name] = np.broadcast_to(np.asarray(value, self.dtype), param.shape).copy()

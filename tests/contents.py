@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
+from mini_tfm.checkpoint.folder import CONFIG_FILE, TENSORS_FILE, OpenFolder
+
 CONFIG = {"d_model": 8, "name": "é", "nested": {"list": [1, 2.5, None, True]}}
 TENSORS = {
     "w": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -11,6 +13,12 @@ TENSORS = {
     "scalar": np.array(3.0),
     "empty": np.zeros((0, 4), np.int64),
 }
+
+
+def load_folder(folder, *, mmap=False):
+    """(config, tensors by name) of a folder, of one save."""
+    with OpenFolder(folder) as opened:
+        return opened.read_json(CONFIG_FILE), opened.read_tensors(TENSORS_FILE, mmap=mmap)
 
 
 def same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> bool:

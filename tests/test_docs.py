@@ -154,7 +154,7 @@ def option_row(option):
     """What help says of an option, without what depends on click's version."""
     words = ", ".join(f"`{name}`" for name in [*option.opts, *option.secondary_opts]) + (f" {option.metavar}" if option.metavar else "")
     default = option.show_default if isinstance(option.show_default, str) else option.default
-    told = f" Default: {default}." if option.show_default and default not in (None, False, ()) else ""
+    told = f" Default: {default}." if option.show_default and not (default is None or default is False or default == ()) else ""
     return f"| {words} | {option.help or ''}{told} |".replace("  ", " ")
 
 

@@ -51,7 +51,7 @@ class DecodingStep:
                 self.step()
             kernels.append(seconds(lambda: [call(*args, **kwargs) for call, args, kwargs in calls]))
             calls.clear()
-        return 100 * (1 - np.min(kernels) / np.min(step))
+        return 100 * max(0.0, 1 - np.min(kernels) / np.min(step))  # on a busy machine either may be late
 
     track_outside_kernels.unit = "% of the step"
 

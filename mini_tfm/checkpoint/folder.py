@@ -17,7 +17,7 @@ from mini_tfm.files.reading import NamedFile, as_path, open_regular, read_all, r
 from mini_tfm.files.strict_json import MAX_JSON_BYTES, encode_json, parse_json_strict
 from mini_tfm.files.writing import Buffers
 
-from .safetensors import encode_safetensors, read_tensors
+from .safetensors import Entry, encode_safetensors, read_entries, read_tensors
 
 CONFIG_FILE = "config.json"
 TENSORS_FILE = "model.safetensors"
@@ -44,7 +44,7 @@ def save_folder(
 class OpenFolder(contextlib.AbstractContextManager["OpenFolder"], os.PathLike):
     """A model folder whose `config.json`, `model.safetensors` and `more` files are open, all of one save.
 
-    `load_folder`, and so `load_checkpoint`, takes it in place of a path. Raises FileProblem when something is missing,
+    `load_checkpoint` takes it in place of a path. Raises FileProblem when something is missing,
     unreadable or a link.
     """
 
@@ -65,6 +65,11 @@ class OpenFolder(contextlib.AbstractContextManager["OpenFolder"], os.PathLike):
         file = self._files[name]
         file.seek(0)
         return parse_json_strict(read_all(file, max_bytes), file.name)
+
+    def read_entries(self, name: str) -> dict[str, Entry]:
+        """What the header of an open tensor file declares, by name. Raises what `read_safetensors` does."""
+        self._files[name].seek(0)
+        return read_entries(self._files[name])
 
     def read_tensors(self, name: str, *, mmap: bool = False) -> dict[str, np.ndarray]:
         """Tensors by name from an open file. Raises what `read_safetensors` does."""
@@ -93,17 +98,6 @@ class OpenFolder(contextlib.AbstractContextManager["OpenFolder"], os.PathLike):
                     return False
                 raise
         return True
-
-
-def load_folder(folder: str | os.PathLike, *, mmap: bool = False) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Read a folder written by `save_folder` -> (config, tensors by name). folder: a path, or an OpenFolder.
-
-    Tensors are fresh arrays, or with `mmap` read-only views of the mapped file (those that the file does not align
-    are copied). A save that replaces the folder meanwhile does not disturb either: the answer is all old or all new.
-    Raises FileProblem when something is missing, unreadable or a link, InvalidValue when a content is refused.
-    """
-    with contextlib.nullcontext(folder) if isinstance(folder, OpenFolder) else OpenFolder(folder) as opened:
-        return opened.read_json(CONFIG_FILE), opened.read_tensors(TENSORS_FILE, mmap=mmap)
 
 
 def _was_replaced(folder: str, folder_fd: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from ..errors import InvalidValue
 from ..text.tokenizers import Tokenizer, load_tokenizer
 from ..weights import Weight
 from .families import family_of, own
-from .folder import CONFIG_FILE, TENSORS_FILE, load_folder, save_folder
+from .folder import CONFIG_FILE, TENSORS_FILE, OpenFolder, save_folder
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,13 @@ def read_model(folder: str | os.PathLike, dtype: str = "float32") -> Contents:
     """Reads a model folder of any family. Raises FileProblem or InvalidValue naming the file, field or tensor at fault."""
     if dtype not in ("float32", "float64"):
         raise InvalidValue(f"dtype: expected 'float32', or 'float64' for checks, got {dtype!r}")
-    about, tensors = load_folder(folder)
     config_path, tensors_path = (os.path.join(os.fspath(folder), name) for name in (CONFIG_FILE, TENSORS_FILE))
-    family = family_of(about, config_path)
-    config = family.config_of(about, config_path)
-    weights = family.weights_of(config, tensors, tensors_path)
+    with contextlib.nullcontext(folder) if isinstance(folder, OpenFolder) else OpenFolder(folder) as opened:
+        about = opened.read_json(CONFIG_FILE)
+        family = family_of(about, config_path)
+        config = family.config_of(about, config_path)
+        family.check_tensors(config, opened.read_entries(TENSORS_FILE), tensors_path)
+        weights = family.weights_of(config, opened.read_tensors(TENSORS_FILE))
     files = os.listdir(folder)
     tokenizer = load_tokenizer(folder) if "tokenizer.json" in files or "tokenizer_config.json" in files else None
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:

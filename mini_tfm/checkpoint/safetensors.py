@@ -8,11 +8,12 @@ A file is hostile until shown otherwise: all that its header declares is checked
 limits below and the real size of the file, in Python integers, before the first array is allocated.
 """
 
+import contextlib
 import json
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from mmap import ACCESS_READ
 from mmap import mmap as map_file
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mini_tfm.errors import FileProblem, InvalidType, InvalidValue
-from mini_tfm.files.reading import NamedFile, open_regular, reason
+from mini_tfm.files.reading import NamedFile, open_regular, ram_bytes, reason
 from mini_tfm.files.strict_json import parse_json_strict
 
 MAX_HEADER_BYTES = 1 << 24
@@ -49,7 +50,9 @@ def widen_bfloat16(array: np.ndarray) -> np.ndarray:
     return (array["bfloat16"].astype(np.uint32) << 16).view(np.float32)
 
 
-class _Entry(NamedTuple):
+class Entry(NamedTuple):
+    """A tensor as the header declares it; begin and end in bytes of the data."""
+
     begin: int
     end: int
     name: str
@@ -92,28 +95,46 @@ def encode_safetensors(tensors: Mapping[str, np.ndarray]) -> list[bytes | memory
 
 
 def read_safetensors(path: str | os.PathLike, *, mmap: bool = False) -> dict[str, np.ndarray]:
-    """Tensors by name, in the file's order; `mmap` as in `load_folder`. Raises FileProblem, InvalidValue."""
+    """Tensors by name, in the file's order; with `mmap` read-only views of the mapped file (copies where it does not
+    align them). Raises FileProblem, InvalidValue."""
     with open_regular(path) as file:
         return read_tensors(file, mmap)
 
 
+def read_entries(file: NamedFile) -> dict[str, Entry]:
+    """What the header declares, by name: enough to compare with a configuration before a tensor is read."""
+    with _errors_of(file):
+        return {entry.name: entry for entry in _read_header(file)[1]}
+
+
 def read_tensors(file: NamedFile, mmap: bool) -> dict[str, np.ndarray]:
-    try:
+    with _errors_of(file):
         data_start, entries = _read_header(file)
         if mmap:
             raw = np.frombuffer(map_file(file.fileno(), 0, access=ACCESS_READ), np.uint8)
-            tensors = {entry.name: _map_tensor(raw[data_start:], entry) for entry in entries}
-        else:
-            tensors = {entry.name: _copy_tensor(file, data_start, entry) for entry in entries}
+            return {entry.name: _map_tensor(raw[data_start:], entry) for entry in entries}
+        if entries and entries[-1].end > (most := ram_bytes()):
+            raise FileProblem(f"{file.name}: its tensors take {entries[-1].end} bytes, this machine has {most} bytes of RAM")
+        return {entry.name: _copy_tensor(file, data_start, entry) for entry in entries}
+
+
+@contextlib.contextmanager
+def _errors_of(file: NamedFile) -> Iterator[None]:
+    """Errors that name the file."""
+    try:
+        yield
+    except FileProblem:
+        raise
     except OSError as error:
         raise FileProblem(f"{file.name}: cannot be read: {reason(error)}") from error
+    except MemoryError as error:
+        raise FileProblem(f"{file.name}: its tensors take more RAM than there is") from error
     except ValueError as error:  # includes what the strict JSON reader refused
         problem = str(error).removeprefix(f"{file.name}: ")
         raise InvalidValue(f"{file.name}: {problem}; the file is damaged or is not safetensors") from error
-    return tensors
 
 
-def _map_tensor(data: np.ndarray, entry: _Entry) -> np.ndarray:
+def _map_tensor(data: np.ndarray, entry: Entry) -> np.ndarray:
     array = data[entry.begin : entry.end].view(entry.dtype).reshape(entry.shape)
     if not array.flags.aligned:  # a kernel may load whole vectors; a foreign writer may not have aligned them
         array = array.copy()
@@ -121,7 +142,7 @@ def _map_tensor(data: np.ndarray, entry: _Entry) -> np.ndarray:
     return _check_booleans(array, entry)
 
 
-def _copy_tensor(file: NamedFile, data_start: int, entry: _Entry) -> np.ndarray:
+def _copy_tensor(file: NamedFile, data_start: int, entry: Entry) -> np.ndarray:
     array = np.empty(entry.shape, entry.dtype)
     file.seek(data_start + entry.begin)
     if file.readinto(array.reshape(-1).view(np.uint8).data) != array.nbytes:
@@ -129,14 +150,14 @@ def _copy_tensor(file: NamedFile, data_start: int, entry: _Entry) -> np.ndarray:
     return _check_booleans(array, entry)
 
 
-def _check_booleans(array: np.ndarray, entry: _Entry) -> np.ndarray:
+def _check_booleans(array: np.ndarray, entry: Entry) -> np.ndarray:
     # A bool that is neither 0 nor 1 is undefined behaviour for compiled code.
     if array.dtype == np.bool_ and array.size and array.view(np.uint8).max() > 1:
         raise ValueError(f"tensor {entry.name!r}: a BOOL is neither 0 nor 1")
     return array
 
 
-def _read_header(file: NamedFile) -> tuple[int, list[_Entry]]:
+def _read_header(file: NamedFile) -> tuple[int, list[Entry]]:
     """Where the data starts, in bytes, and every tensor in the order of the data. All checks, no allocation."""
     size = os.fstat(file.fileno()).st_size
     if size < 8:
@@ -166,7 +187,7 @@ def _read_header(file: NamedFile) -> tuple[int, list[_Entry]]:
     return 8 + length, entries
 
 
-def _read_entry(name: str, fields: Any) -> _Entry:
+def _read_entry(name: str, fields: Any) -> Entry:
     if problem := _name_problem(name):
         raise ValueError(problem)
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
@@ -185,7 +206,7 @@ def _read_entry(name: str, fields: Any) -> _Entry:
     expected = math.prod(shape) * dtype.itemsize
     if offsets[1] - offsets[0] != expected:
         raise ValueError(f"tensor {name!r}: its shape takes {expected} bytes, its data_offsets {offsets[1] - offsets[0]}")
-    return _Entry(offsets[0], offsets[1], name, dtype, tuple(shape))
+    return Entry(offsets[0], offsets[1], name, dtype, tuple(shape))
 
 
 def _are_counts(value: Any) -> bool:

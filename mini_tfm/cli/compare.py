@@ -98,15 +98,22 @@ def measure_saved(folder: Path, memories: tuple[str, ...], documents: dict[str, 
     """One table row per memory: the model in `folder` on all documents, each read with an empty memory."""
     from ..compare.experiment import n_bytes
     from ..compare.machine import forget_peak_ram
-    from ..compare.measure import measure_memory
+    from ..compare.measure import measure_memory, refuse_durable
     from ..compare.tasks import HeldOut
     from ..compare.tasks.recall import DISTANCES
     from ..data import TextStreams
+    from ..errors import InvalidValue
+    from ..memory import memory as make_memory
     from ..pipeline import Pipeline
     from ..progress import progress_bar
+    from ..transformer import load_checkpoint
 
-    for spec in memories:  # report a wrong option now, not after minutes
-        Pipeline.load(folder, memory=none_of(spec))
+    trained = set(load_checkpoint(folder).model.weights)
+    for spec in memories:  # report what cannot be measured now, not after minutes
+        if spec not in ("none", "saved"):
+            refuse_durable(make_memory(spec))
+        if new := sorted(set(Pipeline.load(folder, memory=none_of(spec)).model.weights) - trained):
+            raise InvalidValue(f"--memory: {spec} has parameters ({new[0]}) that {folder} was not trained with; train it with this memory")
     rows = []
     for spec in memories:
         forget_peak_ram()

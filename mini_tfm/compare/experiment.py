@@ -30,7 +30,7 @@ from ..text.documents import split_documents
 from ..text.tokenizers import Tokenizer, train_bpe
 from ..transformer import Transformer, load_checkpoint
 from .machine import machine, n_cores
-from .measure import measure_memory
+from .measure import measure_memory, refuse_durable
 from .processes import processes
 from .tasks import HeldOut
 from .tasks.recall import CHANCE, DISTANCES
@@ -157,7 +157,7 @@ def _checked_names(memories: Sequence[str | None]) -> list[str]:
         raise InvalidValue(f"memories: expected each memory once, got {', '.join(names)}")
     for text in memories:
         if text is not None:
-            make_memory(text)
+            refuse_durable(make_memory(text))
     return names
 
 

@@ -58,6 +58,11 @@ def reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
+def ram_bytes() -> int:
+    """The machine's RAM: nothing larger is read into it."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def read_all(file: NamedFile, max_bytes: int) -> bytes:
     try:
         data = file.read(max_bytes + 1)

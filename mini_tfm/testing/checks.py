@@ -150,16 +150,18 @@ def padding_is_ignored(trial: Trial) -> None:
 
 
 def future_is_not_seen(trial: Trial) -> None:
-    """In a decoder, later tokens of a segment do not change the outputs of earlier ones."""
-    if trial.model.config.has_encoder:
-        return  # it reads the same tokens, and may see them all
+    """In a decoder, later tokens of a segment do not change the outputs of earlier ones, in training or in use."""
+    if not trial.model.config.has_decoder:
+        return
     segments = random_segments(1, 3)
     changed = segments.copy()
     changed[-1, :, -2] = 3 + (changed[-1, :, -2] + 5) % 20  # the decoder's last input: its inputs lag by one
-    reader, other = trial.reader(1), trial.reader(1)
-    for tokens, same in zip(segments, changed, strict=True):
-        out, seen = reader.read(tokens), other.read(same)
-    _same("outputs before the last input, which was changed", seen[:, :-1], out[:, :-1])
+    for training in (False, True):
+        reader, other = trial.reader(1, training=training), trial.reader(1, training=training)
+        for tokens, same in zip(segments, changed, strict=True):
+            out, seen = reader.read(tokens, source=tokens), other.read(same, source=tokens)
+        when = "in training" if training else "in use"
+        _same(f"outputs before the last input, which was changed, {when}", seen[:, :-1], out[:, :-1])
 
 
 def generation_equals_reading(trial: Trial) -> None:

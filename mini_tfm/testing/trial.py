@@ -65,10 +65,12 @@ class Trial:
         self.model = small_model(kind, dtype)
         self.model.add_memory_weights(make(), seed=1)
 
-    def reader(self, batch: int, w: Mapping[str, Any] | None = None, memory: Memory | None = None, without: bool = False) -> Reader:
+    def reader(
+        self, batch: int, w: Mapping[str, Any] | None = None, memory: Memory | None = None, without: bool = False, training: bool = False
+    ) -> Reader:
         """A reader of `batch` streams with the strategy, or with `memory` in its place, or `without` any."""
         chosen = None if without else memory if memory is not None else self.make()
-        return Reader(self.model, chosen, batch, w)
+        return Reader(self.model, chosen, batch, w, training)
 
     def loss(self, segments: np.ndarray, w: Mapping[str, Any], state: Mapping | None = None, detach_at: int | None = None) -> Any:
         """Sum over segments of the mean negative log-likelihood; from a dumped `state`, gradients cut before `detach_at`."""
@@ -89,8 +91,8 @@ class Trial:
 class Reader:
     """Reads a batch of streams, segment by segment."""
 
-    def __init__(self, model: Transformer, memory: Memory | None, batch: int, w: Mapping[str, Any] | None = None):
-        self.model, self.stream = model, Stream(model, memory, batch, weights=w)
+    def __init__(self, model: Transformer, memory: Memory | None, batch: int, w: Mapping[str, Any] | None = None, training: bool = False):
+        self.model, self.stream = model, Stream(model, memory, batch, weights=w, training=training)
 
     @property
     def run(self) -> MemoryRun:
@@ -101,19 +103,22 @@ class Reader:
         twin.model, twin.stream = self.model, self.stream.copy()
         return twin
 
-    def read(self, tokens: np.ndarray, lengths: Any = None) -> np.ndarray:
-        """One segment (B, L); its log-probabilities (B, L, V), or an encoder's outputs, 0 where there is no token."""
+    def read(self, tokens: np.ndarray, lengths: Any = None, source: np.ndarray | None = None) -> np.ndarray:
+        """One segment (B, L); its log-probabilities (B, L, V), or an encoder's outputs, 0 where there is no token.
+
+        source: (B, L) what an encoder reads, if not the same tokens.
+        """
         lengths = self._lengths(tokens, lengths)
-        scores = self._segment(tokens, lengths, self.stream.log_probs if self.model.config.has_decoder else value_of)
+        scores = self._segment(tokens, lengths, self.stream.log_probs if self.model.config.has_decoder else value_of, source)
         return np.where((np.arange(tokens.shape[1]) < lengths[:, None])[..., None], scores, 0)
 
     def hidden(self, tokens: np.ndarray, lengths: Any = None) -> Any:
         """The stack's outputs (B, L, d) of one segment, which is then over."""
         return self._segment(tokens, self._lengths(tokens, lengths), lambda hidden: hidden)
 
-    def _segment(self, tokens: np.ndarray, lengths: np.ndarray, result: Callable[[Any], Any]) -> Any:
+    def _segment(self, tokens: np.ndarray, lengths: np.ndarray, result: Callable[[Any], Any], source: np.ndarray | None = None) -> Any:
         """What `result` makes of the stack's outputs, before the segment is closed."""
-        self._open(tokens, lengths)
+        self._open(tokens, lengths, source)
         out = self.stream.encoded.text if self.stream.encoded is not None else None
         if self.model.config.has_decoder:
             out = self.stream.decode(tokens, lengths)
@@ -128,8 +133,9 @@ class Reader:
         steps = [session.step(inputs[:, t : t + 1])[:, None] for t in range(tokens.shape[1])]
         return np.concatenate([self.stream.log_probs(hidden) for hidden in steps], axis=1)
 
-    def _open(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        self.stream.open(tokens if self.model.config.has_encoder else None, lengths, tokens)
+    def _open(self, tokens: np.ndarray, lengths: np.ndarray, source: np.ndarray | None = None) -> None:
+        source = tokens if source is None else source
+        self.stream.open(source if self.model.config.has_encoder else None, lengths, tokens)
 
     @staticmethod
     def _lengths(tokens: np.ndarray, lengths: Any) -> np.ndarray:

@@ -6,12 +6,12 @@ import sys
 
 import numpy as np
 import pytest
-from contents import CONFIG, TENSORS, same, snapshot
+from contents import CONFIG, TENSORS, load_folder, same, snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mini_tfm.checkpoint.folder import load_folder, save_folder
+from mini_tfm.checkpoint.folder import save_folder
 from mini_tfm.checkpoint.safetensors import BFLOAT16, DTYPES
 from mini_tfm.errors import FileProblem, InvalidType, InvalidValue
 from mini_tfm.files.strict_json import read_json_strict

@@ -1,6 +1,7 @@
 """Model folders: what is saved comes back to the bit, and a folder whose parts do not fit is refused by name."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from variants import SIZES, VARIANTS, tiny_model, tokens
 
 import mini_tfm as mt
+from mini_tfm.checkpoint import safetensors
 from mini_tfm.checkpoint.models import save_model
 from mini_tfm.checkpoint.safetensors import encode_safetensors, read_safetensors
 from mini_tfm.config import Config
@@ -256,3 +258,34 @@ def test_loaded_weights_can_be_trained(tmp_path):
     loaded = mt.load(tmp_path / "model")
     assert all(w.flags.writeable for w in loaded.weights.values())
     assert np.isfinite(mt.Trainer(loaded).step(np.full((1, 2), 4), np.full((1, 2), 5)))
+
+
+def sparse(path, header, n_bytes):
+    """A tensor file that claims much data and takes no room on the disk."""
+    text = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + n_bytes)
+
+
+@pytest.mark.parametrize("rows", [1 << 27, 1 << 37])
+@pytest.mark.parametrize("name", ["embedding.weight", "memory.recurrent.tokens", "stranger"])
+def test_tensors_are_compared_with_the_configuration_before_they_are_read(name, rows, folder, monkeypatch):
+    """The header of a sparse file of a few KB, which claims 4 GB or 4 TB."""
+    monkeypatch.setattr(safetensors, "ram_bytes", lambda: 1 << 31)
+    entry = {"dtype": "F32", "shape": [rows, 8], "data_offsets": [0, 32 * rows]}
+    weights, header, begin = read_safetensors(folder / "model.safetensors"), {name: entry}, 32 * rows
+    for each, array in weights.items():
+        if each != name:
+            header[each] = {"dtype": "F32", "shape": list(array.shape), "data_offsets": [begin, begin := begin + array.nbytes]}
+    sparse(folder / "model.safetensors", header, begin)
+    tracemalloc.start()
+    with pytest.raises((InvalidValue, FileProblem), match=rf"model\.safetensors: (.*tensor '{name}'|its tensors take)"):
+        mt.load(folder)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 26
+    tracemalloc.stop()
+
+
+def test_a_memory_larger_than_the_machine_is_refused_before_it_is_made(folder):
+    with pytest.raises(InvalidValue, match=r"memory: memory.recurrent.tokens has 80000000000 numbers"):
+        mt.load(folder).add_memory_weights(mt.memory("recurrent:tokens=10000000000"))

@@ -6,9 +6,8 @@ import struct
 
 import numpy as np
 import pytest
-from contents import CONFIG, TENSORS, same
+from contents import CONFIG, TENSORS, load_folder, same
 
-from mini_tfm.checkpoint.folder import load_folder
 from mini_tfm.checkpoint.safetensors import BFLOAT16, MAX_HEADER_BYTES, encode_safetensors, read_safetensors, widen_bfloat16
 from mini_tfm.errors import InvalidType, InvalidValue, MiniTfmError
 from mini_tfm.files.strict_json import read_json_strict

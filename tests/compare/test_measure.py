@@ -15,6 +15,8 @@ from mini_tfm.compare.tasks.recall import DISTANCES, FAR
 from mini_tfm.compare.tasks.text import bits_of as measure
 from mini_tfm.config import Config
 from mini_tfm.data import TextStreams
+from mini_tfm.errors import InvalidValue
+from mini_tfm.memory import Memory, MemorySpec, View
 from mini_tfm.text.tokenizers import ByteTokenizer
 from mini_tfm.train import Trainer
 from mini_tfm.transformer import Transformer
@@ -66,6 +68,57 @@ def test_what_a_model_cannot_do_is_reported_and_nan():
     assert len(lines) == 1 and lines[0].startswith("recall cannot be measured: batch: facts are planted in sources")
     assert all(np.isnan(share) for share in figures["recall"].values()) and np.isnan(figures["recall_far"])
     assert set(figures["recall"]) == set(DISTANCES) and figures["bits_per_byte"] > 0
+
+
+class ShowsTheEnd(Memory):
+    """Shows all queries the segment's last input token."""
+
+    spec = MemorySpec(sites=frozenset({"decoder"}), needs=frozenset({"tokens"}))
+
+    def __init__(self, when):
+        self.when = when
+
+    def view(self, state, site, layer, segment):
+        if state.dims.training not in self.when:
+            return None
+        rows = np.cos(segment.tokens[:, -1:, None] * np.arange(1.0, state.dims.d_model + 1)).astype(state.dims.dtype)
+        return View(("hidden", rows), np.ones(rows.shape[:2], bool))
+
+
+@pytest.mark.parametrize("has_encoder", [True, False])
+def test_a_memory_that_shows_what_comes_gains_nothing(has_encoder):
+    model, text = model_of(n_encoder_layers=int(has_encoder)), held_out(has_encoder)
+    without = measure_memory(model, None, ByteTokenizer(), text)
+    in_training = measure_memory(model, ShowsTheEnd([True]), ByteTokenizer(), text)
+    assert in_training["bits_per_byte"] == without["bits_per_byte"]
+    with pytest.raises(InvalidValue, match="shows the decoder tokens that it is yet to predict"):
+        measure_memory(model, ShowsTheEnd([False]), ByteTokenizer(), text)
+
+
+def test_a_memory_with_a_file_is_refused_and_its_file_not_made(tmp_path):
+    with pytest.raises(InvalidValue, match="a comparison begins with empty memories"):
+        measure_memory(model_of(), mt.memory(f"window:size=4+store:path={tmp_path}/x.mdb"), ByteTokenizer(), held_out())
+    assert not list(tmp_path.iterdir())
+
+
+class Says(Memory):
+    """Is nearly sure of one token, whatever the model says."""
+
+    spec = MemorySpec(sites=frozenset({"decoder"}))
+
+    def __init__(self, token):
+        self.token = token
+
+    def logits(self, state, hidden, log_probs):
+        n = log_probs.shape[-1]
+        return np.where(np.arange(n) == self.token, np.log(0.9), np.log(0.1 / (n - 1))).astype(log_probs.dtype) + 0 * log_probs
+
+
+def test_recall_asks_a_memory_that_changes_the_distribution():
+    model, task, streams = model_of(), Recall(ByteTokenizer()), held_out().streams
+    answers = task.plant(streams, (0, 0), facts_at=0, asked_at=0)[1]
+    letter = answers[answers >= 0][0]
+    assert task.accuracy(model, Says(letter), streams, 0) == np.mean(answers[answers >= 0] == letter) > 0
 
 
 @pytest.mark.parametrize(("seconds", "steps", "planned"), [(1e9, 40, 40), (0.0, 11, 10)])

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from contents import same, snapshot
+from contents import load_folder, same, snapshot
 
-from mini_tfm.checkpoint.folder import load_folder, save_folder
+from mini_tfm.checkpoint.folder import save_folder
 from mini_tfm.errors import FileProblem, InvalidValue
 from mini_tfm.files import folders, writing
 

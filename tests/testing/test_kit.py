@@ -10,6 +10,7 @@ from mini_tfm.autodiff import value_of
 from mini_tfm.errors import InvalidType, InvalidValue, PluginError
 from mini_tfm.memory import Evicted, Memory, MemorySpec, Param, RowMemory, Rows, SideOutput, View
 from mini_tfm.testing import CHECKS, CheckFailed, check_memory
+from mini_tfm.testing.trial import Trial
 
 HONEST = [
     "window:size=7,sinks=2",
@@ -342,6 +343,28 @@ def test_the_mutants_differ_from_an_honest_strategy(only_decoders):
 
 def test_every_check_but_state_ones_has_a_mutant_of_its_own():
     assert set(CHECKS) - set(MUTANTS.values()) == {"dump_and_load_go_on"}
+
+
+class ShowsTheEnd(Memory):
+    """Shows all queries the segment's last input token, in training or in use."""
+
+    spec = MemorySpec(sites=frozenset({"decoder"}), needs=frozenset({"tokens"}))
+
+    def __init__(self, training):
+        self.training = training
+
+    def view(self, state, site, layer, segment):
+        if state.dims.training is not self.training:
+            return None
+        rows = np.cos(segment.tokens[:, -1:, None] * np.arange(1.0, state.dims.d_model + 1))
+        return View(("hidden", rows), np.ones(rows.shape[:2], bool))
+
+
+@pytest.mark.parametrize("kind", ["decoder-only", "encoder-decoder"])
+@pytest.mark.parametrize("training", [True, False])
+def test_showing_the_future_is_caught_in_every_mode(training, kind):
+    with pytest.raises(CheckFailed, match="in training" if training else "in use"):
+        CHECKS["future_is_not_seen"](Trial(lambda: ShowsTheEnd(training), kind))
 
 
 def test_dumping_what_is_not_in_the_state_is_caught(only_decoders):

@@ -13,6 +13,7 @@ import numpy as np
 
 from ...config import Config
 from ...errors import InvalidValue
+from ..safetensors import Entry
 from . import own
 
 
@@ -27,8 +28,11 @@ class Family(Protocol):
     def config_of(self, about: Mapping[str, Any], where: str) -> Config:
         """The architecture. Raises InvalidValue naming the file `where` and every field at fault."""
 
-    def weights_of(self, config: Config, tensors: Mapping[str, np.ndarray], where: str) -> dict[str, np.ndarray]:
-        """The tensors by our names and in our layout, all that `weight_shapes(config)` lists. Raises InvalidValue."""
+    def check_tensors(self, config: Config, entries: Mapping[str, Entry], where: str) -> None:
+        """Before a tensor is read: raises InvalidValue naming the file `where` and what is missing, too much, or of another shape."""
+
+    def weights_of(self, config: Config, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The tensors by our names and in our layout, all that `weight_shapes(config)` lists."""
 
 
 FAMILIES: tuple[Family, ...] = (own,)

@@ -10,6 +10,7 @@ import numpy as np
 from ...config import Config
 from ...errors import InvalidValue
 from ...model import weight_shapes
+from ..safetensors import Entry
 
 FORMAT = "mini_tfm"
 FORMAT_VERSION = 1
@@ -37,10 +38,10 @@ def config_of(about: Mapping[str, Any], where: str) -> Config:
     return Config.from_dict(about.get("model", {}))
 
 
-def weights_of(config: Config, tensors: Mapping[str, np.ndarray], where: str) -> dict[str, np.ndarray]:
+def check_tensors(config: Config, entries: Mapping[str, Entry], where: str) -> None:
     shapes = weight_shapes(config)
-    faults = [f"tensor {name!r} is missing" for name in shapes if name not in tensors]
-    for name, tensor in tensors.items():
+    faults = [f"tensor {name!r} is missing" for name in shapes if name not in entries]
+    for name, tensor in entries.items():
         if name not in shapes and not name.startswith("memory."):
             faults.append(f"tensor {name!r} is not one of this architecture")
         elif name in shapes and tensor.shape != shapes[name]:
@@ -49,4 +50,7 @@ def weights_of(config: Config, tensors: Mapping[str, np.ndarray], where: str) ->
             faults.append(f"tensor {name!r}: expected float32, got {tensor.dtype}")
     if faults:
         raise InvalidValue(f"{where}: " + "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else ""))
+
+
+def weights_of(config: Config, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return dict(tensors)

@@ -120,12 +120,16 @@ class Recall:
         batch = cut_segments(batch, distance + 1)
         batch, asked = self.plant(batch, (seed, distance), facts_at=0, asked_at=distance)
         right = total = 0
-        stream = Stream(model, memory, len(batch.target), training=True)
+        stream = Stream(model, memory, len(batch.target))
         for t, hidden in read_batch(stream, batch):
             rows = np.flatnonzero(asked[:, t] >= 0)
             if len(rows):
-                scores = value_of(stream.logits(value_of(hidden)[rows, len(self.before)]))
-                right += int((np.argmax(scores, axis=1) == asked[rows, t]).sum())
+                scores = (
+                    stream.log_probs(hidden)[rows, len(self.before)]
+                    if stream.run.changes_output
+                    else stream.logits(value_of(hidden)[rows, len(self.before)])
+                )
+                right += int((np.argmax(value_of(scores), axis=1) == asked[rows, t]).sum())
                 total += len(rows)
         return right / total if total else float("nan")
 

@@ -45,7 +45,7 @@ class Text:
 
 def bits_of(model: Model, memory: Memory | None, batch: Batch) -> tuple[float, int]:
     """Bits that all target tokens of a batch take, from memories that start empty; and the bytes of state at the end."""
-    stream = Stream(model, memory, len(batch.target), training=True)
+    stream = Stream(model, memory, len(batch.target))
     total = 0.0
     for t, hidden in read_batch(stream, batch):
         counted = np.arange(batch.target.shape[2]) < batch.target_lengths[:, t, None]

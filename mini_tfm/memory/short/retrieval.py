@@ -36,7 +36,7 @@ class RetrievalMemory(Memory):
     def search(self, state: State, bank: str, queries: np.ndarray, k: int) -> View | None:
         """The rows that each of queries (B, H, T, d) attends to; by default the k of largest inner product, exactly.
 
-        One bank of hidden rows serves all layers and heads (arXiv 2305.01625, section 2.3).
+        One bank of hidden rows serves all heads and, at the cross site, all layers (arXiv 2305.01625, section 2.3).
         """
         best = BestRows(queries, k)
         for hidden, positions, valid in self.held(state, bank):
