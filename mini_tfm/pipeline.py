@@ -168,8 +168,15 @@ class Pipeline:
         lengths = np.array([len(segment)])
         stream.open(None if source is None else source[None], lengths if source is None else np.array([len(source)]), segment[None])
         log_probs = stream.log_probs(stream.decode(segment[None], lengths))[0]
+        bits = -log_probs[np.arange(len(segment)), segment].astype(np.float64) / math.log(2)
+        if not np.isfinite(bits).all():
+            at = int(np.flatnonzero(~np.isfinite(bits))[0])
+            raise InvalidValue(
+                f"score: token {at} of segment {stream.run.number} takes {bits[at]} bits; check that the model's weights and the memory's"
+                " rows are finite"
+            )
         stream.finish()
-        return float(-log_probs[np.arange(len(segment)), segment].sum(dtype=np.float64) / math.log(2))
+        return float(bits.sum())
 
     def _generate(self, tokens: np.ndarray, options: GenerationOptions, stream: Stream) -> Iterator[str]:
         """Pieces of text; `stream` is a copy of the memory as it was when they were asked for."""

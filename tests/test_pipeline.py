@@ -470,3 +470,15 @@ def test_models_without_a_decoder_can_only_embed():
 
 def test_mt_names():
     assert mt.Pipeline is Pipeline
+
+
+@pytest.mark.parametrize("encoders", [0, 1])
+@pytest.mark.parametrize("value", [np.nan, 3e38])
+def test_a_score_that_is_not_finite_is_an_error(encoders, value):
+    model = mt.Transformer(
+        mt.Config(vocab_size=259, d_model=8, n_heads=2, n_encoder_layers=encoders, n_decoder_layers=1, segment_length=16)
+    )
+    for part in ("in", "out"):
+        model.weights[f"decoder.0.feed_forward.{part}.weight"][:] = value
+    with np.errstate(all="ignore"), pytest.raises(InvalidValue, match="score: token 0 of segment 0 takes nan bits"):
+        mt.Pipeline(model, ByteTokenizer()).score("abc")

@@ -18,7 +18,8 @@ class Temperature:
         self.temperature = temperature
 
     def __call__(self, scores: np.ndarray) -> np.ndarray:
-        return scores / self.temperature
+        with np.errstate(over="ignore"):  # the best stays 0, however small the temperature
+            return (scores - scores.max()) / self.temperature
 
 
 class TopK:
@@ -61,8 +62,8 @@ def draw(scores: np.ndarray, processors: Sequence[Processor], rng: np.random.Gen
     for processor in processors:
         scores = processor(scores)
     order = _by_score(scores)
-    chosen = int(np.searchsorted(np.cumsum(_probabilities(scores[order])), rng.random()))
-    return int(order[min(chosen, len(order) - 1)])
+    total = np.cumsum(_probabilities(scores[order]))
+    return int(order[np.searchsorted(total, rng.random() * total[-1], side="right")])  # "right": never one of probability 0
 
 
 def _by_score(scores: np.ndarray) -> np.ndarray:

@@ -171,6 +171,21 @@ def test_top_k_of_equal_scores_is_that_many():
     assert set(drawn) == {0, 1}
 
 
+@pytest.mark.parametrize("temperature", [1e-310, 1e-30, 1e-3])
+def test_the_smallest_temperature_is_greedy(temperature):
+    chosen = GenerationOptions(do_sample=True, temperature=temperature)
+    assert sampling.draw(np.array([-3.0, 2.0, 1.0]), sampling.processors_of(chosen), np.random.default_rng(0)) == 1
+
+
+@pytest.mark.parametrize("drawn", [0.0, 0.5, 1 - 2**-53])
+def test_a_token_of_probability_zero_is_never_drawn(drawn):
+    class Draws:
+        def random(self):
+            return drawn
+
+    assert sampling.draw(np.array([-1e6, 0.0, 0.0, -1e6]), [], Draws()) in (1, 2)
+
+
 def test_extreme_scores_are_drawn_without_overflow():
     chosen = GenerationOptions(do_sample=True, temperature=0.01)
     scores = np.array([[1e30, -1e30, 0.0], [-np.inf, -np.inf, 0.0]], np.float32)
