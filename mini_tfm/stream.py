@@ -92,10 +92,15 @@ class Stream:
     def read(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
         """A whole segment (B, S) into the memory. The decoder runs only where a memory lives in it."""
         has_encoder = self.model.encoder is not None
-        self.open(tokens if has_encoder else None, lengths, tokens)
-        if self.model.decoder is not None and (not has_encoder or self.run.uses("decoder")):
-            self.decode(tokens, lengths)
-        self.finish()
+        try:
+            self.open(tokens if has_encoder else None, lengths, tokens)
+            if self.model.decoder is not None and (not has_encoder or self.run.uses("decoder")):
+                self.decode(tokens, lengths)
+            self.finish()
+        except BaseException:  # an interrupt, too: a segment is remembered whole or not at all
+            self.run.abandon()
+            self.encoded = self._target = None
+            raise
 
     def shifted(self, target: np.ndarray) -> np.ndarray:
         """The decoder's inputs for target (B, T): what comes before it, then all but the last token."""

@@ -24,9 +24,11 @@ import stat
 import struct
 import sys
 import threading
+import time
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -43,9 +45,26 @@ LEAST_MAP_BYTES = 1 << 28  # where the process may not have so much address spac
 # Of LMDB's meta page, behind its header: magic, page size, last page, transaction.
 _META = struct.Struct("=I20xI92xQQ")
 
-_open: dict[str, tuple[Any, Any]] = {}  # path -> (process and inode, environment): LMDB allows one a process
+_open: WeakValueDictionary[str, _Opened] = WeakValueDictionary()  # by path: LMDB allows one a process; gone with the last user
 _checked: set[tuple[Any, bytes, int]] = set()  # chunks whose CRC was right: (file, key, bytes)
 _lock = threading.RLock()
+
+
+def _renew_lock() -> None:
+    """A thread that held it does not exist in a forked child."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
+class _Opened:
+    """An environment, the process and file that it was opened in and for, and how many transactions are at work."""
+
+    def __init__(self, file: tuple[int, int, int] | None, environment: Any):
+        self.file, self.environment, self.active = file, environment, 0
 
 
 class LmdbRows:
@@ -54,13 +73,15 @@ class LmdbRows:
     def __init__(self, path: str):
         self.path = os.path.realpath(path)  # LMDB must not open a file twice, under whatever name
         self.given = path
+        self._opened: _Opened | None = None
 
     def open(self, d_model: int, model: str) -> None:
         """Checks that the file, if there is one, holds rows of this width and model; else makes it."""
-        if not os.path.exists(self.path):
-            meta = {"format": FORMAT, "d_model": d_model, "model": model}
-            with self._write() as txn:
-                if txn.get(b"meta") is None:
+        if not os.path.exists(self.path) or self._is_empty():
+            # born: tells this file from one that was here before it.
+            meta = {"format": FORMAT, "d_model": d_model, "model": model, "born": time.time_ns()}
+            with self._transaction(create=True, write=True) as txn:
+                if not txn.stat()["entries"]:
                     txn.put(b"meta", json.dumps(meta).encode())
         meta = self._meta()
         if meta["d_model"] != d_model:
@@ -145,6 +166,8 @@ class LmdbRows:
 
     def delete(self, document: str) -> None:
         """Forgets a document; its space is used again by what is written next."""
+        if not os.path.exists(self.path):
+            return
         with self._write() as txn, txn.cursor() as cursor:
             prefix = _rows_prefix(document)
             more = cursor.set_range(prefix)
@@ -159,6 +182,9 @@ class LmdbRows:
         with self._read() as txn:
             return int(bytes(txn.get(_deleted_key(document)) or b"0"))
 
+    def identity(self) -> int:
+        return int(self._meta().get("born", 0)) if os.path.exists(self.path) else -1
+
     # Inside
 
     @staticmethod
@@ -167,32 +193,41 @@ class LmdbRows:
 
         return lmdb
 
-    def _environment(self) -> Any:
+    def _is_empty(self) -> bool:
+        """Whether the file is one that was being made when its maker ended, or is just being made."""
+        with self._read() as txn:
+            return not txn.stat()["entries"]
+
+    def _environment(self, create: bool = False) -> _Opened:
         lmdb = self._lmdb()
         with _lock:
-            opened, environment = _open.get(self.path, (None, None))
+            opened = _open.get(self.path)
             # A forked child must open its own; and where the file was deleted, what is written to it would be lost.
-            if environment is None or opened != self._identity():
-                _open.pop(self.path, None)  # it is closed when the last transaction of another thread ends
-                environment = None
+            if opened is None or opened.file != self._identity():
+                if opened is not None:
+                    if opened.active and opened.file is not None and opened.file[0] == os.getpid():
+                        raise FileProblem(f"path: the store {self.given} was replaced while another thread uses it; try again")
+                    opened.environment.close()
+                    del _open[self.path]
                 self._refuse_foreign()
                 try:
-                    environment = self._map()
+                    environment = self._map(create)
                     environment.reader_check()  # frees the slots of processes that died
                 except lmdb.Error as error:
                     raise FileProblem(
                         f"path: cannot open the store {self.given}: {error}; expected an LMDB file or a new path in a folder you can write"
                     ) from error
-                _open[self.path] = (self._identity(), environment)
-            self._refuse_truncated(environment.info()["last_pgno"], environment.stat()["psize"])
-            return environment
+                _open[self.path] = opened = _Opened(self._identity(), environment)
+            self._opened = opened
+            self._refuse_truncated(opened.environment.info()["last_pgno"], opened.environment.stat()["psize"])
+            return opened
 
-    def _map(self) -> Any:
+    def _map(self, create: bool) -> Any:
         """The file mapped, with as much address space as the process may have."""
         lmdb, size = self._lmdb(), MAP_BYTES
         while True:
             try:
-                return lmdb.open(self.path, subdir=False, map_size=size, max_dbs=0, max_readers=512)
+                return lmdb.open(self.path, subdir=False, map_size=size, max_dbs=0, max_readers=512, create=create)
             except lmdb.MemoryError:
                 size //= 2
                 if size < max(LEAST_MAP_BYTES, os.path.getsize(self.path) if os.path.exists(self.path) else 0):
@@ -239,19 +274,25 @@ class LmdbRows:
         return os.getpid(), status.st_dev, status.st_ino
 
     @contextlib.contextmanager
-    def _transaction(self, **options: Any) -> Iterator[Any]:
+    def _transaction(self, create: bool = False, **options: Any) -> Iterator[Any]:
         lmdb = self._lmdb()
+        with _lock:
+            opened = self._environment(create)
+            opened.active += 1
         try:
-            with self._environment().begin(**options) as txn:
+            with opened.environment.begin(**options) as txn:
                 yield txn
         except (lmdb.MapFullError, lmdb.MapResizedError) as error:
-            size = self._environment().info()["map_size"]
+            size = opened.environment.info()["map_size"]
             raise FileProblem(
                 f"path: the store {self.given} does not fit into the {size >> 20} MB of address space that this process has for it; what"
                 " it held before is still there"
             ) from error
         except lmdb.Error as error:
             raise FileProblem(f"path: the store {self.given} cannot be used: {error}; its earlier contents are still there") from error
+        finally:
+            with _lock:
+                opened.active -= 1
 
     def _read(self, buffers: bool = False) -> Any:
         return self._transaction(buffers=buffers)

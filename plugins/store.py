@@ -37,23 +37,22 @@ class Store(RetrievalMemory):
         merge: str = "joint",
     ):
         super().__init__(top_k=top_k, site=site, layer=layer, merge=merge)
-        if not str(document) or len(str(document).encode()) > 200:
-            raise InvalidValue("document: expected a name of 1 to 200 bytes")
-        self.document = str(document)
+        self.document = _checked_document(document)
         self.disk = backend_of(str(path)) if path is not None else None
         self.durable = path is not None
 
     def start(self, batch: int, dims: Dims) -> dict[str, np.ndarray]:
         """on_disk (B, banks): rows that a stream sees of the store, no banks without one. next_position (B,): its own first.
 
-        deletions (B,): of its document so far. `<bank>ahead` (B, n): 1 + the positions of rows that are in the store already, and are
-        shown only when the working memory drops them; 0 for none.
+        store, deletions (B,): which store it is, and how often the document was deleted so far. `<bank>ahead` (B, n): 1 + the positions
+        of rows that are in the store already, and are shown only when the working memory drops them; 0 for none.
         """
         if self.disk is None or dims.training:
             return {"next_position": np.zeros(batch, np.int64), "on_disk": np.zeros((batch, 0), np.int64)}
         self.disk.open(dims.d_model, dims.fingerprint())
         return {
             "next_position": np.full(batch, self.disk.next_position(self.document), np.int64),
+            "store": np.full(batch, self.disk.identity(), np.int64),
             "deletions": np.full(batch, self.disk.deletions(self.document), np.int64),
             "on_disk": np.tile(self._counts(self.disk.counts(self.document), dims), (batch, 1)),
         }
@@ -76,7 +75,8 @@ class Store(RetrievalMemory):
             valid = valid & ~_among(positions + 1, ahead)
             ahead = np.where(_among(ahead, np.where(new.valid, positions + 1, -1)), 0, ahead)
             state[key] = ahead[:, ahead.any(axis=0)]
-        super().write(state, site, layer, dataclasses.replace(new, positions=positions, valid=valid))
+        if ahead is None or valid.any():
+            super().write(state, site, layer, dataclasses.replace(new, positions=positions, valid=valid))
 
     def write_ahead(self, state: State, held: Evicted) -> None:
         if self.disk is None or not state["on_disk"].shape[1]:
@@ -116,8 +116,9 @@ class Store(RetrievalMemory):
                     fresh[bank] = hidden[valid], positions[valid]
         if fresh:
             self._append(state, fresh)
-            for name in [name for name in state if name.startswith(tuple(fresh)) and not name.endswith("ahead")]:
-                del state[name]
+        held = tuple(self.banks(state.dims))
+        for name in [name for name in state if name.startswith(held) and not name.endswith("ahead")]:
+            del state[name]
 
     def _append(self, state: State, rows: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
         assert self.disk is not None
@@ -126,14 +127,27 @@ class Store(RetrievalMemory):
         state["on_disk"] = self._counts(self.disk.append(self.document, rows), state.dims)
 
     def deleted(self, state: State) -> bool:
-        return self.disk is not None and "deletions" in state and self.disk.deletions(self.document) != state["deletions"][0]
+        if self.disk is None or "deletions" not in state:
+            return False
+        if state["on_disk"].any() and self.disk.identity() != state["store"][0]:
+            return True
+        return bool(self.disk.deletions(self.document) != state["deletions"][0])
 
     def documents(self) -> dict[str, int]:
         return self.disk.documents() if self.disk is not None else {}
 
     def reset(self, document: str) -> None:
         if self.disk is not None:
-            self.disk.delete(document)
+            self.disk.delete(_checked_document(document))
+
+
+def _checked_document(document: object) -> str:
+    try:
+        if 0 < len(str(document).encode()) <= 200:
+            return str(document)
+    except UnicodeEncodeError:  # a lone surrogate
+        pass
+    raise InvalidValue("document: expected a name of 1 to 200 bytes of UTF-8")
 
 
 def _among(positions: np.ndarray, known: np.ndarray) -> np.ndarray:

@@ -70,6 +70,8 @@ def check_causality(model: Model, memory: Memory | None, batch: Batch) -> None:
         stream = Stream(model, memory, 1)
         seen = [stream.log_probs(hidden) for _, hidden in read_batch(stream, dataclasses.replace(batch, target=target))]
         scores.append(seen[-1][:, :-1])
+    if not all(np.isfinite(each).all() for each in scores):
+        raise InvalidValue("model: its scores are not finite; check that its weights are")
     if not np.allclose(scores[0], scores[1], rtol=1e-4, atol=1e-4):
         raise InvalidValue(
             f"memory {memory.text or memory.name!r}: shows the decoder tokens that it is yet to predict, so its figures would mean nothing;"

@@ -32,6 +32,7 @@ class Session:
         self.stream, self.cache = stream, KVCache()
         self.n_ids = stream.model.config.vocab_size if n_ids is None else n_ids
         self.n_steps = 0
+        self.numbers = np.arange(stream.run.batch)  # of the sequences, as they came in
         self.weights = packed_weights(stream.model, self.n_ids)
         self._pass = Pass(self.weights, stream.run, cache=self.cache)
 
@@ -69,8 +70,9 @@ class Session:
     def _check(self, best: np.ndarray) -> None:
         if not np.isfinite(best).all():
             row = int(np.flatnonzero(~np.isfinite(best))[0])
+            number = int(self.numbers[row])
             raise InvalidValue(
-                f"generate: the scores of token {self.n_steps} of sequence {row} are not finite ({best[row]}); check that the model's"
+                f"generate: the scores of token {self.n_steps} of sequence {number} are not finite ({best[row]}); check that the model's"
                 " weights and the memory's rows are finite"
             )
 
@@ -80,12 +82,14 @@ class Session:
         """Row i becomes what row index[i] was: rows are dropped, repeated or sorted."""
         self.stream.reorder(index)
         self.cache.reorder(index)
+        self.numbers = self.numbers[index]
 
     def join(self, other: Session) -> None:
         """Takes in the rows of another session of the same model and memory, behind its own. The other is used up."""
         sizes = self.batch, other.batch
         self.stream.join(other.stream)
         self.cache.join(other.cache, sizes)
+        self.numbers = np.concatenate([self.numbers, other.numbers + self.numbers.max(initial=-1) + 1])
 
 
 _NO_LENGTHS = np.zeros(0, np.int64)  # with a cache nothing is padding
@@ -106,6 +110,9 @@ def packed_weights(model: Model, n_ids: int) -> Weights:
     state = n_ids, [(name, _core.checksum(weights[name].array)) for name in (*names, model.output.name)]
     kept, packed = _packed.get(model, (None, {}))
     if kept != state:
+        output = weights[model.output.name].array
+        if not np.isfinite(output[:n_ids] if model.output.is_tied else output[:, :n_ids]).all():  # the best of many would not show it
+            raise InvalidValue(f"model.weights[{model.output.name!r}]: holds NaN or infinity, so no token can be scored; check the weights")
         packed = {product.name: weights.pack([linear.weight for linear in product.linears]) for product in products}
         packed[model.output.PACKED] = weights.pack([model.output.name], transposed=model.output.is_tied, columns=n_ids)
         _packed[model] = state, packed

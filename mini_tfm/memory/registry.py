@@ -82,7 +82,12 @@ class _Registry:
                 self.plugins.unregister(plugin)
             warnings.warn(f"memory plugin {owner} could not be loaded and is left out: {self.failed[name]}", PluginWarning, stacklevel=2)
             return
+        others_names = self.entry_points().keys() - {name}
         for strategy, factory in found.items():
+            if strategy in others_names:  # whichever is loaded first, a name means its own plugin
+                message = f"memory {strategy!r} of plugin {owner} is left out: it is the name of another plugin"
+                warnings.warn(message, PluginWarning, stacklevel=2)
+                continue
             self.register(strategy, factory, owner)
 
     def register(self, name: str, factory: Callable[..., Memory], owner: str) -> None:
@@ -184,7 +189,10 @@ def memory_of_file(text: str, where: str) -> Memory:
         if not is_built_in and _registry.owners.get(name) != IN_PROCESS:
             break
     else:
-        made = memory(text)
+        try:
+            made = memory(text)
+        except MiniTfmError as error:
+            raise with_message(error, f"{where}: {error}") from error
         if not any(member.durable for member in (made.members if isinstance(made, Stack) else [made])):
             return made
     shown = text if len(text) <= 200 else text[:200] + "..."

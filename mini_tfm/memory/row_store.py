@@ -43,5 +43,8 @@ class RowStore(Protocol):
     def delete(self, document: str) -> None:
         """Forgets a document, if it is there, and counts that."""
 
+    def identity(self) -> int:
+        """A number that another store at the same place, made after this one was deleted, does not have."""
+
     def deletions(self, document: str) -> int:
         """How often `delete` was called for this document, by any process: a session with rows of it must forget them, too."""

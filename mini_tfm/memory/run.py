@@ -177,6 +177,11 @@ class MemoryRun:
         self.number += 1
         self.open(np.zeros(self.batch, np.int64))  # nothing of a segment is held between two
 
+    def abandon(self) -> None:
+        """Leaves a segment that failed: the states are what they were before it."""
+        self.states = [State(before, state.dims) for before, state in zip(self._before, self.states, strict=True)]
+        self.open(np.zeros(self.batch, np.int64))
+
     def begin(self, site: str, tokens: np.ndarray | None = None) -> list[Rows]:
         """Rows that join the sequence at `site`, where the stack reads (B, S) `tokens`, in the order of the members."""
         if tokens is not None:

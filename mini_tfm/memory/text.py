@@ -62,7 +62,9 @@ def text_of(name: str, options: Mapping[str, Any], signature: inspect.Signature)
                 break
         else:
             return None
-    return name + (":" + ",".join(written) if written else "")
+    text = name + (":" + ",".join(written) if written else "")
+    said = {option: value for option, value in options.items() if any(each.startswith(option + "=") for each in written)}
+    return text if options_of(name, text.partition(":")[2], signature) == said else None
 
 
 def signature_of(factory: Callable[..., Any]) -> inspect.Signature:

@@ -84,15 +84,16 @@ class AdamW:
         """Makes `weights` views of the arena again, which has their values then: where one was replaced, or all of them were moved
         into the arena of another trainer. Raises InvalidValue where one is missing, or not of the shape it had.
         """
-        for name, view in self.weights.items():
-            given = weights.get(name)
-            if given is view:
-                continue
+        replaced = {name: weights.get(name) for name, view in self.weights.items() if weights.get(name) is not view}
+        for name, given in replaced.items():
+            view = self.weights[name]
             if given is None or np.shape(given) != view.shape:
                 got = "none" if given is None else f"shape {np.shape(given)}"
                 raise InvalidValue(f"model.weights[{name!r}]: expected shape {view.shape}, as it had when the Trainer was made, got {got}")
-            view[...] = given
-            weights[name] = view
+            replaced[name] = np.array(given)  # it may be a part of the arena
+        for name, given in replaced.items():
+            self.weights[name][...] = given
+            weights[name] = self.weights[name]
 
     @functools.cached_property
     def leaves(self) -> Weights:

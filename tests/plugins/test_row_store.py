@@ -59,6 +59,9 @@ class RamRows:
         self._documents().pop(document, None)
         DELETIONS[self.path, document] = self.deletions(document) + 1
 
+    def identity(self):
+        return id(STORES[self.path]) if self.path in STORES else -1
+
     def deletions(self, document):
         return DELETIONS.get((self.path, document), 0)
 

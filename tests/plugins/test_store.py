@@ -1,5 +1,6 @@
 """Long-term memory: exact, durable, shared by processes, and careful with files that are not its own."""
 
+import gc
 import hashlib
 import json
 import os
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from pathlib import Path
 
 import lmdb
@@ -704,3 +706,76 @@ def test_deleting_before_anything_is_on_disk_forgets_what_is_queued(path):
     reader.run.drain()
     reader.run.flush()
     assert reader.run.memory.documents() == {}
+
+
+@pytest.mark.parametrize("front", ["", "window:size=24+"])
+def test_short_readings_leave_nothing_in_ram(path, front):
+    pipe = pipeline(f"{front}store:path={path}")
+    sizes = []
+    for _ in range(3):
+        for _ in range(12):
+            pipe.read("hello world abcd")
+        sizes.append(pipe.state_bytes())
+    assert sizes[0] == sizes[1] == sizes[2]
+
+
+def test_many_processes_may_make_one_store(path):
+    code = f"""
+        import sys, time
+        from mini_tfm_plugins.rows_lmdb import LmdbRows
+        time.sleep(max(0, float(sys.argv[2]) - time.time()))
+        LmdbRows(sys.argv[1]).open({WIDTH}, "weights")
+        print(0)
+    """
+    at = str(time.time() + 2)
+    command = [sys.executable, "-c", textwrap.dedent(code), path, at]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(6)]
+    for process in running:
+        errors = process.communicate(timeout=60)[1]
+        assert process.returncode == 0, errors.decode()
+
+
+def test_forgetting_and_looking_make_no_store(path):
+    memory = mt.memory(f"store:path={path}")
+    memory.reset("x")
+    assert memory.documents() == {} and not os.path.exists(path)
+
+
+def test_a_store_that_was_removed_is_made_again_and_its_rows_forgotten(path):
+    pipe = pipeline(f"store:path={path},document=a")
+    fresh = pipe.score("what was it?")["bits"]
+    pipe.read("the first text. " * 4)
+    os.remove(path)
+    assert pipe.score("what was it?")["bits"] == fresh
+    os.remove(path)  # which was made again, empty
+    other = pipeline(f"store:path={path},document=a")
+    assert other.score("what was it?")["bits"] == fresh
+    other.read("another text. " * 8)
+    seen = other.score("what was it?")["bits"]
+    assert pipeline(f"store:path={path},document=a").score("what was it?")["bits"] == seen
+    assert pipe.score("what was it?")["bits"] == seen  # it begins anew with what is there
+
+
+def test_stores_that_are_no_longer_used_are_closed(tmp_path):
+    gc.collect()
+    before = len(rows_lmdb._open)
+    for number in range(200):  # 1 TiB of address space each
+        disk = LmdbRows(str(tmp_path / f"{number}.mdb"))
+        disk.open(WIDTH, "weights")
+    assert len(rows_lmdb._open) <= before + 1
+
+
+def test_an_interrupted_segment_is_not_remembered(path, monkeypatch):
+    pipe, steady = pipeline(f"window:size=24+store:path={path}"), pipeline("window:size=24+store")
+    for each in (pipe, steady):
+        each.read("0123456789abcdef")
+    with monkeypatch.context() as patched:
+        patched.setattr("mini_tfm.model.Decoder.last_norm", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr("mini_tfm.memory.run.MemoryRun.close", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            pipe.read("fedcba9876543210")
+    for each in (pipe, steady):
+        each.read("fedcba9876543210")
+    assert pipe.score("what?")["bits"] == pytest.approx(steady.score("what?")["bits"], rel=1e-6)
+    pipe.close()
+    assert sorted(rows_on_disk(path)) == list(range(32))
