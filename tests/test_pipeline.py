@@ -13,6 +13,7 @@ from mini_tfm.checkpoint.models import save_model
 from mini_tfm.data import TextStreams
 from mini_tfm.errors import FileProblem, InvalidType, InvalidValue
 from mini_tfm.pipeline import Pipeline
+from mini_tfm.stream import Stream
 from mini_tfm.text import pieces
 from mini_tfm.text.tokenizers import ByteTokenizer, train_bpe
 from mini_tfm.train import Trainer
@@ -261,8 +262,7 @@ def test_generation_is_the_models():
     source = p.tokenizer.encode("the fox")
     assert ids_of(p, "the fox", max_new_tokens=30) == p.model.generate(source[None], max_new_tokens=30, stop_at_eos=False)[0]
     p = pipe(None, "decoder only")
-    prompt = np.array([[p.model.config.bos_id, *source]])
-    assert ids_of(p, "the fox", max_new_tokens=30) == p.model.generate(prompt, max_new_tokens=30, stop_at_eos=False)[0]
+    assert ids_of(p, "the fox", max_new_tokens=30) == p.model.generate(source[None], max_new_tokens=30, stop_at_eos=False)[0]
 
 
 @pytest.mark.parametrize("variant", ["pre norm", "decoder only"])
@@ -275,12 +275,20 @@ def test_beyond_a_segment_generation_goes_on_from_what_it_made(variant):
     source = p.tokenizer.encode("the fox jumps"[:SEGMENT])
     made = ids_of(p, "the fox jumps"[:SEGMENT], max_new_tokens=2 * SEGMENT + 5)
     assert len(made) == 2 * SEGMENT + 5
-    before = source if variant == "pre norm" else [model.config.bos_id, *source]
-    expected = []
+    before, expected = source, []
     while len(expected) < len(made):
         expected += model.generate(np.array([before]), max_new_tokens=min(SEGMENT, len(made) - len(expected)), stop_at_eos=False)[0]
-        before = expected[-SEGMENT:] if variant == "pre norm" else expected[-1:]
-    assert made == expected
+        if variant == "decoder only":
+            break  # the segments behind it begin with the token before them, where `generate` begins with bos
+        before = expected[-SEGMENT:]
+    assert made[: len(expected)] == expected
+    for start in range(len(expected), len(made), SEGMENT):  # each of them is likeliest, given the token before it
+        segment = made[start : start + SEGMENT]
+        stream = Stream(model, None, 1)
+        stream.last = np.array([made[start - 1]])
+        stream.open(None, np.array([len(segment)]))
+        scores = stream.logits(stream.decode(np.array([segment]), np.array([len(segment)])))[0]
+        assert segment == np.argmax(scores[:, : p.tokenizer.vocab_size], axis=1).tolist()
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
@@ -311,8 +319,8 @@ def test_nothing_asked_and_nothing_to_go_on_from(variant):
     assert p.generate("the fox", max_new_tokens=0) == ""
     assert list(p.generate("the fox", max_new_tokens=0, stream=True)) == []
     made = ids_of(p, "", max_new_tokens=5)
-    bos = [[p.model.config.bos_id]]
-    assert made == p.model.generate(bos, max_new_tokens=5, stop_at_eos=False)[0]
+    nothing = [[p.model.config.bos_id]] if p.model.config.has_encoder else np.zeros((1, 0), int)
+    assert made == p.model.generate(nothing, max_new_tokens=5, stop_at_eos=False)[0]
 
 
 # ------------------------------------------------------------------------------------------- scores

@@ -17,7 +17,7 @@ from .session import Session
 def generate(model: Model, source: Any, lengths: Any = None, **options: Any) -> list[list[int]]:
     """Token ids for each row of source (B, S), ragged by `lengths` (B,): B lists, without the eos.
 
-    For an encoder-decoder the source is what the encoder reads, for a decoder-only model the prompt. Options:
+    For an encoder-decoder the source is what the encoder reads, for a decoder-only model the prompt, which bos precedes. Options:
     see `GenerationOptions`.
     """
     chosen = GenerationOptions.of(options)
@@ -35,7 +35,7 @@ def generate(model: Model, source: Any, lengths: Any = None, **options: Any) -> 
         stream.open(source[rows] if model.config.has_encoder else None, lengths[rows])
         prompt = np.full((len(rows), 1), model.config.bos_id)
         if not model.config.has_encoder and lengths[rows[0]]:
-            prompt = source[rows, : lengths[rows[0]]]
+            prompt = np.concatenate([prompt, source[rows, : lengths[rows[0]]]], axis=1)  # as `logits` feeds it
         session = Session(stream)
         for step in one_by_one(session, prompt, chosen, rows=rows):
             for row in np.flatnonzero(step >= 0):

@@ -7,7 +7,6 @@ from variants import VARIANTS, tiny_model, tokens
 from mini_tfm.errors import InvalidType, InvalidValue
 from mini_tfm.generate import sampling
 from mini_tfm.generate.options import GenerationOptions
-from mini_tfm.stream import Stream
 
 WITH_DECODER = [name for name, fields in VARIANTS.items() if fields.get("n_decoder_layers") != 0]
 LENGTHS = np.array([4, 1, 6, 4])
@@ -30,12 +29,8 @@ def test_greedy_takes_the_argmax_of_teacher_forced_logits(variant):
     for b, n in enumerate(LENGTHS):
         if model.config.has_encoder:
             scores = model.logits(source[b : b + 1, :n], [made[b]])[0]
-        else:  # the prompt is the decoder's first input, with no bos in front
-            text = np.array([[*source[b, :n], *made[b]]])
-            stream = Stream(model, None, 1)
-            stream.last = text[:, 0]
-            stream.open(None, np.array([text.shape[1] - 1]))
-            scores = stream.logits(stream.decode(text[:, 1:], np.array([text.shape[1] - 1])))[0, n - 1 :]
+        else:
+            scores = model.logits(None, [[*source[b, :n], *made[b]]])[0, n:]
         assert made[b] == np.argmax(scores, axis=1).tolist()
 
 
@@ -84,7 +79,7 @@ def test_ragged_prompts_are_as_if_each_were_alone(variant):
 def test_an_empty_prompt_starts_from_bos():
     model = tiny_model("decoder only", seed=2)
     empty = generate(model, np.zeros((1, 0), int), None)
-    assert empty == generate(model, np.array([[model.config.bos_id]]), None)
+    assert empty[0][0] == int(model.logits(None, [[0]])[0, 0].argmax())
     assert generate(model, np.full((2, 3), 5), [0, 3])[0] == empty[0]
 
 
