@@ -209,11 +209,11 @@ class MemoryRun:
             check = partial(check_view, default_merge=merge, shape=(self.batch, n_queries), dims=dims)
             if has_view:
                 view = self._call(i, "view", site, layer, self._segment(i, site), site=site, layer=layer, check=check)
-                found += [(i, view)] if view is not None else []
+                found += [(i, view)] if _shows_rows(view) else []
             if reads:
                 asked = query() if asked is None else asked
                 view = self._call(i, "read", site, layer, asked, site=site, layer=layer, check=check)
-                found += [(i, view)] if view is not None else []
+                found += [(i, view)] if _shows_rows(view) else []
         return found
 
     def uses(self, site: str) -> bool:
@@ -471,6 +471,11 @@ class MemoryRun:
     def _segment(self, i: int, site: str) -> Segment:
         tokens = self._tokens.get("decoder" if site == "cross" else site) if "tokens" in self.members[i].spec.needs else None
         return Segment(self.number, site, self.site_start(site), self._lengths, tokens)
+
+
+def _shows_rows(view: View | SideOutput | None) -> bool:
+    """A view in which no row of any stream is valid is as none."""
+    return view is not None and (isinstance(view, SideOutput) or bool(view.valid.any()))
 
 
 def _sites_in_model(member: Memory, dims: Dims) -> frozenset[str]:

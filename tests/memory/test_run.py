@@ -644,3 +644,24 @@ def test_rows_that_are_none_go_before_any_that_is():
     reader = Reader(MODEL, Oldest(size=2), 2)
     reader.read(SEGMENTS[0], [2, 5])
     assert reader.run.states[0]["decoder.0.valid"].tolist() == [[True, True], [True, True]]
+
+
+@pytest.mark.parametrize("positions", ["relative", "rotary", "sinusoidal"])
+@pytest.mark.parametrize("spec", ["store:top_k=4", "window:size=8+store:top_k=4", "store:top_k=4,merge=gate", "window:size=8,site=all"])
+def test_a_memory_whose_rows_were_all_forgotten_is_as_none(spec, positions):
+    """Streams begin a document one after the other, so rows are held, and none of them is valid."""
+    shape = {"d_model": 16, "n_heads": 2, "n_encoder_layers": 0, "n_decoder_layers": 1}
+    model = mt.Transformer(mt.Config(vocab_size=40, segment_length=8, positions=positions, **shape), seed=0)
+    tokens, lengths = np.random.default_rng(0).integers(3, 40, (2, 8)), np.full(2, 8)
+    model.add_memory_weights(mt.memory(spec))
+    stream, fresh = (Stream(model, mt.memory(spec), 2) for _ in range(2))
+    stream.read(tokens, lengths)
+    for streams in ([True, False], [False, True]):
+        stream.begin_documents(np.array(streams))
+    for _ in range(2):
+        outputs = []
+        for each in (stream, fresh):
+            each.open(None, lengths, tokens)
+            outputs.append(each.decode(tokens, lengths))
+            each.finish()
+        np.testing.assert_allclose(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)
