@@ -127,7 +127,7 @@ class Pipeline:
     def embed(self, texts: str | Iterable[str]) -> np.ndarray:
         """One vector a text, the mean of the encoder's outputs over its tokens (at most a segment) -> (N, d_model)."""
         self.model.needs("encoder")
-        if not isinstance(texts, Iterable):
+        if not isinstance(texts, Iterable) or getattr(texts, "ndim", 1) == 0:
             raise InvalidType(f"text: expected str or an iterable of str, got {type(texts).__name__}")
         many = [self._encode(text)[: self.segment_length] for text in ([texts] if isinstance(texts, str) else texts)]
         lengths = np.array([len(ids) for ids in many], np.int64)

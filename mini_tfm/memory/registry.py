@@ -20,7 +20,7 @@ from ..errors import InvalidType, InvalidValue, MiniTfmError, PluginError
 from . import hookspecs
 from .base import Memory
 from .stack import Stack
-from .text import members_of, options_of, signature_of, text_of
+from .text import check_bools, members_of, options_of, signature_of, text_of
 from .validate import check_spec, with_message
 
 BUILT_IN = "mini_tfm_plugins."
@@ -211,6 +211,7 @@ def _make(name: str, text: str, options: dict[str, Any]) -> Memory:
     given = options_of(name, text, signature)
     if both := sorted(set(given) & set(options)):
         raise InvalidValue(f"memory {name!r}: option {both[0]!r} is given twice")
+    check_bools(name, options, signature)
     options = {**given, **options}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
     if not takes_any and (unknown := sorted(set(options) - set(signature.parameters))):

@@ -45,6 +45,15 @@ def options_of(name: str, text: str, signature: inspect.Signature) -> dict[str, 
     return options
 
 
+def check_bools(name: str, options: Mapping[str, Any], signature: inspect.Signature) -> None:
+    """True is a number to Python, and to nobody else. Raises InvalidValue naming the option."""
+    for option, value in options.items():
+        wanted = _types(signature, option)
+        if isinstance(value, bool) and wanted is not None and bool not in wanted and wanted & {int, float}:
+            words = " or ".join(words for kind, words in _WORDS.items() if kind in wanted)
+            raise InvalidValue(f"memory {name!r}: {option}: expected {words}, got {value}")
+
+
 def text_of(name: str, options: Mapping[str, Any], signature: inspect.Signature) -> str | None:
     """The text that makes the same memory again; None where an option has a value that text cannot say."""
     written = []

@@ -27,7 +27,7 @@ class TrainerOptions(Options):
     total_steps: int | None = option(None, "The step at which training ends and schedules reach 0.", at_least=1, unit="STEPS", cli=False)
     weight_decay: float = option(0.01, "Decoupled weight decay, of matrices only (arXiv 1711.05101).", at_least=0)
     betas: tuple[float, float] = option((0.9, 0.98), "AdamW's decay rates of the two moments.", at_least=0, below=1, cli=False)
-    eps: float = option(1e-9, "AdamW's term that prevents division by zero.", at_least=0, cli=False)
+    eps: float = option(1e-9, "AdamW's term that prevents division by zero.", at_least=1e-37, cli=False)
     clip: float | None = option(1.0, "Maximum norm of the gradient; None: no limit.", at_least=0, unit="NORM")
     dropout: float = option(
         0.0,

@@ -108,6 +108,13 @@ def test_a_value_of_another_type_is_named(text, told):
     assert len(str(caught.value)) < 200
 
 
+@pytest.mark.parametrize("option", ["size", "rate"])
+def test_true_is_no_number(option):
+    with pytest.raises(InvalidValue, match=f"memory 'typed': {option}: expected a .*number.*, got True"):
+        mt.memory("typed", **{option: True})
+    assert mt.memory("typed", on=True).options["on"] is True
+
+
 def test_none_is_said_of_an_option_that_may_be_none():
     assert mt.memory("typed:size=none").options["size"] is None
     assert mt.memory("typed:path=None").options["path"] is None

@@ -600,7 +600,7 @@ BAD_OPTIONS = {
     "total_steps": [0, -5, "many"],
     "weight_decay": [-0.1, None],
     "betas": [None, (0.9,), (0.9, 1.0), (-0.1, 0.9), ("a", "b"), 0.9],
-    "eps": [-1e-9, None],
+    "eps": [-1e-9, 0, 1e-46, None],
     "clip": [-1.0, "no"],
     "dropout": [1.0, -0.1, None],
     "label_smoothing": [1.0, -0.1],
