@@ -488,5 +488,5 @@ def test_a_score_that_is_not_finite_is_an_error(encoders, value):
     )
     for part in ("in", "out"):
         model.weights[f"decoder.0.feed_forward.{part}.weight"][:] = value
-    with np.errstate(all="ignore"), pytest.raises(InvalidValue, match="score: token 0 of segment 0 takes nan bits"):
+    with np.errstate(all="ignore"), pytest.raises(InvalidValue, match=r"score: token \d of segment 0 takes \S+ bits"):
         mt.Pipeline(model, ByteTokenizer()).score("abc")
