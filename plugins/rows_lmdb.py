@@ -166,8 +166,9 @@ class LmdbRows:
 
     def delete(self, document: str) -> None:
         """Forgets a document; its space is used again by what is written next."""
-        if not os.path.exists(self.path):
+        if not os.path.exists(self.path) or self._is_empty():
             return
+        self._meta()  # nothing is written into a file of something else
         with self._write() as txn, txn.cursor() as cursor:
             prefix = _rows_prefix(document)
             more = cursor.set_range(prefix)

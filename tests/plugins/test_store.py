@@ -779,3 +779,12 @@ def test_an_interrupted_segment_is_not_remembered(path, monkeypatch):
     assert pipe.score("what?")["bits"] == pytest.approx(steady.score("what?")["bits"], rel=1e-6)
     pipe.close()
     assert sorted(rows_on_disk(path)) == list(range(32))
+
+
+def test_forgetting_leaves_a_file_of_something_else_as_it_is(path):
+    with lmdb.open(path, subdir=False) as file, file.begin(write=True) as txn:
+        txn.put(b"mine", b"1")
+    before = digest(path)
+    with pytest.raises(InvalidValue, match="is not a store"):
+        mt.memory(f"store:path={path}").reset("x")
+    assert digest(path) == before
