@@ -73,7 +73,10 @@ def text_of(name: str, options: Mapping[str, Any], signature: inspect.Signature)
             return None
     text = name + (":" + ",".join(written) if written else "")
     said = {option: value for option, value in options.items() if any(each.startswith(option + "=") for each in written)}
-    return text if options_of(name, text.partition(":")[2], signature) == said else None
+    try:
+        return text if options_of(name, text.partition(":")[2], signature) == said else None
+    except InvalidValue:
+        return None
 
 
 def signature_of(factory: Callable[..., Any]) -> inspect.Signature:
@@ -115,7 +118,10 @@ def _value(text: str, wanted: set[Any] | None) -> Any:
     """`text` as one of the types wanted. Raises ValueError that says what was expected."""
     bare = text.strip()
     if re.fullmatch(_QUOTED, bare) and (wanted is None or wanted & {str, Path}):
-        return _as_text(ast.literal_eval(bare), wanted)
+        try:
+            return _as_text(ast.literal_eval(bare), wanted)
+        except (SyntaxError, ValueError):  # a backslash that means nothing, a line break
+            raise ValueError("a Python string in the quotes") from None
     if wanted is None:
         return _guess(text)
     for kind, read in _READERS.items():

@@ -115,6 +115,17 @@ def test_true_is_no_number(option):
     assert mt.memory("typed", on=True).options["on"] is True
 
 
+@pytest.mark.parametrize("value", [r"'\x'", r"'\N{nothing}'", "'a\nb'"])
+def test_quotes_that_hold_no_python_string_are_named(value):
+    with pytest.raises(InvalidValue, match="memory 'typed': name: expected a Python string in the quotes, got"):
+        mt.memory(f"typed:name={value}")
+
+
+def test_options_whose_texts_would_run_together_have_no_text():
+    made = mt.memory("anything", a="/tmp/a='b", c="c'd", d="x'y,a=1")
+    assert made.text is None or mt.memory(made.text).options == made.options
+
+
 def test_none_is_said_of_an_option_that_may_be_none():
     assert mt.memory("typed:size=none").options["size"] is None
     assert mt.memory("typed:path=None").options["path"] is None
