@@ -24,8 +24,9 @@ from ._core import Block
 from .autodiff import is_traced, value_of
 from .config import Config
 from .context import Pass
-from .layers import Linear, Shape, StepProduct
+from .layers import Linear, Norm, Shape, StepProduct
 from .memory.base import Query, SideOutput, View
+from .positions import rotary_frequencies
 from .weights import Array
 
 
@@ -87,11 +88,17 @@ class MultiHeadAttention:
             Linear(config, f"{name}.{part}", d, n) for part, n in zip("qkv", (heads, kv_heads, kv_heads), strict=True)
         )
         self.o, self.qkv = Linear(config, name + ".o", heads, d), name + ".qkv"
+        self.q_norm, self.k_norm = (
+            Norm(config, f"{name}.{part}_norm", kind="rms", d=self.d_head) if config.qk_norm else None for part in "qk"
+        )
+        is_local = site == "decoder" and config.is_local(layer)
+        self.window = config.window if is_local else None
+        self.frequencies = rotary_frequencies(config, is_local) if config.positions == "rotary" and site != "cross" else None
         self.relative = RelativeBias(config, site) if config.positions == "relative" and site != "cross" else None
 
     def shapes(self) -> Iterator[Shape]:
-        for linear in (self.q, self.k, self.v, self.o):
-            yield from linear.shapes()
+        for part in filter(None, (self.q, self.k, self.v, self.o, self.q_norm, self.k_norm)):
+            yield from part.shapes()
 
     def step_products(self) -> Iterator[StepProduct]:
         """What a decoding step multiplies with: W^Q, W^K and W^V as one matrix. Keys of the encoder's outputs are made once."""
@@ -111,7 +118,8 @@ class MultiHeadAttention:
             lengths=layout.lengths,
             bias=self._bias(p, layout, queries.shape[2], keys.shape[2]),
             causal=layout.causal,
-            prefix=layout.n_front if layout.causal else 0,
+            prefix=layout.n_front if layout.causal and self.window is None else 0,
+            window=self.window,
         )
         out = self._with_memory(p, queries, q, own, layout, None if p.cache else layout.of_text)
         if p.cache is None and p.run.members:
@@ -121,7 +129,7 @@ class MultiHeadAttention:
 
     def to_encoder(self, x: Array, p: Pass, layout: Layout, encoded: Encoded, residual: Array | None = None) -> Array:
         """Cross-attention of x (B, T, d) to the encoder's outputs; residual is added to it."""
-        q = self._split(self.q(x, p))
+        q = self._normed(self.q_norm, self._split(self.q(x, p)), p)
         project = lambda: self._keys_and_values(encoded.hidden, p)  # noqa: E731
         k, v = p.cache.cross(self.layer, project) if p.cache is not None else project()
         out = self._with_memory(p, q, q, Block(k, v, valid=encoded.valid), layout, slice(encoded.n_rows, None))
@@ -136,16 +144,20 @@ class MultiHeadAttention:
     def _projected(self, x: Array, p: Pass, skip: int) -> tuple[Array, Array, Array]:
         """Queries, of all rows of x but the first `skip`, keys and values, in heads."""
         if (qkv := p.weights.get(self.qkv)) is not None:
-            y = self._split(qkv.linear(x, None if self.q.bias is None else p.value(self.qkv + ".bias")))
+            bias = p.weights.get(self.qkv + ".bias")
+            y = self._split(qkv.linear(x, None if bias is None else bias.value))
             n, m = self.q.d_out // self.d_head, self.k.d_out // self.d_head
-            return y[:, :n, skip:], y[:, n : n + m], y[:, n + m :]
-        return self._split(self.q(x[:, skip:] if skip else x, p)), *self._keys_and_values(x, p)
+            return self._normed(self.q_norm, y[:, :n, skip:], p), self._normed(self.k_norm, y[:, n : n + m], p), y[:, n + m :]
+        return self._normed(self.q_norm, self._split(self.q(x[:, skip:] if skip else x, p)), p), *self._keys_and_values(x, p)
 
     def _keys_and_values(self, rows: Array, p: Pass) -> tuple[Array, Array]:
-        return self._split(self.k(rows, p)), self._split(self.v(rows, p))
+        return self._normed(self.k_norm, self._split(self.k(rows, p)), p), self._split(self.v(rows, p))
+
+    def _normed(self, norm: Norm | None, heads: Array, p: Pass) -> Array:
+        return heads if norm is None else norm(heads, p)
 
     def _rotate(self, x: Array, positions: np.ndarray) -> Array:
-        return ops.rotary(x, positions, self.config.rotary_base) if self.config.positions == "rotary" else x
+        return x if self.frequencies is None else ops.rotary(x, positions, self.frequencies)
 
     def _bias(self, p: Pass, layout: Layout, n_queries: int, n_keys: int) -> Any:
         """Of the segment's own keys. Every layer's is the same: where no gradient is recorded, it is made once."""
@@ -225,6 +237,8 @@ class MultiHeadAttention:
         def hidden() -> np.ndarray:
             groups = self.n_kv_heads
             wk = p.weights[self.k.weight].array.reshape(config.d_model, groups, d_head)
+            if self.k_norm is not None:  # but for the length of a key, which only the key itself knows
+                wk = wk * value_of(p.value(self.k_norm.weight))
             grouped = heads.reshape(batch, groups, n_heads // groups, length, d_head)
             return np.einsum("bghtx,dgx->bghtd", grouped, wk, optimize=True).reshape(batch, n_heads, length, config.d_model)
 

@@ -13,8 +13,10 @@ from .options import option
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 NORMS = ("layer", "rms")
-NORM_POSITIONS = ("post", "pre")
+NORM_POSITIONS = ("post", "pre", "sandwich", "output")
 POSITIONS = ("sinusoidal", "learned", "rotary", "relative", "none")
+SINUSOIDS = ("interleaved", "halves", "fairseq")
+BIASED = ("q", "k", "v", "o", "in", "gate", "out")
 
 # Far above any real model, far below what makes an allocation hang: a config file is not trusted.
 _LIMITS = {
@@ -30,11 +32,49 @@ _LIMITS = {
     "segment_length": 1 << 20,
     "relative_buckets": 1 << 12,
     "relative_max_distance": 1 << 20,
+    "decoder_d_ff": 1 << 20,
+    "rotary_dims": 1 << 12,
+    "position_offset": 1 << 12,
+    "token_types": 1 << 12,
+    "window": 1 << 24,
 }
+_MAY_BE_0 = ("n_encoder_layers", "n_decoder_layers", "position_offset", "token_types")
 MAX_WEIGHT_COUNT = 1 << 36
 
 
 @dataclass(frozen=True, kw_only=True)
+class RotaryScaling:
+    """Rotary frequencies for more positions than a model began with.
+
+    kind: "linear" (arXiv 2306.15595) divides all by `factor`; "llama3" (arXiv 2407.21783) the low ones; "yarn"
+    (arXiv 2309.00071) goes from one to the other. original_positions: what the model began with.
+    """
+
+    kind: str
+    factor: float
+    original_positions: int = 4096
+    low_factor: float = 1.0  # llama3: wavelengths above original_positions / low_factor are divided
+    high_factor: float = 4.0  # llama3: below original_positions / high_factor they stay
+    beta_fast: float = 32.0  # yarn: rotations over original_positions, from which on a frequency stays
+    beta_slow: float = 1.0  # yarn: below which it is divided
+
+    def __post_init__(self) -> None:
+        faults = _type_faults(self)
+        if not faults:
+            if self.kind not in ("linear", "llama3", "yarn"):
+                faults.append(f"kind: expected linear, llama3 or yarn, got {self.kind!r}")
+            if not 1 <= self.original_positions <= _LIMITS["max_positions"]:
+                faults.append(f"original_positions: expected 1 to {_LIMITS['max_positions']}, got {self.original_positions}")
+            if not self.factor >= 1:
+                faults.append(f"factor: expected a number of at least 1, got {self.factor}")
+            for low, high in (("low_factor", "high_factor"), ("beta_slow", "beta_fast")):
+                if not 0 < getattr(self, low) < getattr(self, high):
+                    faults.append(f"{low}, {high}: expected 0 < {low} < {high}, got {getattr(self, low)} and {getattr(self, high)}")
+        if faults:
+            raise InvalidValue("Config: rotary_scaling: " + "; ".join(faults))
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Config:
     """One Transformer, as in arXiv 1706.03762, and its common variants.
 
@@ -43,7 +83,11 @@ class Config:
     `d_head` (= d_model / n_heads), `d_ff` (= 4 d_model), `attention_scale` (= 1 / sqrt(d_head)).
 
     The paper's model is the default, but for `norm_position`, which is "pre" (section 5.4 of the paper
-    normalises after the residual, "post"; before it trains without a long warm-up, arXiv 2002.04745).
+    normalises after the residual, "post"; before it trains without a long warm-up, arXiv 2002.04745;
+    "sandwich" does so before and after each sublayer, "output" after it, before the residual is added).
+
+    What published models do otherwise is one field each, at its usual value by default. A model's file and its `repr` name
+    these only where they differ.
 
     Raises InvalidValue that lists every field at fault.
     """
@@ -61,7 +105,7 @@ class Config:
     norm: str = "layer"
     norm_position: str = "pre"
     norm_eps: float = 1e-5
-    bias: bool = True  # of the linear layers; layer norm always has its own
+    bias: bool | tuple[str, ...] = True  # of the linear layers, or which of q, k, v, o, in, gate, out; layer norm always has its own
     positions: str = option("sinusoidal", "Kind of positions: sinusoidal, learned, rotary, relative or none.")
     max_positions: int = 4096  # rows of the learned table; the other kinds have no limit
     rotary_base: float = 10000.0
@@ -73,8 +117,33 @@ class Config:
     bos_id: int = 1  # the decoder's first input, and the source of a document's first segment
     eos_id: int = 2
     segment_length: int | None = None  # tokens; set where the model was trained on streams of segments
+    # What published models do otherwise. Feed-forward:
+    gated: bool = False  # (activation(x W_gate) * x W_in) W_out (arXiv 2002.05202)
+    decoder_d_ff: int | None = None  # where the decoder's differs
+    # Norms:
+    embedding_norm: bool = False  # of the sum of embeddings
+    final_norm: bool | None = None  # at the end of a stack; default: unless norm_position is "post"
+    qk_norm: bool = False  # RMS norm of every head's queries and keys, before they are rotated
+    # Positions:
+    sinusoids: str = "interleaved"  # columns of the table: the paper's; sines, then cosines; or fairseq's frequencies
+    position_offset: int = 0  # rows of the learned or sinusoidal table before the one of the first token
+    rotary_dims: int | None = None  # of a head's numbers, the first so many are rotated; default: all
+    rotary_scaling: RotaryScaling | None = None
+    window: int | None = None  # keys that a decoder's query sees in its own segment
+    local_layers: tuple[int, ...] | None = None  # the decoder layers that `window` is for; default: all
+    local_rotary_base: float | None = None  # theirs; rotary_scaling is for the others then
+    attention_cap: float | None = None  # scores become cap tanh(scores / cap) (arXiv 2408.00118)
+    # Embeddings and output:
+    token_types: int = 0  # embeddings of the kind of a token, of which an encoder's are all of kind 0
+    output_bias: bool = False
+    output_scale: float | None = None  # multiplies the last hidden states
+    output_cap: float | None = None  # of the logits, as `attention_cap`
+    begins_with_bos: bool = True  # `generate` puts bos before a decoder-only model's prompt; False: its tokenizer does, if it should
 
     def __post_init__(self) -> None:
+        for name in ("bias", "local_layers"):
+            if isinstance(getattr(self, name), list):  # JSON has no tuples
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         faults = _type_faults(self)
         if not faults:
             faults = _range_faults(self)
@@ -85,11 +154,14 @@ class Config:
             self._fill("d_head", self.d_model // self.n_heads)
             self._fill("d_ff", 4 * self.d_model)
             self._fill("attention_scale", float(self.d_head or 1) ** -0.5)
+            self._fill("decoder_d_ff", self.d_ff)
+            self._fill("final_norm", self.norm_position != "post")
+            self._fill("rotary_dims", self.d_head)
             faults += _relation_faults(self)
         if faults:
             raise InvalidValue("Config: " + "; ".join(faults))
 
-    def _fill(self, name: str, value: float) -> None:
+    def _fill(self, name: str, value: Any) -> None:
         if getattr(self, name) is None:
             object.__setattr__(self, name, value)
 
@@ -106,10 +178,38 @@ class Config:
             raise InvalidValue(f"Config: unknown field {', '.join(named)}")
         if "vocab_size" not in fields:
             raise InvalidValue("Config: field 'vocab_size' is missing")
+        scaling = fields.get("rotary_scaling")
+        if isinstance(scaling, dict):
+            known = {field.name for field in dataclasses.fields(RotaryScaling)}
+            if unknown := [str(name) for name in scaling if name not in known]:
+                raise InvalidValue(f"Config: rotary_scaling: unknown field {unknown[0]!r}")
+            if missing := [name for name in ("kind", "factor") if name not in scaling]:
+                raise InvalidValue(f"Config: rotary_scaling: field {missing[0]!r} is missing")
+            fields = {**fields, "rotary_scaling": RotaryScaling(**scaling)}
         return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """Plain data, ready for JSON: what differs from a model without later fields, so that earlier releases read it."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name in self._told()}
+
+    def __repr__(self) -> str:
+        return f"Config({', '.join(f'{name}={getattr(self, name)!r}' for name in self._told())})"
+
+    def _told(self) -> list[str]:
+        """The fields that every model has, and the others where they say something."""
+        usual = {"decoder_d_ff": self.d_ff, "final_norm": self.norm_position != "post", "rotary_dims": self.d_head}
+        names = [field.name for field in dataclasses.fields(self)]
+        first = names.index("gated")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        return names[:first] + [name for name in names[first:] if getattr(self, name) != usual.get(name, defaults[name])]
+
+    def has_bias(self, part: str) -> bool:
+        """Whether linear layers called `part` (one of q, k, v, o, in, gate, out) have a bias."""
+        return self.bias if isinstance(self.bias, bool) else part in self.bias
+
+    def is_local(self, layer: int) -> bool:
+        """Whether a decoder layer's queries see `window` keys only."""
+        return self.window is not None and (self.local_layers is None or layer in self.local_layers)
 
     def replace(self, **changes: Any) -> Config:
         """A copy with some fields changed; what was derived from a changed field must be given again."""
@@ -124,14 +224,19 @@ class Config:
         return self.n_decoder_layers > 0
 
 
-def _type_faults(config: Config) -> list[str]:
+def _type_faults(config: Config | RotaryScaling) -> list[str]:
     faults = []
     for field in dataclasses.fields(config):
         value, kind = getattr(config, field.name), str(field.type)
         if value is None and "None" in kind:
             continue
-        if kind.startswith("bool"):
+        if isinstance(value, tuple) and "tuple" in kind:
+            wanted = str if "tuple[str" in kind else int
+            good = all(type(each) is wanted for each in value)
+        elif kind.startswith("bool"):
             good = isinstance(value, bool)
+        elif kind.startswith("RotaryScaling"):
+            good = isinstance(value, RotaryScaling)
         elif kind.startswith("int"):
             good = isinstance(value, int) and not isinstance(value, bool)
         elif kind.startswith("float"):
@@ -147,7 +252,7 @@ def _range_faults(config: Config) -> list[str]:
     faults = []
     for name, limit in _LIMITS.items():
         value = getattr(config, name)
-        least = 0 if name in ("n_encoder_layers", "n_decoder_layers") else 1
+        least = 0 if name in _MAY_BE_0 else 1
         if value is not None and not least <= value <= limit:
             faults.append(f"{name}: expected {least} to {limit}, got {value}")
     for name, allowed in (
@@ -155,13 +260,16 @@ def _range_faults(config: Config) -> list[str]:
         ("norm", NORMS),
         ("norm_position", NORM_POSITIONS),
         ("positions", POSITIONS),
+        ("sinusoids", SINUSOIDS),
     ):
         if getattr(config, name) not in allowed:
             faults.append(f"{name}: expected one of {', '.join(allowed)}, got {getattr(config, name)!r}")
-    for name in ("norm_eps", "rotary_base", "attention_scale"):
+    for name in ("norm_eps", "rotary_base", "attention_scale", "local_rotary_base", "attention_cap", "output_scale", "output_cap"):
         value = getattr(config, name)
         if value is not None and not value > 0:
             faults.append(f"{name}: expected a positive number, got {value}")
+    if not isinstance(config.bias, bool) and (wrong := [part for part in config.bias if part not in BIASED]):
+        faults.append(f"bias: expected True, False or some of {', '.join(BIASED)}, got {wrong[0]!r}")
     return faults
 
 
@@ -171,8 +279,15 @@ def _relation_faults(config: Config) -> list[str]:
         faults.append("n_encoder_layers, n_decoder_layers: expected at least one of them above 0")
     if config.n_heads % config.n_kv_heads:  # type: ignore[operator]
         faults.append(f"n_kv_heads: expected a divisor of n_heads = {config.n_heads}, got {config.n_kv_heads}")
-    if config.positions == "rotary" and config.d_head % 2:  # type: ignore[operator]
+    if config.positions == "rotary" and config.d_head % 2 and config.rotary_dims == config.d_head:  # type: ignore[operator]
         faults.append(f"d_head: expected an even number with rotary positions, got {config.d_head}")
+    elif config.rotary_dims % 2 and config.positions == "rotary" or config.rotary_dims > config.d_head:  # type: ignore[operator]
+        faults.append(f"rotary_dims: expected an even number of at most d_head = {config.d_head}, got {config.rotary_dims}")
+    if config.local_layers and not all(0 <= layer < config.n_decoder_layers for layer in config.local_layers):
+        faults.append(f"local_layers: expected 0 to n_decoder_layers - 1 = {config.n_decoder_layers - 1}, got {config.local_layers!r}")
+    for name in ("local_layers", "local_rotary_base"):
+        if getattr(config, name) is not None and config.window is None:
+            faults.append(f"{name}: expected None without a window, got {getattr(config, name)!r}")
     if config.positions == "relative" and (config.relative_buckets < 4 or config.relative_buckets % 4):
         faults.append(f"relative_buckets: expected a multiple of 4, got {config.relative_buckets}")
     if config.positions == "relative" and config.relative_max_distance <= config.relative_buckets // 2:
@@ -183,8 +298,10 @@ def _relation_faults(config: Config) -> list[str]:
     for name in ("pad_id", "bos_id", "eos_id"):
         if not 0 <= getattr(config, name) < config.vocab_size:
             faults.append(f"{name}: expected 0 to vocab_size - 1 = {config.vocab_size - 1}, got {getattr(config, name)}")
-    layer = config.d_model * (4 * config.n_heads * config.d_head + 2 * config.d_ff)  # type: ignore[operator]
-    tables = config.vocab_size * (1 if config.tie_embeddings else 2) + (2 * config.max_positions if config.positions == "learned" else 0)
+    d_ff = max(config.d_ff, config.decoder_d_ff)  # type: ignore[type-var]
+    layer = config.d_model * (4 * config.n_heads * config.d_head + (3 if config.gated else 2) * d_ff)  # type: ignore[operator]
+    tables = config.vocab_size * (1 if config.tie_embeddings else 2) + config.token_types
+    tables += 2 * (config.max_positions + config.position_offset) if config.positions == "learned" else 0
     count = tables * config.d_model + layer * (config.n_encoder_layers + 2 * config.n_decoder_layers)
     if count > MAX_WEIGHT_COUNT:
         faults.append(f"vocab_size, d_model, d_ff, max_positions, layers: expected at most {MAX_WEIGHT_COUNT} weights, got {count}")

@@ -25,17 +25,21 @@ class Shape(NamedTuple):
 
 
 class StepProduct(NamedTuple):
-    """A product of every decoding step, by the name that its packed weight has: with one matrix, or several side by side."""
+    """A product of every decoding step, by the name that its packed weight has: with one matrix, or several side by side.
+
+    gate: the matrix of a second product of the same shape, of which the activation scales the first.
+    """
 
     name: str
     linears: tuple[Linear, ...]
+    gate: Linear | None = None
 
 
 class Linear:
-    """x W + b, W (d_in, d_out)."""
+    """x W + b, W (d_in, d_out). The last part of its name says whether it has a b (see `Config.bias`)."""
 
     def __init__(self, config: Config, name: str, d_in: int, d_out: int):
-        self.weight, self.bias = name + ".weight", name + ".bias" if config.bias else None
+        self.weight, self.bias = name + ".weight", name + ".bias" if config.has_bias(name.rpartition(".")[2]) else None
         self.d_in, self.d_out = d_in, d_out
 
     def shapes(self) -> Iterator[Shape]:
@@ -43,17 +47,23 @@ class Linear:
         if self.bias is not None:
             yield Shape(self.bias, (self.d_out,))
 
-    def __call__(self, x: Array, p: Pass, activation: str | None = None, residual: Array | None = None) -> Array:
-        bias = None if self.bias is None else p.value(self.bias)
-        return p.weights[self.weight].linear(x, bias, activation=activation, residual=residual)
+    def __call__(
+        self, x: Array, p: Pass, activation: str | None = None, residual: Array | None = None, gate: Linear | None = None
+    ) -> Array:
+        """residual + activation(x W + b), or with a gate residual + activation(gate(x)) * (x W + b)."""
+        weight, bias = p.weights[self.weight], None if self.bias is None else p.value(self.bias)
+        if gate is None:
+            return weight.linear(x, bias, activation=activation, residual=residual)
+        gate_bias = None if gate.bias is None else p.value(gate.bias)
+        return weight.linear(x, bias, activation=activation, residual=residual, gate=p.weights[gate.weight], gate_bias=gate_bias)
 
 
 class Norm:
-    """Layer norm (arXiv 1607.06450) or RMS norm (arXiv 1910.07467) of the last axis."""
+    """Layer norm (arXiv 1607.06450) or RMS norm (arXiv 1910.07467) of the last axis, of d_model numbers or of d."""
 
-    def __init__(self, config: Config, name: str):
-        self.weight, self.bias = name + ".weight", name + ".bias" if config.norm == "layer" else None
-        self.d, self.eps, self.kind = config.d_model, config.norm_eps, config.norm
+    def __init__(self, config: Config, name: str, *, kind: str | None = None, d: int | None = None):
+        self.d, self.eps, self.kind = d or config.d_model, config.norm_eps, kind or config.norm
+        self.weight, self.bias = name + ".weight", name + ".bias" if self.kind == "layer" else None
 
     def shapes(self) -> Iterator[Shape]:
         yield Shape(self.weight, (self.d,), fill=1.0)

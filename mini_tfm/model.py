@@ -29,37 +29,48 @@ from .files.reading import ram_bytes
 from .layers import Linear, Norm, Shape, StepProduct
 from .memory.base import Memory, Rows
 from .memory.run import memory_parameters
+from .positions import sinusoids
 from .weights import Array, Weight
 
 # Section 3.1: encoder and decoder stacks
 
 
 class Sublayer:
-    """LayerNorm(x + f(x)), or with pre-norm (arXiv 2002.04745) x + f(LayerNorm(x)). f adds the `residual` it is given."""
+    """LayerNorm(x + f(x)), or with pre-norm (arXiv 2002.04745) x + f(LayerNorm(x)). f adds the `residual` it is given.
+
+    Two more places for the norm: x + LayerNorm(f(x)), "output", and "sandwich", x + LayerNorm(f(LayerNorm(x))).
+    """
 
     def __init__(self, config: Config, name: str, f: Any):
-        self.name, self.f, self.norm, self.is_pre = name, f, Norm(config, name + "_norm"), config.norm_position == "pre"
+        self.name, self.f, where = name, f, config.norm_position
+        self.norm = Norm(config, name + "_norm")
+        self.of_input = self.norm if where in ("pre", "sandwich") else None
+        self.of_output = Norm(config, name + "_output_norm") if where == "sandwich" else self.norm if where == "output" else None
+        self.of_sum = self.norm if where == "post" else None
 
     def shapes(self) -> Iterator[Shape]:
         yield from self.f.shapes()
-        yield from self.norm.shapes()
+        for norm in filter(None, (self.of_input, self.of_output, self.of_sum)):
+            yield from norm.shapes()
 
     def __call__(self, x: Array, p: Pass, call: Callable[..., Array], *given: Any, skip: int = 0) -> Array:
         """call(x, p, *given): the method of f that is meant; it leaves out the first `skip` rows of x."""
         residual = x[:, skip:] if skip else x
-        x = self.norm(x, p) if self.is_pre else x
-        if p.dropout.p:
-            x = residual + p.dropout(call(x, p, *given), self.name)
+        x = x if self.of_input is None else self.of_input(x, p)
+        if p.dropout.p or self.of_output is not None:
+            x = call(x, p, *given)
+            x = x if self.of_output is None else self.of_output(x, p)
+            x = residual + p.dropout(x, self.name)
         else:
             x = call(x, p, *given, residual=residual)
-        return x if self.is_pre else self.norm(x, p)
+        return x if self.of_sum is None else self.of_sum(x, p)
 
 
 class EncoderLayer:
     def __init__(self, config: Config, number: int):
         name = f"encoder.{number}."
         self.attention = Sublayer(config, name + "attention", MultiHeadAttention(config, name + "attention", "encoder", number))
-        self.feed_forward = Sublayer(config, name + "feed_forward", FeedForward(config, name + "feed_forward"))
+        self.feed_forward = Sublayer(config, name + "feed_forward", FeedForward(config, name + "feed_forward", config.d_ff))
 
     def shapes(self) -> Iterator[Shape]:
         yield from self.attention.shapes()
@@ -77,7 +88,7 @@ class DecoderLayer:
         self.cross = (
             Sublayer(config, name + "cross", MultiHeadAttention(config, name + "cross", "cross", number)) if config.has_encoder else None
         )
-        self.feed_forward = Sublayer(config, name + "feed_forward", FeedForward(config, name + "feed_forward"))
+        self.feed_forward = Sublayer(config, name + "feed_forward", FeedForward(config, name + "feed_forward", config.decoder_d_ff))
 
     def shapes(self) -> Iterator[Shape]:
         yield from self.attention.shapes()
@@ -94,17 +105,17 @@ class DecoderLayer:
 
 
 class Stack:
-    """What an encoder and a decoder have in common: the embedding, the layers, with pre-norm a norm at the end."""
+    """What an encoder and a decoder have in common: the embedding, the layers, and unless it is post-norm a norm at the end."""
 
     def __init__(self, config: Config, name: str, layers: Sequence[Any]):
         self.name, self.layers = name, layers
         self.embedding = Embedding(config, name)
         self.relative = RelativeBias(config, name) if config.positions == "relative" else None
-        self.norm = Norm(config, name + ".norm") if config.norm_position == "pre" else None
+        self.norm = Norm(config, name + ".norm") if config.final_norm else None
 
     def shapes(self) -> Iterator[Shape]:
         """Without the table of token embeddings, which the stacks share."""
-        yield from self.embedding.position_shapes()
+        yield from self.embedding.own_shapes()
         for part in (self.relative, *self.layers, self.norm):
             if part is not None:
                 yield from part.shapes()
@@ -216,24 +227,25 @@ def _outputs_of_rows(x: Array, given: Sequence[Rows], end_of_text: int) -> list[
 
 
 class FeedForward:
-    """FFN(x) = max(0, x W_1 + b_1) W_2 + b_2 (equation 2), or with another activation."""
+    """FFN(x) = max(0, x W_1 + b_1) W_2 + b_2 (equation 2), or with another activation; gated, (f(x W_g + b_g) * (x W_1 + b_1)) W_2 + b_2."""
 
-    def __init__(self, config: Config, name: str):
-        assert config.d_ff  # filled in by Config
+    def __init__(self, config: Config, name: str, d_ff: int | None):
+        assert d_ff  # filled in by Config
         self.name, self.activation = name, config.activation
-        self.inner = Linear(config, name + ".in", config.d_model, config.d_ff)
-        self.outer = Linear(config, name + ".out", config.d_ff, config.d_model)
+        self.inner = Linear(config, name + ".in", config.d_model, d_ff)
+        self.gate = Linear(config, name + ".gate", config.d_model, d_ff) if config.gated else None
+        self.outer = Linear(config, name + ".out", d_ff, config.d_model)
 
     def shapes(self) -> Iterator[Shape]:
-        yield from self.inner.shapes()
-        yield from self.outer.shapes()
+        for linear in filter(None, (self.inner, self.gate, self.outer)):
+            yield from linear.shapes()
 
     def step_products(self) -> Iterator[StepProduct]:
-        yield StepProduct(self.inner.weight, (self.inner,))
+        yield StepProduct(self.inner.weight, (self.inner,), self.gate)
         yield StepProduct(self.outer.weight, (self.outer,))
 
     def __call__(self, x: Array, p: Pass, residual: Array | None = None) -> Array:
-        hidden = p.dropout.hidden(self.inner(x, p, activation=self.activation), self.name + ".hidden")
+        hidden = p.dropout.hidden(self.inner(x, p, activation=self.activation, gate=self.gate), self.name + ".hidden")
         return self.outer(hidden, p, residual=residual)
 
 
@@ -243,37 +255,52 @@ TOKENS = "embedding.weight"  # (V, d), of both stacks and, where it is tied, of 
 
 
 class Embedding:
-    """Token embeddings, multiplied by sqrt(d_model), and positions, where they are added: sinusoidal or learned."""
+    """Token embeddings, multiplied by sqrt(d_model), and positions, where they are added: sinusoidal or learned.
+
+    Some encoders add the embedding of a token's kind as well, and some models normalise the sum.
+    """
 
     def __init__(self, config: Config, stack: str):
         self.config, self.learned = config, stack + ".positions.weight"
         self.scale = config.d_model**0.5 if config.embedding_scale else None
+        self.types = stack + ".token_types.weight" if config.token_types and stack == "encoder" else None
+        self.norm = Norm(config, stack + ".embedding_norm") if config.embedding_norm else None
         self._sinusoidal = np.zeros((0, config.d_model), np.float32)  # as many positions as were needed so far
 
-    def position_shapes(self) -> Iterator[Shape]:
+    def own_shapes(self) -> Iterator[Shape]:
+        """Of all but the table of tokens."""
         if self.config.positions == "learned":
-            yield Shape(self.learned, (self.config.max_positions, self.config.d_model), std=0.02)
+            yield Shape(self.learned, (self.config.max_positions + self.config.position_offset, self.config.d_model), std=0.02)
+        if self.types is not None:
+            yield Shape(self.types, (self.config.token_types, self.config.d_model), std=0.02)
+        if self.norm is not None:
+            yield from self.norm.shapes()
 
     def __call__(self, tokens: np.ndarray, p: Pass, positions: np.ndarray | None = None) -> Array:
         """(B, T) -> (B, T, d). positions: (T,) that follow each other, or (B, T); None: from 0 on."""
         x = ops.embedding(p.value(TOKENS), tokens)
         if self.scale is not None:
             x = x * x.dtype.type(self.scale)
-        if self.config.positions not in ("sinusoidal", "learned") or not tokens.size:
-            return x
-        positions = np.arange(tokens.shape[1]) if positions is None else positions
-        last = int(positions.max()) + 1
-        places = slice(int(positions[0]), last) if positions.ndim == 1 else positions
+        if self.types is not None:
+            x = x + p.value(self.types)[0]
+        if self.config.positions in ("sinusoidal", "learned") and tokens.size:
+            x = x + self._at(np.arange(tokens.shape[1]) if positions is None else positions, p, x.dtype)
+        return x if self.norm is None else self.norm(x, p)
+
+    def _at(self, positions: np.ndarray, p: Pass, dtype: np.dtype) -> Array:
+        first = self.config.position_offset
+        last = first + int(positions.max()) + 1
+        places = slice(first + int(positions[0]), last) if positions.ndim == 1 else first + positions
         if self.config.positions == "sinusoidal":
-            return x + self._table(last, x.dtype)[places]
-        if last > self.config.max_positions:
-            raise InvalidValue(f"tokens: expected at most max_positions = {self.config.max_positions} positions, got {last}")
-        return x + p.value(self.learned)[places]
+            return self._table(last, dtype)[places]
+        if last > first + self.config.max_positions:
+            raise InvalidValue(f"tokens: expected at most max_positions = {self.config.max_positions} positions, got {last - first}")
+        return p.value(self.learned)[places]
 
     def _table(self, n: int, dtype: np.dtype) -> np.ndarray:
         table = self._sinusoidal
         if len(table) < n or table.dtype != dtype:
-            table = self._sinusoidal = _core.sinusoidal_positions(max(n, 2 * len(table)), self.config.d_model, dtype=dtype)
+            table = self._sinusoidal = sinusoids(max(n, 2 * len(table)), self.config.d_model, self.config.sinusoids, dtype)
         return table
 
 
@@ -284,30 +311,52 @@ class Output:
 
     def __init__(self, config: Config):
         self.is_tied, self.name = config.tie_embeddings, TOKENS if config.tie_embeddings else "output.weight"
-        self.d, self.vocab_size = config.d_model, config.vocab_size
+        self.bias = "output.bias" if config.output_bias else None
+        self.d, self.vocab_size, self.scale, self.cap = config.d_model, config.vocab_size, config.output_scale, config.output_cap
 
     def shapes(self) -> Iterator[Shape]:
         if not self.is_tied:
             yield Shape(self.name, (self.d, self.vocab_size), std=self.d**-0.5)
+        if self.bias is not None:
+            yield Shape(self.bias, (self.vocab_size,))
 
     def __call__(self, hidden: Array, weights: Mapping[str, Weight]) -> Array:
-        """(..., d) -> logits (..., V)."""
-        packed = self.packed(weights)
+        """(..., d) -> logits (..., V); of a session's packed layer, as many as it has columns."""
+        hidden, packed = self._scaled(hidden), self.packed(weights)
         if packed is not None:
-            return _core.packed_linear(hidden, packed)
-        return ops.linear(hidden, weights[self.name].value, transposed=self.is_tied)
+            logits = _core.packed_linear(hidden, packed, self._bias(weights, packed.shape[1]))
+        else:
+            logits = weights[self.name].linear(hidden, self._bias(weights), transposed=self.is_tied)
+        return logits if self.cap is None else self.cap * np.tanh(logits / self.cap)
 
     def packed(self, weights: Mapping[str, Weight]) -> Any:
         """The PackedWeight of the layer's matrix (d, V), if a session has made one."""
         weight = weights.get(self.PACKED)
         return None if weight is None else weight.packed
 
+    def best(self, hidden: np.ndarray, weights: Mapping[str, Weight]) -> tuple[np.ndarray, np.ndarray]:
+        """The best score of each row of hidden (B, d), before the cap, and its id, by a session's packed layer: (B,), (B,)."""
+        packed = self.packed(weights)
+        scores, ids = _core.linear_top_k(self._scaled(hidden), packed, 1, self._bias(weights, packed.shape[1]))
+        return scores[:, 0], ids[:, 0]
+
     def loss(self, hidden: Array, weights: Mapping[str, Weight], targets: np.ndarray, counts: np.ndarray, smoothing: float) -> Array:
         """The mean of the targets' negative log-likelihood (and section 5.4's label smoothing), in nats: a scalar.
 
         hidden (..., d), targets and counts, what each weighs in the mean, of its leading shape.
         """
-        return ops.output_loss(hidden, weights[self.name].value, targets, counts, label_smoothing=smoothing, transposed=self.is_tied)
+        if self.cap is not None:
+            logits = np.reshape(self(hidden, weights), (-1, self.vocab_size))
+            return ops.cross_entropy(logits, np.reshape(targets, -1), np.reshape(counts, -1), smoothing)
+        weight, is_transposed = weights[self.name].stored(self.is_tied)
+        options = {"bias": self._bias(weights), "label_smoothing": smoothing, "transposed": is_transposed}
+        return ops.output_loss(self._scaled(hidden), weight, targets, counts, **options)
+
+    def _scaled(self, hidden: Array) -> Array:
+        return hidden if self.scale is None else hidden * hidden.dtype.type(self.scale)
+
+    def _bias(self, weights: Mapping[str, Weight], n: int | None = None) -> Array | None:
+        return None if self.bias is None else weights[self.bias].value[:n]
 
 
 # All of it

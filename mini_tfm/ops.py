@@ -194,16 +194,23 @@ LOGITS_BYTES = 1 << 25
 
 
 def output_loss(
-    x: Array, weight: Array, targets: np.ndarray, weights: np.ndarray, *, label_smoothing: float = 0.0, transposed: bool = False
+    x: Array,
+    weight: Array,
+    targets: np.ndarray,
+    weights: np.ndarray,
+    *,
+    bias: Array | None = None,
+    label_smoothing: float = 0.0,
+    transposed: bool = False,
 ) -> Array:
-    """`cross_entropy` of the output layer x W: with logits in RAM where they are few, else without.
+    """`cross_entropy` of the output layer x W + bias: with logits in RAM where they are few, else without.
 
     x (..., d); targets, weights of its leading shape. Without them it takes a fourth product, and no memory.
     """
     n_classes = weight.shape[0 if transposed else 1]
     if np.size(targets) * n_classes * x.dtype.itemsize > LOGITS_BYTES:
-        return linear_cross_entropy(x, weight, targets, weights, label_smoothing, transposed=transposed)
-    logits = np.reshape(linear(x, weight, transposed=transposed), (-1, n_classes))
+        return linear_cross_entropy(x, weight, targets, weights, label_smoothing, bias=bias, transposed=transposed)
+    logits = np.reshape(linear(x, weight, bias, transposed=transposed), (-1, n_classes))
     return cross_entropy(logits, np.reshape(targets, -1), np.reshape(weights, -1), label_smoothing)
 
 
@@ -222,10 +229,10 @@ def dropout(x: Array, p: float, seed: int) -> Array:
     return record(y, (x,), lambda dy: (_core.dropout(dy, p, seed),), fresh=True) if is_traced(x) else y
 
 
-def rotary(x: Array, positions: np.ndarray, base: float) -> Array:
-    """Rotary positions (arXiv 2104.09864, eq. 34): x (B, H, T, D), positions (T,) or (B, T)."""
-    y = _core.rotary(value_of(x), positions, base)
-    return record(y, (x,), lambda dy: (_core.rotary(dy, positions, base, inverse=True),), fresh=True) if is_traced(x) else y
+def rotary(x: Array, positions: np.ndarray, frequencies: np.ndarray) -> Array:
+    """Rotary positions (arXiv 2104.09864, eq. 34): x (B, H, T, D), positions (T,) or (B, T), frequencies (n,), 2 n <= D."""
+    y = _core.rotary(value_of(x), positions, frequencies)
+    return record(y, (x,), lambda dy: (_core.rotary(dy, positions, frequencies, inverse=True),), fresh=True) if is_traced(x) else y
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,12 +48,44 @@ class Weight:
         """The plain array."""
         return value_of(self.value)
 
-    def linear(self, x: Array, bias: Array | None = None, *, activation: str | None = None, residual: Array | None = None) -> Array:
-        """residual + activation(x W + bias): x (..., d_in), bias (d_out,) -> (..., d_out), residual of the same shape."""
-        if self.packed is not None and not is_traced(x):
-            return _core.packed_linear(x, self.packed, bias, activation=activation, residual=residual)
-        y = ops.linear(x, self.value, bias)
-        y = y if activation is None else ops.activation(y, activation)
+    def checksum(self) -> int:
+        """Of its numbers, in the time of reading them: tells whether it is what it was."""
+        return _core.checksum(value_of(self.stored()[0]))
+
+    def stored(self, transposed: bool = False) -> tuple[Array, bool]:
+        """The matrix, or its transpose, as it lies in RAM, and whether what is wanted is the transpose of it.
+
+        wanted: the matrix, or with `transposed` its transpose. A matrix that a file holds the other way round is never copied.
+        """
+        value = self.value
+        if isinstance(value, np.ndarray) and value.ndim == 2 and value.flags.f_contiguous and not value.flags.c_contiguous:
+            return value.T, not transposed
+        return value, transposed
+
+    def linear(
+        self,
+        x: Array,
+        bias: Array | None = None,
+        *,
+        activation: str | None = None,
+        residual: Array | None = None,
+        gate: Weight | None = None,
+        gate_bias: Array | None = None,
+        transposed: bool = False,
+    ) -> Array:
+        """residual + activation(x W + bias): x (..., d_in), bias (d_out,) -> (..., d_out), residual of the same shape.
+
+        gate: W_g, for residual + activation(x W_g + gate_bias) * (x W + bias). transposed: with W^T.
+        """
+        if self.packed is not None and not is_traced(x) and self.packed.gated == (gate is not None) and not transposed:
+            more = {} if gate is None else {"gate_bias": gate_bias}
+            return _core.packed_linear(x, self.packed, bias, activation=activation, residual=residual, **more)
+        stored, is_transposed = self.stored(transposed)
+        y = ops.linear(x, stored, bias, transposed=is_transposed)
+        if gate is not None:
+            y = gate.linear(x, gate_bias, activation=activation) * y
+        elif activation is not None:
+            y = ops.activation(y, activation)
         return y if residual is None else residual + y
 
 
@@ -68,12 +100,27 @@ class Weights(dict[str, Weight]):
         weight = self[name] = Weight(self.kept[name])
         return weight
 
-    def pack(self, names: Sequence[str], *, dtype: str | None = None, transposed: bool = False, columns: int | None = None) -> Any:
+    def pack(
+        self,
+        names: Sequence[str],
+        *,
+        gate: str | None = None,
+        dtype: str | None = None,
+        transposed: bool = False,
+        columns: int | None = None,
+    ) -> Any:
         """A PackedWeight of matrices side by side: dtype "float32", "bfloat16" or "int8" (None: their own).
 
-        transposed: of W^T. columns: only the first so many of what a product gives.
+        gate: the name of a second matrix. transposed: of W^T. columns: only the first so many of what a product gives.
         """
-        arrays = [self[name].array for name in names]
-        array = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=0 if transposed else 1)
-        array = array[:columns] if transposed else array[:, :columns]
-        return _core.pack(np.ascontiguousarray(array), dtype=dtype or str(array.dtype), transposed=transposed)
+        (array, is_transposed), *more = (self[name].stored(transposed) for name in names)
+        if more:
+            arrays = [array, *(one if flag == is_transposed else one.T for one, flag in more)]
+            array = np.concatenate(arrays, axis=0 if is_transposed else 1)
+        if columns is not None:
+            array = array[:columns] if is_transposed else array[:, :columns]
+        beside = None
+        if gate is not None:
+            beside, flag = self[gate].stored(transposed)
+            beside = np.ascontiguousarray(beside if flag == is_transposed else beside.T)
+        return _core.pack(np.ascontiguousarray(array), dtype=dtype or str(array.dtype), transposed=is_transposed, gate=beside)

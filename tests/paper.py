@@ -16,11 +16,11 @@ def softmax(scores):
     return [x / sum(e) for x in e]
 
 
-def norm(config, w, name, x):
+def norm(config, w, name, x, kind=None):
     """arXiv 1607.06450, eq. 4; arXiv 1910.07467, eq. 4."""
     rows = []
     for row in x:
-        if config.norm == "layer":
+        if (kind or config.norm) == "layer":
             mean = sum(row) / len(row)
             deviation = math.sqrt(sum((a - mean) ** 2 for a in row) / len(row) + config.norm_eps)
             rows.append((row - mean) / deviation * w[name + ".weight"] + w[name + ".bias"])
@@ -45,21 +45,56 @@ def activation(kind, x):
 
 
 def feed_forward(config, w, name, x):
-    """Eq. 2."""
+    """Eq. 2; arXiv 2002.05202, eq. 6 with biases."""
+    if config.gated:
+        return linear(w, name + ".out", activation(config.activation, linear(w, name + ".gate", x)) * linear(w, name + ".in", x))
     return linear(w, name + ".out", activation(config.activation, linear(w, name + ".in", x)))
 
 
-def sinusoid(pos, d_model):
-    """Section 3.5: PE(pos, 2i) = sin(pos / 10000^(2i / d_model)), PE(pos, 2i + 1) = cos of the same."""
-    return [(math.sin if j % 2 == 0 else math.cos)(pos / 10000 ** (2 * (j // 2) / d_model)) for j in range(d_model)]
+def sinusoid(config, pos):
+    """Section 3.5: PE(pos, 2i) = sin(pos / 10000^(2i / d_model)), PE(pos, 2i + 1) = cos of the same; or all sines first, and
+    fairseq's frequencies, which end with 1 / 10000."""
+    d, pairs = config.d_model, []
+    for i in range(d // 2):
+        power = i / (d // 2 - 1) if config.sinusoids == "fairseq" else 2 * i / d
+        pairs.append((math.sin(pos / 10000**power), math.cos(pos / 10000**power)))
+    if config.sinusoids == "interleaved":
+        return [x for pair in pairs for x in pair]
+    return [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
 
 
-def rotate(x, pos, base):
-    """arXiv 2104.09864, eq. 34, for the pairs (i, i + D / 2): each turns by pos * base^(-2i / D)."""
-    half = len(x) // 2
-    y = np.empty(len(x))
+def frequency(config, base, i):
+    """arXiv 2104.09864, section 3.2.2; scaled as arXiv 2407.21783's code or arXiv 2309.00071, section 3.2."""
+    plain, scaling = base ** (-2 * i / config.rotary_dims), config.rotary_scaling
+    if scaling is None:
+        return plain
+    wavelength = 2 * math.pi / plain
+    if scaling.kind == "llama3":
+        low, high = (scaling.original_positions / factor for factor in (scaling.low_factor, scaling.high_factor))
+        if wavelength > low:
+            return plain / scaling.factor
+        if wavelength < high:
+            return plain
+        smooth = (scaling.original_positions / wavelength - scaling.low_factor) / (scaling.high_factor - scaling.low_factor)
+        return (1 - smooth) * plain / scaling.factor + smooth * plain
+    assert scaling.kind == "yarn"
+    ends = [
+        config.rotary_dims * math.log(scaling.original_positions / (2 * math.pi * turns)) / (2 * math.log(base))
+        for turns in (scaling.beta_fast, scaling.beta_slow)
+    ]
+    first, last = max(math.floor(ends[0]), 0), min(math.ceil(ends[1]), config.rotary_dims - 1)
+    divided = min(max((i - first) / (last - first), 0), 1)
+    return divided * plain / scaling.factor + (1 - divided) * plain
+
+
+def rotate(config, x, pos, is_local):
+    """arXiv 2104.09864, eq. 34, for the pairs (i, i + n) of the first 2 n numbers."""
+    half, y = config.rotary_dims // 2, x.copy()
     for i in range(half):
-        angle = pos * base ** (-2 * i / len(x))
+        if is_local and config.local_rotary_base:
+            angle = pos * config.local_rotary_base ** (-2 * i / config.rotary_dims)
+        else:
+            angle = pos * frequency(config, config.rotary_base, i)
         y[i] = x[i] * math.cos(angle) - x[i + half] * math.sin(angle)
         y[i + half] = x[i] * math.sin(angle) + x[i + half] * math.cos(angle)
     return y
@@ -82,15 +117,18 @@ def bucket(config, distance, bidirectional):
 
 def attention(config, w, name, x, memory, site, causal):
     """Eq. 1 and section 3.2.2: queries from x (T, d), keys and values from memory (S, d)."""
-    size = config.d_head
+    size, layer = config.d_head, int(name.split(".")[1])
+    is_local = site == "decoder" and config.window is not None and (config.local_layers is None or layer in config.local_layers)
     q, k, v = linear(w, name + ".q", x), linear(w, name + ".k", memory), linear(w, name + ".v", memory)
     heads = []
     for h in range(config.n_heads):
         kv = h * config.n_kv_heads // config.n_heads
         one_q = q[:, h * size : (h + 1) * size]
         one_k, one_v = (y[:, kv * size : (kv + 1) * size] for y in (k, v))
+        if config.qk_norm:
+            one_q, one_k = norm(config, w, name + ".q_norm", one_q, "rms"), norm(config, w, name + ".k_norm", one_k, "rms")
         if config.positions == "rotary" and site != "cross":
-            one_q, one_k = (np.array([rotate(row, at, config.rotary_base) for at, row in enumerate(y)]) for y in (one_q, one_k))
+            one_q, one_k = (np.array([rotate(config, row, at, is_local) for at, row in enumerate(y)]) for y in (one_q, one_k))
         rows = []
         for i in range(len(x)):
             seen = i + 1 if causal else len(memory)
@@ -98,7 +136,8 @@ def attention(config, w, name, x, memory, site, causal):
             if config.positions == "relative" and site != "cross":
                 table = w[site + ".relative_bias.weight"]
                 scores = [s + table[bucket(config, j - i, site == "encoder"), h] for j, s in enumerate(scores)]
-            rows.append(sum(p * one_v[j] for j, p in enumerate(softmax(scores))))
+            first = max(0, i + 1 - config.window) if is_local else 0
+            rows.append(sum(p * one_v[first + j] for j, p in enumerate(softmax(scores[first:]))))
         heads.append(np.array(rows))
     return linear(w, name + ".o", np.concatenate(heads, axis=1))
 
@@ -107,6 +146,10 @@ def sublayer(config, w, name, x, f):
     """Section 5.4, LayerNorm(x + Sublayer(x)); or arXiv 2002.04745, x + Sublayer(LayerNorm(x))."""
     if config.norm_position == "post":
         return norm(config, w, name + "_norm", x + f(x))
+    if config.norm_position == "output":
+        return x + norm(config, w, name + "_norm", f(x))
+    if config.norm_position == "sandwich":
+        return x + norm(config, w, name + "_output_norm", f(norm(config, w, name + "_norm", x)))
     return x + f(norm(config, w, name + "_norm", x))
 
 
@@ -115,11 +158,13 @@ def embed(config, w, stack, tokens):
     for pos, token in enumerate(tokens):
         row = w["embedding.weight"][token] * (math.sqrt(config.d_model) if config.embedding_scale else 1)
         if config.positions == "sinusoidal":
-            row = row + sinusoid(pos, config.d_model)
+            row = row + sinusoid(config, config.position_offset + pos)
         elif config.positions == "learned":
-            row = row + w[stack + ".positions.weight"][pos]
+            row = row + w[stack + ".positions.weight"][config.position_offset + pos]
+        if config.token_types and stack == "encoder":
+            row = row + w["encoder.token_types.weight"][0]
         rows.append(row)
-    return np.array(rows)
+    return norm(config, w, stack + ".embedding_norm", rows) if config.embedding_norm else np.array(rows)
 
 
 def encode(config: Config, w, source):
@@ -128,7 +173,7 @@ def encode(config: Config, w, source):
         name = f"encoder.{i}."
         x = sublayer(config, w, name + "attention", x, lambda y, n=name: attention(config, w, n + "attention", y, y, "encoder", False))
         x = sublayer(config, w, name + "feed_forward", x, lambda y, n=name: feed_forward(config, w, n + "feed_forward", y))
-    return norm(config, w, "encoder.norm", x) if config.norm_position == "pre" else x
+    return norm(config, w, "encoder.norm", x) if config.final_norm else x
 
 
 def logits(config: Config, w, source, target):
@@ -141,5 +186,7 @@ def logits(config: Config, w, source, target):
         if memory is not None:
             x = sublayer(config, w, name + "cross", x, lambda y, n=name: attention(config, w, n + "cross", y, memory, "cross", False))
         x = sublayer(config, w, name + "feed_forward", x, lambda y, n=name: feed_forward(config, w, n + "feed_forward", y))
-    x = norm(config, w, "decoder.norm", x) if config.norm_position == "pre" else x
-    return x @ (w["embedding.weight"].T if config.tie_embeddings else w["output.weight"])
+    x = norm(config, w, "decoder.norm", x) if config.final_norm else x
+    scores = x * (config.output_scale or 1) @ (w["embedding.weight"].T if config.tie_embeddings else w["output.weight"])
+    scores = scores + w["output.bias"] if config.output_bias else scores
+    return config.output_cap * np.tanh(scores / config.output_cap) if config.output_cap else scores

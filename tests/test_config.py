@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mini_tfm.config import MAX_WEIGHT_COUNT, Config
+from mini_tfm.config import MAX_WEIGHT_COUNT, Config, RotaryScaling
 from mini_tfm.errors import InvalidValue
 from mini_tfm.model import weight_shapes
 
@@ -40,9 +40,9 @@ BAD = {
     "attention_scale": [0, -1.0, float("inf"), float("nan"), "1", 10**400, False],
     "activation": ["Relu", "", None, 3, "swish"],
     "norm": ["batch", None, 1],
-    "norm_position": ["sandwich", True],
+    "norm_position": ["before", True],
     "norm_eps": [0, -1e-5, float("nan"), None, "1e-5"],
-    "bias": [1, 0, None, "true"],
+    "bias": [1, 0, None, "true", ("q", "queries")],
     "positions": ["alibi", None],
     "max_positions": [0, 1 << 25, 10.5],
     "rotary_base": [0.0, -1, float("inf")],
@@ -54,7 +54,28 @@ BAD = {
     "bos_id": [-1, 100, None],
     "eos_id": [100, True],
     "segment_length": [0, -5, (1 << 20) + 1, 64.0],
+    "gated": [None, 1, "silu"],
+    "decoder_d_ff": [0, (1 << 20) + 1, 8.0],
+    "embedding_norm": [None, "layer"],
+    "final_norm": [1, "yes"],
+    "qk_norm": [None, 0],
+    "sinusoids": ["paper", None],
+    "position_offset": [-1, 1 << 13, None, 2.0],
+    "rotary_dims": [0, 1 << 13, 64],
+    "rotary_scaling": ["linear", 2.0],
+    "window": [0, -1, 1 << 25, 2.0],
+    "local_layers": [(0,), (2.0,)],
+    "local_rotary_base": [0, -1.0, 10.0],
+    "attention_cap": [0, float("nan"), "50"],
+    "token_types": [-1, 1 << 13, None],
+    "output_bias": [None, 1],
+    "output_scale": [0, float("inf")],
+    "output_cap": [0.0, -30],
+    "begins_with_bos": [None, 0],
 }
+
+
+LATER = set(list(BAD)[list(BAD).index("gated") :])
 
 
 def test_every_field_has_bad_values_here():
@@ -78,6 +99,8 @@ def test_a_bad_value_is_refused_by_name(name, value):
         ({"positions": "rotary", "d_head": 5}, "d_head: expected an even number with rotary positions, got 5"),
         ({"positions": "relative", "relative_buckets": 6}, "relative_buckets: expected a multiple of 4, got 6"),
         ({"positions": "relative", "relative_max_distance": 16}, "relative_max_distance: expected more than .* 16, got 16"),
+        ({"window": 4, "local_layers": (0, 2)}, "local_layers: expected 0 to n_decoder_layers - 1 = 1"),
+        ({"positions": "rotary", "rotary_dims": 3}, "rotary_dims: expected an even number of at most d_head = 32, got 3"),
         ({"vocab_size": 2}, "eos_id: expected 0 to vocab_size - 1 = 1, got 2"),
         ({"n_encoder_layers": 1 << 10, "d_model": 1 << 15, "d_ff": 1 << 15}, f"expected at most {MAX_WEIGHT_COUNT} weights"),
         ({"positions": "learned", "d_model": 1 << 16, "max_positions": 1 << 20}, "max_positions, layers: expected at most"),
@@ -87,6 +110,31 @@ def test_a_bad_value_is_refused_by_name(name, value):
 def test_fields_must_fit_each_other(fields, told):
     with pytest.raises(InvalidValue, match=told):
         Config(**{**GOOD, **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"kind": "ntk", "factor": 2.0}, "kind: expected linear, llama3 or yarn, got 'ntk'"),
+        ({"kind": "linear", "factor": 0.5}, "factor: expected a number of at least 1, got 0.5"),
+        ({"kind": "linear", "factor": "2"}, "factor: expected float, got '2'"),
+        ({"kind": "llama3", "factor": 2.0, "low_factor": 4.0}, "low_factor, high_factor: expected 0 < low_factor < high_factor"),
+        ({"kind": "yarn", "factor": 2.0, "original_positions": 0}, "original_positions: expected 1 to"),
+        ({"kind": "yarn", "factor": 2.0, "mscale": 1}, "unknown field 'mscale'"),
+        ({"kind": "yarn"}, "field 'factor' is missing"),
+    ],
+)
+def test_a_wrong_scaling_is_refused_by_name(fields, told):
+    with pytest.raises(InvalidValue, match=f"^Config: rotary_scaling: {told}"):
+        Config.from_dict({**GOOD, "rotary_scaling": fields})
+
+
+def test_a_file_names_later_fields_only_where_they_say_something():
+    """So that earlier releases read what they can, and a fingerprint of the config stays what it was."""
+    assert set(Config(**GOOD).to_dict()) == set(dataclasses.asdict(Config(**GOOD))) - LATER
+    changed = Config(**GOOD, gated=True, final_norm=False)
+    assert {*changed.to_dict()} & LATER == {"gated", "final_norm"} and "gated=True" in repr(changed)
+    assert not any(name in repr(Config(**GOOD)) for name in LATER)
 
 
 def test_all_faults_are_told_at_once():
@@ -124,10 +172,12 @@ def test_an_unknown_field_is_named_with_a_hint():
         optional={
             "d_model": st.sampled_from([4, 128, 512]),
             "norm_eps": st.floats(1e-12, 1),
-            "bias": st.booleans(),
             "segment_length": st.none() | st.integers(1, 1000),
             "positions": st.sampled_from(["sinusoidal", "rotary", "relative"]),
             "n_kv_heads": st.sampled_from([None, 1, 2, 4]),
+            "bias": st.sampled_from([True, False, ("q", "k")]),
+            "rotary_scaling": st.sampled_from([None, RotaryScaling(kind="linear", factor=2.0)]),
+            "final_norm": st.sampled_from([None, True, False]),
         },
     ).filter(lambda fields: fields.get("positions") != "rotary" or fields.get("d_model") != 4)
 )

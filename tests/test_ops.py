@@ -60,8 +60,8 @@ CASES = {
         [real(5, 4)],
     ),
     "dropout": (lambda x: ops.dropout(x, 0.4, 7), [real(6, 7)]),
-    "rotary": (lambda x: ops.rotary(x, np.array([3, 0, -2]), 100.0), [real(B, H, T, D)]),
-    "rotary, rows": (lambda x: ops.rotary(x, np.arange(B * T).reshape(B, T), 100.0), [real(B, H, T, D)]),
+    "rotary": (lambda x: ops.rotary(x, np.array([3, 0, -2]), np.array([1.0, 0.1])), [real(B, H, T, D)]),
+    "rotary, rows": (lambda x: ops.rotary(x, np.arange(B * T).reshape(B, T), np.array([1.0, 0.1])), [real(B, H, T, D)]),
     "attention": (lambda q, k, v: ops.attention(q, [Block(k, v)], 0.5), [real(B, H, T, D), real(B, H, S, D), real(B, H, S, D, seed=1)]),
     "attention, causal": (
         lambda q, k, v: ops.attention(q, [Block(k, v, causal=True)], 0.5),

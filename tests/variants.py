@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from mini_tfm.config import Config
+from mini_tfm.config import Config, RotaryScaling
 from mini_tfm.transformer import Transformer
 
 SIZES = {"vocab_size": 13, "d_model": 8, "n_heads": 2, "n_encoder_layers": 2, "n_decoder_layers": 2, "d_ff": 12}
@@ -41,6 +41,57 @@ VARIANTS: dict[str, dict] = {
         "d_head": 2,
     },
     "decoder only, relative": {**RELATIVE, "n_encoder_layers": 0},
+    "gated": {"gated": True, "activation": "gelu_tanh"},
+    "sandwich": {"norm_position": "sandwich", "norm": "rms"},
+    "norms of outputs": {"norm_position": "output", "final_norm": False, "decoder_d_ff": 6},
+    "bert": {
+        "n_decoder_layers": 0,
+        "norm_position": "post",
+        "positions": "learned",
+        "max_positions": 40,
+        "position_offset": 2,
+        "token_types": 2,
+        "embedding_norm": True,
+        "activation": "gelu",
+        "embedding_scale": False,
+    },
+    "bart": {
+        "norm_position": "post",
+        "final_norm": True,
+        "positions": "learned",
+        "max_positions": 40,
+        "position_offset": 2,
+        "embedding_norm": True,
+        "output_bias": True,
+    },
+    "marian": {"norm_position": "post", "sinusoids": "halves", "activation": "silu", "output_bias": True, "output_scale": 0.4},
+    "m2m100": {"sinusoids": "fairseq", "position_offset": 2},
+    "decoder only, qwen": {
+        "n_encoder_layers": 0,
+        "positions": "rotary",
+        "norm": "rms",
+        "activation": "silu",
+        "gated": True,
+        "bias": ("q", "v"),
+        "qk_norm": True,
+        "rotary_dims": 2,
+        "n_heads": 4,
+        "n_kv_heads": 2,
+        "d_head": 4,
+        "rotary_scaling": RotaryScaling(kind="yarn", factor=4.0, original_positions=64),
+    },
+    "decoder only, gemma": {
+        "n_encoder_layers": 0,
+        "positions": "rotary",
+        "norm": "rms",
+        "gated": True,
+        "bias": False,
+        "window": 3,
+        "local_layers": (0,),
+        "local_rotary_base": 20.0,
+        "rotary_scaling": RotaryScaling(kind="llama3", factor=8.0, original_positions=16),
+        "output_cap": 2.0,
+    },
 }
 
 

@@ -60,9 +60,9 @@ KERNEL(void, embedding_backward, (const int64_t *ids, const void *dout, void *dt
        (ids, dout, dtable, n, d))
 KERNEL(int, sinusoidal_positions, (void *out, ptrdiff_t n, ptrdiff_t d_model), (out, n, d_model))
 KERNEL(int, rotary,
-       (const struct mt_rows *x, const int64_t *positions, int positions_per_row, double base, int inverse, const struct mt_rows *y,
-        ptrdiff_t batch, ptrdiff_t heads, ptrdiff_t length, ptrdiff_t d),
-       (x, positions, positions_per_row, base, inverse, y, batch, heads, length, d))
+       (const struct mt_rows *x, const int64_t *positions, int positions_per_row, const double *frequencies_i, ptrdiff_t half, int inverse,
+        const struct mt_rows *y, ptrdiff_t batch, ptrdiff_t heads, ptrdiff_t length, ptrdiff_t d),
+       (x, positions, positions_per_row, frequencies_i, half, inverse, y, batch, heads, length, d))
 
 KERNEL(void, cross_entropy,
        (const void *logits, const int64_t *targets, int64_t ignore_index, double label_smoothing, void *losses, void *lse,

@@ -60,12 +60,11 @@ class Session:
 
     def best(self, hidden: np.ndarray) -> np.ndarray:
         """(B,) the id of the best score; of equal ones the lowest. Raises InvalidValue at NaN."""
-        packed = None if self.stream.run.changes_output else self.stream.model.output.packed(self.weights)
-        if packed is None:
+        if self.stream.run.changes_output:
             return np.argmax(self.scores(hidden), axis=1)
-        scores, ids = _core.linear_top_k(hidden, packed, 1)
-        self._check(scores[:, 0])
-        return ids[:, 0]
+        scores, ids = self.stream.model.output.best(hidden, self.weights)
+        self._check(scores)
+        return ids
 
     def _check(self, best: np.ndarray) -> None:
         if not np.isfinite(best).all():
@@ -106,19 +105,23 @@ def packed_weights(model: Model, n_ids: int) -> Weights:
     """
     assert model.decoder is not None
     weights, products = Weights(model.weights), list(model.decoder.step_products())
-    names = [linear.weight for product in products for linear in product.linears]
-    state = n_ids, [(name, _core.checksum(weights[name].array)) for name in (*names, model.output.name)]
+    names = [linear.weight for product in products for linear in (*product.linears, product.gate) if linear is not None]
+    state = n_ids, [(name, weights[name].checksum()) for name in (*names, model.output.name)]
     kept, packed = _packed.get(model, (None, {}))
     if kept != state:
         output = weights[model.output.name].array
         if not np.isfinite(output[:n_ids] if model.output.is_tied else output[:, :n_ids]).all():  # the best of many would not show it
             raise InvalidValue(f"model.weights[{model.output.name!r}]: holds NaN or infinity, so no token can be scored; check the weights")
-        packed = {product.name: weights.pack([linear.weight for linear in product.linears]) for product in products}
+        packed = {
+            name: weights.pack([linear.weight for linear in linears], gate=None if gate is None else gate.weight)
+            for name, linears, gate in products
+        }
         packed[model.output.PACKED] = weights.pack([model.output.name], transposed=model.output.is_tied, columns=n_ids)
         _packed[model] = state, packed
     for name, one in packed.items():
         weights[name] = Weight(model.weights.get(name), one)
-    for name, linears in products:
-        if len(linears) > 1 and linears[0].bias is not None:
-            weights[name + ".bias"] = Weight(np.concatenate([weights[str(linear.bias)].array for linear in linears]))
+    for name, linears, _ in products:
+        if len(linears) > 1 and any(linear.bias for linear in linears):
+            biases = [np.zeros(linear.d_out, model.dtype) if linear.bias is None else weights[linear.bias].array for linear in linears]
+            weights[name + ".bias"] = Weight(np.concatenate(biases))
     return weights

@@ -374,14 +374,15 @@ def sinusoidal_positions(n, d_model, dtype):
     return n, d_model, dtype
 
 
-def rotary(x, positions, base, inverse):
+def rotary(x, positions, frequencies, inverse):
     x = heads_real("x", x)
     batch, _, length, d = x.shape
-    if d % 2:
-        raise InvalidValue(f"x: expected an even last dimension (pairs i, i + D/2), got shape {x.shape}")
     per_row = isinstance(positions, np.ndarray) and positions.ndim == 2
     positions = integers("positions", positions, shape=(batch, length) if per_row else (length,))
-    return x, positions, number("base", base, low=0.0, open_low=True), flag("inverse", inverse)
+    _array("frequencies", frequencies, (FLOAT64,), None, 1, 0)
+    if 2 * len(frequencies) > d:
+        raise InvalidValue(f"frequencies: expected at most half as many as the {d} numbers of a head, got {len(frequencies)}")
+    return x, positions, _contiguous(frequencies), flag("inverse", inverse)
 
 
 def dropout(x, p, seed):

@@ -40,19 +40,18 @@ def sinusoidal_positions(n: int, d_model: int, dtype: Any = np.float32) -> Real:
     return np.where(column % 2 == 0, np.sin(angle), np.cos(angle)).astype(dtype)
 
 
-def rotary(x: Real, positions: Integers, base: float = 10000.0, inverse: bool = False) -> Real:
-    """Rotary encoding (arXiv 2104.09864) of x (B, H, T, D) at positions (T,) or (B, T).
+def rotary(x: Real, positions: Integers, frequencies: Real, inverse: bool = False) -> Real:
+    """Rotary encoding (arXiv 2104.09864) of x (B, H, T, D) at positions (T,) or (B, T) by frequencies (n,) float64, 2 n <= D.
 
-    The pair (x[i], x[i + D/2]) turns by position * base ** (-2 i / D), the layout of GPT-NeoX and LLaMA, not the
-    paper's interleaved one. `inverse` turns back, which is also the backward.
+    The pair (x[i], x[i + n]) turns by position * frequencies[i]: the layout of GPT-NeoX and LLaMA, not the paper's interleaved
+    one. What is behind the pairs stays. `inverse` turns back, which is also the backward.
     """
-    x, positions, base, inverse = _checks.rotary(x, positions, base, inverse)
-    d = x.shape[3]
-    half = d // 2
-    angle = positions[..., None].astype(np.float64) * _frequencies(base, -2.0 * np.arange(half) / max(d, 1))
+    x, positions, frequencies, inverse = _checks.rotary(x, positions, frequencies, inverse)
+    half = len(frequencies)
+    angle = positions[..., None].astype(np.float64) * frequencies
     cos, sin = np.cos(angle), np.sin(-angle if inverse else angle)
     if positions.ndim == 2:
         cos, sin = cos[:, None], sin[:, None]
-    a, b = x[..., :half].astype(np.float64), x[..., half:].astype(np.float64)
+    a, b = x[..., :half].astype(np.float64), x[..., half : 2 * half].astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
-        return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+        return np.concatenate([a * cos - b * sin, b * cos + a * sin, x[..., 2 * half :]], -1).astype(x.dtype)

@@ -160,7 +160,7 @@ CONFIGS = {
     "text for a number": (model_field(d_model="8"), "d_model: expected int, got '8'"),
     "a real for an integer": (model_field(n_heads=2.0), "n_heads: expected int, got 2.0"),
     "true for a number": (model_field(n_heads=True), "n_heads: expected int, got True"),
-    "one for true": (model_field(bias=1), "bias: expected bool, got 1"),
+    "one for true": (model_field(bias=1), r"bias: expected bool \| tuple\[str, ...\], got 1"),
     "negative": (model_field(n_encoder_layers=-1), "n_encoder_layers: expected 0 to"),
     "nothing at all": (model_field(n_encoder_layers=0, n_decoder_layers=0), "at least one of them above 0"),
     "heads that do not divide": (model_field(n_kv_heads=3), "n_kv_heads: expected a divisor of n_heads"),

@@ -177,14 +177,14 @@ def sinusoidal_positions(n, d_model):
     return table
 
 
-def rotary(x, positions, base, inverse):
-    batch, _, length, d = x.shape
-    y = np.zeros(x.shape)
-    for b, t, i in np.ndindex(batch, length, d // 2):
+def rotary(x, positions, frequencies, inverse):
+    batch, _, length, _ = x.shape
+    y, n = x.astype(np.float64), len(frequencies)
+    for b, t, i in np.ndindex(batch, length, n):
         position = int(positions[b, t] if positions.ndim == 2 else positions[t])
-        turn = np.exp((-1j if inverse else 1j) * position * base ** (-2 * i / d))
-        z = (x[b, :, t, i].astype(np.float64) + 1j * x[b, :, t, i + d // 2]) * turn
-        y[b, :, t, i], y[b, :, t, i + d // 2] = z.real, z.imag
+        turn = np.exp((-1j if inverse else 1j) * position * frequencies[i])
+        z = (x[b, :, t, i].astype(np.float64) + 1j * x[b, :, t, i + n]) * turn
+        y[b, :, t, i], y[b, :, t, i + n] = z.real, z.imag
     return y
 
 

@@ -62,29 +62,34 @@ def test_sinusoidal_positions_of_the_paper(core):
     np.testing.assert_allclose(table[100], [np.sin(100), np.cos(100), np.sin(1), np.cos(1)], rtol=1e-12)
 
 
+def frequencies(d, base=10000.0):
+    return base ** (-2 * np.arange(d // 2) / max(d, 1))
+
+
 @pytest.mark.parametrize("per_row", [False, True])
 @pytest.mark.parametrize("inverse", [False, True])
-@given(seed=seeds, shape=st.tuples(*[st.integers(1, 4)] * 3), half=st.integers(1, 40), layout=layouts)
-def test_rotary(core, dtype, per_row, inverse, seed, shape, half, layout):
+@given(seed=seeds, shape=st.tuples(*[st.integers(1, 4)] * 3), half=st.integers(0, 40), rest=st.integers(0, 5), layout=layouts)
+def test_rotary(core, dtype, per_row, inverse, seed, shape, half, rest, layout):
     values = Values(seed, dtype, layout)
-    x = values.real(*shape, 2 * half)
+    x = values.real(*shape, 2 * half + rest)
     positions = values.integers(-50, 5000, *((shape[0], shape[2]) if per_row else (shape[2],)))
-    expected = naive.rotary(x, positions, 10000.0, inverse)
+    turns = frequencies(2 * half)
+    expected = naive.rotary(x, positions, turns, inverse)
     # As above: in float64 the angle's own rounding counts, in float32 it is lost in the result's.
-    terms = np.abs(x).max() * (1.0 if dtype == "float32" else 1.0 + np.abs(positions).max())
-    assert_close(core.rotary(x, positions, inverse=inverse), expected, "rotary", terms=terms, dtype=dtype)
+    terms = np.abs(x).max(initial=0) * (1.0 if dtype == "float32" else 1.0 + np.abs(positions).max())
+    assert_close(core.rotary(x, positions, turns, inverse=inverse), expected, "rotary", terms=terms, dtype=dtype)
 
 
 @given(seed=seeds, base=st.sampled_from([100.0, 1e4, 5e5]))
 def test_rotary_turns_back(core, dtype, seed, base):
     values = Values(seed, dtype)
     x, positions = values.real(2, 3, 4, 10), values.integers(0, 100_000, 4)
-    there = core.rotary(x, positions, base=base)
-    assert_close(core.rotary(there, positions, base=base, inverse=True), x, "rotary", terms=np.abs(x).max())
+    there = core.rotary(x, positions, frequencies(10, base))
+    assert_close(core.rotary(there, positions, frequencies(10, base), inverse=True), x, "rotary", terms=np.abs(x).max())
 
 
 def test_rotary_products_depend_on_the_distance(core):
     values = Values(0, "float64")
-    q, k = values.real(1, 1, 1, 8), values.real(1, 1, 1, 8)
-    products = [(core.rotary(q, np.array([5 + at])) * core.rotary(k, np.array([at]))).sum() for at in (0, 7, 1000)]
+    q, k, turns = values.real(1, 1, 1, 8), values.real(1, 1, 1, 8), frequencies(8)
+    products = [(core.rotary(q, np.array([5 + at]), turns) * core.rotary(k, np.array([at]), turns)).sum() for at in (0, 7, 1000)]
     np.testing.assert_allclose(products, products[0], rtol=1e-10)

@@ -105,27 +105,22 @@ static int sinusoidal_positions(void *out, ptrdiff_t n, ptrdiff_t d_model) {
     return 0;
 }
 
-/* x (B, H, T, D), D even, positions (T,) or (B, T) read; y (B, H, T, D) written. Pairs (i, i + D/2). -1: no workspace. */
-static int rotary(const struct mt_rows *x, const int64_t *positions, int positions_per_row, double base, int inverse,
-                  const struct mt_rows *y, ptrdiff_t batch, ptrdiff_t heads, ptrdiff_t length, ptrdiff_t d) {
-    ptrdiff_t half = d / 2, n_positions = (positions_per_row ? batch : 1) * length;
-    if (!batch || !heads || !length || !half) return 0;
-    /* 1: cos and sin once a position, for all heads: turns_p2i (positions, 2, D/2) */
-    real *turns_p2i = malloc((size_t)n_positions * d * sizeof(real));
-    double *frequency_i = malloc(half * sizeof(double));
-    if (!turns_p2i || !frequency_i) {
-        free(turns_p2i);
-        free(frequency_i);
-        return -1;
-    }
-    for (ptrdiff_t i = 0; i < half; i++) frequency_i[i] = pow(base, -2.0 * i / d);
-#pragma omp parallel for num_threads(mt_team(n_positions, 10.0 * n_positions * d)) schedule(static)
+/* x (B, H, T, D), positions (T,) or (B, T), frequencies_i (half,), 2 half <= D, read; y (B, H, T, D) written. Pairs (i, i + half); what
+ * is behind them stays as it is. -1: no workspace. */
+static int rotary(const struct mt_rows *x, const int64_t *positions, int positions_per_row, const double *frequencies_i, ptrdiff_t half,
+                  int inverse, const struct mt_rows *y, ptrdiff_t batch, ptrdiff_t heads, ptrdiff_t length, ptrdiff_t d) {
+    ptrdiff_t n_positions = (positions_per_row ? batch : 1) * length, turned = 2 * half;
+    if (!batch || !heads || !length || !d) return 0;
+    /* 1: cos and sin once a position, for all heads: turns_p2i (positions, 2, half) */
+    real *turns_p2i = malloc((size_t)n_positions * turned * sizeof(real) + 1);
+    if (!turns_p2i) return -1;
+#pragma omp parallel for num_threads(mt_team(n_positions, 10.0 * n_positions * turned)) schedule(static)
     for (ptrdiff_t p = 0; p < n_positions; p++)
         for (ptrdiff_t first = 0; first < half; first += ANGLES) {
             ptrdiff_t m = min_size(ANGLES, half - first);
-            real *cos_i = turns_p2i + p * d + first, *sin_i = cos_i + half;
+            real *cos_i = turns_p2i + p * turned + first, *sin_i = cos_i + half;
             double angle[ANGLES], cosine[ANGLES], sine[ANGLES];
-            for (ptrdiff_t i = 0; i < m; i++) angle[i] = (double)positions[p] * frequency_i[first + i];
+            for (ptrdiff_t i = 0; i < m; i++) angle[i] = (double)positions[p] * frequencies_i[first + i];
             cos_sin(angle, cosine, sine, m);
             for (ptrdiff_t i = 0; i < m; i++) {
                 cos_i[i] = (real)cosine[i];
@@ -137,15 +132,15 @@ static int rotary(const struct mt_rows *x, const int64_t *positions, int positio
 #pragma omp parallel for num_threads(mt_team(n, 1.5 * n * d)) schedule(static)
     for (ptrdiff_t row = 0; row < n; row++) {
         ptrdiff_t b = row / (heads * length), h = row / length % heads, t = row % length;
-        const real *restrict cos_i = turns_p2i + (positions_per_row ? b * length + t : t) * d, *restrict sin_i = cos_i + half;
+        const real *restrict cos_i = turns_p2i + (positions_per_row ? b * length + t : t) * turned, *restrict sin_i = cos_i + half;
         const real *restrict from = head_rows(x, b, h) + t * x->stride[2];
         real *restrict to = head_rows(y, b, h) + t * y->stride[2];
         for (ptrdiff_t i = 0; i < half; i++) {
             to[i] = from[i] * cos_i[i] - from[half + i] * sin_i[i];
             to[half + i] = from[half + i] * cos_i[i] + from[i] * sin_i[i];
         }
+        for (ptrdiff_t i = turned; i < d; i++) to[i] = from[i];
     }
     free(turns_p2i);
-    free(frequency_i);
     return 0;
 }

@@ -6,8 +6,8 @@ cdef extern from "core.h" nogil:
     void mt_embedding_backward(int is_double, const int64_t *ids, const void *dout, void *dtable, ptrdiff_t n, ptrdiff_t d)
     int mt_sinusoidal_positions(int is_double, void *out, ptrdiff_t n, ptrdiff_t d_model)
     int mt_rotary(
-        int is_double, const mt_rows *x, const int64_t *positions, int positions_per_row, double base, int inverse,
-        const mt_rows *y, ptrdiff_t batch, ptrdiff_t heads, ptrdiff_t length, ptrdiff_t d
+        int is_double, const mt_rows *x, const int64_t *positions, int positions_per_row, const double *frequencies_i, ptrdiff_t half,
+        int inverse, const mt_rows *y, ptrdiff_t batch, ptrdiff_t heads, ptrdiff_t length, ptrdiff_t d
     )
 
 
@@ -75,25 +75,29 @@ def sinusoidal_positions(n, d_model, dtype=np.float32):
     return out
 
 
-cdef bint plain_turn(x, positions, base, inverse) noexcept:
+cdef bint plain_turn(x, positions, frequencies, inverse) noexcept:
     """What rotary takes: positions (T,) or (B, T), which have the lengths of x's axis 2, or of its axes 0 and 2."""
-    if not (plain_heads(x) and plain_integers(positions) and plain_number(base, 0.0) and <double>base > 0.0 and plain_bool(inverse)):
+    if not (plain_heads(x) and plain_integers(positions) and plain_bool(inverse) and type(frequencies) is cnp.ndarray):
         return False
     cdef int ndim = cnp.PyArray_NDIM(positions)
     return (
-        cnp.PyArray_DIM(x, 3) % 2 == 0
+        cnp.PyArray_TYPE(frequencies) == cnp.NPY_FLOAT64
+        and cnp.PyArray_NDIM(frequencies) == 1
+        and cnp.PyArray_IS_C_CONTIGUOUS(frequencies)
+        and 2 * cnp.PyArray_DIM(frequencies, 0) <= cnp.PyArray_DIM(x, 3)
         and (ndim == 1 or ndim == 2 and cnp.PyArray_DIM(positions, 0) == cnp.PyArray_DIM(x, 0))
         and last_axis(positions) == cnp.PyArray_DIM(x, 2)
     )
 
 
-def rotary(x, positions, base=10000.0, inverse=False):
-    """x (B, H, T, D) turned by its positions (T,) or (B, T), pairs (i, i + D/2); `inverse` turns back."""
+def rotary(x, positions, frequencies, inverse=False):
+    """x (B, H, T, D) turned by its positions (T,) or (B, T) times frequencies (n,), pairs (i, i + n); `inverse` turns back."""
     cdef int failed
-    if not plain_turn(x, positions, base, inverse):
-        x, positions, base, inverse = _checks.rotary(x, positions, base, inverse)
+    if not plain_turn(x, positions, frequencies, inverse):
+        x, positions, frequencies, inverse = _checks.rotary(x, positions, frequencies, inverse)
     y = rows_like(x)
-    cdef double b = base
+    cdef const double *f = <const double *>ptr(frequencies)
+    cdef ptrdiff_t half = cnp.PyArray_DIM(frequencies, 0)
     cdef int back = inverse
     cdef ptrdiff_t batch = cnp.PyArray_DIM(x, 0)
     cdef ptrdiff_t heads = cnp.PyArray_DIM(x, 1)
@@ -105,6 +109,6 @@ def rotary(x, positions, base=10000.0, inverse=False):
     cdef const int64_t *pp = <const int64_t *>ptr(positions)
     cdef mt_rows py = rows_of(y)
     with nogil:
-        failed = mt_rotary(wide, &px, pp, per_row, b, back, &py, batch, heads, length, d)
+        failed = mt_rotary(wide, &px, pp, per_row, f, half, back, &py, batch, heads, length, d)
     no_memory_if(failed)
     return y
