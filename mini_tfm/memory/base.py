@@ -117,7 +117,7 @@ class State(dict):
 
 @dataclass(frozen=True)
 class Segment:
-    """The segment being read. number: segments before it; start: (B,) tokens before it; length: (B,) tokens in it."""
+    """The segment being read. number: segments before it; start: (B,) tokens before it at the site; length: (B,) tokens in it."""
 
     number: int
     site: str

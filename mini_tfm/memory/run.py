@@ -144,6 +144,7 @@ class MemoryRun:
         sites = [_sites_in_model(member, dims) for member, dims in zip(self.members, self.dims, strict=True)]
         self._sites = _Sites(self.members, sites, self.dims[0].layers if self.dims else {})
         self.start = np.zeros(batch, np.int64)  # tokens of each stream before this segment
+        self.decoded = np.zeros(batch, np.int64)  # of the decoder of an encoder-decoder, whose text may be longer or shorter
         self.number = 0
         self.states = [self._start(i, batch) for i in range(len(self.members))]
         self.open(np.zeros(batch, np.int64))
@@ -165,10 +166,11 @@ class MemoryRun:
 
     def close(self) -> None:
         """Ends the segment: streams advance, paused ones get their old state back."""
+        active = self._lengths > 0
         if self._output is not None:
             outputs, valid = self._output
             self.wrote("decoder", self.config.n_decoder_layers, outputs, valid)
-        active = self._lengths > 0
+            self.decoded = self.decoded + np.where(active, valid.sum(axis=1), 0)
         if not active.all():
             for state, before in zip(self.states, self._before, strict=True):
                 for name in state:
@@ -332,9 +334,11 @@ class MemoryRun:
         return any(found)
 
     def site_start(self, site: str) -> np.ndarray:
-        """(B,) stream position of the first token at a site: an encoder-decoder's decoder is a segment ahead."""
-        ahead = site == "decoder" and self.config.has_encoder
-        return self.start + self._lengths if ahead else self.start
+        """(B,) position of the segment's first token at a site: how many tokens were before it there.
+
+        An encoder-decoder's decoder has a text of its own: its segments may be longer or shorter than the encoder's.
+        """
+        return self.decoded if site == "decoder" and self.config.has_encoder else self.start
 
     # Streams
 
@@ -347,14 +351,15 @@ class MemoryRun:
                 state.update(fresh)
             for name in state:
                 state[name] = select_streams(streams, fresh.get(name, np.zeros_like(state[name])), state[name])
-        self.start = np.where(streams, 0, self.start)
+        self.start, self.decoded = np.where(streams, 0, self.start), np.where(streams, 0, self.decoded)
 
     def reorder(self, index: np.ndarray) -> None:
         """Stream i becomes what stream index[i] was: beams, shuffled or shrinking batches. Within a segment, too."""
         for arrays in [*self.states, *self._before, self._tokens, self._mass]:
             for name, value in arrays.items():
                 arrays[name] = value[index]
-        self.start, self._lengths, self.batch = self.start[index], self._lengths[index], len(index)
+        self.start, self.decoded = self.start[index], self.decoded[index]
+        self._lengths, self.batch = self._lengths[index], len(index)
         self._targets = None if self._targets is None else self._targets[index]
         if self._output is not None:
             outputs, valid = self._output
@@ -373,7 +378,7 @@ class MemoryRun:
         for a, b in zip(mine, theirs, strict=True):
             for name in list(dict.fromkeys([*a, *b])):
                 a[name] = _joined(a.get(name), b.get(name), sizes)
-        self.start = np.concatenate([self.start, other.start])
+        self.start, self.decoded = np.concatenate([self.start, other.start]), np.concatenate([self.decoded, other.decoded])
         self._lengths = np.concatenate([self._lengths, other._lengths])
         self._targets = _joined(self._targets, other._targets, sizes)
         if self._output is not None or other._output is not None:
@@ -419,11 +424,11 @@ class MemoryRun:
     def dump(self) -> dict[str, np.ndarray]:
         """Everything needed to go on later, as named arrays."""
         arrays = {f"{i}.{name}": value_of(value) for i, state in enumerate(self.states) for name, value in state.items()}
-        return {**arrays, "start": self.start, "number": np.array([self.number])}
+        return {**arrays, "start": self.start, "decoded": self.decoded, "number": np.array([self.number])}
 
     def load(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Goes on from what `dump` gave."""
-        unknown = [name for name in arrays if name not in ("start", "number") and not name.partition(".")[0].isdecimal()]
+        unknown = [name for name in arrays if name not in ("start", "decoded", "number") and not name.partition(".")[0].isdecimal()]
         if unknown or not {"start", "number"} <= set(arrays):
             raise InvalidValue(f"arrays: expected the result of dump(), got {sorted(arrays)[:5]}")
         if len(arrays["start"]) != self.batch:
@@ -432,6 +437,8 @@ class MemoryRun:
             state.clear()
             state.update({name.removeprefix(f"{i}."): v for name, v in arrays.items() if name.startswith(f"{i}.")})
         self.start, self.number = arrays["start"], int(arrays["number"][0])
+        # Dumps of 0.1.0 have no such count: there the decoder's tokens came after the encoder's segment.
+        self.decoded = arrays.get("decoded", self.start + (self.config.segment_length or 0))
 
     def nbytes(self) -> int:
         """Bytes of state held in RAM."""
