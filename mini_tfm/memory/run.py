@@ -119,8 +119,9 @@ class _Sites:
 class MemoryRun:
     """`memory` (None, a strategy or a Stack) on `batch` streams of a model with `config`.
 
-    weights: the model's and the strategies' parameters, arrays or Vars. Call, a segment: `open`, then what
-    the model does (`begin`, `views`, `wrote`, `end`), then `close`.
+    weights: the model's and the strategies' parameters, arrays or Vars. projections: the `New.project` of a site and
+    layer, for rows that are dropped when no layer is at work. Call, a segment: `open`, then what the model does
+    (`begin`, `views`, `wrote`, `end`), then `close`.
     """
 
     def __init__(
@@ -132,15 +133,19 @@ class MemoryRun:
         *,
         training: bool = False,
         fingerprint: Callable[[], str] = lambda: "",
+        projections: Callable[[str, int], Project | None] = lambda site, layer: None,
     ):
         self.memory, self.members = memory, members_of(memory)
-        self.config, self.batch = config, batch
+        self.config, self.batch, self._projections = config, batch, projections
         self.dims: list[Dims] = []
-        for member, prefix in zip(self.members, parameter_prefixes(memory), strict=True):
+        for member in self.members:
             check_spec(member)
+        for i, prefix in enumerate(parameter_prefixes(memory)):
             params = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
             dtype = value_of(next(iter(weights.values()))).dtype
-            self.dims.append(model_dims(config, dtype, training=training, params=params, fingerprint=fingerprint))
+            behind = frozenset[str]().union(*(member.spec.needs for member in self.members[i + 1 :]))
+            more = {"training": training, "params": params, "fingerprint": fingerprint, "needs_behind": behind}
+            self.dims.append(model_dims(config, dtype, **more))
         sites = [_sites_in_model(member, dims) for member, dims in zip(self.members, self.dims, strict=True)]
         self._sites = _Sites(self.members, sites, self.dims[0].layers if self.dims else {})
         self.start = np.zeros(batch, np.int64)  # tokens of each stream before this segment
@@ -228,9 +233,12 @@ class MemoryRun:
         return view.merge or self.members[i].spec.merge
 
     def wants_mass(self, i: int | None = None) -> bool:
-        """Whether any member, or member i, wants the attention that rows receive."""
-        members = self.members if i is None else [self.members[i]]
-        return any("mass" in member.spec.needs for member in members)
+        """Whether any member, or member i (for itself or for one behind it), wants the attention that rows receive."""
+        return any("mass" in self._needs(j) for j in (range(len(self.members)) if i is None else [i]))
+
+    def _needs(self, i: int) -> frozenset[str]:
+        """What member i needs of rows, for itself and for those behind it."""
+        return frozenset(self.members[i].spec.needs) | self.dims[i].needs_behind
 
     def received(self, site: str, layer: int, i: int | None, mass: np.ndarray) -> None:
         """Attention received by the segment's own rows (i None) or by member i's view; cross layers add up."""
@@ -247,7 +255,7 @@ class MemoryRun:
         mass = self._mass.get((site, layer, None))
         targets = self._targets if site == "decoder" else None
         tokens = self._tokens.get("encoder" if site == "cross" else site)
-        new = New(site, layer, hidden, valid, positions, tokens, mass, self._mass.get((site, layer, first)), targets)
+        new = New(site, layer, hidden, valid, positions, tokens, mass, None, targets)
         self._hand_on(self._offer(first, "write", new, project), others, project)
 
     def finished(self, outputs: Array, valid: np.ndarray) -> None:
@@ -262,25 +270,31 @@ class MemoryRun:
             dropped = self._offer(i, "absorb", dropped, project)
 
     def _offer(self, i: int, method: str, new: New, project: Project | None) -> New | None:
-        """Member i writes or absorbs `new`: with what its spec asks for, and without a gradient if it wants none."""
-        spec = self.members[i].spec
-        plain, shown = spec.gradient == "none", "tokens" in spec.needs
+        """Member i writes or absorbs `new`."""
+        offered = self._as_asked_for(i, new, project)
+        arguments = (offered,) if method == "absorb" else (new.site, new.layer, offered)
+        check = partial(check_evicted, batch=self.batch, dims=self.dims[i])
+        return self._call(i, method, *arguments, site=new.site, layer=new.layer, check=check)
+
+    def _as_asked_for(self, i: int, new: New, project: Project | None) -> New:
+        """`new` with what member i and those behind it ask for, and without a gradient if it wants none."""
+        plain, needs = self.members[i].spec.gradient == "none", self._needs(i)
+        shown = "tokens" in needs
 
         def heads(rows: Array) -> tuple[Array, Array]:
             assert project is not None
             k, v = project(rows)
             return (value_of(k), value_of(v)) if plain else (k, v)
 
-        offered = dataclasses.replace(
+        return dataclasses.replace(
             new,
             hidden=value_of(new.hidden) if plain else new.hidden,
             tokens=new.tokens if shown else None,
             targets=new.targets if shown else None,
+            mass=new.mass if "mass" in needs else None,
+            view_mass=self._mass.pop((new.site, new.layer, i), None),  # of the rows it has shown, which may now change
             project=heads if project is not None else None,
         )
-        arguments = (offered,) if method == "absorb" else (new.site, new.layer, offered)
-        check = partial(check_evicted, batch=self.batch, dims=self.dims[i])
-        return self._call(i, method, *arguments, site=new.site, layer=new.layer, check=check)
 
     @property
     def changes_output(self) -> bool:
@@ -295,13 +309,22 @@ class MemoryRun:
         return log_probs
 
     def drain(self) -> None:
-        """The streams end: what a working memory holds goes to the memories behind it."""
+        """The streams end: what a working memory holds goes to the memories behind it, all of it or nothing."""
         self.forget_deleted()
-        for i in range(len(self.members) - 1):
-            check_each = partial(check_evicted, batch=self.batch, dims=self.dims[i])
-            for dropped in filter(None, self._call(i, "drain", check=lambda rows, each=check_each: [*map(each, rows)])):
-                behind = [j for j in self._sites.take.get((dropped.site, dropped.layer), ()) if j > i]
-                self._hand_on(dropped, behind, None)
+        before = [State(state, state.dims) for state in self.states]
+        try:
+            for i in range(len(self.members) - 1):
+                for dropped in self._drained(i):
+                    behind = [j for j in self._sites.take.get((dropped.site, dropped.layer), ()) if j > i]
+                    self._hand_on(dropped, behind, self._projections(dropped.site, dropped.layer))
+        except BaseException:  # an interrupt, too
+            self.states = before
+            raise
+
+    def _drained(self, i: int) -> list[New]:
+        """What member i gives up as the streams end."""
+        check_each = partial(check_evicted, batch=self.batch, dims=self.dims[i])
+        return [*filter(None, self._call(i, "drain", check=lambda rows: [*map(check_each, rows)]))]
 
     def flush(self) -> None:
         """Makes durable what was read, also the rows that a working memory still holds for a durable one behind it."""
@@ -317,14 +340,14 @@ class MemoryRun:
         state = self.states[i]
         self.states[i] = State(state, state.dims)  # to drain it, and put the old one back
         try:
-            check_each = partial(check_evicted, batch=self.batch, dims=self.dims[i])
-            held = [*filter(None, self._call(i, "drain", check=lambda rows: [*map(check_each, rows)]))]
+            held = self._drained(i)
         finally:
             self.states[i] = state
         for rows in held:
             behind = (j for j in self._sites.take.get((rows.site, rows.layer), ()) if j > i and _has(self.members[j], "write_ahead"))
             if (j := next(behind, None)) is not None:
-                self._call(j, "write_ahead", rows, site=rows.site, layer=rows.layer)
+                offered = self._as_asked_for(j, rows, self._projections(rows.site, rows.layer))
+                self._call(j, "write_ahead", offered, site=rows.site, layer=rows.layer)
 
     def forget_deleted(self) -> bool:
         """Begins all streams anew if rows of theirs were deleted, by whatever process; says whether it did."""

@@ -11,6 +11,7 @@ import mini_tfm as mt
 from mini_tfm.autodiff import Var
 from mini_tfm.errors import FileProblem, InvalidValue, PluginError
 from mini_tfm.memory import Evicted, Memory, MemorySpec, Param, RowMemory, Rows, SideOutput, Stack, View
+from mini_tfm.memory.base import MERGES
 from mini_tfm.memory.run import MemoryRun, select_streams
 from mini_tfm.stream import Stream
 from mini_tfm.testing.trial import LENGTH, Reader, Trial, random_segments, small_model
@@ -177,6 +178,35 @@ def test_nonsense_is_stopped_before_it_is_computed_with(method, returned, told):
 def test_a_good_view_is_taken_and_an_index_may_be_of_any_integers():
     for index in (None, np.array([[0, -1], [2, 1]], np.int32), np.zeros((2, H, LENGTH, 2), np.int16)):
         assert np.isfinite(Reader(MODEL, Hostile(view=good_view(index=index)), 2).read(SEGMENTS[0])).all()
+
+
+@pytest.mark.parametrize("rows", [3, 0])
+@pytest.mark.parametrize("shape", [(2, 0), (2, H, LENGTH, 0)])
+def test_an_index_of_no_rows_shows_none(shape, rows):
+    """Among any number of them; which is allowed, as nothing was found."""
+    bank, valid, positions = ("hidden", np.ones((2, rows, WIDTH))), np.ones((2, rows), bool), np.zeros((2, rows), np.int64)
+    view = View(bank, valid, index=np.zeros(shape, np.int64), positions=positions)
+    for merge in MERGES:
+        view = dataclasses.replace(view, merge=merge, gate=np.zeros(H) if merge == "gate" else None)
+        for kind in ("decoder-only", "encoder-decoder"):
+            model = small_model(kind)
+            out, plain = (Reader(model, memory, 2).read(SEGMENTS[0]) for memory in (Hostile(view=view), None))
+            np.testing.assert_array_equal(out, plain)
+
+
+@pytest.mark.parametrize("merge", MERGES)
+def test_where_nothing_was_found_for_it_a_query_attends_as_without_a_memory(merge):
+    """The others see what was found for them; by queries with an index of four axes, by streams with one of two."""
+    model, gate = small_model("decoder-only"), np.zeros(H) if merge == "gate" else None
+    plain = Reader(model, None, 2).read(SEGMENTS[0])
+    for shape, found in (((2, H, LENGTH, 2), np.s_[:, :, 3:]), ((2, 2), np.s_[1])):
+        index = np.full(shape, -1)
+        index[found] = 1
+        view = good_view(index=index, merge=merge, gate=gate, bank=("hidden", np.ones((2, 3, WIDTH))))
+        out = Reader(model, Hostile(view=view, needs=()), 2).read(SEGMENTS[0])
+        same = np.s_[:, :3] if len(shape) == 4 else np.s_[0]
+        np.testing.assert_array_equal(out[same], plain[same])
+        assert np.abs(out - plain).max() > 1e-6
 
 
 @pytest.mark.parametrize("shape", [(3,), (1, 1, 1, 3), (2, 1, 1, 3), (1, H, 1, 3), (2, H, LENGTH, 3), (1, 1, 1, 1)])
