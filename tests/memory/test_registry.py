@@ -299,7 +299,12 @@ def test_a_strategy_describes_itself():
         "options": {"size": "required", "rate": 0.5, "path": None},
     }
     window = describe_memory("window")
-    assert window["plugin"].startswith("window (mini-tfm ") and window["options"] == {"size": 512, "sinks": 0, "site": None, "positions": "cache"}
+    assert window["plugin"].startswith("window (mini-tfm ") and window["options"] == {
+        "size": 512,
+        "sinks": 0,
+        "site": None,
+        "positions": "cache",
+    }
 
 
 def test_the_built_in_ones_are_listed():
