@@ -18,10 +18,12 @@ class Window(RowMemory):
 
     positions: "cache" counts the rows' places inside the window, back from the newest; "true" leaves them where they stood in
     the stream. They differ for sinks alone, in models with rotary or relative positions.
+
+    gradient: "rows" trains the segments that made the rows, too; "none" stops there.
     """
 
-    def __init__(self, *, size: int = 512, sinks: int = 0, site: str | None = None, positions: str = "cache"):
-        super().__init__(size=size, site=site)
+    def __init__(self, *, size: int = 512, sinks: int = 0, site: str | None = None, positions: str = "cache", gradient: str = "rows"):
+        super().__init__(size=size, site=site, gradient=gradient)
         if not isinstance(sinks, int) or not 0 <= sinks < size:
             raise InvalidValue(f"sinks: expected 0 to size - 1 = {size - 1}, got {sinks!r}")
         if positions not in ("cache", "true"):

@@ -116,3 +116,17 @@ def shown(text, lengths):
 def test_places_are_counted_back_from_the_newest_row(text, first, second):
     """Of a window behind another one that is not the last row read."""
     assert shown(text, [[5, 1], [5, 1], [5, 0], [5, 2]]) == [first, second]
+
+
+@pytest.mark.parametrize(("text", "learns"), [("window:size=32", True), ("store:top_k=8", True), ("window:size=32,gradient=none", False)])
+def test_what_only_a_later_segment_asks_for_is_learned_through_the_rows(text, learns):
+    """At the cross site the encoder's only teacher is the decoder that looks at its rows, a segment later."""
+    config = mt.Config(vocab_size=24, d_model=16, n_heads=2, n_encoder_layers=1, n_decoder_layers=1, segment_length=4)
+    trainer = mt.Trainer(mt.Transformer(config, seed=0), mt.memory(text), learning_rate=1e-2, schedule="constant")
+    rng = np.random.default_rng(0)
+    source, target = np.full((32, 2, 4), 20), np.full((32, 2, 1), 21)
+    for _ in range(150):
+        source[:, 0] = rng.integers(12, 20, (32, 4))
+        source[:, 0, 1] = target[:, 1, 0] = rng.integers(3, 11, 32)
+        loss = 2 * float(trainer.step(source, target))
+    assert loss < 0.1 if learns else loss > 1

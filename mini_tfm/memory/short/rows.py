@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from typing import Literal
 
 import numpy as np
 
@@ -14,16 +15,19 @@ class RowMemory(Memory):
     """Short way for working memories: a bounded set of rows at every (site, layer).
 
     A subclass says which stay: `keep` gives each row a priority, and the `size` highest stay, in order of position. The
-    others are returned as evicted. Options: `size` rows, `site` (None: the model's reading site; "all": every site).
+    others are returned as evicted. Options: `size` rows, `site` (None: the model's reading site; "all": every site),
+    `gradient` ("none", or "rows": it flows through the rows into the segments that made them).
     """
 
-    def __init__(self, *, size: int, site: str | None = None):
+    def __init__(self, *, size: int, site: str | None = None, gradient: Literal["none", "rows"] = "none"):
         if not isinstance(size, int) or size < 1:
             raise InvalidValue(f"size: expected a number of rows of at least 1, got {size!r}")
         if site not in (None, "all", *SITES):
             raise InvalidValue(f"site: expected {', '.join(SITES)} or all, got {site!r}")
+        if gradient not in ("none", "rows"):
+            raise InvalidValue(f"gradient: expected none or rows, got {gradient!r}")
         self.size, self.site = size, site
-        self.spec = MemorySpec(sites=frozenset(SITES if site in (None, "all") else [site]), capacity=size)
+        self.spec = MemorySpec(sites=frozenset(SITES if site in (None, "all") else [site]), capacity=size, gradient=gradient)
 
     def keep(self, scores: np.ndarray | None, positions: np.ndarray) -> np.ndarray:
         """Priorities (B, N), the highest stay, of rows at positions (B, N), -1 where there is no row.
