@@ -124,13 +124,13 @@ class MultiHeadAttention:
         out = self._with_memory(p, queries, q, own, layout, None if p.cache else layout.of_text)
         if p.cache is None and p.run.members:
             text = x if x.shape[1] == layout.text.shape[1] else x[:, layout.of_text]
-            p.run.wrote(self.site, self.layer, text, layout.text, lambda rows: self._keys_and_values(rows, p))
+            p.run.wrote(self.site, self.layer, text, layout.text, lambda rows: self.keys_and_values(rows, p))
         return self.o(_concatenated(out), p, residual=residual)
 
     def to_encoder(self, x: Array, p: Pass, layout: Layout, encoded: Encoded, residual: Array | None = None) -> Array:
         """Cross-attention of x (B, T, d) to the encoder's outputs; residual is added to it."""
         q = self._normed(self.q_norm, self._split(self.q(x, p)), p)
-        project = lambda: self._keys_and_values(encoded.hidden, p)  # noqa: E731
+        project = lambda: self.keys_and_values(encoded.hidden, p)  # noqa: E731
         k, v = p.cache.cross(self.layer, project) if p.cache is not None else project()
         out = self._with_memory(p, q, q, Block(k, v, valid=encoded.valid), layout, slice(encoded.n_rows, None))
         return self.o(_concatenated(out), p, residual=residual)
@@ -148,9 +148,10 @@ class MultiHeadAttention:
             y = self._split(qkv.linear(x, None if bias is None else bias.value))
             n, m = self.q.d_out // self.d_head, self.k.d_out // self.d_head
             return self._normed(self.q_norm, y[:, :n, skip:], p), self._normed(self.k_norm, y[:, n : n + m], p), y[:, n + m :]
-        return self._normed(self.q_norm, self._split(self.q(x[:, skip:] if skip else x, p)), p), *self._keys_and_values(x, p)
+        return self._normed(self.q_norm, self._split(self.q(x[:, skip:] if skip else x, p)), p), *self.keys_and_values(x, p)
 
-    def _keys_and_values(self, rows: Array, p: Pass) -> tuple[Array, Array]:
+    def keys_and_values(self, rows: Array, p: Pass) -> tuple[Array, Array]:
+        """Of rows (B, M, d), each (B, Hkv, M, D), without position."""
         return self._normed(self.k_norm, self._split(self.k(rows, p)), p), self._split(self.v(rows, p))
 
     def _normed(self, norm: Norm | None, heads: Array, p: Pass) -> Array:
@@ -197,10 +198,11 @@ class MultiHeadAttention:
             self._report_attention(p, own, text, joint, lambda block: ops.attention_mass(q, block, lse, self.scale, counted))
         for n, (_, view, merge) in enumerate(shown):
             if isinstance(view, SideOutput):
-                out = _combined(out, view.output, np.ones(1, bool) if view.valid is None else view.valid, view, merge)
+                has = np.ones(1, bool) if view.valid is None else view.valid
+                out = _combined(out, view.output, has[:, None, None, None], view, merge)
             elif merge != "joint":
                 other = ops.attention(q, [self._block_of(p, view, at)], self.scale, **dropout(f"{self.name}.view.{n}"))
-                out = _combined(out, other, np.asarray(view.valid.any(axis=1)), view, merge)
+                out = _combined(out, other, _has_rows(view), view, merge)
         return out
 
     def _report_attention(
@@ -219,7 +221,7 @@ class MultiHeadAttention:
         """A view as keys and values: projected by this layer, and given the positions it has."""
         view = _with_chosen_rows(view, self.config.n_heads, at.shape[-1])
         if view.bank[0] == "hidden":
-            k, v = self._keys_and_values(view.bank[1], p)
+            k, v = self.keys_and_values(view.bank[1], p)
         else:
             k, v = view.bank[1:]
         bias = view.bias
@@ -281,14 +283,22 @@ def _concatenated(heads: Array) -> Array:
 
 
 def _combined(out: Array, other: Array, has: np.ndarray, view: View | SideOutput, merge: str) -> Array:
-    """`out` with what a view gives by itself: added, gated, or instead. has (B,) bool, or (1,): where the memory has rows."""
-    has = has[:, None, None, None]
+    """`out` with what a view gives by itself: added, gated, or instead. has: bool of as many axes, where the memory has rows."""
     if merge == "add":
         return out + (other if has.all() else np.where(has, other, 0))
     if merge == "gate":
         gate = ops.sigmoid(view.gate)[:, None, None]
         other = gate * other + (1 - gate) * out
     return other if has.all() else np.where(has, other, out)  # an empty memory must equal no memory
+
+
+def _has_rows(view: View) -> np.ndarray:
+    """(B, 1, 1, 1) bool, with an index of four axes (B, H, T, 1): where there is a valid row to attend to."""
+    if view.index is None:
+        return np.asarray(view.valid.any(axis=1))[:, None, None, None]
+    stream = np.arange(len(view.index)).reshape(-1, *[1] * (view.index.ndim - 1))
+    there = (view.index >= 0) & (view.valid[stream, np.maximum(view.index, 0)] if view.valid.shape[1] else False)
+    return there.any(axis=-1, keepdims=True).reshape(len(there), *(there.shape[1:3] if there.ndim == 4 else (1, 1)), 1)
 
 
 def _with_chosen_rows(view: View, n_heads: int, n_queries: int) -> View:

@@ -22,7 +22,7 @@ from .attention import Encoded
 from .autodiff import value_of
 from .context import NO_DROPOUT, Dropout, Pass
 from .memory.base import Memory
-from .memory.run import MemoryRun
+from .memory.run import MemoryRun, Project
 from .model import Model
 from .weights import Array, Weights
 
@@ -39,7 +39,15 @@ class Stream:
     ):
         given = model.weights if weights is None else weights
         self.model, self.weights = model, given if isinstance(given, Weights) else Weights(given)
-        self.run = MemoryRun(memory, model.config, self.weights.kept, batch, training=training, fingerprint=model.fingerprint)
+        self.run = MemoryRun(
+            memory,
+            model.config,
+            self.weights.kept,
+            batch,
+            training=training,
+            fingerprint=model.fingerprint,
+            projections=self._projection,
+        )
         self.last = np.full(batch, model.config.bos_id, np.int64)
         self.encoded: Encoded | None = None
         self._pass = Pass(self.weights, self.run)
@@ -101,6 +109,14 @@ class Stream:
             self.run.abandon()
             self.encoded = self._target = None
             raise
+
+    def _projection(self, site: str, layer: int) -> Project | None:
+        """Rows to the keys and values of a layer of self-attention, whatever segment is open; None where there is no such layer."""
+        stack = {"encoder": self.model.encoder, "decoder": self.model.decoder}.get(site)
+        if stack is None or layer >= len(stack.layers):
+            return None
+        attention = stack.layers[layer].attention.f
+        return lambda rows: attention.keys_and_values(rows, Pass(self.weights, self.run))
 
     def shifted(self, target: np.ndarray) -> np.ndarray:
         """The decoder's inputs for target (B, T): what comes before it, then all but the last token."""

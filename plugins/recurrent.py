@@ -2,8 +2,10 @@
 
 `tokens` trained rows join each segment's sequence; what the last layer makes of them is the next segment's memory.
 
-Differences from the paper: rows to be written are causal among themselves. `residual=true` adds the outputs to the
-rows instead, M' = M + outputs, so that what is remembered survives segments that have nothing to add.
+Differences from the paper: rows to be written are causal among themselves. The paper has no `residual`; `residual=true` carries
+M' = (M + outputs) / rms(M + outputs), so that a part of what is remembered survives segments that have nothing to add. Each row
+keeps the size that trained rows begin with (a root mean square of 1): a sum without it grows with the stream, until a new segment
+changes nothing any more.
 """
 
 import numpy as np
@@ -19,7 +21,10 @@ class Recurrent(RecurrentMemory):
         self.residual = residual
 
     def update(self, state: State, outputs: np.ndarray) -> np.ndarray:
-        return state["tokens"] + outputs if self.residual else outputs
+        if not self.residual:
+            return outputs
+        total = state["tokens"] + outputs
+        return total / np.sqrt(np.mean(total * total, axis=-1, keepdims=True) + 1e-6)
 
 
 @hookimpl

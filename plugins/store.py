@@ -1,7 +1,8 @@
 """store: long-term memory. Every row ever read, searched exactly; with a `path` it outlives the process.
 
 Each query attends to the `top_k` rows of largest score (Memorizing Transformers, arXiv 2203.08913), found among
-hidden rows, so that one bank serves all layers and heads (Unlimiformer, arXiv 2305.01625, section 2.3).
+hidden rows, so that one bank serves all layers and heads (Unlimiformer, arXiv 2305.01625, section 2.3). In training the
+gradient flows into the rows found, unlike theirs (`gradient=none`): what made them is otherwise not trained to be found.
 
 One path holds many documents, each under a name; a memory reads and writes the one it was given. Without a path,
 and while training, rows stay in RAM.
@@ -35,8 +36,9 @@ class Store(RetrievalMemory):
         site: str | None = None,
         layer: int | None = None,
         merge: str = "joint",
+        gradient: str = "rows",
     ):
-        super().__init__(top_k=top_k, site=site, layer=layer, merge=merge)
+        super().__init__(top_k=top_k, site=site, layer=layer, merge=merge, gradient=gradient)
         self.document = _checked_document(document)
         self.disk = backend_of(str(path)) if path is not None else None
         self.durable = path is not None

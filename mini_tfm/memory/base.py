@@ -63,7 +63,11 @@ class MemorySpec:
 
 @dataclass(frozen=True)
 class Dims:
-    """The model that a memory works in. `layers` counts the attention layers of each site."""
+    """The model that a memory works in. `layers` counts the attention layers of each site.
+
+    needs_behind: what the memories behind it in a stack need of rows (`MemorySpec.needs`). It is given that too, with
+    `New`, and the rows that it drops should have it.
+    """
 
     d_model: int
     n_heads: int
@@ -75,6 +79,7 @@ class Dims:
     training: bool = False
     params: Mapping[str, Array] = field(default_factory=dict)  # this strategy's trained parameters
     fingerprint: Callable[[], str] = lambda: ""  # names the weights: rows of other weights mean nothing here
+    needs_behind: frozenset[str] = frozenset()
 
     @property
     def reading_site(self) -> str:
@@ -117,7 +122,7 @@ class State(dict):
 
 @dataclass(frozen=True)
 class Segment:
-    """The segment being read. number: segments before it; start: (B,) tokens before it; length: (B,) tokens in it."""
+    """The segment being read. number: segments before it; start: (B,) tokens before it at the site; length: (B,) tokens in it."""
 
     number: int
     site: str
@@ -151,8 +156,12 @@ class New:
     the start of the stream. With "tokens" in spec.needs, tokens: (B, S) the id each row was made from; targets: (B, S)
     the id each row of a decoder predicts, where known. With "mass", mass: (B, S) accumulated attention (arXiv
     2306.14048): the weights each row received, summed over heads and queries; view_mass: (B, M) the same for the rows
-    of the strategy's own view, if that is joint and has no index. project: rows (B, M, d) to the layer's own keys and
-    values, each (B, Hkv, M, D), without position; None at "cross", where every layer has its own.
+    of the strategy's own view since it was last told, if that is joint and has no index. project: rows (B, M, d) to the
+    layer's own keys and values, each (B, Hkv, M, D), without position; None at "cross", where every layer has its own,
+    and of the decoder's outputs.
+
+    As `Evicted`, tokens and targets are -1 where they are not known, and None, as mass is, where the memory that dropped
+    the rows does not say.
     """
 
     site: str

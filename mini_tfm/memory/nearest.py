@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from .. import _core
-from .base import View
+from ..autodiff import Var, value_of
+from .base import Array, View
 
 
 def search(queries: np.ndarray, bank: np.ndarray, k: int, valid: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -26,17 +27,19 @@ class BestRows:
         self._queries = np.ascontiguousarray(queries.reshape(batch, heads * length, width))
         self._scores: np.ndarray | None = None
 
-    def search(self, hidden: np.ndarray, positions: np.ndarray, valid: np.ndarray | None = None) -> None:
+    def search(self, hidden: Array, positions: np.ndarray, valid: np.ndarray | None = None) -> None:
         """Looks through a bank: hidden (B, M, d), positions (B, M), and valid (B, M), None for all.
 
-        Or hidden (M, d) and positions (M,), rows that all streams share.
+        Or hidden (M, d) and positions (M,), rows that all streams share. Where hidden (B, M, d) is a Var, so is the view's bank.
         """
         batch, n_queries, width = self._queries.shape
         k = min(self.k, hidden.shape[-2])
-        hidden = hidden.astype(self._queries.dtype, copy=False)  # a float64 model is for checks: it may pay for a copy
+        # A float64 model is for checks: it may pay for a copy.
+        plain = value_of(hidden).astype(self._queries.dtype, copy=False)
         if hidden.ndim == 3:
-            self._keep(*search(self._queries, hidden, k, valid), hidden, positions)
+            self._keep(*search(self._queries, plain, k, valid), hidden if isinstance(hidden, Var) else plain, positions)
             return
+        hidden = plain
         everyone = np.broadcast_to(hidden, (batch, *hidden.shape)), np.broadcast_to(positions, (batch, len(positions)))
         if valid is not None:
             self._keep(*search(self._queries, everyone[0], k, valid), *everyone)
@@ -52,7 +55,7 @@ class BestRows:
         index = np.ascontiguousarray(self._index.reshape(*self.shape[:3], -1))
         return View(("hidden", self._hidden), self._valid, index=index, positions=self._positions)
 
-    def _keep(self, scores: np.ndarray, index: np.ndarray, hidden: np.ndarray, positions: np.ndarray) -> None:
+    def _keep(self, scores: np.ndarray, index: np.ndarray, hidden: Array, positions: np.ndarray) -> None:
         """Merges results (B, N, k) from hidden (B, M, d) with positions (B, M) into those so far; index -1 is none."""
         index, hidden, positions, valid = _compact(index, hidden, positions)
         if self._scores is None:
@@ -67,7 +70,7 @@ class BestRows:
         self._scores, self._index = np.take_along_axis(scores, best, 2), np.take_along_axis(index, best, 2)
 
 
-def _compact(index: np.ndarray, hidden: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _compact(index: np.ndarray, hidden: Array, positions: np.ndarray) -> tuple[np.ndarray, Array, np.ndarray, np.ndarray]:
     """A small bank of only the rows that index (B, N, k) names: the index into it, hidden, positions and valid."""
     batch = len(index)
     used = np.zeros((batch, hidden.shape[1] + 1), bool)  # the last column takes the -1s

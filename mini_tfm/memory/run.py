@@ -119,8 +119,9 @@ class _Sites:
 class MemoryRun:
     """`memory` (None, a strategy or a Stack) on `batch` streams of a model with `config`.
 
-    weights: the model's and the strategies' parameters, arrays or Vars. Call, a segment: `open`, then what
-    the model does (`begin`, `views`, `wrote`, `end`), then `close`.
+    weights: the model's and the strategies' parameters, arrays or Vars. projections: the `New.project` of a site and
+    layer, for rows that are dropped when no layer is at work. Call, a segment: `open`, then what the model does
+    (`begin`, `views`, `wrote`, `end`), then `close`.
     """
 
     def __init__(
@@ -132,18 +133,23 @@ class MemoryRun:
         *,
         training: bool = False,
         fingerprint: Callable[[], str] = lambda: "",
+        projections: Callable[[str, int], Project | None] = lambda site, layer: None,
     ):
         self.memory, self.members = memory, members_of(memory)
-        self.config, self.batch = config, batch
+        self.config, self.batch, self._projections = config, batch, projections
         self.dims: list[Dims] = []
-        for member, prefix in zip(self.members, parameter_prefixes(memory), strict=True):
+        for member in self.members:
             check_spec(member)
+        for i, prefix in enumerate(parameter_prefixes(memory)):
             params = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
             dtype = value_of(next(iter(weights.values()))).dtype
-            self.dims.append(model_dims(config, dtype, training=training, params=params, fingerprint=fingerprint))
+            behind = frozenset[str]().union(*(member.spec.needs for member in self.members[i + 1 :]))
+            more = {"training": training, "params": params, "fingerprint": fingerprint, "needs_behind": behind}
+            self.dims.append(model_dims(config, dtype, **more))
         sites = [_sites_in_model(member, dims) for member, dims in zip(self.members, self.dims, strict=True)]
         self._sites = _Sites(self.members, sites, self.dims[0].layers if self.dims else {})
         self.start = np.zeros(batch, np.int64)  # tokens of each stream before this segment
+        self.decoded = np.zeros(batch, np.int64)  # of the decoder of an encoder-decoder, whose text may be longer or shorter
         self.number = 0
         self.states = [self._start(i, batch) for i in range(len(self.members))]
         self.open(np.zeros(batch, np.int64))
@@ -165,10 +171,11 @@ class MemoryRun:
 
     def close(self) -> None:
         """Ends the segment: streams advance, paused ones get their old state back."""
+        active = self._lengths > 0
         if self._output is not None:
             outputs, valid = self._output
             self.wrote("decoder", self.config.n_decoder_layers, outputs, valid)
-        active = self._lengths > 0
+            self.decoded = self.decoded + np.where(active, valid.sum(axis=1), 0)
         if not active.all():
             for state, before in zip(self.states, self._before, strict=True):
                 for name in state:
@@ -226,9 +233,12 @@ class MemoryRun:
         return view.merge or self.members[i].spec.merge
 
     def wants_mass(self, i: int | None = None) -> bool:
-        """Whether any member, or member i, wants the attention that rows receive."""
-        members = self.members if i is None else [self.members[i]]
-        return any("mass" in member.spec.needs for member in members)
+        """Whether any member, or member i (for itself or for one behind it), wants the attention that rows receive."""
+        return any("mass" in self._needs(j) for j in (range(len(self.members)) if i is None else [i]))
+
+    def _needs(self, i: int) -> frozenset[str]:
+        """What member i needs of rows, for itself and for those behind it."""
+        return frozenset(self.members[i].spec.needs) | self.dims[i].needs_behind
 
     def received(self, site: str, layer: int, i: int | None, mass: np.ndarray) -> None:
         """Attention received by the segment's own rows (i None) or by member i's view; cross layers add up."""
@@ -245,7 +255,7 @@ class MemoryRun:
         mass = self._mass.get((site, layer, None))
         targets = self._targets if site == "decoder" else None
         tokens = self._tokens.get("encoder" if site == "cross" else site)
-        new = New(site, layer, hidden, valid, positions, tokens, mass, self._mass.get((site, layer, first)), targets)
+        new = New(site, layer, hidden, valid, positions, tokens, mass, None, targets)
         self._hand_on(self._offer(first, "write", new, project), others, project)
 
     def finished(self, outputs: Array, valid: np.ndarray) -> None:
@@ -260,25 +270,31 @@ class MemoryRun:
             dropped = self._offer(i, "absorb", dropped, project)
 
     def _offer(self, i: int, method: str, new: New, project: Project | None) -> New | None:
-        """Member i writes or absorbs `new`: with what its spec asks for, and without a gradient if it wants none."""
-        spec = self.members[i].spec
-        plain, shown = spec.gradient == "none", "tokens" in spec.needs
+        """Member i writes or absorbs `new`."""
+        offered = self._as_asked_for(i, new, project)
+        arguments = (offered,) if method == "absorb" else (new.site, new.layer, offered)
+        check = partial(check_evicted, batch=self.batch, dims=self.dims[i])
+        return self._call(i, method, *arguments, site=new.site, layer=new.layer, check=check)
+
+    def _as_asked_for(self, i: int, new: New, project: Project | None) -> New:
+        """`new` with what member i and those behind it ask for, and without a gradient if it wants none."""
+        plain, needs = self.members[i].spec.gradient == "none", self._needs(i)
+        shown = "tokens" in needs
 
         def heads(rows: Array) -> tuple[Array, Array]:
             assert project is not None
             k, v = project(rows)
             return (value_of(k), value_of(v)) if plain else (k, v)
 
-        offered = dataclasses.replace(
+        return dataclasses.replace(
             new,
             hidden=value_of(new.hidden) if plain else new.hidden,
             tokens=new.tokens if shown else None,
             targets=new.targets if shown else None,
+            mass=new.mass if "mass" in needs else None,
+            view_mass=self._mass.pop((new.site, new.layer, i), None),  # of the rows it has shown, which may now change
             project=heads if project is not None else None,
         )
-        arguments = (offered,) if method == "absorb" else (new.site, new.layer, offered)
-        check = partial(check_evicted, batch=self.batch, dims=self.dims[i])
-        return self._call(i, method, *arguments, site=new.site, layer=new.layer, check=check)
 
     @property
     def changes_output(self) -> bool:
@@ -293,13 +309,22 @@ class MemoryRun:
         return log_probs
 
     def drain(self) -> None:
-        """The streams end: what a working memory holds goes to the memories behind it."""
+        """The streams end: what a working memory holds goes to the memories behind it, all of it or nothing."""
         self.forget_deleted()
-        for i in range(len(self.members) - 1):
-            check_each = partial(check_evicted, batch=self.batch, dims=self.dims[i])
-            for dropped in filter(None, self._call(i, "drain", check=lambda rows, each=check_each: [*map(each, rows)])):
-                behind = [j for j in self._sites.take.get((dropped.site, dropped.layer), ()) if j > i]
-                self._hand_on(dropped, behind, None)
+        before = [State(state, state.dims) for state in self.states]
+        try:
+            for i in range(len(self.members) - 1):
+                for dropped in self._drained(i):
+                    behind = [j for j in self._sites.take.get((dropped.site, dropped.layer), ()) if j > i]
+                    self._hand_on(dropped, behind, self._projections(dropped.site, dropped.layer))
+        except BaseException:  # an interrupt, too
+            self.states = before
+            raise
+
+    def _drained(self, i: int) -> list[New]:
+        """What member i gives up as the streams end."""
+        check_each = partial(check_evicted, batch=self.batch, dims=self.dims[i])
+        return [*filter(None, self._call(i, "drain", check=lambda rows: [*map(check_each, rows)]))]
 
     def flush(self) -> None:
         """Makes durable what was read, also the rows that a working memory still holds for a durable one behind it."""
@@ -315,14 +340,14 @@ class MemoryRun:
         state = self.states[i]
         self.states[i] = State(state, state.dims)  # to drain it, and put the old one back
         try:
-            check_each = partial(check_evicted, batch=self.batch, dims=self.dims[i])
-            held = [*filter(None, self._call(i, "drain", check=lambda rows: [*map(check_each, rows)]))]
+            held = self._drained(i)
         finally:
             self.states[i] = state
         for rows in held:
             behind = (j for j in self._sites.take.get((rows.site, rows.layer), ()) if j > i and _has(self.members[j], "write_ahead"))
             if (j := next(behind, None)) is not None:
-                self._call(j, "write_ahead", rows, site=rows.site, layer=rows.layer)
+                offered = self._as_asked_for(j, rows, self._projections(rows.site, rows.layer))
+                self._call(j, "write_ahead", offered, site=rows.site, layer=rows.layer)
 
     def forget_deleted(self) -> bool:
         """Begins all streams anew if rows of theirs were deleted, by whatever process; says whether it did."""
@@ -332,9 +357,11 @@ class MemoryRun:
         return any(found)
 
     def site_start(self, site: str) -> np.ndarray:
-        """(B,) stream position of the first token at a site: an encoder-decoder's decoder is a segment ahead."""
-        ahead = site == "decoder" and self.config.has_encoder
-        return self.start + self._lengths if ahead else self.start
+        """(B,) position of the segment's first token at a site: how many tokens were before it there.
+
+        An encoder-decoder's decoder has a text of its own: its segments may be longer or shorter than the encoder's.
+        """
+        return self.decoded if site == "decoder" and self.config.has_encoder else self.start
 
     # Streams
 
@@ -347,14 +374,15 @@ class MemoryRun:
                 state.update(fresh)
             for name in state:
                 state[name] = select_streams(streams, fresh.get(name, np.zeros_like(state[name])), state[name])
-        self.start = np.where(streams, 0, self.start)
+        self.start, self.decoded = np.where(streams, 0, self.start), np.where(streams, 0, self.decoded)
 
     def reorder(self, index: np.ndarray) -> None:
         """Stream i becomes what stream index[i] was: beams, shuffled or shrinking batches. Within a segment, too."""
         for arrays in [*self.states, *self._before, self._tokens, self._mass]:
             for name, value in arrays.items():
                 arrays[name] = value[index]
-        self.start, self._lengths, self.batch = self.start[index], self._lengths[index], len(index)
+        self.start, self.decoded = self.start[index], self.decoded[index]
+        self._lengths, self.batch = self._lengths[index], len(index)
         self._targets = None if self._targets is None else self._targets[index]
         if self._output is not None:
             outputs, valid = self._output
@@ -373,7 +401,7 @@ class MemoryRun:
         for a, b in zip(mine, theirs, strict=True):
             for name in list(dict.fromkeys([*a, *b])):
                 a[name] = _joined(a.get(name), b.get(name), sizes)
-        self.start = np.concatenate([self.start, other.start])
+        self.start, self.decoded = np.concatenate([self.start, other.start]), np.concatenate([self.decoded, other.decoded])
         self._lengths = np.concatenate([self._lengths, other._lengths])
         self._targets = _joined(self._targets, other._targets, sizes)
         if self._output is not None or other._output is not None:
@@ -419,11 +447,11 @@ class MemoryRun:
     def dump(self) -> dict[str, np.ndarray]:
         """Everything needed to go on later, as named arrays."""
         arrays = {f"{i}.{name}": value_of(value) for i, state in enumerate(self.states) for name, value in state.items()}
-        return {**arrays, "start": self.start, "number": np.array([self.number])}
+        return {**arrays, "start": self.start, "decoded": self.decoded, "number": np.array([self.number])}
 
     def load(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Goes on from what `dump` gave."""
-        unknown = [name for name in arrays if name not in ("start", "number") and not name.partition(".")[0].isdecimal()]
+        unknown = [name for name in arrays if name not in ("start", "decoded", "number") and not name.partition(".")[0].isdecimal()]
         if unknown or not {"start", "number"} <= set(arrays):
             raise InvalidValue(f"arrays: expected the result of dump(), got {sorted(arrays)[:5]}")
         if len(arrays["start"]) != self.batch:
@@ -432,6 +460,8 @@ class MemoryRun:
             state.clear()
             state.update({name.removeprefix(f"{i}."): v for name, v in arrays.items() if name.startswith(f"{i}.")})
         self.start, self.number = arrays["start"], int(arrays["number"][0])
+        # Dumps of 0.1.0 have no such count: there the decoder's tokens came after the encoder's segment.
+        self.decoded = arrays.get("decoded", self.start + (self.config.segment_length or 0))
 
     def nbytes(self) -> int:
         """Bytes of state held in RAM."""

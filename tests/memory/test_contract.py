@@ -160,8 +160,10 @@ def test_another_depth_of_truncation_gives_other_gradients(kind):
     assert np.max(np.abs(one - two)) > 1e-3
     assert np.max(np.abs(two - full)) > 1e-3
     np.testing.assert_array_equal(four, full)
-    window = Trial(lambda: mt.memory("window", size=8), kind)
-    np.testing.assert_array_equal(gradient(window, segments, 1), gradient(window, segments, None))
+    for spec in ("window:size=8", "store:top_k=3"):
+        cut, open_ = (Trial(lambda text=f"{spec},gradient={how}": mt.memory(text), kind) for how in ("none", "rows"))
+        np.testing.assert_array_equal(gradient(cut, segments, 1), gradient(cut, segments, None))
+        assert np.max(np.abs(gradient(open_, segments, 1) - gradient(open_, segments, None))) > 1e-3
 
 
 def test_the_trainer_truncates_where_it_is_told():
@@ -187,7 +189,7 @@ def test_what_a_memory_starts_from_is_trained(bptt_segments):
 
 def test_the_gate_moves():
     model = small_model("decoder-only", np.float32)
-    trainer = Trainer(model, mt.memory("store", top_k=3, merge="gate"), learning_rate=1e-2, schedule="constant")
+    trainer = Trainer(model, mt.memory("store", top_k=3, merge="gate", gradient="none"), learning_rate=1e-2, schedule="constant")
     tokens = np.moveaxis(random_segments(4, 4), 0, 1)
     gate = model.weights["memory.store.gate"]
     assert gate.tolist() == [0, 0]

@@ -169,8 +169,8 @@ def test_what_text_cannot_say_has_no_text():
         ("window+", "got 'window+'"),
         ("+window", "got ''"),
         ("window size=3", "got 'window size=3'"),
-        ("window:siz=3", "memory 'window': unknown option 'siz'; it takes size, sinks, site; did you mean 'size'?"),
-        ("window:zzz=3", "memory 'window': unknown option 'zzz'; it takes size, sinks, site$"),
+        ("window:siz=3", "memory 'window': unknown option 'siz'; it takes size, sinks, site, positions, gradient; did you mean 'size'?"),
+        ("window:zzz=3", "memory 'window': unknown option 'zzz'; it takes size, sinks, site, positions, gradient$"),
         ("window:size=3,size=4", "memory 'window': option 'size' is given twice"),
         ("window:3", "memory 'window': expected option=value, got '3'"),
         ("window:=3", "memory 'window': expected option=value, got '=3'"),
@@ -178,6 +178,9 @@ def test_what_text_cannot_say_has_no_text():
         ("window:size=0", "memory 'window': size: expected a number of rows of at least 1, got 0"),
         ("window:size=big", "memory 'window': size: expected a whole number, got 'big'"),
         ("window:size=4,sinks=4", "memory 'window': sinks: expected 0 to size - 1 = 3, got 4"),
+        ("window:positions=slot", "memory 'window': positions: expected cache or true, got 'slot'"),
+        ("window:gradient=some", "memory 'window': gradient: expected none or rows, got 'some'"),
+        ("store:gradient=some", "memory 'store': gradient: expected none or rows, got 'some'"),
         ("window:site=top", "memory 'window': site: expected encoder, decoder, cross or all, got 'top'"),
         ("recurrent:tokens=0", "memory 'recurrent': tokens: expected a number of rows of at least 1, got 0"),
         ("store:top_k=none", "memory 'store': top_k: expected a whole number, got 'none'"),
@@ -298,7 +301,13 @@ def test_a_strategy_describes_itself():
         "options": {"size": "required", "rate": 0.5, "path": None},
     }
     window = describe_memory("window")
-    assert window["plugin"].startswith("window (mini-tfm ") and window["options"] == {"size": 512, "sinks": 0, "site": None}
+    assert window["plugin"].startswith("window (mini-tfm ") and window["options"] == {
+        "size": 512,
+        "sinks": 0,
+        "site": None,
+        "positions": "cache",
+        "gradient": "rows",
+    }
 
 
 def test_the_built_in_ones_are_listed():

@@ -11,7 +11,8 @@ import mini_tfm as mt
 from mini_tfm.autodiff import Var
 from mini_tfm.errors import FileProblem, InvalidValue, PluginError
 from mini_tfm.memory import Evicted, Memory, MemorySpec, Param, RowMemory, Rows, SideOutput, Stack, View
-from mini_tfm.memory.run import select_streams
+from mini_tfm.memory.base import MERGES
+from mini_tfm.memory.run import MemoryRun, select_streams
 from mini_tfm.stream import Stream
 from mini_tfm.testing.trial import LENGTH, Reader, Trial, random_segments, small_model
 from mini_tfm.text.tokenizers import ByteTokenizer
@@ -177,6 +178,35 @@ def test_nonsense_is_stopped_before_it_is_computed_with(method, returned, told):
 def test_a_good_view_is_taken_and_an_index_may_be_of_any_integers():
     for index in (None, np.array([[0, -1], [2, 1]], np.int32), np.zeros((2, H, LENGTH, 2), np.int16)):
         assert np.isfinite(Reader(MODEL, Hostile(view=good_view(index=index)), 2).read(SEGMENTS[0])).all()
+
+
+@pytest.mark.parametrize("rows", [3, 0])
+@pytest.mark.parametrize("shape", [(2, 0), (2, H, LENGTH, 0)])
+def test_an_index_of_no_rows_shows_none(shape, rows):
+    """Among any number of them; which is allowed, as nothing was found."""
+    bank, valid, positions = ("hidden", np.ones((2, rows, WIDTH))), np.ones((2, rows), bool), np.zeros((2, rows), np.int64)
+    view = View(bank, valid, index=np.zeros(shape, np.int64), positions=positions)
+    for merge in MERGES:
+        view = dataclasses.replace(view, merge=merge, gate=np.zeros(H) if merge == "gate" else None)
+        for kind in ("decoder-only", "encoder-decoder"):
+            model = small_model(kind)
+            out, plain = (Reader(model, memory, 2).read(SEGMENTS[0]) for memory in (Hostile(view=view), None))
+            np.testing.assert_array_equal(out, plain)
+
+
+@pytest.mark.parametrize("merge", MERGES)
+def test_where_nothing_was_found_for_it_a_query_attends_as_without_a_memory(merge):
+    """The others see what was found for them; by queries with an index of four axes, by streams with one of two."""
+    model, gate = small_model("decoder-only"), np.zeros(H) if merge == "gate" else None
+    plain = Reader(model, None, 2).read(SEGMENTS[0])
+    for shape, found in (((2, H, LENGTH, 2), np.s_[:, :, 3:]), ((2, 2), np.s_[1])):
+        index = np.full(shape, -1)
+        index[found] = 1
+        view = good_view(index=index, merge=merge, gate=gate, bank=("hidden", np.ones((2, 3, WIDTH))))
+        out = Reader(model, Hostile(view=view, needs=()), 2).read(SEGMENTS[0])
+        same = np.s_[:, :3] if len(shape) == 4 else np.s_[0]
+        np.testing.assert_array_equal(out[same], plain[same])
+        assert np.abs(out - plain).max() > 1e-6
 
 
 @pytest.mark.parametrize("shape", [(3,), (1, 1, 1, 3), (2, 1, 1, 3), (1, H, 1, 3), (2, H, LENGTH, 3), (1, 1, 1, 1)])
@@ -616,8 +646,9 @@ def test_rows_say_where_they_stand():
     model = small_model("encoder-decoder")
     listens = Listens(site="decoder")
     reader = Reader(model, listens, 2)
-    reader.read(SEGMENTS[0], [LENGTH, 2])
-    assert listens.heard[-1][2].positions[:, 0].tolist() == [LENGTH, 2]  # a decoder is a segment ahead of its encoder
+    for lengths in ([LENGTH, 2], [1, 3]):
+        reader.read(SEGMENTS[0], lengths)
+    assert listens.heard[-1][2].positions[:, 0].tolist() == [LENGTH, 2]
 
 
 def test_keep_must_give_a_priority_a_row():
@@ -665,3 +696,58 @@ def test_a_memory_whose_rows_were_all_forgotten_is_as_none(spec, positions):
             outputs.append(each.decode(tokens, lengths))
             each.finish()
         np.testing.assert_allclose(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)
+
+
+class Places(RowMemory):
+    """Notes where its rows and the segment stand, whenever it is asked for rows."""
+
+    def __init__(self, site):
+        super().__init__(size=6, site=site)
+        self.seen = []
+
+    def keep(self, scores, positions):
+        return np.where(positions < 2, np.inf, positions)
+
+    def view(self, state, site, layer, segment):
+        view = super().view(state, site, layer, segment)
+        if view is not None:
+            self.seen.append((np.where(view.valid, view.positions, -1), segment.start))
+        return view
+
+
+@pytest.mark.parametrize(
+    ("kind", "site"),
+    [("encoder-only", "encoder"), ("decoder-only", "decoder"), *(("encoder-decoder", site) for site in ("encoder", "decoder", "cross"))],
+)
+def test_rows_stand_before_the_segment_and_the_first_are_at_0(kind, site):
+    """However long the encoder's segments are, and the decoder's, and where a stream pauses."""
+    memory, model = Places(site), small_model(kind)
+    stream = Stream(model, memory, 2)
+    for source, target in (([5, 5], [5, 3]), ([2, 5], [5, 1]), ([1, 0], [5, 0]), ([5, 2], [1, 5]), ([1, 1], [1, 1])):
+        tokens = SEGMENTS[0]
+        lengths = np.array(source if kind != "decoder-only" else target)
+        stream.open(None if kind == "decoder-only" else tokens, lengths, tokens)
+        if kind != "encoder-only":
+            stream.decode(tokens, np.array(target))
+        stream.finish()
+    assert memory.seen
+    for positions, start in memory.seen:
+        assert (positions < start[:, None]).all()
+    assert [row[row >= 0][:2].tolist() for row in positions] == [[0, 1]] * 2
+
+
+@pytest.mark.parametrize("spec", ["window:size=6,sinks=2,site=decoder", "store:top_k=3,site=decoder"])
+def test_a_short_segment_sees_no_row_of_a_decoder_in_its_future(spec, monkeypatch):
+    """The last segment of a text is short: rows of the one before were placed behind its beginning."""
+    model, seen = small_model("encoder-decoder"), []
+    stream, views = Stream(model, mt.memory(spec), 1), MemoryRun.views
+
+    def noting(run, site, layer, query, n_queries):
+        found = views(run, site, layer, query, n_queries)
+        seen.extend((view.positions.max() if site == "decoder" else -1) < query().positions.min() for _, view in found)
+        return found
+
+    monkeypatch.setattr(MemoryRun, "views", noting)
+    for length in (LENGTH, LENGTH, 1, 2):
+        stream.read(SEGMENTS[0][:1, :length], np.array([length]))
+    assert seen and all(seen)

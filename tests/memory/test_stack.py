@@ -1,15 +1,25 @@
 """Exchange: what working memory drops goes to long-term memory, on disk, and comes back into attention."""
 
+import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import mini_tfm as mt
-from mini_tfm.memory import Memory, Stack
+from mini_tfm.autodiff import value_of
+from mini_tfm.context import Pass
+from mini_tfm.errors import PluginError
+from mini_tfm.memory import Memory, MemorySpec, RowMemory, Stack
+from mini_tfm.testing import CHECKS, check_memory
 from mini_tfm.testing.trial import LENGTH, Reader, Tap, random_segments, small_model
+from mini_tfm.weights import Weights
+
+sys.path.insert(0, str(Path(__file__).parent))
+from strategies import HeavyHitters, Infini, NearestTokens
 
 MODEL = small_model("decoder-only", np.float32)
 SEGMENTS = random_segments(1, 5)
@@ -144,3 +154,129 @@ def test_a_store_in_front_keeps_everything(order):
     by_name = {member.name: state for member, state in zip(reader.run.members, reader.run.states, strict=True)}
     held = sum(by_name["store"][name].sum() for name in by_name["store"] if name.startswith("decoder.0.") and name.endswith("valid"))
     assert held == (21 if order.startswith("window") else 25)
+
+
+# What rows bring along
+
+
+class Takes(Memory):
+    """Keeps what it is given."""
+
+    spec = MemorySpec(sites=frozenset({"decoder"}), needs=frozenset({"mass", "tokens"}))
+
+    def __init__(self):
+        self.given = []
+
+    def write(self, state, site, layer, new):
+        self.given.append((layer, new, None if new.project is None else [value_of(x) for x in new.project(new.hidden)]))
+
+
+class Weighs(RowMemory):
+    """Keeps every row, and the attention that it receives."""
+
+    def __init__(self, size=100):
+        super().__init__(size=size, site="decoder")
+        self.spec = dataclasses.replace(self.spec, needs=frozenset({"mass", "tokens"}))
+
+    def keep(self, scores, positions):
+        return positions
+
+
+def test_rows_that_a_window_drops_bring_what_the_memory_behind_it_needs():
+    """Their tokens and targets, the attention they received while they were in the window, and how their layer projects them."""
+    takes, model = Takes(), small_model("decoder-only")
+    reader, whole, fresh = Reader(model, Stack([mt.memory("window", size=LENGTH), takes]), 1), Reader(model, Weighs(), 1), Takes()
+    for tokens in SEGMENTS[:2]:
+        reader.read(tokens)
+        whole.read(tokens)
+    Reader(model, fresh, 1).read(SEGMENTS[0])
+    assert [layer for layer, _, _ in takes.given] == [0, 1]
+    for (layer, dropped, projected), (_, new, at_once) in zip(takes.given, fresh.given, strict=True):
+        np.testing.assert_array_equal(dropped.tokens, new.tokens)
+        np.testing.assert_array_equal(dropped.targets, SEGMENTS[0])
+        np.testing.assert_allclose(dropped.mass, whole.run.states[0][f"decoder.{layer}.mass"][:, :LENGTH], rtol=1e-12)
+        assert (dropped.mass > new.mass).all(), "the second segment attended to them, too"
+        for a, b in zip(projected, at_once, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["decoder-only", "encoder-decoder"])
+def test_at_the_end_of_the_streams_they_bring_it_too(kind):
+    takes, model = Takes(), small_model(kind)
+    reader = Reader(model, Stack([mt.memory("window:size=100,site=decoder"), takes]), 1)
+    reader.read(SEGMENTS[0])
+    reader.run.drain()
+    assert [layer for layer, _, _ in takes.given] == [0, 1]
+    for layer, dropped, projected in takes.given:
+        np.testing.assert_array_equal(dropped.targets, SEGMENTS[0])
+        assert dropped.mass.shape == (1, LENGTH) and (dropped.mass > 0).any()
+        attention = model.decoder.layers[layer].attention.f
+        expected = attention.keys_and_values(dropped.hidden, Pass(Weights(model.weights), reader.run))
+        for a, b in zip(projected, expected, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("behind", [HeavyHitters, Infini, NearestTokens, Weighs])
+def test_any_memory_stands_behind_a_window(behind):
+    """From the first segment to the end of the streams, in training and in use."""
+    made = Stack([mt.memory("window:size=4,site=decoder"), behind()])
+    check_memory(made, skip=set(CHECKS) - {"runs", "rows_reorder", "dump_and_load_go_on", "stacks", "gradients_are_right"})
+    model = small_model("decoder-only")
+    model.add_memory_weights(made)
+    reader = Reader(model, made, 2)
+    for tokens in random_segments(2, 4):
+        reader.read(tokens)
+    reader.run.drain()
+    assert not any(x.shape[1] for name, x in reader.run.states[0].items())
+
+
+def test_a_memory_behind_is_told_once_how_much_attention_its_own_rows_got():
+    """The rows that it shows itself, since the working memory dropped some the last time."""
+    stack, told = Stack([mt.memory("window:size=4,site=decoder"), Weighs()]), []
+    stack.members[1].absorb = lambda state, evicted: told.append(evicted.view_mass) or Weighs.absorb(stack.members[1], state, evicted)
+    reader = Reader(small_model("decoder-only"), stack, 1)
+    for tokens in SEGMENTS[:3]:
+        reader.read(tokens)
+    rows = [None if mass is None else mass.shape for mass in told]
+    assert rows == [None, None, (1, 1), (1, 1), (1, 6), (1, 6)]
+
+
+class Drops(Memory):
+    """Passes on what it is given, changed."""
+
+    def __init__(self, **changes):
+        self.changes = changes
+
+    def write(self, state, site, layer, new):
+        return dataclasses.replace(new, **self.changes)
+
+
+def test_what_is_not_known_of_a_row_is_no_attention_and_no_token():
+    reader = Reader(small_model("decoder-only"), Stack([Drops(mass=None, tokens=None, targets=None), Weighs()]), 1)
+    reader.read(SEGMENTS[0])
+    state = reader.run.states[1]
+    assert not state["decoder.0.mass"].any() and (state["decoder.0.tokens"] == -1).all() and (state["decoder.0.targets"] == -1).all()
+
+
+@pytest.mark.parametrize(("name", "value"), [("mass", np.zeros((1, 2))), ("tokens", np.zeros((1, LENGTH))), ("targets", [3])])
+def test_what_a_memory_says_of_dropped_rows_must_fit_them(name, value):
+    reader = Reader(small_model("decoder-only"), Stack([Drops(**{name: value}), Weighs()]), 1)
+    with pytest.raises(PluginError, match=rf"memory 'Drops' .* failed in write, site decoder, layer 0, segment 0: {name}: expected "):
+        reader.read(SEGMENTS[0])
+    Reader(small_model("decoder-only"), Stack([Drops(**{name: value}), mt.memory("window", size=3)]), 1).read(SEGMENTS[0])
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_streams_that_cannot_end_are_as_they_were(error):
+    """Nothing is lost between the window, which has given up its rows, and the memory that did not take them."""
+
+    class Fails(Memory):
+        def absorb(self, state, evicted):
+            raise error
+
+    reader = Reader(small_model("decoder-only"), Stack([mt.memory("window", size=100), Fails()]), 1)
+    reader.read(SEGMENTS[0])
+    before = reader.copy()
+    with pytest.raises((KeyboardInterrupt, PluginError)):
+        reader.run.drain()
+    assert reader.read(SEGMENTS[1]).tobytes() == before.read(SEGMENTS[1]).tobytes()

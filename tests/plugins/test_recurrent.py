@@ -35,12 +35,27 @@ def test_in_an_encoder_the_next_memory_is_its_outputs_there():
     np.testing.assert_array_equal(reader.run.states[0]["tokens"], encoded.hidden[:, :3])
 
 
-def test_residual_adds_the_outputs():
+def test_residual_adds_the_outputs_and_keeps_the_size():
     plain, residual = trial("encoder-decoder").reader(2), trial("encoder-decoder", residual=True).reader(2)
     first = plain.run.states[0]["tokens"]
     plain.read(SEGMENTS[0])
     residual.read(SEGMENTS[0])
-    np.testing.assert_allclose(residual.run.states[0]["tokens"], first + plain.run.states[0]["tokens"], atol=1e-12)
+    total = first + plain.run.states[0]["tokens"]
+    size = np.sqrt((total**2).mean(axis=-1, keepdims=True))
+    np.testing.assert_allclose(residual.run.states[0]["tokens"], total / size, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["encoder-decoder", "decoder-only"])
+def test_a_residual_memory_does_not_grow_with_the_stream(kind):
+    """However much was read, its rows have one size, and a new segment changes them as much as an early one did."""
+    reader, changes = trial(kind, residual=True).reader(2), []
+    for number in range(300):
+        before = reader.run.states[0]["tokens"]
+        reader.read(SEGMENTS[number % len(SEGMENTS)])
+        rows = reader.run.states[0]["tokens"]
+        np.testing.assert_allclose((rows**2).mean(axis=-1), 1, atol=1e-4)
+        changes.append(np.abs(rows - before).max())
+    assert min(changes[-4:]) > 0.1 * max(changes[4:8])
 
 
 @pytest.mark.parametrize("kind", ["encoder-decoder", "decoder-only"])

@@ -373,6 +373,50 @@ def test_dumping_what_is_not_in_the_state_is_caught(only_decoders):
         check_memory(HoldsItself, skip=set(CHECKS) - {"dump_and_load_go_on"})
 
 
+class Renumbers(Last):
+    """Says that its rows stand side by side right before the segment, as StreamingLLM does (arXiv 2309.17453)."""
+
+    def keep(self, scores, positions):
+        return np.where(positions < 2, np.inf, positions)
+
+    def view(self, state, site, layer, segment):
+        view = super().view(state, site, layer, segment)
+        return changed(view, positions=segment.start[:, None] - np.cumsum(view.valid[:, ::-1], 1)[:, ::-1]) if view else None
+
+
+class Curves(Last):
+    """Its loss bends within a step of finite differences."""
+
+    def parameters(self, dims):
+        return {"angle": Param((1,), np.ones(1))}
+
+    def view(self, state, site, layer, segment):
+        view = super().view(state, site, layer, segment)
+        return changed(view, bank=("hidden", view.bank[1] * np.sin(1000 * state.params["angle"]))) if view else None
+
+
+class CurvesWrongly(Curves):
+    """The same, with a gradient that is a thousandth too large."""
+
+    def view(self, state, site, layer, segment):
+        view = Last.view(self, state, site, layer, segment)
+        if view is None:
+            return None
+        angle = state.params["angle"]
+        wrong = np.sin(1000 * angle) * 1.001 - np.sin(1000 * value_of(angle)) * 0.001
+        return changed(view, bank=("hidden", view.bank[1] * wrong))
+
+
+@pytest.mark.parametrize("strategy", [Renumbers, Curves])
+def test_an_odd_but_honest_strategy_passes(strategy, only_decoders):
+    check_memory(strategy)
+
+
+def test_a_gradient_that_is_a_little_wrong_is_caught(only_decoders):
+    with pytest.raises(CheckFailed, match=r"fails 1 check:\n  gradients_are_right .*, along all weights: expected .* by finite"):
+        check_memory(CurvesWrongly)
+
+
 def test_a_failure_names_the_check_what_was_expected_and_what_came(only_decoders):
     with pytest.raises(CheckFailed) as caught:
         check_memory(MoreThanItSays)

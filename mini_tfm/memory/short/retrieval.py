@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterator
+from typing import Literal
 
 import numpy as np
 
@@ -17,21 +18,32 @@ CHUNK_ROWS = 1024  # rows held together: adding to a long memory copies at most 
 class RetrievalMemory(Memory):
     """Short way for long-term memories: keeps all rows, and shows each query the `top_k` that are found for it.
 
-    A subclass may say how: `search`. Rows carry no gradient, their scores do. Options: `top_k` rows, `site` (None: the
-    model's reading site), `layer` (None: all), `merge` ("joint": one softmax with the segment; "gate": mixed in by a
-    trained gate a head).
+    A subclass may say how: `search`. Options: `top_k` rows, `site` (None: the model's reading site), `layer` (None: all),
+    `merge` ("joint": one softmax with the segment; "gate": mixed in by a trained gate a head), `gradient` ("none": their
+    scores carry it, the rows do not, as in the papers; "rows": it flows through those found into the segments that made
+    them).
     """
 
-    def __init__(self, *, top_k: int, site: str | None = None, layer: int | None = None, merge: str = "joint"):
+    def __init__(
+        self,
+        *,
+        top_k: int,
+        site: str | None = None,
+        layer: int | None = None,
+        merge: str = "joint",
+        gradient: Literal["none", "rows"] = "none",
+    ):
         if not isinstance(top_k, int) or top_k < 1:
             raise InvalidValue(f"top_k: expected a number of rows of at least 1, got {top_k!r}")
         if site not in (None, *SITES):
             raise InvalidValue(f"site: expected one of {', '.join(SITES)}, got {site!r}")
         if merge not in ("joint", "gate"):
             raise InvalidValue(f"merge: expected joint or gate, got {merge!r}")
+        if gradient not in ("none", "rows"):
+            raise InvalidValue(f"gradient: expected none or rows, got {gradient!r}")
         self.top_k, self.site = top_k, site
         sites, layers = frozenset(SITES if site is None else [site]), None if layer is None else (layer,)
-        self.spec = MemorySpec(sites=sites, layers=layers, needs=frozenset({"query"}), merge=merge)
+        self.spec = MemorySpec(sites=sites, layers=layers, needs=frozenset({"query"}), merge=merge, gradient=gradient)
 
     def search(self, state: State, bank: str, queries: np.ndarray, k: int) -> View | None:
         """The rows that each of queries (B, H, T, d) attends to; by default the k of largest inner product, exactly.

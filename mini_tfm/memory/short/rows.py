@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from typing import Literal
 
 import numpy as np
 
@@ -14,16 +15,19 @@ class RowMemory(Memory):
     """Short way for working memories: a bounded set of rows at every (site, layer).
 
     A subclass says which stay: `keep` gives each row a priority, and the `size` highest stay, in order of position. The
-    others are returned as evicted. Options: `size` rows, `site` (None: the model's reading site; "all": every site).
+    others are returned as evicted. Options: `size` rows, `site` (None: the model's reading site; "all": every site),
+    `gradient` ("none", or "rows": it flows through the rows into the segments that made them).
     """
 
-    def __init__(self, *, size: int, site: str | None = None):
+    def __init__(self, *, size: int, site: str | None = None, gradient: Literal["none", "rows"] = "none"):
         if not isinstance(size, int) or size < 1:
             raise InvalidValue(f"size: expected a number of rows of at least 1, got {size!r}")
         if site not in (None, "all", *SITES):
             raise InvalidValue(f"site: expected {', '.join(SITES)} or all, got {site!r}")
+        if gradient not in ("none", "rows"):
+            raise InvalidValue(f"gradient: expected none or rows, got {gradient!r}")
         self.size, self.site = size, site
-        self.spec = MemorySpec(sites=frozenset(SITES if site in (None, "all") else [site]), capacity=size)
+        self.spec = MemorySpec(sites=frozenset(SITES if site in (None, "all") else [site]), capacity=size, gradient=gradient)
 
     def keep(self, scores: np.ndarray | None, positions: np.ndarray) -> np.ndarray:
         """Priorities (B, N), the highest stay, of rows at positions (B, N), -1 where there is no row.
@@ -45,9 +49,20 @@ class RowMemory(Memory):
                 state[key + "hidden"] = np.zeros((batch, 0, dims.d_model), dims.dtype)
                 state[key + "valid"] = np.zeros((batch, 0), bool)
                 state[key + "positions"] = np.zeros((batch, 0), np.int64)
-                if "mass" in self.spec.needs:
-                    state[key + "mass"] = np.zeros((batch, 0), dims.dtype)
+                for name, unknown in self._beside(dims, site).items():
+                    state[key + name] = np.zeros((batch, 0), unknown.dtype)
         return state
+
+    def _beside(self, dims: Dims, site: str) -> dict[str, np.generic]:
+        """What is kept of a row beside itself, as this memory needs it or one behind it; and its value where it is not known."""
+        needs, beside = self.spec.needs | dims.needs_behind, dict[str, np.generic]()
+        if "mass" in needs:
+            beside["mass"] = dims.dtype.type(0)
+        if "tokens" in needs:
+            beside["tokens"] = np.int64(-1)
+            if site == "decoder":
+                beside["targets"] = np.int64(-1)
+        return beside
 
     def view(self, state: State, site: str, layer: int, segment: Segment) -> View | None:
         key = bank_key(site, layer)
@@ -60,10 +75,11 @@ class RowMemory(Memory):
         if key + "valid" not in state:
             return None
         rows = {"hidden": new.hidden, "valid": new.valid, "positions": new.positions}
-        if "mass" in self.spec.needs:
-            rows["mass"] = new.mass
-            if new.view_mass is not None:
-                state[key + "mass"] = state[key + "mass"] + new.view_mass
+        for name, unknown in self._beside(state.dims, site).items():
+            told = getattr(new, name)  # rows that a subclass has put together, say, have no token
+            rows[name] = told if np.shape(told) == new.valid.shape else np.full(new.valid.shape, unknown)
+        if "mass" in rows and new.view_mass is not None:
+            state[key + "mass"] = state[key + "mass"] + new.view_mass
         rows = {name: np.concatenate([state[key + name], value], axis=1) for name, value in rows.items()}
         valid, positions = rows["valid"], rows["positions"]
         priority = np.asarray(self.keep(rows.get("mass"), np.where(valid, positions, -1)))
@@ -76,19 +92,17 @@ class RowMemory(Memory):
         stay, go = (_in_order(part, positions, valid) for part in (best[:, : self.size], best[:, self.size :]))
         for name, value in rows.items():
             state[key + name] = _pick(value, stay)
-        if not go.shape[1]:
-            return None
-        return Evicted(site, layer, _pick(rows["hidden"], go), _pick(valid, go), _pick(positions, go))
+        return Evicted(site, layer, **{name: _pick(value, go) for name, value in rows.items()}) if go.shape[1] else None
 
     def drain(self, state: State) -> Iterable[Evicted]:
         for site, count in state.dims.layers.items():
             for layer in range(count):
                 key = bank_key(site, layer)
                 if state.get(key + "valid") is not None and state[key + "valid"].shape[1]:
-                    yield Evicted(site, layer, state[key + "hidden"], state[key + "valid"], state[key + "positions"])
-                    for name in ("hidden", "valid", "positions", "mass"):
-                        if key + name in state:
-                            state[key + name] = state[key + name][:, :0]
+                    names = ("hidden", "valid", "positions", *self._beside(state.dims, site))
+                    yield Evicted(site, layer, **{name: state[key + name] for name in names})
+                    for name in names:
+                        state[key + name] = state[key + name][:, :0]
 
 
 def _in_order(rows: np.ndarray, positions: np.ndarray, valid: np.ndarray) -> np.ndarray:
