@@ -17,7 +17,7 @@ NORM_POSITIONS = ("post", "pre")
 POSITIONS = ("sinusoidal", "learned", "rotary", "relative", "none")
 
 # Far above any real model, far below what makes an allocation hang: a config file is not trusted.
-_LIMITS = {
+LIMITS = {
     "vocab_size": 1 << 22,
     "d_model": 1 << 16,
     "n_heads": 1 << 10,
@@ -145,7 +145,7 @@ def _type_faults(config: Config) -> list[str]:
 
 def _range_faults(config: Config) -> list[str]:
     faults = []
-    for name, limit in _LIMITS.items():
+    for name, limit in LIMITS.items():
         value = getattr(config, name)
         least = 0 if name in ("n_encoder_layers", "n_decoder_layers") else 1
         if value is not None and not least <= value <= limit:
