@@ -16,7 +16,6 @@ from .generate.segments import in_segments, segment_limit
 from .memory.base import Memory
 from .memory.registry import memory as make_memory
 from .stream import Stream
-from .text.pieces import in_pieces
 from .text.tokenizers import Tokenizer
 from .transformer import Transformer, load_checkpoint
 
@@ -156,10 +155,11 @@ class Pipeline:
     def _segments(self, text: str | Iterable[str], count_bytes: list[int] | None = None) -> Iterator[np.ndarray]:
         """Token ids of `text`, segment_length at a time; the last may be shorter. The same however it is cut in pieces."""
         pending = np.zeros(0, np.int64)
-        for piece in in_pieces([text] if isinstance(text, str) else text):
-            if count_bytes is not None:
-                count_bytes[0] += len(piece.encode("utf-8", "surrogatepass"))
-            pending = np.concatenate([pending, self.tokenizer.encode(piece)])
+        texts = [text] if isinstance(text, str) else text
+        if count_bytes is not None and isinstance(texts, Iterable):
+            texts = _counted(texts, count_bytes)
+        for ids in self.tokenizer.encode_pieces(texts):
+            pending = np.concatenate([pending, ids])
             whole = len(pending) // self.segment_length * self.segment_length
             yield from pending[:whole].reshape(-1, self.segment_length)
             pending = pending[whole:]
@@ -205,3 +205,11 @@ class Pipeline:
             return [*tokens[:whole].reshape(-1, length), tokens[whole:]]
         head = (len(tokens) - 1) % length + 1  # backwards: the last segment is full if there is enough text
         return [tokens[:head], *tokens[head:].reshape(-1, length)]
+
+
+def _counted(texts: Iterable[str], count_bytes: list[int]) -> Iterator[str]:
+    """The texts; their bytes are added up in count_bytes[0]."""
+    for text in texts:
+        if isinstance(text, str):
+            count_bytes[0] += len(text.encode("utf-8", "surrogatepass"))
+        yield text
