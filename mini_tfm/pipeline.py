@@ -128,11 +128,15 @@ class Pipeline:
         }
 
     def embed(self, texts: str | Iterable[str]) -> np.ndarray:
-        """One vector a text, the mean of the encoder's outputs over its tokens (at most a segment) -> (N, d_model)."""
+        """One vector a text, the mean of the encoder's outputs over its tokens -> (N, d_model); zeros where there is none.
+
+        Its tokens are at most a segment, with those that the tokenizer's post-processor puts around a text ([CLS] and [SEP], say):
+        they are read, counted and part of the mean, as in the pooling of Sentence-BERT (arXiv 1908.10084).
+        """
         self.model.needs("encoder")
         if not isinstance(texts, Iterable) or getattr(texts, "ndim", 1) == 0:
             raise InvalidType(f"text: expected str or an iterable of str, got {type(texts).__name__}")
-        many = [self._encode(text)[: self.segment_length] for text in ([texts] if isinstance(texts, str) else texts)]
+        many = [self._encode_alone(text) for text in ([texts] if isinstance(texts, str) else texts)]
         lengths = np.array([len(ids) for ids in many], np.int64)
         if not len(many):
             return np.zeros((0, self.model.config.d_model), self.model.dtype)
@@ -151,6 +155,11 @@ class Pipeline:
         if not isinstance(text, str):
             raise InvalidType(f"text: expected str, got {type(text).__name__}")
         return self.tokenizer.encode(text)
+
+    def _encode_alone(self, text: str) -> np.ndarray:
+        if not isinstance(text, str):
+            raise InvalidType(f"text: expected str, got {type(text).__name__}")
+        return self.tokenizer.encode_alone(text, self.segment_length)
 
     def _segments(self, text: str | Iterable[str], count_bytes: list[int] | None = None) -> Iterator[np.ndarray]:
         """Token ids of `text`, segment_length at a time; the last may be shorter. The same however it is cut in pieces."""

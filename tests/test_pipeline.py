@@ -1,5 +1,6 @@
 """The pipeline: text cut anywhere reads the same, looking does not change what is remembered, and scores are the model's."""
 
+import json
 import math
 import tracemalloc
 
@@ -16,7 +17,7 @@ from mini_tfm.generate import Session
 from mini_tfm.pipeline import Pipeline
 from mini_tfm.stream import Stream
 from mini_tfm.text import pieces
-from mini_tfm.text.tokenizers import ByteTokenizer, train_bpe
+from mini_tfm.text.tokenizers import BPETokenizer, ByteTokenizer, train_bpe
 from mini_tfm.train import Trainer
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "naïve", "cafés", "serve", "東京", "tea", "🙂", "1234", "(a)"]
@@ -452,6 +453,30 @@ def test_a_vector_is_the_mean_of_the_encodings(variant):
     np.testing.assert_array_equal(p.embed(iter(texts)), found)
     assert p.embed([]).shape == (0, 8)
     assert p.embed([""]).shape == (1, 8)
+
+
+def with_ends(kind="TemplateProcessing"):
+    """The BPE tokenizer, with bos before and eos behind a text."""
+    rules = json.loads(TOKENIZERS["bpe"].files()["tokenizer.json"])
+    ends = {name: {"id": name, "ids": [i], "tokens": [name]} for name, i in (("<bos>", 1), ("<eos>", 2))}
+    single = [{"SpecialToken": {"id": "<bos>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    single.append({"SpecialToken": {"id": "<eos>", "type_id": 0}})
+    rules["post_processor"] = {"type": kind, "single": single, "pair": single, "special_tokens": ends}
+    if kind == "BertProcessing":
+        rules["post_processor"] = {"type": kind, "sep": ["<eos>", 2], "cls": ["<bos>", 1]}
+    return BPETokenizer(json.dumps(rules).encode())
+
+
+@pytest.mark.parametrize("kind", ["TemplateProcessing", "BertProcessing"])
+def test_a_vector_is_of_the_tokens_that_the_model_was_trained_to_read(kind):
+    model = tiny_model("encoder only", vocab_size=300)
+    p = Pipeline(model, with_ends(kind), segment_length=6)
+    for text in ("the fox", "the quick brown fox jumps over the lazy dog", ""):
+        ids = [1, *p.tokenizer.encode(text)[:4].tolist(), 2]
+        assert p.tokenizer.encode_alone(text, 6).tolist() == ids and 1 not in p.tokenizer.encode(text)
+        np.testing.assert_allclose(p.embed([text, "x"])[0], model.encode([ids])[0].mean(axis=0), rtol=1e-10, atol=1e-12)
+    with pytest.raises(InvalidValue, match=r"tokenizer\.json: puts 2 tokens around a text, the most that are read are 1"):
+        Pipeline(model, with_ends(kind), segment_length=1).embed("x")
 
 
 # ------------------------------------------------------------------------------------------- folders

@@ -10,8 +10,8 @@ On disk, in the model's folder:
                             optional and names the special tokens, with Hugging Face's keys.
     tokenizer.json          vocabulary and rules of a BPETokenizer; not read for a ByteTokenizer.
 
-`encode` adds no special token, and the text "<eos>" is five characters, never the end of a sequence: what a user
-writes cannot steer the model's control tokens.
+`encode` adds no special token (`encode_alone` adds those of the file's post-processor), and the text "<eos>" is five
+characters, never the end of a sequence: what a user writes cannot steer the model's control tokens.
 """
 
 import codecs
@@ -75,6 +75,14 @@ class Tokenizer(ABC):
         """The ids of texts that are one text cut anywhere, some at a time, in bounded RAM: joined, those of `encode`."""
         for piece in in_pieces(texts):
             yield self.encode(piece)
+
+    def encode_alone(self, text: str, max_tokens: int) -> np.ndarray:
+        """Text -> (T,) int64, at most `max_tokens`, as an encoder is trained to read one text: what is cut off is the text's end.
+
+        The tokens that a file's post-processor puts around a text ([CLS] and [SEP], say) are there; a tokenizer of another kind
+        has none. Raises what `encode` does, and InvalidValue where those alone are more than `max_tokens`.
+        """
+        return self.encode(text)[:max_tokens]
 
     @abstractmethod
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -272,6 +280,16 @@ class BPETokenizer(Tokenizer):
         _utf8(text)
         with self._attributed():
             return np.array(self._engine.encode(text, add_special_tokens=False).ids, np.int64)
+
+    def encode_alone(self, text: str, max_tokens: int) -> np.ndarray:
+        _utf8(text)
+        with self._attributed():
+            added = self._engine.num_special_tokens_to_add(is_pair=False)
+            if added > max_tokens:
+                raise InvalidValue(f"{self._source}: puts {added} tokens around a text, the most that are read are {max_tokens}")
+            found = self._engine.encode(text, add_special_tokens=False)
+            found.truncate(max_tokens - added)
+            return np.array(self._engine.post_process(found, add_special_tokens=True).ids, np.int64)
 
     def encode_pieces(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
         return in_windows(texts, self._spans)
