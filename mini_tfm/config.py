@@ -19,7 +19,7 @@ SINUSOIDS = ("interleaved", "halves", "fairseq")
 BIASED = ("q", "k", "v", "o", "in", "gate", "out")
 
 # Far above any real model, far below what makes an allocation hang: a config file is not trusted.
-_LIMITS = {
+LIMITS = {
     "vocab_size": 1 << 22,
     "d_model": 1 << 16,
     "n_heads": 1 << 10,
@@ -250,7 +250,7 @@ def _type_faults(config: Config | RotaryScaling) -> list[str]:
 
 def _range_faults(config: Config) -> list[str]:
     faults = []
-    for name, limit in _LIMITS.items():
+    for name, limit in LIMITS.items():
         value = getattr(config, name)
         least = 0 if name in _MAY_BE_0 else 1
         if value is not None and not least <= value <= limit:

@@ -5,6 +5,19 @@ who never heard of this library still works. Every message names the argument, w
 came, and what to do when we know it.
 """
 
+from typing import Any
+
+SHOWN_CHARACTERS = 120
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it: short, whatever it is. Python refuses to write an integer of more than 4,300 digits."""
+    try:
+        text = repr(value)
+    except Exception:
+        text = f"a {type(value).__name__} that cannot be shown"
+    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."
+
 
 class MiniTfmError(Exception):
     """Base of every error raised on purpose by this library."""

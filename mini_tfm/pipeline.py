@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from .errors import InvalidType, InvalidValue
-from .generate import GenerationOptions, Session
-from .generate.search import one_by_one
+from .config import LIMITS
+from .errors import InvalidType, InvalidValue, shown
+from .generate import GenerationOptions
+from .generate.segments import in_segments, segment_limit
 from .memory.base import Memory
 from .memory.registry import memory as make_memory
 from .stream import Stream
-from .text.pieces import in_pieces
 from .text.tokenizers import Tokenizer
 from .transformer import Transformer, load_checkpoint
 
@@ -44,10 +43,13 @@ class Pipeline:
             raise InvalidType(f"memory: expected a Memory, its text or None, got {type(memory).__name__}")
         self.model, self.tokenizer, self.memory = model, tokenizer, memory
         if segment_length is None:
-            segment_length = model.config.segment_length or DEFAULT_SEGMENT_TOKENS
-        self.segment_length = segment_length
-        if not isinstance(segment_length, int) or isinstance(segment_length, bool) or segment_length < 1:
-            raise InvalidValue(f"segment_length: expected a number of tokens of at least 1, got {segment_length!r}")
+            segment_length = model.config.segment_length or min(
+                DEFAULT_SEGMENT_TOKENS, segment_limit(model.config, None) or DEFAULT_SEGMENT_TOKENS
+            )
+        most = LIMITS["segment_length"]
+        if not isinstance(segment_length, int | np.integer) or isinstance(segment_length, bool) or not 1 <= segment_length <= most:
+            raise InvalidValue(f"segment_length: expected a number of tokens from 1 to {most}, got {shown(segment_length)}")
+        self.segment_length = int(segment_length)
         model.add_memory_weights(memory)
         self.reset()
 
@@ -92,7 +94,8 @@ class Pipeline:
         """Goes on from `text`, with what the memory holds; the memory stays as it was.
 
         Text longer than a segment is read first, into a copy of the memory. What goes beyond a segment is read back
-        the same way. Options: see `mini_tfm.generate.GenerationOptions`. stream: an iterator of pieces of text
+        the same way: a model that was trained on segments never writes at a position that it was not trained at.
+        Options: see `mini_tfm.generate.GenerationOptions`. stream: an iterator of pieces of text
         instead, as they come.
         """
         chosen = GenerationOptions.of(options)
@@ -125,11 +128,15 @@ class Pipeline:
         }
 
     def embed(self, texts: str | Iterable[str]) -> np.ndarray:
-        """One vector a text, the mean of the encoder's outputs over its tokens (at most a segment) -> (N, d_model)."""
+        """One vector a text, the mean of the encoder's outputs over its tokens -> (N, d_model); zeros where there is none.
+
+        Its tokens are at most a segment, with those that the tokenizer's post-processor puts around a text ([CLS] and [SEP], say):
+        they are read, counted and part of the mean, as in the pooling of Sentence-BERT (arXiv 1908.10084).
+        """
         self.model.needs("encoder")
         if not isinstance(texts, Iterable) or getattr(texts, "ndim", 1) == 0:
             raise InvalidType(f"text: expected str or an iterable of str, got {type(texts).__name__}")
-        many = [self._encode(text)[: self.segment_length] for text in ([texts] if isinstance(texts, str) else texts)]
+        many = [self._encode_alone(text) for text in ([texts] if isinstance(texts, str) else texts)]
         lengths = np.array([len(ids) for ids in many], np.int64)
         if not len(many):
             return np.zeros((0, self.model.config.d_model), self.model.dtype)
@@ -149,13 +156,19 @@ class Pipeline:
             raise InvalidType(f"text: expected str, got {type(text).__name__}")
         return self.tokenizer.encode(text)
 
+    def _encode_alone(self, text: str) -> np.ndarray:
+        if not isinstance(text, str):
+            raise InvalidType(f"text: expected str, got {type(text).__name__}")
+        return self.tokenizer.encode_alone(text, self.segment_length)
+
     def _segments(self, text: str | Iterable[str], count_bytes: list[int] | None = None) -> Iterator[np.ndarray]:
         """Token ids of `text`, segment_length at a time; the last may be shorter. The same however it is cut in pieces."""
         pending = np.zeros(0, np.int64)
-        for piece in in_pieces([text] if isinstance(text, str) else text):
-            if count_bytes is not None:
-                count_bytes[0] += len(piece.encode("utf-8", "surrogatepass"))
-            pending = np.concatenate([pending, self.tokenizer.encode(piece)])
+        texts = [text] if isinstance(text, str) else text
+        if count_bytes is not None and isinstance(texts, Iterable):
+            texts = _counted(texts, count_bytes)
+        for ids in self.tokenizer.encode_pieces(texts):
+            pending = np.concatenate([pending, ids])
             whole = len(pending) // self.segment_length * self.segment_length
             yield from pending[:whole].reshape(-1, self.segment_length)
             pending = pending[whole:]
@@ -180,48 +193,32 @@ class Pipeline:
 
     def _generate(self, tokens: np.ndarray, options: GenerationOptions, stream: Stream) -> Iterator[str]:
         """Pieces of text; `stream` is a copy of the memory as it was when they were asked for."""
-        length, has_encoder = self.segment_length, self.model.config.has_encoder
         decoder = self.tokenizer.decode_stream()
+        limit = segment_limit(self.model.config, self.segment_length)
         *whole, source = self._to_continue(tokens)
         for segment in whole:
             stream.read(segment[None], np.array([len(segment)]))
-        rolls = self.model.config.segment_length is not None  # trained to go on from segment to segment
-        left, number = options.max_new_tokens, 0
-        while left > 0:
-            seed = None if options.seed is None else options.seed * 1_000_003 + number
-            made, limit = [], min(left, length) if rolls else left
-            for token in self._continued(stream, source, dataclasses.replace(options, seed=seed), limit):
-                made.append(token)
-                if piece := decoder.push(token):
-                    yield piece
-            left, number = left - len(made), number + 1
-            if len(made) < limit or left == 0:
-                break
-            if has_encoder:
-                stream.finish()
-                source = np.array(made)
-            else:
-                written = np.concatenate([source, made])
-                stream.read(written[None], np.array([len(written)]))
-                source = np.zeros(0, np.int64)
+        for step in in_segments(stream, source[None], np.array([len(source)]), options, limit, n_ids=self.tokenizer.vocab_size):
+            if step[0] >= 0 and (piece := decoder.push(int(step[0]))):
+                yield piece
         if piece := decoder.finish():
             yield piece
 
     def _to_continue(self, tokens: np.ndarray) -> list[np.ndarray]:
-        """Whole segments from the end backwards: the last one, which is continued, is full if there is enough text."""
+        """Whole segments, and what is continued: a segment that the encoder reads, or the beginning of the decoder's own."""
+        config, length = self.model.config, self.segment_length
         if not len(tokens):  # an encoder needs something to read; a decoder begins with bos anyway
-            return [np.array([self.model.config.bos_id] if self.model.config.has_encoder else [], np.int64)]
-        head = (len(tokens) - 1) % self.segment_length + 1
-        return [tokens[:head], *tokens[head:].reshape(-1, self.segment_length)]
+            return [np.array([config.bos_id] if config.has_encoder else [], np.int64)]
+        if config.segment_length is not None and not config.has_encoder:  # as `read` and `score` cut it
+            whole = len(tokens) // length * length
+            return [*tokens[:whole].reshape(-1, length), tokens[whole:]]
+        head = (len(tokens) - 1) % length + 1  # backwards: the last segment is full if there is enough text
+        return [tokens[:head], *tokens[head:].reshape(-1, length)]
 
-    def _continued(self, stream: Stream, source: np.ndarray, options: GenerationOptions, limit: int) -> Iterator[int]:
-        """Opens a segment that begins with `source`; up to `limit` tokens that follow, ended by eos."""
-        has_encoder = self.model.config.has_encoder
-        stream.open(source[None] if has_encoder else None, np.array([len(source)]))
-        # The first inputs of a decoder are bos, or what came before, and then its own text.
-        prompt = stream.shifted(np.append([] if has_encoder else source, 0).astype(np.int64)[None])
-        session = Session(stream, n_ids=self.tokenizer.vocab_size)
-        for step in one_by_one(session, prompt, options, limit=limit):
-            if step[0] < 0:
-                return
-            yield int(step[0])
+
+def _counted(texts: Iterable[str], count_bytes: list[int]) -> Iterator[str]:
+    """The texts; their bytes are added up in count_bytes[0]."""
+    for text in texts:
+        if isinstance(text, str):
+            count_bytes[0] += len(text.encode("utf-8", "surrogatepass"))
+        yield text

@@ -1,5 +1,6 @@
 """The pipeline: text cut anywhere reads the same, looking does not change what is remembered, and scores are the model's."""
 
+import json
 import math
 import tracemalloc
 
@@ -12,10 +13,11 @@ import mini_tfm as mt
 from mini_tfm.checkpoint.models import save_model
 from mini_tfm.data import TextStreams
 from mini_tfm.errors import FileProblem, InvalidType, InvalidValue
+from mini_tfm.generate import Session
 from mini_tfm.pipeline import Pipeline
 from mini_tfm.stream import Stream
 from mini_tfm.text import pieces
-from mini_tfm.text.tokenizers import ByteTokenizer, train_bpe
+from mini_tfm.text.tokenizers import BPETokenizer, ByteTokenizer, train_bpe
 from mini_tfm.train import Trainer
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "naïve", "cafés", "serve", "東京", "tea", "🙂", "1234", "(a)"]
@@ -303,6 +305,76 @@ def test_text_longer_than_a_segment_is_read_and_its_end_continued(memory, varian
     assert one.generate(text, **options) == two.generate(text[-SEGMENT:], **options)
 
 
+@pytest.mark.parametrize("memory", [None, "window:size=20,site=all", "recurrent:tokens=2", "store:top_k=3"])
+@pytest.mark.parametrize("variant", ["decoder only", "decoder only, learned", "decoder only, relative", "encoder and decoder"])
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "seed": 4}], ids=["greedy", "sampled"])
+def test_a_long_continuation_has_the_bits_that_score_gives_it(variant, memory, options, monkeypatch):
+    """No token stands where training and scoring put none: in a table as long as a segment the next position is an error."""
+    fields = {"positions": "learned", "max_positions": SEGMENT} if "learned" in variant else {}
+    if memory and memory.startswith("recurrent") and fields:
+        fields["max_positions"] += 2  # its tokens stand before the segment's
+    has_encoder = variant.startswith("encoder")
+    name = "pre norm" if has_encoder else variant.removesuffix(", learned")
+    p = pipe(memory, name, segment_length=None, dtype=np.float64, **fields)
+    model = type(p.model)(p.model.config.replace(segment_length=SEGMENT), weights=p.model.weights, dtype=np.float64)
+    p = Pipeline(model, ByteTokenizer(), memory)
+    bits, scores = [], Session.scores
+
+    def spy(session, hidden):
+        bits.append(scores(session, hidden)[0])
+        return scores(session, hidden)
+
+    monkeypatch.setattr(Session, "scores", spy)
+    monkeypatch.setattr(Session, "best", lambda session, hidden: np.argmax(session.scores(hidden), axis=1))
+    for n in (0,) if has_encoder else (0, 1, SEGMENT - 1, SEGMENT, SEGMENT + 1, 3 * SEGMENT - 2, 3 * SEGMENT):
+        prompt = "".join(chr(97 + i % 7 * i % 26) for i in range(n))
+        bits.clear()
+        made = ids_of(p, prompt, max_new_tokens=40, **options)
+        whole = p._stream.copy()
+        found = [
+            float(np.log2(np.exp(row - row.max()).sum()) - (row[i] - row.max()) / np.log(2)) for row, i in zip(bits, made, strict=True)
+        ]
+        text = np.concatenate([p.tokenizer.encode(prompt), made]).astype(np.int64)
+        before, total, prefix = np.array([model.config.bos_id]), 0.0, 0.0
+        for start in range(0, len(text), SEGMENT):
+            segment = text[start : start + SEGMENT]
+            if start <= n < start + SEGMENT and n > start:
+                prefix = total + p._score_segment(whole.copy(), before, text[start:n])
+            elif n == start:
+                prefix = total
+            total += p._score_segment(whole, before, segment)
+            before = segment
+        assert len(made) == 40 and sum(found) == pytest.approx(total - prefix, rel=1e-9), n
+
+
+@pytest.mark.parametrize("variant", ["pre norm", "decoder only"])
+def test_a_model_of_segments_makes_a_batch_in_segments(variant):
+    """The same as the pipeline, row by row, drawn or not, and rows that end on the way do not matter to the others."""
+    model = pipe(None, variant).model
+    model = type(model)(model.config.replace(segment_length=SEGMENT), weights=model.weights)
+    texts = ["the fox jumps", "over", "the lazy dog serves tea and cakes", "over"]
+    ids = [ByteTokenizer().encode(text)[-SEGMENT if variant == "pre norm" else 0 :] for text in texts]
+    source = np.array([np.pad(each, (0, 40 - len(each))) for each in ids])
+    made = model.generate(source, [len(each) for each in ids], max_new_tokens=30, stop_at_eos=False)
+    assert made == [ids_of(Pipeline(model, ByteTokenizer()), text, max_new_tokens=30) for text in texts]
+    options = {"max_new_tokens": 30, "do_sample": True, "temperature": 3.0, "seed": 4}
+    endless = model.generate(source, [len(each) for each in ids], stop_at_eos=False, **options)
+    assert endless[0] == ids_of(Pipeline(model, ByteTokenizer()), texts[0], **options)
+    eos = next(token for i, token in enumerate(endless[3]) if i >= 9 and token not in endless[3][:i])
+    ended = type(model)(model.config.replace(eos_id=eos), weights=model.weights)
+    expected = [row[: row.index(eos)] if eos in row else row for row in endless]
+    assert ended.generate(source, [len(each) for each in ids], **options) == expected
+
+
+def test_a_table_of_positions_bounds_a_segment_that_nothing_else_does():
+    """Of a model that was not trained on segments: once an error in the middle of a text."""
+    for layers in (0, 1):
+        p = pipe(None, "learned", n_encoder_layers=layers, segment_length=None)
+        assert p.segment_length == p.model.config.max_positions == 40
+        assert len(ids_of(p, "the quick brown fox jumps over the lazy dog", max_new_tokens=100)) == 100
+        assert len(p.model.generate(np.full((2, 90 - 60 * layers), 5), max_new_tokens=70, stop_at_eos=False)[1]) == 70
+
+
 def test_generation_ends_at_eos_also_beyond_a_segment():
     model = pipe(None, seed=1).model
     model = type(model)(model.config.replace(segment_length=4), weights=model.weights)
@@ -381,6 +453,30 @@ def test_a_vector_is_the_mean_of_the_encodings(variant):
     np.testing.assert_array_equal(p.embed(iter(texts)), found)
     assert p.embed([]).shape == (0, 8)
     assert p.embed([""]).shape == (1, 8)
+
+
+def with_ends(kind="TemplateProcessing"):
+    """The BPE tokenizer, with bos before and eos behind a text."""
+    rules = json.loads(TOKENIZERS["bpe"].files()["tokenizer.json"])
+    ends = {name: {"id": name, "ids": [i], "tokens": [name]} for name, i in (("<bos>", 1), ("<eos>", 2))}
+    single = [{"SpecialToken": {"id": "<bos>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    single.append({"SpecialToken": {"id": "<eos>", "type_id": 0}})
+    rules["post_processor"] = {"type": kind, "single": single, "pair": single, "special_tokens": ends}
+    if kind == "BertProcessing":
+        rules["post_processor"] = {"type": kind, "sep": ["<eos>", 2], "cls": ["<bos>", 1]}
+    return BPETokenizer(json.dumps(rules).encode())
+
+
+@pytest.mark.parametrize("kind", ["TemplateProcessing", "BertProcessing"])
+def test_a_vector_is_of_the_tokens_that_the_model_was_trained_to_read(kind):
+    model = tiny_model("encoder only", vocab_size=300)
+    p = Pipeline(model, with_ends(kind), segment_length=6)
+    for text in ("the fox", "the quick brown fox jumps over the lazy dog", ""):
+        ids = [1, *p.tokenizer.encode(text)[:4].tolist(), 2]
+        assert p.tokenizer.encode_alone(text, 6).tolist() == ids and 1 not in p.tokenizer.encode(text)
+        np.testing.assert_allclose(p.embed([text, "x"])[0], model.encode([ids])[0].mean(axis=0), rtol=1e-10, atol=1e-12)
+    with pytest.raises(InvalidValue, match=r"tokenizer\.json: puts 2 tokens around a text, the most that are read are 1"):
+        Pipeline(model, with_ends(kind), segment_length=1).embed("x")
 
 
 # ------------------------------------------------------------------------------------------- folders

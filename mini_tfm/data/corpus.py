@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from ..errors import InvalidType, InvalidValue
-from ..text.pieces import in_pieces  # long text is tokenized here as it is when it is read
 from ..text.tokenizers import Tokenizer
 from .checks import number
 from .sources import TextFiles
@@ -239,12 +238,11 @@ class TokenSource:
     def _encoded(self, texts: Iterable[str], where: str) -> Iterator[tuple[np.ndarray, bool, str]]:
         if self.tokenizer is None:
             raise InvalidType(f"{where}: expected token ids without a tokenizer, got text; give the tokenizer")
-        for piece in in_pieces(texts):
-            try:
-                ids = self.tokenizer.encode(piece)
-            except InvalidValue as error:
-                raise InvalidValue(f"{where}: {error}") from error
-            yield ids, False, where
+        try:
+            for ids in self.tokenizer.encode_pieces(texts):  # as long text is tokenized when it is read
+                yield ids, False, where
+        except InvalidValue as error:
+            raise InvalidValue(f"{where}: {error}") from error
         yield np.zeros(0, np.int64), True, where
 
     def _checked(self, document: Any, where: str) -> np.ndarray:

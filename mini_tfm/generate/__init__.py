@@ -2,6 +2,7 @@
 
 batch.py       token ids in, token ids out
 options.py     how tokens are chosen, when to stop: names and meanings of Hugging Face's `generate`
+segments.py    a text longer than a segment: the next one begins in time
 search.py      which tokens a session goes on with: greedy, or drawn
   session.py   a decoding session: streams in, out, reordered, joined
     cache.py   keys and values of what was decoded

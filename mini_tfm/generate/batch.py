@@ -10,15 +10,15 @@ from ..model import Model
 from ..stream import Stream
 from ..tokens import check_tokens
 from .options import GenerationOptions
-from .search import one_by_one
-from .session import Session
+from .segments import in_segments, segment_limit
 
 
 def generate(model: Model, source: Any, lengths: Any = None, **options: Any) -> list[list[int]]:
     """Token ids for each row of source (B, S), ragged by `lengths` (B,): B lists, without the eos.
 
-    For an encoder-decoder the source is what the encoder reads, for a decoder-only model the prompt, which bos precedes. Options:
-    see `GenerationOptions`.
+    For an encoder-decoder the source is what the encoder reads, for a decoder-only model the prompt, which bos precedes. A model
+    that was trained on segments reads a prompt, and makes what is longer than one, segment by segment. Options: see
+    `GenerationOptions`.
     """
     chosen = GenerationOptions.of(options)
     model.needs("decoder")
@@ -31,13 +31,14 @@ def generate(model: Model, source: Any, lengths: Any = None, **options: Any) -> 
     for rows in groups:
         if not len(rows):
             continue
-        stream = Stream(model, None, len(rows))
-        stream.open(source[rows] if model.config.has_encoder else None, lengths[rows])
-        prompt = np.full((len(rows), 1), model.config.bos_id)
-        if not model.config.has_encoder and lengths[rows[0]]:
-            prompt = np.concatenate([prompt, source[rows, : lengths[rows[0]]]], axis=1)  # as `logits` feeds it
-        session = Session(stream)
-        for step in one_by_one(session, prompt, chosen, rows=rows):
+        stream, begun = Stream(model, None, len(rows)), source[rows]
+        limit = segment_limit(model.config, model.config.segment_length)
+        if not model.config.has_encoder:
+            begun = begun[:, : lengths[rows[0]]]
+            while limit is not None and begun.shape[1] >= limit:
+                stream.read(begun[:, :limit], np.full(len(rows), limit))
+                begun = begun[:, limit:]
+        for step in in_segments(stream, begun, lengths[rows], chosen, limit, rows=rows):
             for row in np.flatnonzero(step >= 0):
                 results[rows[row]].append(int(step[row]))
     return results

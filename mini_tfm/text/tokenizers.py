@@ -10,12 +10,14 @@ On disk, in the model's folder:
                             optional and names the special tokens, with Hugging Face's keys.
     tokenizer.json          vocabulary and rules of a BPETokenizer; not read for a ByteTokenizer.
 
-`encode` adds no special token, and the text "<eos>" is five characters, never the end of a sequence: what a user
-writes cannot steer the model's control tokens.
+`encode` adds no special token (`encode_alone` adds those of the file's post-processor), and the text "<eos>" is five
+characters, never the end of a sequence: what a user writes cannot steer the model's control tokens.
 """
 
 import codecs
 import contextlib
+import functools
+import itertools
 import json
 import os
 from abc import ABC, abstractmethod
@@ -28,6 +30,8 @@ from mini_tfm.errors import InvalidType, InvalidValue, MiniTfmError
 from mini_tfm.files.folders import write_folder
 from mini_tfm.files.reading import as_path, read_bytes
 from mini_tfm.files.strict_json import parse_json_strict
+
+from .pieces import Spans, in_pieces, in_windows
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
@@ -66,6 +70,19 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
         """Text -> (T,) int64. Raises InvalidType, and InvalidValue at a lone surrogate, which no UTF-8 can hold."""
+
+    def encode_pieces(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
+        """The ids of texts that are one text cut anywhere, some at a time, in bounded RAM: joined, those of `encode`."""
+        for piece in in_pieces(texts):
+            yield self.encode(piece)
+
+    def encode_alone(self, text: str, max_tokens: int) -> np.ndarray:
+        """Text -> (T,) int64, at most `max_tokens`, as an encoder is trained to read one text: what is cut off is the text's end.
+
+        The tokens that a file's post-processor puts around a text ([CLS] and [SEP], say) are there; a tokenizer of another kind
+        has none. Raises what `encode` does, and InvalidValue where those alone are more than `max_tokens`.
+        """
+        return self.encode(text)[:max_tokens]
 
     @abstractmethod
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -142,7 +159,7 @@ class _TextStream:
     The window is the piece given last and the ids since; what the second adds to the first is new.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: "BPETokenizer") -> None:
         self._tokenizer = tokenizer
         self._given: list[int] = []
         self._waiting: list[int] = []
@@ -157,12 +174,33 @@ class _TextStream:
         return text
 
     def _new_text(self, is_last: bool) -> str:
-        before = self._tokenizer.decode(self._given)
-        text = self._tokenizer.decode(self._given + self._waiting)
-        if len(text) <= len(before) or (text.endswith("\ufffd") and not is_last):
+        window = self._given + self._waiting
+        if not is_last and self._tokenizer._is_unfinished(window):
             return ""
-        self._given, self._waiting = self._waiting, []
+        before, text = self._tokenizer.decode(self._given), self._tokenizer.decode(window)
+        if len(text) <= len(before):
+            return ""
+        n = len(self._waiting)
+        while n < len(window) and not self._tokenizer.decode(window[-n:]):  # a space at the beginning may be no text
+            n *= 2
+        self._given, self._waiting = window[-n:], []
         return text[len(before) :]
+
+
+class _WholeStream:
+    """For a decoder whose text may change with any later token: all of it at the end."""
+
+    def __init__(self, tokenizer: "BPETokenizer") -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+
+    def push(self, token_id: int) -> str:
+        self._ids.append(int(self._tokenizer._check_ids([token_id])[0]))
+        return ""
+
+    def finish(self) -> str:
+        ids, self._ids = self._ids, []
+        return self._tokenizer.decode(ids)
 
 
 class ByteTokenizer(Tokenizer):
@@ -225,22 +263,80 @@ class BPETokenizer(Tokenizer):
             self._engine = self._build(rules)
         contents = {token["content"] for token in added if token["special"]} | set(names.values())
         self._special_ids = {vocab[content] for content in contents if content in vocab}
-        self._bytes = self._byte_table(vocab, {token["content"] for token in added}) if _is_byte_level(rules) else None
+        decoders = _components(rules.get("decoder"))
+        kinds = [decoder.get("type") for decoder in decoders]
+        names_of_added = {token["content"] for token in added}
+        self._bytes = self._byte_table(vocab, names_of_added) if kinds == ["ByteLevel"] else None
+        self._is_local = _is_local(kinds)
+        # Ids that may be a part of a character only.
+        self._parts: dict[int, bytes] = {}
+        self._has_fallback = "ByteFallback" in kinds
+        if self._has_fallback:
+            self._parts = {vocab[name]: bytes([byte]) for byte in range(256) if (name := f"<0x{byte:02X}>") in vocab}
+        elif "ByteLevel" in kinds and self._bytes is None:
+            self._parts = self._byte_table(vocab, names_of_added)
 
     def encode(self, text: str) -> np.ndarray:
         _utf8(text)
         with self._attributed():
             return np.array(self._engine.encode(text, add_special_tokens=False).ids, np.int64)
 
+    def encode_alone(self, text: str, max_tokens: int) -> np.ndarray:
+        _utf8(text)
+        with self._attributed():
+            added = self._engine.num_special_tokens_to_add(is_pair=False)
+            if added > max_tokens:
+                raise InvalidValue(f"{self._source}: puts {added} tokens around a text, the most that are read are {max_tokens}")
+            found = self._engine.encode(text, add_special_tokens=False)
+            found.truncate(max_tokens - added)
+            return np.array(self._engine.post_process(found, add_special_tokens=True).ids, np.int64)
+
+    def encode_pieces(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
+        return in_windows(texts, self._spans)
+
+    def _spans(self, text: str, is_first: bool) -> Spans:
+        _utf8(text)
+        with self._attributed():
+            found = (self._engine if is_first else self._inside).encode(text, add_special_tokens=False)
+            places = np.array(found.offsets, np.int64).reshape(-1, 2)
+            return Spans(np.array(found.ids, np.int64), places[:, 0], places[:, 1])
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         ids = self._check_ids(ids).tolist()
         if self._bytes is not None:
             return b"".join(self._bytes.get(i, b"") for i in ids).decode("utf-8", "replace")
+        ids = [i for i in ids if i not in self._special_ids]
         with self._attributed():
-            return self._engine.decode([i for i in ids if i not in self._special_ids], skip_special_tokens=False)
+            if self._has_fallback:
+                return self._engine.decoder.decode(list(self._fallen_back(ids)))
+            return self._engine.decode(ids, skip_special_tokens=False)
 
     def decode_stream(self) -> StreamDecoder:
-        return _TextStream(self) if self._bytes is None else _ByteStream(self)
+        if self._bytes is not None:
+            return _ByteStream(self)
+        return _TextStream(self) if self._is_local else _WholeStream(self)
+
+    def _fallen_back(self, ids: list[int]) -> Iterator[str]:
+        """Tokens, of which no byte is wrong: by itself the engine makes a whole run of bytes U+FFFD for one wrong byte in it,
+        so a character that was given already would change with the next id."""
+        for is_byte, run in itertools.groupby(ids, self._parts.__contains__):
+            if not is_byte:
+                yield from (token for i in run if (token := self._engine.id_to_token(i)) is not None)
+                continue
+            for character in b"".join(map(self._parts.__getitem__, run)).decode("utf-8", "replace"):
+                if character == "\ufffd":
+                    yield character
+                else:
+                    yield from (f"<0x{byte:02X}>" for byte in character.encode())
+
+    def _is_unfinished(self, ids: list[int]) -> bool:
+        """Whether a character may go on behind the last id."""
+        if not self._parts:
+            return False
+        run = itertools.takewhile(lambda i: i in self._parts or i in self._special_ids, reversed(ids))
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        decoder.decode(b"".join(reversed([self._parts.get(i, b"") for i in run])))
+        return bool(decoder.getstate()[0])
 
     def bytes_of(self, token_id: int) -> bytes:
         (token_id,) = self._check_ids([token_id]).tolist()
@@ -250,6 +346,12 @@ class BPETokenizer(Tokenizer):
 
     def files(self) -> dict[str, bytes]:
         return dict(self._files)
+
+    @functools.cached_property
+    def _inside(self) -> Any:
+        """The engine for what stands inside a text: it puts no space before it."""
+        rules = json.loads(self._engine.to_str())
+        return self._build(_without_prefix(rules)) if _without_prefix(rules) != rules else self._engine
 
     def _build(self, rules: dict[str, Any]) -> Any:
         from tokenizers import Tokenizer as Engine
@@ -294,9 +396,37 @@ class BPETokenizer(Tokenizer):
         return table
 
 
-def _is_byte_level(rules: dict[str, Any]) -> bool:
-    decoder = rules.get("decoder")
-    return isinstance(decoder, dict) and decoder.get("type") == "ByteLevel"
+def _components(rule: Any) -> list[dict[str, Any]]:
+    """The parts of a decoder, in their order: a Sequence has several, in it others."""
+    if not isinstance(rule, dict):
+        return []
+    return [part for each in rule.get("decoders") or [] for part in _components(each)] if rule.get("type") == "Sequence" else [rule]
+
+
+def _is_local(kinds: list[Any]) -> bool:
+    """Whether a decoder's text only grows with more tokens. A Replace behind what joins tokens finds text across two of them."""
+    joins = [i for i, kind in enumerate(kinds) if kind in ("Fuse", "ByteFallback", "ByteLevel")]
+    return not joins or all(kind in ("Fuse", "Strip", "ByteFallback", "ByteLevel") for kind in kinds[joins[0] :])
+
+
+# What puts a space before a text: the type of a component, and how it does not.
+_NO_PREFIX: dict[str, dict[str, Any]] = {
+    "ByteLevel": {"add_prefix_space": False},
+    "Metaspace": {"prepend_scheme": "never"},
+    "Prepend": {"prepend": ""},
+}
+
+
+def _without_prefix(rules: Any) -> Any:
+    """The same normalizers and pre-tokenizers, none of which puts anything before a text."""
+    if isinstance(rules, list):
+        return [_without_prefix(each) for each in rules]
+    if not isinstance(rules, dict):
+        return rules
+    if "model" in rules:
+        return rules | {key: _without_prefix(rules.get(key)) for key in ("normalizer", "pre_tokenizer")}
+    inner = {key: _without_prefix(each) for key, each in rules.items()}
+    return inner | _NO_PREFIX.get(str(rules.get("type")), {})
 
 
 def _byte_letters() -> dict[str, int]:

@@ -1,5 +1,6 @@
 """Round trips, streams, special tokens as text, determinism, hostile files."""
 
+import functools
 import json
 import os
 import random
@@ -13,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mini_tfm.errors import FileProblem, InvalidType, InvalidValue, MiniTfmError
-from mini_tfm.text.tokenizers import BPETokenizer, ByteTokenizer, load_tokenizer, train_bpe
+from mini_tfm.text import pieces
+from mini_tfm.text.tokenizers import SPECIAL_TOKENS, BPETokenizer, ByteTokenizer, load_tokenizer, train_bpe
 
 CORPUS = ["the cat sat on the mat, the cat sat", "naïve café ☕ 😀😀 l'été", "x = [i ** 2 for i in range(10)]\r\n\t\0"] * 5
 TOKENIZERS = {"bytes": ByteTokenizer(), "bpe": train_bpe(CORPUS, 400)}
@@ -227,6 +229,120 @@ def test_byte_fallback_streams_whole_characters():
     ids = tokenizer.encode("a😀a")
     stream = tokenizer.decode_stream()
     assert [stream.push(i) for i in ids] == ["a", "", "", "", "😀", "a"]
+
+
+def every_kind() -> dict[str, BPETokenizer]:
+    """A tokenizer of each kind that published models have, trained on a few lines."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    def trained(model, trainer, decoder=None, normalizer=None, pre_tokenizer=None, **more):
+        engine = Tokenizer(model)
+        for name, part in (("decoder", decoder), ("normalizer", normalizer), ("pre_tokenizer", pre_tokenizer)):
+            if part is not None:
+                setattr(engine, name, part)
+        special = [*SPECIAL_TOKENS, "<unk>", *more.pop("tokens", [])]
+        engine.train_from_iterator(LINES, trainer(vocab_size=500 + len(special), special_tokens=special, show_progress=False, **more))
+        rules = json.loads(engine.to_str())
+        rules["added_tokens"] = [token for token in rules["added_tokens"] if token["content"] in special[:4]]
+        return make(rules)
+
+    bpe, sequence = trainers.BpeTrainer, decoders.Sequence
+    spaces = normalizers.Replace(Regex(" {2,}"), " ")
+    return {
+        "byte-level": train_bpe(LINES, 500),
+        "byte-level with a space": trained(models.BPE(), bpe, decoders.ByteLevel(), None, pre_tokenizers.ByteLevel(add_prefix_space=True)),
+        "WordPiece": trained(
+            models.WordPiece(unk_token="<unk>"), trainers.WordPieceTrainer, decoders.WordPiece(), normalizers.BertNormalizer(),
+            pre_tokenizers.BertPreTokenizer(),
+        ),
+        "Metaspace": trained(models.BPE(unk_token="<unk>"), bpe, decoders.Metaspace(), None, pre_tokenizers.Metaspace()),
+        "Unigram": trained(
+            models.Unigram(), trainers.UnigramTrainer, decoders.Metaspace(), normalizers.Sequence([normalizers.NFKC(), spaces]),
+            pre_tokenizers.Metaspace(), unk_token="<unk>",
+        ),
+        "byte fallback": trained(
+            models.BPE(unk_token="<unk>", byte_fallback=True), bpe,
+            sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]),
+            normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
+            tokens=[f"<0x{byte:02X}>" for byte in range(256)],
+        ),
+        "end of word": trained(
+            models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"), bpe, decoders.BPEDecoder(), None, pre_tokenizers.Whitespace(),
+            end_of_word_suffix="</w>",
+        ),
+        "no decoder": trained(models.BPE(unk_token="<unk>"), bpe),
+        "one that looks back": trained(models.BPE(unk_token="<unk>"), bpe, sequence([decoders.Fuse(), decoders.Replace("the", "X")])),
+        "bytes, then stripped": trained(
+            models.BPE(), bpe, sequence([decoders.ByteLevel(), decoders.Strip(" ", 2, 0)]), None,
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ),
+    }  # fmt: skip
+
+
+LINES = ["the cat sat on the mat, the cat  sat", "naïve café ☕ 😀😀 l'été 東京", "x = [i ** 2 for i in range(10)]\n\n\t"] * 9
+KINDS = [
+    "byte-level", "byte-level with a space", "WordPiece", "Metaspace", "Unigram", "byte fallback", "end of word", "no decoder",
+    "one that looks back", "bytes, then stripped",
+]  # fmt: skip
+
+
+@functools.cache
+def of_kind(kind: str) -> BPETokenizer:
+    made = every_kind()
+    assert list(made) == KINDS
+    return made[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stream_of_any_kind_gives_what_decode_gives(kind):
+    tokenizer, rng = of_kind(kind), np.random.default_rng(0)
+    text = tokenizer.encode("naïve ☕ 😀😀 l'été  東京 \t").tolist()
+    spaces = [i for token in ("▁", "▁▁", "Ġ", " ", "a", "<0xC3>", "<0xA9>") if (i := tokenizer._engine.token_to_id(token)) is not None]
+    for case in range(200):
+        n = rng.integers(0, 30)
+        random_ids = rng.integers(0, tokenizer.vocab_size if case % 2 else min(262, tokenizer.vocab_size), n).tolist()
+        runs = rng.choice([*spaces, 3], n).tolist()
+        ids = [random_ids, runs, [*text[:n], 2, *text[n + 1 :]]][case % 3]
+        stream = tokenizer.decode_stream()
+        for _ in range(2):
+            assert "".join([stream.push(i) for i in ids] + [stream.finish()]) == tokenizer.decode(ids)
+
+
+def test_a_byte_that_is_wrong_leaves_the_characters_beside_it():
+    """The engine makes a whole run of bytes U+FFFD: a character that a stream has given would change."""
+    tokenizer = of_kind("byte fallback")
+    ids = [tokenizer._engine.token_to_id(f"<0x{byte:02X}>") for byte in "é".encode() + b"\xff" + "é".encode()]
+    assert tokenizer.decode(ids) == "é\ufffdé"
+    assert tokenizer.decode(tokenizer.encode("☕ é😀")) == "☕ é😀"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_in_pieces_has_the_tokens_of_the_whole(kind, monkeypatch):
+    """Once a space was put before each piece of a long text."""
+    tokenizer, rng = of_kind(kind), np.random.default_rng(1)
+    lines = np.array([*LINES[:3], "\n\n", " over", "  ", "e\u0301 ", "\u3000"])
+    texts = ["".join(rng.choice(lines, 60)), " " * 400 + "x" * 400 + "cat" * 100 + "\n" * 300, "sat", ""]
+    for size in (64, 150, 1000):
+        monkeypatch.setattr(pieces, "PIECE_CHARACTERS", size)
+        for text in texts:
+            cuts = np.sort(rng.integers(0, len(text) + 1, 9))
+            for given_texts in ([text], [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]):
+                found = list(tokenizer.encode_pieces(given_texts))
+                assert np.concatenate([np.zeros(0, np.int64), *found]).tolist() == tokenizer.encode(text).tolist()
+            assert len(found) > 2 or text is not texts[0] or size == 1000
+    for wrong in ("\ud800", 3):
+        with pytest.raises((InvalidValue, InvalidType), match="text"):
+            list(tokenizer.encode_pieces([wrong]))
+
+
+def test_a_word_without_end_is_cut_all_the_same(monkeypatch):
+    """A word of which the tokenizer makes one token has no place to cut it at: RAM stays bounded."""
+    monkeypatch.setattr(pieces, "PIECE_CHARACTERS", 64)
+    monkeypatch.setattr(pieces, "LONGEST_WORD_CHARACTERS", 500)
+    tokenizer = of_kind("WordPiece")
+    found = np.concatenate(list(tokenizer.encode_pieces(["z" * 2000 + " cat sat"])))
+    unknown = tokenizer._engine.token_to_id("<unk>")
+    assert found.tolist()[-2:] == tokenizer.encode("cat sat").tolist() and 1 < (found == unknown).sum() < 40
 
 
 GARBAGE = {
