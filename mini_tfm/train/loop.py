@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import numpy as np
 
 from ..data.batches import Batch, fields
 from ..data.mixtures import batches_of, differences, state_of
-from ..errors import InvalidValue, TrainingError
+from ..errors import FileProblem, InvalidValue, MiniTfmError, TrainingError
 from ..progress import training_progress
 from .arguments import checked_batch
 from .interrupts import uninterrupted
@@ -41,7 +43,7 @@ class Loop:
     def run(self, steps: int | None, seconds: float | None, on_step: Callable[[Any, float], None] | None, progress: bool) -> None:
         trainer, ranks = self.trainer, self.trainer.communicator
         before, began = trainer.seconds, time.perf_counter()
-        chief = ranks.rank == 0
+        chief, first = ranks.rank == 0, trainer.step_count
         with (
             Logs(self.options if chief else self.options.replace(**_NO_LOGS), trainer.losses) as self.logs,
             training_progress(progress and chief, steps, trainer.step_count) as report,
@@ -56,7 +58,7 @@ class Loop:
                     trainer.seconds = before + time.perf_counter() - began
                     self.record()
                     if self.options.save_every and trainer.step_count % self.options.save_every == 0:
-                        self.save()
+                        self.save_on_the_way()
                     report(loss, trainer.validations[-1][1] if trainer.validations else None, self.rate, trainer.tokens_seen - tokens)
                     if on_step is not None:
                         on_step(trainer, loss)
@@ -64,6 +66,13 @@ class Loop:
                 if ranks.size == 1 or isinstance(stop, StoppedTogether):
                     self.record()
                     self.save(keep=False)
+                raise
+            except TrainingError:
+                raise  # the last save stays as it was
+            except Exception:  # a memory's, or of on_step: the steps before it are as good as any
+                if ranks.size == 1 and trainer.step_count > first:
+                    with contextlib.suppress(MiniTfmError):
+                        self.save(keep=False)
                 raise
             self.save(keep=False)
 
@@ -108,7 +117,7 @@ class Loop:
         with uninterrupted():
             if trainer.best is None or loss < trainer.best[1] - trainer.options.early_stopping_threshold:
                 if self.options.save_best:
-                    self.write(lambda folder: save_weights(trainer, folder / BEST))
+                    self.write(lambda folder: self._beside(lambda: save_weights(trainer, folder / BEST)))
                 trainer.best = [trainer.step_count, loss]
             self.history["validation"].append((trainer.step_count, loss))
             trainer.validations.append([trainer.step_count, loss])
@@ -124,11 +133,25 @@ class Loop:
         def write(folder: Path) -> None:
             self.logs.sync()  # a log that ends before the checkpoint could not be continued
             if keep and limit:
-                keep_checkpoint(trainer, folder, limit)
+                self._beside(lambda: keep_checkpoint(trainer, folder, limit))
             trainer.save(folder)
 
         self.write(write)
-        self.saved_at = trainer.step_count
+        self.saved_at = trainer.saved_step = trainer.step_count
+
+    def save_on_the_way(self) -> None:
+        """As `save`, but a disk that is full now may have room at the next save: the steps that are not saved are not lost."""
+        if self.trainer.communicator.size > 1:
+            self.save()  # all ranks stop together, or none
+            return
+        self._beside(self.save)
+
+    def _beside(self, write: Callable[[], None]) -> None:
+        """What can be done without: where it cannot be written, training goes on with a warning."""
+        try:
+            write()
+        except FileProblem as error:
+            warnings.warn(f"step {self.trainer.step_count}: {error}; training goes on", UserWarning, stacklevel=2)
 
     def write(self, write: Callable[[Path], None]) -> None:
         """Calls `write` with the folder, if there is one, on rank 0 alone; the others wait until it is done."""
