@@ -46,9 +46,11 @@ def text_words(files: list[Path]) -> list[str]:
 def run(documents: dict[str, str], memories: list[str | None], out: Path | None, **options: Any) -> Experiment:
     """`run_experiment`, with progress on standard error. On Ctrl-C, raises KeyboardInterrupt naming the models saved so far."""
     from ..compare import experiment
+    from ..files.folders import claimed
 
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # what a plugin prints is not the command's answer
+        # What a plugin prints is not the command's answer.
+        with claimed(out) if out is not None else contextlib.nullcontext(), contextlib.redirect_stdout(sys.stderr):
             return experiment.run_experiment(documents, memories, out, report=note, **options)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_saved_models(out)) from None

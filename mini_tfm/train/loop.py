@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 import warnings
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..checkpoint.folder import TENSORS_FILE
 from ..data.batches import Batch, fields
 from ..data.mixtures import batches_of, differences, state_of
 from ..errors import FileProblem, InvalidValue, MiniTfmError, TrainingError
@@ -31,6 +33,7 @@ class Loop:
         self.folder = Path(folder) if folder is not None else None
         self.options = trainer.fit_options
         self.saved_at: int | None = None
+        self.stamp = _stamp(self.folder)
         self.recorded = trainer.step_count
         self.batches: dict[int, Batch] = {}  # by step, the last two
         self.rate = 0.0  # learning rate of the last step
@@ -132,12 +135,26 @@ class Loop:
 
         def write(folder: Path) -> None:
             self.logs.sync()  # a log that ends before the checkpoint could not be continued
+            folder = self._own(folder)
             if keep and limit:
                 self._beside(lambda: keep_checkpoint(trainer, folder, limit))
             trainer.save(folder)
+            self.stamp = _stamp(folder)
 
         self.write(write)
-        self.saved_at = trainer.saved_step = trainer.step_count
+        self.saved_at = trainer.step_count
+        if self.folder is not None:
+            trainer.saved = trainer.step_count, self.folder
+
+    def _own(self, folder: Path) -> Path:
+        """The folder, unless its model came from elsewhere while this run trained: then a new one beside it."""
+        number, found = 2, folder
+        while (found == folder and _stamp(folder) != self.stamp) or (found != folder and found.exists()):
+            number, found = number + 1, folder.with_name(f"{folder.name}-{number}")
+        if found != folder:
+            warnings.warn(f"{folder}: holds a model now that is not of this run, which is saved in {found}", UserWarning, stacklevel=2)
+            self.folder, self.stamp = found, None
+        return found
 
     def save_on_the_way(self) -> None:
         """As `save`, but a disk that is full now may have room at the next save: the steps that are not saved are not lost."""
@@ -161,6 +178,15 @@ class Loop:
         if self.trainer.communicator.rank == 0:
             write(self.folder)
         self.trainer.communicator.wait()
+
+
+def _stamp(folder: Path | None) -> tuple[int, int] | None:
+    """What changes when another model is saved in the folder; None where there is none."""
+    try:
+        about = os.stat(folder / TENSORS_FILE) if folder is not None else None
+    except OSError:
+        return None
+    return (about.st_size, about.st_mtime_ns) if about is not None else None
 
 
 _NO_LOGS = dict.fromkeys(KINDS)

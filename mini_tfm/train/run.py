@@ -36,7 +36,7 @@ class Run(Protocol):
     data_state: dict[str, Any] | None
     batch_digest: str | None
     resumed: bool
-    saved_step: int | None
+    saved: tuple[int, Path] | None
 
     @property
     def learning_rate(self) -> float: ...

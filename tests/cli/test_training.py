@@ -8,16 +8,18 @@ import math
 import re
 import shlex
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
-from commands import TINY_OPTIONS, run_process, with_plugins, write_plugin
+from commands import ENVIRONMENT, TINY_OPTIONS, command, run_process, with_plugins, write_plugin
 from experiments import small_experiment
 
 from mini_tfm.cli import demo as demo_module
 from mini_tfm.cli.shared import interrupt_between_steps
 from mini_tfm.compare import experiment as experiment_module
 from mini_tfm.compare.experiment import failed
+from mini_tfm.errors import FileProblem
 from mini_tfm.transformer import load_checkpoint
 
 
@@ -126,6 +128,48 @@ def test_average_is_a_model_that_works(run, train, tmp_path):
     ):
         refused = run("average", *words)
         assert refused.code == 2 and told in refused.err and not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("kind", ["train", "compare", "average"])
+def test_of_two_at_once_one_gets_the_folder(kind, train, texts, tmp_path):
+    """Real processes, begun together: one is done, the other told, and nothing of it is in the folder."""
+    files = [word for path in texts for word in ("--text", path)]
+    words = {
+        "train": [*files, *TINY_OPTIONS, "--steps", 30, "--seed"],
+        "compare": ["--memory", "none", "--steps", 1, "--seed"],
+        "average": [tmp_path / "m", "--last"],
+    }[kind]
+    if kind == "average":
+        assert train(tmp_path / "m", "--steps", 4, "--save-every", 2, "--save-total-limit", 2).code == 0
+    out = tmp_path / "out"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": ENVIRONMENT}
+    both = [subprocess.Popen(command(kind, *words, number, "--out", out, "--json"), **pipes) for number in (1, 2)]
+    ends = [(process, *process.communicate(timeout=300)) for process in both]
+    codes = sorted(process.returncode for process, _, _ in ends)
+    assert codes == [0, 2], [err for _, _, err in ends]
+    (number,) = [number for number, (process, said, _) in enumerate(ends, 1) if process.returncode == 0 and json.loads(said)]
+    (told,) = [err for process, _, err in ends if process.returncode == 2]
+    assert str(out) in told and "give another folder" in told and "Traceback" not in told
+    if kind == "train":
+        assert json.loads((out / "training.json").read_text())["options"]["seed"] == number
+    elif kind == "compare":
+        assert json.loads((out / "results.json").read_text())["seed"] == number
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_claim_ends_with_its_process(tmp_path):
+    from mini_tfm.files.folders import claimed
+
+    (tmp_path / ".m.claimed").write_bytes(b"")  # a killed process left it
+    with claimed(tmp_path / "m"):
+        with pytest.raises(FileProblem, match="another process is working on it"), claimed(tmp_path / "m"):
+            pass
+        assert (tmp_path / ".m.claimed").exists()
+    with claimed(tmp_path / "new" / "m"):
+        pass
+    with pytest.raises(FileProblem, match="nothing"), claimed(tmp_path / "m"):
+        raise FileProblem("nothing")
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
 def test_a_signal_waits_to_be_asked_for_and_the_second_does_not():

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -273,6 +274,42 @@ def test_a_full_disk_is_told_and_the_last_save_stays(code, tmp_path, monkeypatch
         assert kept == saved and Trainer.resume(folder).step_count == 3
     assert 34 < k < 377 and Trainer.resume(folder).step_count == 6
     assert not [path for path in tmp_path.rglob("*") if ".saving-" in path.name]
+
+
+def test_a_disk_that_is_full_for_a_while_costs_no_step(tmp_path, monkeypatch):
+    folder, real, is_full = tmp_path / "run", os.write, [True]
+
+    def write(fd, buffer):
+        if is_full[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(fd, buffer)
+
+    def make_room(trainer, loss):
+        is_full[0] = trainer.step_count < 7
+
+    monkeypatch.setattr(folders.os, "write", write)
+    with pytest.warns(UserWarning, match="No space left.*training goes on") as told:
+        trainer = make_trainer()
+        fit(trainer, folder, on_step=make_room)
+    assert {"step 3", "step 6"} <= {str(each.message).split(":")[0] for each in told}
+    assert Trainer.resume(folder).step_count == 12 and trainer.saved == (12, folder)
+
+
+@pytest.mark.parametrize("at", [4, 11])
+def test_a_model_that_came_meanwhile_stays_and_so_does_the_run(at, tmp_path):
+    folder, other = tmp_path / "run", tmp_path / "other"
+    fit(make_trainer(seed=9), other, steps=1)
+
+    def meddle(trainer, loss):
+        if trainer.step_count == at:
+            shutil.rmtree(folder)
+            shutil.copytree(other, folder)
+
+    with pytest.warns(UserWarning, match="holds a model now that is not of this run, which is saved in .*run-2"):
+        trainer = make_trainer()
+        fit(trainer, folder, on_step=meddle)
+    assert Trainer.resume(folder).step_count == 1
+    assert trainer.saved == (12, tmp_path / "run-2") and Trainer.resume(tmp_path / "run-2").step_count == 12
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
