@@ -28,17 +28,19 @@ def save_folder(
     config: dict[str, Any],
     tensors: Mapping[str, np.ndarray],
     extra_files: Mapping[str, bytes | Buffers] | None = None,
+    *,
+    new: bool = False,
 ) -> None:
     """Write a model folder: `config.json`, `model.safetensors` and `extra_files` (plain name -> content).
 
-    The same arguments give the same bytes. Whatever else the folder held is kept. Raises what `write_folder` and
-    `encode_safetensors` raise, and InvalidValue when `config` is not plain, finite JSON with text keys.
+    The same arguments give the same bytes. new: never over a model that is there. Whatever else the folder held is kept.
+    Raises what `write_folder` and `encode_safetensors` raise, and InvalidValue when `config` is not plain, finite JSON with text keys.
     """
     files = dict(extra_files or {})
     for name in (CONFIG_FILE, TENSORS_FILE):
         if name in files:
             raise InvalidValue(f"extra_files: {name!r} is a file of the model itself; choose another name")
-    write_folder(folder, files | {CONFIG_FILE: encode_json(config), TENSORS_FILE: encode_safetensors(tensors)})
+    write_folder(folder, files | {CONFIG_FILE: encode_json(config), TENSORS_FILE: encode_safetensors(tensors)}, new=new)
 
 
 class OpenFolder(contextlib.AbstractContextManager["OpenFolder"], os.PathLike):

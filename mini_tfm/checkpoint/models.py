@@ -42,11 +42,15 @@ def save_model(
     tokenizer: Tokenizer | None = None,
     memory_text: str | None = None,
     extra_files: Mapping[str, bytes] | None = None,
+    new: bool = False,
 ) -> None:
-    """Writes a model folder, all of it or nothing. A memory is kept as text: its trained parameters are weights."""
+    """Writes a model folder, all of it or nothing. A memory is kept as text: its trained parameters are weights.
+
+    new: never over a model that is there.
+    """
     files = {**(tokenizer.files() if tokenizer is not None else {}), **(extra_files or {})}
     weights = {name: Weight(weight).array for name, weight in model.weights.items()}
-    save_folder(folder, own.about_of(model.config, memory_text), weights, files)
+    save_folder(folder, own.about_of(model.config, memory_text), weights, files, new=new)
 
 
 def read_model(folder: str | os.PathLike, dtype: str = "float32") -> Contents:

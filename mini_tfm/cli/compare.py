@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from .results import check_results_folder, print_rows, run, seconds_option, seed_option, text_words, write_results
+from .results import (
+    EXPERIMENT_STEPS,
+    budget_options,
+    check_results_folder,
+    overwrite_option,
+    print_rows,
+    run,
+    seed_option,
+    tell_what_went_wrong,
+    text_words,
+    write_results,
+)
 from .shared import json_option, none_of, note, print_json, read_documents
-
-STREAMS = 64  # questions asked of a saved model at each distance
-DOCUMENTS_AT_ONCE = 16
 
 
 @click.command(short_help="Compare memories: quality, speed, size.")
@@ -32,47 +42,107 @@ DOCUMENTS_AT_ONCE = 16
     type=click.Path(path_type=Path),
     help="Text files, one document each; default: Python's own documentation.",
 )
-@seconds_option("Approximate time to train and measure all memories.")
+@budget_options(EXPERIMENT_STEPS, "Training steps with each memory.")
 @seed_option
+@click.option(
+    "--seeds",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Repeat with this many seeds, counted from --seed: means, and the standard deviation of bits per byte.",
+)
+@click.option(
+    "--config",
+    "config_file",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help='The model, as a JSON object of fields such as {"d_model": 128, "n_encoder_layers": 0}; what is not there stays as it is.',
+)
 @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Save models, report.html (with plots) and results.json here.")
+@overwrite_option
 @json_option
+@click.pass_context
 def compare(
-    paths: tuple[Path, ...], memories: tuple[str, ...], files: tuple[Path, ...], seconds: float, seed: int, out: Path | None, as_json: bool
+    context: click.Context,
+    paths: tuple[Path, ...],
+    memories: tuple[str, ...],
+    files: tuple[Path, ...],
+    steps: int,
+    seconds: float | None,
+    seed: int,
+    seeds: int,
+    config_file: Path | None,
+    out: Path | None,
+    overwrite: bool,
+    as_json: bool,
 ) -> None:
     """Compares memories on one text: bits per byte of held-out documents, recall of a fact by distance (in segments),
     tokens/s, state (bytes per stream) and peak RAM (bytes).
 
     Without FOLDER, trains a model with each memory, all from the same start and for the same number of steps. With FOLDER,
-    measures the saved model with each memory on all of the text, without training.
+    measures the saved model with each memory on all of the text, without training. A memory that fails is a row that says why;
+    the others stay, and the exit code is 1.
 
     \b
     Examples:
       mini-tfm compare --memory none --memory window:size=64 --memory my_memory --out comparison
       mini-tfm compare model --text book.txt --memory window:size=512 --memory store
     """
-    folder, texts = _check_usage(paths, files, memories, out)
-    name, documents = read_documents(texts)
+    folder, texts = _check_usage(context, paths, files, memories, out, overwrite)
     if folder is not None:
-        rows = measure_saved(folder, memories, documents, seed)
+        name, documents = read_documents(texts, parts=False)
+        rows = _measured(folder, memories, documents, seed)
         if as_json:
             print_json({"model": str(folder), "text": name, "rows": rows})
         else:
             print_rows(rows)
-        return
-    experiment = run(documents, [none_of(text) for text in memories], out, seconds=seconds, seed=seed, text_name=name)
+            for row in rows:
+                if row["error"]:
+                    click.echo(f"{row['memory']} failed: {row['error']}")
+        context.exit(1 if any(row["error"] for row in rows) else 0)
+    from ..compare.experiment import over_seeds
+
+    config = _config(config_file)
+    name, documents = read_documents(texts)
+    runs: list[Any] = []
+    for each in range(seed, seed + seeds):
+        place = out / f"seed-{each}" if out is not None and seeds > 1 else out
+        if runs:
+            steps, seconds = runs[0].steps, None
+        options: dict[str, Any] = {"steps": steps, "seconds": seconds, "config": config, "seed": each, "text_name": name}
+        runs.append(run(documents, [none_of(text) for text in memories], place, **options))
+    experiment = over_seeds(runs)
     if out is not None:
         words = [word for text in memories for word in ("--memory", text)]
-        write_results(out, experiment, ["compare", *words, *text_words(texts), "--seconds", f"{seconds:g}", "--seed", str(seed)])
+        words += [*text_words(texts), "--steps", str(experiment.steps), "--seed", str(seed)]
+        words += ["--seeds", str(seeds)] if seeds > 1 else []
+        words += ["--config", str(config_file)] if config_file is not None else []
+        write_results(out, experiment, ["compare", *words], runs)
     if as_json:
-        print_json(experiment.to_dict())
-        return
-    print_rows(experiment.to_dict()["rows"], experiment.chance)
-    if out is not None:
+        more = {"runs": [each.to_dict() for each in runs]} if seeds > 1 else {}
+        print_json({**experiment.to_dict(), **more})
+    else:
+        print_rows(experiment.to_dict()["rows"], experiment.chance)
+        tell_what_went_wrong(experiment)
+    if out is not None and not as_json:
         note(f"models, report.html and results.json are in {out}")
+    context.exit(1 if experiment.failed else 0)
+
+
+def _config(file: Path | None) -> dict[str, Any] | None:
+    """The fields of --config."""
+    if file is None:
+        return None
+    from ..files.strict_json import read_json_strict
+
+    return read_json_strict(file)
+
+
+_OF_TRAINING = ("steps", "seconds", "seeds", "config_file", "out", "overwrite")  # without a meaning where nothing is trained
 
 
 def _check_usage(
-    paths: tuple[Path, ...], files: tuple[Path, ...], memories: tuple[str, ...], out: Path | None
+    context: click.Context, paths: tuple[Path, ...], files: tuple[Path, ...], memories: tuple[str, ...], out: Path | None, overwrite: bool
 ) -> tuple[Path | None, list[Path]]:
     """(the model's folder, the text files). A shell expands `--text *.txt`: all files but the first arrive as arguments."""
     from ..errors import FileProblem, InvalidValue
@@ -87,43 +157,19 @@ def _check_usage(
         raise click.UsageError(f"expected one model folder, got {len(folders)}")
     if len(set(memories)) < len(memories):
         raise InvalidValue(f"--memory: expected each memory once, got {', '.join(memories)}")
-    if folders and out is not None:
-        raise click.UsageError("--out: not with FOLDER, which trains no models; use --json")
+    given = [name for name in _OF_TRAINING if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
+    if folders and given:
+        option = "--" + given[0].removesuffix("_file")
+        raise click.UsageError(f"{option}: not with FOLDER, which trains no models" + ("; use --json" if option == "--out" else ""))
     if out is not None:
-        check_results_folder(out)
+        check_results_folder(out, overwrite)
     return (folders[0] if folders else None), [*files, *rest]
 
 
-def measure_saved(folder: Path, memories: tuple[str, ...], documents: dict[str, str], seed: int) -> list[dict[str, Any]]:
-    """One table row per memory: the model in `folder` on all documents, each read with an empty memory."""
-    from ..compare.experiment import n_bytes
-    from ..compare.machine import forget_peak_ram
-    from ..compare.measure import measure_memory, refuse_durable
-    from ..compare.tasks import HeldOut
-    from ..compare.tasks.recall import DISTANCES
-    from ..data import TextStreams
-    from ..errors import InvalidValue
-    from ..memory import memory as make_memory
-    from ..pipeline import Pipeline
+def _measured(folder: Path, memories: tuple[str, ...], documents: dict[str, str], seed: int) -> list[dict[str, Any]]:
+    """`measure_saved`, with progress on standard error."""
+    from ..compare.saved import measure_saved
     from ..progress import progress_bar
-    from ..transformer import load_checkpoint
 
-    trained = set(load_checkpoint(folder).model.weights)
-    for spec in memories:  # report what cannot be measured now, not after minutes
-        if spec not in ("none", "saved"):
-            refuse_durable(make_memory(spec))
-        if new := sorted(set(Pipeline.load(folder, memory=none_of(spec)).model.weights) - trained):
-            raise InvalidValue(f"--memory: {spec} has parameters ({new[0]}) that {folder} was not trained with; train it with this memory")
-    rows = []
-    for spec in memories:
-        forget_peak_ram()
-        pipe = Pipeline.load(folder, memory=none_of(spec))
-        ids = sorted((pipe.tokenizer.encode(text) for text in documents.values()), key=len)
-        shape: dict[str, Any] = {"segment_length": pipe.segment_length, "n_segments": max(DISTANCES) + 1, "batch_size": STREAMS}
-        cutter = TextStreams(ids, **shape, seed=seed, has_encoder=pipe.model.config.has_encoder)
-        held_out = HeldOut(ids, n_bytes(documents), cutter, cutter.batch(0), DOCUMENTS_AT_ONCE, seed)
-        with progress_bar(spec, sum(map(len, ids)), "tokens") as advance:
-            report = lambda line, spec=spec: note(f"{spec}: {line}")  # noqa: E731
-            figures = measure_memory(pipe.model, pipe.memory, pipe.tokenizer, held_out, advance=advance, report=report)
-        rows.append({"memory": spec, **figures})
-    return rows
+    with progress_bar("measuring", None, "tokens") as advance, contextlib.redirect_stdout(sys.stderr):
+        return measure_saved(folder, memories, documents, seed, advance=advance, report=note)

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .results import (
+    EXPERIMENT_STEPS,
     REPORT,
     RESULTS,
+    bits,
+    budget_options,
     check_results_folder,
+    costs,
     far_distances,
+    overwrite_option,
     percent,
     run,
-    seconds_option,
     seed_option,
+    tell_what_went_wrong,
     text_words,
     write_results,
 )
-from .shared import command_line, count, duration, json_option, none_of, note, print_json, print_table, read_documents, size
+from .shared import command_line, count, duration, json_option, none_of, note, print_json, print_table, read_documents
 
 if TYPE_CHECKING:
     from ..compare.experiment import Experiment
 
 # Small on purpose, so that not everything fits. A window of 64 rows is two segments of the experiment.
 MEMORIES = ("none", "window:size=64", "recurrent:tokens=4", "store:top_k=16", "window:size=64+store:top_k=16")
-QUICK_SECONDS = 90.0
-HELD_OUT_TEXT = "held-out.txt"
+QUICK_STEPS = 150
+HELD_OUT = "held-out"
 
 
 @click.command(short_help="Train and compare the built-in memories, in minutes.")
@@ -48,8 +54,9 @@ HELD_OUT_TEXT = "held-out.txt"
     type=click.Path(path_type=Path),
     help="Save the models, report.html and results.json here.",
 )
-@seconds_option("Approximate total time.")
-@click.option("--quick", is_flag=True, help=f"Take {QUICK_SECONDS:.0f} seconds: too short for some memories to learn recall.")
+@overwrite_option
+@budget_options(EXPERIMENT_STEPS, "Training steps with each memory.")
+@click.option("--quick", is_flag=True, help=f"Take {QUICK_STEPS} steps: too few for some memories to learn recall.")
 @seed_option
 @json_option
 @click.pass_context
@@ -58,7 +65,9 @@ def demo(
     more_files: tuple[Path, ...],
     files: tuple[Path, ...],
     out: Path,
-    seconds: float,
+    overwrite: bool,
+    steps: int,
+    seconds: float | None,
     quick: bool,
     seed: int,
     as_json: bool,
@@ -69,15 +78,16 @@ def demo(
     of a fact from several segments back, tokens/s, state and peak RAM in bytes. Prints a table, writes a report with plots,
     and shows commands to try on the models.
     """
-    if quick and context.get_parameter_source("seconds") is click.core.ParameterSource.COMMANDLINE:
-        raise click.UsageError("give --quick or --seconds, not both")
-    seconds = QUICK_SECONDS if quick else seconds
-    check_results_folder(out)
+    if quick and context.get_parameter_source("steps") is click.core.ParameterSource.COMMANDLINE:
+        raise click.UsageError("give --quick or --steps, not both")
+    steps = QUICK_STEPS if quick else steps
+    check_results_folder(out, overwrite)
     paths = [*files, *more_files]
     name, documents = read_documents(paths)
-    note(f"text: {name}; {len(MEMORIES)} memories, about {duration(seconds)} in all; results go to {out}")
-    experiment = run(documents, [none_of(text) for text in MEMORIES], out, seconds=seconds, seed=seed, text_name=name)
-    words = ["demo", *text_words(paths), "--seconds", f"{seconds:g}", "--seed", str(seed)]
+    note(f"text: {name}; {len(MEMORIES)} memories; results go to {out}")
+    options: dict[str, Any] = {"steps": steps, "seconds": seconds, "seed": seed, "text_name": name}
+    experiment = run(documents, [none_of(text) for text in MEMORIES], out, **options)
+    words = ["demo", *text_words(paths), "--steps", str(experiment.steps), "--seed", str(seed)]
     _write_held_out(out, experiment, documents)
     write_results(out, experiment, words)
     if as_json:
@@ -87,12 +97,16 @@ def demo(
     note(f"report: {out / REPORT}   numbers: {out / RESULTS}\n\nTry next:")
     for line in try_next(out, experiment):
         note("  " + line)
+    context.exit(1 if experiment.failed else 0)
 
 
 def _write_held_out(out: Path, experiment: Experiment, documents: dict[str, str]) -> None:
+    """Each held-out document as a file, so that `score` measures what was measured here."""
     from ..files.writing import write_file
 
-    write_file(out / HELD_OUT_TEXT, "\n\n".join(documents[name] for name in experiment.held_out_names))
+    (out / HELD_OUT).mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(experiment.held_out_names, 1):
+        write_file(out / HELD_OUT / f"{number:03}.txt", documents[name])
 
 
 def _print(experiment: Experiment) -> None:
@@ -107,37 +121,43 @@ def _print(experiment: Experiment) -> None:
         ],
         [
             (
-                row.memory,
-                f"{row.bits_per_byte:.3f}",
-                percent(row.recall_far),
-                count(row.tokens_per_second),
-                size(row.state_bytes),
-                size(row.peak_rss_bytes),
+                row["memory"],
+                bits(row),
+                percent(row["recall_far"]),
+                *costs(row),
             )
-            for row in experiment.rows
+            for row in experiment.to_dict()["rows"]
         ],
     )
-    steps = sorted({row.steps for row in experiment.rows})
-    taken = f"{count(steps[0])} to {count(steps[-1])}" if len(steps) > 1 else count(steps[0])
-    click.echo(f"Guessing recalls {percent(experiment.chance)} of the facts. {taken} steps each, {duration(experiment.seconds)} in all.")
+    taken = f"{count(experiment.steps)} steps each, {duration(experiment.seconds)} in all."
+    click.echo(f"Guessing recalls {percent(experiment.chance)} of the facts. {taken}")
+    tell_what_went_wrong(experiment)
 
 
 def try_next(out: Path, experiment: Experiment) -> list[str]:
     """Commands to try on the saved models: generation, and reading into a memory on disk."""
-    best = max(experiment.rows, key=lambda row: (row.recall_far == row.recall_far, row.recall_far))
-    prompt, held_out = "The import statement", out / HELD_OUT_TEXT
-    lines: list[tuple[str | Path, ...]] = []
-    if best.folder is not None:
-        lines.append(("generate", best.folder, prompt, "--do-sample", "--top-p", "0.9"))
-        lines.append(("score", best.folder, held_out))
-    for row in experiment.rows:
-        spec = on_disk(row.memory, out / "notes.mdb")
-        if row.folder is not None and spec is not None:
-            lines.append(("read", row.folder, held_out, "--memory", spec))
-            sampled = ("--do-sample", "--top-p", "0.9")
-            lines.append(("generate", row.folder, prompt, *sampled, "--memory", spec))
+    worked = [row for row in experiment.rows if row.folder is not None]
+    prompt, sampled = "The import statement", ("--do-sample", "--top-p", "0.9")
+    lines: list[str] = []
+    if worked:
+        best = max(worked, key=lambda row: (row.recall_far == row.recall_far, row.recall_far))
+        lines.append(command_line("generate", best.folder or "", prompt, *sampled))
+        lines.append(command_line("score", best.folder or "") + f" {shlex.quote(str(out / HELD_OUT))}/*.txt")
+    for row in worked:
+        spec = on_disk(row.memory, _free(out / "notes.mdb"))
+        if spec is not None:
+            lines.append(command_line("read", row.folder or "", out / HELD_OUT / "001.txt", "--memory", spec))
+            lines.append(command_line("generate", row.folder or "", prompt, *sampled, "--memory", spec))
             break
-    return [command_line(*line) for line in lines]
+    return lines
+
+
+def _free(path: Path) -> Path:
+    """The path, with a number where something is there: the rows of an earlier run are of other weights."""
+    number, free = 2, path
+    while free.exists():
+        number, free = number + 1, path.with_stem(f"{path.stem}-{number}")
+    return free
 
 
 def on_disk(memory: str, path: Path) -> str | None:

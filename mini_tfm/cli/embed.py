@@ -49,7 +49,7 @@ def embed(folder: Path, file: Path, out: Path | None, overwrite: bool, segment_l
     if out is not None:
         buffer = io.BytesIO()
         np.save(buffer, vectors)
-        write_file(out, buffer.getvalue())
+        write_file(out, buffer.getvalue(), new=not overwrite)
         answer["out"] = str(out)
     else:
         answer["vectors"] = vectors.tolist()

@@ -194,10 +194,10 @@ class Reading:
             self._advance(n)
 
 
-def read_documents(files: Sequence[Path]) -> tuple[str, dict[str, str]]:
+def read_documents(files: Sequence[Path], parts: bool = True) -> tuple[str, dict[str, str]]:
     """(a name for all of them, documents by name) from text files; without files, Python's own documentation.
 
-    Fewer than ten files are split into parts, because whole documents are held out of training.
+    parts: fewer than ten files are cut into parts, because whole documents are held out of training.
     """
     from ..text.documents import in_parts, python_topics
     from ..text.files import read_text
@@ -206,12 +206,14 @@ def read_documents(files: Sequence[Path]) -> tuple[str, dict[str, str]]:
         return f"documentation of Python {sys.version_info.major}.{sys.version_info.minor} (pydoc_data.topics)", python_topics()
     texts = {str(path): read_text(path) for path in dict.fromkeys(files)}
     name = f"{len(texts)} files" if len(texts) > 1 else next(iter(texts))
-    parts = in_parts(texts)
-    if len(parts) < 2:
+    if not parts:
+        return name, texts
+    cut = in_parts(texts)
+    if len(cut) < 2:
         raise InvalidValue(
             f"--text: {name} is too short ({len(texts[name])} characters): it needs a held-out part and a part longer than a segment"
         )
-    return name, parts
+    return name, cut
 
 
 # Folders out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -118,9 +119,13 @@ def train(context: click.Context, /, resume: Path | None, out: Path, as_json: bo
       mpirun -n 4 mini-tfm train --text notes/*.txt --out model
     """
     given = _given(context)
+    from ..files.folders import claimed
+
     ranks = ranks_of_command()
-    with ranks.together():
+    with contextlib.ExitStack() as claim, ranks.together():
         _check_usage(options, given, resume)
+        if ranks.rank == 0:
+            claim.enter_context(claimed(resume or out))
         try:
             if resume is not None:
                 early_stopping = {name: options[name] for name in EARLY_STOPPING if name in given}
@@ -131,7 +136,7 @@ def train(context: click.Context, /, resume: Path | None, out: Path, as_json: bo
                 trainer, data = new_run(out, options, {name: options[name] for name in SHAPE}, ranks)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("training had not begun; nothing is changed") from None
-        fit(trainer, data, resume or out, options, as_json)
+        fit(trainer, data, resume or out, options, as_json, new=resume is None)
 
 
 def _given(context: click.Context) -> dict[str, str]:

@@ -57,8 +57,7 @@ def new_run(out: Path, options: dict[str, Any], shape: dict[str, Any], ranks: Al
     from ..transformer import Transformer
 
     check_out(out)
-    if any((out / name).exists() for name in ("config.json", "model.safetensors")):
-        raise FileProblem(f"--out: {out} holds a model already; --resume {out} continues it, or give another folder")
+    _refuse_a_model(out)
     memory_text = none_of(options["memory"])
     memory = make_memory(memory_text) if memory_text else None
     shape = {**shape, "segment_length": options["segment_length"]}
@@ -73,6 +72,11 @@ def new_run(out: Path, options: dict[str, Any], shape: dict[str, Any], ranks: Al
     model = Transformer(Config(vocab_size=vocab_size, **shape), seed=options["seed"])
     trainer = Trainer(model, memory, tokenizer=tokenizer, communicator=ranks, **trainer_options.to_dict())
     return trainer, TrainingData(sources, tokenizer, model.config, ranks)
+
+
+def _refuse_a_model(out: Path) -> None:
+    if any((out / name).exists() for name in ("config.json", "model.safetensors")):
+        raise FileProblem(f"--out: {out} holds a model already; --resume {out} continues it, or give another folder")
 
 
 def _trainer_options(options: dict[str, Any]) -> TrainerOptions:
@@ -133,20 +137,26 @@ class Pace:
         return self.seconds / (done - self._steps) * (step - done)
 
 
-def fit(trainer: Trainer, data: TrainingData, out: Path, options: dict[str, Any], as_json: bool) -> None:
-    """Trains, reports progress on standard error, and prints the result.
+def fit(trainer: Trainer, data: TrainingData, out: Path, options: dict[str, Any], as_json: bool, new: bool) -> None:
+    """Trains, reports progress on standard error, and prints the result. new: `out` must not hold a model yet.
 
     Raises KeyboardInterrupt with the command that continues the run.
     """
     ranks, steps = trainer.communicator, trainer.options.total_steps
     parts = f"; {ranks.size} processes" if ranks.size > 1 else ""
-    note(f"model: {count(trainer.model.n_parameters)} parameters; memory: {_memory_of(trainer) or 'none'}; saved in {out}{parts}")
+    note(f"model: {count(trainer.model.n_parameters)} parameters; memory: {_memory_of(trainer) or 'none'}; to be saved in {out}{parts}")
+    if new and ranks.rank == 0:
+        _refuse_a_model(out)  # it may have come while the text was read
     pace = Pace(trainer)
     try:
         _fit(trainer, data, out, options, pace)
     except KeyboardInterrupt as stop:
-        again = command_line("train", "--resume", out, "--steps", str(steps))
-        raise type(stop)(f"step {trainer.step_count} is saved in {out}; continue with\n  {again}") from None
+        if trainer.saved is None:
+            raise type(stop)(f"no step was saved in {out}") from None
+        step, place = trainer.saved
+        again = command_line("train", "--resume", place, "--steps", str(steps))
+        raise type(stop)(f"step {step} is saved in {place}; continue with\n  {again}") from None
+    out = trainer.saved[1] if trainer.saved is not None else out
     if trainer.stopped_early and trainer.best is not None:
         note(
             f"stopped early at step {trainer.step_count}: {trainer.options.early_stopping_patience} validations in a row were no better"
@@ -179,16 +189,20 @@ def _fit(trainer: Trainer, data: TrainingData, out: Path, options: dict[str, Any
             write_folder(out, {DATA_FILE: json.dumps(data.about, indent=2).encode()})
         fit_options = values_of(FitOptions, options)
         fit_options["save_every"] = fit_options["save_every"] or trainer.fit_options.save_every or SAVE_EVERY
-        trainer.fit(
-            data.data,
-            validation=data.held_out.__getitem__,
-            validation_batches=len(data.held_out),
-            folder=out,
-            seconds=options["seconds"],
-            on_step=on_step,
-            other_data=options["accept_changes"],
-            **fit_options,
-        )
+        try:
+            trainer.fit(
+                data.data,
+                validation=data.held_out.__getitem__,
+                validation_batches=len(data.held_out),
+                folder=out,
+                seconds=options["seconds"],
+                on_step=on_step,
+                other_data=options["accept_changes"],
+                **fit_options,
+            )
+        finally:
+            if trainer.saved is not None and trainer.saved[1] != out:  # beside a model that came meanwhile
+                write_folder(trainer.saved[1], {DATA_FILE: json.dumps(data.about, indent=2).encode()})
 
 
 def _progress(trainer: Trainer, data: TrainingData, loss: float, pace: Pace) -> str:

@@ -2,6 +2,7 @@
 
 experiment.py       the same model, text and steps; one memory after another
   -> training.py    the common start, then each memory (processes.py)
+saved.py            a saved model with several memories
   -> measure.py     one memory on held-out text
        -> tasks/    what is measured, one file a task
 report.py           an experiment as one HTML file (plot.py)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,16 @@ svg { width: 100%; max-width: 60rem; height: auto; }
 svg text { fill: var(--ink); font: 13px system-ui, sans-serif; } svg .dim { fill: var(--dim); }
 svg .grid { stroke: var(--line); } code, pre { font: .9em/1.5 ui-monospace, monospace; }
 pre { overflow-x: auto; padding: .7rem 1rem; border: 1px solid var(--line); border-radius: .4rem; }
-dt { font-weight: 600; } dd { margin: 0 0 .5rem 0; }
+dt { font-weight: 600; } dd { margin: 0 0 .5rem 0; } .warn { font-weight: 600; color: #b42318; }
+.facts td { white-space: normal; overflow-wrap: anywhere; text-align: left; vertical-align: top; }
+.facts td:first-child { min-width: 6rem; }
+@media (max-width: 48rem) {
+  body { margin: 1rem auto; padding: 0 .8rem; } pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+  .rows, .rows tbody, .rows tr, .rows td { display: block; } .rows tr:first-child { display: none; }
+  .rows tr { padding: .6rem 0; border-bottom: 1px solid var(--line); }
+  .rows td { display: flex; justify-content: space-between; white-space: normal; overflow-wrap: anywhere; border: 0; padding: .1rem .3rem; }
+  .rows td:first-child { display: block; font-weight: 600; } .rows td[data-name]::before { content: attr(data-name); color: var(--dim); }
+}
 """
 
 
@@ -46,8 +56,9 @@ def html_report(experiment: Experiment, command: str) -> str:
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>mini_tfm: memories compared</title><style>{STYLE}</style></head><body>
 <h1>What does each memory remember?</h1>
-<p class="dim">The same small Transformer, the same text and training steps; only the memory differs.
-{len(rows)} memories, {experiment.seconds / 60:.1f} minutes on {_say(experiment.machine.get("processor", "?"))}.</p>
+{_warnings(experiment)}
+<p class="dim">The same small Transformer, the same text, {experiment.steps} training steps each; only the memory differs.
+{len(rows)} memories, {_seeds(experiment)}{experiment.seconds / 60:.1f} minutes on {_say(experiment.machine.get("processor", "?"))}.</p>
 <div class="wide">{_table(experiment, colours)}</div>
 <h2>Is a fact still recalled some segments later?</h2>
 <p class="dim">Share of correct answers, by the number of segments between the fact and the question. 0: both are visible, no
@@ -66,34 +77,54 @@ model is asked for it. Guessing one of {round(1 / experiment.chance)} letters gi
 <dt>state</dt><dd>Size of one stream's memory after the longest held-out document.</dd>
 <dt>peak RAM</dt><dd>Total, of the process that trained and measured only this memory.</dd></dl>
 <h2>Set-up</h2>
-<div class="wide"><table>{_facts(experiment)}</table></div>
+<table class="facts">{_facts(experiment)}</table>
 <h2>Repeat it</h2>
 <pre>{_say(command)}</pre>
-<p class="dim">The text, the split, the batches and the initial weights are functions of the seed. A slower machine takes fewer steps
-in the same time, and times vary: compare figures of one run only.</p>
+<p class="dim">The text, the split, the batches and the initial weights are functions of the seed, and the budget is a number of steps: a
+slower or busier machine takes longer and finds the same bits per byte and recall. Times and RAM vary.</p>
 </body></html>
 """
+
+
+def _warnings(experiment: Experiment) -> str:
+    """What the reader must know before any figure: fewer steps than planned, memories without figures."""
+    lines = [experiment.cut_short] if experiment.cut_short else []
+    lines += [f"{row.memory} failed: {row.error}" for row in experiment.failed]
+    return "".join(f'<p class="warn">{_say(line)}</p>\n' for line in lines)
+
+
+def _seeds(experiment: Experiment) -> str:
+    return f"means over {len(experiment.seeds)} seeds, " if len(experiment.seeds) > 1 else ""
 
 
 def _table(experiment: Experiment, colours: dict[str, str]) -> str:
     heads = ["memory", "bits per byte<br><small>held-out text</small>"]
     heads += [f"recall<br><small>{d} back</small>" for d in experiment.distances]
     heads += ["tokens/s", "state", "peak RAM", "training<br><small>seconds</small>"]
-    best = min((row.bits_per_byte for row in experiment.rows), default=0.0)
+    names = [re.sub("<[^>]*>", " ", head).replace("  ", " ").strip() for head in heads]
+    best = min((row.bits_per_byte for row in experiment.rows if row.error is None), default=0.0)
     lines = []
     for row in experiment.rows:
-        bits = f"{row.bits_per_byte:.3f}"
-        cells = [f'<td><i style="background:{colours[row.memory]}"></i>{_say(row.memory)}</td>']
-        cells.append(f"<td>{f'<b>{bits}</b>' if row.bits_per_byte == best else bits}</td>")
-        for distance in experiment.distances:
-            share = row.recall[distance]
-            if math.isnan(share):
-                cells.append("<td>-</td>")
-            else:
-                cells.append(f'<td style="background:rgba(var(--good), {0.5 * share:.2f})">{100 * share:.0f} %</td>')
-        cells += [f"<td>{text}</td>" for text in (f"{row.tokens_per_second:,.0f}", _size(row.state_bytes), _size(row.peak_rss_bytes))]
-        lines.append("<tr>" + "".join(cells) + f"<td>{row.train_seconds:.0f}</td></tr>")
-    return "<table><tr>" + "".join(f"<th>{head}</th>" for head in heads) + "</tr>" + "".join(lines) + "</table>"
+        cells = [(f'<i style="background:{colours[row.memory]}"></i>{_say(row.memory)}', "")]
+        if row.error is not None:
+            cells += [("-", "")] * (len(heads) - 1)
+        else:
+            bits = f"{row.bits_per_byte:.3f}" + (f" \u00b1 {row.spread['bits_per_byte']:.3f}" if row.spread else "")
+            cells.append((f"<b>{bits}</b>" if row.bits_per_byte == best else bits, ""))
+            cells += [_share(row.recall[distance]) for distance in experiment.distances]
+            cells += [(f"{row.tokens_per_second:,.0f}", ""), (_size(row.state_bytes), ""), (_size(row.peak_rss_bytes), "")]
+            cells.append((f"{row.train_seconds:.0f}", ""))
+        shown = [f'<td data-name="{name}"{style}>{text}</td>' for name, (text, style) in zip(names, cells, strict=True)]
+        shown[0] = f"<td>{cells[0][0]}</td>"
+        lines.append("<tr>" + "".join(shown) + "</tr>")
+    return '<table class="rows"><tr>' + "".join(f"<th>{head}</th>" for head in heads) + "</tr>" + "".join(lines) + "</table>"
+
+
+def _share(share: float) -> tuple[str, str]:
+    """A share of facts, and the style of its cell."""
+    if math.isnan(share):
+        return "-", ""
+    return f"{100 * share:.0f} %", f' style="background:rgba(var(--good), {0.5 * share:.2f})"'
 
 
 def _facts(experiment: Experiment) -> str:
@@ -105,18 +136,12 @@ def _facts(experiment: Experiment) -> str:
         "model": f"{config.n_encoder_layers} encoder and {config.n_decoder_layers} decoder layers, d_model {config.d_model},"
         f" {config.n_heads} heads, d_ff {config.d_ff}, segments of {config.segment_length} tokens",
         "tokenizer": f"byte-level BPE, {experiment.tokenizer_vocab} tokens",
-        "steps": f"{len(experiment.history.get('start', []))} for the common start, then "
-        + (
-            f"{experiment.rows[0].steps}"
-            if len({row.steps for row in experiment.rows}) == 1
-            else ", ".join(f"{row.memory} {row.steps}" for row in experiment.rows)
-        ),
-        "seed": str(experiment.seed),
+        "steps": f"{experiment.start_steps} for the common start, then {experiment.steps} with each memory"
+        + (f" ({experiment.cut_short})" if experiment.cut_short else ""),
+        "seed": ", ".join(map(str, experiment.seeds or [experiment.seed])),
         **{name: str(value) for name, value in experiment.machine.items()},
     }
-    return "".join(
-        f'<tr><td>{_say(name)}</td><td style="text-align:left;white-space:normal">{_say(text)}</td></tr>' for name, text in facts.items()
-    )
+    return "".join(f"<tr><td>{_say(name)}</td><td>{_say(text)}</td></tr>" for name, text in facts.items())
 
 
 def _curves(experiment: Experiment, colours: dict[str, str]) -> list[Series]:

@@ -32,8 +32,10 @@ from .writing import Buffers, fsync, fsync_folder, write_new
 LOCK_SECONDS = 5.0  # how long a saver waits for another one to swap
 
 
-def write_folder(folder: str | os.PathLike, files: Mapping[str, bytes | Buffers]) -> None:
+def write_folder(folder: str | os.PathLike, files: Mapping[str, bytes | Buffers], *, new: bool = False) -> None:
     """Write `files` (plain name -> content) into `folder` as one step: after a crash, none of them or all of them.
+
+    new: a FileProblem where one of them is there already, also if it came while the others were written.
 
     Makes the folder and its parents where missing, follows a link to a folder, keeps every other file. On an error
     the folder is what it was. Raises InvalidValue for a name, FileProblem for everything the system refuses. Where
@@ -50,7 +52,7 @@ def write_folder(folder: str | os.PathLike, files: Mapping[str, bytes | Buffers]
         with _parents(parent):
             with alone_in(parent):
                 _check_target(target, files)
-            _write_staged(target, files)
+            _write_staged(target, files, new)
     except FileProblem:
         raise
     except (OSError, ValueError) as error:
@@ -59,11 +61,50 @@ def write_folder(folder: str | os.PathLike, files: Mapping[str, bytes | Buffers]
         ) from error
 
 
-def _write_staged(target: str, files: Mapping[str, bytes | Buffers]) -> None:
+@contextlib.contextmanager
+def claimed(folder: str | os.PathLike) -> Iterator[None]:
+    """Only one process at a time has claimed `folder`, which need not be there yet: for work of hours whose results go there.
+
+    The claim is a locked file beside it, `.NAME.claimed`, which ends with the block or the process. Raises FileProblem where another
+    process has it, or where the file cannot be made.
+    """
+    target = os.path.realpath(as_path(folder))
+    parent, name = os.path.split(target)
+    path = os.path.join(parent, f".{name}.claimed")
+    try:
+        with _parents(parent):
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not (os.path.lexists(path) and os.path.samestat(os.stat(path), os.fstat(fd))):
+                    raise BlockingIOError  # whoever had it has just ended
+            except BlockingIOError as error:
+                os.close(fd)
+                raise FileProblem(f"{folder}: another process is working on it; wait for its end, or give another folder") from error
+            except OSError:
+                pass  # a file system without locks
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+                os.close(fd)
+    except FileProblem:
+        raise
+    except OSError as error:
+        if error.filename not in (path, parent):
+            raise
+        raise FileProblem(f"{folder}: cannot be written: {reason(error)}") from error
+
+
+def _write_staged(target: str, files: Mapping[str, bytes | Buffers], new: bool) -> None:
     with _staging(target) as staging:
         for name in sorted(files):
             write_new(os.path.join(staging, name), files[name])
         with alone_in(os.path.dirname(target)):
+            there = [name for name in sorted(files) if os.path.lexists(os.path.join(target, name))]
+            if new and there:
+                raise FileProblem(f"{target}: holds {there[0]} already; nothing was changed. Give another folder")
             if os.path.isdir(target):
                 _carry_over(target, staging, files)
                 os.chmod(staging, stat.S_IMODE(os.stat(target).st_mode))

@@ -17,8 +17,8 @@ from .reading import as_path, reason
 Buffers = Iterable[bytes | memoryview]
 
 
-def write_file(path: str | os.PathLike, content: str | bytes) -> None:
-    """A file that is there whole or not at all; text as UTF-8. Replaces what was there. Raises FileProblem."""
+def write_file(path: str | os.PathLike, content: str | bytes, *, new: bool = False) -> None:
+    """A file that is there whole or not at all; text as UTF-8. Replaces what was there, unless `new`. Raises FileProblem."""
     folder, name = os.path.split(as_path(path))
     data = content.encode() if isinstance(content, str) else content
     try:
@@ -28,7 +28,11 @@ def write_file(path: str | os.PathLike, content: str | bytes) -> None:
                 write_all(file.fileno(), data)
                 fsync(file.fileno())
             os.chmod(scratch, 0o666 & ~_umask())
-            os.replace(scratch, path)
+            if new:
+                os.link(scratch, path)
+                os.unlink(scratch)
+            else:
+                os.replace(scratch, path)
             fsync_folder(folder or ".")
         except BaseException:
             with contextlib.suppress(OSError):

@@ -37,7 +37,7 @@ def average_models(folders: Sequence[str | Path], out: str | Path) -> list[Path]
             total[name] += weight
     for name, weight in first.model.weights.items():
         weight[...] = total[name] / len(paths)
-    save_model(out, first.model, tokenizer=first.tokenizer, memory_text=first.memory_text)
+    save_model(out, first.model, tokenizer=first.tokenizer, memory_text=first.memory_text, new=True)
     return paths
 
 

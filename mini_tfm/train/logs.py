@@ -1,16 +1,22 @@
 """Logs of a run: one line per step as JSON or CSV, and TensorBoard's event files.
 
+A log that cannot be written, on a full disk above all, ends with a warning: training goes on, and its model is saved.
+
 Logs are appended to. A resumed run first removes the lines after its step, as it takes those steps again: no step is there
 twice, and the log is that of a run that was not stopped.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+import socket
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +47,27 @@ class Logs:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for log in self._open:
-            log.close()
+        self._each(lambda log: log.close())
+        self._open.clear()
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Writes a step's figures, by names of COLUMNS; a figure that was not measured is left out."""
-        for log in self._open:
-            log.write(record)
+        self._each(lambda log: log.write(record))
 
     def sync(self) -> None:
         """Flushes to the disk: a checkpoint counts on the lines before it."""
-        for log in self._open:
-            log.sync()
+        self._each(lambda log: log.sync())
+
+    def _each(self, act: Callable[[Any], None]) -> None:
+        """What fails once is told, and left out from then on: no log is worth the steps that were not saved yet."""
+        for log in list(self._open):
+            try:
+                act(log)
+            except OSError as error:
+                self._open.remove(log)
+                with contextlib.suppress(OSError):
+                    log.close()  # tries once more to write what it holds, and frees its file
+                warnings.warn(f"{_problem(log.path, error)}; training goes on without this log", UserWarning, stacklevel=2)
 
 
 class _Lines:
@@ -101,17 +116,11 @@ class _Lines:
         raise NotImplementedError
 
     def _append(self, text: str) -> None:
-        try:
-            self._file.write(text)
-            self._file.flush()
-        except OSError as error:
-            raise _problem(self.path, error) from error
+        self._file.write(text)
+        self._file.flush()
 
     def sync(self) -> None:
-        try:
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise _problem(self.path, error) from error
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
@@ -142,28 +151,47 @@ class Csv(_Lines):
 
 
 class TensorBoard:
-    """Event files in a folder. Those of a killed run stay; `purge_step` makes TensorBoard drop their later steps."""
+    """Event files in a folder. Those of a killed run stay; a new session makes TensorBoard drop their later steps.
+
+    Written in this thread: tensorboardX's `SummaryWriter` has one of its own, which dies on a full disk, and then whoever fills
+    its queue waits for ever.
+    """
+
+    FLUSH_SECONDS = 30.0  # how far behind TensorBoard may be
 
     def __init__(self, path: str, losses: Sequence[float]):
         try:
-            from tensorboardX import SummaryWriter
+            from tensorboardX import RecordWriter
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
+            from tensorboardX.summary import scalar
         except ImportError as error:
             raise InvalidValue(f"tensorboard_log: needs tensorboardX ({error}): pip install 'mini-tfm[tensorboard]'") from error
-        self.path = Path(path)
+        self.path, self._event, self._scalar = Path(path), Event, scalar
         try:
             # Files are named by the second they are made in: the step keeps those of a run resumed at once apart.
             step = len(losses)
-            self._writer = SummaryWriter(str(path), purge_step=step + 1 if step else None, filename_suffix=f".{step}")
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._writer = RecordWriter(str(self.path / f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{step}"))
+            self._write(file_version="brain.Event:2")
+            if step:
+                self._write(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+            self.sync()
         except OSError as error:
             raise _problem(self.path, error) from error
 
     def write(self, record: Mapping[str, Any]) -> None:
         for name in COLUMNS[1:]:
             if name in record:
-                self._writer.add_scalar(TAGS[name], record[name], record["step"])
+                self._write(step=record["step"], summary=self._scalar(TAGS[name], record[name]))
+        if time.monotonic() - self._flushed > self.FLUSH_SECONDS:
+            self.sync()
+
+    def _write(self, **event: Any) -> None:
+        self._writer.write(self._event(wall_time=time.time(), **event).SerializeToString())
 
     def sync(self) -> None:
         self._writer.flush()
+        self._flushed = time.monotonic()
 
     def close(self) -> None:
         self._writer.close()

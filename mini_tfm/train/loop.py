@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..checkpoint.folder import TENSORS_FILE
 from ..data.batches import Batch, fields
 from ..data.mixtures import batches_of, differences, state_of
-from ..errors import InvalidValue, TrainingError
+from ..errors import FileProblem, InvalidValue, MiniTfmError, TrainingError
 from ..progress import training_progress
 from .arguments import checked_batch
 from .interrupts import uninterrupted
@@ -29,6 +33,7 @@ class Loop:
         self.folder = Path(folder) if folder is not None else None
         self.options = trainer.fit_options
         self.saved_at: int | None = None
+        self.stamp = _stamp(self.folder)
         self.recorded = trainer.step_count
         self.batches: dict[int, Batch] = {}  # by step, the last two
         self.rate = 0.0  # learning rate of the last step
@@ -41,7 +46,7 @@ class Loop:
     def run(self, steps: int | None, seconds: float | None, on_step: Callable[[Any, float], None] | None, progress: bool) -> None:
         trainer, ranks = self.trainer, self.trainer.communicator
         before, began = trainer.seconds, time.perf_counter()
-        chief = ranks.rank == 0
+        chief, first = ranks.rank == 0, trainer.step_count
         with (
             Logs(self.options if chief else self.options.replace(**_NO_LOGS), trainer.losses) as self.logs,
             training_progress(progress and chief, steps, trainer.step_count) as report,
@@ -56,7 +61,7 @@ class Loop:
                     trainer.seconds = before + time.perf_counter() - began
                     self.record()
                     if self.options.save_every and trainer.step_count % self.options.save_every == 0:
-                        self.save()
+                        self.save_on_the_way()
                     report(loss, trainer.validations[-1][1] if trainer.validations else None, self.rate, trainer.tokens_seen - tokens)
                     if on_step is not None:
                         on_step(trainer, loss)
@@ -64,6 +69,13 @@ class Loop:
                 if ranks.size == 1 or isinstance(stop, StoppedTogether):
                     self.record()
                     self.save(keep=False)
+                raise
+            except TrainingError:
+                raise  # the last save stays as it was
+            except Exception:  # a memory's, or of on_step: the steps before it are as good as any
+                if ranks.size == 1 and trainer.step_count > first:
+                    with contextlib.suppress(MiniTfmError):
+                        self.save(keep=False)
                 raise
             self.save(keep=False)
 
@@ -108,7 +120,7 @@ class Loop:
         with uninterrupted():
             if trainer.best is None or loss < trainer.best[1] - trainer.options.early_stopping_threshold:
                 if self.options.save_best:
-                    self.write(lambda folder: save_weights(trainer, folder / BEST))
+                    self.write(lambda folder: self._beside(lambda: save_weights(trainer, folder / BEST)))
                 trainer.best = [trainer.step_count, loss]
             self.history["validation"].append((trainer.step_count, loss))
             trainer.validations.append([trainer.step_count, loss])
@@ -123,12 +135,40 @@ class Loop:
 
         def write(folder: Path) -> None:
             self.logs.sync()  # a log that ends before the checkpoint could not be continued
+            folder = self._own(folder)
             if keep and limit:
-                keep_checkpoint(trainer, folder, limit)
+                self._beside(lambda: keep_checkpoint(trainer, folder, limit))
             trainer.save(folder)
+            self.stamp = _stamp(folder)
 
         self.write(write)
         self.saved_at = trainer.step_count
+        if self.folder is not None:
+            trainer.saved = trainer.step_count, self.folder
+
+    def _own(self, folder: Path) -> Path:
+        """The folder, unless its model came from elsewhere while this run trained: then a new one beside it."""
+        number, found = 2, folder
+        while (found == folder and _stamp(folder) != self.stamp) or (found != folder and found.exists()):
+            number, found = number + 1, folder.with_name(f"{folder.name}-{number}")
+        if found != folder:
+            warnings.warn(f"{folder}: holds a model now that is not of this run, which is saved in {found}", UserWarning, stacklevel=2)
+            self.folder, self.stamp = found, None
+        return found
+
+    def save_on_the_way(self) -> None:
+        """As `save`, but a disk that is full now may have room at the next save: the steps that are not saved are not lost."""
+        if self.trainer.communicator.size > 1:
+            self.save()  # all ranks stop together, or none
+            return
+        self._beside(self.save)
+
+    def _beside(self, write: Callable[[], None]) -> None:
+        """What can be done without: where it cannot be written, training goes on with a warning."""
+        try:
+            write()
+        except FileProblem as error:
+            warnings.warn(f"step {self.trainer.step_count}: {error}; training goes on", UserWarning, stacklevel=2)
 
     def write(self, write: Callable[[Path], None]) -> None:
         """Calls `write` with the folder, if there is one, on rank 0 alone; the others wait until it is done."""
@@ -138,6 +178,15 @@ class Loop:
         if self.trainer.communicator.rank == 0:
             write(self.folder)
         self.trainer.communicator.wait()
+
+
+def _stamp(folder: Path | None) -> tuple[int, int] | None:
+    """What changes when another model is saved in the folder; None where there is none."""
+    try:
+        about = os.stat(folder / TENSORS_FILE) if folder is not None else None
+    except OSError:
+        return None
+    return (about.st_size, about.st_mtime_ns) if about is not None else None
 
 
 _NO_LOGS = dict.fromkeys(KINDS)

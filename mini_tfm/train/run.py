@@ -36,6 +36,7 @@ class Run(Protocol):
     data_state: dict[str, Any] | None
     batch_digest: str | None
     resumed: bool
+    saved: tuple[int, Path] | None
 
     @property
     def learning_rate(self) -> float: ...

@@ -77,6 +77,7 @@ class Trainer:
         self.data_state: dict[str, Any] | None = None  # of the data of the last `fit`, if it has one
         self.batch_digest: str | None = None  # of the last step's batch, if `fit` took that step
         self.resumed = False
+        self.saved: tuple[int, Path] | None = None  # by `fit`: the last step, and the folder that holds it
 
     @property
     def learning_rate(self) -> float:

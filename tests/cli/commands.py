@@ -21,6 +21,12 @@ def command(*words):
     return [sys.executable, "-m", "mini_tfm", *map(str, words)]
 
 
+def with_plugins(folder):
+    """The environment in which a process finds the plugins in `folder` beside what this process finds."""
+    found = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    return {**ENVIRONMENT, "PYTHONPATH": found, "PYTHONDONTWRITEBYTECODE": "1"}
+
+
 def run_process(*words, **options):
     options = {"capture_output": True, "text": True, "timeout": 60, "env": ENVIRONMENT, **options}
     return subprocess.run(command(*words), **options)
@@ -40,3 +46,12 @@ class Run:
         """The one document of standard output, which must be there without a progress bar or a colour around it."""
         assert self.code == 0, self.err
         return json.loads(self.out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def write_plugin(folder, name, body):
+    """A distribution with one entry point, as pip would leave it in `folder`."""
+    (folder / f"{name}_plugin.py").write_text(body)
+    about = folder / f"{name}-1.5.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.5\n")
+    (about / "entry_points.txt").write_text(f"[mini_tfm]\n{name} = {name}_plugin\n")

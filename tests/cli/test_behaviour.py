@@ -10,7 +10,7 @@ import time
 import warnings
 
 import pytest
-from commands import ENVIRONMENT, TINY_OPTIONS, command, run_process
+from commands import ENVIRONMENT, TINY_OPTIONS, command, run_process, write_plugin
 
 from mini_tfm import cli
 from mini_tfm.pipeline import Pipeline
@@ -120,7 +120,7 @@ ERRORS = [
 ]
 USAGE = ["", "nothing", "--nothing", "generate", "score x", "embed x", "embed {folder}/model {folder}/a.txt", "compare",
          "train --steps 0",
-         "train --steps x", "demo --quick --seconds 3", "demo --seconds 0", "generate {folder}/model x --file y",
+         "train --steps x", "demo --quick --steps 3", "demo --seconds 0", "generate {folder}/model x --file y",
          "train --resume x --d-model 3",
          "train --tokenizer words", "compare {folder}/model {folder}/model {folder} --memory none", "compare {folder}/a.txt --memory none",
          "compare {folder}/model --memory none --out x", "plugins nothing", "plugins check"]  # fmt: skip
@@ -214,7 +214,7 @@ def test_ctrl_c_ends_training_with_a_model(shared, tmp_path):
 
 @pytest.mark.parametrize("whole_group", [True, False], ids=["terminal", "kill"])
 def test_ctrl_c_ends_a_demo(tmp_path, whole_group):
-    code, seconds, out, err = interrupt(["demo", "--seconds", 60, "--out", tmp_path / "d"], "^the common start", whole_group)
+    code, seconds, out, err = interrupt(["demo", "--steps", 60, "--out", tmp_path / "d"], "^the common start", whole_group)
     assert code == 130 and seconds < 2 and out == ""
     assert "Traceback" not in err and "stopped: no model was saved yet" in err
 
@@ -284,15 +284,6 @@ def test_plugins_list(run):
     assert found["window"]["options"]["size"] == 512 and "mini-tfm" in found["window"]["plugin"] and found["window"]["broken"] is None
     table = run("plugins", "list")
     assert table.code == 0 and "window" in table.out and "size=512" in table.out
-
-
-def write_plugin(folder, name, body):
-    """A distribution with one entry point, as pip would leave it in `folder`."""
-    (folder / f"{name}_plugin.py").write_text(body)
-    about = folder / f"{name}-1.5.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.5\n")
-    (about / "entry_points.txt").write_text(f"[mini_tfm]\n{name} = {name}_plugin\n")
 
 
 def test_a_broken_plugin_is_listed_and_stops_nothing(tmp_path, model, texts):

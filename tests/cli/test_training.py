@@ -1,19 +1,25 @@
 """train, average, demo and compare: what they train, keep and print."""
 
 import contextlib
+import dataclasses
+import glob
 import json
 import math
 import re
+import shlex
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
-from commands import TINY_OPTIONS
+from commands import ENVIRONMENT, TINY_OPTIONS, command, run_process, with_plugins, write_plugin
 from experiments import small_experiment
 
 from mini_tfm.cli import demo as demo_module
 from mini_tfm.cli.shared import interrupt_between_steps
 from mini_tfm.compare import experiment as experiment_module
+from mini_tfm.compare.experiment import failed
+from mini_tfm.errors import FileProblem
 from mini_tfm.transformer import load_checkpoint
 
 
@@ -124,6 +130,48 @@ def test_average_is_a_model_that_works(run, train, tmp_path):
         assert refused.code == 2 and told in refused.err and not (tmp_path / "c").exists()
 
 
+@pytest.mark.parametrize("kind", ["train", "compare", "average"])
+def test_of_two_at_once_one_gets_the_folder(kind, train, texts, tmp_path):
+    """Real processes, begun together: one is done, the other told, and nothing of it is in the folder."""
+    files = [word for path in texts for word in ("--text", path)]
+    words = {
+        "train": [*files, *TINY_OPTIONS, "--steps", 30, "--seed"],
+        "compare": ["--memory", "none", "--steps", 1, "--seed"],
+        "average": [tmp_path / "m", "--last"],
+    }[kind]
+    if kind == "average":
+        assert train(tmp_path / "m", "--steps", 4, "--save-every", 2, "--save-total-limit", 2).code == 0
+    out = tmp_path / "out"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": ENVIRONMENT}
+    both = [subprocess.Popen(command(kind, *words, number, "--out", out, "--json"), **pipes) for number in (1, 2)]
+    ends = [(process, *process.communicate(timeout=300)) for process in both]
+    codes = sorted(process.returncode for process, _, _ in ends)
+    assert codes == [0, 2], [err for _, _, err in ends]
+    (number,) = [number for number, (process, said, _) in enumerate(ends, 1) if process.returncode == 0 and json.loads(said)]
+    (told,) = [err for process, _, err in ends if process.returncode == 2]
+    assert str(out) in told and "give another folder" in told and "Traceback" not in told
+    if kind == "train":
+        assert json.loads((out / "training.json").read_text())["options"]["seed"] == number
+    elif kind == "compare":
+        assert json.loads((out / "results.json").read_text())["seed"] == number
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_claim_ends_with_its_process(tmp_path):
+    from mini_tfm.files.folders import claimed
+
+    (tmp_path / ".m.claimed").write_bytes(b"")  # a killed process left it
+    with claimed(tmp_path / "m"):
+        with pytest.raises(FileProblem, match="another process is working on it"), claimed(tmp_path / "m"):
+            pass
+        assert (tmp_path / ".m.claimed").exists()
+    with claimed(tmp_path / "new" / "m"):
+        pass
+    with pytest.raises(FileProblem, match="nothing"), claimed(tmp_path / "m"):
+        raise FileProblem("nothing")
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
 def test_a_signal_waits_to_be_asked_for_and_the_second_does_not():
     for number in (signal.SIGTERM, signal.SIGINT):
         before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
@@ -182,37 +230,42 @@ def test_demo_prints_one_table_and_commands_that_work(run, quick, texts, tmp_pat
         assert name in said.out
     for word in ("bits per byte", "segments back", "tokens/s", "state", "peak RAM", "98.8 MB", "4 %"):
         assert word in said.out
-    assert sorted(path.name for path in out.iterdir()) == ["held-out.txt", "models", "report.html", "results.json"]
-    held_out = (out / "held-out.txt").read_text(encoding="utf-8")
+    assert sorted(path.name for path in out.iterdir()) == ["held-out", "models", "report.html", "results.json"]
+    held_out = (out / "held-out" / "001.txt").read_text(encoding="utf-8")
     assert held_out and held_out in texts[0].read_text(encoding="utf-8")
     tried = [line.strip() for line in said.err.splitlines() if line.startswith("  mini-tfm ")]
     assert [line.split()[1] for line in tried] == ["generate", "score", "read", "generate"]
-    import shlex
-
     for line in tried:
-        answer = run(*shlex.split(line)[1:])
+        words = [found for word in shlex.split(line)[1:] for found in (sorted(glob.glob(word)) if "*" in word else [word])]
+        answer = run(*words)
         assert answer.code == 0, (line, answer.err)
 
 
 def test_demo_as_json_and_on_disk(run, quick, tmp_path):
-    answer = run("demo", "--seconds", 5, "--seed", 7, "--out", tmp_path / "d", "--json").json
+    answer = run("demo", "--steps", 5, "--seed", 7, "--out", tmp_path / "d", "--json").json
     results = json.loads((tmp_path / "d" / "results.json").read_text())
     assert answer["rows"] == results["rows"] and results["made_by"] == "mini-tfm"
-    assert results["command"] == "mini-tfm demo --seconds 5 --seed 7"
+    assert results["command"] == "mini-tfm demo --steps 20 --seed 7"
     assert results["rows"][1]["recall"]["6"] is None  # nothing was measured
     assert len(results["held_out_names"]) == 1 and "Python" in results["text_name"]
 
 
-def test_demo_again_replaces_its_own_results_only(run, quick, texts, tmp_path):
-    words = ["demo", "--text", *texts, "--out", tmp_path / "d"]
-    assert run(*words).code == 0
-    (tmp_path / "d" / "notes.txt").write_text("mine")
-    assert run(*words).code == 0 and (tmp_path / "d" / "notes.txt").read_text() == "mine"
+@pytest.mark.parametrize("words", [["demo"], ["compare", "--memory", "none"]])
+def test_results_are_replaced_where_that_is_asked_for_and_only_their_own(run, quick, texts, tmp_path, words):
+    again = [*words, "--text", *texts, "--out", tmp_path / "d"]
+    assert run(*again).code == 0
+    (tmp_path / "d" / "notes.mdb").write_text("mine")
+    before = (tmp_path / "d" / "results.json").read_bytes()
+    refused = run(*again)
+    assert refused.code == 2 and "--overwrite" in refused.err and (tmp_path / "d" / "results.json").read_bytes() == before
+    said = run(*again, "--overwrite", "--seed", 9)
+    assert said.code == 0 and (tmp_path / "d" / "notes.mdb").read_text() == "mine"
+    assert "notes.mdb" not in said.err and json.loads((tmp_path / "d" / "results.json").read_text())["seed"] == 9
     for name in ("report.html", "results.json", "models"):
         folder = tmp_path / f"with {name}"
         folder.mkdir()
         (folder / name).write_text('{"mine": true}')
-        refused = run("demo", "--out", folder)
+        refused = run(*words, "--out", folder, "--overwrite")
         assert refused.code == 2 and name in refused.err
         assert [path.name for path in folder.iterdir()] == [name] and (folder / name).read_text() == '{"mine": true}'
 
@@ -227,6 +280,73 @@ def test_compare_trains_or_measures(run, quick, model, texts, tmp_path):
     assert max(map(len, table.out.splitlines())) <= 110
 
 
+def test_compare_tells_first_what_it_could_not_do(run, monkeypatch, texts, tmp_path):
+    def worse(*what, **options):
+        made = small_experiment(*what, **options)
+        return dataclasses.replace(made, planned_steps=80, rows=[made.rows[0], failed("window:size=8", "no rows")])
+
+    monkeypatch.setattr(experiment_module, "run_experiment", worse)
+    words = ["compare", "--text", *texts, "--memory", "none", "--memory", "window:size=8"]
+    said = run(*words, "--out", tmp_path / "c")
+    assert said.code == 1 and "cut short: 20 of 80 steps" in said.out and "window:size=8 failed: no rows" in said.out
+    page = (tmp_path / "c" / "report.html").read_text()
+    after_title = page.split("</h1>")[1].lstrip()
+    assert after_title.startswith('<p class="warn">cut short: 20 of 80 steps') and "window:size=8 failed: no rows" in after_title
+    results = json.loads((tmp_path / "c" / "results.json").read_text())
+    assert results["rows"][1]["error"] == "no rows" and results["rows"][0]["error"] is None
+    assert results["command"].endswith("--steps 20 --seed 0")
+    answer = run(*words, "--json")
+    assert answer.code == 1 and json.loads(answer.out)["rows"][1]["bits_per_byte"] is None
+
+
+def test_compare_over_seeds_and_with_a_config(run, quick, texts, tmp_path):
+    (tmp_path / "shape.json").write_text('{"d_model": 16}')
+    words = ["--memory", "none", "--seeds", 2, "--seed", 5, "--config", tmp_path / "shape.json", "--out", tmp_path / "c"]
+    answer = run("compare", "--text", *texts, *words, "--json").json
+    assert answer["seeds"] == [5, 6] and [each["seed"] for each in answer["runs"]] == [5, 6]
+    assert answer["rows"][0]["spread"] == {"bits_per_byte": 0.0, "recall_far": 0.0}
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["report.html", "results.json", "seed-5", "seed-6"]
+    command = json.loads((tmp_path / "c" / "results.json").read_text())["command"]
+    assert command.endswith(f"--seed 5 --seeds 2 --config {tmp_path / 'shape.json'}")
+    table = run("compare", "--text", *texts, *words[:-2])
+    assert table.code == 0 and "2.000 \u00b1 0.000" in table.out
+
+
+PLUGIN = """
+import os, sys
+from mini_tfm.memory import Memory, hookimpl
+class Loud(Memory):
+    "Prints, and fails as it is told."
+    def __init__(self, how: str = "not"):
+        print("made by a plugin")
+        self.how = how
+    def write(self, state, site, layer, new):
+        print("written to")
+        if self.how == "raise":
+            raise ValueError("no rows today")
+        if self.how == "exit":
+            sys.exit(0)
+        if self.how == "die":
+            os._exit(0)
+@hookimpl
+def register_memories(register):
+    register("loud", Loud)
+"""
+
+
+def test_a_memory_that_fails_is_a_row(tmp_path, model, texts):
+    write_plugin(tmp_path, "loud", PLUGIN)
+    (tmp_path / "t.txt").write_text("It was the best of times, it was the worst of times. " * 6)
+    specs = [word for how in ("raise", "exit", "die", "not") for word in ("--memory", f"loud:how={how}")]
+    words = ["compare", model, "--text", tmp_path / "t.txt", *specs, "--memory", "none", "--json"]
+    done = run_process(*words, env=with_plugins(tmp_path), timeout=300)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    rows = json.loads(done.stdout)["rows"]
+    assert [bool(row["error"]) for row in rows] == [True, True, True, False, False]
+    assert "no rows today" in rows[0]["error"] and "SystemExit" in rows[1]["error"] and "died" in rows[2]["error"]
+    assert rows[3]["bits_per_byte"] == rows[4]["bits_per_byte"] > 0
+
+
 def test_compare_of_a_saved_model_is_its_score(run, model, tmp_path):
     text = tmp_path / "t.txt"
     text.write_text("It was the best of times, it was the worst of times. " * 6)
@@ -234,6 +354,9 @@ def test_compare_of_a_saved_model_is_its_score(run, model, tmp_path):
     rows = {row["memory"]: row for row in answer["rows"]}
     assert rows["none"]["state_bytes"] == 0 < rows["window:size=8"]["state_bytes"]
     assert all(row["peak_rss_bytes"] > 10**7 and set(row["recall"]) == {"0", "1", "2", "4", "6"} for row in rows.values())
+    assert rows["none"]["bits_per_byte"] == pytest.approx(
+        run("score", model, text, "--memory", "none", "--json").json["all"]["bits_per_byte"]
+    )
     assert rows["none"]["bits_per_byte"] != rows["window:size=8"]["bits_per_byte"]
     table = run("compare", model, "--text", text, "--memory", "none")
     assert table.code == 0 and "0 back" in table.out
@@ -258,6 +381,6 @@ def test_a_path_is_added_where_a_strategy_takes_one(tmp_path):
 
 @pytest.mark.long
 def test_the_demo_for_real(run, tmp_path):
-    answer = run("demo", "--seconds", 60, "--out", tmp_path / "d", "--json").json
+    answer = run("demo", "--steps", 60, "--out", tmp_path / "d", "--json").json
     assert len(answer["rows"]) == len(demo_module.MEMORIES)
     assert all(0 < row["bits_per_byte"] < 8 for row in answer["rows"])

@@ -11,6 +11,7 @@ from mini_tfm.config import Config
 from mini_tfm.data import TextStreams
 from mini_tfm.data.batches import fields
 from mini_tfm.errors import InvalidValue
+from mini_tfm.memory import Memory, MemorySpec
 from mini_tfm.text.tokenizers import BPETokenizer, ByteTokenizer, train_bpe
 from mini_tfm.transformer import Transformer
 
@@ -205,11 +206,71 @@ def test_segments_are_cut_of_every_field(data):
     assert batch.source_lengths.shape == batch.target_lengths.shape == (6, 2) and batch.weights is None
 
 
+@pytest.fixture(scope="module")
+def targets(tokenizer):
+    """Streams of a decoder-only model, whose segments hold a fact and its question."""
+    length = 2 * Recall(tokenizer).length + 5
+    return TextStreams([tokenizer.encode(TEXT)], segment_length=length, n_segments=4, batch_size=8, has_encoder=False)
+
+
+def test_without_sources_the_fact_stands_in_a_target_before_its_questions(tokenizer, targets):
+    recall, n_facts = Recall(tokenizer), 0
+    for seed in range(6):
+        plain = targets.batch(seed)
+        batch, asked = recall.plant(plain, (seed,))
+        at = recall.asked_from(batch)
+        assert batch.source is None and not np.shares_memory(batch.target, plain.target)
+        for b in range(len(asked)):
+            if not (asked[b] >= 0).any():
+                continue  # the document ends in the segment of the fact
+            (letter,) = set(asked[b][asked[b] >= 0].tolist())
+            (fact_at, fact_place), *questions = zip(*np.nonzero(batch.target[b] == letter), strict=True)
+            assert spells_it(recall, batch.target[b, fact_at], fact_place - 1) and fact_place < at
+            assert questions == [(t, at + len(recall.before)) for t in np.flatnonzero(asked[b] >= 0)] and questions[0][0] == fact_at
+            assert batch.weights[b, fact_at, fact_place] == 0  # nobody could know the letter
+            n_facts += 1
+    assert n_facts > 24
+
+
+def test_a_decoder_alone_that_knows_is_always_right(tokenizer, targets):
+    recall = Recall(tokenizer)
+
+    class Reads(Memory):
+        """Says the letter of the last fact it has read, where a question is due; keeps it for `keeps` segments."""
+
+        spec = MemorySpec(sites=frozenset({"decoder"}), needs=frozenset({"tokens"}))
+        keeps = 99
+
+        def start(self, batch, dims):
+            return {"letter": np.zeros((batch, 1), np.int64), "age": np.zeros((batch, 1), np.int64)}
+
+        def write(self, state, site, layer, new):
+            letters, ages = state["letter"].copy(), state["age"] + 1
+            n = len(recall.before)
+            for b, row in enumerate(new.targets):
+                for i in range(len(row) - recall.length):  # not the question, at the end
+                    if (row[i : i + n] == recall.before).all():
+                        letters[b], ages[b] = row[i + n], 0
+            state["letter"], state["age"] = np.where(ages > self.keeps, 0, letters), ages
+
+        def logits(self, state, hidden, log_probs):
+            n = log_probs.shape[-1]
+            known = (np.arange(n) == state["letter"])[:, None, :]
+            return np.where(known, np.log(0.9), np.log(0.1 / (n - 1))).astype(log_probs.dtype) + 0 * log_probs
+
+    batch = targets.cut([(targets.documents[0], start) for start in range(1, 20, 2)], 4)
+    model, memory = model_of(tokenizer), Reads()
+    model = Transformer(model.config.replace(n_encoder_layers=0))
+    assert [recall.accuracy(model, memory, batch, distance) for distance in (1, 2, 3)] == [1.0, 1.0, 1.0]
+    memory.keeps = 2  # logits are asked when the segment is written
+    assert [recall.accuracy(model, memory, batch, distance) for distance in (1, 2, 3)] == [1.0, 1.0, 0.0]
+
+
 def test_what_cannot_be_planted_is_refused(tokenizer, data):
     recall = Recall(tokenizer)
-    without = TextStreams(data.documents, segment_length=LENGTH, n_segments=2, batch_size=2, has_encoder=False)
-    with pytest.raises(InvalidValue, match="batch: facts are planted in sources"):
-        recall.plant(without.batch(0), (0,))
+    one = TextStreams(data.documents, segment_length=2 * recall.length - 1, n_segments=2, batch_size=2, has_encoder=False)
+    with pytest.raises(InvalidValue, match=f"batch: expected segments of at least {2 * recall.length} tokens, as long as a fact and its"):
+        recall.plant(one.batch(0), (0,))
     short = TextStreams(data.documents, segment_length=recall.length - 1, n_segments=2, batch_size=2)
     with pytest.raises(InvalidValue, match=f"batch: expected segments of at least {recall.length} tokens"):
         recall.plant(short.batch(0), (0,))

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from mini_tfm.config import Config
 from mini_tfm.data.batches import fields
 from mini_tfm.errors import FileProblem, InvalidType, InvalidValue, TrainingError
 from mini_tfm.files import folders
-from mini_tfm.train import Trainer
+from mini_tfm.train import Trainer, logs
 from mini_tfm.transformer import Transformer, load_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent))  # `import runs`, here and in the processes started below
@@ -245,9 +246,10 @@ def test_resumes_while_a_run_is_saved_are_whole(tmp_path):
 # The disk
 
 
+@pytest.mark.filterwarnings("ignore:step 6. .*training goes on")
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 def test_a_full_disk_is_told_and_the_last_save_stays(code, tmp_path, monkeypatch):
-    """The k-th write of the save at step 6 fails: of its checkpoint's files, and of its own."""
+    """All writes from the k-th on of the save at step 6 fail: of its checkpoint's files, and of its own."""
     folder, real = tmp_path / "run", os.write
     fit(make_trainer(), folder, steps=3, save_best=False)
     saved = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -256,7 +258,7 @@ def test_a_full_disk_is_told_and_the_last_save_stays(code, tmp_path, monkeypatch
 
         def write(fd, buffer, k=k, count=count):
             count[0] += 1
-            if count[0] == k:
+            if count[0] >= k:
                 raise OSError(code, os.strerror(code))
             return real(fd, buffer)
 
@@ -274,13 +276,91 @@ def test_a_full_disk_is_told_and_the_last_save_stays(code, tmp_path, monkeypatch
     assert not [path for path in tmp_path.rglob("*") if ".saving-" in path.name]
 
 
-def test_a_log_on_a_full_disk_is_told(tmp_path):
-    if not Path("/dev/full").exists():
-        pytest.skip("there is no /dev/full here")
-    (tmp_path / "full").symlink_to("/dev/full")
-    trainer = make_trainer()
-    with pytest.raises(FileProblem, match=r"full: "):
-        trainer.fit(data(), 3, validation=data(seed=2), progress=False, csv_log=tmp_path / "full")
+def test_a_disk_that_is_full_for_a_while_costs_no_step(tmp_path, monkeypatch):
+    folder, real, is_full = tmp_path / "run", os.write, [True]
+
+    def write(fd, buffer):
+        if is_full[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(fd, buffer)
+
+    def make_room(trainer, loss):
+        is_full[0] = trainer.step_count < 7
+
+    monkeypatch.setattr(folders.os, "write", write)
+    with pytest.warns(UserWarning, match="No space left.*training goes on") as told:
+        trainer = make_trainer()
+        fit(trainer, folder, on_step=make_room)
+    assert {"step 3", "step 6"} <= {str(each.message).split(":")[0] for each in told}
+    assert Trainer.resume(folder).step_count == 12 and trainer.saved == (12, folder)
+
+
+@pytest.mark.parametrize("at", [4, 11])
+def test_a_model_that_came_meanwhile_stays_and_so_does_the_run(at, tmp_path):
+    folder, other = tmp_path / "run", tmp_path / "other"
+    fit(make_trainer(seed=9), other, steps=1)
+
+    def meddle(trainer, loss):
+        if trainer.step_count == at:
+            shutil.rmtree(folder)
+            shutil.copytree(other, folder)
+
+    with pytest.warns(UserWarning, match="holds a model now that is not of this run, which is saved in .*run-2"):
+        trainer = make_trainer()
+        fit(trainer, folder, on_step=meddle)
+    assert Trainer.resume(folder).step_count == 1
+    assert trainer.saved == (12, tmp_path / "run-2") and Trainer.resume(tmp_path / "run-2").step_count == 12
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+@pytest.mark.parametrize("kind", ["jsonl_log", "csv_log", "tensorboard_log"])
+def test_a_log_on_a_full_disk_ends_and_training_does_not(kind, tmp_path, monkeypatch):
+    """Once is enough to tell it, and no step is lost."""
+    folder, opened = tmp_path / "run", []
+    if kind == "tensorboard_log":
+        pytest.importorskip("tensorboardX")
+    kind_of, started = logs.KINDS[kind], logs.Logs.__enter__
+
+    def enter(self):
+        entered = started(self)
+        opened.extend(log for log in self._open if isinstance(log, kind_of))
+        return entered
+
+    def fill(trainer, loss):
+        if trainer.step_count == 2:
+            (log,) = opened
+            if kind == "tensorboard_log":
+                log._writer._writer.close()
+                log._writer._writer = open("/dev/full", "wb")  # noqa: SIM115
+                log.FLUSH_SECONDS = 0.0
+            else:
+                log._file.close()
+                log._file = open("/dev/full", "w")  # noqa: SIM115
+
+    monkeypatch.setattr(logs.Logs, "__enter__", enter)
+    with pytest.warns(UserWarning, match="the log cannot be written: No space left.*training goes on without this log") as told:
+        trainer = make_trainer()
+        fit(trainer, folder, on_step=fill, **{kind: tmp_path / "log"})
+    assert len(told) == 1 and str(tmp_path / "log") in str(told[0].message)
+    assert Trainer.resume(folder).step_count == 12 == trainer.step_count
+    other = "csv" if kind != "csv_log" else "jsonl"
+    assert len((tmp_path / f"run.{other}").read_text().splitlines()) == 12 + (other == "csv")
+
+
+def test_a_log_that_cannot_be_begun_is_an_error(tmp_path):
+    (tmp_path / "log").mkdir()
+    with pytest.raises(FileProblem, match="log: "):
+        make_trainer().fit(data(), 3, validation=data(seed=2), progress=False, csv_log=tmp_path / "log")
+
+
+def test_an_error_of_someone_else_loses_no_step(tmp_path):
+    def fails(trainer, loss):
+        if trainer.step_count == 4:
+            raise BrokenPipeError("nobody listens")
+
+    with pytest.raises(BrokenPipeError, match="nobody listens"):
+        fit(make_trainer(), tmp_path / "run", on_step=fails)
+    assert Trainer.resume(tmp_path / "run").step_count == 4
 
 
 # What is not finite

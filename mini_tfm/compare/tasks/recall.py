@@ -3,7 +3,8 @@
 Into a stream of real text a fact is planted, "The code word is Q."; some segments later the decoder is asked by a
 target that begins "The code word is", and must give the letter. The distance is the number of segments between
 the one that holds the fact and the one being read when the question comes; at distance 0 no memory is needed.
-The fact overwrites text of one source segment, the question that of one target: the letter is nowhere else.
+The fact overwrites text of one source segment, the question that of one target: the letter is nowhere else. A decoder-only
+model has no sources: there the fact overwrites text of a target, and the question is at the end of the same or a later one.
 """
 
 from __future__ import annotations
@@ -54,37 +55,47 @@ class Recall:
 
         facts_at, asked_at: the segments of the fact and of the only question; by default the fact is anywhere in the
         first half, and every segment from there on has the question, or one in two where there is only one segment.
-        In the loss the question and the rest of the fact in the target have weight 0, and all letters together weigh as
-        much as all the text. strays: average number of letters per source segment that replace tokens, so that a lone
-        capital is not mistaken for a fact. Raises InvalidValue.
+        In the loss the question and the fact have weight 0 in the target, and all letters together weigh as much as all the
+        text. strays: average number of letters per segment that replace tokens, so that a lone capital is not mistaken for a
+        fact. Raises InvalidValue.
         """
-        if batch.source is None or batch.source_lengths is None:
-            raise InvalidValue("batch: facts are planted in sources, and this one has none (a decoder-only model)")
         size, n, length = batch.target.shape
-        if length < self.length:
-            raise InvalidValue(f"batch: expected segments of at least {self.length} tokens, as long as a fact, got {length}")
+        needed = self.length * (2 if batch.source is None else 1)
+        if length < needed:
+            holds = "a fact and its question" if batch.source is None else "a fact"
+            raise InvalidValue(f"batch: expected segments of at least {needed} tokens, as long as {holds}, got {length}")
         rng = np.random.default_rng(seed)
-        source, target = batch.source.copy(), batch.target.copy()
+        target, at = batch.target.copy(), self.asked_from(batch)
+        text = target if batch.source is None else batch.source.copy()  # what holds the facts
+        lengths = batch.target_lengths if batch.source_lengths is None else batch.source_lengths
         weights = np.ones(target.shape, np.float32) if batch.weights is None else batch.weights.copy()
         if strays:
-            stray = rng.random(source.shape) < strays / length
-            source = np.where(stray, self.letters[rng.integers(len(self.letters), size=source.shape)], source)
+            stray = rng.random(text.shape) < strays / length
+            text[...] = np.where(stray, self.letters[rng.integers(len(self.letters), size=text.shape)], text)
+            if text is target:
+                weights[stray] = 0
         asked: np.ndarray = np.full((size, n), -1, np.int64)
         for b in range(size):
             t = int(rng.integers((n + 1) // 2)) if facts_at is None else facts_at
             letter = self.letters[rng.integers(len(self.letters))]
             fact = np.concatenate([self.before, [letter], self.after])
             place, coins = float(rng.random()), np.asarray(rng.random(n))
-            room = int(batch.source_lengths[b, t]) - self.length
+            room = min(int(lengths[b, t]), at or text.shape[2]) - self.length
             if room < 0:
                 continue
             start = int(place * (room + 1))
-            source[b, t, start : start + self.length] = fact
+            text[b, t, start : start + self.length] = fact
+            if text is target:
+                weights[b, t, start : start + self.length] = 0
             for later in self._questions(batch, b, t, coins < 0.5, asked_at):
-                target[b, later, : self.length], weights[b, later, : self.length], asked[b, later] = fact, 0, letter
+                target[b, later, at : at + self.length], weights[b, later, at : at + self.length], asked[b, later] = fact, 0, letter
         counted = np.arange(length) < batch.target_lengths[..., None]
-        weights[..., len(self.before)][asked >= 0] = (weights * counted).sum() / max(1, (asked >= 0).sum())
-        return dataclasses.replace(batch, source=source, target=target, weights=weights), asked
+        weights[..., at + len(self.before)][asked >= 0] = (weights * counted).sum() / max(1, (asked >= 0).sum())
+        return dataclasses.replace(batch, source=None if batch.source is None else text, target=target, weights=weights), asked
+
+    def asked_from(self, batch: Batch) -> int:
+        """The first token of a question in its target: 0, or what puts it at the end where the fact may be in the same target."""
+        return batch.target.shape[2] - self.length if batch.source is None else 0
 
     def _questions(self, batch: Batch, row: int, fact_at: int, coins: np.ndarray, asked_at: int | None) -> Iterator[int]:
         """The segments of a row in which the question is asked; coins: (n,) bool, drawn for a stream of one segment."""
@@ -93,7 +104,7 @@ class Recall:
             if t > fact_at and batch.begins is not None and batch.begins[row, t]:
                 return  # another document, whose memory does not know the fact
             wanted = n > 1 or coins[t] if asked_at is None else t == asked_at
-            if wanted and batch.target_lengths[row, t] >= self.length:
+            if wanted and batch.target_lengths[row, t] >= self.asked_from(batch) + self.length:
                 yield t
 
     def training_batch(self, batch: Batch, seed: tuple[int, ...]) -> Batch:
@@ -103,7 +114,7 @@ class Recall:
     def measure(self, model: Model, memory: Memory | None, held_out: HeldOut) -> dict[str, Any]:
         """Shares of facts that are still known, by distance in segments, and the mean of the far ones.
 
-        Raises InvalidValue where segments are too short for a fact, or the model has no encoder.
+        Raises InvalidValue where segments are too short for a fact.
         """
         known = {d: self.accuracy(model, memory, held_out.streams, d, seed=held_out.seed) for d in DISTANCES}
         return {"recall": known, "recall_far": float(np.mean([known[d] for d in FAR]))}
@@ -120,14 +131,14 @@ class Recall:
         batch = cut_segments(batch, distance + 1)
         batch, asked = self.plant(batch, (seed, distance), facts_at=0, asked_at=distance)
         right = total = 0
-        stream = Stream(model, memory, len(batch.target))
+        stream, letter_at = Stream(model, memory, len(batch.target)), self.asked_from(batch) + len(self.before)
         for t, hidden in read_batch(stream, batch):
             rows = np.flatnonzero(asked[:, t] >= 0)
             if len(rows):
                 scores = (
-                    stream.log_probs(hidden)[rows, len(self.before)]
+                    stream.log_probs(hidden)[rows, letter_at]
                     if stream.run.changes_output
-                    else stream.logits(value_of(hidden)[rows, len(self.before)])
+                    else stream.logits(value_of(hidden)[rows, letter_at])
                 )
                 right += int((np.argmax(value_of(scores), axis=1) == asked[rows, t]).sum())
                 total += len(rows)
