@@ -302,8 +302,9 @@ _UFUNC_VJPS: dict[Any, tuple[Callable, ...]] = {
         lambda dy, y, a, b: dy * b * np.power(a, np.subtract(b, 1)),
         lambda dy, y, a, b: dy * y * np.log(np.where(np.asarray(a) > 0, a, 1)),
     ),
-    np.maximum: (lambda dy, y, a, b: dy * (a >= b), lambda dy, y, a, b: dy * (a < b)),
-    np.minimum: (lambda dy, y, a, b: dy * (a <= b), lambda dy, y, a, b: dy * (a > b)),
+    # A tie goes to a. Where either is NaN, so is the result, and both get dy.
+    np.maximum: (lambda dy, y, a, b: dy * ~(a < b), lambda dy, y, a, b: dy * ~(a >= b)),
+    np.minimum: (lambda dy, y, a, b: dy * ~(a > b), lambda dy, y, a, b: dy * ~(a <= b)),
     np.negative: (lambda dy, y, a: -dy,),
     np.exp: (lambda dy, y, a: dy * y,),
     np.log: (lambda dy, y, a: dy / a,),

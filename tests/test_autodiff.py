@@ -364,3 +364,11 @@ def test_parts_are_added_to_a_gradient_that_others_share():
     backward((both * 1 + 0).sum() + a[1:].sum() * 10 + a[np.array([0, 0])].sum() * 100 + a[np.array([True, False, True])].sum())
     np.testing.assert_array_equal(a.grad, [202, 11, 12])
     np.testing.assert_array_equal(b.grad, [1, 1, 1])
+
+
+@pytest.mark.parametrize("function", [np.maximum, np.minimum])
+def test_where_an_extremum_is_nan_both_sides_get_its_gradient(function):
+    a, b = Var(np.array([np.nan, 1.0, np.nan, 2.0])), Var(np.array([0.0, np.nan, np.nan, 2.0]))
+    backward(np.sum(function(a, b)))
+    np.testing.assert_array_equal(a.grad, [1, 1, 1, 1])
+    np.testing.assert_array_equal(b.grad, [1, 1, 1, 0])

@@ -62,6 +62,16 @@ cdef inline bint plain_vector(y, cnp.ndarray x, ptrdiff_t n) noexcept:
     )
 
 
+cdef inline bint plain_double(y, cnp.ndarray x, int leading) noexcept:
+    """As `plain`, of float64 whatever x's dtype, with the shape of x's first axes."""
+    return (
+        plain(y)
+        and cnp.PyArray_TYPE(<cnp.ndarray>y) == cnp.NPY_FLOAT64
+        and cnp.PyArray_NDIM(<cnp.ndarray>y) == leading
+        and same_leading(y, x, leading)
+    )
+
+
 cdef inline bint same_leading(cnp.ndarray x, cnp.ndarray y, int n) noexcept:
     """Whether the first n axes, which both have, are of the same lengths."""
     cdef int axis
@@ -204,9 +214,9 @@ cdef inline cnp.ndarray new_like(cnp.ndarray x):
     return cnp.PyArray_EMPTY(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), cnp.PyArray_TYPE(x), 0)
 
 
-cdef inline cnp.ndarray new_vector(cnp.ndarray x, cnp.npy_intp n):
-    """An array of x's dtype and shape (n,), not filled."""
-    return cnp.PyArray_EMPTY(1, &n, cnp.PyArray_TYPE(x), 0)
+cdef inline cnp.ndarray new_vector(cnp.npy_intp n, int dtype):
+    """An array (n,), not filled."""
+    return cnp.PyArray_EMPTY(1, &n, dtype, 0)
 
 
 cdef inline cnp.ndarray new_matrix(cnp.ndarray x, ptrdiff_t n, ptrdiff_t m):
@@ -230,9 +240,9 @@ cdef inline cnp.ndarray new_result(cnp.ndarray x, ptrdiff_t n):
     return new_array(x, cnp.PyArray_NDIM(x) - 1, n, cnp.PyArray_TYPE(x))
 
 
-cdef inline cnp.ndarray new_leading(cnp.ndarray x):
-    """An array of x's dtype and shape without its last axis, not filled."""
-    return cnp.PyArray_EMPTY(cnp.PyArray_NDIM(x) - 1, cnp.PyArray_DIMS(x), cnp.PyArray_TYPE(x), 0)
+cdef inline cnp.ndarray new_leading(cnp.ndarray x, int dtype):
+    """An array of x's shape without its last axis, not filled."""
+    return cnp.PyArray_EMPTY(cnp.PyArray_NDIM(x) - 1, cnp.PyArray_DIMS(x), dtype, 0)
 
 
 cdef int no_memory_if(int failed) except -1:

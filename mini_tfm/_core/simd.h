@@ -284,6 +284,17 @@ INLINE vec exp_weight(vec x) {
 
 INLINE real exp_real(real x) { return exp_vec(all(x))[0]; }
 
+/* What rows are compared with, a log-sum-exp or a mean, as two reals: beside a large offset one would round away what rows differ
+ * in. Taken off one after the other, the first leaves a difference that is exact for all that lie near. */
+struct two_parts {
+    real whole, rest;
+};
+
+INLINE struct two_parts in_two_parts(double x) {
+    real whole = (real)x;
+    return (struct two_parts){whole, isfinite(whole) ? (real)(x - whole) : 0};
+}
+
 /* erf, NaN stays NaN. In float, odd polynomial below 1 and 1 - exp(-polynomial) above, fitted to 1e-9 relative; the
  * double one, which only tests use at length, is libm's. */
 INLINE vec erf_vec(vec x) {

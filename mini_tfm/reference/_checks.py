@@ -52,6 +52,12 @@ def real(name, x, *, like=None, shape=None, ndim=None, min_ndim=0):
     return x if type(x) is np.ndarray and flags.c_contiguous and flags.aligned else _contiguous(x)
 
 
+def double(name, x, *, shape):
+    """A float64 array, whatever the others' dtype: what a forward gives its backward without rounding."""
+    _array(name, x, (FLOAT64,), shape, None, 0)
+    return _contiguous(x)
+
+
 def heads_real(name, x, *, like=None, shape=None):
     """A real array (B, H, N, D) whose rows of D may lie anywhere; where they are not whole it is copied to contiguous."""
     _array(name, x, (FLOAT32, FLOAT64) if like is None else (like.dtype,), shape, 4, 0)
@@ -309,7 +315,7 @@ def cross_entropy(logits, targets, ignore_index, label_smoothing):
 
 def of_losses(x, lse, dlosses):
     """What the backward is given for each row of x."""
-    return real("lse", lse, like=x, shape=x.shape[:1]), real("dlosses", dlosses, like=x, shape=x.shape[:1])
+    return double("lse", lse, shape=x.shape[:1]), real("dlosses", dlosses, like=x, shape=x.shape[:1])
 
 
 def linear_cross_entropy(x, weight, targets, bias, transposed, ignore_index, label_smoothing, chunk):
@@ -488,7 +494,7 @@ def attention_backward(dout, out, lse, q, blocks, scale, needs, dropout, seed):
     q, checked, scale, dropout, seed = attention(q, blocks, scale, dropout, seed)
     dout = heads_real("dout", dout, like=q, shape=q.shape)
     out = heads_real("out", out, like=q, shape=q.shape)
-    lse = real("lse", lse, like=q, shape=q.shape[:3])
+    lse = double("lse", lse, shape=q.shape[:3])
     if needs is None:
         needs = [True] * len(checked)
     elif not isinstance(needs, (list, tuple)) or len(needs) != len(checked):
@@ -505,7 +511,7 @@ def attention_mass(q, block, lse, scale, asking):
     q = heads_real("q", q)
     scale = number("scale", scale)
     block = attention_block(block, "block", q)
-    return q, block, real("lse", lse, like=q, shape=q.shape[:3]), scale, mask("asking", asking, shape=(q.shape[0], q.shape[2]))
+    return q, block, double("lse", lse, shape=q.shape[:3]), scale, mask("asking", asking, shape=(q.shape[0], q.shape[2]))
 
 
 def thread_count(n):

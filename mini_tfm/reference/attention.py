@@ -56,7 +56,8 @@ def _scores(q, block, b, h, scale):
     scores = q[b, h].astype(np.float64) @ keys.T if block.index is None else np.einsum("td,tkd->tk", q[b, h].astype(np.float64), keys)
     scores = scores * scale
     if block.bias is not None:
-        scores = scores + block.bias[b, h]
+        bias = block.bias[b, h]
+        scores = np.where(bias == -np.inf, -np.inf, scores + bias)  # whatever the score: NaN + -inf would be NaN
     scores = np.where(seen, scores, -np.inf)
     return scores, scores != -np.inf
 
@@ -88,12 +89,12 @@ def _kept(dropout, seed, at_block, row, shape):
 def attention(q: Real, blocks: Sequence[Block], scale: float, *, dropout: float = 0.0, seed: int = 0) -> tuple[Real, Real]:
     """out (B, H, T, D), lse (B, H, T) of queries q (B, H, T, D) over all blocks in one softmax.
 
-    lse is the log of the sum of exponentials of the scores, what the backward needs. A query that sees no key gets a
-    zero row and lse -inf. dropout: the share of the normalised weights that is zeroed, 0 <= dropout < 1; the rest is
+    lse is the log of the sum of exponentials of the scores, what the backward needs, in float64 for every dtype. A query that
+    sees no key gets a zero row and lse -inf. dropout: the share of the normalised weights that is zeroed, 0 <= dropout < 1; the rest is
     divided by 1 - dropout. Which ones is a function of seed, 0 <= seed < 2**64, block, row and key alone.
     """
     q, blocks, scale, dropout, seed = _checks.attention(q, blocks, scale, dropout, seed)
-    out, lse = np.zeros_like(q), np.full(q.shape[:3], -np.inf, q.dtype)
+    out, lse = np.zeros_like(q), np.full(q.shape[:3], -np.inf)
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         for b, h in np.ndindex(q.shape[:2]):
             pairs = [_scores(q, block, b, h, scale) for block in blocks]
@@ -138,7 +139,7 @@ def attention_backward(
         every = enumerate(zip(blocks, dks, dvs, strict=True))
         for (b, h), (at_block, (block, dk, dv)) in itertools.product(np.ndindex(q.shape[:2]), every):
             q_h, dout_h = q[b, h].astype(np.float64), dout[b, h].astype(np.float64)
-            row_lse = lse[b, h].astype(np.float64)[:, None]
+            row_lse = lse[b, h][:, None]
             delta = (dout_h * out[b, h]).sum(-1, keepdims=True)
             scores, seen = _scores(q, block, b, h, scale)
             seen = seen & (row_lse != -np.inf)
@@ -179,7 +180,7 @@ def attention_mass(q: Real, block: Block, lse: Real, scale: float, asking: Mask)
     with np.errstate(invalid="ignore", over="ignore"):
         for b, h in np.ndindex(q.shape[:2]):
             scores, seen = _scores(q, block, b, h, scale)
-            row_lse = lse[b, h].astype(np.float64)[:, None]
+            row_lse = lse[b, h][:, None]
             seen = seen & asking[b][:, None] & (row_lse != -np.inf)
             weights = np.where(seen, np.exp(scores - row_lse), 0.0)
             if block.index is None:

@@ -42,7 +42,10 @@ def activation(x: Real, kind: str, *, out: Real | None = None) -> Real:
 
 
 def activation_backward(x: Real, dy: Real, kind: str, *, out: Real | None = None) -> Real:
-    """dx = dy * kind'(x), from the activation's input."""
+    """dx = dy * kind'(x), from the activation's input.
+
+    Where x is NaN, relu, which gives NaN there, lets dy through as PyTorch does; the slope of the others is NaN.
+    """
     x = _checks.real("x", x)
     dy = _checks.real("dy", dy, like=x, shape=x.shape)
     _checks.activation_kind(kind)
@@ -50,7 +53,7 @@ def activation_backward(x: Real, dy: Real, kind: str, *, out: Real | None = None
     x64, dy64 = x.astype(np.float64), dy.astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
         if kind == "relu":
-            return _checks.into(out, np.where(x64 > 0.0, dy64, 0.0).astype(x.dtype))
+            return _checks.into(out, np.where(x64 <= 0.0, 0.0, dy64).astype(x.dtype))
         if kind == "gelu":
             near = np.clip(x64, -40.0, 40.0)  # beyond, the density is 0, and inf times 0 would be NaN
             slope = 0.5 * (1.0 + _erf(x64 / np.sqrt(2.0))) + near * np.exp(-0.5 * near * near) / np.sqrt(2.0 * np.pi)

@@ -11,9 +11,10 @@ __all__ = ["cross_entropy", "cross_entropy_backward", "linear_cross_entropy", "l
 
 
 def cross_entropy(logits: Real, targets: Integers, ignore_index: int = -100, label_smoothing: float = 0.0) -> tuple[Real, Real]:
-    """losses (N,), lse (N,) of logits (N, V) against targets (N,).
+    """losses (N,), lse (N,), float64, of logits (N, V) against targets (N,).
 
     loss = lse - (1 - label_smoothing) * logits[target] - label_smoothing * mean(logits), lse = log sum exp(logits).
+    lse is float64 for every dtype: the gradient's exp(logits - lse) would lose what is rounded away beside a large offset.
     Rows whose target is `ignore_index` get loss 0 and lse 0. A target at -inf costs +inf.
     """
     logits, targets, ignore_index, smoothing = _checks.cross_entropy(logits, targets, ignore_index, label_smoothing)
@@ -21,14 +22,14 @@ def cross_entropy(logits: Real, targets: Integers, ignore_index: int = -100, lab
     x = logits[counted].astype(np.float64)
     at_target = x[np.arange(len(x)), targets[counted]]
     with np.errstate(invalid="ignore", over="ignore"):
-        row_lse = _max_and_log_sum(x)[1][:, 0]
-        loss = row_lse - (1.0 - smoothing) * at_target
+        top, log_sum = (part[:, 0] for part in _max_and_log_sum(x))
+        loss = log_sum + (1.0 - smoothing) * (top - at_target)
         if smoothing:
-            loss = loss - smoothing * x.mean(-1)
+            loss = loss + smoothing * (top - x.mean(-1))
         loss = np.where(at_target == -np.inf, np.inf, loss)
-    losses, lse = np.zeros(len(logits), logits.dtype), np.zeros(len(logits), logits.dtype)
+    losses, lse = np.zeros(len(logits), logits.dtype), np.zeros(len(logits))
     with np.errstate(over="ignore"):
-        losses[counted], lse[counted] = loss, row_lse
+        losses[counted], lse[counted] = loss, top + log_sum
     return losses, lse
 
 
@@ -40,7 +41,7 @@ def cross_entropy_backward(
     lse, dlosses = _checks.of_losses(logits, lse, dlosses)
     counted = targets != ignore_index
     dlogits = np.zeros_like(logits)
-    x, row_lse = logits[counted].astype(np.float64), lse[counted].astype(np.float64)[:, None]
+    x, row_lse = logits[counted].astype(np.float64), lse[counted][:, None]
     with np.errstate(invalid="ignore", over="ignore"):
         p = np.where(row_lse == -np.inf, 0.0, np.exp(x - row_lse)) - smoothing / max(logits.shape[1], 1)
         p[np.arange(len(x)), targets[counted]] -= 1.0 - smoothing
@@ -71,7 +72,7 @@ def linear_cross_entropy(
     rounded = in_bfloat16 if _checks.bfloat16(bfloat16, "x", x) else np.asarray
     losses, lse = cross_entropy(_logits(rounded(x), rounded(weight), bias, transposed), targets, ignored, smoothing)
     with np.errstate(over="ignore"):
-        return losses.astype(x.dtype), lse.astype(x.dtype)
+        return losses.astype(x.dtype), lse
 
 
 def linear_cross_entropy_backward(
@@ -100,7 +101,7 @@ def linear_cross_entropy_backward(
     rounded = in_bfloat16 if _checks.bfloat16(bfloat16, "x", x) else np.asarray
     x, weight = rounded(x), rounded(weight)
     logits = _logits(x, weight, bias, transposed)
-    dlogits = cross_entropy_backward(logits, targets, lse.astype(np.float64), dlosses.astype(np.float64), ignored, smoothing)
+    dlogits = cross_entropy_backward(logits, targets, lse, dlosses.astype(np.float64), ignored, smoothing)
     dbias = None if bias is None else dlogits.sum(0).astype(x.dtype)
     dlogits = rounded(dlogits.astype(x.dtype)).astype(np.float64) if bfloat16 else dlogits
     w = weight.astype(np.float64)

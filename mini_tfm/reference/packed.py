@@ -123,7 +123,7 @@ def linear_top_k(x: Real, weight: PackedWeight, k: int, bias: Real | None = None
     """The k largest of x W + bias in every row of x (..., d_in): scores (..., k), ids (..., k) int64.
 
     Best first; of equal scores the smaller id first. A score that is NaN is never returned; where fewer than k are left, id
-    is -1 and score -inf. lse: also log(sum(exp(scores))) over all d_out, (...).
+    is -1 and score -inf. lse: also log(sum(exp(scores))) over all d_out, (...) float64.
     """
     x, k, bias, lse, n = _checks.linear_top_k(x, weight, k, bias, lse)
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
@@ -138,4 +138,4 @@ def linear_top_k(x: Real, weight: PackedWeight, k: int, bias: Real | None = None
         totals = (np.where(np.isneginf(top), 0, top) + np.log(np.exp(y - np.where(np.isneginf(top), 0, top)).sum(1, keepdims=True)))[:, 0]
     leading = x.shape[:-1]
     found = scores.reshape(*leading, k), ids.reshape(*leading, k)
-    return (*found, totals.astype(x.dtype).reshape(leading)) if lse else found
+    return (*found, totals.reshape(leading)) if lse else found

@@ -9,13 +9,16 @@ __all__ = ["log_softmax", "softmax", "softmax_backward"]
 
 
 def _max_and_log_sum(x):
-    """Row maximum with -inf replaced by 0, so that the subtraction is defined, and log sum exp. x is float64."""
+    """Row maximum with -inf replaced by 0, so that the subtraction is defined, and log sum exp(x - maximum). x is float64.
+
+    Apart, for their sum loses what is small beside the maximum.
+    """
     if x.shape[-1] == 0:
         return np.zeros((*x.shape[:-1], 1)), np.full((*x.shape[:-1], 1), -np.inf)
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         top = x.max(-1, keepdims=True)
         top = np.where(top == -np.inf, 0.0, top)
-        return top, top + np.log(np.exp(x - top).sum(-1, keepdims=True))
+        return top, np.log(np.exp(x - top).sum(-1, keepdims=True))
 
 
 def softmax(x: Real, *, out: Real | None = None) -> Real:
@@ -48,6 +51,6 @@ def log_softmax(x: Real, *, out: Real | None = None) -> Real:
     x = _checks.real("x", x, min_ndim=1)
     out = _checks.optional_output(out, x, ("x", x))
     x64 = x.astype(np.float64)
-    _, lse = _max_and_log_sum(x64)
+    top, log_sum = _max_and_log_sum(x64)
     with np.errstate(invalid="ignore", over="ignore"):
-        return _checks.into(out, np.where(lse == -np.inf, -np.inf, x64 - lse).astype(x.dtype))
+        return _checks.into(out, np.where(log_sum == -np.inf, -np.inf, x64 - top - log_sum).astype(x.dtype))

@@ -32,7 +32,7 @@ IN_NUMPY = {"encode_rows"}  # for every instruction set; test_search.py has its 
 
 def sample(name, dtype, layout="contiguous", big=False, seed=0):
     """The arguments, freshly made; `layout` is that of everything that is not changed in place."""
-    values, plain = Values(seed, dtype, layout), Values(seed + 1, dtype)
+    values, plain, doubles = Values(seed, dtype, layout), Values(seed + 1, dtype), Values(seed + 2, "float64", layout)
     n, d = (601, 517) if big else (7, 5)
     x, dy, rows, weight = values.real(n, d), values.real(n, d), values.real(n), values.real(d)
     out, flat = np.ones((n, d), dtype), n * d
@@ -44,7 +44,7 @@ def sample(name, dtype, layout="contiguous", big=False, seed=0):
     output_layer = {"bias": values.real(n_classes), "transposed": True, **smoothing, "chunk": 500 if big else 2, "bfloat16": False}
 
     def lse_of_classes():
-        return np.log(np.exp(x @ weights.T + output_layer["bias"]).sum(1))
+        return np.log(np.exp((x @ weights.T + output_layer["bias"]).astype(np.float64)).sum(1))
 
     batch, heads, length, source, head = (2, 4, 140, 160, 24) if big else (2, 4, 5, 6, 8)
     q = values.real(batch, heads, length, head)
@@ -64,13 +64,13 @@ def sample(name, dtype, layout="contiguous", big=False, seed=0):
         },
         "attention": lambda: {"q": q, "blocks": case.blocks, "scale": 0.3, "dropout": 0.2, "seed": 5},
         "attention_mass": lambda: {
-            "q": q, "block": case.blocks[0], "lse": values.real(batch, heads, length) + 5, "scale": 0.3,
+            "q": q, "block": case.blocks[0], "lse": doubles.real(batch, heads, length) + 5, "scale": 0.3,
             "asking": values.mask(batch, length)
         },
         "attention_backward": lambda: attention_backward(case, q, values),
         "cross_entropy": lambda: {"logits": x, "targets": targets, **smoothing},
         "cross_entropy_backward": lambda: {
-            "logits": x, "targets": targets, "lse": np.log(np.exp(x).sum(1)), "dlosses": rows, **smoothing
+            "logits": x, "targets": targets, "lse": np.log(np.exp(x.astype(np.float64)).sum(1)), "dlosses": rows, **smoothing
         },
         "linear_cross_entropy": lambda: {"x": x, "weight": weights, "targets": classes, **output_layer},
         "linear_cross_entropy_backward": lambda: {
@@ -83,7 +83,9 @@ def sample(name, dtype, layout="contiguous", big=False, seed=0):
         "gemm": lambda: {"a": x, "b": dy, "trans_a": False, "trans_b": True, "out": plain.real(n, n), "accumulate": True, "bias": None,
                  "bfloat16": False},
         "layer_norm": lambda: {"x": x, "weight": weight, "bias": values.real(d), "eps": 1e-5, "out": out},
-        "layer_norm_backward": lambda: {"dy": dy, "x": x, "weight": weight, "mean": rows, "rstd": values.positive(n), "out": out},
+        "layer_norm_backward": lambda: {
+            "dy": dy, "x": x, "weight": weight, "mean": doubles.real(n), "rstd": values.positive(n), "out": out
+        },
         "linear_top_k": lambda: {"x": x, "weight": packed(plain, dtype, d), "k": 5, "bias": values.real(D_OUT), "lse": True},
         "log_softmax": lambda: {"x": x, "out": out},
         "pack": lambda: {"weight": x, "dtype": np.dtype(dtype).name, "transposed": False, "gate": dy, "group": None},

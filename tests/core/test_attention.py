@@ -25,7 +25,8 @@ def check(core, case):
     out, lse = core.attention(case.q, case.blocks, case.scale)
     expected = naive.attention(case.q, case.blocks, case.scale)
     assert_close(out, expected.out, "attention", k=expected.n, terms=expected.terms_out, dtype=case.q.dtype)
-    assert_close(lse, expected.lse, "lse", k=expected.n, terms=expected.terms_lse, dtype=case.q.dtype)
+    assert lse.dtype == np.float64
+    assert_close(lse.astype(case.q.dtype), expected.lse, "lse", k=expected.n, terms=expected.terms_lse)
 
 
 @pytest.mark.parametrize("feature", FEATURES)
@@ -74,7 +75,7 @@ def test_blocks_share_one_softmax(core, dtype):
         case.blocks = [Block(a, b) for a, b in zip(np.split(k, cuts, 2), np.split(v, cuts, 2), strict=True)]
         out, lse = core.attention(case.q, case.blocks, case.scale)
         assert_close(out, whole.out, "attention", k=30, terms=whole.terms_out)
-        assert_close(lse, whole.lse, "lse", k=30, terms=whole.terms_lse)
+        assert_close(lse.astype(dtype), whole.lse, "lse", k=30, terms=whole.terms_lse)
 
 
 def test_an_index_of_all_rows_is_no_index(core, dtype):
@@ -99,7 +100,7 @@ def test_the_last_query_sees_the_last_key(core, dtype):
     q, v = np.zeros((1, 1, 2, 1), dtype), np.arange(5, dtype=dtype).reshape(1, 1, 5, 1)
     out, lse = core.attention(q, [Block(np.zeros_like(v), v, causal=True)], 1.0)
     assert_close(out.reshape(2), np.array([1.5, 2.0]), "attention", k=5)
-    assert_close(np.exp(lse.reshape(2)), np.array([4.0, 5.0]), "lse", k=5, terms=5.0)
+    assert_close(np.exp(lse.reshape(2)).astype(dtype), np.array([4.0, 5.0]), "lse", k=5, terms=5.0)
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 2**60])
@@ -113,23 +114,49 @@ def test_far_offsets_and_wide_windows(core, causal, offset, window):
         check(core, case)
 
 
-@pytest.mark.parametrize("feature", ["causal", "prefix", "offset", "window", "causal window", "lengths", "valid", "index"])
-def test_what_is_hidden_is_never_read(core, dtype, feature):
-    """NaN in every key and value that a mask hides leaves no trace."""
-    n_hidden = 0
-    for seed, length in enumerate((1, 2, 5, 40)):
-        case = drawn_case(feature, Values(seed, dtype), batch=2, heads=2, length=length, source=70, d=8)
-        block = case.blocks[0]
-        block.offset = block.offset or 9  # or the last query might see everything
-        expected = naive.attention(case.q, case.blocks, case.scale)
-        rows, seen = naive.rows_and_seen(case.q, block)
-        used = np.zeros((2, 70), bool)
+HIDING = ["causal", "prefix", "offset", "window", "causal window", "lengths", "valid", "index"]
+HIDING_BIASES = {  # a bias of -inf, of which every fifth key is hidden: its shape without the keys, and its way through memory
+    "per key": ((1, 1, 1), lambda bias: bias), "of each head": ((1, 2, 1), lambda bias: bias),
+    "of each row": ((2, 1, 1), lambda bias: bias),
+    "dense": ((2, 2, None), lambda bias: bias), "strided": ((2, 2, None), lambda bias: np.repeat(bias, 2, axis=3)[..., ::2]),
+    "beside an index": ((2, 2, None), lambda bias: bias),
+}  # fmt: skip
+
+
+def case_that_hides(feature, values, length, source=70):
+    """A case of one block, and which rows (B, S) some query sees."""
+    if not feature.startswith("hidden by a bias"):
+        case = drawn_case(feature, values, batch=2, heads=2, length=length, source=source, d=8)
+        case.blocks[0].offset = case.blocks[0].offset or 9  # or the last query might see everything
+        rows, seen = naive.rows_and_seen(case.q, case.blocks[0])
+        used = np.zeros((2, source), bool)
         for b in range(2):
             used[b, rows[b][seen[b]]] = True
-        block.k, block.v = (np.where(used[:, None, :, None], x, np.nan).astype(dtype) for x in (block.k, block.v))
+        return case, used
+    kind = feature.removeprefix("hidden by a bias ")
+    shape, laid = HIDING_BIASES[kind]
+    case = drawn_case("plain", values, batch=2, heads=2, length=length, source=source, d=8)
+    bias = values.real(*(length if n is None else n for n in shape), source)
+    bias[..., ::5] = -np.inf
+    case.blocks[0].bias = laid(bias)
+    if kind == "beside an index":
+        case.blocks[0].index = np.broadcast_to(np.arange(source), (2, 2, length, source)).copy()
+    return case, np.broadcast_to(np.arange(source) % 5 > 0, (2, source))
+
+
+@pytest.mark.parametrize("feature", [*HIDING, *(f"hidden by a bias {n}" for n in HIDING_BIASES)])
+@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
+def test_what_is_hidden_is_never_read(core, dtype, feature, odd):
+    """NaN or an infinity in every key and value that a mask or a bias of -inf hides leaves no trace."""
+    n_hidden = 0
+    for seed, length in enumerate((1, 2, 5, 40)):
+        case, used = case_that_hides(feature, Values(seed, dtype), length)
+        expected = naive.attention(case.q, case.blocks, case.scale)
+        (block,) = case.blocks
+        block.k, block.v = (np.where(used[:, None, :, None], x, odd).astype(dtype) for x in (block.k, block.v))
         out, lse = core.attention(case.q, case.blocks, case.scale)
         assert_close(out, expected.out, "attention", k=expected.n, terms=expected.terms_out)
-        assert_close(lse, expected.lse, "lse", k=expected.n, terms=expected.terms_lse)
+        assert_close(lse.astype(dtype), expected.lse, "lse", k=expected.n, terms=expected.terms_lse)
         n_hidden += (~used).sum()
     assert n_hidden
 
@@ -154,7 +181,7 @@ def test_nan_reaches_the_rows_that_see_it_alone(core, dtype, feature, length):
         else:
             expected_out[hit, 3] = np.nan
         assert_close(out, expected_out, "attention", k=expected.n, terms=expected.terms_out)
-        assert_close(lse, expected_lse, "lse", k=expected.n, terms=expected.terms_lse)
+        assert_close(lse.astype(dtype), expected_lse, "lse", k=expected.n, terms=expected.terms_lse)
 
 
 @examples(2)

@@ -8,7 +8,7 @@ from core import naive_attention as naive
 from core.attention_cases import BIASES, FEATURES, drawn_case, only_row
 from core.cases import Values, layouts, seeds
 from core.naive import gradient
-from core.test_attention import few, head_sizes, lengths, sources
+from core.test_attention import HIDING, HIDING_BIASES, case_that_hides, few, head_sizes, lengths, sources
 from helpers import assert_close, assert_same_bits, examples
 from hypothesis import given
 
@@ -166,24 +166,24 @@ def test_a_batch_row_alone_has_the_same_bits(core, dtype, seed, length):
             assert_same_bits((a.dk, a.dv), (grad.dk[row : row + 1], grad.dv[row : row + 1]))
 
 
-def test_hidden_rows_get_zero_and_nan_stays_out(core, dtype):
-    """What no query sees has zero gradients, even if it holds NaN."""
-    for feature in ("causal", "window", "lengths", "valid", "index"):
-        for length in (2, 40):
-            values = Values(length, dtype)
-            case = drawn_case(feature, values, batch=2, heads=2, length=length, source=70, d=8)
-            dout, block = values.real(*case.q.shape), case.blocks[0]
-            block.offset = 9
-            expected = naive.attention_backward(dout, case.q, case.blocks, case.scale)
-            rows, seen = naive.rows_and_seen(case.q, block)
-            used = np.zeros((2, 70), bool)
-            for b in range(2):
-                used[b, rows[b][seen[b]]] = True
-            block.k, block.v = (np.where(used[:, None, :, None], x, np.nan).astype(dtype) for x in (block.k, block.v))
-            dq, (grad,) = backward(core, case, dout)
-            assert_close(dq, expected.dq, "attention_backward", k=expected.n, terms=expected.terms_dq)
-            for d_bank in (grad.dk, grad.dv):
-                assert np.isfinite(d_bank).all() and not d_bank.transpose(0, 2, 1, 3)[~used].any()
+@pytest.mark.parametrize("feature", [*HIDING, *(f"hidden by a bias {kind}" for kind in HIDING_BIASES)])
+@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
+def test_hidden_rows_get_zero_and_nan_stays_out(core, dtype, feature, odd):
+    """What no query sees has zero gradients, even if it holds NaN or an infinity; so has a bias of -inf."""
+    for length in (2, 40):
+        values = Values(length, dtype)
+        case, used = case_that_hides(feature, values, length)
+        dout, (block,) = values.real(*case.q.shape), case.blocks
+        expected = naive.attention_backward(dout, case.q, case.blocks, case.scale)
+        block.k, block.v = (np.where(used[:, None, :, None], x, odd).astype(dtype) for x in (block.k, block.v))
+        block.needs_dbias = block.bias is not None
+        dq, (grad,) = backward(core, case, dout)
+        assert_close(dq, expected.dq, "attention_backward", k=expected.n, terms=expected.terms_dq)
+        for d_bank, wanted in ((grad.dk, expected.dk[0]), (grad.dv, expected.dv[0])):
+            assert np.isfinite(d_bank).all() and not d_bank.transpose(0, 2, 1, 3)[~used].any()
+            np.testing.assert_allclose(d_bank, wanted, atol=1e-4)
+        if block.bias is not None:
+            assert np.isfinite(grad.dbias).all() and not grad.dbias[np.isneginf(block.bias)].any()
 
 
 @pytest.mark.parametrize("feature", ["plain", "causal", "distance bias", "index", "everything"])
@@ -211,3 +211,18 @@ def test_with_dropout_it_is_the_slope_of_what_was_kept(core, feature, length, so
             loss.append((core.attention(case.q, case.blocks, case.scale, **drops)[0] * dout).sum())
         x[...] = kept
         np.testing.assert_allclose((loss[0] - loss[1]) / (2 * step), (slope * direction).sum(), rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("feature", ["plain", "per key bias", "index"])
+@pytest.mark.parametrize("offset", [1e2, 1e4, 4.3e4, 1e6])
+def test_scores_that_share_an_offset_keep_their_weights(core, dtype, feature, offset):
+    """All scores of a query lie near `offset`. Its weights add up to one, in the backward as on the way there: dv of ones adds up
+    to the queries, and of values of one key's the output's gradient is nothing."""
+    for length in (1, 3, 40):
+        case = drawn_case(feature, Values(length, dtype), batch=2, heads=2, kv_heads=2, length=length, source=50, d=8)
+        block = case.blocks[0]
+        case.q[..., 0], block.k[..., 0], case.scale = np.sqrt(offset), np.sqrt(offset), 1.0
+        dout = np.ones_like(case.q)
+        seen = (np.ones(case.q.shape[:3], bool) if block.index is None else (block.index >= 0).any(-1)).sum(2)
+        _, (grad,) = backward(core, case, dout)
+        np.testing.assert_allclose(grad.dv.sum(2, dtype=np.float64), np.broadcast_to(seen[..., None], (2, 2, 8)), rtol=1e-5)

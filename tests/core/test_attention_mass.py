@@ -42,6 +42,15 @@ def test_all_that_is_asked_adds_up_to_the_queries(core, dtype):
     np.testing.assert_allclose(mass.sum(1), 90, rtol=1e-5)
 
 
+@pytest.mark.parametrize("offset", [1e2, 1e4, 1e6])
+def test_scores_that_share_an_offset_keep_their_weights(core, dtype, offset):
+    case = drawn_case("plain", Values(0, dtype), 2, 3, 1, 30, 300, 16)
+    case.q[..., 0], case.blocks[0].k[..., 0], case.scale = np.sqrt(offset), np.sqrt(offset), 1.0
+    _, lse = core.attention(case.q, case.blocks, case.scale)
+    mass = core.attention_mass(case.q, case.blocks[0], lse, case.scale, np.ones((2, 30), bool))
+    np.testing.assert_allclose(mass.sum(1, dtype=np.float64), 90, rtol=1e-5)
+
+
 def test_a_batch_row_alone_has_the_same_bits(core, dtype):
     case = drawn_case("lengths", Values(3, dtype), 3, 4, 2, 20, 200, 8)
     _, lse = core.attention(case.q, case.blocks, case.scale)

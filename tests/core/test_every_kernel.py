@@ -51,7 +51,7 @@ def test_results_are_arrays_of_their_own(core, dtype, name):
     results = [array for array in arrays_in(call(core, name, arguments)) if not any(array is x for x in given)]
     for i, array in enumerate(results):
         assert type(array) is np.ndarray and array.flags.c_contiguous and array.flags.writeable
-        assert array.dtype in (dtype, np.int64)
+        assert array.dtype in (dtype, np.float64, np.int64)  # what a backward takes back is float64 for both
         assert not any(np.shares_memory(array, other) for other in [*given, *results[:i]])
 
 
@@ -108,7 +108,7 @@ PAST_CACHES = [
     ("softmax_backward", lambda rows, d: {"y": rows, "dy": rows[::-1].copy()}),
     ("layer_norm", lambda rows, d: {"x": rows, "weight": rows[0], "bias": rows[1], "eps": 1e-5}),
     ("rms_norm", lambda rows, d: {"x": rows, "weight": rows[0], "eps": 1e-5}),
-    ("layer_norm_backward", lambda rows, d: {"dy": rows[::-1].copy(), "x": rows, "weight": rows[0], "mean": rows[:, 0].copy(),
+    ("layer_norm_backward", lambda rows, d: {"dy": rows[::-1].copy(), "x": rows, "weight": rows[0], "mean": rows[:, 0].astype(np.float64),
                                              "rstd": rows[:, 1].copy()}),
     ("rms_norm_backward", lambda rows, d: {"dy": rows[::-1].copy(), "x": rows, "weight": rows[0], "rstd": rows[:, 1].copy()}),
     ("activation", lambda rows, d: {"x": rows, "kind": "gelu"}), ("activation", lambda rows, d: {"x": rows, "kind": "relu"}),
@@ -163,6 +163,10 @@ def whole(*shape):
     return lambda dtype: np.zeros(shape, np.int64)
 
 
+def double(*shape):
+    return lambda dtype: np.ones(shape)
+
+
 def truth(*shape):
     return lambda dtype: np.ones(shape, bool)
 
@@ -204,9 +208,9 @@ EMPTY = [
     ("softmax_backward", {"y": real(0, 3), "dy": real(0, 3)}, [((0, 3), 0)]),
     ("softmax_backward", {"y": real(3, 0), "dy": real(3, 0)}, [((3, 0), 0)]),
     ("layer_norm", {"x": real(0, 3), "weight": real(3), "bias": real(3), "eps": 1e-5}, [((0, 3), 0), ((0,), 0), ((0,), 0)]),
-    ("layer_norm_backward", {"dy": real(0, 3), "x": real(0, 3), "weight": real(3), "mean": real(0), "rstd": real(0)},
+    ("layer_norm_backward", {"dy": real(0, 3), "x": real(0, 3), "weight": real(3), "mean": double(0), "rstd": real(0)},
      [((0, 3), 0), ((3,), 0), ((3,), 0)]),
-    ("layer_norm_backward", {"dy": real(2, 0), "x": real(2, 0), "weight": real(0), "mean": real(2), "rstd": real(2)},
+    ("layer_norm_backward", {"dy": real(2, 0), "x": real(2, 0), "weight": real(0), "mean": double(2), "rstd": real(2)},
      [((2, 0), 0), ((0,), 0), ((0,), 0)]),
     ("rms_norm", {"x": real(0, 3), "weight": real(3), "eps": 1e-5}, [((0, 3), 0), ((0,), 0)]),
     ("rms_norm_backward", {"dy": real(0, 3), "x": real(0, 3), "weight": real(3), "rstd": real(0)}, [((0, 3), 0), ((3,), 0)]),
@@ -219,16 +223,16 @@ EMPTY = [
     ("embedding_backward", {"ids": whole(0), "dout": real(0, 2), "dtable": real(3, 2)}, [((3, 2), 1)]),
     ("cross_entropy", {"logits": real(0, 3), "targets": whole(0)}, [((0,), 0), ((0,), 0)]),
     ("cross_entropy", {"logits": real(0, 0), "targets": whole(0)}, [((0,), 0), ((0,), 0)]),
-    ("cross_entropy_backward", {"logits": real(0, 3), "targets": whole(0), "lse": real(0), "dlosses": real(0)}, [((0, 3), 0)]),
+    ("cross_entropy_backward", {"logits": real(0, 3), "targets": whole(0), "lse": double(0), "dlosses": real(0)}, [((0, 3), 0)]),
     ("linear_cross_entropy", {"x": real(0, 3), "weight": real(3, 4), "targets": whole(0)}, [((0,), 0), ((0,), 0)]),
     ("linear_cross_entropy", {"x": real(0, 3), "weight": real(3, 0), "targets": whole(0)}, [((0,), 0), ((0,), 0)]),
     ("linear_cross_entropy", {"x": real(2, 0), "weight": real(0, 1), "targets": whole(2)}, [((2,), 0), ((2,), 0)]),
     ("linear_cross_entropy", {"x": real(2, 0), "weight": real(1, 0), "targets": whole(2), "transposed": True}, [((2,), 0), ((2,), 0)]),
-    ("linear_cross_entropy_backward", {"x": real(0, 3), "weight": real(3, 4), "targets": whole(0), "lse": real(0), "dlosses": real(0),
+    ("linear_cross_entropy_backward", {"x": real(0, 3), "weight": real(3, 4), "targets": whole(0), "lse": double(0), "dlosses": real(0),
                                        "dweight": real(3, 4), "bias": real(4)}, [((0, 3), 0), ((3, 4), 1), ((4,), 0)]),
-    ("linear_cross_entropy_backward", {"x": real(0, 3), "weight": real(0, 3), "targets": whole(0), "lse": real(0), "dlosses": real(0),
+    ("linear_cross_entropy_backward", {"x": real(0, 3), "weight": real(0, 3), "targets": whole(0), "lse": double(0), "dlosses": real(0),
                                        "dweight": real(0, 3), "bias": real(0), "transposed": True}, [((0, 3), 0), ((0, 3), 0), ((0,), 0)]),
-    ("linear_cross_entropy_backward", {"x": real(2, 0), "weight": real(0, 1), "targets": whole(2), "lse": real(2), "dlosses": real(2),
+    ("linear_cross_entropy_backward", {"x": real(2, 0), "weight": real(0, 1), "targets": whole(2), "lse": double(2), "dlosses": real(2),
                                        "dweight": real(0, 1)}, [((2, 0), 0), ((0, 1), 0)]),
     ("adamw", {"param": real(0), "grad": real(0), "m": real(0), "v": real(0), "lr": 0.1, "beta1": 0.9, "beta2": 0.9, "eps": 1e-8,
                "weight_decay": 0.0, "step": 1}, [((0,), 0)] * 3),
@@ -254,12 +258,12 @@ EMPTY = [
      [((1, 1, 2, 4), 0), ((1, 1, 2), -np.inf)]),
     ("attention", {"q": real(1, 1, 2, 4), "blocks": a_block((1, 1, 0, 4), bias=real(0), valid=truth(1, 0), lengths=whole(1)), "scale": 1.0},
      [((1, 1, 2, 4), 0), ((1, 1, 2), -np.inf)]),
-    ("attention_backward", {"dout": real(1, 2, 3, 4), "out": real(1, 2, 3, 4), "lse": lambda dtype: np.full((1, 2, 3), -np.inf, dtype),
+    ("attention_backward", {"dout": real(1, 2, 3, 4), "out": real(1, 2, 3, 4), "lse": lambda dtype: np.full((1, 2, 3), -np.inf),
                             "q": real(1, 2, 3, 4), "blocks": a_block((1, 2, 0, 4)), "scale": 1.0},
      [((1, 2, 3, 4), 0), ((1, 2, 0, 4), 0), ((1, 2, 0, 4), 0)]),
-    ("attention_backward", {"dout": real(1, 2, 0, 4), "out": real(1, 2, 0, 4), "lse": real(1, 2, 0), "q": real(1, 2, 0, 4),
+    ("attention_backward", {"dout": real(1, 2, 0, 4), "out": real(1, 2, 0, 4), "lse": double(1, 2, 0), "q": real(1, 2, 0, 4),
                             "blocks": a_block((1, 2, 3, 4)), "scale": 1.0}, [((1, 2, 0, 4), 0), ((1, 2, 3, 4), 0), ((1, 2, 3, 4), 0)]),
-    ("attention_backward", {"dout": real(1, 2, 3, 4), "out": real(1, 2, 3, 4), "lse": lambda dtype: np.full((1, 2, 3), -np.inf, dtype),
+    ("attention_backward", {"dout": real(1, 2, 3, 4), "out": real(1, 2, 3, 4), "lse": lambda dtype: np.full((1, 2, 3), -np.inf),
                             "q": real(1, 2, 3, 4), "blocks": lambda dtype: [], "scale": 1.0}, [((1, 2, 3, 4), 0)]),
 ]  # fmt: skip
 

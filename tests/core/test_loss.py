@@ -24,7 +24,8 @@ def test_forward(core, dtype, seed, n, vocab, layout, scale, smoothing, ignored)
     expected, expected_lse = naive.cross_entropy(logits, targets, ignored, smoothing)
     terms = 1.0 + np.abs(logits).max(-1)
     assert_close(losses, expected, "cross_entropy", k=vocab, terms=terms, dtype=dtype)
-    assert_close(lse, expected_lse, "cross_entropy", k=vocab, terms=terms, dtype=dtype)
+    assert_close(lse.astype(dtype), expected_lse, "cross_entropy", k=vocab, terms=terms)
+    assert lse.dtype == np.float64
     assert (losses[targets == ignored] == 0).all() and (lse[targets == ignored] == 0).all()
 
 
@@ -84,7 +85,8 @@ def test_an_output_layers_loss(core, dtype, seed, n, d, vocab, layout, scale, tr
     expected, expected_lse = naive.linear_cross_entropy(x, weight, targets, bias, transposed, ignored, smoothing)
     terms = 1.0 + largest(x, weight, bias)
     assert_close(losses, expected, "linear_cross_entropy", k=vocab + d, terms=terms, dtype=dtype)
-    assert_close(lse, expected_lse, "linear_cross_entropy", k=vocab + d, terms=terms, dtype=dtype)
+    assert_close(lse.astype(dtype), expected_lse, "linear_cross_entropy", k=vocab + d, terms=terms)
+    assert lse.dtype == np.float64
     assert (losses[targets == ignored] == 0).all() and (lse[targets == ignored] == 0).all()
 
 
@@ -144,3 +146,50 @@ def test_chunks_are_those_of_the_whole(core, dtype):
         dx, dweight, _ = core.linear_cross_entropy_backward(x, weight, targets, lse, dlosses, np.zeros_like(weight), chunk=chunk)
         np.testing.assert_allclose(dx, core.gemm(dlogits, weight, trans_b=True), rtol=0, atol=100 * np.finfo(dtype).eps)
         np.testing.assert_allclose(dweight, core.gemm(x, dlogits, trans_a=True), rtol=0, atol=100 * np.finfo(dtype).eps)
+
+
+# Logits that share an offset: their loss is that of the rest, to the roundings of the rest.
+
+offsets = st.sampled_from([1e2, 1e3, 1e4, 1e5, 1e6, -1e6])
+
+
+def in_double(logits, targets, smoothing, dlosses):
+    """losses and dlogits of the same logits, in float64 throughout."""
+    x = logits.astype(np.float64)
+    x = x - x.max(1, keepdims=True)
+    p = np.exp(x) / np.exp(x).sum(1, keepdims=True)
+    wanted = smoothing / x.shape[1] + (1 - smoothing) * (np.arange(x.shape[1]) == targets[:, None])
+    losses = -(wanted * (x - np.log(np.exp(x).sum(1, keepdims=True)))).sum(1)
+    return losses, (p - wanted) * dlosses.astype(np.float64)[:, None]
+
+
+@given(seed=seeds, n=st.integers(1, 8), vocab=sizes, offset=offsets, smoothing=smoothings)
+def test_an_offset_of_all_logits_costs_no_precision(core, seed, n, vocab, offset, smoothing):
+    values = Values(seed, "float32")
+    logits, targets, dlosses = values.real(n, vocab) + np.float32(offset), values.integers(0, vocab, n), values.real(n)
+    expected, expected_dlogits = in_double(logits, targets, smoothing, dlosses)
+    losses, lse = core.cross_entropy(logits, targets, label_smoothing=smoothing)
+    dlogits = core.cross_entropy_backward(logits, targets, lse, dlosses, label_smoothing=smoothing)
+    assert_close(losses, expected, "cross_entropy", k=vocab, terms=np.ptp(logits, axis=1) + 1)
+    assert_close(dlogits, expected_dlogits, "cross_entropy_backward", k=vocab, terms=(np.abs(dlosses) * 8)[:, None])
+    log_p = logits - logits.max(1, keepdims=True).astype(np.float64)
+    log_p = log_p - np.log(np.exp(log_p).sum(1, keepdims=True))
+    assert_close(core.log_softmax(logits), log_p, "log_softmax", k=vocab, terms=np.ptp(logits, axis=1, keepdims=True) + 1)
+
+
+@given(seed=seeds, n=st.integers(1, 8), vocab=sizes, offset=offsets, smoothing=smoothings, chunk=st.sampled_from([1, 7, 1024]))
+def test_an_offset_of_an_output_layers_bias_costs_no_precision(core, seed, n, vocab, offset, smoothing, chunk):
+    """x W is whole and small, so the logits are those numbers of float32 that the kernel makes, too."""
+    values = Values(seed, "float32")
+    x, weight = values.whole(n, 3), values.whole(3, vocab)
+    bias, targets, dlosses = values.real(vocab) + np.float32(offset), values.integers(0, vocab, n), values.real(n)
+    expected, expected_dlogits = in_double(x @ weight + bias, targets, smoothing, dlosses)
+    options = {"bias": bias, "label_smoothing": smoothing, "chunk": chunk}
+    losses, lse = core.linear_cross_entropy(x, weight, targets, **options)
+    dx, _, dbias = core.linear_cross_entropy_backward(x, weight, targets, lse, dlosses, **options)
+    if core.__name__.endswith("reference"):  # adds the bias in double
+        expected, expected_dlogits = in_double((x @ weight).astype(np.float64) + bias, targets, smoothing, dlosses)
+    assert_close(losses, expected, "linear_cross_entropy", k=vocab, terms=100.0)
+    slope = np.abs(dlosses).max() * 8
+    assert_close(dx, expected_dlogits @ weight.T, "linear_cross_entropy_backward", k=vocab, terms=slope * 9)
+    assert_close(dbias, expected_dlogits.sum(0), "linear_cross_entropy_backward", k=vocab + n, terms=slope)

@@ -26,7 +26,8 @@ def test_layer_norm(core, dtype, seed, rows, d, layout, scale, eps, with_bias):
     far = spread(x, expected[2], eps)
     terms = np.abs(weight).max() * far.reshape(*rows, 1) ** 2 + (np.abs(bias).max() if with_bias else 0.0)
     assert_close(y, expected[0], "layer_norm", k=d, terms=terms, dtype=dtype)
-    assert_close(mean, expected[1], "layer_norm", k=d, terms=np.abs(x).max(-1).reshape(-1), dtype=dtype)
+    assert_close(mean.astype(dtype), expected[1], "layer_norm", k=d, terms=np.abs(x).max(-1).reshape(-1))
+    assert mean.dtype == np.float64
     assert_close(rstd, expected[2], "layer_norm", k=d, terms=expected[2] * far**2, dtype=dtype)
 
 
@@ -81,3 +82,33 @@ def test_a_large_mean_does_not_drown_the_variance(core, dtype):
     x = (offset + np.arange(64) % 2).astype(dtype)[None]
     y, _, _ = core.layer_norm(x, np.ones(64, dtype), None, 0.0)
     np.testing.assert_allclose(np.abs(y), 1.0, rtol=1e-3)
+
+
+@pytest.mark.parametrize("eps", [1e-12, 1e-5])
+@pytest.mark.parametrize("value", [0.1, 3.3, 1000.1, -1e6 / 3, 1e8])
+def test_a_constant_row_is_nothing_but_its_bias(core, dtype, value, eps):
+    """Its sum is rounded, and the mean with it: taken off alone, what is left would be divided by a spread of nearly nothing."""
+    for d in (2, 3, 5, 31, 512, 768, 1000, 1024, 4099):
+        x, bias = np.full((3, d), value, dtype), np.arange(d).astype(dtype)
+        y, mean, rstd = core.layer_norm(x, np.ones(d, dtype), bias, eps)
+        np.testing.assert_array_equal(y, np.tile(bias, (3, 1)))
+        np.testing.assert_array_equal(mean, np.full(3, x[0, 0]))
+        np.testing.assert_allclose(rstd, eps**-0.5, rtol=1e-3)
+        dx, dweight, _ = core.layer_norm_backward(np.ones_like(x), x, np.ones(d, dtype), mean, rstd)
+        assert not dweight.any() and np.abs(dx).max() <= 8 * np.finfo(dtype).eps * eps**-0.5
+
+
+@given(seed=seeds, d=sizes, offset=st.sampled_from([1e2, 1e3, 1e4, 1e5, 1e6]), spread=st.sampled_from([1.0, 30.0]))
+def test_an_offset_costs_no_precision(core, seed, d, offset, spread):
+    """Against the same numbers of float32 in float64, forward and backward."""
+    values = Values(seed, "float32")
+    x, weight, dy = values.real(4, d, scale=spread) + np.float32(offset), values.real(d), values.real(4, d)
+    y, mean, rstd = core.layer_norm(x, weight, None, 1e-5)
+    expected = naive.norm(x, weight, None, 1e-5, centre=True)
+    z = np.abs(expected[0]).max() + 1
+    assert_close(y, expected[0], "layer_norm", k=d, terms=z)
+    grads = core.layer_norm_backward(dy, x, weight, mean, rstd)
+    wanted = naive.norm_backward(dy, x, weight, 1e-5, centre=True)
+    largest = np.abs(dy).max() * (1 + np.abs(weight).max())
+    for grad, correct, terms in zip(grads, wanted, (largest * rstd.max() * 10, largest * 10, largest), strict=True):
+        assert_close(grad, correct, "layer_norm_backward", k=d, terms=terms)

@@ -221,7 +221,13 @@ def test_the_best_k(core, kind, group, seed, rows, d_in, d_out, k, biased):
         assert ids[row].tolist() == expected
         np.testing.assert_array_equal(scores[row], [-score for score, _ in order] + [-np.inf] * (k - len(order)))
         total = naive.log_sum_exp(y[row].astype(np.float64).tolist()) if d_out else -np.inf
-        assert_close(lse[row : row + 1], np.array([total]), "lse", k=max(d_out, 1), terms=np.array([abs(total) + 1 if d_out else 0]))
+        assert_close(
+            lse[row : row + 1].astype(real_of(kind)),
+            np.array([total]),
+            "lse",
+            k=max(d_out, 1),
+            terms=np.array([abs(total) + 1 if d_out else 0]),
+        )
     assert_same_bits(core.linear_top_k(x, packed, k, bias), (scores, ids))
 
 

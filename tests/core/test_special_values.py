@@ -50,7 +50,7 @@ TABLE = [
     ("activation", {"x": [nan, inf, 0.0, TINY, -HUGE, HUGE], "kind": "gelu_tanh"}, [[nan, inf, 0, TINY / 2, 0, HUGE]]),
     ("activation", {"x": [nan, inf, 0.0, TINY, -HUGE, HUGE], "kind": "silu"}, [[nan, inf, 0, TINY / 2, 0, HUGE]]),
     ("activation", {"x": [-inf], "kind": "relu"}, [[0]]),
-    ("activation_backward", {"x": [0.0, -HUGE, HUGE], "dy": [1.0, 1.0, 1.0], "kind": "relu"}, [[0, 0, 1]]),
+    ("activation_backward", {"x": [0.0, -HUGE, HUGE, nan, nan], "dy": [1.0, 1.0, 1.0, 2.0, nan], "kind": "relu"}, [[0, 0, 1, 2, nan]]),
     ("activation_backward", {"x": [0.0, -HUGE, HUGE, nan], "dy": [1.0, 1.0, 1.0, 1.0], "kind": "gelu"}, [[0.5, 0, 1, nan]]),
     ("activation_backward", {"x": [0.0, -HUGE, HUGE, nan], "dy": [1.0, 1.0, 1.0, 1.0], "kind": "gelu_tanh"}, [[0.5, 0, 1, nan]]),
     ("activation_backward", {"x": [0.0, -HUGE, HUGE, nan], "dy": [1.0, 1.0, 1.0, 1.0], "kind": "silu"}, [[0.5, 0, 1, nan]]),
@@ -108,6 +108,8 @@ TABLE = [
 def as_array(argument, value, dtype):
     if not isinstance(value, list):
         return value
+    if argument in ("lse", "mean"):  # float64 for both, of numbers that the others have
+        return np.array(value, dtype).astype(np.float64)
     return np.array(value, np.int64 if argument in ("ids", "targets", "positions") else dtype)
 
 

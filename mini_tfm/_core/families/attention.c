@@ -109,7 +109,7 @@ static void rows_with_tile(const struct head *head, const struct tile *tile, con
 
 /* Queries [i0, i1) of head h in batch row b. */
 static void attention_piece(const struct mt_rows *q, const struct mt_block *blocks, const struct mt_attention_sizes *sizes,
-                            const struct mt_rows *out, real *lse_bht, ptrdiff_t b, ptrdiff_t h, ptrdiff_t i0, ptrdiff_t i1, struct piece_room *room) {
+                            const struct mt_rows *out, double *lse_bht, ptrdiff_t b, ptrdiff_t h, ptrdiff_t i0, ptrdiff_t i1, struct piece_room *room) {
     ptrdiff_t d = sizes->d, d_room = round_up(d, VL), row0 = (b * sizes->heads + h) * sizes->length, rows = i1 - i0;
     const real *q_td = head_rows(q, b, h);
     const ptrdiff_t q_ld = q->stride[2];
@@ -154,7 +154,7 @@ static void attention_piece(const struct mt_rows *q, const struct mt_block *bloc
 
 /* As attention(). */
 static int attention_many(const struct mt_rows *q, const struct mt_block *blocks, const struct mt_attention_sizes *sizes,
-                          const struct mt_rows *out, real *lse, double work) {
+                          const struct mt_rows *out, double *lse, double work) {
     enum { QUERIES_MOST = 384, QUERIES_LEAST = 48 };
     ptrdiff_t length = sizes->length, rows = sizes->batch * sizes->heads;
     /* Long runs of queries share the packing of a tile; enough pieces keep every thread busy; workspace stays within L2. */

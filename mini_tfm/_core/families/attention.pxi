@@ -189,7 +189,7 @@ def attention(q, blocks, scale, *, dropout=0.0, seed=0):
     if not given.take(q, blocks, scale, dropout, seed):
         q, blocks, scale, dropout, seed = _checks.attention(q, blocks, scale, dropout, seed)
         checked_if(given.take(q, blocks, scale, dropout, seed))
-    out, lse = rows_like(q), new_leading(q)
+    out, lse = rows_like(q), new_leading(q, cnp.NPY_FLOAT64)
     cdef bint wide = is_double(q)
     cdef mt_rows po = rows_of(out)
     cdef void *pl = ptr(lse)
@@ -203,7 +203,7 @@ cdef bint plain_forward(dout, out, lse, cnp.ndarray q) noexcept:
     """What the forward gave for q, and the gradient of it."""
     return (
         plain_heads_like(dout, q) and plain_heads_like(out, q)
-        and plain(lse) and cnp.PyArray_TYPE(lse) == cnp.PyArray_TYPE(q) and cnp.PyArray_NDIM(lse) == 3 and same_leading(lse, q, 3)
+        and plain_double(lse, q, 3)
     )
 
 

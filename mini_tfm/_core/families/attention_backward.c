@@ -12,7 +12,8 @@ enum { BACKWARD_QUERIES = 96 }; /* in a block of queries at most; a multiple of 
 
 struct backward {
     const struct mt_rows *dout, *q, *dq;
-    const real *lse_bht, *delta_bht;
+    const double *lse_bht;
+    const real *delta_bht;
     const struct mt_block *blocks;
     const struct mt_attention_sizes *sizes;
     ptrdiff_t queries; /* in a block of queries: a multiple of MR */
@@ -121,7 +122,8 @@ static void add_dkv(ptrdiff_t rows, ptrdiff_t n, ptrdiff_t d, const struct span 
 
 /* Row constants of the backward. */
 struct row_backward {
-    real lse, delta, keep_scale; /* lse in units of log 2; 1 / (1 - dropout) */
+    struct two_parts lse;   /* in units of log 2 */
+    real delta, keep_scale; /* keep_scale: 1 / (1 - dropout) */
     const lane *kept_j;          /* or NULL: no dropout */
 };
 
@@ -130,7 +132,7 @@ INLINE void row_gradients(real *p_j, real *ds_j, ptrdiff_t lo, ptrdiff_t hi, con
 #pragma GCC unroll 2
     for (ptrdiff_t j = lo; j < hi; j += VL) {
         vec s = load(p_j + j), dp = load(ds_j + j);
-        vec p = exp2_below(s - row->lse, all(-BIAS), all(MAGIC)), weight = p;
+        vec p = exp2_below(s - row->lse.whole - row->lse.rest, all(-BIAS), all(MAGIC)), weight = p;
         if (drops) {
             ivec kept;
             memcpy(&kept, row->kept_j + j, sizeof kept);
@@ -164,8 +166,8 @@ static int finish_gradients(const struct backward *of, const struct head *head, 
     const struct mt_attention_sizes *sizes = of->sizes;
     int plain = sees_whole_tile(&view, tile) && !view.bias_j, masked = !plain;
     if (masked) row_scores(p_j, lo, hi, view.bias_j, view.bias_stride, view.first, view.last, tile->shown_j);
-    real lse = of->lse_bht[row];
-    struct row_backward constants = {.lse = lse * (real)LOG2_E, .delta = of->delta_bht[row]};
+    double lse = of->lse_bht[row];
+    struct row_backward constants = {.lse = in_two_parts(lse * LOG2_E), .delta = of->delta_bht[row]};
     if (lse == -INFINITY) { /* the query sees nothing at all */
         memset(p_j + lo, 0, (hi - lo) * sizeof(real));
         memset(ds_j + lo, 0, (hi - lo) * sizeof(real));

@@ -161,7 +161,7 @@ enum { FEW_ROOM = (sizeof(struct few_room) + sizeof(real) - 1) / sizeof(real) };
 
 /* Row `row` from its parts, `apart` reals from tile to tile: o (d_room), top, total. so_far_d (d_room,) is room for the sum. */
 static void few_finish(const struct mt_attention_sizes *sizes, const real *parts, ptrdiff_t tiles, ptrdiff_t apart, real *so_far_d, ptrdiff_t row,
-                       const struct mt_rows *out, real *lse) {
+                       const struct mt_rows *out, double *lse) {
     ptrdiff_t d_room = round_up(sizes->d, VL);
     struct part so_far = {-INFINITY, 0, so_far_d};
     memset(so_far_d, 0, d_room * sizeof(real));
@@ -175,7 +175,7 @@ static void few_finish(const struct mt_attention_sizes *sizes, const real *parts
 /* As attention(), for at most FEW_MOST queries of each of the `group` heads together that read one kv head. A span's size
  * does not show in the result: every tile's part is kept apart until all are there. */
 static int attention_few(const struct mt_rows *q, const struct mt_block *blocks, const struct mt_attention_sizes *sizes,
-                         const struct mt_rows *out, real *lse, ptrdiff_t group, double work) {
+                         const struct mt_rows *out, double *lse, ptrdiff_t group, double work) {
     ptrdiff_t d = sizes->d, d_room = round_up(d, VL), heads = sizes->heads, length = sizes->length;
     ptrdiff_t units = sizes->batch * (heads / group), rows = group * length, tiles = 0;
     for (ptrdiff_t at_block = 0; at_block < sizes->n_blocks; at_block++) tiles += div_up(blocks[at_block].width, KEYS);

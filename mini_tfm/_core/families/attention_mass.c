@@ -19,12 +19,13 @@ static size_t mass_room_at(real *work, ptrdiff_t d, struct mass_room *room) {
 }
 
 /* s_j [lo, hi) become the weights of a query whose log-sum-exp is lse. */
-static void mass_weights(real *s_j, ptrdiff_t lo, ptrdiff_t hi, real lse) {
-    for (ptrdiff_t j = lo; j < hi; j += VL) store(s_j + j, exp2_below(load(s_j + j) - lse * (real)LOG2_E, all(-BIAS), all(MAGIC)));
+static void mass_weights(real *s_j, ptrdiff_t lo, ptrdiff_t hi, double lse) {
+    const struct two_parts off = in_two_parts(lse * LOG2_E);
+    for (ptrdiff_t j = lo; j < hi; j += VL) store(s_j + j, exp2_below(load(s_j + j) - off.whole - off.rest, all(-BIAS), all(MAGIC)));
 }
 
 /* Keys [at, at + n) of batch row b, which every query of every head may see. mass_j (n,) written. */
-static void mass_of_tile(const struct mt_rows *q, const struct mt_block *block, const struct mt_attention_sizes *sizes, const real *lse_bht,
+static void mass_of_tile(const struct mt_rows *q, const struct mt_block *block, const struct mt_attention_sizes *sizes, const double *lse_bht,
                          const uint8_t *asking_t, ptrdiff_t b, ptrdiff_t at, ptrdiff_t n, real *mass_j, struct mass_room *room) {
     ptrdiff_t d = sizes->d, length = sizes->length;
     real sum_j[KEYS] = {0};
@@ -44,7 +45,8 @@ static void mass_of_tile(const struct mt_rows *q, const struct mt_block *block, 
             pack_queries(head_rows(q, b, h) + i0 * q->stride[2], q->stride[2], rows, d, (real)(sizes->scale * LOG2_E), room->q_di);
             rows_scores(rows, spans, d, room->q_di, room->k_t, room->s_ij);
             for (ptrdiff_t r = 0; r < rows; r++) {
-                real *s_j = room->s_ij + r * SCORES_LD, lse = lse_bht[row0 + i0 + r];
+                real *s_j = room->s_ij + r * SCORES_LD;
+                double lse = lse_bht[row0 + i0 + r];
                 struct span span = spans[r / MR];
                 if (!asking_t[i0 + r] || !span.hi || lse == -INFINITY) continue;
                 finish_scores(&head, &tile, i0 + r, span.lo, span.hi, s_j);
@@ -57,7 +59,7 @@ static void mass_of_tile(const struct mt_rows *q, const struct mt_block *block, 
 }
 
 /* The same of an index block, whose queries pick rows anywhere: the whole batch row. mass_s (S,) zeroed. */
-static void mass_of_index(const struct mt_rows *q, const struct mt_block *block, const struct mt_attention_sizes *sizes, const real *lse_bht,
+static void mass_of_index(const struct mt_rows *q, const struct mt_block *block, const struct mt_attention_sizes *sizes, const double *lse_bht,
                           const uint8_t *asking_t, ptrdiff_t b, real *mass_s, struct mass_room *room) {
     ptrdiff_t d = sizes->d, width = block->width;
     for (ptrdiff_t h = 0; h < sizes->heads; h++) {

@@ -284,6 +284,9 @@ static void rows_scores(ptrdiff_t rows, const struct span *spans, ptrdiff_t d, c
 
 /* ---- rows of scores ---- */
 
+/* A score and its bias, in units of log 2. A bias of -inf hides the key whatever the score: NaN + -inf would be NaN. */
+INLINE vec biased(vec s, vec bias) { return choose(bias == all(-INFINITY), bias, s + bias * (real)LOG2_E); }
+
 /* Scores [lo, hi) of one row, lo and the room after hi whole vectors: the bias is added, and -inf stands where a key is not in
  * [first, last) or not shown. Returns the maximum, NaN passed over. */
 static real row_scores(real *s_j, ptrdiff_t lo, ptrdiff_t hi, const real *bias_j, ptrdiff_t bias_stride, ptrdiff_t first, ptrdiff_t last,
@@ -293,11 +296,11 @@ static real row_scores(real *s_j, ptrdiff_t lo, ptrdiff_t hi, const real *bias_j
     for (ptrdiff_t j = lo; j < hi; j += VL) {
         vec s = load(s_j + j);
         if (bias_j && bias_stride == 1 && j + VL <= hi) {
-            s += load(bias_j + j) * (real)LOG2_E;
+            s = biased(s, load(bias_j + j));
         } else if (bias_j) {
             real bias[VL];
             for (ptrdiff_t l = 0; l < VL; l++) bias[l] = j + l < hi ? bias_j[(j + l) * bias_stride] : 0;
-            s += load(bias) * (real)LOG2_E;
+            s = biased(s, load(bias));
         }
         if (j < first || j + VL > last) {
             ivec key = lanes + (lane)j;
@@ -321,7 +324,7 @@ INLINE real row_scores_plain(real *s_j, ptrdiff_t n, const real *bias_j) {
         for (int l = 0; l < 2; l++) {
             vec s = load(s_j + j + l * VL);
             if (bias_j) {
-                s += load(bias_j + j + l * VL) * (real)LOG2_E;
+                s = biased(s, load(bias_j + j + l * VL));
                 store(s_j + j + l * VL, s);
             }
             top[l] = max_vec(s, top[l]);
@@ -428,13 +431,13 @@ static __attribute__((noinline)) real row_weights(real *s_j, ptrdiff_t lo, ptrdi
     return sum_lanes(total);
 }
 
-/* out_d and lse, or NULL, of a row from what all tiles gave. */
-static void finish_row(const struct mt_attention_sizes *sizes, real top, real total, const real *o_d, real *out_d, real *lse) {
+/* out_d and lse, or NULL, in double for both reals, of a row from what all tiles gave. */
+static void finish_row(const struct mt_attention_sizes *sizes, real top, real total, const real *o_d, real *out_d, double *lse) {
     real share = total == 0 ? 0 : (real)(1 / (total * (1 - sizes->dropout))); /* 0: the query sees no key */
     ptrdiff_t c = 0;
     for (; c + VL <= sizes->d; c += VL) store(out_d + c, load(o_d + c) * share);
     for (; c < sizes->d; c++) out_d[c] = o_d[c] * share;
-    if (lse) *lse = total == 0 ? -INFINITY : (real)(top * LN_2 + log(total));
+    if (lse) *lse = total == 0 ? -INFINITY : top * LN_2 + log(total);
 }
 
 /* ---- dropout ---- */

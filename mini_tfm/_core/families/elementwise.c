@@ -109,7 +109,7 @@ INLINE void activate_backward(int count, const vec *x, const vec *dy, vec *dx, i
     for (int j = 0; j < count; j++) {
         vec s, slope, near;
         switch (kind) {
-        case MT_RELU: dx[j] = choose(x[j] > 0, dy[j], all(0)); break;
+        case MT_RELU: dx[j] = choose(x[j] <= 0, all(0), dy[j]); break; /* at NaN, which it lets through, dy */
         case MT_GELU: dx[j] *= dy[j]; break;
         case MT_GELU_TANH:
             near = min_vec(all(30), max_vec(all(-30), x[j])); /* beyond, the slope is 0, and 0 times x^3 = inf would be NaN */

@@ -4,7 +4,8 @@
 /* What is known of a row after some of its logits: sum exp(x - top) over them, and what the loss needs besides. */
 struct seen {
     real top, sum; /* top: the largest but for NaN, -inf before anything else was seen; sum: NaN after a NaN or an inf */
-    real at_target, total;
+    real at_target;
+    double total; /* of the logits: in double, for the loss has but their distance from the top */
 };
 
 /* logits x_v (width), those of classes from v0 on. */
@@ -33,59 +34,60 @@ INLINE struct seen see_more(struct seen was, const real *x_v, ptrdiff_t width, i
     if (target >= v0 && target < v0 + width) now.at_target = x_v[target - v0];
     if (smoothed) {
         vec total = all(0);
-        for (i = 0; i + VL <= width; i += VL) total += load(x_v + i);
-        if (i < width) total += load_some(x_v + i, width - i, 0);
-        now.total += sum_lanes(total);
+        for (i = 0; i + VL <= width; i += VL) total += load(x_v + i) - shift;
+        if (i < width) total += load_some(x_v + i, width - i, shift) - shift;
+        now.total += (double)sum_lanes(total) + (double)shift * width;
     }
     return now;
 }
 
 INLINE struct seen nothing_seen(void) { return (struct seen){-INFINITY, 0, 0, 0}; }
 
-INLINE void loss_of(struct seen row, ptrdiff_t vocab, real smoothing, real *loss, real *lse) {
-    real shift = row.top == -INFINITY ? 0 : row.top;
-#if REAL_IS_DOUBLE
-    *lse = shift + log(row.sum);
-#else
-    *lse = shift + logf(row.sum);
-#endif
-    *loss = *lse - (1 - smoothing) * row.at_target;
-    if (smoothing != 0) *loss -= smoothing * (row.total / vocab);
-    if (row.at_target == -INFINITY) *loss = INFINITY;
+/* The loss is a sum of distances from the top, so logits that share an offset lose nothing by it. */
+INLINE void loss_of(struct seen row, ptrdiff_t vocab, double smoothing, real *loss, double *lse) {
+    double shift = row.top == -INFINITY ? 0 : row.top, log_sum = log(row.sum);
+    double cost = log_sum + (1 - smoothing) * (shift - row.at_target);
+    if (smoothing != 0) cost += smoothing * (shift - row.total / vocab);
+    *loss = row.at_target == -INFINITY ? INFINITY : (real)cost;
+    *lse = shift + log_sum;
 }
 
 /* dx_v (width) = (softmax - smoothed one-hot) * dloss of logits x_v, which may be dx_v itself, of classes from v0 on. */
-INLINE void dlogits_row(const real *x_v, real *dx_v, ptrdiff_t width, real lse, real dloss, int64_t target, ptrdiff_t v0, real share,
+INLINE void dlogits_row(const real *x_v, real *dx_v, ptrdiff_t width, double lse, real dloss, int64_t target, ptrdiff_t v0, real share,
                         real smoothing) {
     const int is_here = target >= v0 && target < v0 + width;
     const int hopeless = lse == -INFINITY; /* every logit was -inf: there is no distribution to speak of */
-    real at_target = is_here && !hopeless ? exp_real(x_v[target - v0] - lse) : 0; /* before x_v is overwritten */
+    const struct two_parts off = in_two_parts(lse);
+    real at_target = is_here && !hopeless ? exp_real(x_v[target - v0] - off.whole - off.rest) : 0; /* before x_v is overwritten */
     ptrdiff_t i = 0;
-    for (; !hopeless && i + VL <= width; i += VL) store(dx_v + i, (exp_vec(load(x_v + i) - lse) - share) * dloss);
+    for (; !hopeless && i + VL <= width; i += VL) store(dx_v + i, (exp_vec(load(x_v + i) - off.whole - off.rest) - share) * dloss);
     if (!hopeless && i < width)
-        store_some(dx_v + i, (exp_vec(load_some(x_v + i, width - i, -INFINITY) - lse) - share) * dloss, width - i);
+        store_some(dx_v + i, (exp_vec(load_some(x_v + i, width - i, -INFINITY) - off.whole - off.rest) - share) * dloss, width - i);
     for (i = 0; hopeless && i < width; i++) dx_v[i] = (0 - share) * dloss;
     if (is_here) dx_v[target - v0] = ((at_target - (1 - smoothing)) - share) * dloss;
 }
 
-/* logits_nv (N, V), targets_n (N,) in [0, V) or ignore_index read; losses_n, lse_n (N,) written, 0 in ignored rows. */
+/* logits_nv (N, V), targets_n (N,) in [0, V) or ignore_index read; losses_n, lse_n (N,) written, 0 in ignored rows. lse is double for
+ * both reals. */
 static void cross_entropy(const void *logits, const int64_t *targets_n, int64_t ignore_index, double label_smoothing, void *losses,
                           void *lse, ptrdiff_t n, ptrdiff_t vocab) {
     const real *logits_nv = logits;
-    real *losses_n = losses, *lse_n = lse, smoothing = (real)label_smoothing;
+    real *losses_n = losses;
+    double *lse_n = lse;
 #pragma omp parallel for num_threads(mt_team(n, 8.0 * n * vocab)) schedule(static)
     for (ptrdiff_t row = 0; row < n; row++) {
         losses_n[row] = lse_n[row] = 0;
         if (targets_n[row] == ignore_index) continue;
-        struct seen all_of_it = see_more(nothing_seen(), logits_nv + row * vocab, vocab, targets_n[row], 0, smoothing != 0);
-        loss_of(all_of_it, vocab, smoothing, &losses_n[row], &lse_n[row]);
+        struct seen all_of_it = see_more(nothing_seen(), logits_nv + row * vocab, vocab, targets_n[row], 0, label_smoothing != 0);
+        loss_of(all_of_it, vocab, label_smoothing, &losses_n[row], &lse_n[row]);
     }
 }
 
 /* logits_nv (N, V), targets_n, lse_n, dlosses_n (N,) read; dlogits_nv (N, V) written, 0 in ignored rows. */
 static void cross_entropy_backward(const void *logits, const int64_t *targets_n, const void *lse, const void *dlosses,
                                    int64_t ignore_index, double label_smoothing, void *dlogits, ptrdiff_t n, ptrdiff_t vocab) {
-    const real *logits_nv = logits, *lse_n = lse, *dlosses_n = dlosses;
+    const real *logits_nv = logits, *dlosses_n = dlosses;
+    const double *lse_n = lse;
     real *dlogits_nv = dlogits, smoothing = (real)label_smoothing;
     real share = vocab ? smoothing / vocab : 0;
 #pragma omp parallel for num_threads(mt_team(n, 6.0 * n * vocab)) schedule(static)
@@ -135,8 +137,9 @@ INLINE void add_bias(const struct mt_output_layer *layer, const struct chunk *ch
 /* losses_n, lse_n (N,) written. -1: no workspace. */
 static int linear_cross_entropy(const struct mt_output_layer *layer, void *losses, void *lse) {
     const ptrdiff_t n = layer->n, vocab = layer->vocab, most = min_size(layer->chunk, vocab);
-    const real smoothing = (real)layer->label_smoothing;
-    real *losses_n = losses, *lse_n = lse;
+    const double smoothing = layer->label_smoothing;
+    real *losses_n = losses;
+    double *lse_n = lse;
     real *logits_nw = new_reals((size_t)n * most), *panel = new_reals(layer->transposed ? 0 : (size_t)layer->d * most);
     struct seen *seen_n = malloc((n + 1) * sizeof *seen_n);
     int failed = !logits_nw || !panel || !seen_n;
@@ -183,7 +186,8 @@ static int linear_cross_entropy_backward(const struct mt_output_layer *layer, co
     const ptrdiff_t n = layer->n, d = layer->d, vocab = layer->vocab, most = min_size(layer->chunk, vocab);
     const int columns = !layer->transposed;
     const real smoothing = (real)layer->label_smoothing, share = vocab ? smoothing / vocab : 0;
-    const real *lse_n = lse, *dlosses_n = dlosses;
+    const real *dlosses_n = dlosses;
+    const double *lse_n = lse;
     real *dweight_ = dweight, *dbias_v = dbias;
     real *logits_nw = new_reals((size_t)n * most), *panel = new_reals(columns ? (size_t)d * most : 0);
     real *dpanel = new_reals(columns && dweight ? (size_t)d * most : 0);

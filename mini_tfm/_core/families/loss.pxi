@@ -57,7 +57,7 @@ def cross_entropy(logits, targets, ignore_index=-100, label_smoothing=0.0):
     cdef double smoothing = label_smoothing
     cdef ptrdiff_t n = n_rows(logits)
     cdef ptrdiff_t vocab = last_axis(logits)
-    losses, lse = new_leading(logits), new_leading(logits)
+    losses, lse = new_leading(logits, cnp.PyArray_TYPE(logits)), new_leading(logits, cnp.NPY_FLOAT64)
     cdef bint wide = is_double(logits)
     cdef void *px = ptr(logits)
     cdef const int64_t *pt = <const int64_t *>ptr(targets)
@@ -76,7 +76,7 @@ def cross_entropy_backward(logits, targets, lse, dlosses, ignore_index=-100, lab
     cdef double smoothing = label_smoothing
     cdef ptrdiff_t n = n_rows(logits)
     cdef ptrdiff_t vocab = last_axis(logits)
-    if not (plain_vector(lse, logits, n) and plain_vector(dlosses, logits, n)):
+    if not (plain_double(lse, logits, 1) and plain_vector(dlosses, logits, n)):
         lse, dlosses = _checks.of_losses(logits, lse, dlosses)
     dlogits = new_like(logits)
     cdef bint wide = is_double(logits)
@@ -126,7 +126,7 @@ def linear_cross_entropy(
         x, weight, targets, bias, transposed, ignore_index, label_smoothing, chunk, _ = given
         checked_if(take_output_layer(&layer, x, weight, targets, bias, transposed, ignore_index, label_smoothing, chunk))
     layer.bfloat16 = bfloat16 is not False and _checks.bfloat16(bfloat16, "x", x)
-    losses, lse = new_leading(x), new_leading(x)
+    losses, lse = new_leading(x, cnp.PyArray_TYPE(x)), new_leading(x, cnp.NPY_FLOAT64)
     cdef bint wide = is_double(x)
     cdef void *po = ptr(losses)
     cdef void *pl = ptr(lse)
@@ -159,7 +159,7 @@ def linear_cross_entropy_backward(
         x, weight, targets, bias, transposed, ignore_index, label_smoothing, chunk, _ = given
         checked_if(take_output_layer(&layer, x, weight, targets, bias, transposed, ignore_index, label_smoothing, chunk))
     if not (
-        plain_vector(lse, x, layer.n) and plain_vector(dlosses, x, layer.n) and plain_dweight(dweight, x, weight, bias, lse, dlosses)
+        plain_double(lse, x, 1) and plain_vector(dlosses, x, layer.n) and plain_dweight(dweight, x, weight, bias, lse, dlosses)
     ):
         lse, dlosses = _checks.linear_cross_entropy_backward(x, weight, targets, bias, lse, dlosses, dweight)
     layer.bfloat16 = bfloat16 is not False and _checks.bfloat16(bfloat16, "x", x)

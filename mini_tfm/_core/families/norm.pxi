@@ -18,7 +18,7 @@ cdef extern from "core.h" nogil:
 
 
 def layer_norm(x, weight, bias, eps, *, out=None):
-    """y, mean (N,), rstd (N,); y = (x - mean) * rstd * weight + bias."""
+    """y, mean (N,) float64, rstd (N,); y = (x - mean) * rstd * weight + bias."""
     if not (
         plain_rows(x)
         and plain_vector(weight, x, last_axis(x))
@@ -31,7 +31,7 @@ def layer_norm(x, weight, bias, eps, *, out=None):
     cdef ptrdiff_t d = last_axis(x)
     if out is not None:
         _checks.optional_output(out, x, ("x", x), ("weight", weight), *([] if bias is None else [("bias", bias)]))
-    y, mean, rstd = new_like(x) if out is None else out, new_vector(x, n), new_vector(x, n)
+    y, mean, rstd = new_like(x) if out is None else out, new_vector(n, cnp.NPY_FLOAT64), new_vector(n, cnp.PyArray_TYPE(x))
     cdef bint wide = is_double(x)
     cdef void *px = ptr(x)
     cdef void *pw = ptr(weight)
@@ -53,9 +53,9 @@ cdef inline bint plain_norm_backward(dy, x, weight, rstd) noexcept:
 def layer_norm_backward(dy, x, weight, mean, rstd, *, out=None):
     """dx, dweight (d,), dbias (d,)."""
     cdef int failed
-    if not (plain_norm_backward(dy, x, weight, rstd) and plain_like(mean, rstd)):
+    if not (plain_norm_backward(dy, x, weight, rstd) and plain_double(mean, rstd, 1)):
         dy, x, weight, rstd = _checks.norm_backward(dy, x, weight, rstd)
-        mean = _checks.real("mean", mean, like=x, shape=rstd.shape)
+        mean = _checks.double("mean", mean, shape=rstd.shape)
     cdef ptrdiff_t n = n_rows(x)
     cdef ptrdiff_t d = last_axis(x)
     if out is not None:
@@ -85,7 +85,7 @@ def rms_norm(x, weight, eps, *, out=None):
     cdef ptrdiff_t d = last_axis(x)
     if out is not None:
         _checks.optional_output(out, x, ("x", x), ("weight", weight))
-    y, rstd = new_like(x) if out is None else out, new_vector(x, n)
+    y, rstd = new_like(x) if out is None else out, new_vector(n, cnp.PyArray_TYPE(x))
     cdef bint wide = is_double(x)
     cdef void *px = ptr(x)
     cdef void *pw = ptr(weight)

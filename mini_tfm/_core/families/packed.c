@@ -494,12 +494,12 @@ static void top_of_panels(const struct top_panels *of, const real *sums, struct 
 }
 
 /* log sum exp of a row from its parts, in order: peak_p (parts, 2) of maxima and of sums above them. */
-static real lse_of_parts(const real *peak_p, ptrdiff_t parts) {
+static double lse_of_parts(const real *peak_p, ptrdiff_t parts) {
     real top = -INFINITY, sum = 0;
     for (ptrdiff_t part = 0; part < parts; part++) top = peak_p[part * 2] > top ? peak_p[part * 2] : top;
     real base = top > -INFINITY ? top : 0;
     for (ptrdiff_t part = 0; part < parts; part++) sum += peak_p[part * 2 + 1] * exp_real(peak_p[part * 2] - base);
-    return base + log(sum);
+    return base + log((double)sum);
 }
 
 /* x (N, d_in), w read; scores_nk, ids_nk (N, k) written, best first, and lse (N,) if not NULL: log sum exp over all columns.
@@ -508,7 +508,8 @@ static real lse_of_parts(const real *peak_p, ptrdiff_t parts) {
 static int linear_top_k(const void *x, const struct mt_packed *w, const void *bias_, void *scores_, int64_t *ids_nk, void *lse_,
                         ptrdiff_t n, ptrdiff_t k) {
     const real *bias = bias_;
-    real *scores_nk = scores_, *lse_n = lse_;
+    real *scores_nk = scores_;
+    double *lse_n = lse_;
     if (!n) return 0;
     struct packed_layout at = packed_layout(w);
     ptrdiff_t part_panels = max_size(PART / NR, 1), parts = div_up(at.panels, part_panels), kept = min_size(k, w->d_out);

@@ -182,7 +182,7 @@ def linear_top_k(x, weight, k, bias=None, *, lse=False):
     cdef ptrdiff_t n = n_rows(x)
     cdef int leading = cnp.PyArray_NDIM(x) - 1
     scores, ids = new_array(x, leading, wanted, cnp.PyArray_TYPE(x)), new_array(x, leading, wanted, cnp.NPY_INT64)
-    totals = new_leading(x) if lse else None
+    totals = new_leading(x, cnp.NPY_FLOAT64) if lse else None
     cdef void *px = ptr(x)
     cdef void *pb = ptr_or_null(bias)
     cdef void *ps = ptr(scores)

@@ -149,25 +149,17 @@ static void softmax_backward(const void *y, const void *dy, void *dx, ptrdiff_t 
     }
 }
 
-/* log sum exp of a row, -inf where there is nothing but -inf. */
-INLINE real row_lse(const real *x_d, ptrdiff_t d, struct stream *stream) {
-    real shift = row_shift(x_d, d);
-    real total = row_exp_weight(x_d, NULL, d, shift, stream);
-#if REAL_IS_DOUBLE
-    return shift + log(total);
-#else
-    return shift + logf(total);
-#endif
+/* log sum exp of a row in two parts, its maximum and the rest; zeros where there is nothing but -inf, which stays as it is. */
+INLINE struct two_parts row_lse(const real *x_d, ptrdiff_t d, struct stream *stream) {
+    real shift = row_shift(x_d, d), total = row_exp_weight(x_d, NULL, d, shift, stream);
+    return (struct two_parts){shift, total == 0 ? 0 : (real)log(total)};
 }
 
-INLINE real row_log_sum_exp(const real *x_d, ptrdiff_t d) { return row_lse(x_d, d, NULL); }
-
-/* x - lse; a row of -inf stays -inf. */
-INLINE void row_less(const real *x_d, real *y_d, ptrdiff_t d, real lse) {
-    if (lse == -INFINITY) lse = 0;
+/* x - lse */
+INLINE void row_less(const real *x_d, real *y_d, ptrdiff_t d, struct two_parts lse) {
     ptrdiff_t i = 0;
-    for (; i + VL <= d; i += VL) store(y_d + i, load(x_d + i) - lse);
-    for (; i < d; i++) y_d[i] = x_d[i] - lse;
+    for (; i + VL <= d; i += VL) store(y_d + i, load(x_d + i) - lse.whole - lse.rest);
+    for (; i < d; i++) y_d[i] = x_d[i] - lse.whole - lse.rest;
 }
 
 /* x_nd (N, d) read, y_nd (N, d) written. A row of -inf stays -inf. */
@@ -185,7 +177,7 @@ static void log_softmax(const void *x, void *y, ptrdiff_t n, ptrdiff_t d) {
             struct stream stream = stream_open(y_nd + first * d, room);
             for (ptrdiff_t row = first; row < last; row++) {
                 const real *x_d = x_nd + row * d;
-                real lse = row_lse(x_d, d, past ? &stream : NULL);
+                struct two_parts lse = row_lse(x_d, d, past ? &stream : NULL);
                 row_less(x_d, past ? stream.chunk + (row - first) * d : y_nd + row * d, d, lse);
                 stream.ready = (row - first + 1) * d;
             }
