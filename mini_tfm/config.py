@@ -37,6 +37,7 @@ LIMITS = {
     "position_offset": 1 << 12,
     "token_types": 1 << 12,
     "window": 1 << 24,
+    "context_length": 1 << 24,
 }
 _MAY_BE_0 = ("n_encoder_layers", "n_decoder_layers", "position_offset", "token_types")
 MAX_WEIGHT_COUNT = 1 << 36
@@ -138,7 +139,9 @@ class Config:
     output_bias: bool = False
     output_scale: float | None = None  # multiplies the last hidden states
     output_cap: float | None = None  # of the logits, as `attention_cap`
-    begins_with_bos: bool = True  # `generate` puts bos before a decoder-only model's prompt; False: its tokenizer does, if it should
+    # Text:
+    context_length: int | None = None  # tokens that it was trained to see at once, where positions have no table
+    framed_by_tokenizer: bool = False  # special tokens around a text are the tokenizer's; the library puts no bos before a prompt
 
     def __post_init__(self) -> None:
         for name in ("bias", "local_layers"):

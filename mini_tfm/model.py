@@ -366,10 +366,11 @@ class Model:
     """An architecture and its weights: the stacks, by name, and what memories ask of them.
 
     weights: arrays by name, as `weight_shapes` lists them, and the strategies' parameters as `memory.<name>.<parameter>`.
+    generation: options of `generate` that such a model is made for, where they are not the usual ones.
     """
 
-    def __init__(self, config: Config, weights: dict[str, np.ndarray], dtype: np.dtype):
-        self.config, self.weights, self.dtype = config, weights, dtype
+    def __init__(self, config: Config, weights: dict[str, np.ndarray], dtype: np.dtype, generation: Mapping[str, Any] | None = None):
+        self.config, self.weights, self.dtype, self.generation = config, weights, dtype, dict(generation or {})
         self.encoder = Encoder(config) if config.has_encoder else None
         self.decoder = Decoder(config) if config.has_decoder else None
         self.output = Output(config)

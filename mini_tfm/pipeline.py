@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from .config import LIMITS
 from .errors import InvalidType, InvalidValue, shown
 from .generate import GenerationOptions
-from .generate.segments import in_segments, segment_limit
+from .generate.segments import check_length, in_segments, segment_limit
 from .memory.base import Memory
 from .memory.registry import memory as make_memory
 from .stream import Stream
@@ -43,9 +43,11 @@ class Pipeline:
             raise InvalidType(f"memory: expected a Memory, its text or None, got {type(memory).__name__}")
         self.model, self.tokenizer, self.memory = model, tokenizer, memory
         if segment_length is None:
-            segment_length = model.config.segment_length or min(
-                DEFAULT_SEGMENT_TOKENS, segment_limit(model.config, None) or DEFAULT_SEGMENT_TOKENS
-            )
+            limit = segment_limit(model.config, None)
+            if memory is None and model.config.framed_by_tokenizer:  # all that it can read at once
+                segment_length = limit or LIMITS["segment_length"]
+            else:
+                segment_length = model.config.segment_length or min(DEFAULT_SEGMENT_TOKENS, limit or DEFAULT_SEGMENT_TOKENS)
         most = LIMITS["segment_length"]
         if not isinstance(segment_length, int | np.integer) or isinstance(segment_length, bool) or not 1 <= segment_length <= most:
             raise InvalidValue(f"segment_length: expected a number of tokens from 1 to {most}, got {shown(segment_length)}")
@@ -83,8 +85,9 @@ class Pipeline:
             raise InvalidValue("memory: this pipeline has none to read into; give one, as in Pipeline.load(folder, memory='window')")
         count = 0
         for number, segment in enumerate(self._segments(text)):
-            self._stream.read(segment[None], np.array([len(segment)]))
             count += len(segment)
+            segment = self._stream.begin(segment[None])[0]
+            self._stream.read(segment[None], np.array([len(segment)]))
             if number % SEGMENTS_A_FLUSH == SEGMENTS_A_FLUSH - 1:
                 self._stream.run.flush()
         self._stream.run.flush()
@@ -98,9 +101,22 @@ class Pipeline:
         Options: see `mini_tfm.generate.GenerationOptions`. stream: an iterator of pieces of text
         instead, as they come.
         """
-        chosen = GenerationOptions.of(options)
+        chosen = GenerationOptions.of({**self.model.generation, **options})
         self.model.needs("decoder")
         pieces = self._generate(self._encode(text), chosen, self._stream.copy())
+        return pieces if stream else "".join(pieces)
+
+    def chat(
+        self, messages: Sequence[Mapping[str, str]], *, stream: bool = False, max_new_tokens: int = 512, **options: Any
+    ) -> str | Iterator[str]:
+        """What the assistant says next, with what the memory holds; the memory stays as it was.
+
+        messages: mappings with "role" ("system", "user", "assistant") and "content", oldest first, laid out by the chat template that
+        the tokenizer carries. Options and `stream`: as in `generate`.
+        """
+        self.model.needs("decoder")
+        chosen = GenerationOptions.of({**self.model.generation, "max_new_tokens": max_new_tokens, **options})
+        pieces = self._generate(self.tokenizer.encode_chat(messages), chosen, self._stream.copy())
         return pieces if stream else "".join(pieces)
 
     def score(self, text: str | Iterable[str]) -> dict[str, float]:
@@ -113,6 +129,7 @@ class Pipeline:
         stream.begin_text()
         before = np.array([self.model.config.bos_id])
         for segment in self._segments(text, count_bytes := [0]):
+            segment = stream.begin(segment[None])[0]
             bits += self._score_segment(stream, before, segment)
             tokens += len(segment)
             before = segment
@@ -154,6 +171,8 @@ class Pipeline:
     def _encode(self, text: str) -> np.ndarray:
         if not isinstance(text, str):
             raise InvalidType(f"text: expected str, got {type(text).__name__}")
+        if self.model.config.framed_by_tokenizer:
+            return self.tokenizer.encode_alone(text, LIMITS["segment_length"])
         return self.tokenizer.encode(text)
 
     def _encode_alone(self, text: str) -> np.ndarray:
@@ -195,6 +214,9 @@ class Pipeline:
         """Pieces of text; `stream` is a copy of the memory as it was when they were asked for."""
         decoder = self.tokenizer.decode_stream()
         limit = segment_limit(self.model.config, self.segment_length)
+        tokens = stream.begin(tokens[None])[0]
+        if self.model.config.framed_by_tokenizer:
+            check_length(stream, len(tokens), limit)
         *whole, source = self._to_continue(tokens)
         for segment in whole:
             stream.read(segment[None], np.array([len(segment)]))

@@ -48,10 +48,25 @@ class Stream:
             fingerprint=model.fingerprint,
             projections=self._projection,
         )
-        self.last = np.full(batch, model.config.bos_id, np.int64)
+        self.last = np.full(batch, self._nothing, np.int64)
         self.encoded: Encoded | None = None
         self._pass = Pass(self.weights, self.run)
         self._target: tuple[np.ndarray, np.ndarray] | None = None
+
+    @property
+    def _nothing(self) -> int:
+        """`last` where nothing was read: bos, or -1 where the tokenizer would have put it into the text."""
+        return -1 if self.model.config.framed_by_tokenizer else self.model.config.bos_id
+
+    def begin(self, tokens: np.ndarray) -> np.ndarray:
+        """What is to be read of (B, T) tokens that come next.
+
+        All of them; but where no bos precedes a text, its first token is what all others follow from, and predicted by nobody.
+        """
+        if self.model.encoder is not None or not tokens.shape[1] or not (self.last < 0).all():
+            return tokens
+        self.last = tokens[:, 0].astype(np.int64)
+        return tokens[:, 1:]
 
     # One segment
 
@@ -120,7 +135,8 @@ class Stream:
 
     def shifted(self, target: np.ndarray) -> np.ndarray:
         """The decoder's inputs for target (B, T): what comes before it, then all but the last token."""
-        before = self.last if self.model.encoder is None else np.full(len(target), self.model.config.bos_id)
+        bos = self.model.config.bos_id
+        before = np.where(self.last < 0, bos, self.last) if self.model.encoder is None else np.full(len(target), bos)
         return np.concatenate([before[:, None], target[:, :-1]], axis=1)[:, : target.shape[1]].astype(np.int64)
 
     # From the decoder's outputs
@@ -139,11 +155,11 @@ class Stream:
     def begin_documents(self, rows: np.ndarray) -> None:
         """Other documents begin where (B,) bool `rows` is set: nothing of what was read is known there."""
         self.run.reset(rows)
-        self.last = np.where(rows, self.model.config.bos_id, self.last)
+        self.last = np.where(rows, self._nothing, self.last)
 
     def begin_text(self) -> None:
         """What is read next is another text, which begins with bos; the memory stays."""
-        self.last = np.full(len(self.last), self.model.config.bos_id, np.int64)
+        self.last = np.full(len(self.last), self._nothing, np.int64)
 
     def reorder(self, index: np.ndarray) -> None:
         """Row i becomes what row index[i] was, within a segment, too: rows can be dropped, repeated, sorted."""

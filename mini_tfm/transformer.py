@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .autodiff import value_of
-from .checkpoint.models import read_model, save_model
+from .checkpoint.models import read_model, save_hugging_face, save_model
 from .config import Config
 from .errors import InvalidType, InvalidValue
 from .generate import generate
@@ -26,17 +27,26 @@ class Transformer(Model):
     """An encoder-decoder (or encoder-only, decoder-only) Transformer.
 
     config: the architecture. seed: of the initial weights, normal with standard deviation d_in ** -0.5.
-    dtype: float32, or float64 where a test asks for it. weights: arrays by name, in place of initial ones.
+    dtype: float32, or float64 where a test asks for it. weights: arrays by name, in place of initial ones. generation: options of
+    `generate` that the model is made for, several `eos_token_id` say.
     """
 
-    def __init__(self, config: Config, seed: int = 0, dtype: Any = np.float32, weights: dict[str, np.ndarray] | None = None):
+    def __init__(
+        self,
+        config: Config,
+        seed: int = 0,
+        dtype: Any = np.float32,
+        weights: dict[str, np.ndarray] | None = None,
+        generation: Mapping[str, Any] | None = None,
+    ):
         if not isinstance(config, Config):
             raise InvalidType(f"config: expected a Config, got {type(config).__name__}")
         if dtype not in (np.float32, np.float64, "float32", "float64"):
             raise InvalidType(f"dtype: expected float32 or float64, got {dtype}")
         if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or seed < 0:
             raise InvalidValue(f"seed: expected an integer of at least 0, got {seed!r}")
-        super().__init__(config, initial_weights(config, seed, np.dtype(dtype)) if weights is None else weights, np.dtype(dtype))
+        weights = initial_weights(config, seed, np.dtype(dtype)) if weights is None else weights
+        super().__init__(config, weights, np.dtype(dtype), generation)
 
     def encode(self, tokens: Any, lengths: Any = None) -> np.ndarray:
         """(B, S) token ids, the first `lengths` (B,) of each row -> the encoder's outputs (B, S, d); 0 past the length."""
@@ -74,6 +84,13 @@ class Transformer(Model):
         """Writes config.json and model.safetensors into `folder`; what it held before stays until all is written."""
         save_model(folder, self)
 
+    def save_hugging_face(self, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
+        """Writes the model as a folder that Transformers reads, the tokenizer's files beside it.
+
+        Raises InvalidValue where no published family has such models, or a memory has trained parameters in it.
+        """
+        save_hugging_face(folder, self, tokenizer=tokenizer)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -92,7 +109,7 @@ class Checkpoint:
 def load_checkpoint(folder: str | os.PathLike, dtype: str = "float32") -> Checkpoint:
     """All that a model folder holds. Raises FileProblem or InvalidValue naming the file, field or tensor at fault."""
     contents = read_model(folder, dtype)
-    model = Transformer(contents.config, dtype=dtype, weights=contents.weights)
+    model = Transformer(contents.config, dtype=dtype, weights=contents.weights, generation=contents.generation)
     return Checkpoint(model, contents.tokenizer, contents.memory_text, os.fspath(folder))
 
 

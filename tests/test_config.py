@@ -71,7 +71,8 @@ BAD = {
     "output_bias": [None, 1],
     "output_scale": [0, float("inf")],
     "output_cap": [0.0, -30],
-    "begins_with_bos": [None, 0],
+    "context_length": [0, 1 << 25, 512.0],
+    "framed_by_tokenizer": [None, 0],
 }
 
 

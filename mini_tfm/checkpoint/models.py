@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from ..config import Config
-from ..errors import InvalidValue
+from ..errors import FileProblem, InvalidValue
+from ..files.folders import write_folder
+from ..files.reading import as_path, read_bytes
+from ..files.strict_json import MAX_JSON_BYTES, parse_json_strict
+from ..text.gguf import tokenizer_of as gguf_tokenizer
 from ..text.tokenizers import Tokenizer, load_tokenizer
 from ..weights import Weight
-from .families import family_of, own
+from . import gguf, hugging_face
+from .families import family_of, own, sources
 from .folder import CONFIG_FILE, TENSORS_FILE, OpenFolder, save_folder
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a model folder holds. tokenizer, memory_text: None where there is none."""
+    """What a model folder holds. tokenizer, memory_text: None where there is none. generation: options that it is made for."""
 
     config: Config
     weights: dict[str, np.ndarray]
     tokenizer: Tokenizer | None
     memory_text: str | None
+    generation: dict[str, Any]
 
 
 class HasWeights(Protocol):
@@ -50,22 +56,71 @@ def save_model(
     """
     files = {**(tokenizer.files() if tokenizer is not None else {}), **(extra_files or {})}
     weights = {name: Weight(weight).array for name, weight in model.weights.items()}
-    save_folder(folder, own.about_of(model.config, memory_text), weights, files, new=new)
+    save_folder(folder, own.about_of(model.config, memory_text, getattr(model, "generation", {})), weights, files, new=new)
+
+
+def save_hugging_face(folder: str | os.PathLike, model: HasWeights, *, tokenizer: Tokenizer | None = None) -> None:
+    """Writes a model as Hugging Face has it. Raises InvalidValue where no published family has such models."""
+    if extra := [name for name in model.weights if name.startswith("memory.")]:
+        raise InvalidValue(f"model: has a memory's parameters ({extra[0]}), for which this layout has no place; use save(folder)")
+    weights = {name: Weight(weight).array for name, weight in model.weights.items()}
+    files = hugging_face.files_of(model.config, weights, getattr(model, "generation", {}))
+    write_folder(folder, {**(tokenizer.files() if tokenizer is not None else {}), **files})
 
 
 def read_model(folder: str | os.PathLike, dtype: str = "float32") -> Contents:
-    """Reads a model folder of any family. Raises FileProblem or InvalidValue naming the file, field or tensor at fault."""
+    """Reads a model folder, ours or Hugging Face's, or a GGUF file. Raises FileProblem or InvalidValue naming the file, field or
+    tensor at fault, all of them at once."""
     if dtype not in ("float32", "float64"):
         raise InvalidValue(f"dtype: expected 'float32', or 'float64' for checks, got {dtype!r}")
-    config_path, tensors_path = (os.path.join(os.fspath(folder), name) for name in (CONFIG_FILE, TENSORS_FILE))
-    with contextlib.nullcontext(folder) if isinstance(folder, OpenFolder) else OpenFolder(folder) as opened:
-        about = opened.read_json(CONFIG_FILE)
-        family = family_of(about, config_path)
-        config = family.config_of(about, config_path)
-        family.check_tensors(config, opened.read_entries(TENSORS_FILE), tensors_path)
-        weights = family.weights_of(config, opened.read_tensors(TENSORS_FILE))
-    files = os.listdir(folder)
-    tokenizer = load_tokenizer(folder) if "tokenizer.json" in files or "tokenizer_config.json" in files else None
+    if isinstance(folder, OpenFolder):
+        contents = _read_own(folder, folder.path)
+    elif os.path.isfile(folder):
+        contents = _read_gguf(os.fspath(folder))
+    else:
+        path = as_path(folder)
+        about = _peek(path)
+        if about is not None and hugging_face.is_hugging_face(about):
+            config, weights, generation = hugging_face.read_folder(path, about)
+            contents = Contents(config, weights, _tokenizer_of(path), None, generation)
+        else:
+            with OpenFolder(path) as opened:
+                contents = _read_own(opened, path)
+    tokenizer, config = contents.tokenizer, contents.config
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise InvalidValue(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}")
-    return Contents(config, {name: w.astype(dtype) for name, w in weights.items()}, tokenizer, about.get("memory"))
+    weights = {name: weight.astype(dtype, copy=False) for name, weight in contents.weights.items()}
+    return dataclasses.replace(contents, weights=weights)
+
+
+def _peek(folder: str) -> dict[str, Any] | None:
+    """A folder's `config.json`, or None: the reader of our own folders says what is wrong with it."""
+    try:
+        return parse_json_strict(read_bytes(folder, MAX_JSON_BYTES, CONFIG_FILE), os.path.join(folder, CONFIG_FILE))
+    except (FileProblem, InvalidValue):
+        return None
+
+
+def _read_own(opened: OpenFolder, path: str) -> Contents:
+    config_path, tensors_path = (os.path.join(path, name) for name in (CONFIG_FILE, TENSORS_FILE))
+    about = opened.read_json(CONFIG_FILE)
+    config = own.config_of(about, config_path)
+    own.check_tensors(config, opened.read_entries(TENSORS_FILE), tensors_path)
+    tensors = opened.read_tensors(TENSORS_FILE)
+    return Contents(config, tensors, _tokenizer_of(path), about.get("memory"), about.get("generation") or {})
+
+
+def _read_gguf(path: str) -> Contents:
+    file = gguf.Gguf(path)
+    about = gguf.about_of(file)
+    tensors = gguf.Tensors(file, about)
+    family = family_of(about, path)
+    config = family.config_of(about, path, set(tensors))
+    sources.check_tensors(family, config, tensors.entries(), path)
+    tokenizer = gguf_tokenizer(file.fields, path) if "tokenizer.ggml.model" in file.fields else None
+    return Contents(config, sources.weights_of(family, config, tensors), tokenizer, None, {})
+
+
+def _tokenizer_of(folder: str) -> Tokenizer | None:
+    files = os.listdir(folder)
+    return load_tokenizer(folder) if "tokenizer.json" in files or "tokenizer_config.json" in files else None

@@ -60,7 +60,7 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
 
 
-def encode_safetensors(tensors: Mapping[str, np.ndarray]) -> list[bytes | memoryview]:
+def encode_safetensors(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> list[bytes | memoryview]:
     """The bytes of a safetensors file, as a list of buffers to write one after the other (arrays are not copied).
 
     Widest dtype first and then by name, so that every tensor is aligned to its item and equal input gives equal
@@ -80,7 +80,8 @@ def encode_safetensors(tensors: Mapping[str, np.ndarray]) -> list[bytes | memory
         if array.ndim > MAX_RANK:
             raise InvalidValue(f"tensors[{name!r}]: expected at most {MAX_RANK} dimensions, got {array.ndim}")
         arrays[name] = np.asarray(array, dtype=little, order="C")
-    header, begin = {}, 0
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    begin = 0
     ordered = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))
     for name in ordered:
         array = arrays[name]

@@ -10,17 +10,17 @@ from ..model import Model
 from ..stream import Stream
 from ..tokens import check_tokens
 from .options import GenerationOptions
-from .segments import in_segments, segment_limit
+from .segments import check_length, in_segments, segment_limit
 
 
 def generate(model: Model, source: Any, lengths: Any = None, **options: Any) -> list[list[int]]:
     """Token ids for each row of source (B, S), ragged by `lengths` (B,): B lists, without the eos.
 
-    For an encoder-decoder the source is what the encoder reads, for a decoder-only model the prompt, which bos precedes. A model
-    that was trained on segments reads a prompt, and makes what is longer than one, segment by segment. Options: see
-    `GenerationOptions`.
+    For an encoder-decoder the source is what the encoder reads, for a decoder-only model the prompt, which bos precedes unless its
+    tokenizer frames a text (`Config.framed_by_tokenizer`). A model that was trained on segments reads a prompt, and makes what is
+    longer than one, segment by segment; another one ends where its context does. Options: see `GenerationOptions`.
     """
-    chosen = GenerationOptions.of(options)
+    chosen = GenerationOptions.of({**model.generation, **options})
     model.needs("decoder")
     source, lengths = check_tokens("source", source, model.config.vocab_size, lengths)
     results: list[list[int]] = [[] for _ in range(len(source))]
@@ -34,7 +34,9 @@ def generate(model: Model, source: Any, lengths: Any = None, **options: Any) -> 
         stream, begun = Stream(model, None, len(rows)), source[rows]
         limit = segment_limit(model.config, model.config.segment_length)
         if not model.config.has_encoder:
-            begun = begun[:, : lengths[rows[0]]]
+            begun = stream.begin(begun[:, : lengths[rows[0]]])
+        check_length(stream, begun.shape[1], limit)
+        if not model.config.has_encoder:
             while limit is not None and begun.shape[1] >= limit:
                 stream.read(begun[:, :limit], np.full(len(rows), limit))
                 begun = begun[:, limit:]

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..config import Config
+from ..errors import InvalidValue
 from ..stream import Stream
 from .options import GenerationOptions
 from .search import one_by_one
@@ -22,7 +23,22 @@ def segment_limit(config: Config, segment_length: int | None) -> int | None:
     """Tokens that a decoder's segment may have. None: no limit, as for a model trained on whole sequences without a table."""
     if config.segment_length is not None:
         return segment_length
-    return config.max_positions if config.positions == "learned" else None
+    return config.max_positions if config.positions == "learned" else config.context_length
+
+
+def goes_on(stream: Stream) -> bool:
+    """Whether a full segment is followed by another one: a model that was trained on whole texts, and has no memory, would know
+    nothing of what came before."""
+    return stream.model.config.segment_length is not None or bool(stream.run.members)
+
+
+def check_length(stream: Stream, n_tokens: int, limit: int | None) -> None:
+    """Raises InvalidValue if a model that reads a text at once gets more than it can."""
+    if limit is not None and n_tokens > limit and not goes_on(stream):
+        raise InvalidValue(
+            f"text: has {n_tokens} tokens, and the model reads at most {limit} at once; shorten it, or give a memory, which reads text"
+            " of any length: memory='window', --memory window"
+        )
 
 
 def in_segments(
@@ -39,9 +55,10 @@ def in_segments(
 
     source: (B, n) what the encoder reads, of it the first `lengths` (B,); for a decoder-only model what its segment begins with,
     all n of each row. limit: tokens a segment may have, see `segment_limit`. rows: numbers of the rows, by which their draws
-    differ. n_ids: see `Session`.
+    differ. n_ids: see `Session`. Where nothing follows a full segment (see `goes_on`) rows end with it.
     """
     has_encoder, size = stream.model.config.has_encoder, len(source)
+    rolls = goes_on(stream)
     numbers = np.arange(size) if rows is None else rows
     going, left, number = np.arange(size), options.max_new_tokens, 0
     while left > 0 and len(going):
@@ -62,6 +79,8 @@ def in_segments(
                 yield found
             stay = np.flatnonzero(steps[-1] >= 0)
             made, source, lengths, going = np.stack(steps, axis=1)[stay], source[stay], lengths[stay], going[stay]
+        if not rolls:
+            return
         left, number = left - room, number + 1
         if left > 0 and len(going):
             source = _next_segment(stream, source, lengths, made)

@@ -20,8 +20,9 @@ import functools
 import itertools
 import json
 import os
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,6 +32,7 @@ from mini_tfm.files.folders import write_folder
 from mini_tfm.files.reading import as_path, read_bytes
 from mini_tfm.files.strict_json import parse_json_strict
 
+from .chat import chat_text
 from .pieces import Spans, in_pieces, in_windows
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -83,6 +85,14 @@ class Tokenizer(ABC):
         has none. Raises what `encode` does, and InvalidValue where those alone are more than `max_tokens`.
         """
         return self.encode(text)[:max_tokens]
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> np.ndarray:
+        """Messages -> (T,) int64, as the chat template of the tokenizer lays them out; see `mini_tfm.text.chat`.
+
+        The template's special tokens are special; in what the messages say, their names are plain characters. Raises InvalidValue
+        where there is no template.
+        """
+        raise InvalidValue("chat: this tokenizer carries no chat template; use a model that was trained to chat, or `generate`")
 
     @abstractmethod
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -246,6 +256,8 @@ class BPETokenizer(Tokenizer):
         rules |= {"truncation": None, "padding": None}
         if isinstance(rules.get("model"), dict) and "dropout" in rules["model"]:
             rules["model"]["dropout"] = None
+        self._config, self._rules = config, rules
+        self._speaking: Any = None  # an engine that knows special tokens by their names, once a chat needs it
         self._engine = self._build(rules)
         with self._attributed():
             vocab = self._engine.get_vocab(with_added_tokens=True)
@@ -290,6 +302,43 @@ class BPETokenizer(Tokenizer):
             found = self._engine.encode(text, add_special_tokens=False)
             found.truncate(max_tokens - added)
             return np.array(self._engine.post_process(found, add_special_tokens=True).ids, np.int64)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> np.ndarray:
+        template = self._config.get("chat_template")
+        if not isinstance(template, str):
+            return super().encode_chat(messages)
+        names = {key: self._name(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        special = sorted((self._engine.id_to_token(i) for i in self._special_ids), key=len, reverse=True)
+        told = "".join(str(message.get("content")) for message in messages if isinstance(message, Mapping))
+        mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in told + template)
+        safe = [
+            {**message, "content": functools.reduce(lambda text, name: text.replace(name, name[0] + mark + name[1:]), special, message["content"])}
+            if isinstance(message, Mapping) and isinstance(message.get("content"), str)
+            else message
+            for message in messages
+        ]
+        names = {key: name for key, name in names.items() if name is not None}
+        text = chat_text(template, safe, names, add_generation_prompt=add_generation_prompt, source=self._source)
+        _utf8(text)
+        if self._speaking is None:
+            self._speaking = self._build(self._rules)
+            self._speaking.encode_special_tokens = False
+        with self._attributed():
+            if mark not in text:
+                return np.array(self._speaking.encode(text, add_special_tokens=False).ids, np.int64)
+        # Somebody wrote the name of a special token: what is between the template's own is plain text.
+        parts = re.split("(" + "|".join(map(re.escape, special)) + ")", text)
+        ids = [
+            np.array([self._engine.token_to_id(part)], np.int64) if number % 2 else self.encode(part.replace(mark, ""))
+            for number, part in enumerate(parts)
+        ]
+        return np.concatenate(ids)
+
+    def _name(self, key: str) -> str | None:
+        """The name of a special token in the file's configuration."""
+        name = self._config.get(key)
+        name = name.get("content") if isinstance(name, dict) else name
+        return name if isinstance(name, str) else None
 
     def encode_pieces(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
         return in_windows(texts, self._spans)

@@ -1,12 +1,17 @@
 """Families of checkpoints, one file each: how a folder's `config.json` becomes a Config, and its tensors our weights.
 
-A family is a module with the three functions of `Family`; to add one, write it and name it in FAMILIES. Nothing else in the
-library knows that there is more than one.
+    own.py                              our format
+    t5.py bart.py bert.py gpt2.py llama.py   published models: `config_of`, a table of names, `about_of` for the way back
+      -> fields.py                      reads their fields; all that is wrong or unsupported is told at once
+      -> sources.py                     reads and writes tensors by such a table
+
+A family is a module with the functions of `Family` or, where it is somebody else's, of `Published`. To add one, write it and
+name it in PUBLISHED. Nothing else in the library knows that there is more than one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,35 +19,61 @@ import numpy as np
 from ...config import Config
 from ...errors import InvalidValue
 from ..safetensors import Entry
-from . import own
+from . import bart, bert, gpt2, llama, own, sources, t5
 
 
-class Family(Protocol):
-    """What a module of this package offers."""
+class Published(sources.Table, Protocol):
+    """What a module of a published family offers."""
 
     __name__: str
 
     def recognises(self, about: Mapping[str, Any]) -> bool:
         """Whether a `config.json` is one of this family."""
 
-    def config_of(self, about: Mapping[str, Any], where: str) -> Config:
-        """The architecture. Raises InvalidValue naming the file `where` and every field at fault."""
+    def config_of(self, about: Mapping[str, Any], where: str, names: Collection[str]) -> Config:
+        """The architecture, of a file with tensors of these names. Raises InvalidValue naming the file and every field at fault."""
 
-    def check_tensors(self, config: Config, entries: Mapping[str, Entry], where: str) -> None:
-        """Before a tensor is read: raises InvalidValue naming the file `where` and what is missing, too much, or of another shape."""
-
-    def weights_of(self, config: Config, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The tensors by our names and in our layout, all that `weight_shapes(config)` lists."""
+    def about_of(self, config: Config) -> dict[str, Any]:
+        """The `config.json` of an architecture that this family has."""
 
 
-FAMILIES: tuple[Family, ...] = (own,)
+PUBLISHED: tuple[Published, ...] = (t5, bart, bert, gpt2, llama)
 
 
-def family_of(about: Mapping[str, Any], where: str) -> Family:
-    """The family of a `config.json`, whose path is `where`. Raises InvalidValue where there is none."""
-    for family in FAMILIES:
+def family_of(about: Mapping[str, Any], where: str) -> Published:
+    """The published family of a `config.json`, whose path is `where`. Raises InvalidValue where there is none."""
+    for family in PUBLISHED:
         if family.recognises(about):
             return family
-    raise InvalidValue(
-        f"{where}: field 'format': expected {own.FORMAT!r}, got {about.get('format')!r}; only folders saved by mini_tfm can be loaded"
-    )
+    known = ", ".join(sorted(name for family in PUBLISHED for name in getattr(family, "TYPES", ("gpt2",))))
+    raise InvalidValue(f"{where}: field 'model_type': {about.get('model_type')!r:.80} is not supported; these are: {known}")
+
+
+def family_for(config: Config) -> Published:
+    """The published family that has such models. Raises InvalidValue where none has."""
+    for family in PUBLISHED:
+        about = _about_or_none(family, config)
+        if about is not None:
+            names = [] if config.tie_embeddings else ["lm_head.weight"]
+            try:
+                again = family.config_of(about, "", names)
+            except InvalidValue:
+                continue
+            if again == config.replace(segment_length=None, framed_by_tokenizer=True):
+                return family
+    raise InvalidValue("model: no published family has models of this architecture; `model.save(folder)` keeps it in our own format")
+
+
+def _about_or_none(family: Published, config: Config) -> dict[str, Any] | None:
+    try:
+        return family.about_of(config)
+    except (StopIteration, IndexError, KeyError, TypeError):
+        return None
+
+
+def check_tensors(family: Published, config: Config, entries: Mapping[str, Entry], where: str) -> None:
+    sources.check_tensors(family, config, entries, where)
+
+
+def weights_of(family: Published, config: Config, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return sources.weights_of(family, config, tensors)

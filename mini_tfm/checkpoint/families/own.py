@@ -16,9 +16,10 @@ FORMAT = "mini_tfm"
 FORMAT_VERSION = 1
 
 
-def about_of(config: Config, memory_text: str | None) -> dict[str, Any]:
+def about_of(config: Config, memory_text: str | None, generation: Mapping[str, Any]) -> dict[str, Any]:
     """What `config.json` says of a model and the memory it was trained with."""
-    return {"format": FORMAT, "format_version": FORMAT_VERSION, "model": config.to_dict(), "memory": memory_text}
+    about = {"format": FORMAT, "format_version": FORMAT_VERSION, "model": config.to_dict(), "memory": memory_text}
+    return {**about, "generation": dict(generation)} if generation else about
 
 
 def recognises(about: Mapping[str, Any]) -> bool:
@@ -30,11 +31,13 @@ def config_of(about: Mapping[str, Any], where: str) -> Config:
         raise InvalidValue(
             f"{where}: field 'format_version': expected {FORMAT_VERSION}, got {about.get('format_version')!r}; upgrade mini-tfm"
         )
-    if unknown := sorted(set(about) - {"format", "format_version", "model", "memory"}):
+    if unknown := sorted(set(about) - {"format", "format_version", "model", "memory", "generation"}):
         raise InvalidValue(f"{where}: unknown field {unknown[0]!r}")
     memory_text = about.get("memory")
     if memory_text is not None and not isinstance(memory_text, str):
         raise InvalidValue(f"{where}: field 'memory': expected text or null, got {memory_text!r}")
+    if not isinstance(about.get("generation", {}), dict):
+        raise InvalidValue(f"{where}: field 'generation': expected a mapping of options, got {about['generation']!r:.80}")
     return Config.from_dict(about.get("model", {}))
 
 

@@ -1,0 +1,86 @@
+"""Fields of somebody else's `config.json`, read with a type and a default; everything wrong or unsupported is told at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ...config import Config
+from ...errors import InvalidValue
+
+ACTIVATIONS = {
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "silu": "silu",
+    "swish": "silu",
+}
+
+
+class Fields:
+    """The fields of one file, `where`. A value of a wrong type, or one that `only` does not list, is kept as a fault."""
+
+    def __init__(self, about: Mapping[str, Any], where: str):
+        self.about, self.where = about, where
+        self.faults: list[str] = []
+
+    def __contains__(self, name: str) -> bool:
+        return self.about.get(name) is not None
+
+    def integer(self, name: str, default: int | None = None) -> Any:
+        return self._read(name, default, lambda value: type(value) is int, "an integer")
+
+    def number(self, name: str, default: float | None = None) -> Any:
+        return self._read(name, default, lambda value: type(value) in (int, float), "a number")
+
+    def flag(self, name: str, default: bool) -> bool:
+        return self._read(name, default, lambda value: isinstance(value, bool), "true or false")
+
+    def activation(self, name: str, default: str) -> str:
+        given = self._read(name, default, lambda value: isinstance(value, str), "text")
+        if given not in ACTIVATIONS:
+            self.faults.append(f"field {name!r}: {given!r:.80} is not supported; {', '.join(sorted(ACTIVATIONS))} are")
+        return ACTIVATIONS.get(given, "relu")
+
+    def first_id(self, name: str, default: int) -> Any:
+        """A token id, or the first of several."""
+        value = self.about.get(name)
+        if isinstance(value, list) and value and all(type(each) is int for each in value):
+            return value[0]
+        return self.integer(name, default)
+
+    def only(self, name: str, *allowed: Any, why: str = "") -> None:
+        """A field that may be missing or null, or have one of these values; all else is not supported."""
+        value = self.about.get(name)
+        if value is not None and not any(type(value) is type(each) and value == each for each in allowed):
+            shown = " or ".join(map(repr, allowed)) or "none"
+            self.faults.append(f"field {name!r}: {value!r:.80} is not supported, only {shown}" + (f" ({why})" if why else ""))
+
+    def equal(self, one: str, other: str) -> None:
+        if one in self and other in self and self.about[one] != self.about[other]:
+            self.faults.append(f"fields {one!r} and {other!r}: two values are not supported, {self.about[one]!r:.40} and {self.about[other]!r:.40}")
+
+    def config(self, make: Callable[[], Config]) -> Config:
+        """The Config that `make` makes of these fields. Raises InvalidValue with every fault."""
+        made = None
+        if not self.faults:
+            try:
+                made = make()  # reads more fields
+            except InvalidValue as error:
+                self.faults.append(str(error))
+        if self.faults or made is None:
+            raise InvalidValue(f"{self.where}: " + "; ".join(self.faults))
+        return made
+
+    def _read(self, name: str, default: Any, fits: Callable[[Any], bool], expected: str) -> Any:
+        value = self.about.get(name)
+        if value is None:
+            if default is None:
+                self.faults.append(f"field {name!r} is missing")
+            return default
+        if not fits(value):
+            self.faults.append(f"field {name!r}: expected {expected}, got {value!r:.80}")
+            return default
+        return value
