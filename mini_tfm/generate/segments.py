@@ -27,9 +27,9 @@ def segment_limit(config: Config, segment_length: int | None) -> int | None:
 
 
 def goes_on(stream: Stream) -> bool:
-    """Whether a full segment is followed by another one: a model that was trained on whole texts, and has no memory, would know
-    nothing of what came before."""
-    return stream.model.config.segment_length is not None or bool(stream.run.members)
+    """Whether a full segment is followed by another one: a published model without a memory would know nothing of what came
+    before."""
+    return not stream.model.config.framed_by_tokenizer or bool(stream.run.members)
 
 
 def check_length(stream: Stream, n_tokens: int, limit: int | None) -> None:

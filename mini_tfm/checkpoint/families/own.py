@@ -22,11 +22,12 @@ def about_of(config: Config, memory_text: str | None, generation: Mapping[str, A
     return {**about, "generation": dict(generation)} if generation else about
 
 
-def recognises(about: Mapping[str, Any]) -> bool:
-    return about.get("format") == FORMAT
-
-
 def config_of(about: Mapping[str, Any], where: str) -> Config:
+    if about.get("format") != FORMAT:
+        raise InvalidValue(
+            f"{where}: field 'format': expected {FORMAT!r}, got {about.get('format')!r:.80}; folders saved by mini_tfm have it, and"
+            " Hugging Face's have 'model_type' in its place"
+        )
     if about.get("format_version") != FORMAT_VERSION:
         raise InvalidValue(
             f"{where}: field 'format_version': expected {FORMAT_VERSION}, got {about.get('format_version')!r}; upgrade mini-tfm"
