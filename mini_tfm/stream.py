@@ -21,6 +21,7 @@ from . import _core
 from .attention import Encoded
 from .autodiff import value_of
 from .context import NO_DROPOUT, Dropout, Pass
+from .fingerprint import Fingerprint
 from .memory.base import Memory
 from .memory.run import MemoryRun
 from .model import Model
@@ -39,7 +40,10 @@ class Stream:
     ):
         given = model.weights if weights is None else weights
         self.model, self.weights = model, given if isinstance(given, Weights) else Weights(given)
-        self.run = MemoryRun(memory, model.config, self.weights.kept, batch, training=training, fingerprint=model.fingerprint)
+        made_of = None if training else Fingerprint(model.config, self.weights.kept)
+        self.run = MemoryRun(
+            memory, model.config, self.weights.kept, batch, training=training, fingerprint=model.fingerprint, made_of=made_of
+        )
         self.last = np.full(batch, model.config.bos_id, np.int64)
         self.encoded: Encoded | None = None
         self._pass = Pass(self.weights, self.run)
@@ -55,6 +59,7 @@ class Stream:
         """
         if self.run.forget_deleted():
             self.begin_text()
+        self.run.check_weights()
         self._pass = Pass(self.weights, self.run, dropout)
         self._target = None
         self.run.open(lengths, target)

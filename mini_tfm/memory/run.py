@@ -9,9 +9,9 @@ A row is a row of memory, a vector that is kept; a stream is a row of the batch.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -35,6 +35,19 @@ from .validate import (
 )
 
 Project = Callable[[Array], tuple[Array, Array]]  # rows (B, M, d) to a layer's keys and values
+
+
+class MadeOf(Protocol):
+    """What rows are made of (fingerprint.py)."""
+
+    def __call__(self, site: str, layer: int) -> str:
+        """Names what the rows at a site and layer are made of."""
+
+    def changed(self, places: Collection[tuple[str, int]]) -> bool:
+        """Whether what rows at these sites and layers are made of has changed since it was last named or asked for."""
+
+    def renew(self) -> None:
+        """From here on it is what it is now."""
 
 
 def members_of(memory: Memory | None) -> list[Memory]:
@@ -92,6 +105,7 @@ class _Sites:
         self.show: dict[tuple[str, int], list[tuple[int, bool, bool]]] = {}
         self.take: dict[tuple[str, int], list[int]] = {}
         self.used: set[str] = set()
+        self.made: set[tuple[str, int]] = set()  # where what the states hold was computed
         for i, member in enumerate(members):
             for site in sites[i]:
                 self._add(i, member, site, layers[site])
@@ -114,13 +128,16 @@ class _Sites:
                 self.take.setdefault((site, layer), []).append(i)
         if any(shows) or _has(member, "begin") or _has(member, "write"):
             self.used.add(site)
+        self.made.update((site, layer) for layer in banks if takes)
+        if _has(member, "end"):
+            self.made.add((site, n_layers))
 
 
 class MemoryRun:
     """`memory` (None, a strategy or a Stack) on `batch` streams of a model with `config`.
 
-    weights: the model's and the strategies' parameters, arrays or Vars. Call, a segment: `open`, then what
-    the model does (`begin`, `views`, `wrote`, `end`), then `close`.
+    weights: the model's and the strategies' parameters, arrays or Vars. made_of: tells whether these are still the same; None:
+    they are. Call, a segment: `open`, then what the model does (`begin`, `views`, `wrote`, `end`), then `close`.
     """
 
     def __init__(
@@ -132,15 +149,17 @@ class MemoryRun:
         *,
         training: bool = False,
         fingerprint: Callable[[], str] = lambda: "",
+        made_of: MadeOf | None = None,
     ):
         self.memory, self.members = memory, members_of(memory)
         self.config, self.batch = config, batch
+        self.made_of, self.has_read = made_of, False
         self.dims: list[Dims] = []
         for member, prefix in zip(self.members, parameter_prefixes(memory), strict=True):
             check_spec(member)
             params = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
             dtype = value_of(next(iter(weights.values()))).dtype
-            self.dims.append(model_dims(config, dtype, training=training, params=params, fingerprint=fingerprint))
+            self.dims.append(model_dims(config, dtype, training=training, params=params, fingerprint=fingerprint, row_fingerprint=made_of))
         sites = [_sites_in_model(member, dims) for member, dims in zip(self.members, self.dims, strict=True)]
         self._sites = _Sites(self.members, sites, self.dims[0].layers if self.dims else {})
         self.start = np.zeros(batch, np.int64)  # tokens of each stream before this segment
@@ -162,6 +181,7 @@ class MemoryRun:
         self._before = [dict(state) for state in self.states]
         self._rows: dict[str, list[tuple[int, Rows]]] = {}
         self._mass: dict[tuple[str, int, int | None], np.ndarray] = {}
+        self._is_open = bool(lengths.any())
 
     def close(self) -> None:
         """Ends the segment: streams advance, paused ones get their old state back."""
@@ -175,10 +195,13 @@ class MemoryRun:
                     state[name] = select_streams(active, state[name], before.get(name, np.zeros_like(state[name])))
         self.start = self.start + self._lengths
         self.number += 1
+        self.has_read = self.has_read or bool(active.any())
         self.open(np.zeros(self.batch, np.int64))  # nothing of a segment is held between two
 
     def abandon(self) -> None:
-        """Leaves a segment that failed: the states are what they were before it."""
+        """Leaves a segment that failed: the states are what they were before it. Does nothing between segments."""
+        if not self._is_open:
+            return
         self.states = [State(before, state.dims) for before, state in zip(self._before, self.states, strict=True)]
         self.open(np.zeros(self.batch, np.int64))
 
@@ -331,6 +354,18 @@ class MemoryRun:
             self.reset(np.ones(self.batch, bool))
         return any(found)
 
+    def check_weights(self) -> None:
+        """Raises InvalidValue if the states are of weights that the model no longer has. Those that hold nothing begin anew."""
+        if self.made_of is None or not self._sites.made or not self.made_of.changed(self._sites.made):
+            return
+        if self.has_read:
+            raise InvalidValue(
+                "memory: the model's weights are not those that it was filled with, so its rows mean nothing to this model; forget them"
+                " (Pipeline.reset) and read the text again"
+            )
+        self.made_of.renew()
+        self.reset(np.ones(self.batch, bool))
+
     def site_start(self, site: str) -> np.ndarray:
         """(B,) stream position of the first token at a site: an encoder-decoder's decoder is a segment ahead."""
         ahead = site == "decoder" and self.config.has_encoder
@@ -345,6 +380,7 @@ class MemoryRun:
             if streams.all():
                 state.clear()
                 state.update(fresh)
+                self.has_read = False
             for name in state:
                 state[name] = select_streams(streams, fresh.get(name, np.zeros_like(state[name])), state[name])
         self.start = np.where(streams, 0, self.start)
@@ -380,6 +416,7 @@ class MemoryRun:
             (outputs, valid), (more, more_valid) = (run._output or (None, None) for run in (self, other))
             self._output = _joined(outputs, more, sizes), _joined(valid, more_valid, sizes)
         self.batch, self.number = sum(sizes), max(self.number, other.number)
+        self.has_read = self.has_read or other.has_read
 
     def detach(self) -> None:
         """Gradients stop here."""
@@ -431,7 +468,7 @@ class MemoryRun:
         for i, state in enumerate(self.states):
             state.clear()
             state.update({name.removeprefix(f"{i}."): v for name, v in arrays.items() if name.startswith(f"{i}.")})
-        self.start, self.number = arrays["start"], int(arrays["number"][0])
+        self.start, self.number, self.has_read = arrays["start"], int(arrays["number"][0]), True
 
     def nbytes(self) -> int:
         """Bytes of state held in RAM."""
