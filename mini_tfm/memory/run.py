@@ -9,6 +9,9 @@ A row is a row of memory, a vector that is kept; a stream is a row of the batch.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, Protocol
@@ -106,9 +109,14 @@ class _Sites:
         self.take: dict[tuple[str, int], list[int]] = {}
         self.used: set[str] = set()
         self.made: set[tuple[str, int]] = set()  # where what the states hold was computed
+        self.fed: dict[int, int] = {}  # members that show rows and get them from others alone, and the nearest of those
         for i, member in enumerate(members):
             for site in sites[i]:
                 self._add(i, member, site, layers[site])
+        first = {takers[0] for takers in self.take.values()}
+        for takers in self.take.values():
+            fed = ((before, i) for before, i in itertools.pairwise(takers) if i not in first)
+            self.fed.update({i: before for before, i in fed if _has(members[i], "view") or _has(members[i], "read")})
 
     def _add(self, i: int, member: Memory, site: str, n_layers: int) -> None:
         only, needs = member.spec.layers, member.spec.needs
@@ -165,6 +173,7 @@ class MemoryRun:
         self.start = np.zeros(batch, np.int64)  # tokens of each stream before this segment
         self.number = 0
         self.states = [self._start(i, batch) for i in range(len(self.members))]
+        self._taken: dict[tuple[int, str, int], int] = {}  # rows that each member was offered at a site and layer
         self.open(np.zeros(batch, np.int64))
 
     # One segment
@@ -196,7 +205,22 @@ class MemoryRun:
         self.start = self.start + self._lengths
         self.number += 1
         self.has_read = self.has_read or bool(active.any())
+        self._warn_of_idle()
         self.open(np.zeros(self.batch, np.int64))  # nothing of a segment is held between two
+
+    def _warn_of_idle(self) -> None:
+        """Warns of a member that gets its rows from one before it, where that one keeps all of them."""
+        for i, before in self._sites.fed.items():
+            member, source = self.members[i], self.members[before]
+            taken = {j: max((n for (at, *_), n in self._taken.items() if at == j), default=0) for j in (i, before)}
+            most = source.spec.capacity if source.spec.capacity is not None else math.inf if _has(source, "drain") else 0
+            if not taken[i] and taken[before] > most:
+                warnings.warn(
+                    f"memory {member.name!r} gets no row: {source.name!r} before it in the stack takes all and drops none; put"
+                    f" {member.name!r} before it, as in {member.name}+{source.name}, or let it work at another site or layer",
+                    UserWarning,
+                    stacklevel=2,
+                )
 
     def abandon(self) -> None:
         """Leaves a segment that failed: the states are what they were before it. Does nothing between segments."""
@@ -285,6 +309,8 @@ class MemoryRun:
     def _offer(self, i: int, method: str, new: New, project: Project | None) -> New | None:
         """Member i writes or absorbs `new`: with what its spec asks for, and without a gradient if it wants none."""
         spec = self.members[i].spec
+        place = i, new.site, new.layer
+        self._taken[place] = self._taken.get(place, 0) + int(new.valid.sum(axis=1).max(initial=0))
         plain, shown = spec.gradient == "none", "tokens" in spec.needs
 
         def heads(rows: Array) -> tuple[Array, Array]:
@@ -384,6 +410,7 @@ class MemoryRun:
             for name in state:
                 state[name] = select_streams(streams, fresh.get(name, np.zeros_like(state[name])), state[name])
         self.start = np.where(streams, 0, self.start)
+        self._taken = {}
 
     def reorder(self, index: np.ndarray) -> None:
         """Stream i becomes what stream index[i] was: beams, shuffled or shrinking batches. Within a segment, too."""
@@ -450,6 +477,7 @@ class MemoryRun:
         twin.__dict__.update(self.__dict__)
         twin.states = [State(state, state.dims) for state in self.states]
         twin._before = [dict(before) for before in self._before]
+        twin._taken = dict(self._taken)
         twin._tokens, twin._rows, twin._mass = dict(self._tokens), dict(self._rows), dict(self._mass)
         return twin
 
