@@ -93,6 +93,7 @@ class LmdbRows:
             with self._transaction(create=True, write=True) as txn:
                 if not txn.stat()["entries"]:
                     txn.put(b"meta", json.dumps(meta).encode())
+            _sync_folder(os.path.dirname(self.path))
         with self._read() as txn:
             new = self._settled(txn, d_model, models, former)
         if new is not None:
@@ -423,6 +424,15 @@ class LmdbRows:
             return dict(json.loads(bytes(value)))
         except (ValueError, TypeError) as error:
             raise InvalidValue(f"path: the store {self.given} is damaged: {error}; give another path and read the text again") from error
+
+
+def _sync_folder(path: str) -> None:
+    """LMDB syncs a file, but not its name in the folder, without which a new file is lost in a power cut."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def large_chunks(d_model: int) -> int:
