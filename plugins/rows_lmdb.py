@@ -74,12 +74,17 @@ class _Opened:
 
     def __init__(self, file: tuple[int, int, int] | None, environment: Any):
         self.file, self.environment, self.active = file, environment, 0
+        self.locked = bool(environment.flags()["lock"])
 
 
 class LmdbRows:
-    """The RowStore in the LMDB file at `path`; made when it is first opened. Raises InvalidValue or FileProblem naming the path."""
+    """The RowStore in the LMDB file at `path`; made when it is first opened. Raises InvalidValue or FileProblem naming the path.
 
-    def __init__(self, path: str):
+    read_only: nothing is made or written. A file without permission to write can be read, too.
+    """
+
+    def __init__(self, path: str, read_only: bool = False):
+        self.read_only = read_only
         self.path = os.path.realpath(path)  # LMDB must not open a file twice, under whatever name
         self.given = path
         self._opened: _Opened | None = None
@@ -87,16 +92,18 @@ class LmdbRows:
     def open(self, d_model: int, model: str | Mapping[str, str], former: Callable[[], str] | None = None) -> None:
         """Checks that the file, if there is one, holds rows of this width and model; else makes it."""
         models = {ALL: model} if isinstance(model, str) else dict(model)
+        if self.read_only and not os.path.exists(self.path):
+            raise FileProblem(f"path: there is no store at {self.given}, and with read_only=true none is made; give the path of one")
         if not os.path.exists(self.path) or self._is_empty():
             # born: tells this file from one that was here before it.
             meta: dict[str, Any] = {"format": FORMAT, "d_model": d_model, "models": models, "born": time.time_ns()}
-            with self._transaction(create=True, write=True) as txn:
+            with self._write(create=True) as txn:
                 if not txn.stat()["entries"]:
                     txn.put(b"meta", json.dumps(meta).encode())
             _sync_folder(os.path.dirname(self.path))
         with self._read() as txn:
             new = self._settled(txn, d_model, models, former)
-        if new is not None:
+        if new is not None and self._may_write():
             with self._write() as txn:  # by now another process may have written
                 if (new := self._settled(txn, d_model, models, former)) is not None:
                     txn.put(b"meta", json.dumps(new).encode())
@@ -308,10 +315,14 @@ class LmdbRows:
 
     def _map(self, create: bool) -> Any:
         """The file mapped, with as much address space as the process may have."""
-        lmdb, size = self._lmdb(), MAP_BYTES
+        lmdb, size, lock = self._lmdb(), MAP_BYTES, self.path + "-lock"
+        # Readers write, too: into the lock file. Without one they look whether what they read was replaced meanwhile.
+        locks = os.access(lock if os.path.exists(lock) else os.path.dirname(self.path), os.W_OK)
+        readonly = os.path.exists(self.path) and (not os.access(self.path, os.W_OK) or (self.read_only and not locks))
+        access = {"readonly": True, "lock": locks} if readonly else {}
         while True:
             try:
-                return lmdb.open(self.path, subdir=False, map_size=size, max_dbs=0, max_readers=512, create=create)
+                return lmdb.open(self.path, subdir=False, map_size=size, max_dbs=0, max_readers=512, create=create, **access)
             except lmdb.MemoryError:
                 size //= 2
                 if size < max(LEAST_MAP_BYTES, os.path.getsize(self.path) if os.path.exists(self.path) else 0):
@@ -364,8 +375,14 @@ class LmdbRows:
             opened = self._environment(create)
             opened.active += 1
         try:
+            begun = None if opened.locked else opened.environment.info()["last_txnid"]
             with opened.environment.begin(**options) as txn:
                 yield txn
+            if begun is not None and opened.environment.info()["last_txnid"] != begun:
+                raise FileProblem(
+                    f"path: the store {self.given} was written to while it was read, and its lock file cannot be used to prevent that;"
+                    " try again"
+                )
         except (lmdb.MapFullError, lmdb.MapResizedError) as error:
             size = opened.environment.info()["map_size"]
             raise FileProblem(
@@ -381,8 +398,14 @@ class LmdbRows:
     def _read(self, buffers: bool = False) -> Any:
         return self._transaction(buffers=buffers)
 
-    def _write(self) -> Any:
-        return self._transaction(write=True)
+    def _may_write(self) -> bool:
+        return not self.read_only and (os.access(self.path, os.W_OK) or not os.path.exists(self.path))
+
+    def _write(self, create: bool = False) -> Any:
+        if not self._may_write():
+            why = "it was opened with read_only=true" if self.read_only else "this process has no permission to write to the file"
+            raise FileProblem(f"path: nothing was written to the store {self.given}: {why}; it can be read alone")
+        return self._transaction(create=create, write=True)
 
     def _meta(self) -> dict[str, Any]:
         with self._read() as txn:

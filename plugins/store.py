@@ -33,13 +33,13 @@ from mini_tfm.memory import (
 from mini_tfm_plugins.rows_lmdb import LmdbRows
 
 
-def backend_of(path: str) -> RowStore:
+def backend_of(path: str, read_only: bool = False) -> RowStore:
     """The backend of a path: a file is LMDB's. The one place to choose another by what the path looks like."""
-    return LmdbRows(path)
+    return LmdbRows(path, read_only)
 
 
 class Store(RetrievalMemory):
-    """Long-term memory: all rows, each query sees its `top_k` best; durable with a `path`."""
+    """Long-term memory: all rows, each query sees its `top_k` best; durable with a `path`, left as it is with `read_only`."""
 
     def __init__(
         self,
@@ -47,14 +47,17 @@ class Store(RetrievalMemory):
         path: str | None = None,
         top_k: int = 32,
         document: str = "default",
+        read_only: bool = False,
         site: str | None = None,
         layer: int | None = None,
         merge: str = "joint",
     ):
         super().__init__(top_k=top_k, site=site, layer=layer, merge=merge)
         self.document = _checked_document(document)
-        self.disk = backend_of(str(path)) if path is not None else None
-        self.durable = path is not None
+        if not isinstance(read_only, bool) or (read_only and path is None):
+            raise InvalidValue(f"read_only: expected true or false, and true only with a path, got {read_only!r}")
+        self.disk = backend_of(str(path), read_only) if path is not None else None
+        self.durable = path is not None and not read_only
 
     def start(self, batch: int, dims: Dims) -> dict[str, np.ndarray]:
         """on_disk (B, banks): rows that a stream sees of the store; without a store there is nothing.

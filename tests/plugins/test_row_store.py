@@ -26,7 +26,7 @@ WRITES = {}  # by path, document and writer
 class RamRows:
     """The protocol in dictionaries: a backend is as short as this, but for durability."""
 
-    def __init__(self, path):
+    def __init__(self, path, read_only=False):
         self.path = path
 
     def open(self, d_model, model, former=None):

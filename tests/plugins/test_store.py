@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -998,3 +999,96 @@ def test_a_document_deleted_while_rows_are_written_does_not_come_back(path, monk
     assert pipe.score("x")["bits"] == pipeline(f"{front}store:path={path}").score("x")["bits"]
     pipe.read("new")
     assert pipe.memory.documents() == {"default": 3}
+
+
+# Reading alone
+
+
+def refuses_to_write(pipe):
+    """It answers as before, and what is on disk stays."""
+    with pytest.raises(FileProblem, match=r"path: nothing was written to the store .*; it can be read alone"):
+        pipe.read("more text")
+    with pytest.raises(FileProblem, match="path: nothing was written to the store"):
+        pipe.memory.reset("default")
+    pipe.reset()
+    return pipe.memory.documents()
+
+
+@pytest.mark.parametrize("front", ["", "window:size=8+"])
+def test_a_store_is_read_and_left_as_it_is(path, front):
+    pipe = pipeline(f"store:path={path}")
+    pipe.read("a text to remember " * 8)
+    before, bits = digest(path), pipeline(f"{front}store:path={path}").score("a text")["bits"]
+    reading = pipeline(f"{front}store:path={path},read_only=true")
+    assert reading.score("a text")["bits"] == bits
+    assert reading.generate("a text " * 20, max_new_tokens=3) is not None  # read into a copy in RAM
+    assert refuses_to_write(reading) == {"default": 152}
+    assert reading.score("a text")["bits"] == bits and digest(path) == before
+    pipe.read("it is written by others")
+    reading.reset()
+    assert reading.score("a text")["bits"] == pipeline(f"{front}store:path={path}").score("a text")["bits"] != bits
+
+
+def test_a_store_that_is_not_there_is_not_made_for_reading(path):
+    with pytest.raises(FileProblem, match=r"path: there is no store at .* with read_only=true none is made"):
+        pipeline(f"store:path={path},read_only=true")
+    assert not os.path.exists(path)
+    for wrong in ({"read_only": True}, {"path": path, "read_only": 3}):
+        with pytest.raises(InvalidValue, match="read_only: expected true or false"):
+            mt.memory("store", **wrong)
+
+
+def test_a_store_of_an_earlier_version_is_read_and_left_as_it_is(path):
+    bits = script(OLD, path, str(Path(__file__).parent))
+    before = digest(path)
+    assert pipeline(f"store:path={path},read_only=true").score("what?")["bits"] == bits
+    assert digest(path) == before
+
+
+AS_NOBODY = """
+    import json, os, sys
+    sys.path.insert(0, sys.argv[2])
+    import tempfile
+    from test_store import pipeline, refuses_to_write
+    path, option = sys.argv[1], sys.argv[3]
+    with tempfile.TemporaryDirectory() as folder:  # imports all, which nobody may not
+        pipeline(f"store:path={folder}/notes.mdb").read("x")
+        pipe = pipeline(f"store:path={folder}/notes.mdb,read_only=true")
+        pipe.score("x")
+        refuses_to_write(pipe)
+    if os.geteuid() == 0:
+        os.setuid(65534)
+    pipe = pipeline("store:path=" + path + option)
+    bits = pipe.score("a text")["bits"]
+    assert refuses_to_write(pipe) == {"default": 152}
+    print(json.dumps(bits))
+"""
+
+
+@pytest.mark.parametrize("option", ["", ",read_only=true"])
+@pytest.mark.parametrize("lock", ["none", "unwritable", "writable"])
+def test_a_store_without_permission_to_write_is_read(option, lock):
+    """In a folder without it, too, where there is no lock file."""
+    with tempfile.TemporaryDirectory() as folder:  # which others may enter, as pytest's is not
+        path = os.path.join(folder, "notes.mdb")
+        bits = script(FILL, path, str(Path(__file__).parent))
+        if lock == "none":
+            os.remove(path + "-lock")
+        else:
+            os.chmod(path + "-lock", 0o444 if lock == "unwritable" else 0o666)
+        os.chmod(path, 0o444)
+        os.chmod(folder, 0o555)
+        before = digest(path)
+        assert script(AS_NOBODY, path, str(Path(__file__).parent), option) == bits
+        os.chmod(folder, 0o755)
+        assert digest(path) == before
+
+
+FILL = """
+    import json, sys
+    sys.path.insert(0, sys.argv[2])
+    from test_store import pipeline
+    pipe = pipeline("store:path=" + sys.argv[1])
+    pipe.read("a text to remember " * 8)
+    print(json.dumps(pipeline("store:path=" + sys.argv[1]).score("a text")["bits"]))
+"""
