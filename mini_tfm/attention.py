@@ -188,7 +188,8 @@ class MultiHeadAttention:
             return ops.attention(q, [own], self.scale, **dropout(self.name))
         at = layout.last(n_queries)
         shown = [
-            (i, view, run.merge(i, view)) for i, view in run.views(self.site, self.layer, lambda: self._query(p, free_q, at), n_queries)
+            (i, view, run.merge(i, view))
+            for i, view in run.views(self.site, self.layer, lambda: self._query(p, free_q, at, layout), n_queries)
         ]
         joint = [(i, view, self._block_of(p, view, at)) for i, view, merge in shown if isinstance(view, View) and merge == "joint"]
         blocks = [own, *(block for _, _, block in joint)]
@@ -232,7 +233,7 @@ class MultiHeadAttention:
                 bias = self.relative.between(p, from_start, at, view.index) + (0 if bias is None else bias)
         return Block(k, v, valid=view.valid, index=view.index, bias=bias)
 
-    def _query(self, p: Pass, q: Array, at: np.ndarray) -> Query:
+    def _query(self, p: Pass, q: Array, at: np.ndarray, layout: Layout) -> Query:
         heads, config = value_of(q), self.config
         batch, n_heads, length, d_head = heads.shape
 
@@ -244,7 +245,8 @@ class MultiHeadAttention:
             grouped = heads.reshape(batch, groups, n_heads // groups, length, d_head)
             return np.einsum("bghtx,dgx->bghtd", grouped, wk, optimize=True).reshape(batch, n_heads, length, config.d_model)
 
-        return Query(q, hidden, np.broadcast_to(p.run.site_start(self.site)[:, None] + at, (batch, length)))
+        valid = None if layout.valid is None else layout.counted(batch, length)
+        return Query(q, hidden, np.broadcast_to(p.run.site_start(self.site)[:, None] + at, (batch, length)), valid)
 
 
 class RelativeBias:

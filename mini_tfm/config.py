@@ -200,11 +200,16 @@ class Config:
 
     def _told(self) -> list[str]:
         """The fields that every model has, and the others where they say something."""
+        names = [field.name for field in dataclasses.fields(self)]
+        return names[: names.index("gated")] + self.later()
+
+    def later(self) -> list[str]:
+        """The fields of published models that say something here."""
         usual = {"decoder_d_ff": self.d_ff, "final_norm": self.norm_position != "post", "rotary_dims": self.d_head}
         names = [field.name for field in dataclasses.fields(self)]
         first = names.index("gated")
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        return names[:first] + [name for name in names[first:] if getattr(self, name) != usual.get(name, defaults[name])]
+        return [name for name in names[first:] if getattr(self, name) != usual.get(name, defaults[name])]
 
     def has_bias(self, part: str) -> bool:
         """Whether linear layers called `part` (one of q, k, v, o, in, gate, out) have a bias."""

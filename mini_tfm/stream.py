@@ -21,6 +21,7 @@ from . import _core
 from .attention import Encoded
 from .autodiff import value_of
 from .context import NO_DROPOUT, Dropout, Pass
+from .fingerprint import Fingerprint
 from .memory.base import Memory
 from .memory.run import MemoryRun, Project
 from .model import Model
@@ -47,6 +48,7 @@ class Stream:
             training=training,
             fingerprint=model.fingerprint,
             projections=self._projection,
+            made_of=None if training else Fingerprint(model.config, self.weights.kept),
         )
         self.last = np.full(batch, self._nothing, np.int64)
         self.encoded: Encoded | None = None
@@ -78,6 +80,7 @@ class Stream:
         """
         if self.run.forget_deleted():
             self.begin_text()
+        self.run.check_weights()
         self._pass = Pass(self.weights, self.run, dropout)
         self._target = None
         self.run.open(lengths, target)

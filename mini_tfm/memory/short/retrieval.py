@@ -94,5 +94,22 @@ class RetrievalMemory(Memory):
 
     def read(self, state: State, site: str, layer: int, query: Query) -> View | None:
         bank = bank_key(site, layer)
-        found = self.search(state, bank, query.hidden(), self.top_k) if self.count(state, bank) else None
+        found = self._search_valid(state, bank, query) if self.count(state, bank) else None
         return None if found is None else dataclasses.replace(found, gate=state.params.get("gate"))
+
+    def _search_valid(self, state: State, bank: str, query: Query) -> View | None:
+        """`search`, with the queries that are no padding: the others see no row, and choose none."""
+        queries, valid = query.hidden(), query.valid
+        if valid is None or valid.all():
+            return self.search(state, bank, queries, self.top_k)
+        most = int(valid.sum(axis=1).max())
+        order = np.argsort(~valid, axis=1, kind="stable")[:, :most]  # of each stream, its queries that are valid
+        there = np.take_along_axis(valid, order, 1)
+        order = np.where(there, order, order[:, :1])  # and, up to as many as another stream has, its first one again
+        found = self.search(state, bank, np.take_along_axis(queries, order[:, None, :, None], 2), self.top_k) if most else None
+        if found is None or found.index is None or found.index.ndim != 4:
+            return found
+        index = np.full((*queries.shape[:3], found.index.shape[3]), -1)
+        np.put_along_axis(index, order[:, None, ::-1, None], found.index[:, :, ::-1], 2)
+        index[np.broadcast_to(~valid[:, None], index.shape[:3])] = -1
+        return dataclasses.replace(found, index=index)
