@@ -5,9 +5,27 @@ who never heard of this library still works. Every message names the argument, w
 came, and what to do when we know it.
 """
 
+LONGEST = 4_000  # characters of a message
+_SHOWN = 60  # characters of a value in a message
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: its repr, the beginning of one that is long."""
+    if isinstance(value, str) and len(value) > _SHOWN:
+        return repr(value[:_SHOWN] + "...")
+    text = repr(value)
+    return text if len(text) <= 2 * _SHOWN else text[: 2 * _SHOWN] + "..."
+
 
 class MiniTfmError(Exception):
-    """Base of every error raised on purpose by this library."""
+    """Base of every error raised on purpose by this library. No message is longer than LONGEST: what is too long loses its middle."""
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if len(text) <= LONGEST:
+            return text
+        kept = LONGEST // 2 - 50
+        return f"{text[:kept]} ... [{len(text) - 2 * kept:,} characters] ... {text[-kept:]}"
 
 
 class InvalidValue(MiniTfmError, ValueError):

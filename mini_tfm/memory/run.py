@@ -494,7 +494,9 @@ class MemoryRun:
             for name, value in state.items():
                 if before.get(name) is not value:
                     check_state(name, value, self.batch)
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # SystemExit and the like, too: a strategy ends nobody's program
             raise fault(member, method, site, layer, self.number, error) from error
         return result
 
