@@ -367,14 +367,14 @@ class MemoryRun:
 
     def reset(self, streams: np.ndarray) -> None:
         """Empties the memory of the streams where (B,) bool `streams` is set: a new document begins there."""
-        for i, state in enumerate(self.states):
-            fresh = self._start(i, self.batch)
-            if streams.all():
-                state.clear()
-                state.update(fresh)
-            for name in state:
-                state[name] = select_streams(streams, fresh.get(name, np.zeros_like(state[name])), state[name])
-        self.start, self.decoded = np.where(streams, 0, self.start), np.where(streams, 0, self.decoded)
+        begun = [self._start(i, self.batch) for i in range(len(self.members))]  # one that fails leaves all as they were
+        if not streams.all():
+            for fresh, state in zip(begun, self.states, strict=True):
+                empty = {name: fresh.get(name, np.zeros_like(value)) for name, value in state.items()}
+                fresh.clear()
+                fresh.update({name: select_streams(streams, empty[name], value) for name, value in state.items()})
+        start, decoded = np.where(streams, 0, self.start), np.where(streams, 0, self.decoded)
+        self.states, self.start, self.decoded = begun, start, decoded
 
     def reorder(self, index: np.ndarray) -> None:
         """Stream i becomes what stream index[i] was: beams, shuffled or shrinking batches. Within a segment, too."""
