@@ -16,7 +16,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Self, TypeVar
 
-from .errors import InvalidType, InvalidValue
+from .errors import InvalidType, InvalidValue, shown
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -61,7 +61,7 @@ class Options:
         for field in dataclasses.fields(self):
             value = _plain(getattr(self, field.name))
             if not _fits(field, value):
-                faults.append(f"{field.name}: expected {_expected(field)}, got {value!r}")
+                faults.append(f"{field.name}: expected {_expected(field)}, got {shown(value)}")
             elif value is not None and about(field).path:
                 value = os.path.abspath(value)  # a run is resumed from any working directory
             object.__setattr__(self, field.name, value)
@@ -81,7 +81,7 @@ class Options:
             if name not in known:
                 close = difflib.get_close_matches(name, known, 1)
                 meant = f" (did you mean {close[0]!r}?)" if close else ""
-                raise InvalidType(f"{cls.owner}: unknown option {name!r}{meant}; it takes {', '.join(known)}")
+                raise InvalidType(f"{cls.owner}: unknown option {shown(name)}{meant}; it takes {', '.join(known)}")
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some options changed. Raises the same errors as `of`."""

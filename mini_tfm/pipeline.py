@@ -83,6 +83,10 @@ class Pipeline:
         """
         if self.memory is None:
             raise InvalidValue("memory: this pipeline has none to read into; give one, as in Pipeline.load(folder, memory='window')")
+        if not self.model.config.has_decoder:
+            raise InvalidValue(
+                "read: this model has no decoder (n_decoder_layers is 0), and embed takes each text alone: nothing would look at it"
+            )
         count = 0
         for number, segment in enumerate(self._segments(text)):
             count += len(segment)

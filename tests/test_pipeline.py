@@ -586,3 +586,63 @@ def test_a_score_that_is_not_finite_is_an_error(encoders, value):
         model.weights[f"decoder.0.feed_forward.{part}.weight"][:] = value
     with np.errstate(all="ignore"), pytest.raises(InvalidValue, match=r"score: token \d of segment 0 takes \S+ bits"):
         mt.Pipeline(model, ByteTokenizer()).score("abc")
+
+
+BUILT_IN = [
+    "window:size=8",
+    "window:size=8,sinks=2,site=all",
+    "recurrent:tokens=2",
+    "recurrent:tokens=2,residual=true",
+    "store:top_k=3",
+    "store:top_k=3,merge=gate,layer=-1",
+    "store:path={path},top_k=3",
+    "window:size=8+store:path={path},top_k=3",
+    *(
+        f"{name},site={site}"
+        for name in ("window:size=8", "recurrent:tokens=2", "store:top_k=3")
+        for site in ("encoder", "decoder", "cross")
+    ),
+]
+
+
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+@pytest.mark.parametrize("stacks", [(2, 0), (0, 2), (1, 1)], ids=["encoder-only", "decoder-only", "encoder-decoder"])
+@pytest.mark.parametrize("spec", BUILT_IN)
+def test_every_model_with_every_memory_does_what_it_can_and_refuses_the_rest(spec, stacks, positions, tmp_path):
+    """Before any work: a memory at a site that the model has not, a call for a stack that it has not."""
+    encoders, decoders = stacks
+    config = mt.Config(
+        vocab_size=259,
+        d_model=8,
+        n_heads=2,
+        n_encoder_layers=encoders,
+        n_decoder_layers=decoders,
+        segment_length=SEGMENT,
+        positions=positions,
+        max_positions=64,
+    )
+    model, spec = mt.Transformer(config, seed=0), spec.format(path=tmp_path / "notes.mdb")
+    has = {"encoder": bool(encoders), "decoder": bool(decoders), "cross": bool(encoders and decoders)}
+    wanted = spec.partition("site=")[2]
+    if wanted in has and (not has[wanted] or (wanted == "cross" and "recurrent" in spec)):
+        with pytest.raises(InvalidValue, match=f"works at \\['{wanted}'\\], but this model has only|site: expected encoder or decoder"):
+            Pipeline(model, ByteTokenizer(), spec)
+        return
+    p, text = Pipeline(model, ByteTokenizer(), spec), prose(12)
+    if encoders:
+        assert np.isfinite(p.embed([text, "b"])).all()
+    else:
+        with pytest.raises(InvalidValue, match="no encoder"):
+            p.embed([text])
+    if not decoders:
+        for call in (p.read, p.score, p.generate):
+            with pytest.raises(InvalidValue, match="no decoder"):
+                call(text)
+        assert p._stream.run.number == 0
+        return
+    for part in (text, text[:5]):  # the last segments are short
+        assert p.read(part) == len(part.encode())
+        assert np.isfinite(p.score(text)["bits"])
+        assert isinstance(p.generate(text, max_new_tokens=SEGMENT + 3, seed=0, do_sample=True), str)
+    p.close()
+    assert p.read("again") == 5

@@ -428,15 +428,16 @@ class MemoryRun:
 
     def reset(self, streams: np.ndarray) -> None:
         """Empties the memory of the streams where (B,) bool `streams` is set: a new document begins there."""
-        for i, state in enumerate(self.states):
-            fresh = self._start(i, self.batch)
-            if streams.all():
-                state.clear()
-                state.update(fresh)
-                self.has_read = False
-            for name in state:
-                state[name] = select_streams(streams, fresh.get(name, np.zeros_like(state[name])), state[name])
-        self.start, self.decoded = np.where(streams, 0, self.start), np.where(streams, 0, self.decoded)
+        begun = [self._start(i, self.batch) for i in range(len(self.members))]  # one that fails leaves all as they were
+        if not streams.all():
+            for fresh, state in zip(begun, self.states, strict=True):
+                empty = {name: fresh.get(name, np.zeros_like(value)) for name, value in state.items()}
+                fresh.clear()
+                fresh.update({name: select_streams(streams, empty[name], value) for name, value in state.items()})
+        else:
+            self.has_read = False
+        start, decoded = np.where(streams, 0, self.start), np.where(streams, 0, self.decoded)
+        self.states, self.start, self.decoded = begun, start, decoded
         self._taken = {}
 
     def reorder(self, index: np.ndarray) -> None:
@@ -559,7 +560,9 @@ class MemoryRun:
             for name, value in state.items():
                 if before.get(name) is not value:
                     check_state(name, value, self.batch)
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # SystemExit and the like, too: a strategy ends nobody's program
             raise fault(member, method, site, layer, self.number, error) from error
         return result
 

@@ -15,12 +15,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import InvalidValue
+from ..errors import InvalidValue, shown
 
 _STACKED = r"\+(?=[A-Za-z_][\w-]*(?:[:+]|$))"
 _QUOTED = r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\""
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
-_SHOWN = 60  # characters of a value in an error
 
 
 def members_of(text: str) -> list[str]:
@@ -35,13 +34,13 @@ def options_of(name: str, text: str, signature: inspect.Signature) -> dict[str, 
         option, equals, value = part.partition("=")
         option = option.strip()
         if not equals or not option:
-            raise InvalidValue(f"memory {name!r}: expected option=value, got {_shown(part)}")
+            raise InvalidValue(f"memory {name!r}: expected option=value, got {shown(part)}")
         if option in options:
-            raise InvalidValue(f"memory {name!r}: option {option!r} is given twice")
+            raise InvalidValue(f"memory {name!r}: option {shown(option)} is given twice")
         try:
             options[option] = _value(value, _types(signature, option))
         except ValueError as error:
-            raise InvalidValue(f"memory {name!r}: {option}: expected {error}, got {_shown(value)}") from None
+            raise InvalidValue(f"memory {name!r}: {option}: expected {error}, got {shown(value)}") from None
     return options
 
 
@@ -169,7 +168,3 @@ def _read_float(text: str) -> Any:
 
 _READERS = {types.NoneType: _read_none, bool: _read_bool, int: _read_int, float: _read_float}
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", types.NoneType: "none"}
-
-
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= _SHOWN else text[:_SHOWN] + "...")

@@ -24,7 +24,9 @@ TOLERANCE = 1e-8  # in float64, where the checks run: differences of rounding ar
 
 
 class CheckFailed(MiniTfmError, AssertionError):
-    """A strategy breaks the contract; the message lists every check that failed."""
+    """A strategy breaks the contract; the message lists every check that failed, however many."""
+
+    __str__ = AssertionError.__str__
 
 
 def check_memory(memory: str | Memory | Callable[[], Memory], *, skip: Iterable[str] = ()) -> None:
@@ -48,7 +50,9 @@ def check_memory(memory: str | Memory | Callable[[], Memory], *, skip: Iterable[
                 continue
             try:
                 check(Trial(make, kind))
-            except Exception as error:
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # SystemExit and the like, too
                 message = str(error) if isinstance(error, CheckFailed) else f"expected no error, got {type(error).__name__}: {error}"
                 faults.append((f"  {name} ({kind}): {message}", error))
                 if name == "runs":

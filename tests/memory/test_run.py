@@ -751,3 +751,26 @@ def test_a_short_segment_sees_no_row_of_a_decoder_in_its_future(spec, monkeypatc
     for length in (LENGTH, LENGTH, 1, 2):
         stream.read(SEGMENTS[0][:1, :length], np.array([length]))
     assert seen and all(seen)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("full")])
+@pytest.mark.parametrize("streams", [[True, True], [False, True]])
+def test_a_reset_that_fails_changes_no_memory(error, streams):
+    """One of the stack cannot begin anew: the others have not forgotten either."""
+    begun = []
+
+    def start():
+        begun.append(1)
+        if len(begun) == 2:
+            raise error
+        return {"rows": np.zeros((2, 2))}
+
+    stack = Stack([mt.memory("window:size=8"), Hostile(needs=(), start=start)])
+    reader = Reader(MODEL, stack, 2)
+    reader.read(SEGMENTS[0])
+    before = reader.copy()
+    with pytest.raises((KeyboardInterrupt, PluginError)):
+        reader.run.reset(np.array(streams))
+    assert reader.read(SEGMENTS[1]).tobytes() == before.read(SEGMENTS[1]).tobytes()
+    reader.run.reset(np.array(streams))
+    assert (reader.run.start > 0).tolist() == [not reset for reset in streams]

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from ...errors import InvalidValue
+from ...errors import InvalidValue, shown
 from ..base import SITES, Array, Dims, Memory, MemorySpec, New, Param, Query, State, View, bank_key
 from ..nearest import BestRows
 
@@ -34,13 +34,13 @@ class RetrievalMemory(Memory):
         gradient: Literal["none", "rows"] = "none",
     ):
         if not isinstance(top_k, int) or top_k < 1:
-            raise InvalidValue(f"top_k: expected a number of rows of at least 1, got {top_k!r}")
+            raise InvalidValue(f"top_k: expected a number of rows of at least 1, got {shown(top_k)}")
         if site not in (None, *SITES):
-            raise InvalidValue(f"site: expected one of {', '.join(SITES)}, got {site!r}")
+            raise InvalidValue(f"site: expected one of {', '.join(SITES)}, got {shown(site)}")
         if merge not in ("joint", "gate"):
-            raise InvalidValue(f"merge: expected joint or gate, got {merge!r}")
+            raise InvalidValue(f"merge: expected joint or gate, got {shown(merge)}")
         if gradient not in ("none", "rows"):
-            raise InvalidValue(f"gradient: expected none or rows, got {gradient!r}")
+            raise InvalidValue(f"gradient: expected none or rows, got {shown(gradient)}")
         self.top_k, self.site = top_k, site
         sites, layers = frozenset(SITES if site is None else [site]), None if layer is None else (layer,)
         self.spec = MemorySpec(sites=sites, layers=layers, needs=frozenset({"query"}), merge=merge, gradient=gradient)
