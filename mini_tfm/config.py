@@ -8,8 +8,8 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import InvalidValue
-from .options import option
+from .errors import SHOWN_CHARACTERS, InvalidValue, shown
+from .options import option, plain
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 NORMS = ("layer", "rms")
@@ -32,6 +32,7 @@ LIMITS = {
     "relative_max_distance": 1 << 20,
 }
 MAX_WEIGHT_COUNT = 1 << 36
+SHOWN_FAULTS = 8  # of unknown fields in an error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,8 @@ class Config:
     segment_length: int | None = None  # tokens; set where the model was trained on streams of segments
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, plain(getattr(self, field.name)))
         faults = _type_faults(self)
         if not faults:
             faults = _range_faults(self)
@@ -101,9 +104,12 @@ class Config:
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = [str(name) for name in fields if name not in known]
         if unknown:
-            hints = [difflib.get_close_matches(name, known, 1) for name in unknown]
-            named = [f"{name!r}" + (f" (did you mean {hint[0]!r}?)" if hint else "") for name, hint in zip(unknown, hints, strict=True)]
-            raise InvalidValue(f"Config: unknown field {', '.join(named)}")
+            named = []
+            for name in unknown[:SHOWN_FAULTS]:
+                hint = difflib.get_close_matches(name[:SHOWN_CHARACTERS], known, 1)
+                named.append(shown(name) + (f" (did you mean {hint[0]!r}?)" if hint else ""))
+            more = f" and {len(unknown) - len(named)} more" if len(unknown) > len(named) else ""
+            raise InvalidValue(f"Config: unknown field {', '.join(named)}{more}")
         if "vocab_size" not in fields:
             raise InvalidValue("Config: field 'vocab_size' is missing")
         return cls(**fields)
@@ -139,7 +145,7 @@ def _type_faults(config: Config) -> list[str]:
         else:
             good = isinstance(value, str)
         if not good:
-            faults.append(f"{field.name}: expected {kind}, got {value!r}")
+            faults.append(f"{field.name}: expected {kind}, got {shown(value)}")
     return faults
 
 
@@ -149,7 +155,7 @@ def _range_faults(config: Config) -> list[str]:
         value = getattr(config, name)
         least = 0 if name in ("n_encoder_layers", "n_decoder_layers") else 1
         if value is not None and not least <= value <= limit:
-            faults.append(f"{name}: expected {least} to {limit}, got {value}")
+            faults.append(f"{name}: expected {least} to {limit}, got {shown(value)}")
     for name, allowed in (
         ("activation", ACTIVATIONS),
         ("norm", NORMS),
@@ -157,7 +163,7 @@ def _range_faults(config: Config) -> list[str]:
         ("positions", POSITIONS),
     ):
         if getattr(config, name) not in allowed:
-            faults.append(f"{name}: expected one of {', '.join(allowed)}, got {getattr(config, name)!r}")
+            faults.append(f"{name}: expected one of {', '.join(allowed)}, got {shown(getattr(config, name))}")
     for name in ("norm_eps", "rotary_base", "attention_scale"):
         value = getattr(config, name)
         if value is not None and not value > 0:
@@ -182,7 +188,7 @@ def _relation_faults(config: Config) -> list[str]:
         )
     for name in ("pad_id", "bos_id", "eos_id"):
         if not 0 <= getattr(config, name) < config.vocab_size:
-            faults.append(f"{name}: expected 0 to vocab_size - 1 = {config.vocab_size - 1}, got {getattr(config, name)}")
+            faults.append(f"{name}: expected 0 to vocab_size - 1 = {config.vocab_size - 1}, got {shown(getattr(config, name))}")
     layer = config.d_model * (4 * config.n_heads * config.d_head + 2 * config.d_ff)  # type: ignore[operator]
     tables = config.vocab_size * (1 if config.tie_embeddings else 2) + (2 * config.max_positions if config.positions == "learned" else 0)
     count = tables * config.d_model + layer * (config.n_encoder_layers + 2 * config.n_decoder_layers)

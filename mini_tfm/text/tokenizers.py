@@ -26,11 +26,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mini_tfm.errors import InvalidType, InvalidValue, MiniTfmError
+from mini_tfm.errors import InvalidType, InvalidValue, MiniTfmError, shown
 from mini_tfm.files.folders import write_folder
 from mini_tfm.files.reading import as_path, read_bytes
 from mini_tfm.files.strict_json import parse_json_strict
 
+from .limits import check_rules
 from .pieces import Spans, in_pieces, in_windows
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -246,6 +247,8 @@ class BPETokenizer(Tokenizer):
         rules |= {"truncation": None, "padding": None}
         if isinstance(rules.get("model"), dict) and "dropout" in rules["model"]:
             rules["model"]["dropout"] = None
+        with self._attributed():
+            self._at_once = check_rules(rules)
         self._engine = self._build(rules)
         with self._attributed():
             vocab = self._engine.get_vocab(with_added_tokens=True)
@@ -278,6 +281,8 @@ class BPETokenizer(Tokenizer):
 
     def encode(self, text: str) -> np.ndarray:
         _utf8(text)
+        if len(text) > self._at_once:
+            return np.concatenate(list(self.encode_pieces([text])))
         with self._attributed():
             return np.array(self._engine.encode(text, add_special_tokens=False).ids, np.int64)
 
@@ -292,7 +297,7 @@ class BPETokenizer(Tokenizer):
             return np.array(self._engine.post_process(found, add_special_tokens=True).ids, np.int64)
 
     def encode_pieces(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
-        return in_windows(texts, self._spans)
+        return in_windows(texts, self._spans, self._at_once)
 
     def _spans(self, text: str, is_first: bool) -> Spans:
         _utf8(text)
@@ -368,8 +373,10 @@ class BPETokenizer(Tokenizer):
             yield
         except (MiniTfmError, MemoryError, KeyboardInterrupt, SystemExit):
             raise
+        except ValueError as error:  # of ours, or of the package's
+            raise InvalidValue(f"{self._source}: {str(error)[:500]}") from error
         except BaseException as error:  # a panic in Rust is not an Exception
-            raise InvalidValue(f"{self._source}: the tokenizers package refuses it: {error}") from error
+            raise InvalidValue(f"{self._source}: the tokenizers package refuses it: {str(error)[:500]}") from error
 
     def _role(self, role: str, config: dict[str, Any], vocab: dict[str, int]) -> str | None:
         """The name of the token that plays a role, or None."""
@@ -379,7 +386,7 @@ class BPETokenizer(Tokenizer):
                 name = config[key]
                 name = name.get("content") if isinstance(name, dict) else name
                 if not isinstance(name, str) or name not in vocab:
-                    raise InvalidValue(f"{self._source}: {CONFIG_FILE} says {key} is {name!r}, which is not one of its tokens")
+                    raise InvalidValue(f"{self._source}: {CONFIG_FILE} says {key} is {shown(name)}, which is not one of its tokens")
                 return name
         if any(key in config for key in keys):
             return None
@@ -442,11 +449,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     Every text round-trips exactly, seen in training or not. The same texts give the same file. The vocabulary is
     smaller than asked where no pair of tokens occurs twice any more. Raises InvalidType, InvalidValue.
     """
-    if type(vocab_size) is not int:
+    if not isinstance(vocab_size, int | np.integer) or isinstance(vocab_size, bool):
         raise InvalidType(f"vocab_size: expected an int, got {type(vocab_size).__name__}")
+    vocab_size = int(vocab_size)
     smallest = len(SPECIAL_TOKENS) + 256
     if not smallest <= vocab_size <= MAX_VOCAB_SIZE:
-        raise InvalidValue(f"vocab_size: expected {smallest} to {MAX_VOCAB_SIZE}, got {vocab_size}")
+        raise InvalidValue(f"vocab_size: expected {smallest} to {MAX_VOCAB_SIZE}, got {shown(vocab_size)}")
     if isinstance(texts, str):
         raise InvalidType("texts: expected several texts, got one str; put it in a list")
     from tokenizers import Tokenizer as Engine

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ...config import Config
-from ...errors import InvalidValue
+from ...errors import InvalidValue, shown
 from ..safetensors import Entry
 from . import own
 
@@ -44,5 +44,5 @@ def family_of(about: Mapping[str, Any], where: str) -> Family:
         if family.recognises(about):
             return family
     raise InvalidValue(
-        f"{where}: field 'format': expected {own.FORMAT!r}, got {about.get('format')!r}; only folders saved by mini_tfm can be loaded"
+        f"{where}: field 'format': expected {own.FORMAT!r}, got {shown(about.get('format'))}; only folders saved by mini_tfm can be loaded"
     )
