@@ -12,10 +12,10 @@ import numpy as np
 
 from ..config import Config
 from ..errors import InvalidValue
-from ..text.tokenizers import Tokenizer, load_tokenizer
+from ..text.tokenizers import MAX_FILE_BYTES, Tokenizer, tokenizer_of
 from ..weights import Weight
 from .families import family_of, own
-from .folder import CONFIG_FILE, TENSORS_FILE, OpenFolder, save_folder
+from .folder import CONFIG_FILE, TENSORS_FILE, TOKENIZER_FILES, OpenFolder, save_folder
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,9 @@ def read_model(folder: str | os.PathLike, dtype: str = "float32") -> Contents:
         config = family.config_of(about, config_path)
         family.check_tensors(config, opened.read_entries(TENSORS_FILE), tensors_path)
         weights = family.weights_of(config, opened.read_tensors(TENSORS_FILE))
-    files = os.listdir(folder)
-    tokenizer = load_tokenizer(folder) if "tokenizer.json" in files or "tokenizer_config.json" in files else None
+        first, second = (opened.read_bytes(name, MAX_FILE_BYTES) for name in TOKENIZER_FILES)
+        has_tokenizer = first is not None or second is not None
+        tokenizer = tokenizer_of(first, second, os.fspath(folder)) if has_tokenizer else None
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise InvalidValue(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}")
     return Contents(config, {name: w.astype(dtype) for name, w in weights.items()}, tokenizer, about.get("memory"))

@@ -26,7 +26,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mini_tfm.errors import InvalidType, InvalidValue, MiniTfmError, shown
+from mini_tfm.errors import FileProblem, InvalidType, InvalidValue, MiniTfmError, shown
 from mini_tfm.files.folders import write_folder
 from mini_tfm.files.reading import as_path, read_bytes
 from mini_tfm.files.strict_json import parse_json_strict
@@ -487,13 +487,22 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
     Raises FileProblem when a file is missing or a link, InvalidValue naming the file when its content is refused.
     """
     folder = as_path(folder)
-    config_path = os.path.join(folder, CONFIG_FILE)
-    config_json = None
-    if os.path.lexists(config_path):
-        config_json = read_bytes(folder, MAX_FILE_BYTES, CONFIG_FILE)
+    config_json, tokenizer_json = (
+        read_bytes(folder, MAX_FILE_BYTES, name) if os.path.lexists(os.path.join(folder, name)) else None
+        for name in (CONFIG_FILE, TOKENIZER_FILE)
+    )
+    return tokenizer_of(config_json, tokenizer_json, folder)
+
+
+def tokenizer_of(config_json: bytes | None, tokenizer_json: bytes | None, folder: str) -> Tokenizer:
+    """The tokenizer of the contents of its files, None for one that is not there; `folder` names them in errors."""
+    if config_json is not None:
+        config_path = os.path.join(folder, CONFIG_FILE)
         config = parse_json_strict(config_json, config_path)
         if config.get("tokenizer_class") == "ByteTokenizer":
             if len(config) > 1:
-                raise InvalidValue(f"{config_path}: a ByteTokenizer has no options, found {sorted(config)[:8]}")
+                raise InvalidValue(f"{config_path}: a ByteTokenizer has no options, found {shown(sorted(config)[:8])}")
             return ByteTokenizer()
-    return BPETokenizer(read_bytes(folder, MAX_FILE_BYTES, TOKENIZER_FILE), config_json, folder)
+    if tokenizer_json is None:
+        raise FileProblem(f"{os.path.join(folder, TOKENIZER_FILE)}: there is no such file; check the path")
+    return BPETokenizer(tokenizer_json, config_json, folder)
