@@ -360,3 +360,11 @@ def test_any_other_link_is_refused(kind, name, tmp_path):
     link.symlink_to(target.get(kind, {"the folder": "../../blobs", "itself": name}.get(kind, f"../../blobs/{blob}")))
     with pytest.raises(FileProblem, match="config.json" if kind in ("not a cache", "blobs a link") else name):  # then none is followed
         read_model(snapshot)
+
+
+def test_a_memory_whose_parameters_are_not_in_the_folder_is_refused(tmp_path):
+    """A config.json could ask for any number of untrained ones."""
+    model = Transformer(Config(vocab_size=300, d_model=8, n_heads=2, n_encoder_layers=1, n_decoder_layers=1))
+    save_model(tmp_path / "m", model, memory_text="recurrent:tokens=99999999")
+    with pytest.raises(InvalidValue, match=r"m: names the memory 'recurrent:tokens=99999999', whose parameter '.*tokens.*' is not in it"):
+        load_checkpoint(tmp_path / "m").memory()
