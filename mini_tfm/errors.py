@@ -19,7 +19,7 @@ def shown(value: Any) -> str:
     try:
         text = repr(value)
     except Exception:
-        text = f"a {type(value).__name__} that cannot be shown"
+        text = "an integer of thousands of digits" if isinstance(value, int) else f"{type(value).__name__}, which cannot be shown"
     return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."
 
 

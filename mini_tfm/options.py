@@ -12,6 +12,7 @@ import inspect
 import math
 import numbers
 import os
+import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Self, TypeVar
@@ -59,7 +60,7 @@ class Options:
     def __post_init__(self) -> None:
         faults = []
         for field in dataclasses.fields(self):
-            value = _plain(getattr(self, field.name))
+            value = plain(getattr(self, field.name))
             if not _fits(field, value):
                 faults.append(f"{field.name}: expected {_expected(field)}, got {shown(value)}")
             elif value is not None and about(field).path:
@@ -127,17 +128,20 @@ def _described(options: type[Options]) -> Iterator[str]:
         yield textwrap.fill(f"{field.name} ({field.default!r}): {about(field).help}", 110, subsequent_indent="    ")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """NumPy's numbers as Python's, a path as text, a list as a tuple."""
     if isinstance(value, bool):
         return value
     if isinstance(value, numbers.Integral):
         return int(value)
     if isinstance(value, numbers.Real):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:  # a fraction that is no float
+            return value
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
+    return tuple(map(plain, value)) if isinstance(value, list | tuple) else value
 
 
 def _fits(field: dataclasses.Field, value: Any) -> bool:
@@ -157,7 +161,8 @@ def _fits(field: dataclasses.Field, value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Also False for an integer that is no float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_within(limits: About, value: float) -> bool:

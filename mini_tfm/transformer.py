@@ -17,6 +17,7 @@ from .errors import InvalidType, InvalidValue
 from .generate import generate
 from .memory.base import Memory
 from .memory.registry import memory_of_file
+from .memory.run import memory_parameters
 from .model import Model, initial_weights
 from .stream import Stream
 from .text.tokenizers import Tokenizer
@@ -102,8 +103,18 @@ class Checkpoint:
     folder: str = ""
 
     def memory(self) -> Memory | None:
-        """That memory, made again. Raises InvalidValue for one that would import a plugin or open a file: see `memory_of_file`."""
-        return memory_of_file(self.memory_text, self.folder) if self.memory_text else None
+        """That memory, made again. Raises InvalidValue for one that would import a plugin or open a file (see `memory_of_file`), or
+        whose trained parameters are not in the folder."""
+        if not self.memory_text:
+            return None
+        made = memory_of_file(self.memory_text, self.folder)
+        for name in memory_parameters(made, self.model.config, self.model.dtype):
+            if name not in self.model.weights:
+                raise InvalidValue(
+                    f"{self.folder}: names the memory {self.memory_text!r}, whose parameter {name!r} is not in it; to go on with one that"
+                    f" is not trained, ask for it: memory={self.memory_text!r}"
+                )
+        return made
 
 
 def load_checkpoint(folder: str | os.PathLike, dtype: str = "float32") -> Checkpoint:

@@ -253,7 +253,11 @@ def memory_of_file(text: str, where: str) -> Memory:
     What a file names is never imported or opened. Raises InvalidValue that says how to ask for it.
     """
     points = _registry.points()
-    for name in (member.partition(":")[0].strip() for member in members_of(text)):
+    try:
+        members = members_of(text)
+    except InvalidValue as error:
+        raise with_message(error, f"{where}: {error}") from error
+    for name in (member.partition(":")[0].strip() for member in members):
         is_built_in = name in points and points[name].is_built_in
         if not is_built_in and _registry.owners.get(name) != IN_PROCESS:
             break

@@ -20,11 +20,18 @@ from ..errors import InvalidValue, shown
 _STACKED = r"\+(?=[A-Za-z_][\w-]*(?:[:+]|$))"
 _QUOTED = r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\""
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+MAX_CHARACTERS = 1 << 16
+MAX_MEMBERS = 64
 
 
 def members_of(text: str) -> list[str]:
-    """The memories of a stack, each as text."""
-    return _split(text.strip(), _STACKED)
+    """The memories of a stack, each as text. Raises InvalidValue for more than anyone stacks: a file may hold the text."""
+    if len(text) > MAX_CHARACTERS:
+        raise InvalidValue(f"memory: expected at most {MAX_CHARACTERS} characters, got {len(text)}: {_shown(text)}")
+    members = _split(text.strip(), _STACKED)
+    if len(members) > MAX_MEMBERS:
+        raise InvalidValue(f"memory: expected a stack of at most {MAX_MEMBERS} memories, got {len(members)}: {_shown(text)}")
+    return members
 
 
 def options_of(name: str, text: str, signature: inspect.Signature) -> dict[str, Any]:
@@ -63,9 +70,10 @@ def text_of(name: str, options: Mapping[str, Any], signature: inspect.Signature)
         for text in (str(value), repr(value)):
             try:
                 back = options_of(name, f"{option}={text}", signature)
+                stacked = members_of(f"{name}:{option}={text}+x")
             except InvalidValue:
                 continue
-            if back == {option: value} and type(back[option]) is type(value) and len(members_of(f"{name}:{option}={text}+x")) == 2:
+            if back == {option: value} and type(back[option]) is type(value) and len(stacked) == 2:
                 written.append(f"{option}={text}")
                 break
         else:

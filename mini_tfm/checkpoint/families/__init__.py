@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ...config import Config
-from ...errors import InvalidValue
+from ...errors import InvalidValue, shown
 from ..safetensors import Entry
 from . import bart, bert, gpt2, llama, own, sources, t5
 
