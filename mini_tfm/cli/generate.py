@@ -124,6 +124,6 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
         from ..text.files import read_text
 
         return read_text(file)
-    if prompt is None and sys.stdin.isatty():
+    if prompt is None and (sys.stdin is None or sys.stdin.isatty()):
         raise click.UsageError("no prompt: give PROMPT, --file FILE, or text on standard input")
     return stdin_text()

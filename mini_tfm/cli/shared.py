@@ -82,9 +82,13 @@ def print_table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[str]
     from rich.table import Table
     from rich.text import Text
 
+    class Plain(Console):
+        def on_broken_pipe(self) -> None:
+            raise  # the BrokenPipeError that it is called for: the command line has one exit code for all
+
     stream = sys.stderr if err else sys.stdout
     watched = stream.isatty()
-    console = Console(file=stream, force_terminal=watched, width=None if watched else WIDTH, highlight=False, emoji=False)
+    console = Plain(file=stream, force_terminal=watched, width=None if watched else WIDTH, highlight=False, emoji=False)
     table = Table(
         box=box.SIMPLE_HEAD,
         title=title,
@@ -105,8 +109,9 @@ def print_table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[str]
 
 
 def note(text: str) -> None:
-    """Prints a line on standard error, for a human reader."""
-    click.echo(text, err=True)
+    """Prints a line on standard error, for a human reader; work goes on where nobody reads."""
+    with contextlib.suppress(OSError):
+        click.echo(text, err=True)
 
 
 def count(n: float) -> str:
@@ -161,7 +166,9 @@ def pieces_of(path: Path) -> Iterator[str]:
 
 
 def stdin_text() -> str:
-    """All of standard input. Raises InvalidValue if it is not UTF-8."""
+    """All of standard input. Raises InvalidValue if it is closed or not UTF-8."""
+    if sys.stdin is None:
+        raise InvalidValue("standard input: expected text, it is closed")
     data = sys.stdin.buffer.read()
     try:
         return data.decode("utf-8")

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -258,6 +259,59 @@ def test_a_closed_pipe_ends_quietly(model):
     err = process.stderr.read()
     process.stderr.close()
     assert process.wait(timeout=30) == 141 and err == b""
+
+
+COMMANDS = {
+    "help": ["--help"],
+    "help of a command": ["train", "--help"],
+    "info": ["info", "{folder}/model"],
+    "list": ["plugins", "list", "--json"],
+    "score": ["score", "{folder}/model", "{folder}/a.txt"],
+    "generate": ["generate", "{folder}/model", "x", "--max-new-tokens", "3"],
+    "embed": ["embed", "{folder}/model", "{folder}/a.txt", "--json"],
+    "read": ["read", "{folder}/model", "{folder}/a.txt", "--memory", "store:path={tmp}/s.mdb"],
+    "train": ["train", "--text", "{folder}/a.txt", "{folder}/b.txt", "--out", "{tmp}/m", *TINY_OPTIONS, "--steps", "2"],
+}
+
+
+def shell(words, redirection):
+    script = shlex.join(command(*words)) + " " + redirection
+    return subprocess.run(["bash", "-c", f"set -o pipefail; {script}"], capture_output=True, text=True, timeout=120, env=ENVIRONMENT)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_streams_that_are_closed_or_full(shared, tmp_path, name):
+    """Closed ones are as the null device; a reader that is gone is 141; what cannot be written is an error of one line."""
+    for number, (redirection, codes) in enumerate({"<&-": [0], ">&-": [0], "2>&-": [0], ">&- 2>&- <&-": [0], "> /dev/full": [2]}.items()):
+        place = tmp_path / str(number)
+        place.mkdir()
+        done = shell(filled(COMMANDS[name], shared, place), redirection)
+        assert done.returncode in codes, (redirection, done)
+        assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr, (redirection, done)
+        if redirection == "> /dev/full":
+            assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] != []
+        if name == "train":
+            assert load_checkpoint(place / "m").tokenizer is not None, redirection
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_reader_that_is_gone_before_the_first_word(shared, tmp_path, name):
+    reads, writes = os.pipe()
+    os.close(reads)
+    words = filled(COMMANDS[name], shared, tmp_path)
+    done = subprocess.run(command(*words), stdout=writes, stderr=subprocess.PIPE, text=True, timeout=120, env=ENVIRONMENT)
+    assert done.returncode == 141 and "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+    with_errors = filled(COMMANDS[name], shared, tmp_path / "again")
+    (tmp_path / "again").mkdir()
+    assert subprocess.run(command(*with_errors), stdout=writes, stderr=writes, timeout=120, env=ENVIRONMENT).returncode == 141
+    os.close(writes)
+
+
+def test_closed_standard_input_is_no_prompt_and_no_file(model):
+    asked = shell(["generate", model], "<&-")
+    assert asked.returncode == 2 and "no prompt" in asked.stderr
+    read = shell(["score", model, "-"], "<&-")
+    assert read.returncode == 2 and "standard input: expected text, it is closed" in read.stderr and "Traceback" not in read.stderr
 
 
 def test_a_terminal_without_unicode_gets_an_answer(model, shared):
