@@ -76,7 +76,7 @@ def plain(value: Any) -> Any:
 
 
 def print_table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[str]], *, title: str | None = None, err: bool = False) -> None:
-    """Rows of text under (heading, "left" or "right") columns."""
+    """Rows of text under (heading, "left" or "right") columns; where they are wider than the terminal, a line a figure."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -103,9 +103,38 @@ def print_table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[str]
     for heading, side in columns:  # where it is too wide, words fold and numbers do not
         shown = Text("\n" * (lines - heading.count("\n")) + heading)
         table.add_column(shown, justify=side, overflow="fold", no_wrap=side == "right")  # type: ignore[arg-type]
-    for row in rows:
+    cells = [list(row) for row in rows]
+    if _width_of(columns, cells) > console.width:
+        _print_lines(console, columns, cells, title)
+        return
+    for row in cells:
         table.add_row(*(Text(cell) for cell in row))
     console.print(table)
+
+
+def _width_of(columns: Sequence[tuple[str, str]], rows: list[list[str]]) -> int:
+    """The least width of a table that breaks no word and no number."""
+    total = 0
+    for number, (heading, side) in enumerate(columns):
+        lines = [*heading.splitlines(), *(row[number] for row in rows)]
+        words = lines if side == "right" else [word for line in lines for word in line.split()]
+        total += max(map(len, words), default=0) + 2
+    return total
+
+
+def _print_lines(console: Any, columns: Sequence[tuple[str, str]], rows: list[list[str]], title: str | None) -> None:
+    """A row as its first cell, and below it a line for each of the others."""
+    from rich.text import Text
+
+    names = [" ".join(heading.split()) for heading, _ in columns]
+    width = max(map(len, names), default=0)
+    for line in [title] if title else []:
+        console.print(Text(line, style="bold"), soft_wrap=True)
+    for row in rows:
+        console.print(Text(row[0], style="bold"), soft_wrap=True)
+        for name, cell in zip(names[1:], row[1:], strict=True):
+            if cell:
+                console.print(Text(f"  {name:{width}}  {cell}"), soft_wrap=True)
 
 
 def note(text: str) -> None:

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from mini_tfm.cli import shared as module
 from mini_tfm.pipeline import Pipeline
 from mini_tfm.text.tokenizers import ByteTokenizer
 
@@ -166,3 +167,17 @@ def test_the_json_of_one_number_that_is_none(capsys):
 
     print_json({"recall": {1: float("nan"), 2: np.float32(0.5)}, "sites": frozenset({"b", "a"})})
     assert json.loads(capsys.readouterr().out) == {"recall": {"1": None, "2": 0.5}, "sites": ["a", "b"]}
+
+
+@pytest.mark.parametrize("columns", [110, 60, 40])
+def test_a_table_breaks_no_word(columns, monkeypatch, capsys):
+    monkeypatch.setattr(module, "WIDTH", columns)
+    names = ["window:size=64+store:top_k=16", "recurrent:tokens=4"]
+    module.print_table(
+        [("memory", "left"), ("bits per byte,\nheld-out text", "right"), ("tokens/s", "right"), ("peak RAM", "right")],
+        [(name, "1.826", "12,345", "98.8 MB") for name in names],
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= columns
+    for word in (*names, "1.826", "12,345", "98.8 MB", "tokens/s", "peak RAM"):
+        assert any(word in line for line in lines), word

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import glob
+import itertools
 import json
 import math
 import re
@@ -17,6 +18,7 @@ from experiments import small_experiment
 
 from mini_tfm.cli import demo as demo_module
 from mini_tfm.cli.shared import interrupt_between_steps
+from mini_tfm.cli.training import faster_threads
 from mini_tfm.compare import experiment as experiment_module
 from mini_tfm.compare.experiment import failed
 from mini_tfm.errors import FileProblem
@@ -155,6 +157,12 @@ def test_of_two_at_once_one_gets_the_folder(kind, train, texts, tmp_path):
     elif kind == "compare":
         assert json.loads((out / "results.json").read_text())["seed"] == number
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize(("one", "four", "best"), [(1.0, 2.0, 1), (1.0, 1.0, 4), (0.95, 1.0, 4), (2.0, 1.0, 4)])
+def test_one_thread_is_used_where_it_is_clearly_faster(one, four, best):
+    noise = itertools.cycle([3.0, 0.0, 0.5])
+    assert faster_threads(lambda n: {1: one, 4: four}[n] + next(noise), 4) == best
 
 
 def test_a_claim_ends_with_its_process(tmp_path):
