@@ -490,3 +490,22 @@ def test_a_score_that_is_not_finite_is_an_error(encoders, value):
         model.weights[f"decoder.0.feed_forward.{part}.weight"][:] = value
     with np.errstate(all="ignore"), pytest.raises(InvalidValue, match=r"score: token \d of segment 0 takes \S+ bits"):
         mt.Pipeline(model, ByteTokenizer()).score("abc")
+
+
+@pytest.mark.parametrize("memory", ["window:size=8", "recurrent:tokens=2", None])
+def test_what_is_saved_is_what_is_loaded(memory, tmp_path):
+    config = mt.Config(vocab_size=ByteTokenizer.vocab_size, d_model=8, n_heads=2, n_encoder_layers=1, n_decoder_layers=1, segment_length=8)
+    pipe = Pipeline(mt.Transformer(config, seed=3), ByteTokenizer(), memory)
+    pipe.save(tmp_path / "m")
+    again = Pipeline.load(tmp_path / "m")
+    assert (again.memory.text if again.memory else None) == memory and again.segment_length == 8
+    assert again.score("The quick brown fox jumps.") == pipe.score("The quick brown fox jumps.")
+
+
+def test_a_memory_that_no_text_makes_is_not_saved(tmp_path):
+    from mini_tfm.memory import Memory
+
+    config = mt.Config(vocab_size=ByteTokenizer.vocab_size, d_model=8, n_heads=2, n_encoder_layers=1, n_decoder_layers=1)
+    with pytest.raises(InvalidValue, match=r"memory: Memory was not made by its name.*mt\.register_memory"):
+        Pipeline(mt.Transformer(config), ByteTokenizer(), Memory()).save(tmp_path / "m")
+    assert not (tmp_path / "m").exists()

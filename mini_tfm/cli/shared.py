@@ -11,7 +11,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,31 @@ def none_of(spec: str) -> str | None:
 def memory_named(pipe: Pipeline) -> str:
     """The name of the pipeline's memory, for output."""
     return "none" if pipe.memory is None else pipe.memory.text or pipe.memory.name
+
+
+def warn_if_untrained(folder: Path, pipe: Pipeline, memory: str) -> None:
+    """Warns where the model has never met such a memory as --memory gives it, with the command that trains one."""
+    if memory in ("saved", "none"):
+        return
+    from ..memory.run import memory_parameters
+    from ..transformer import load_checkpoint
+
+    saved = load_checkpoint(folder)
+    if new := sorted(set(memory_parameters(pipe.memory, pipe.model.config, pipe.model.dtype)) - set(saved.model.weights)):
+        told = f"its parameters ({new[0]}) are random here"
+    elif other := sorted(_names(memory) - _names(saved.memory_text)):
+        told = f"it has not learned to use {' and '.join(other)}"
+    else:
+        return
+    again = command_line("train", "--memory", memory, "--out", "NEW")
+    warnings.warn(f"--memory: {folder} was trained with {saved.memory_text or 'none'}, and {told}; {again} trains one", stacklevel=2)
+
+
+def _names(memory: str | None) -> set[str]:
+    """The names of the strategies in a memory's text."""
+    from ..memory.text import members_of
+
+    return {member.partition(":")[0].strip() for member in members_of(memory)} if memory else set()
 
 
 # Answers
@@ -198,11 +224,14 @@ def stdin_text() -> str:
     """All of standard input. Raises InvalidValue if it is closed or not UTF-8."""
     if sys.stdin is None:
         raise InvalidValue("standard input: expected text, it is closed")
-    data = sys.stdin.buffer.read()
+    return _decoded(sys.stdin.buffer.read(), "standard input")
+
+
+def _decoded(data: bytes, source: str) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InvalidValue(f"standard input: expected UTF-8, found something else at byte {error.start} ({error.reason})") from error
+        raise InvalidValue(f"{source}: expected UTF-8, found something else at byte {error.start} ({error.reason})") from error
 
 
 class Reading:
@@ -230,17 +259,32 @@ class Reading:
             self._advance(n)
 
 
-def read_documents(files: Sequence[Path], parts: bool = True) -> tuple[str, dict[str, str]]:
+def is_piped(path: Path) -> bool:
+    """Whether text can be read from it once only: standard input, or a pipe such as <(zcat book.gz) of a shell."""
+    return str(path) == "-" or path.is_fifo()
+
+
+def piped_text(path: Path) -> str:
+    """All of standard input or of a pipe. Raises InvalidValue if it is closed, empty or not UTF-8."""
+    text = stdin_text() if str(path) == "-" else _decoded(path.read_bytes(), str(path))
+    if not text:
+        raise InvalidValue(f"{'standard input' if str(path) == '-' else path}: expected text, it is empty")
+    return text
+
+
+def read_documents(files: Sequence[Path], parts: bool = True, piped: Mapping[str, str] | None = None) -> tuple[str, dict[str, str]]:
     """(a name for all of them, documents by name) from text files; without files, Python's own documentation.
 
-    parts: fewer than ten files are cut into parts, because whole documents are held out of training.
+    parts: fewer than ten files are cut into parts, because whole documents are held out of training. piped: texts of `files` that are
+    at hand already.
     """
     from ..text.documents import in_parts, python_topics
     from ..text.files import read_text
 
     if not files:
         return f"documentation of Python {sys.version_info.major}.{sys.version_info.minor} (pydoc_data.topics)", python_topics()
-    texts = {str(path): read_text(path) for path in dict.fromkeys(files)}
+    piped = piped or {}
+    texts = {str(path): piped[str(path)] if str(path) in piped else read_text(path) for path in dict.fromkeys(files)}
     name = f"{len(texts)} files" if len(texts) > 1 else next(iter(texts))
     if not parts:
         return name, texts

@@ -16,7 +16,17 @@ from ..errors import FileProblem, InvalidValue, MiniTfmError
 from ..train.options import FitOptions, TrainerOptions
 from .options import values_of
 from .shared import Clock, check_out, command_line, count, duration, interrupt_between_steps, none_of, note, print_json, print_table
-from .training_data import DATA_FILE, Sources, TrainingData, describe_data, has_lines, n_sentinels, read_about, resolve_objective
+from .training_data import (
+    DATA_FILE,
+    Sources,
+    TrainingData,
+    describe_data,
+    has_lines,
+    n_sentinels,
+    read_about,
+    resolve_objective,
+    take_piped,
+)
 
 if TYPE_CHECKING:
     from ..train import Trainer
@@ -64,8 +74,9 @@ def new_run(out: Path, options: dict[str, Any], shape: dict[str, Any], ranks: Al
     shape = {**shape, "segment_length": options["segment_length"]}
     has_encoder = Config(vocab_size=ByteTokenizer.vocab_size, **shape).has_encoder
     trainer_options = _trainer_options(options)
+    piped = take_piped(options, out)
     about, objectives = describe_data(options)
-    sources = Sources(about)
+    sources = Sources(about, piped)
     about["objective"] = resolve_objective(objectives, sources.kinds, has_encoder)
     about["fingerprint"] = sources.fingerprint()
     tokenizer = ByteTokenizer() if options["tokenizer"] == "bytes" else sources.train_tokenizer(options["vocab_size"])
@@ -215,7 +226,8 @@ def _fit(trainer: Trainer, data: TrainingData, out: Path, options: dict[str, Any
 
         ranks.wait()  # every rank has read the folder
         if ranks.rank == 0:
-            write_folder(out, {DATA_FILE: json.dumps(data.about, indent=2).encode()})
+            texts = {Path(path).name: text.encode() for path, text in data.piped.items()}
+            write_folder(out, {**texts, DATA_FILE: json.dumps(data.about, indent=2).encode()})
         fit_options = values_of(FitOptions, options)
         fit_options["save_every"] = fit_options["save_every"] or trainer.fit_options.save_every or SAVE_EVERY
         try:

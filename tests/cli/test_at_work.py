@@ -78,6 +78,33 @@ def test_score_without_a_memory_is_another_score(run, model, texts):
     assert len(scores) == 2
 
 
+def test_score_of_several_memories_side_by_side(run, model, texts):
+    both = run("score", model, *texts, "--memory", "none", "--memory", "saved", "--json").json["memories"]
+    for spec, found in zip(("none", "saved"), both, strict=True):
+        alone = run("score", model, *texts, "--memory", spec, "--json").json
+        assert found["memory"] == alone["memory"] and found["all"] == alone["all"]
+    table = run("score", model, *texts, "--memory", "none", "--memory", "saved")
+    assert table.code == 0 and "window:size=8" in table.out
+    (total,) = [line for line in table.out.splitlines() if line.strip().startswith("all")]
+    assert total.split()[-2:] == [f"{each['all']['bits_per_byte']:.3f}" for each in both]
+    assert run("score", model, "-", "--memory", "none", "--memory", "saved", stdin="x").code == 2
+
+
+@pytest.mark.parametrize("words", [["score", "{model}", "{text}"], ["generate", "{model}", "x"], ["read", "{model}", "{text}"]])
+def test_a_memory_that_the_model_never_met_is_told(run, model, texts, tmp_path, words):
+    words = [word.format(model=model, text=texts[0]) for word in words]
+    store = f"store:path={tmp_path}/s.mdb"
+    said = run(*words, "--memory", store)
+    (warning,) = [line for line in said.err.splitlines() if line.startswith("warning: ")]
+    assert said.code == 0 and "was trained with window:size=8, and it has not learned to use store" in warning
+    assert f"mini-tfm train --memory {store} --out NEW" in warning
+    if words[0] != "read":
+        random = run(*words, "--memory", "recurrent:tokens=2")
+        assert random.code == 0 and "are random here" in random.err
+        for known in ("none", "saved", "window:size=4"):
+            assert "warning" not in run(*words, "--memory", known).err
+
+
 def test_embed_gives_a_row_a_line(run, model, tmp_path):
     lines = "one\n\nthree äöü\r\nfour\x0bstill four"
     answer = run("embed", model, "-", "--json", stdin=lines)

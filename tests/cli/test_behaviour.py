@@ -70,7 +70,7 @@ ERRORS = [
     ("generate {folder}/model x --top-p 3 --temperature 0", "top_p"),
     ("generate {folder}/model x --top-p 3 --temperature 0", "temperature"),
     ("generate {folder}/model x --max-new-tokens -1", "max_new_tokens"),
-    ("generate {folder}/model x --seed -1", "seed"),
+    ("generate {folder}/model x --seed -1 --do-sample", "seed"),
     ("generate {folder}/model x --memory none --read {folder}/a.txt", "memory"),
     ("generate {folder}/model --file {folder}/latin1.txt", "UTF-8"),
     ("generate {folder}/nothing x", "nothing"),
@@ -122,6 +122,7 @@ ERRORS = [
 USAGE = ["", "nothing", "--nothing", "generate", "score x", "embed x", "embed {folder}/model {folder}/a.txt", "compare",
          "train --steps 0",
          "train --steps x", "demo --quick --steps 3", "demo --seconds 0", "generate {folder}/model x --file y",
+         "generate {folder}/model x --seed 3",
          "train --resume x --d-model 3",
          "train --tokenizer words", "compare {folder}/model {folder}/model {folder} --memory none", "compare {folder}/a.txt --memory none",
          "compare {folder}/model --memory none --out x", "plugins nothing", "plugins check"]  # fmt: skip

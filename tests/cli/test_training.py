@@ -6,10 +6,12 @@ import glob
 import itertools
 import json
 import math
+import os
 import re
 import shlex
 import signal
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -215,6 +217,28 @@ def test_resume_refuses_what_would_be_another_run(run, train, texts, tmp_path):
 def test_text_takes_several_files_as_a_shell_gives_them(run, texts, tmp_path):
     said = run("train", "--text", *texts, "--out", tmp_path / "m", *TINY_OPTIONS, "--steps", 1)
     assert said.code == 0 and "2 files" in said.err
+
+
+def test_text_from_a_pipe_is_kept_with_the_run(run, texts, tmp_path):
+    text = "The quick brown fox jumps over the lazy dog.\n" * 60
+    (tmp_path / "file.txt").write_text(text)
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_text(text))
+    writer.start()
+    said = run("train", "--text", tmp_path / "pipe", "--out", tmp_path / "a", *TINY_OPTIONS, "--steps", 2)
+    writer.join()
+    assert said.code == 0, said.err
+    said = run("train", "--text", "-", "--out", tmp_path / "b", *TINY_OPTIONS, "--steps", 2, stdin=text)
+    assert said.code == 0, said.err
+    for name in ("a", "b"):
+        assert (tmp_path / name / "text-1.txt").read_text() == text
+        again = run("train", "--resume", tmp_path / name, "--steps", 4)
+        assert again.code == 0, again.err
+    for words, told in ((["--cache", tmp_path / "c"], "is read as one document"), (["--documents", "line"], "is read as one document")):
+        refused = run("train", "--text", "-", "--out", tmp_path / "d", *words, stdin=text)
+        assert refused.code == 2 and told in refused.err and not (tmp_path / "d").exists()
+    empty = run("train", "--text", "-", "--out", tmp_path / "d", stdin="")
+    assert empty.code == 2 and "standard input: expected text, it is empty" in empty.err
 
 
 def test_a_single_file_is_enough(run, texts, tmp_path):
