@@ -238,6 +238,13 @@ def test_ctrl_c_tells_the_models_of_a_demo_that_are_there(run, monkeypatch, mode
         assert load_checkpoint(out / "models" / "window-size=64").memory_text == "window:size=8"
 
 
+def test_ctrl_c_before_anything_is_imported():
+    hook = "class Stop:\n    def find_spec(self, name, *more):\n        if name == 'click': raise KeyboardInterrupt\n"
+    program = f"import runpy, sys\n{hook}sys.meta_path.insert(0, Stop())\nrunpy.run_module('mini_tfm', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=ENVIRONMENT)
+    assert done.returncode == 130 and done.stderr == "stopped\n"
+
+
 def test_ctrl_c_while_writing(run, monkeypatch, model):
     def pieces(*_, **__):
         yield "some"

@@ -7,6 +7,7 @@ import math
 import pytest
 from experiments import small_experiment
 
+from mini_tfm.cli import results
 from mini_tfm.compare import experiment as module
 from mini_tfm.compare.experiment import failed, over_seeds, run_experiment
 from mini_tfm.errors import InvalidValue
@@ -37,6 +38,10 @@ def test_the_same_steps_are_the_same_figures(tmp_path, monkeypatch, has_encoder)
     assert figures(run_experiment(DOCUMENTS, ["window:size=8"], None, **options)) == figures(first)
     short = run_experiment(DOCUMENTS, ["window:size=8"], None, seconds=1, **options)
     assert short.steps == 1 == short.start_steps and short.cut_short.startswith("cut short: 1 of 2 steps")
+
+
+def test_the_budget_that_help_shows_is_the_one_there_is():
+    assert results.EXPERIMENT_STEPS == module.STEPS
 
 
 def test_what_cannot_be_trained_is_refused_before_any_work():
