@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .checkpoint.models import save_model
 from .config import LIMITS
 from .errors import InvalidType, InvalidValue, shown
 from .generate import GenerationOptions
@@ -64,6 +65,19 @@ class Pipeline:
         if saved.tokenizer is None:
             raise InvalidValue(f"folder: {folder} has no tokenizer (tokenizer.json); use mt.load(folder) for the model alone")
         return cls(saved.model, saved.tokenizer, saved.memory() if memory == "saved" else memory, segment_length)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes model, tokenizer and the text of the memory into `folder`, all or nothing: `Pipeline.load(folder)` gives them back.
+
+        Trained parameters of the memory are among the model's weights; what it has read is not saved (a store with a `path` keeps
+        that). Raises InvalidValue for a memory that was not made from text.
+        """
+        if self.memory is not None and self.memory.text is None:
+            raise InvalidValue(
+                f"memory: {type(self.memory).__name__} was not made by its name, so no file can name it; register it"
+                " (mt.register_memory) and make it with mt.memory"
+            )
+        save_model(folder, self.model, tokenizer=self.tokenizer, memory_text=self.memory.text if self.memory is not None else None)
 
     def reset(self) -> None:
         """Forgets what was read in this process; documents on disk stay (`memory.reset(name)` deletes one)."""

@@ -646,3 +646,22 @@ def test_every_model_with_every_memory_does_what_it_can_and_refuses_the_rest(spe
         assert isinstance(p.generate(text, max_new_tokens=SEGMENT + 3, seed=0, do_sample=True), str)
     p.close()
     assert p.read("again") == 5
+
+
+@pytest.mark.parametrize("memory", ["window:size=8", "recurrent:tokens=2", None])
+def test_what_is_saved_is_what_is_loaded(memory, tmp_path):
+    config = mt.Config(vocab_size=ByteTokenizer.vocab_size, d_model=8, n_heads=2, n_encoder_layers=1, n_decoder_layers=1, segment_length=8)
+    pipe = Pipeline(mt.Transformer(config, seed=3), ByteTokenizer(), memory)
+    pipe.save(tmp_path / "m")
+    again = Pipeline.load(tmp_path / "m")
+    assert (again.memory.text if again.memory else None) == memory and again.segment_length == 8
+    assert again.score("The quick brown fox jumps.") == pipe.score("The quick brown fox jumps.")
+
+
+def test_a_memory_that_no_text_makes_is_not_saved(tmp_path):
+    from mini_tfm.memory import Memory
+
+    config = mt.Config(vocab_size=ByteTokenizer.vocab_size, d_model=8, n_heads=2, n_encoder_layers=1, n_decoder_layers=1)
+    with pytest.raises(InvalidValue, match=r"memory: Memory was not made by its name.*mt\.register_memory"):
+        Pipeline(mt.Transformer(config), ByteTokenizer(), Memory()).save(tmp_path / "m")
+    assert not (tmp_path / "m").exists()

@@ -28,6 +28,7 @@ from .shared import (
     segment_option,
     stdin_text,
     total_bytes,
+    warn_if_untrained,
 )
 
 if TYPE_CHECKING:
@@ -75,11 +76,14 @@ def generate(
     """
     from ..pipeline import Pipeline
 
-    GenerationOptions.of(options)  # report faults before anything is loaded
+    chosen = GenerationOptions.of(options)  # report faults before anything is loaded
+    if chosen.seed is not None and not chosen.samples:
+        raise click.UsageError("--seed: nothing is drawn; add --do-sample, --top-k, --top-p or --temperature")
     if prompt is not None and file is not None:
         raise click.UsageError("give PROMPT or --file, not both")
     check_files([*read_first, *([file] if file else [])])
     pipe = Pipeline.load(folder, memory=none_of(memory), segment_length=segment_length)
+    warn_if_untrained(folder, pipe, memory)
     text = _prompt(prompt, file)
     n_read, clock = _read(pipe, read_first), Clock()
     pieces = pipe.generate(text, stream=True, **options)
@@ -124,6 +128,6 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
         from ..text.files import read_text
 
         return read_text(file)
-    if prompt is None and sys.stdin.isatty():
+    if prompt is None and (sys.stdin is None or sys.stdin.isatty()):
         raise click.UsageError("no prompt: give PROMPT, --file FILE, or text on standard input")
     return stdin_text()

@@ -27,6 +27,7 @@ from .shared import (
     segment_option,
     size,
     total_bytes,
+    warn_if_untrained,
 )
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def read(folder: Path, files: tuple[Path, ...], memory: str, reset: str | None, 
     check_files(files)
     pipe = Pipeline.load(folder, memory=none_of(memory), segment_length=segment_length)
     on_disk = _durable(pipe.memory)
+    warn_if_untrained(folder, pipe, memory)
     if reset is not None:
         _reset(pipe, on_disk, reset)
     before = on_disk.documents()

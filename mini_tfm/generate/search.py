@@ -27,7 +27,7 @@ def one_by_one(
     tokens = prompt.astype(np.int64)
     for _ in range(options.max_new_tokens if limit is None else limit):
         hidden = session.step(tokens)
-        if options.do_sample:
+        if options.samples:
             scores = session.scores(hidden)
             chosen = np.array([draw(row, processors, draws[i]) for row, i in zip(scores, left, strict=True)], np.int64)
         else:

@@ -27,10 +27,10 @@ MAX_MEMBERS = 64
 def members_of(text: str) -> list[str]:
     """The memories of a stack, each as text. Raises InvalidValue for more than anyone stacks: a file may hold the text."""
     if len(text) > MAX_CHARACTERS:
-        raise InvalidValue(f"memory: expected at most {MAX_CHARACTERS} characters, got {len(text)}: {_shown(text)}")
+        raise InvalidValue(f"memory: expected at most {MAX_CHARACTERS} characters, got {len(text)}: {shown(text)}")
     members = _split(text.strip(), _STACKED)
     if len(members) > MAX_MEMBERS:
-        raise InvalidValue(f"memory: expected a stack of at most {MAX_MEMBERS} memories, got {len(members)}: {_shown(text)}")
+        raise InvalidValue(f"memory: expected a stack of at most {MAX_MEMBERS} memories, got {len(members)}: {shown(text)}")
     return members
 
 

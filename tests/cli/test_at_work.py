@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from mini_tfm.cli import shared as module
 from mini_tfm.pipeline import Pipeline
 from mini_tfm.text.tokenizers import ByteTokenizer
 
@@ -75,6 +76,33 @@ def test_score_without_a_memory_is_another_score(run, model, texts):
     assert run("score", model, texts[0], "--memory", "none", "--json").json["memory"] == "none"
     scores = {run("score", model, texts[0], "--memory", spec, "--json").json["all"]["bits"] for spec in ("none", "window:size=8")}
     assert len(scores) == 2
+
+
+def test_score_of_several_memories_side_by_side(run, model, texts):
+    both = run("score", model, *texts, "--memory", "none", "--memory", "saved", "--json").json["memories"]
+    for spec, found in zip(("none", "saved"), both, strict=True):
+        alone = run("score", model, *texts, "--memory", spec, "--json").json
+        assert found["memory"] == alone["memory"] and found["all"] == alone["all"]
+    table = run("score", model, *texts, "--memory", "none", "--memory", "saved")
+    assert table.code == 0 and "window:size=8" in table.out
+    (total,) = [line for line in table.out.splitlines() if line.strip().startswith("all")]
+    assert total.split()[-2:] == [f"{each['all']['bits_per_byte']:.3f}" for each in both]
+    assert run("score", model, "-", "--memory", "none", "--memory", "saved", stdin="x").code == 2
+
+
+@pytest.mark.parametrize("words", [["score", "{model}", "{text}"], ["generate", "{model}", "x"], ["read", "{model}", "{text}"]])
+def test_a_memory_that_the_model_never_met_is_told(run, model, texts, tmp_path, words):
+    words = [word.format(model=model, text=texts[0]) for word in words]
+    store = f"store:path={tmp_path}/s.mdb"
+    said = run(*words, "--memory", store)
+    (warning,) = [line for line in said.err.splitlines() if line.startswith("warning: ")]
+    assert said.code == 0 and "was trained with window:size=8, and it has not learned to use store" in warning
+    assert f"mini-tfm train --memory {store} --out NEW" in warning
+    if words[0] != "read":
+        random = run(*words, "--memory", "recurrent:tokens=2")
+        assert random.code == 0 and "are random here" in random.err
+        for known in ("none", "saved", "window:size=4"):
+            assert "warning" not in run(*words, "--memory", known).err
 
 
 def test_embed_gives_a_row_a_line(run, model, tmp_path):
@@ -166,3 +194,17 @@ def test_the_json_of_one_number_that_is_none(capsys):
 
     print_json({"recall": {1: float("nan"), 2: np.float32(0.5)}, "sites": frozenset({"b", "a"})})
     assert json.loads(capsys.readouterr().out) == {"recall": {"1": None, "2": 0.5}, "sites": ["a", "b"]}
+
+
+@pytest.mark.parametrize("columns", [110, 60, 40])
+def test_a_table_breaks_no_word(columns, monkeypatch, capsys):
+    monkeypatch.setattr(module, "WIDTH", columns)
+    names = ["window:size=64+store:top_k=16", "recurrent:tokens=4"]
+    module.print_table(
+        [("memory", "left"), ("bits per byte,\nheld-out text", "right"), ("tokens/s", "right"), ("peak RAM", "right")],
+        [(name, "1.826", "12,345", "98.8 MB") for name in names],
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= columns
+    for word in (*names, "1.826", "12,345", "98.8 MB", "tokens/s", "peak RAM"):
+        assert any(word in line for line in lines), word

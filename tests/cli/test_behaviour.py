@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -70,7 +71,7 @@ ERRORS = [
     ("generate {folder}/model x --top-p 3 --temperature 0", "top_p"),
     ("generate {folder}/model x --top-p 3 --temperature 0", "temperature"),
     ("generate {folder}/model x --max-new-tokens -1", "max_new_tokens"),
-    ("generate {folder}/model x --seed -1", "seed"),
+    ("generate {folder}/model x --seed -1 --do-sample", "seed"),
     ("generate {folder}/model x --memory none --read {folder}/a.txt", "memory"),
     ("generate {folder}/model --file {folder}/latin1.txt", "UTF-8"),
     ("generate {folder}/nothing x", "nothing"),
@@ -122,6 +123,7 @@ ERRORS = [
 USAGE = ["", "nothing", "--nothing", "generate", "score x", "embed x", "embed {folder}/model {folder}/a.txt", "compare",
          "train --steps 0",
          "train --steps x", "demo --quick --steps 3", "demo --seconds 0", "generate {folder}/model x --file y",
+         "generate {folder}/model x --seed 3",
          "train --resume x --d-model 3",
          "train --tokenizer words", "compare {folder}/model {folder}/model {folder} --memory none", "compare {folder}/a.txt --memory none",
          "compare {folder}/model --memory none --out x", "plugins nothing", "plugins check"]  # fmt: skip
@@ -237,6 +239,13 @@ def test_ctrl_c_tells_the_models_of_a_demo_that_are_there(run, monkeypatch, mode
         assert load_checkpoint(out / "models" / "window-size=64").memory_text == "window:size=8"
 
 
+def test_ctrl_c_before_anything_is_imported():
+    hook = "class Stop:\n    def find_spec(self, name, *more):\n        if name == 'click': raise KeyboardInterrupt\n"
+    program = f"import runpy, sys\n{hook}sys.meta_path.insert(0, Stop())\nrunpy.run_module('mini_tfm', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=ENVIRONMENT)
+    assert done.returncode == 130 and done.stderr == "stopped\n"
+
+
 def test_ctrl_c_while_writing(run, monkeypatch, model):
     def pieces(*_, **__):
         yield "some"
@@ -259,6 +268,59 @@ def test_a_closed_pipe_ends_quietly(model):
     err = process.stderr.read()
     process.stderr.close()
     assert process.wait(timeout=30) == 141 and err == b""
+
+
+COMMANDS = {
+    "help": ["--help"],
+    "help of a command": ["train", "--help"],
+    "info": ["info", "{folder}/model"],
+    "list": ["plugins", "list", "--json"],
+    "score": ["score", "{folder}/model", "{folder}/a.txt"],
+    "generate": ["generate", "{folder}/model", "x", "--max-new-tokens", "3"],
+    "embed": ["embed", "{folder}/model", "{folder}/a.txt", "--json"],
+    "read": ["read", "{folder}/model", "{folder}/a.txt", "--memory", "store:path={tmp}/s.mdb"],
+    "train": ["train", "--text", "{folder}/a.txt", "{folder}/b.txt", "--out", "{tmp}/m", *TINY_OPTIONS, "--steps", "2"],
+}
+
+
+def shell(words, redirection):
+    script = shlex.join(command(*words)) + " " + redirection
+    return subprocess.run(["bash", "-c", f"set -o pipefail; {script}"], capture_output=True, text=True, timeout=120, env=ENVIRONMENT)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_streams_that_are_closed_or_full(shared, tmp_path, name):
+    """Closed ones are as the null device; a reader that is gone is 141; what cannot be written is an error of one line."""
+    for number, (redirection, codes) in enumerate({"<&-": [0], ">&-": [0], "2>&-": [0], ">&- 2>&- <&-": [0], "> /dev/full": [2]}.items()):
+        place = tmp_path / str(number)
+        place.mkdir()
+        done = shell(filled(COMMANDS[name], shared, place), redirection)
+        assert done.returncode in codes, (redirection, done)
+        assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr, (redirection, done)
+        if redirection == "> /dev/full":
+            assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] != []
+        if name == "train":
+            assert load_checkpoint(place / "m").tokenizer is not None, redirection
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_reader_that_is_gone_before_the_first_word(shared, tmp_path, name):
+    reads, writes = os.pipe()
+    os.close(reads)
+    words = filled(COMMANDS[name], shared, tmp_path)
+    done = subprocess.run(command(*words), stdout=writes, stderr=subprocess.PIPE, text=True, timeout=120, env=ENVIRONMENT)
+    assert done.returncode == 141 and "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+    with_errors = filled(COMMANDS[name], shared, tmp_path / "again")
+    (tmp_path / "again").mkdir()
+    assert subprocess.run(command(*with_errors), stdout=writes, stderr=writes, timeout=120, env=ENVIRONMENT).returncode == 141
+    os.close(writes)
+
+
+def test_closed_standard_input_is_no_prompt_and_no_file(model):
+    asked = shell(["generate", model], "<&-")
+    assert asked.returncode == 2 and "no prompt" in asked.stderr
+    read = shell(["score", model, "-"], "<&-")
+    assert read.returncode == 2 and "standard input: expected text, it is closed" in read.stderr and "Traceback" not in read.stderr
 
 
 def test_a_terminal_without_unicode_gets_an_answer(model, shared):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from variants import VARIANTS, tiny_model, tokens
 
+import mini_tfm as mt
 from mini_tfm.errors import InvalidType, InvalidValue
 from mini_tfm.generate import sampling
 from mini_tfm.generate.options import GenerationOptions
@@ -215,3 +216,13 @@ def test_all_faults_are_told_at_once():
 def test_an_unknown_option_is_named_with_those_there_are():
     with pytest.raises(InvalidType, match=r"unknown option 'max_length'; it takes max_new_tokens, do_sample"):
         tiny_model().generate(np.full((1, 2), 4), max_length=8)
+
+
+@pytest.mark.parametrize("option", [{"top_k": 4}, {"top_p": 0.9}, {"temperature": 3.0}])
+def test_an_option_of_sampling_samples(option):
+    assert GenerationOptions(**option).samples and not GenerationOptions(seed=3).samples
+    config = mt.Config(vocab_size=40, d_model=8, n_heads=2, n_encoder_layers=1, n_decoder_layers=1)
+    model = mt.Transformer(config, seed=0)
+    given = {"max_new_tokens": 12, "stop_at_eos": False, "seed": 1, **option}
+    drawn, greedy = (model.generate([[3, 4, 5]], **each) for each in (given, {"max_new_tokens": 12, "stop_at_eos": False}))
+    assert drawn == model.generate([[3, 4, 5]], **given, do_sample=True) != greedy
