@@ -97,8 +97,10 @@ class MultiHeadAttention:
         self.relative = RelativeBias(config, site) if config.positions == "relative" and site != "cross" else None
 
     def shapes(self) -> Iterator[Shape]:
-        for part in filter(None, (self.q, self.k, self.v, self.o, self.q_norm, self.k_norm)):
-            yield from part.shapes()
+        for linear in (self.q, self.k, self.v, self.o):
+            yield from linear.shapes()
+        for norm in filter(None, (self.q_norm, self.k_norm)):
+            yield from norm.shapes()
 
     def step_products(self) -> Iterator[StepProduct]:
         """What a decoding step multiplies with: W^Q, W^K and W^V as one matrix. Keys of the encoder's outputs are made once."""

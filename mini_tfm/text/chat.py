@@ -17,7 +17,12 @@ MAX_CHAT = 1 << 26
 
 
 def chat_text(
-    template: str, messages: Sequence[Mapping[str, Any]], special_tokens: Mapping[str, str], *, add_generation_prompt: bool = True, source: str = ""
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    special_tokens: Mapping[str, str],
+    *,
+    add_generation_prompt: bool = True,
+    source: str = "",
 ) -> str:
     """The text of a chat, in which the names of special tokens stand for these tokens.
 

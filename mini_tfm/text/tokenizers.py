@@ -312,18 +312,24 @@ class BPETokenizer(Tokenizer):
         template = self._config.get("chat_template")
         if not isinstance(template, str):
             return super().encode_chat(messages)
-        names = {key: self._name(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
         special = sorted((self._engine.id_to_token(i) for i in self._special_ids), key=len, reverse=True)
         told = "".join(str(message.get("content")) for message in messages if isinstance(message, Mapping))
         mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in told + template)
-        safe = [
-            {**message, "content": functools.reduce(lambda text, name: text.replace(name, name[0] + mark + name[1:]), special, message["content"])}
-            if isinstance(message, Mapping) and isinstance(message.get("content"), str)
-            else message
-            for message in messages
-        ]
-        names = {key: name for key, name in names.items() if name is not None}
-        text = chat_text(template, safe, names, add_generation_prompt=add_generation_prompt, source=self._source)
+
+        def apart(message: Mapping[str, Any]) -> Mapping[str, Any]:
+            """The message, with a mark in each name of a special token that somebody wrote into it."""
+            text = message.get("content") if isinstance(message, Mapping) else None
+            if not isinstance(text, str):
+                return message
+            for name in special:
+                text = text.replace(name, name[0] + mark + name[1:])
+            return {**message, "content": text}
+
+        keys = ("bos_token", "eos_token", "pad_token", "unk_token")
+        names = {key: name for key in keys if (name := self._name(key)) is not None}
+        text = chat_text(
+            template, [apart(message) for message in messages], names, add_generation_prompt=add_generation_prompt, source=self._source
+        )
         _utf8(text)
         if self._speaking is None:
             self._speaking = self._build(self._rules)

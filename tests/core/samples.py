@@ -95,7 +95,10 @@ def sample(name, dtype, layout="contiguous", big=False, seed=0):
         },
         "rms_norm": lambda: {"x": x, "weight": weight, "eps": 1e-6, "out": out},
         "rms_norm_backward": lambda: {"dy": dy, "x": x, "weight": weight, "rstd": values.positive(n), "out": out},
-        "rotary": lambda: {"x": q, "positions": values.integers(0, 999, length), "frequencies": 10000.0 ** -np.arange(0, 1, 2 / q.shape[-1]), "inverse": False},
+        "rotary": lambda: {
+            "x": q, "positions": values.integers(0, 999, length), "frequencies": 10000.0 ** -np.arange(0, 1, 2 / q.shape[-1]),
+            "inverse": False,
+        },
         "search": lambda: {
             "queries": values.real(2, n // 4 + 1, 16), "bank": values.real(2, n, 16), "k": 5, "valid": values.mask(2, n),
             "scales": None, "codes": None,

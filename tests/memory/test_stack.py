@@ -281,6 +281,8 @@ def test_streams_that_cannot_end_are_as_they_were(error):
     with pytest.raises((KeyboardInterrupt, PluginError)):
         reader.run.drain()
     assert reader.read(SEGMENTS[1]).tobytes() == before.read(SEGMENTS[1]).tobytes()
+
+
 @pytest.mark.parametrize("spec, idle", [("store+window:size=4", "window"), ("window:size=4+store+window:size=9", "window")])
 def test_a_memory_that_never_gets_a_row_is_told(spec, idle):
     reader = Reader(MODEL, mt.memory(spec), 1)

@@ -60,7 +60,9 @@ class Fields:
 
     def equal(self, one: str, other: str) -> None:
         if one in self and other in self and self.about[one] != self.about[other]:
-            self.faults.append(f"fields {one!r} and {other!r}: two values are not supported, {self.about[one]!r:.40} and {self.about[other]!r:.40}")
+            self.faults.append(
+                f"fields {one!r} and {other!r}: two values are not supported, {self.about[one]!r:.40} and {self.about[other]!r:.40}"
+            )
 
     def config(self, make: Callable[[], Config]) -> Config:
         """The Config that `make` makes of these fields. Raises InvalidValue with every fault."""
