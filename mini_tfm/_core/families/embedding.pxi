@@ -71,7 +71,7 @@ def sinusoidal_positions(n, d_model, dtype=np.float32):
     cdef void *po = ptr(out)
     with nogil:
         failed = mt_sinusoidal_positions(wide, po, rows, d)
-    no_memory_if(failed)
+    raise_if(failed)
     return out
 
 
@@ -106,5 +106,5 @@ def rotary(x, positions, base=10000.0, inverse=False):
     cdef mt_rows py = rows_of(y)
     with nogil:
         failed = mt_rotary(wide, &px, pp, per_row, b, back, &py, batch, heads, length, d)
-    no_memory_if(failed)
+    raise_if(failed)
     return y
