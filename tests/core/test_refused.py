@@ -24,14 +24,14 @@ FREE = {
 LAST_AXIS_ALONE = {("layer_norm", "x"), ("rms_norm", "x"), ("linear_top_k", "x")}
 MAY_BE_NONE = {
     *("bias", "valid", "lengths", "index", "dbias", "window", "offset", "needs", "gate", "gate_bias", "group", "activation", "residual"),
-    *("scales", "codes", "dweight"),
+    *("scales", "codes", "dweight", "cap"),
 }
 OPTIONAL_OUT = {("gemm", "out"), ("packed_linear", "out"), *((name, "out") for name in WITH_OUT)}
 
 NUMBERS = {
     "eps": [-1e-9, np.nan, np.inf], "p": [-0.1, 1.0, np.nan], "label_smoothing": [-0.1, 1.1, np.nan], "lr": [-1.0, np.inf],
     "beta1": [1.0, -0.1, np.nan], "beta2": [1.0, -0.1, np.nan], "weight_decay": [-0.1, np.nan], "grad_scale": [np.nan, np.inf],
-    "base": [0.0, -1.0, np.nan, np.inf], "scale": [np.nan, np.inf],
+    "base": [0.0, -1.0, np.nan, np.inf], "scale": [np.nan, np.inf], "cap": [0.0, -1.0, 1e-9, 1e9, np.nan, np.inf],
 }  # fmt: skip
 INTEGERS = {
     "step": [0, -1, 2**70], "seed": [-1, 2**64], "k": [-1, 2**40], "n": [-1, -(2**70), 2**70], "d_model": [-1, 2**70],
