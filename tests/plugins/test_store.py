@@ -1196,3 +1196,30 @@ def test_a_store_is_compacted_while_it_is_written_and_read(path):
     assert disk.documents() == {"d0": 10, "shared": 2 * 7 * 150, "own 1000": 7 * 150, "own 2000": 7 * 150}
     disk.compact()
     assert disk.documents()["shared"] == 2100 and not [name for name in os.listdir(os.path.dirname(path)) if "compacting" in name]
+
+
+def test_a_writer_that_waited_for_a_compaction_writes_into_the_new_file(path, monkeypatch):
+    disk = filled(path, documents=2)
+    disk.delete("d1")
+    opened = LmdbRows._environment
+
+    def opened_then_replaced(self, create=False):
+        environment = opened(self, create)
+        monkeypatch.undo()
+        script("import sys, mini_tfm_plugins.rows_lmdb as r; print(r.LmdbRows(sys.argv[1]).compact()[1])", path)
+        return environment
+
+    monkeypatch.setattr(LmdbRows, "_environment", opened_then_replaced)
+    disk.append("d0", {"bank": (np.ones((5, 8), np.float32), np.arange(5))})
+    assert script("import sys, mini_tfm_plugins.rows_lmdb as r; print(r.LmdbRows(sys.argv[1]).documents()['d0'])", path) == 3005
+
+
+def test_an_interrupt_between_segments_brings_nothing_back_into_ram(path, monkeypatch):
+    pipe = pipeline(f"store:path={path}")
+    pipe.read("a text of some length")
+    size = pipe.state_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr("mini_tfm.memory.run.MemoryRun.forget_deleted", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            pipe.read("more")
+    assert pipe.state_bytes() == size
