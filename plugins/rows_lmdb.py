@@ -21,6 +21,7 @@ under threads that read.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -42,6 +43,7 @@ from mini_tfm.memory import Claim, Written
 FORMAT = 3
 CHUNK_ROWS = 1024
 MIDDLE_CHUNKS = 8
+LOCK_SECONDS = 5.0
 LARGE_BYTES = 32 << 20
 ALL = ""  # the bank that stands for all, where one name is given
 MOST_WRITERS = 64  # streams whose last write a document remembers
@@ -75,6 +77,15 @@ class _Opened:
     def __init__(self, file: tuple[int, int, int] | None, environment: Any):
         self.file, self.environment, self.active = file, environment, 0
         self.locked = bool(environment.flags()["lock"])
+        self.lock = _inode(environment.path() + "-lock") if self.locked else None
+
+    def is_current(self, file: tuple[int, int, int] | None) -> bool:
+        """Whether the path still leads to what was opened, and to the lock file by which its users know of each other."""
+        return self.file == file and (not self.locked or self.lock == _inode(self.environment.path() + "-lock"))
+
+
+class _Replaced(Exception):
+    """Another file has the name now."""
 
 
 class LmdbRows:
@@ -276,6 +287,68 @@ class LmdbRows:
     def identity(self) -> int:
         return int(self._meta().get("born", 0)) if os.path.exists(self.path) else -1
 
+    def compact(self) -> tuple[int, int]:
+        """Writes the file anew, in large chunks and without the space of what was deleted: its bytes before and after.
+
+        Others may read and write meanwhile: writers wait, readers see what they see. Whenever it is cut short the old file is
+        there, whole; what it has left beside it, `.NAME.compacting`, is removed by the next one. Takes room for a second file. Processes
+        of versions before format 3 must not be at work: they would not notice that the file was replaced.
+        """
+        if self.identity() == -1:
+            raise FileProblem(f"path: there is no store at {self.given}; give the path of one")
+        folder, name = os.path.split(self.path)
+        staging = os.path.join(folder, f".{name}.compacting")
+        with self._write() as txn:
+            before = os.path.getsize(self.path)
+            try:
+                _remove(staging)
+                self._copy(txn, staging)
+                os.chmod(staging, stat.S_IMODE(os.stat(self.path).st_mode))
+                after = os.path.getsize(staging)
+                with _folder_lock(self.path, fcntl.LOCK_EX):
+                    # The lock file counts transactions of the old one. Who has either open looks for both names before it goes on.
+                    _remove(self.path + "-lock")
+                    os.replace(staging, self.path)
+                    _sync_folder(folder)
+            except OSError as error:
+                raise FileProblem(f"path: the store {self.given} cannot be compacted: {error}; it is what it was") from error
+            finally:
+                _remove(staging)
+            with _lock:
+                _open.pop(self.path, None)
+        return before, after
+
+    def _copy(self, txn: Any, path: str) -> None:
+        """All that the store holds, synced, in a new file."""
+        meta = {**self._meta_of(txn), "format": FORMAT}
+        environment = self._lmdb().open(
+            path, subdir=False, map_size=self._environment().environment.info()["map_size"], lock=False, sync=False
+        )
+        with contextlib.closing(environment):
+            with environment.begin(write=True) as new, txn.cursor() as cursor:
+                for key, value in cursor:
+                    if not key.startswith((b"rows/", b"document/")):
+                        new.put(key, value)
+                new.put(b"meta", json.dumps(meta).encode())
+            for document, _ in list(self._documents(txn)):
+                about = self._about(txn, document)
+                there: dict[str, Any] = {"banks": {}, "next_position": 0}
+                for bank, count in about["banks"].items():
+                    for chunk in self._chunks(txn, document, bank, count, meta["d_model"]):
+                        with environment.begin(write=True) as new:
+                            self._append(new, document, {bank: chunk}, meta, there)
+                with environment.begin(write=True) as new:
+                    new.put(_document_key(document), json.dumps(about).encode())
+            environment.sync(True)
+
+    def _chunks(self, txn: Any, document: str, bank: str, count: int, d_model: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        seen = 0
+        while seen < count:
+            hidden, positions = self._unpack(txn.get(_rows_key(document, bank, seen // CHUNK_ROWS)), d_model)
+            n = min(len(hidden), count - seen)
+            yield hidden[:n], positions[:n]
+            seen += n
+
     # Inside
 
     @staticmethod
@@ -294,21 +367,23 @@ class LmdbRows:
         with _lock:
             opened = _open.get(self.path)
             # A forked child must open its own; and where the file was deleted, what is written to it would be lost.
-            if opened is None or opened.file != self._identity():
+            if opened is None or not opened.is_current(self._identity()):
                 if opened is not None:
-                    if opened.active and opened.file is not None and opened.file[0] == os.getpid():
-                        raise FileProblem(f"path: the store {self.given} was replaced while another thread uses it; try again")
-                    opened.environment.close()
+                    if opened.active and opened.file == self._identity():
+                        raise FileProblem(f"path: the lock file of the store {self.given} was removed while it is used; try again")
+                    if not opened.active or (opened.file is not None and opened.file[0] != os.getpid()):
+                        opened.environment.close()  # else its last user does
                     del _open[self.path]
                 self._refuse_foreign()
                 try:
-                    environment = self._map(create)
+                    with _folder_lock(self.path, fcntl.LOCK_SH):  # not while a compacted file takes the name
+                        environment = self._map(create)
+                        _open[self.path] = opened = _Opened(self._identity(), environment)
                     environment.reader_check()  # frees the slots of processes that died
                 except lmdb.Error as error:
                     raise FileProblem(
                         f"path: cannot open the store {self.given}: {error}; expected an LMDB file or a new path in a folder you can write"
                     ) from error
-                _open[self.path] = opened = _Opened(self._identity(), environment)
             self._opened = opened
             self._refuse_truncated(opened.environment.info()["last_pgno"], opened.environment.stat()["psize"])
             return opened
@@ -375,6 +450,13 @@ class LmdbRows:
             opened = self._environment(create)
             opened.active += 1
         try:
+            if options.get("write"):
+                with opened.environment.begin(write=True) as txn:  # waits for the writer before
+                    if opened.is_current(self._identity()):
+                        yield txn
+                        return
+                    txn.abort()
+                raise _Replaced
             begun = None if opened.locked else opened.environment.info()["last_txnid"]
             with opened.environment.begin(**options) as txn:
                 yield txn
@@ -405,7 +487,18 @@ class LmdbRows:
         if not self._may_write():
             why = "it was opened with read_only=true" if self.read_only else "this process has no permission to write to the file"
             raise FileProblem(f"path: nothing was written to the store {self.given}: {why}; it can be read alone")
-        return self._transaction(create=create, write=True)
+        return self._writing(create)
+
+    @contextlib.contextmanager
+    def _writing(self, create: bool) -> Iterator[Any]:
+        while True:
+            with contextlib.ExitStack() as stack:
+                try:
+                    txn = stack.enter_context(self._transaction(create=create, write=True))
+                except _Replaced:
+                    continue  # by a compacted one, while this waited for its turn to write
+                yield txn
+                return
 
     def _meta(self) -> dict[str, Any]:
         with self._read() as txn:
@@ -447,6 +540,40 @@ class LmdbRows:
             return dict(json.loads(bytes(value)))
         except (ValueError, TypeError) as error:
             raise InvalidValue(f"path: the store {self.given} is damaged: {error}; give another path and read the text again") from error
+
+
+def _inode(path: str) -> int | None:
+    try:
+        return os.stat(path).st_ino
+    except OSError:
+        return None
+
+
+def _remove(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+@contextlib.contextmanager
+def _folder_lock(path: str, kind: int) -> Iterator[None]:
+    """Held by those who open a store in the folder, and alone by the one that replaces it.
+
+    Gives up waiting after LOCK_SECONDS: whoever started us under `flock` on the folder would wait for ever.
+    """
+    fd = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        deadline = time.monotonic() + LOCK_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(fd, kind | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.001)
+            except OSError:  # a file system without locks
+                break
+        yield
+    finally:
+        os.close(fd)
 
 
 def _sync_folder(path: str) -> None:

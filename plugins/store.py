@@ -281,6 +281,9 @@ class Store(RetrievalMemory):
     def documents(self) -> dict[str, int]:
         return self.disk.documents() if self.disk is not None else {}
 
+    def compact(self) -> tuple[int, int]:
+        return self.disk.compact() if self.disk is not None else (0, 0)
+
     def reset(self, document: str) -> None:
         if self.disk is not None:
             self.disk.delete(_checked_document(document))

@@ -81,6 +81,9 @@ class RowStore(Protocol):
     def delete(self, document: str) -> None:
         """Forgets a document, if it is there, and counts that."""
 
+    def compact(self) -> tuple[int, int]:
+        """Gives back the space of what was deleted, while others read and write: the store's bytes before and after."""
+
     def identity(self) -> int:
         """A number that another store at the same place, made after this one was deleted, does not have."""
 

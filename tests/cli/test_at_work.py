@@ -141,6 +141,10 @@ def test_read_outlives_the_process(run, model, texts, tmp_path):
     assert again.code == 0 and f"{sum(sizes) + sizes[0]:,} rows, {sizes[0]:,} of them new" in again.out
     fresh = run("read", model, texts[0], "--memory", spec, "--reset", "default", "--json").json
     assert fresh["documents"] == {"default": sizes[0]}
+    smaller = run("read", model, "--memory", spec, "--compact", "--json").json
+    assert smaller["documents"] == fresh["documents"] and smaller["files"] == [] and smaller["bytes_after"] <= smaller["bytes_before"]
+    assert "compacted from" in run("read", model, texts[0], "--memory", spec, "--compact").out
+    assert run("read", model, "--memory", spec).code == 2
 
 
 @pytest.mark.parametrize("spec", ["window:size=8", "none", "saved", "store", "window:size=8+store"])

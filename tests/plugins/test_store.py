@@ -1092,3 +1092,134 @@ FILL = """
     pipe.read("a text to remember " * 8)
     print(json.dumps(pipeline("store:path=" + sys.argv[1]).score("a text")["bits"]))
 """
+
+
+# Compaction
+
+
+def filled(path, documents=4, rows=3000):
+    disk = LmdbRows(path)
+    disk.open(8, "weights")
+    for number in range(documents):
+        values = np.repeat(np.arange(rows, dtype=np.float32), 8).reshape(rows, 8) + number
+        disk.append(f"d{number}", {"bank": (values, np.arange(rows))})
+    return disk
+
+
+def contents_of(disk):
+    found = {}
+    for document in disk.documents():
+        for bank, count in disk.counts(document).items():
+            with disk.reading(document, bank, count) as chunks:
+                hidden, positions = (np.concatenate(x) for x in zip(*[(h.copy(), p.copy()) for h, p in chunks], strict=True))
+            assert len(hidden) == count
+            found[document, bank] = hidden.tobytes(), positions.tobytes()
+    return found
+
+
+def test_a_store_is_made_smaller(path):
+    disk = filled(path)
+    for document in ("d1", "d2"):
+        disk.delete(document)
+    before, identity, size = contents_of(disk), disk.identity(), os.path.getsize(path)
+    was, now = disk.compact()
+    assert was == size and now == os.path.getsize(path) < 0.6 * size
+    assert contents_of(disk) == before and disk.identity() == identity and disk.deletions("d1") == 1
+    disk.append("d0", {"bank": (np.ones((5, 8), np.float32), np.arange(5))})
+    assert disk.counts("d0")["bank"] == 3005
+    assert sorted(os.listdir(os.path.dirname(path))) == ["notes.mdb", "notes.mdb-lock"]
+    assert disk.compact()[1] <= now + (1 << 16)
+
+
+def test_sessions_go_on_over_a_compaction(path):
+    pipe, steady = pipeline(f"window:size=24+store:path={path}"), pipeline("window:size=24+store")
+    for number in range(6):
+        for each in (pipe, steady):
+            each.read(f"text {number} of a long evening")
+        if number % 2:
+            mt.memory(f"store:path={path}").compact()
+    assert pipe.score("what?")["bits"] == pytest.approx(steady.score("what?")["bits"], rel=1e-6)
+    pipe.close()
+    assert sorted(rows_on_disk(path)) == list(range(6 * 24))
+
+
+def test_there_is_nothing_to_compact(path):
+    with pytest.raises(FileProblem, match="path: there is no store at"):
+        mt.memory(f"store:path={path}").compact()
+    pipeline(f"store:path={path}")
+    with pytest.raises(FileProblem, match="nothing was written to the store"):
+        mt.memory(f"store:path={path},read_only=true").compact()
+
+
+COMPACTS = """
+    import sys
+    from mini_tfm_plugins.rows_lmdb import LmdbRows
+    disk = LmdbRows(sys.argv[1])
+    print("ready", flush=True)
+    while True:
+        disk.compact()
+"""
+
+
+def test_a_store_is_compacted_while_it_is_written_and_read(path):
+    """By processes that are killed at some moment: no acknowledged row is lost, no read is partial."""
+    disk = filled(path, documents=1, rows=10)
+    command = [sys.executable, "-c", textwrap.dedent(WRITER), path]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    writers = [subprocess.Popen([*command, str(first)], **pipes) for first in (1000, 2000)]
+    compacting, kills = [], 0
+    try:
+        for writer in writers:
+            assert writer.stdout.readline() == "ready\n"
+            writer.stdin.write("go\n")
+            writer.stdin.flush()
+        while any(writer.poll() is None for writer in writers) or kills < 10:
+            compacting.append(subprocess.Popen([sys.executable, "-c", textwrap.dedent(COMPACTS), path], stdout=subprocess.PIPE, text=True))
+            assert compacting[-1].stdout.readline() == "ready\n"
+            for _ in range(10 + kills):
+                count = disk.counts("shared").get("bank", 0)
+                with disk.reading("shared", "bank", count) as chunks:
+                    parts = [(hidden.copy(), positions.copy()) for hidden, positions in chunks]
+                assert sum(len(hidden) for hidden, _ in parts) == count and count % 7 == 0
+                assert all((hidden == positions[:, None]).all() for hidden, positions in parts)
+            compacting[-1].kill()
+            compacting[-1].wait()
+            kills += 1
+        assert [writer.wait(60) for writer in writers] == [0, 0]
+    finally:
+        for process in (*writers, *compacting):
+            process.kill()
+            process.wait()
+            process.stdout.close()
+            if process.stdin:
+                process.stdin.close()
+    assert disk.documents() == {"d0": 10, "shared": 2 * 7 * 150, "own 1000": 7 * 150, "own 2000": 7 * 150}
+    disk.compact()
+    assert disk.documents()["shared"] == 2100 and not [name for name in os.listdir(os.path.dirname(path)) if "compacting" in name]
+
+
+def test_a_writer_that_waited_for_a_compaction_writes_into_the_new_file(path, monkeypatch):
+    disk = filled(path, documents=2)
+    disk.delete("d1")
+    opened = LmdbRows._environment
+
+    def opened_then_replaced(self, create=False):
+        environment = opened(self, create)
+        monkeypatch.undo()
+        script("import sys, mini_tfm_plugins.rows_lmdb as r; print(r.LmdbRows(sys.argv[1]).compact()[1])", path)
+        return environment
+
+    monkeypatch.setattr(LmdbRows, "_environment", opened_then_replaced)
+    disk.append("d0", {"bank": (np.ones((5, 8), np.float32), np.arange(5))})
+    assert script("import sys, mini_tfm_plugins.rows_lmdb as r; print(r.LmdbRows(sys.argv[1]).documents()['d0'])", path) == 3005
+
+
+def test_an_interrupt_between_segments_brings_nothing_back_into_ram(path, monkeypatch):
+    pipe = pipeline(f"store:path={path}")
+    pipe.read("a text of some length")
+    size = pipe.state_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr("mini_tfm.memory.run.MemoryRun.forget_deleted", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            pipe.read("more")
+    assert pipe.state_bytes() == size
