@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,7 @@ class Stream:
             batch,
             training=training,
             fingerprint=model.fingerprint,
-            projections=self._projection,
+            projections=partial(_projection, model, self.weights),
             made_of=None if training else Fingerprint(model.config, self.weights.kept),
         )
         self.last = np.full(batch, self._nothing, np.int64)
@@ -128,14 +129,6 @@ class Stream:
             self.encoded = self._target = None
             raise
 
-    def _projection(self, site: str, layer: int) -> Project | None:
-        """Rows to the keys and values of a layer of self-attention, whatever segment is open; None where there is no such layer."""
-        stack = {"encoder": self.model.encoder, "decoder": self.model.decoder}.get(site)
-        if stack is None or layer >= len(stack.layers):
-            return None
-        attention = stack.layers[layer].attention.f
-        return lambda rows: attention.keys_and_values(rows, Pass(self.weights, self.run))
-
     def shifted(self, target: np.ndarray) -> np.ndarray:
         """The decoder's inputs for target (B, T): what comes before it, then all but the last token."""
         bos = self.model.config.bos_id
@@ -193,3 +186,12 @@ class Stream:
         twin.run = self.run.copy()
         twin._pass = dataclasses.replace(self._pass, run=twin.run)
         return twin
+
+
+def _projection(model: Model, weights: Weights, site: str, layer: int) -> Project | None:
+    """Rows to the keys and values of a layer of self-attention; None where there is no such layer. Holds on to no stream, nor its tape."""
+    stack = {"encoder": model.encoder, "decoder": model.decoder}.get(site)
+    if stack is None or layer >= len(stack.layers):
+        return None
+    attention, alone = stack.layers[layer].attention.f, Pass(weights, MemoryRun(None, model.config, weights.kept, 0))
+    return lambda rows: attention.keys_and_values(rows, alone)

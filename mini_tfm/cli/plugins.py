@@ -49,7 +49,7 @@ def list_(names: tuple[str, ...], as_json: bool) -> None:
 def _installed(names: tuple[str, ...]) -> list[dict[str, Any]]:
     """`describe_memory` of each memory, plus the reason why it is broken (None: it is not)."""
     from ..memory import describe_memory
-    from ..memory.registry import PluginWarning, is_at_hand, list_plugins
+    from ..memory.registry import PluginWarning, list_plugins
 
     found = []
     with warnings.catch_warnings():
@@ -57,7 +57,7 @@ def _installed(names: tuple[str, ...]) -> list[dict[str, Any]]:
         listed = list_plugins()
         for name in dict.fromkeys(names or listed):
             each: dict[str, Any] = {**listed.get(name, {}), "broken": None}
-            if names or is_at_hand(name):
+            if names:
                 try:
                     each.update(describe_memory(name))
                 except PluginError as error:

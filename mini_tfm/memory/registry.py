@@ -188,17 +188,15 @@ def list_memories() -> list[str]:
 
 
 def list_plugins() -> dict[str, dict[str, Any]]:
-    """Of every installed strategy what is known without importing its plugin, as `describe_memory` says it; options are None."""
-    points = _registry.points()
-    return {
-        name: {
-            "name": name,
-            "plugin": points[name].owner if name in points else _registry.owners[name],
-            "about": points[name].about if name in points else "",
-            "options": None,
-        }
-        for name in list_memories()
-    }
+    """`describe_memory` of every installed strategy, as far as it imports nobody else's code: then options are None, and about is the
+    package's summary."""
+    points, found = _registry.points(), {}
+    for name in sorted({*points, *_registry.factories}):
+        if name in _registry.factories or points[name].is_built_in:
+            found[name] = describe_memory(name)
+        else:
+            found[name] = {"name": name, "plugin": points[name].owner, "about": points[name].about, "options": None}
+    return found
 
 
 def check_names(text: str) -> None:
@@ -209,18 +207,12 @@ def check_names(text: str) -> None:
             raise _unknown(name)
 
 
-def is_at_hand(name: str) -> bool:
-    """Whether describing a strategy imports nobody else's code: it is built in, or was used or registered in this process."""
-    points = _registry.points()
-    return name in _registry.factories or (name in points and points[name].is_built_in)
-
-
 def describe_memory(name: str) -> dict[str, Any]:
     """Where a strategy comes from, its first docstring line and its options with their defaults."""
     factory = _registry.factory(name)
     options = {
         p.name: "required" if p.default is p.empty else p.default
-        for p in inspect.signature(factory).parameters.values()
+        for p in _signature(name, factory).parameters.values()
         if p.kind is not p.VAR_KEYWORD
     }
     doc = (inspect.getdoc(factory) or "").partition("\n")[0]
@@ -275,12 +267,16 @@ def memory_of_file(text: str, where: str) -> Memory:
     )
 
 
-def _make(name: str, text: str, options: dict[str, Any]) -> Memory:
-    factory = _registry.factory(name)
+def _signature(name: str, factory: Callable[..., Memory]) -> inspect.Signature:
     try:
-        signature = signature_of(factory)
+        return signature_of(factory)
     except (TypeError, ValueError) as error:
         raise PluginError(f"memory {name!r} ({_registry.owners[name]}): the options of its factory cannot be read: {error}") from error
+
+
+def _make(name: str, text: str, options: dict[str, Any]) -> Memory:
+    factory = _registry.factory(name)
+    signature = _signature(name, factory)
     given = options_of(name, text, signature)
     if both := sorted(set(given) & set(options)):
         raise InvalidValue(f"memory {name!r}: option {both[0]!r} is given twice")

@@ -38,7 +38,12 @@ def check_memory(memory: str | Memory | Callable[[], Memory], *, skip: Iterable[
     make = _factory(memory)
     if unknown := sorted(set(skip) - set(CHECKS)):
         raise InvalidValue(f"skip: unknown check {unknown[0]!r}; the checks are {', '.join(CHECKS)}")
-    made = make()
+    try:
+        made = make()
+    except (Exception, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # SystemExit would end the tests of its author
+        raise CheckFailed(f"memory: expected a Memory, making one raised {type(error).__name__}: {error}") from error
     if not isinstance(made, Memory):
         raise InvalidType(f"memory: expected a Memory, got {type(made).__name__}")
     for member in members_of(made):

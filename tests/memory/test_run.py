@@ -1,7 +1,9 @@
 """A memory at work: rows of the batch, dump and load, what is told to whom, and every nonsense that is stopped before C."""
 
 import dataclasses
+import gc
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -774,3 +776,19 @@ def test_a_reset_that_fails_changes_no_memory(error, streams):
     assert reader.read(SEGMENTS[1]).tobytes() == before.read(SEGMENTS[1]).tobytes()
     reader.run.reset(np.array(streams))
     assert (reader.run.start > 0).tolist() == [not reset for reset in streams]
+
+
+def test_a_stream_is_freed_when_nobody_holds_it():
+    """With all that its tape holds, at once: a training step makes one."""
+    model = small_model("decoder-only")
+    gc.disable()
+    try:
+        stream = Stream(model, mt.memory("window:size=6"), 2, weights={name: Var(x) for name, x in model.weights.items()})
+        stream.open(None, np.full(2, LENGTH), SEGMENTS[0])
+        stream.decode(SEGMENTS[0], np.full(2, LENGTH))
+        stream.finish()
+        gone = weakref.ref(stream.run)
+        del stream
+        assert gone() is None
+    finally:
+        gc.enable()
