@@ -129,7 +129,7 @@ def _described(options: type[Options]) -> Iterator[str]:
 
 
 def plain(value: Any) -> Any:
-    """NumPy's numbers as Python's, a path as text, a list as a tuple."""
+    """NumPy's numbers as Python's, a path as text, a list as a tuple; anything else as it is."""
     if isinstance(value, bool):
         return value
     if isinstance(value, numbers.Integral):

@@ -13,11 +13,13 @@ import re
 import warnings
 from collections.abc import Callable, Mapping
 from importlib import metadata
+from numbers import Number
 from typing import Any, NamedTuple
 
 import pluggy
 
 from ..errors import InvalidType, InvalidValue, MiniTfmError, PluginError, shown
+from ..options import plain
 from . import hookspecs
 from .base import Memory
 from .stack import Stack
@@ -281,7 +283,10 @@ def _make(name: str, text: str, options: dict[str, Any]) -> Memory:
     if both := sorted(set(given) & set(options)):
         raise InvalidValue(f"memory {name!r}: option {both[0]!r} is given twice")
     check_bools(name, options, signature)
-    options = {**given, **options}
+    options = {**given, **{option: plain(value) if isinstance(value, Number) else value for option, value in options.items()}}
+    for option, value in options.items():
+        if isinstance(value, int) and abs(value) >= 10**40:
+            raise InvalidValue(f"memory {name!r}: {option}: expected a number of at most 40 digits, got {shown(value)}")
     takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
     if not takes_any and (unknown := sorted(set(options) - set(signature.parameters))):
         close = difflib.get_close_matches(unknown[0], signature.parameters, 1)
