@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +89,12 @@ class Pipeline:
         self._stream.run.flush()
         self.reset()
 
-    def read(self, text: str | Iterable[str]) -> int:
+    def read(self, text: str | Iterable[str], *, skip: int = 0, durable: Callable[[int], None] = lambda tokens: None) -> int:
         """Streams text (or pieces of it, in which a piece may end anywhere) into the memory; returns tokens read.
 
         RAM stays bounded whatever the length. The end of a call ends a segment. With a long-term memory on disk,
-        what was read is durable when this returns.
+        what was read is durable when this returns. durable: called now and then with the tokens of the text that are. skip: so many
+        were read before, as `durable` was told: reading goes on behind them.
         """
         if self.memory is None:
             raise InvalidValue("memory: this pipeline has none to read into; give one, as in Pipeline.load(folder, memory='window')")
@@ -104,12 +105,17 @@ class Pipeline:
         count = 0
         for number, segment in enumerate(self._segments(text)):
             count += len(segment)
+            if count <= skip:
+                self._stream.last = segment[-1:].astype(np.int64)
+                continue
             segment = self._stream.begin(segment[None])[0]
             self._stream.read(segment[None], np.array([len(segment)]))
             if number % SEGMENTS_A_FLUSH == SEGMENTS_A_FLUSH - 1:
                 self._stream.run.flush()
+                durable(count)
         self._stream.run.flush()
-        return count
+        durable(count)
+        return count - min(skip, count)
 
     def generate(self, text: str, *, stream: bool = False, **options: Any) -> str | Iterator[str]:
         """Goes on from `text`, with what the memory holds; the memory stays as it was.

@@ -7,6 +7,7 @@
       -> results.py      shared by the two: options, the results folder, the table
     average.py           averages models of a run
     generate.py score.py embed.py read.py    commands that use a saved model
+      -> already_read.py     what a memory on disk has read
     plugins.py info.py   installed memories; versions, kernels, a model folder
     options.py           the fields of an options class as options of a command
     shared.py            for all commands: options, tables, JSON, files, Ctrl-C

@@ -11,6 +11,7 @@ import click
 
 from ..generate.options import GenerationOptions
 from ..progress import track
+from .already_read import read_once
 from .options import options_of
 from .shared import (
     Clock,
@@ -23,7 +24,6 @@ from .shared import (
     memory_option,
     none_of,
     note,
-    pieces_of,
     print_json,
     segment_option,
     stdin_text,
@@ -105,7 +105,7 @@ def _read(pipe: Pipeline, files: tuple[Path, ...]) -> int:
     n_read, clock = 0, Clock()
     with Reading("reading", total_bytes(files)) as reading:
         for path in files:
-            n_read += pipe.read(reading.through(pieces_of(path)))
+            n_read += read_once(pipe, path, reading)[0]
     note(f"read {count(n_read)} tokens into the memory ({count(n_read / clock.seconds)} tokens/s)")
     return n_read
 

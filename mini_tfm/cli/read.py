@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import InvalidValue
+from .already_read import read_once
 from .shared import (
     Clock,
     Reading,
@@ -20,7 +21,6 @@ from .shared import (
     memory_option,
     none_of,
     note,
-    pieces_of,
     print_json,
     print_table,
     segment_option,
@@ -47,8 +47,9 @@ def read(
 ) -> None:
     """Reads FILEs (- is standard input) of any length through the model in FOLDER into a memory on disk.
 
-    RAM use is bounded. Prints bytes, tokens, tokens/s and rows (the vectors that the memory keeps). To use the text later, run
-    generate or score with the same --memory, in any process.
+    RAM use is bounded. A text is read into a memory once, known by its content; a reading that was interrupted goes on. Prints
+    bytes, tokens, tokens/s and rows (the vectors that the memory keeps). To use the text later, run generate or score with the
+    same --memory, in any process.
 
     \b
     Example:
@@ -70,7 +71,8 @@ def read(
     try:
         _read(pipe, files, done)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"{_contents(on_disk)}; {len(done)} of {len(files)} files were read completely") from None
+        read_now = f"{len(done)} of {len(files)} files were read completely"
+        raise KeyboardInterrupt(f"{_contents(on_disk)}; {read_now}; the same command goes on from there") from None
     except Exception:
         if done:
             note(f"read before the error: {', '.join(each['file'] for each in done)}; {_contents(on_disk)}")
@@ -92,8 +94,8 @@ def _read(pipe: Pipeline, files: tuple[Path, ...], done: list[dict[str, Any]]) -
     with Reading("reading", total_bytes(files)) as reading:
         for path in files:
             clock, bytes_before = Clock(), reading.bytes
-            tokens = pipe.read(reading.through(pieces_of(path)))
-            figures = {"file": str(path), "bytes": reading.bytes - bytes_before, "tokens": tokens}
+            tokens, before = read_once(pipe, path, reading)
+            figures = {"file": str(path), "bytes": reading.bytes - bytes_before, "tokens": tokens, "tokens_read_before": before}
             done.append({**figures, "seconds": clock.seconds, "tokens_per_second": tokens / clock.seconds})
     pipe.close()
 

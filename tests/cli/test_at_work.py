@@ -8,6 +8,7 @@ import pytest
 
 from mini_tfm.cli import shared as module
 from mini_tfm.pipeline import Pipeline
+from mini_tfm.stream import Stream
 from mini_tfm.text.tokenizers import ByteTokenizer
 
 
@@ -137,14 +138,52 @@ def test_read_outlives_the_process(run, model, texts, tmp_path):
     assert run("info", "--memory", spec, "--json").json["memory"]["documents"] == answer["documents"]
     with_it, without = (run("score", model, texts[0], "--memory", text, "--json").json["all"]["bits"] for text in (spec, "store"))
     assert with_it != without
-    again = run("read", model, texts[0], "--memory", spec)
-    assert again.code == 0 and f"{sum(sizes) + sizes[0]:,} rows, {sizes[0]:,} of them new" in again.out
+    (tmp_path / "copy.txt").write_bytes(texts[0].read_bytes())
+    again = run("read", model, tmp_path / "copy.txt", "--memory", spec, "--json")
+    assert again.json["documents"] == answer["documents"] and again.json["new_rows"] == 0, "the same text, known by its content"
+    assert again.json["files"][0]["tokens_read_before"] == sizes[0] and "was read into this memory before" in again.err
+    piped = run("read", model, "-", "--memory", spec, "--json", stdin=texts[1].read_text(encoding="utf-8")).json
+    assert piped["new_rows"] == 0
+    other = run("read", model, texts[0], "--memory", f"{spec},document=other", "--json").json
+    assert other["documents"] == {**answer["documents"], "other": sizes[0]}
     fresh = run("read", model, texts[0], "--memory", spec, "--reset", "default", "--json").json
-    assert fresh["documents"] == {"default": sizes[0]}
+    assert fresh["documents"]["default"] == sizes[0]
     smaller = run("read", model, "--memory", spec, "--compact", "--json").json
     assert smaller["documents"] == fresh["documents"] and smaller["files"] == [] and smaller["bytes_after"] <= smaller["bytes_before"]
     assert "compacted from" in run("read", model, texts[0], "--memory", spec, "--compact").out
     assert run("read", model, "--memory", spec).code == 2
+
+
+def test_generate_reads_a_file_into_a_memory_on_disk_once(run, model, texts, tmp_path):
+    words = ["generate", model, "x", "--max-new-tokens", 2, "--memory", f"store:path={tmp_path}/s.mdb", "--read", texts[0], "--json"]
+    first, again = run(*words).json, run(*words).json
+    assert first["tokens_read"] > 0 == again["tokens_read"]
+
+
+@pytest.mark.parametrize("spec", ["store", "window:size=8+store"])
+def test_a_reading_that_was_interrupted_goes_on(run, model, monkeypatch, tmp_path, spec):
+    """The second command reads what the first did not, and the memory holds what one reading gives."""
+    text = tmp_path / "long.txt"
+    text.write_text("".join(f"{i} quick brown foxes jump over the lazy dog. " for i in range(40)))
+    size, read, left = text.stat().st_size, Stream.read, [40]
+
+    def stopped(stream, tokens, lengths):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return read(stream, tokens, lengths)
+
+    whole, parts = (f"{spec}:path={tmp_path / name}.mdb" for name in ("whole", "parts"))
+    assert run("read", model, text, "--memory", whole).code == 0
+    monkeypatch.setattr(Stream, "read", stopped)
+    said = run("read", model, text, "--memory", parts)
+    assert said.code == 130 and "the same command goes on from there" in said.err
+    monkeypatch.undo()
+    on = run("read", model, text, "--memory", parts, "--json").json
+    assert on["files"][0]["tokens_read_before"] == 32 * 16 and on["files"][0]["tokens"] == size - 32 * 16
+    assert on["documents"] == {"default": size}
+    scores = [run("score", model, text, "--memory", memory, "--json").json["all"]["bits"] for memory in (whole, parts)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-6)
 
 
 @pytest.mark.parametrize("spec", ["window:size=8", "none", "saved", "store", "window:size=8+store"])
