@@ -92,7 +92,7 @@ class MultiHeadAttention:
             Norm(config, f"{name}.{part}_norm", kind="rms", d=self.d_head) if config.qk_norm else None for part in "qk"
         )
         is_local = site == "decoder" and config.is_local(layer)
-        self.window = config.window if is_local else None
+        self.window, self.cap = config.window if is_local else None, config.attention_cap
         self.frequencies = rotary_frequencies(config, is_local) if config.positions == "rotary" and site != "cross" else None
         self.relative = RelativeBias(config, site) if config.positions == "relative" and site != "cross" else None
 
@@ -187,7 +187,7 @@ class MultiHeadAttention:
         """
         run, dropout, n_queries = p.run, p.dropout.weights, q.shape[2]
         if not run.members:
-            return ops.attention(q, [own], self.scale, **dropout(self.name))
+            return ops.attention(q, [own], self.scale, cap=self.cap, **dropout(self.name))
         at = layout.last(n_queries)
         shown = [
             (i, view, run.merge(i, view))
@@ -195,16 +195,16 @@ class MultiHeadAttention:
         ]
         joint = [(i, view, self._block_of(p, view, at)) for i, view, merge in shown if isinstance(view, View) and merge == "joint"]
         blocks = [own, *(block for _, _, block in joint)]
-        out, lse = ops.attention_with_lse(q, blocks, self.scale, **dropout(self.name))
+        out, lse = ops.attention_with_lse(q, blocks, self.scale, cap=self.cap, **dropout(self.name))
         if text is not None and run.wants_mass():
             counted = layout.counted(q.shape[0], n_queries)
-            self._report_attention(p, own, text, joint, lambda block: ops.attention_mass(q, block, lse, self.scale, counted))
+            self._report_attention(p, own, text, joint, lambda block: ops.attention_mass(q, block, lse, self.scale, counted, cap=self.cap))
         for n, (_, view, merge) in enumerate(shown):
             if isinstance(view, SideOutput):
                 has = np.ones(1, bool) if view.valid is None else view.valid
                 out = _combined(out, view.output, has[:, None, None, None], view, merge)
             elif merge != "joint":
-                other = ops.attention(q, [self._block_of(p, view, at)], self.scale, **dropout(f"{self.name}.view.{n}"))
+                other = ops.attention(q, [self._block_of(p, view, at)], self.scale, cap=self.cap, **dropout(f"{self.name}.view.{n}"))
                 out = _combined(out, other, _has_rows(view), view, merge)
         return out
 
