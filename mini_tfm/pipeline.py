@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,15 @@ import numpy as np
 
 from .errors import InvalidType, InvalidValue
 from .generate import GenerationOptions, Session
-from .generate.search import one_by_one
+from .generate.results import Hypothesis, Search
+from .generate.rules import Rules, deadline_of
+from .generate.search import found_by, search
+from .generate.stops import BeforeStop, StopStrings
 from .memory.base import Memory
 from .memory.registry import memory as make_memory
 from .stream import Stream
 from .text.pieces import in_pieces
-from .text.tokenizers import Tokenizer
+from .text.tokenizers import StreamDecoder, Tokenizer
 from .transformer import Transformer, load_checkpoint
 
 DEFAULT_SEGMENT_TOKENS = 256
@@ -88,16 +91,19 @@ class Pipeline:
         self._stream.run.flush()
         return count
 
-    def generate(self, text: str, *, stream: bool = False, **options: Any) -> str | Iterator[str]:
+    def generate(self, text: str, *, stream: bool = False, **options: Any) -> str | list[str] | Iterator[str]:
         """Goes on from `text`, with what the memory holds; the memory stays as it was.
 
         Text longer than a segment is read first, into a copy of the memory. What goes beyond a segment is read back
         the same way. Options: see `mini_tfm.generate.GenerationOptions`. stream: an iterator of pieces of text
-        instead, as they come.
+        instead, as they come; of beams, as soon as all of them agree. With num_return_sequences above 1: a list of texts.
         """
-        chosen = GenerationOptions.of(options)
+        chosen = self._options(GenerationOptions.of(options), stream)
         self.model.needs("decoder")
-        pieces = self._generate(self._encode(text), chosen, self._stream.copy())
+        tokens, memory = self._encode(text), self._stream.copy()
+        if chosen.num_return_sequences > 1:
+            return self._several(tokens, chosen, memory)
+        pieces = self._generate(tokens, chosen, memory)
         return pieces if stream else "".join(pieces)
 
     def score(self, text: str | Iterable[str]) -> dict[str, float]:
@@ -178,24 +184,59 @@ class Pipeline:
         stream.finish()
         return float(bits.sum())
 
+    def _options(self, options: GenerationOptions, stream: bool) -> GenerationOptions:
+        """The options with choices as token ids. Raises InvalidValue for those that have no meaning for text."""
+        if options.max_length is not None or options.min_length:
+            raise InvalidValue(
+                "generate: max_length, min_length: they count the prompt, which a pipeline may read into the memory; give max_new_tokens"
+                " and min_new_tokens"
+            )
+        if options.output_scores:
+            raise InvalidValue("generate: output_scores: a pipeline gives text alone; use model.generate for scores")
+        if stream and options.num_return_sequences > 1:
+            raise InvalidValue(f"generate: num_return_sequences: expected 1 with stream=True, got {options.num_return_sequences}")
+        rolls = self.model.config.segment_length is not None and options.max_new_tokens > self.segment_length
+        if rolls and options.num_beams > 1 and options.num_return_sequences > 1:
+            raise InvalidValue(
+                f"generate: num_return_sequences: expected 1 for beams that go beyond a segment of {self.segment_length} tokens, got"
+                f" {options.num_return_sequences}"
+            )
+        if options.choices is None:
+            return options
+        return options.replace(choices=[self._encode(each) if isinstance(each, str) else each for each in options.choices])
+
+    def _several(self, tokens: np.ndarray, options: GenerationOptions, stream: Stream) -> list[str]:
+        """The best of one beam search, or independent draws."""
+        if options.num_beams == 1:
+            seeds = [None if options.seed is None else _seed_of_draw(options.seed, k) for k in range(options.num_return_sequences)]
+            draws = [dataclasses.replace(options, seed=seed, num_return_sequences=1) for seed in seeds]
+            return ["".join(self._generate(tokens, draw, stream.copy())) for draw in draws]
+        source = self._read_to_continue(tokens, stream)
+        found = found_by(self._search(stream, source, options, deadline=deadline_of(options)))[0]
+        return ["".join(_before_stop([self.tokenizer.decode(one.ids)], options)) for one in found]
+
     def _generate(self, tokens: np.ndarray, options: GenerationOptions, stream: Stream) -> Iterator[str]:
         """Pieces of text; `stream` is a copy of the memory as it was when they were asked for."""
+        return _before_stop(self._pieces(tokens, options, stream), options)
+
+    def _pieces(self, tokens: np.ndarray, options: GenerationOptions, stream: Stream) -> Iterator[str]:
+        """The same, stop strings included."""
         length, has_encoder = self.segment_length, self.model.config.has_encoder
-        decoder = self.tokenizer.decode_stream()
-        *whole, source = self._to_continue(tokens)
-        for segment in whole:
-            stream.read(segment[None], np.array([len(segment)]))
+        decoder, deadline = self.tokenizer.decode_stream(), deadline_of(options)
+        source = self._read_to_continue(tokens, stream)
         rolls = self.model.config.segment_length is not None  # trained to go on from segment to segment
+        all_made: list[int] = []
         left, number = options.max_new_tokens, 0
         while left > 0:
+            limit = min(left, length) if rolls else left
+            least = min(limit, max(0, options.min_new_tokens - len(all_made)))
             seed = None if options.seed is None else options.seed * 1_000_003 + number
-            made, limit = [], min(left, length) if rolls else left
-            for token in self._continued(stream, source, dataclasses.replace(options, seed=seed), limit):
-                made.append(token)
-                if piece := decoder.push(token):
-                    yield piece
-            left, number = left - len(made), number + 1
-            if len(made) < limit or left == 0:
+            part = dataclasses.replace(options, seed=seed, max_new_tokens=limit, min_new_tokens=least)
+            steps = self._search(stream, source, part, before=all_made, deadline=deadline, goes_on=limit < left)
+            best = yield from _decoded(steps, decoder)
+            made = best.ids
+            all_made, left, number = all_made + made, left - len(made), number + 1
+            if best.ended or left == 0:
                 break
             if has_encoder:
                 stream.finish()
@@ -207,6 +248,13 @@ class Pipeline:
         if piece := decoder.finish():
             yield piece
 
+    def _read_to_continue(self, tokens: np.ndarray, stream: Stream) -> np.ndarray:
+        """Reads all but the segment that is continued, which it returns."""
+        *whole, source = self._to_continue(tokens)
+        for segment in whole:
+            stream.read(segment[None], np.array([len(segment)]))
+        return source
+
     def _to_continue(self, tokens: np.ndarray) -> list[np.ndarray]:
         """Whole segments from the end backwards: the last one, which is continued, is full if there is enough text."""
         if not len(tokens):  # an encoder needs something to read; a decoder begins with bos anyway
@@ -214,14 +262,59 @@ class Pipeline:
         head = (len(tokens) - 1) % self.segment_length + 1
         return [tokens[:head], *tokens[head:].reshape(-1, self.segment_length)]
 
-    def _continued(self, stream: Stream, source: np.ndarray, options: GenerationOptions, limit: int) -> Iterator[int]:
-        """Opens a segment that begins with `source`; up to `limit` tokens that follow, ended by eos."""
-        has_encoder = self.model.config.has_encoder
+    def _search(
+        self,
+        stream: Stream,
+        source: np.ndarray,
+        options: GenerationOptions,
+        *,
+        before: Sequence[int] = (),
+        deadline: float | None = None,
+        goes_on: bool = False,
+    ) -> Search:
+        """Opens a segment that begins with `source`, for what follows. before: what was generated in earlier segments."""
+        has_encoder, n_ids = self.model.config.has_encoder, self.tokenizer.vocab_size
         stream.open(source[None] if has_encoder else None, np.array([len(source)]))
         # The first inputs of a decoder are bos, or what came before, and then its own text.
         prompt = stream.shifted(np.append([] if has_encoder else source, 0).astype(np.int64)[None])
-        session = Session(stream, n_ids=self.tokenizer.vocab_size)
-        for step in one_by_one(session, prompt, options, limit=limit):
-            if step[0] < 0:
-                return
-            yield int(step[0])
+        stops = [StopStrings(self.tokenizer, options.stop_strings, prompt.shape[1], before)] if options.stop_strings else []
+        rules = Rules.of(
+            options,
+            self.model.config,
+            prompt.shape[1],
+            n_ids=n_ids,
+            sources=(lambda row: source) if has_encoder else None,
+            stops=stops,
+            deadline=deadline,
+            goes_on=goes_on,
+        )
+        return search(Session(stream, n_ids=n_ids), prompt, rules)
+
+
+def _decoded(steps: Search, decoder: StreamDecoder) -> Generator[str, None, Hypothesis]:
+    """The text of the first result of the first sequence, as it is settled; returns that result."""
+    while True:
+        try:
+            settled = next(steps)
+        except StopIteration as end:
+            return end.value[0][0]
+        for token in settled[0]:
+            if piece := decoder.push(token):
+                yield piece
+
+
+def _before_stop(pieces: Iterable[str], options: GenerationOptions) -> Iterator[str]:
+    """Pieces of text up to a stop string, if the options leave it out."""
+    if options.include_stop_strings or options.stop_strings is None:
+        yield from pieces
+        return
+    text = BeforeStop(options.stop_strings)
+    for piece in pieces:
+        if known := text.push(piece):
+            yield known
+    if rest := text.finish():
+        yield rest
+
+
+def _seed_of_draw(seed: int, number: int) -> int:
+    return seed if number == 0 else int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0])

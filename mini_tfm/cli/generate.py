@@ -82,14 +82,22 @@ def generate(
     pipe = Pipeline.load(folder, memory=none_of(memory), segment_length=segment_length)
     text = _prompt(prompt, file)
     n_read, clock = _read(pipe, read_first), Clock()
+    about = {"memory": memory_named(pipe), "tokens_read": n_read, "options": options}
+    if options["num_return_sequences"] > 1:
+        texts = pipe.generate(text, **options)
+        if as_json:
+            print_json({"prompt": text, "texts": texts, "seconds": clock.seconds, **about})
+            return
+        for each in texts:
+            click.echo(each, nl=not each.endswith("\n"))
+        return
     pieces = pipe.generate(text, stream=True, **options)
     if not (no_stream or as_json):
         _print_stream(pieces)
         return
     whole = "".join(track(pieces, "writing", options["max_new_tokens"], "pieces"))
     if as_json:
-        answer = {"prompt": text, "text": whole, "memory": memory_named(pipe), "tokens_read": n_read, "seconds": clock.seconds}
-        print_json({**answer, "options": options})
+        print_json({"prompt": text, "text": whole, "seconds": clock.seconds, **about})
     else:
         click.echo(whole, nl=not whole.endswith("\n"))
 

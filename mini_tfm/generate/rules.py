@@ -1,0 +1,169 @@
+"""What the options mean for one search: its eos tokens, its processors in Hugging Face's order, its ends."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from ..config import Config
+from ..errors import InvalidValue
+from .options import GenerationOptions
+from .penalties import (
+    Allowed,
+    Choices,
+    CountPenalty,
+    EncoderNoRepeatNGram,
+    Forced,
+    Given,
+    NoRepeatNGram,
+    RepetitionPenalty,
+    SequenceBias,
+    Suppressed,
+)
+from .sampling import EpsilonCutoff, EtaCutoff, MinP, Processor, Temperature, TopK, TopP, Typical
+from .stops import Criterion, Stop, no_tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """eos_ids: (n,) that end a sequence. limit: most new tokens. stops: other ends. deadline: of `time.monotonic`, or None."""
+
+    options: GenerationOptions
+    eos_ids: np.ndarray
+    limit: int
+    processors: Sequence[Processor]
+    stops: Sequence[Stop]
+    deadline: float | None
+
+    @classmethod
+    def of(
+        cls,
+        options: GenerationOptions,
+        config: Config,
+        n_prompt: int,
+        *,
+        n_ids: int,
+        sources: Callable[[int], np.ndarray] | None = None,
+        stops: Sequence[Stop] = (),
+        deadline: float | None = None,
+        goes_on: bool = False,
+    ) -> Rules:
+        """For prompts of n_prompt tokens, bos included, and a vocabulary of n_ids.
+
+        sources: what the encoder has read, by the sequence's number. goes_on: another search follows where this one ends
+        without an end of its own.
+        """
+        options.check_ids(n_ids)
+        eos = np.array(eos_ids_of(options, config), np.int64)
+        limit = options.max_new_tokens if options.max_length is None else options.max_length - n_prompt
+        if limit < 0:
+            raise InvalidValue(f"generate: max_length: expected at least the prompt's {n_prompt} tokens, got {options.max_length}")
+        criteria = [Criterion(function) for function in options.stopping_criteria or ()]
+        processors = list(_penalties(options, eos, n_prompt, n_prompt + limit, sources, goes_on)) + list(cutoffs_of(options, len(eos)))
+        return cls(options, eos, limit, processors, [*stops, *criteria], deadline)
+
+    def process(self, ids: np.ndarray, scores: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        for processor in self.processors:
+            scores = processor(ids, scores, rows)
+        return scores
+
+    def ends(self, ids: np.ndarray) -> np.ndarray:
+        """(B,) bool: sequences that end with their last token, by other means than an eos."""
+        ended = np.zeros(len(ids), bool)
+        for stop in self.stops:
+            ended |= stop(ids)
+        return ended
+
+    def is_eos(self, tokens: np.ndarray) -> np.ndarray:
+        return np.isin(tokens, self.eos_ids)
+
+    def out_of_time(self) -> bool:
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+
+def eos_ids_of(options: GenerationOptions, config: Config) -> list[int]:
+    if not options.stop_at_eos:
+        return []
+    return [config.eos_id] if options.eos_token_id is None else list(dict.fromkeys(options.eos_token_id))
+
+
+def deadline_of(options: GenerationOptions) -> float | None:
+    return None if options.max_time is None else time.monotonic() + options.max_time
+
+
+def _penalties(
+    options: GenerationOptions,
+    eos: np.ndarray,
+    n_prompt: int,
+    max_length: int,
+    sources: Callable[[int], np.ndarray] | None,
+    goes_on: bool,
+) -> Iterator[Processor]:
+    if options.sequence_bias:
+        yield SequenceBias(options.sequence_bias)
+    if options.repetition_penalty != 1:
+        yield RepetitionPenalty(options.repetition_penalty)
+    if options.presence_penalty or options.frequency_penalty:
+        yield CountPenalty(options.presence_penalty, options.frequency_penalty, n_prompt)
+    if options.no_repeat_ngram_size:
+        yield NoRepeatNGram(options.no_repeat_ngram_size)
+    if options.encoder_no_repeat_ngram_size:
+        if sources is None:
+            raise InvalidValue("generate: encoder_no_repeat_ngram_size: needs a model with an encoder, and the source's token ids")
+        yield EncoderNoRepeatNGram(options.encoder_no_repeat_ngram_size, sources)
+    if options.bad_words_ids:
+        ends = {(int(token),) for token in eos}
+        yield SequenceBias([(ids, -np.inf) for ids in options.bad_words_ids if ids not in ends])
+    if options.min_length or options.min_new_tokens:
+        yield Suppressed(eos, range(max(options.min_length, n_prompt + options.min_new_tokens)))
+    if options.choices:
+        yield Allowed(_choices(options, eos, n_prompt, max_length), "choices")
+    if options.prefix_allowed_tokens_fn is not None:
+        yield Allowed(options.prefix_allowed_tokens_fn)
+    if options.forced_bos_token_id is not None:
+        yield Forced([options.forced_bos_token_id], 1)
+    if options.forced_eos_token_id is not None and not goes_on:
+        yield Forced(options.forced_eos_token_id, max_length - 1)
+    if options.suppress_tokens:
+        yield Suppressed(options.suppress_tokens)
+    if options.begin_suppress_tokens:
+        begin = n_prompt + (n_prompt == 1 and options.forced_bos_token_id is not None)
+        yield Suppressed(options.begin_suppress_tokens, range(begin, begin + 1))
+    yield from map(Given, options.logits_processor or ())
+
+
+def _choices(options: GenerationOptions, eos: np.ndarray, n_prompt: int, max_length: int) -> Choices:
+    assert options.choices is not None
+    if any(isinstance(choice, str) for choice in options.choices):
+        raise no_tokenizer("choices")
+    longest = max(map(len, options.choices)) + 1
+    if longest > max_length - n_prompt:
+        raise InvalidValue(
+            f"generate: max_new_tokens: expected at least {longest}, the tokens of the longest choice and its end, got"
+            f" {max_length - n_prompt}"
+        )
+    return Choices(options.choices, eos.tolist(), n_prompt)  # type: ignore[arg-type]
+
+
+def cutoffs_of(options: GenerationOptions, n_eos: int) -> Iterator[Processor]:
+    """What tokens are drawn from; nothing is cut off where none is drawn."""
+    if not options.do_sample:
+        return
+    keep = 1 if options.num_beams == 1 else n_eos + 1  # beams must be able to go on
+    if options.temperature != 1:
+        yield Temperature(options.temperature)
+    if options.top_k:
+        yield TopK(options.top_k, keep)
+    if options.top_p < 1:
+        yield TopP(options.top_p, keep)
+    if options.min_p:
+        yield MinP(options.min_p, keep)
+    if options.typical_p < 1:
+        yield Typical(options.typical_p, keep)
+    if options.epsilon_cutoff:
+        yield EpsilonCutoff(options.epsilon_cutoff, keep)
+    if options.eta_cutoff:
+        yield EtaCutoff(options.eta_cutoff, keep)
