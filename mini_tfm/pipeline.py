@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .errors import InvalidType, InvalidValue
-from .generate import GenerationOptions, Session
+from .generate import GenerationOptions
 from .generate.results import Hypothesis, Search
-from .generate.rules import Rules, deadline_of
-from .generate.search import found_by, search
-from .generate.stops import BeforeStop, StopStrings
+from .generate.rules import deadline_of
+from .generate.search import found_by
+from .generate.segments import in_segments, segment_limit
+from .generate.stops import BeforeStop
 from .memory.base import Memory
 from .memory.registry import memory as make_memory
+from .options import takes
 from .stream import Stream
 from .text.pieces import in_pieces
 from .text.tokenizers import StreamDecoder, Tokenizer
@@ -91,6 +92,7 @@ class Pipeline:
         self._stream.run.flush()
         return count
 
+    @takes(GenerationOptions)
     def generate(self, text: str, *, stream: bool = False, **options: Any) -> str | list[str] | Iterator[str]:
         """Goes on from `text`, with what the memory holds; the memory stays as it was.
 
@@ -100,11 +102,35 @@ class Pipeline:
         """
         chosen = self._options(GenerationOptions.of(options), stream)
         self.model.needs("decoder")
-        tokens, memory = self._encode(text), self._stream.copy()
+        steps = self._search([self._to_continue(self._encode(text))], chosen, self._stream.copy(), np.zeros(1, np.int64))
         if chosen.num_return_sequences > 1:
-            return self._several(tokens, chosen, memory)
-        pieces = self._generate(tokens, chosen, memory)
+            return self._texts(found_by(steps)[0], chosen)
+        pieces = _before_stop(_decoded(steps, self.tokenizer.decode_stream()), chosen)
         return pieces if stream else "".join(pieces)
+
+    @takes(GenerationOptions)
+    def generate_many(self, texts: Iterable[str], *, batch_tokens: int = 4096, first: int = 0, **options: Any) -> list[Any]:
+        """Goes on from each of `texts` by itself, several at once: what `generate` gives for each, in their order.
+
+        Each is what it would be alone; draws differ by the text's number, and the first of them has the number `first`.
+        batch_tokens: the most that are computed at once, where a text counts with its own, and those that it may get, for
+        each beam or draw.
+        """
+        if isinstance(texts, str) or not isinstance(texts, Iterable):
+            raise InvalidType(f"texts: expected an iterable of str, got {type(texts).__name__}; `generate` takes one text")
+        for name, value, least in (("batch_tokens", batch_tokens, 1), ("first", first, 0)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise InvalidValue(f"{name}: expected an integer of at least {least}, got {value!r}")
+        chosen = self._options(GenerationOptions.of(options), False)
+        self.model.needs("decoder")
+        parts = [self._to_continue(self._encode(text)) for text in texts]
+        results: list[Any] = [None] * len(parts)
+        for rows in self._batches(parts, chosen, batch_tokens):
+            steps = self._search([parts[row] for row in rows], chosen, self._stream.copy(), np.array(rows) + first)
+            for row, found in zip(rows, found_by(steps), strict=True):
+                made = self._texts(found, chosen)
+                results[row] = made if chosen.num_return_sequences > 1 else made[0]
+        return results
 
     def score(self, text: str | Iterable[str]) -> dict[str, float]:
         """How well the model predicts `text`, read from its beginning with what the memory holds.
@@ -195,112 +221,63 @@ class Pipeline:
             raise InvalidValue("generate: output_scores: a pipeline gives text alone; use model.generate for scores")
         if stream and options.num_return_sequences > 1:
             raise InvalidValue(f"generate: num_return_sequences: expected 1 with stream=True, got {options.num_return_sequences}")
-        rolls = self.model.config.segment_length is not None and options.max_new_tokens > self.segment_length
-        if rolls and options.num_beams > 1 and options.num_return_sequences > 1:
-            raise InvalidValue(
-                f"generate: num_return_sequences: expected 1 for beams that go beyond a segment of {self.segment_length} tokens, got"
-                f" {options.num_return_sequences}"
-            )
         if options.choices is None:
             return options
         return options.replace(choices=[self._encode(each) if isinstance(each, str) else each for each in options.choices])
 
-    def _several(self, tokens: np.ndarray, options: GenerationOptions, stream: Stream) -> list[str]:
-        """The best of one beam search, or independent draws."""
-        if options.num_beams == 1:
-            seeds = [None if options.seed is None else _seed_of_draw(options.seed, k) for k in range(options.num_return_sequences)]
-            draws = [dataclasses.replace(options, seed=seed, num_return_sequences=1) for seed in seeds]
-            return ["".join(self._generate(tokens, draw, stream.copy())) for draw in draws]
-        source = self._read_to_continue(tokens, stream)
-        found = found_by(self._search(stream, source, options, deadline=deadline_of(options)))[0]
+    def _batches(self, parts: list[list[np.ndarray]], options: GenerationOptions, batch_tokens: int) -> Iterator[list[int]]:
+        """Numbers of texts that are computed together: of as many segments and of like length or, for decoders alone, of the same."""
+        copies = max(options.num_beams, options.num_return_sequences)
+        batch: list[int] = []
+        kinds = [(len(part), len(part[0]), len(part[-1])) for part in parts]
+        for row in sorted(range(len(parts)), key=lambda row: kinds[row]):
+            fits = (len(batch) + 1) * (kinds[row][-1] + options.max_new_tokens) * copies <= batch_tokens
+            if batch and not (fits and self._are_alike(kinds[row], kinds[batch[0]])):
+                yield batch
+                batch = []
+            batch.append(row)
+        if batch:
+            yield batch
+
+    def _are_alike(self, one: tuple[int, int, int], other: tuple[int, int, int]) -> bool:
+        return one[0] == other[0] == 1 if self.model.config.has_encoder else one == other
+
+    def _search(self, parts: list[list[np.ndarray]], options: GenerationOptions, stream: Stream, numbers: np.ndarray) -> Search:
+        """Reads all but the last segment of each text, and goes on from that. stream: of one row, that each begins with."""
+        deadline = deadline_of(options)
+        stream.reorder(np.zeros(len(parts), np.int64))
+        for segments in zip(*(part[:-1] for part in parts), strict=True):
+            stream.read(np.stack(segments), np.full(len(parts), len(segments[0])))
+        lengths = np.array([len(part[-1]) for part in parts])
+        source = np.full((len(parts), lengths.max()), self.model.config.pad_id)
+        for row, part in zip(source, parts, strict=True):
+            row[: len(part[-1])] = part[-1]
+        limit = segment_limit(self.model.config, self.segment_length)
+        return (yield from in_segments(stream, source, lengths, options, limit, rows=numbers, tokenizer=self.tokenizer, deadline=deadline))
+
+    def _texts(self, found: list[Hypothesis], options: GenerationOptions) -> list[str]:
         return ["".join(_before_stop([self.tokenizer.decode(one.ids)], options)) for one in found]
 
-    def _generate(self, tokens: np.ndarray, options: GenerationOptions, stream: Stream) -> Iterator[str]:
-        """Pieces of text; `stream` is a copy of the memory as it was when they were asked for."""
-        return _before_stop(self._pieces(tokens, options, stream), options)
-
-    def _pieces(self, tokens: np.ndarray, options: GenerationOptions, stream: Stream) -> Iterator[str]:
-        """The same, stop strings included."""
-        length, has_encoder = self.segment_length, self.model.config.has_encoder
-        decoder, deadline = self.tokenizer.decode_stream(), deadline_of(options)
-        source = self._read_to_continue(tokens, stream)
-        rolls = self.model.config.segment_length is not None  # trained to go on from segment to segment
-        all_made: list[int] = []
-        left, number = options.max_new_tokens, 0
-        while left > 0:
-            limit = min(left, length) if rolls else left
-            least = min(limit, max(0, options.min_new_tokens - len(all_made)))
-            seed = None if options.seed is None else options.seed * 1_000_003 + number
-            part = dataclasses.replace(options, seed=seed, max_new_tokens=limit, min_new_tokens=least)
-            steps = self._search(stream, source, part, before=all_made, deadline=deadline, goes_on=limit < left)
-            best = yield from _decoded(steps, decoder)
-            made = best.ids
-            all_made, left, number = all_made + made, left - len(made), number + 1
-            if best.ended or left == 0:
-                break
-            if has_encoder:
-                stream.finish()
-                source = np.array(made)
-            else:
-                written = np.concatenate([source, made])
-                stream.read(written[None], np.array([len(written)]))
-                source = np.zeros(0, np.int64)
-        if piece := decoder.finish():
-            yield piece
-
-    def _read_to_continue(self, tokens: np.ndarray, stream: Stream) -> np.ndarray:
-        """Reads all but the segment that is continued, which it returns."""
-        *whole, source = self._to_continue(tokens)
-        for segment in whole:
-            stream.read(segment[None], np.array([len(segment)]))
-        return source
-
     def _to_continue(self, tokens: np.ndarray) -> list[np.ndarray]:
-        """Whole segments from the end backwards: the last one, which is continued, is full if there is enough text."""
+        """Whole segments, and what is continued: a segment that the encoder reads, or the beginning of the decoder's own."""
+        config, length = self.model.config, self.segment_length
         if not len(tokens):  # an encoder needs something to read; a decoder begins with bos anyway
-            return [np.array([self.model.config.bos_id] if self.model.config.has_encoder else [], np.int64)]
-        head = (len(tokens) - 1) % self.segment_length + 1
-        return [tokens[:head], *tokens[head:].reshape(-1, self.segment_length)]
-
-    def _search(
-        self,
-        stream: Stream,
-        source: np.ndarray,
-        options: GenerationOptions,
-        *,
-        before: Sequence[int] = (),
-        deadline: float | None = None,
-        goes_on: bool = False,
-    ) -> Search:
-        """Opens a segment that begins with `source`, for what follows. before: what was generated in earlier segments."""
-        has_encoder, n_ids = self.model.config.has_encoder, self.tokenizer.vocab_size
-        stream.open(source[None] if has_encoder else None, np.array([len(source)]))
-        # The first inputs of a decoder are bos, or what came before, and then its own text.
-        prompt = stream.shifted(np.append([] if has_encoder else source, 0).astype(np.int64)[None])
-        stops = [StopStrings(self.tokenizer, options.stop_strings, prompt.shape[1], before)] if options.stop_strings else []
-        rules = Rules.of(
-            options,
-            self.model.config,
-            prompt.shape[1],
-            n_ids=n_ids,
-            sources=(lambda row: source) if has_encoder else None,
-            stops=stops,
-            deadline=deadline,
-            goes_on=goes_on,
-        )
-        return search(Session(stream, n_ids=n_ids), prompt, rules)
+            return [np.array([config.bos_id] if config.has_encoder else [], np.int64)]
+        if config.segment_length is not None and not config.has_encoder:  # as `read` and `score` cut it
+            whole = len(tokens) // length * length
+            return [*tokens[:whole].reshape(-1, length), tokens[whole:]]
+        head = (len(tokens) - 1) % length + 1  # backwards: the last segment is full if there is enough text
+        return [tokens[:head], *tokens[head:].reshape(-1, length)]
 
 
-def _decoded(steps: Search, decoder: StreamDecoder) -> Generator[str, None, Hypothesis]:
-    """The text of the first result of the first sequence, as it is settled; returns that result."""
-    while True:
-        try:
-            settled = next(steps)
-        except StopIteration as end:
-            return end.value[0][0]
+def _decoded(steps: Search, decoder: StreamDecoder) -> Iterator[str]:
+    """The text of the first result of the first sequence, as it is settled."""
+    for settled in steps:
         for token in settled[0]:
             if piece := decoder.push(token):
                 yield piece
+    if piece := decoder.finish():
+        yield piece
 
 
 def _before_stop(pieces: Iterable[str], options: GenerationOptions) -> Iterator[str]:
@@ -314,7 +291,3 @@ def _before_stop(pieces: Iterable[str], options: GenerationOptions) -> Iterator[
             yield known
     if rest := text.finish():
         yield rest
-
-
-def _seed_of_draw(seed: int, number: int) -> int:
-    return seed if number == 0 else int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0])

@@ -14,10 +14,11 @@ from .autodiff import value_of
 from .checkpoint.models import read_model, save_model
 from .config import Config
 from .errors import InvalidType, InvalidValue
-from .generate import generate
+from .generate import GenerationOptions, generate
 from .memory.base import Memory
 from .memory.registry import memory_of_file
 from .model import Model, initial_weights
+from .options import takes
 from .stream import Stream
 from .text.tokenizers import Tokenizer
 from .tokens import check_tokens
@@ -77,6 +78,7 @@ class Transformer(Model):
         found = np.take_along_axis(_core.log_softmax(logits), target[..., None], 2)[..., 0]
         return np.where(np.arange(target.shape[1]) < lengths[:, None], found, found.dtype.type(0))
 
+    @takes(GenerationOptions)
     def generate(self, source: Any = None, lengths: Any = None, *, encoder_outputs: Any = None, **options: Any) -> Any:
         """Token ids (B lists) for source (B, S): see `mini_tfm.generate.generate` for the options."""
         return generate(self, source, lengths, encoder_outputs=encoder_outputs, **options)

@@ -1,6 +1,7 @@
 """Generation: one token at a time, with a cache of keys and values.
 
 batch.py          token ids in, token ids out
+segments.py       a text longer than a segment: the next one begins in time
 options.py        how tokens are chosen, when to stop: names and meanings of Hugging Face's `generate`
   rules.py        what the options mean for one search: processors in their order, ends
     penalties.py  what may be said, and what costs something: a processor a class

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,9 @@ from ..stream import Stream
 from ..tokens import check_tokens
 from .options import GenerationOptions
 from .results import Generated, Hypothesis
-from .rules import Rules, deadline_of
-from .search import found_by, search
-from .session import Session
-from .stops import no_tokenizer
+from .rules import deadline_of
+from .search import found_by
+from .segments import in_segments, segment_limit
 
 
 def generate(model: Model, source: Any = None, lengths: Any = None, *, encoder_outputs: Any = None, **options: Any) -> Any:
@@ -24,21 +24,20 @@ def generate(model: Model, source: Any = None, lengths: Any = None, *, encoder_o
 
     For an encoder-decoder the source is what the encoder reads, for a decoder-only model the prompt, which bos precedes. With
     num_return_sequences above 1: B lists of lists, best first; with output_scores=True: a `Generated`. encoder_outputs (B, S, d):
-    in place of a source, what `model.encode` has made of it. Options: see `GenerationOptions`.
+    in place of a source, what `model.encode` has made of it. A model that was trained on segments reads a prompt, and makes what is
+    longer than one, segment by segment. Options: see `GenerationOptions`.
     """
     chosen = GenerationOptions.of(options)
     model.needs("decoder")
-    if chosen.stop_strings is not None:
-        raise no_tokenizer("stop_strings")
-    encoded, has_ids = None, source is not None
+    config, encoded = model.config, None
     if encoder_outputs is not None:
+        if source is not None:
+            raise InvalidValue("source: expected None beside encoder_outputs, which stand for it")
         encoded, lengths = _encoded(model, encoder_outputs, lengths)
-        source = np.zeros(encoded.hidden.shape[:2], np.int64) if source is None else source
-        if np.shape(source) != encoded.hidden.shape[:2]:
-            raise InvalidValue(f"source: expected shape {encoded.hidden.shape[:2]}, as encoder_outputs has, got {np.shape(source)}")
-    source, lengths = check_tokens("source", source, model.config.vocab_size, lengths)
+        source = np.zeros(encoded.hidden.shape[:2], np.int64)
+    source, lengths = check_tokens("source", source, config.vocab_size, lengths)
     results: list[list[Hypothesis]] = [[] for _ in range(len(source))]
-    if model.config.has_encoder:
+    if config.has_encoder:
         groups = [np.arange(len(source))]
     else:  # prompts of one length at a time
         groups = [np.flatnonzero(lengths == n) for n in np.unique(lengths)]
@@ -46,29 +45,29 @@ def generate(model: Model, source: Any = None, lengths: Any = None, *, encoder_o
     for rows in groups:
         if not len(rows):
             continue
-        stream = Stream(model, None, len(rows))
-        prompt = np.full((len(rows), 1), model.config.bos_id)
-        if encoded is not None:
-            stream.open(None, lengths)
-            stream.encoded = encoded
-        else:
-            stream.open(source[rows] if model.config.has_encoder else None, lengths[rows])
-        if not model.config.has_encoder and lengths[rows[0]]:
-            prompt = np.concatenate([prompt, source[rows, : lengths[rows[0]]]], axis=1)  # as `logits` feeds it
-        session = Session(stream)
-        rules = Rules.of(
-            chosen,
-            model.config,
-            prompt.shape[1],
-            n_ids=session.n_ids,
-            sources=(lambda row: source[row, : lengths[row]]) if model.config.has_encoder and has_ids else None,
-            deadline=deadline,
-        )
-        for row, found in zip(rows, found_by(search(session, prompt, rules, rows)), strict=True):
+        stream, begun, limit = Stream(model, None, len(rows)), source[rows], segment_limit(config, config.segment_length)
+        if not config.has_encoder:
+            begun = begun[:, : lengths[rows[0]]]
+        part = _counting_new_tokens(chosen, 1 + (0 if config.has_encoder else begun.shape[1]))
+        while not config.has_encoder and limit is not None and begun.shape[1] >= limit:
+            stream.read(begun[:, :limit], np.full(len(rows), limit))
+            begun = begun[:, limit:]
+        steps = in_segments(stream, begun, lengths[rows], part, limit, rows=rows, deadline=deadline, encoded=encoded)
+        for row, found in zip(rows, found_by(steps), strict=True):
             results[row] = found
     if chosen.output_scores:
-        return Generated.of(results, chosen.num_return_sequences > 1)
+        return Generated.of(results, chosen)
     return [[one.ids for one in found] if chosen.num_return_sequences > 1 else found[0].ids for found in results]
+
+
+def _counting_new_tokens(options: GenerationOptions, n_prompt: int) -> GenerationOptions:
+    """The options without max_length and min_length, which count the prompt, too."""
+    most, least = options.max_new_tokens, max(options.min_new_tokens, options.min_length - n_prompt)
+    if options.max_length is not None:
+        most = options.max_length - n_prompt
+    if most < 0:
+        raise InvalidValue(f"generate: max_length: expected at least the prompt's {n_prompt} tokens, got {options.max_length}")
+    return dataclasses.replace(options, max_new_tokens=most, min_new_tokens=min(least, most), max_length=None, min_length=0)
 
 
 def _encoded(model: Model, outputs: Any, lengths: Any) -> tuple[Encoded, np.ndarray]:

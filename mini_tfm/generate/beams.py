@@ -18,7 +18,7 @@ import numpy as np
 
 from .results import Hypothesis, Search
 from .rules import Rules
-from .scores import best_of, log_probabilities, nothing_left, top_of
+from .scores import best_of, log_probabilities, nothing_left, rng_of, top_of
 from .session import Session
 
 
@@ -38,13 +38,17 @@ class Pool:
     """Beams that compete with each other, and the best of those that have ended."""
 
     width: int
+    length_penalty: float
     beams: list[Beam]
     ended: list[Hypothesis] = dataclasses.field(default_factory=list)
 
     def add(self, one: Hypothesis) -> None:
         self.ended.append(one)
-        self.ended.sort(key=lambda each: -each.score)  # a stable sort: of equal ones the older stays
+        self.ended.sort(key=self.rank)  # a stable sort: of equal ones the older stays
         del self.ended[self.width :]
+
+    def rank(self, one: Hypothesis) -> float:
+        return -one.score(self.length_penalty)
 
     def is_done(self, rules: Rules, n: int) -> bool:
         """Whether no beam can, or may, join those that have ended, after n tokens."""
@@ -54,38 +58,38 @@ class Pool:
             return False
         options = rules.options
         length = rules.limit if options.early_stopping == "never" and options.length_penalty > 0 else n
-        return options.early_stopping is True or self.beams[0].score / length**options.length_penalty <= self.ended[-1].score
+        return options.early_stopping is True or self.beams[0].score / length**self.length_penalty <= -self.rank(self.ended[-1])
 
 
-def beams(session: Session, prompt: np.ndarray, rules: Rules, rows: np.ndarray) -> Search:
+def beams(session: Session, prompt: np.ndarray, rules: Rules, copies: np.ndarray) -> Search:
     """See search.py. Gives fewer results than asked for only where fewer sequences are possible."""
     options, size = rules.options, len(prompt)
     width, n_best = options.num_beams // options.num_beam_groups, options.num_return_sequences
-    rngs = [np.random.default_rng(None if options.seed is None else [options.seed, int(row)]) for row in rows]
+    rngs = [rng_of(options, number, copy) for number, copy in zip(rules.numbers, copies, strict=True)]
     groups = range(options.num_beam_groups)
     prompt = prompt.astype(np.int64)
-    pools = [[Pool(width, [Beam(i, 0.0, prompt[i])]) for _ in groups] for i in range(size)]
+    pools = [[Pool(width, options.length_penalty, [Beam(i, 0.0, prompt[i])]) for _ in groups] for i in range(size)]
     found: list[list[Hypothesis]] = [[] for _ in range(size)]
     given = [0] * size
     left, tokens = list(range(size)), prompt
     for n in range(1, rules.limit + 1):
         hidden = session.step(tokens)
-        step = _Step(session, hidden, rules, [(int(rows[i]), beam) for i in left for pool in pools[i] for beam in pool.beams], n)
+        step = _Step(session, hidden, rules, [(i, beam) for i in left for pool in pools[i] for beam in pool.beams], n)
         settled: list[list[int]] = [[] for _ in range(size)]
         going = []
         for i in left:
             taken: Counter[int] = Counter()  # by earlier groups, at this step
             for pool in pools[i]:
-                step.advance(pool, taken, rngs[i])
+                step.advance(i, pool, taken, rngs[i])
                 if pool.is_done(rules, n):
                     pool.beams = []
             if any(pool.beams for pool in pools[i]):
                 going.append(i)
                 more = _shared(pools[i], prompt.shape[1], given[i])
             else:
-                ended = sorted((one for pool in pools[i] for one in pool.ended), key=lambda one: -one.score)
+                ended = sorted((one for pool in pools[i] for one in pool.ended), key=pools[i][0].rank)
                 if not ended:
-                    raise nothing_left(int(rows[i]), n)
+                    raise nothing_left(int(rules.numbers[i]), n)
                 found[i], more = ended[:n_best], ended[0].ids[given[i] :]
             settled[i], given[i] = more, given[i] + len(more)
         yield settled
@@ -100,7 +104,7 @@ def beams(session: Session, prompt: np.ndarray, rules: Rules, rows: np.ndarray) 
 
 
 class _Step:
-    """One step of all beams of a session. beams: each with the number of its sequence."""
+    """One step of all beams of a session. beams: each with the place of its sequence in the batch."""
 
     def __init__(self, session: Session, hidden: np.ndarray, rules: Rules, beams: Sequence[tuple[int, Beam]], n: int):
         self.rules, self.n = rules, n
@@ -113,14 +117,14 @@ class _Step:
         if rules.processors or options.do_sample or options.num_beam_groups > 1:
             ids = np.stack([beam.ids for _, beam in beams])
             scores = log_probabilities(session.scores(hidden))[rows]
-            self.log_probs = rules.process(ids, scores, np.array([number for number, _ in beams]))
+            self.log_probs = rules.process(ids, scores, np.array([i for i, _ in beams]))
         else:
             width = self.n_candidates * options.num_beams
             self.log_probs, self.ids = session.likeliest(hidden, max(width, options.top_logprobs))
             self.log_probs, self.ids = self.log_probs[rows], self.ids[rows]
         self.at = {id(beam): i for i, (_, beam) in enumerate(beams)}
 
-    def advance(self, pool: Pool, taken: Counter[int], rng: np.random.Generator) -> None:
+    def advance(self, sequence: int, pool: Pool, taken: Counter[int], rng: np.random.Generator) -> None:
         """A pool's beams, each a token further, best first; those that end are finished. Adds to `taken` what its beams said."""
         if not pool.beams:
             return
@@ -144,7 +148,7 @@ class _Step:
         is_eos = self.rules.is_eos(tokens)
         stops = is_eos | self.out_of_time
         if self.rules.stops and len(ids):
-            stops |= self.rules.ends(ids)
+            stops |= self.rules.ends(ids, np.full(len(ids), sequence))
         ends = stops | (self.n == self.rules.limit)
         made = [
             Beam(
@@ -158,8 +162,7 @@ class _Step:
         for rank in np.flatnonzero(ends[: pool.width]):
             beam, eos = made[rank], bool(is_eos[rank])
             said = beam.ids[len(beam.ids) - self.n :].tolist()
-            score = beam.score / self.n**options.length_penalty
-            pool.add(Hypothesis(said[:-1] if eos else said, score, list(beam.log_probs), list(beam.top), bool(stops[rank])))
+            pool.add(Hypothesis(said[:-1] if eos else said, beam.score, self.n, list(beam.log_probs), list(beam.top), bool(stops[rank])))
         taken.update(tokens[~is_eos][: pool.width].tolist())
         pool.beams = [beam for beam, end in zip(made, ends, strict=True) if not end][: pool.width]
 

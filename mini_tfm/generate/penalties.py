@@ -62,9 +62,9 @@ class NoRepeatNGram:
 
 
 class EncoderNoRepeatNGram:
-    """No sequence of n tokens of what the encoder has read. sources: its ids by the sequence's number."""
+    """No sequence of n tokens of what the encoder has read. sources: its ids, of each sequence."""
 
-    def __init__(self, n: int, sources: Callable[[int], np.ndarray]):
+    def __init__(self, n: int, sources: Sequence[np.ndarray]):
         self.n, self.sources = n, sources
         self._next: dict[int, dict[tuple[int, ...], list[int]]] = {}
 
@@ -72,14 +72,14 @@ class EncoderNoRepeatNGram:
         scores = scores.copy()
         if ids.shape[1] < self.n - 1:
             return scores
-        for i, number in enumerate(rows.tolist()):
-            if number not in self._next:
-                found = self._next.setdefault(number, {})
-                source = self.sources(number).tolist()
+        for i, sequence in enumerate(rows.tolist()):
+            if sequence not in self._next:
+                found = self._next.setdefault(sequence, {})
+                source = self.sources[sequence].tolist()
                 for start in range(len(source) + 1 - self.n):
                     *prefix, last = source[start : start + self.n]
                     found.setdefault(tuple(prefix), []).append(last)
-            followers = self._next[number].get(tuple(ids[i, ids.shape[1] + 1 - self.n :].tolist()), ())
+            followers = self._next[sequence].get(tuple(ids[i, ids.shape[1] + 1 - self.n :].tolist()), ())
             scores[i, [token for token in followers if token < scores.shape[1]]] = -np.inf
         return scores
 
@@ -113,17 +113,17 @@ class Forced:
 
 
 class Allowed:
-    """Only the tokens that a function of (number of the sequence, ids (n,)) allows.
+    """Only the tokens that a function of (number of the sequence, ids (n,)) allows. numbers: of the sequences.
 
     Where other rules have forbidden all that it allows, in every beam of a sequence, it has the last word.
     """
 
-    def __init__(self, allowed: Callable[[int, np.ndarray], Iterable[int]], name: str = "prefix_allowed_tokens_fn"):
-        self.allowed, self.name = allowed, name
+    def __init__(self, allowed: Callable[[int, np.ndarray], Iterable[int]], numbers: np.ndarray, name: str = "prefix_allowed_tokens_fn"):
+        self.allowed, self.numbers, self.name = allowed, numbers, name
 
     def __call__(self, ids: np.ndarray, scores: np.ndarray, rows: np.ndarray) -> np.ndarray:
         mask = np.full_like(scores, -np.inf)
-        for i, number in enumerate(rows.tolist()):
+        for i, number in enumerate(self.numbers[rows].tolist()):
             tokens = np.asarray(list(self.allowed(number, ids[i])))
             if not tokens.size or tokens.dtype.kind not in "iu" or tokens.min() < 0 or tokens.max() >= scores.shape[1]:
                 what = tokens.tolist() if tokens.size else "none"

@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any, TypeAlias
+
+from .options import GenerationOptions
 
 
 @dataclasses.dataclass
 class Hypothesis:
     """A sequence that was generated. log_probs and top have one item a token, and one more for the eos that ended it.
 
-    ended: whether an eos or a stop ended it, and not only the limit of new tokens.
+    log_prob, length: the sum of the first, and their number, known without them. ended: whether an eos or a stop ended it, and not
+    only the limit of new tokens.
     """
 
     ids: list[int] = dataclasses.field(default_factory=list)
-    score: float = 0.0
+    log_prob: float = 0.0
+    length: int = 0
     log_probs: list[float] = dataclasses.field(default_factory=list)
     top: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
     ended: bool = False
+
+    def score(self, length_penalty: float) -> float:
+        return self.log_prob / self.length**length_penalty if self.length else 0.0
+
+    def followed_by(self, more: Hypothesis) -> Hypothesis:
+        """One that was generated in two parts."""
+        joined = {name: getattr(self, name) + getattr(more, name) for name in ("ids", "log_prob", "length", "log_probs", "top")}
+        return Hypothesis(**joined, ended=more.ended)
 
 
 Search: TypeAlias = Generator[list[list[int]], None, list[list[Hypothesis]]]  # see search.py
@@ -39,8 +51,10 @@ class Generated:
     top_logprobs: list[Any]
 
     @classmethod
-    def of(cls, found: list[list[Hypothesis]], is_nested: bool) -> Generated:
-        def each(name: str) -> list[Any]:
-            return [[getattr(one, name) for one in row] if is_nested else getattr(row[0], name) for row in found]
+    def of(cls, found: list[list[Hypothesis]], options: GenerationOptions) -> Generated:
+        def each(value: Callable[[Hypothesis], Any]) -> list[Any]:
+            return [[value(one) for one in row] if options.num_return_sequences > 1 else value(row[0]) for row in found]
 
-        return cls(each("ids"), each("score"), each("log_probs"), each("top"))
+        power = options.length_penalty if options.num_beams > 1 else 0.0
+        scores = each(lambda one: one.score(power))
+        return cls(each(lambda one: one.ids), scores, each(lambda one: one.log_probs), each(lambda one: one.top))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -29,14 +29,14 @@ from .stops import Criterion, Stop, no_tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """eos_ids: (n,) that end a sequence. limit: most new tokens. stops: other ends. deadline: of `time.monotonic`, or None."""
+    """eos_ids: (n,) that end a sequence. stops: other ends. deadline: of `time.monotonic`, or None. numbers: of the sequences."""
 
     options: GenerationOptions
     eos_ids: np.ndarray
-    limit: int
     processors: Sequence[Processor]
     stops: Sequence[Stop]
     deadline: float | None
+    numbers: np.ndarray
 
     @classmethod
     def of(
@@ -44,37 +44,40 @@ class Rules:
         options: GenerationOptions,
         config: Config,
         n_prompt: int,
+        numbers: np.ndarray,
         *,
         n_ids: int,
-        sources: Callable[[int], np.ndarray] | None = None,
+        sources: Sequence[np.ndarray] | None = None,
         stops: Sequence[Stop] = (),
         deadline: float | None = None,
         goes_on: bool = False,
     ) -> Rules:
         """For prompts of n_prompt tokens, bos included, and a vocabulary of n_ids.
 
-        sources: what the encoder has read, by the sequence's number. goes_on: another search follows where this one ends
-        without an end of its own.
+        numbers: (B,) by which draws of the sequences differ and functions of a user know them. sources: what the encoder has
+        read. goes_on: another search follows where this one ends without an end of its own.
         """
         options.check_ids(n_ids)
         eos = np.array(eos_ids_of(options, config), np.int64)
-        limit = options.max_new_tokens if options.max_length is None else options.max_length - n_prompt
-        if limit < 0:
-            raise InvalidValue(f"generate: max_length: expected at least the prompt's {n_prompt} tokens, got {options.max_length}")
         criteria = [Criterion(function) for function in options.stopping_criteria or ()]
-        processors = list(_penalties(options, eos, n_prompt, n_prompt + limit, sources, goes_on)) + list(cutoffs_of(options, len(eos)))
-        return cls(options, eos, limit, processors, [*stops, *criteria], deadline)
+        processors = [*_penalties(options, eos, n_prompt, numbers, sources, goes_on), *cutoffs_of(options, len(eos))]
+        return cls(options, eos, processors, [*stops, *criteria], deadline, numbers)
+
+    @property
+    def limit(self) -> int:
+        """Most new tokens."""
+        return self.options.max_new_tokens
 
     def process(self, ids: np.ndarray, scores: np.ndarray, rows: np.ndarray) -> np.ndarray:
         for processor in self.processors:
             scores = processor(ids, scores, rows)
         return scores
 
-    def ends(self, ids: np.ndarray) -> np.ndarray:
-        """(B,) bool: sequences that end with their last token, by other means than an eos."""
+    def ends(self, ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """(B,) bool: which of ids (B, n) end with their last token, by other means than an eos; rows: see sampling.py."""
         ended = np.zeros(len(ids), bool)
         for stop in self.stops:
-            ended |= stop(ids)
+            ended |= stop(ids, rows)
         return ended
 
     def is_eos(self, tokens: np.ndarray) -> np.ndarray:
@@ -98,8 +101,8 @@ def _penalties(
     options: GenerationOptions,
     eos: np.ndarray,
     n_prompt: int,
-    max_length: int,
-    sources: Callable[[int], np.ndarray] | None,
+    numbers: np.ndarray,
+    sources: Sequence[np.ndarray] | None,
     goes_on: bool,
 ) -> Iterator[Processor]:
     if options.sequence_bias:
@@ -117,16 +120,16 @@ def _penalties(
     if options.bad_words_ids:
         ends = {(int(token),) for token in eos}
         yield SequenceBias([(ids, -np.inf) for ids in options.bad_words_ids if ids not in ends])
-    if options.min_length or options.min_new_tokens:
-        yield Suppressed(eos, range(max(options.min_length, n_prompt + options.min_new_tokens)))
+    if options.min_new_tokens:
+        yield Suppressed(eos, range(n_prompt + options.min_new_tokens))
     if options.choices:
-        yield Allowed(_choices(options, eos, n_prompt, max_length), "choices")
+        yield Allowed(_choices(options, eos, n_prompt), numbers, "choices")
     if options.prefix_allowed_tokens_fn is not None:
-        yield Allowed(options.prefix_allowed_tokens_fn)
+        yield Allowed(options.prefix_allowed_tokens_fn, numbers)
     if options.forced_bos_token_id is not None:
         yield Forced([options.forced_bos_token_id], 1)
     if options.forced_eos_token_id is not None and not goes_on:
-        yield Forced(options.forced_eos_token_id, max_length - 1)
+        yield Forced(options.forced_eos_token_id, n_prompt + options.max_new_tokens - 1)
     if options.suppress_tokens:
         yield Suppressed(options.suppress_tokens)
     if options.begin_suppress_tokens:
@@ -135,15 +138,15 @@ def _penalties(
     yield from map(Given, options.logits_processor or ())
 
 
-def _choices(options: GenerationOptions, eos: np.ndarray, n_prompt: int, max_length: int) -> Choices:
+def _choices(options: GenerationOptions, eos: np.ndarray, n_prompt: int) -> Choices:
     assert options.choices is not None
     if any(isinstance(choice, str) for choice in options.choices):
         raise no_tokenizer("choices")
     longest = max(map(len, options.choices)) + 1
-    if longest > max_length - n_prompt:
+    if longest > options.max_new_tokens:
         raise InvalidValue(
             f"generate: max_new_tokens: expected at least {longest}, the tokens of the longest choice and its end, got"
-            f" {max_length - n_prompt}"
+            f" {options.max_new_tokens}"
         )
     return Choices(options.choices, eos.tolist(), n_prompt)  # type: ignore[arg-type]
 

@@ -1,7 +1,7 @@
 """From scores to one token a sequence: which tokens are left to draw from, and the draw.
 
 A processor is a function of (ids, scores, rows). ids (B, n): what the decoder was fed so far, bos and the prompt included.
-scores (B, V) of the next token. rows (B,): the numbers in the batch of those sequences, of which several may be beams or draws of
+scores (B, V) of the next token. rows (B,): which of the search's sequences each is, of which several may be beams or draws of
 one. It gives new scores, -inf for what is ruled out. Those here serve draws; what may be said at all is in penalties.py.
 
 keep: at least so many tokens are left, ruled out or not: beams must be able to go on without an eos.

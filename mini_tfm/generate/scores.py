@@ -1,4 +1,4 @@
-"""Log-probabilities, and the best of them."""
+"""Log-probabilities, the best of them, and where draws come from."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import numpy as np
 
 from .. import _core
 from ..errors import InvalidValue
+from .options import GenerationOptions
 
 
 def log_probabilities(scores: np.ndarray) -> np.ndarray:
@@ -35,3 +36,10 @@ def top_of(log_probs: np.ndarray, n: int) -> list[tuple[int, float]]:
 
 def nothing_left(row: int, n: int) -> InvalidValue:
     return InvalidValue(f"generate: the options rule out every token at token {n} of sequence {row}; allow more")
+
+
+def rng_of(options: GenerationOptions, number: int, copy: int) -> np.random.Generator:
+    """The draws of a sequence, by its number; copy: which of several of that number it is."""
+    if options.seed is None:
+        return np.random.default_rng()
+    return np.random.default_rng([options.seed, int(number), int(copy)] if copy else [options.seed, int(number)])

@@ -1,6 +1,6 @@
 """Which tokens a session goes on with: the best, drawn ones, or beams (beams.py).
 
-A way to search is a generator of (session, prompt, rules, rows). At each step it yields B lists: the ids that are settled
+A way to search is a generator of (session, prompt, rules). At each step it yields B lists: the ids that are settled
 since the last step, of the first result of each sequence. What it returns in the end are B lists of `Hypothesis`, best first.
 """
 
@@ -14,19 +14,19 @@ from .beams import beams
 from .results import Hypothesis, Search
 from .rules import Rules
 from .sampling import draw
-from .scores import log_probabilities, nothing_left, top_of
+from .scores import log_probabilities, nothing_left, rng_of, top_of
 from .session import Session
 
 
-def search(session: Session, prompt: np.ndarray, rules: Rules, rows: np.ndarray | None = None) -> Search:
+def search(session: Session, prompt: np.ndarray, rules: Rules, copies: np.ndarray | None = None) -> Search:
     """Goes on from prompt (B, n), the decoder's first inputs, as the options say.
 
-    rows: (B,) numbers of the sequences, by which draws differ and functions of a user know them; None: from 0 on.
+    copies: (B,) which of several draws of its number a sequence is, where they are in the session already.
     """
-    rows = np.arange(len(prompt)) if rows is None else rows
     if rules.limit == 0:
         return _nothing(len(prompt), 1 if rules.options.num_beams > 1 else rules.options.num_return_sequences)
-    return (one_by_one if rules.options.num_beams == 1 else beams)(session, prompt, rules, rows)
+    copies = np.zeros(len(prompt), np.int64) if copies is None else copies
+    return (one_by_one if rules.options.num_beams == 1 else beams)(session, prompt, rules, copies)
 
 
 def found_by(search: Search) -> list[list[Hypothesis]]:
@@ -38,12 +38,12 @@ def found_by(search: Search) -> list[list[Hypothesis]]:
             return end.value
 
 
-def one_by_one(session: Session, prompt: np.ndarray, rules: Rules, rows: np.ndarray) -> Search:
+def one_by_one(session: Session, prompt: np.ndarray, rules: Rules, copy_of: np.ndarray) -> Search:
     """The best token, or a drawn one, at each step. A sequence that has ended leaves the session."""
     options, size = rules.options, len(prompt)
     copies = options.num_return_sequences
     made = [Hypothesis() for _ in range(size * copies)]
-    draws = [np.random.default_rng(_seed(options.seed, int(row), copy)) for row in rows for copy in range(copies)]
+    draws = [rng_of(options, rules.numbers[i], copy_of[i] + copy) for i in range(size) for copy in range(copies)]
     is_plain = not (rules.processors or options.do_sample or options.output_scores)
     ids = tokens = prompt.astype(np.int64)
     left = np.arange(size)  # the results that the session still works on
@@ -56,8 +56,8 @@ def one_by_one(session: Session, prompt: np.ndarray, rules: Rules, rows: np.ndar
         if is_plain:
             chosen = session.best(hidden)
         else:
-            scores = rules.process(ids, session.scores(hidden), rows[left // copies])
-            _check_some_are_left(scores, rows[left // copies], n)
+            scores = rules.process(ids, session.scores(hidden), left // copies)
+            _check_some_are_left(scores, rules.numbers[left // copies], n)
             if options.do_sample:
                 chosen = np.array([draw(row, draws[i]) for row, i in zip(scores, left, strict=True)], np.int64)
             else:
@@ -70,13 +70,16 @@ def one_by_one(session: Session, prompt: np.ndarray, rules: Rules, rows: np.ndar
             made[i].ids.append(token)
             if i % copies == 0:
                 settled[i // copies].append(token)
+        for i in left.tolist():
+            made[i].length += 1
         yield settled
         ids = np.concatenate([ids, chosen[:, None]], axis=1)
-        going = ~(is_eos | rules.ends(ids)) if rules.stops else ~is_eos
-        out_of_time = rules.out_of_time()
-        for i in left[~going | out_of_time]:
+        going = ~(is_eos | rules.ends(ids, left // copies)) if rules.stops else ~is_eos
+        if rules.out_of_time():
+            going[:] = False
+        for i in left[~going]:
             made[i].ended = True
-        if out_of_time or not going.any():
+        if not going.any():
             break
         if not going.all():
             stay = np.flatnonzero(going)
@@ -84,10 +87,6 @@ def one_by_one(session: Session, prompt: np.ndarray, rules: Rules, rows: np.ndar
             left, chosen, ids = left[stay], chosen[stay], ids[stay]
         tokens = chosen[:, None]
     return [made[start : start + copies] for start in range(0, len(made), copies)]
-
-
-def _seed(seed: int | None, row: int, copy: int) -> list[int] | None:
-    return None if seed is None else [seed, row, copy] if copy else [seed, row]
 
 
 def _check_some_are_left(scores: np.ndarray, rows: np.ndarray, n: int) -> None:
@@ -99,7 +98,7 @@ def _check_some_are_left(scores: np.ndarray, rows: np.ndarray, n: int) -> None:
 def _note_scores(made: list[Hypothesis], log_probs: np.ndarray, chosen: np.ndarray, n_top: int) -> None:
     for one, row, token in zip(made, log_probs, chosen.tolist(), strict=True):
         one.log_probs.append(float(row[token]))
-        one.score += float(row[token])
+        one.log_prob += float(row[token])
         if n_top:
             one.top.append(top_of(row, n_top))
 

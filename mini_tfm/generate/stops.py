@@ -11,7 +11,8 @@ import numpy as np
 from ..errors import InvalidType, InvalidValue
 from ..text.tokenizers import Tokenizer
 
-Stop = Callable[[np.ndarray], np.ndarray]  # of ids (B, n), what the decoder was fed and what it has just said: (B,) bool
+# Of ids (B, n), what the decoder was fed and what it has just said, and which of the search's sequences they are, (B,): (B,) bool
+Stop = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 class Criterion:
@@ -20,7 +21,7 @@ class Criterion:
     def __init__(self, function: Callable[[np.ndarray, None], Any]):
         self.function = function
 
-    def __call__(self, ids: np.ndarray) -> np.ndarray:
+    def __call__(self, ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
         answer = np.asarray(self.function(ids.copy(), None))
         if answer.dtype != bool or answer.shape not in ((), (len(ids),)):
             raise InvalidType(
@@ -32,18 +33,19 @@ class Criterion:
 class StopStrings:
     """Ends a sequence with the token that completes one of some texts, which may begin and end within tokens.
 
-    n_prompt: ids that are not looked at, as they were not generated. before: ids generated before them, which are.
+    n_prompt: ids that are not looked at, as they were not generated. before: ids that each sequence generated before them, which are.
     """
 
-    def __init__(self, tokenizer: Tokenizer, texts: Sequence[str], n_prompt: int, before: Sequence[int] = ()):
-        self.tokenizer, self.texts, self.n_prompt, self.before = tokenizer, texts, n_prompt, list(before)
+    def __init__(self, tokenizer: Tokenizer, texts: Sequence[str], n_prompt: int, before: Sequence[list[int]]):
+        self.tokenizer, self.texts, self.n_prompt, self.before = tokenizer, texts, n_prompt, before
         self.targets = [text.encode("utf-8") for text in texts]
         self.longest = max(map(len, self.targets))
         self._bytes = functools.cache(tokenizer.bytes_of)
         self._is_completed = self._completed_bytes if _is_of_bytes(tokenizer) else self._completed_text
 
-    def __call__(self, ids: np.ndarray) -> np.ndarray:
-        return np.array([self._is_completed(self.before + row) for row in ids[:, self.n_prompt :].tolist()], bool)
+    def __call__(self, ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        made = zip(rows.tolist(), ids[:, self.n_prompt :].tolist(), strict=True)
+        return np.array([self._is_completed(self.before[row] + new) for row, new in made], bool)
 
     def _completed_bytes(self, made: list[int]) -> bool:
         pieces, size, last = [], 0, self._bytes(made[-1])

@@ -95,7 +95,7 @@ def test_every_beam_has_its_own_memory(variant, memory):
     stream = begun([0, 1])
     prompt = stream.shifted(np.zeros((2, 1), np.int64))
     options = GenerationOptions(max_new_tokens=STEPS, num_beams=V**STEPS, num_return_sequences=V**STEPS)
-    found = run(search(Session(stream), prompt, Rules.of(options, model.config, 1, n_ids=V)))[1]
+    found = run(search(Session(stream), prompt, Rules.of(options, model.config, 1, np.arange(2), n_ids=V)))[1]
     for b in range(2):
 
         def log_probs(ids, b=b):
@@ -104,7 +104,7 @@ def test_every_beam_has_its_own_memory(variant, memory):
 
         expected = ranked(log_probs, 1.0)
         assert [one.ids for one in found[b]] == [ids for _, ids in expected]
-        np.testing.assert_allclose([one.score for one in found[b]], [score for score, _ in expected], atol=1e-10)
+        np.testing.assert_allclose([one.score(1.0) for one in found[b]], [score for score, _ in expected], atol=1e-10)
 
 
 def run(steps):
@@ -213,7 +213,7 @@ def test_what_is_settled_is_what_is_found(options):
         rows = tokens(np.random.default_rng(0), 4, 6)
         stream = Stream(model, None, 4)
         stream.open(rows, np.full(4, 6))
-        rules = Rules.of(GenerationOptions(max_new_tokens=10, eos_token_id=[2, 5], **options), model.config, 1, n_ids=13)
+        rules = Rules.of(GenerationOptions(max_new_tokens=10, eos_token_id=[2, 5], **options), model.config, 1, np.arange(4), n_ids=13)
         settled, found = run(search(Session(stream), np.full((4, 1), 1), rules))
         for b in range(4):
             assert [token for step in settled for token in step[b]] == found[b][0].ids

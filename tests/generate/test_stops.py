@@ -98,6 +98,9 @@ def test_beams_end_with_a_stop_string():
     assert cut == [text.removesuffix(stop) for text in made]
 
 
+ROW = np.zeros(1, np.int64)
+
+
 class Words:
     """A tokenizer whose ids are not made of bytes."""
 
@@ -109,16 +112,16 @@ class Words:
 
 
 def test_a_stop_string_must_overlap_the_last_token():
-    words = StopStrings(Words(), ["st op"], n_prompt=1)
+    words = StopStrings(Words(), ["st op"], 1, [[]])
     ended = {(1, 2): True, (5, 1, 4): True, (1, 2, 5): False, (3,): False, (1,): False, (5, 5, 1, 2): True}
     for said, expected in ended.items():
-        assert words(np.array([[2, *said]])).tolist() == [expected], said
+        assert words(np.array([[2, *said]]), ROW).tolist() == [expected], said
     text = "stopper"
     ids = [byte + 3 for byte in text.encode()]
-    bytes_ = StopStrings(ByteTokenizer(), ["stop"], n_prompt=0)
-    assert [bool(bytes_(np.array([ids[: n + 1]]))[0]) for n in range(7)] == [False] * 3 + [True] + [False] * 3
-    assert StopStrings(ByteTokenizer(), ["stop"], 2)(np.array([ids[:4]])).tolist() == [False], "the prompt does not count"
-    assert StopStrings(ByteTokenizer(), ["stop"], 0, before=ids[:2])(np.array([ids[2:4]])).tolist() == [True]
+    bytes_ = StopStrings(ByteTokenizer(), ["stop"], 0, [[]])
+    assert [bool(bytes_(np.array([ids[: n + 1]]), ROW)[0]) for n in range(7)] == [False] * 3 + [True] + [False] * 3
+    assert StopStrings(ByteTokenizer(), ["stop"], 2, [[]])(np.array([ids[:4]]), ROW).tolist() == [False], "the prompt does not count"
+    assert StopStrings(ByteTokenizer(), ["stop"], 0, [ids[:2]])(np.array([ids[2:4]]), ROW).tolist() == [True]
 
 
 def test_what_may_become_a_stop_string_is_held_back():

@@ -38,7 +38,7 @@ PROCESSORS = {
     "no_repeat_ngram_size 20": (penalties.NoRepeatNGram(20), lambda lp: lp.NoRepeatNGramLogitsProcessor(20)),
     **{
         f"encoder_no_repeat_ngram_size {n}": (
-            penalties.EncoderNoRepeatNGram(n, lambda row: SOURCE),
+            penalties.EncoderNoRepeatNGram(n, [SOURCE] * 200),
             lambda lp, n=n: lp.EncoderNoRepeatNGramLogitsProcessor(n, _tensor(SOURCE)),
         )
         for n in (1, 2, 3, 12)
@@ -56,7 +56,7 @@ PROCESSORS = {
         penalties.Suppressed(EOS, range(N_PROMPT + 2)),
         lambda lp: lp.MinNewTokensLengthLogitsProcessor(N_PROMPT, 2, EOS),
     ),
-    "prefix_allowed_tokens_fn": (penalties.Allowed(allowed), lambda lp: lp.PrefixConstrainedLogitsProcessor(allowed, 1)),
+    "prefix_allowed_tokens_fn": (penalties.Allowed(allowed, np.arange(200)), lambda lp: lp.PrefixConstrainedLogitsProcessor(allowed, 1)),
     "forced_bos_token_id": (penalties.Forced([6], 1), lambda lp: lp.ForcedBOSTokenLogitsProcessor(6)),
     "forced_eos_token_id": (penalties.Forced(EOS, MAX_LENGTH - 1), lambda lp: lp.ForcedEOSTokenLogitsProcessor(MAX_LENGTH, EOS)),
     "suppress_tokens": (penalties.Suppressed([3, 29]), lambda lp: lp.SuppressTokensLogitsProcessor([3, 29])),
