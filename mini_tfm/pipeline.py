@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,24 +109,28 @@ class Pipeline:
         return pieces if stream else "".join(pieces)
 
     @takes(GenerationOptions)
-    def generate_many(self, texts: Iterable[str], *, batch_tokens: int = 4096, first: int = 0, **options: Any) -> list[Any]:
+    def generate_many(
+        self, texts: Iterable[str], *, batch_tokens: int = 4096, numbers: Sequence[int] | None = None, **options: Any
+    ) -> list[Any]:
         """Goes on from each of `texts` by itself, several at once: what `generate` gives for each, in their order.
 
-        Each is what it would be alone; draws differ by the text's number, and the first of them has the number `first`.
-        batch_tokens: the most that are computed at once, where a text counts with its own, and those that it may get, for
-        each beam or draw.
+        Each is what it would be alone; draws differ by the text's number, which is its place, or that of `numbers`. batch_tokens:
+        the most that are computed at once, where a text counts with its own tokens, and those that it may get, for each beam
+        or draw.
         """
         if isinstance(texts, str) or not isinstance(texts, Iterable):
             raise InvalidType(f"texts: expected an iterable of str, got {type(texts).__name__}; `generate` takes one text")
-        for name, value, least in (("batch_tokens", batch_tokens, 1), ("first", first, 0)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise InvalidValue(f"{name}: expected an integer of at least {least}, got {value!r}")
+        if not isinstance(batch_tokens, int) or isinstance(batch_tokens, bool) or batch_tokens < 1:
+            raise InvalidValue(f"batch_tokens: expected an integer of at least 1, got {batch_tokens!r}")
         chosen = self._options(GenerationOptions.of(options), False)
         self.model.needs("decoder")
         parts = [self._to_continue(self._encode(text)) for text in texts]
         results: list[Any] = [None] * len(parts)
+        own = np.arange(len(parts)) if numbers is None else np.asarray(numbers)
+        if own.shape != (len(parts),) or own.dtype.kind not in "iu" or (len(own) and own.min() < 0):
+            raise InvalidValue(f"numbers: expected {len(parts)} integers of at least 0, got {own.dtype} of shape {own.shape}")
         for rows in self._batches(parts, chosen, batch_tokens):
-            steps = self._search([parts[row] for row in rows], chosen, self._stream.copy(), np.array(rows) + first)
+            steps = self._search([parts[row] for row in rows], chosen, self._stream.copy(), own[rows])
             for row, found in zip(rows, found_by(steps), strict=True):
                 made = self._texts(found, chosen)
                 results[row] = made if chosen.num_return_sequences > 1 else made[0]

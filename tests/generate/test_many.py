@@ -36,7 +36,7 @@ def test_a_text_among_many_is_what_it_is_alone(variant, memory, fields, options)
     together = p.generate_many(TEXTS, batch_tokens=200, **options)
     assert together == p.generate_many(iter(TEXTS), batch_tokens=1, **options)
     assert together[0] == p.generate(TEXTS[0], **options)
-    assert together[3:5] == p.generate_many(TEXTS[3:5], first=3, **options)
+    assert together[3:5] == p.generate_many(TEXTS[3:5], numbers=[3, 4], **options)
     if "seed" not in options:
         assert together == [p.generate(text, **options) for text in TEXTS]
     else:
@@ -53,6 +53,8 @@ def test_many_of_nothing_and_of_what_is_no_text():
         p.generate_many(["a", 3])
     with pytest.raises(InvalidValue, match="batch_tokens: expected an integer of at least 1, got 0"):
         p.generate_many(["a"], batch_tokens=0)
+    with pytest.raises(InvalidValue, match=r"numbers: expected 1 integers of at least 0, got int64 of shape \(2,\)"):
+        p.generate_many(["a"], numbers=[1, 2])
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 2}, {"num_beams": 3, "length_penalty": 0.0}], ids=str)
