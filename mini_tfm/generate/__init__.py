@@ -5,6 +5,7 @@ segments.py       a text longer than a segment: the next one begins in time
 options.py        how tokens are chosen, when to stop: names and meanings of Hugging Face's `generate`
   rules.py        what the options mean for one search: processors in their order, ends
     penalties.py  what may be said, and what costs something: a processor a class
+    regex.py      text that matches a regular expression
     sampling.py   from scores to a draw: a processor a class
     stops.py      stop strings, functions of a user
 search.py         which tokens a session goes on with: the best, or drawn

@@ -156,6 +156,9 @@ class GenerationOptions(Options):
     choices: tuple[str | tuple[int, ...], ...] | None = option(
         None, "Generate one of these, and then the end.", read=_choices, expected="a list of texts or lists of token ids", unit="TEXT"
     )
+    regex: str | None = option(
+        None, "Generate text that matches this regular expression as a whole, and then the end; needs outlines-core.", unit="PATTERN"
+    )
     prefix_allowed_tokens_fn: Callable[..., Any] | None = option(  # noqa: RUF009
         None,
         "A function of (number of the sequence, ids (n,)) that gives the token ids which may come next.",
@@ -238,7 +241,7 @@ class GenerationOptions(Options):
         elif self.max_length is None and self.min_new_tokens > self.max_new_tokens:
             yield f"min_new_tokens: expected at most max_new_tokens = {self.max_new_tokens}, got {self.min_new_tokens}"
         if not self.stop_at_eos:
-            names = ["eos_token_id", "min_new_tokens", "min_length", "choices"]
+            names = ["eos_token_id", "min_new_tokens", "min_length", "choices", "regex"]
             yield from self._ignored(names, "an end, that is, no stop_at_eos=False")
         if self.stop_strings is None:
             yield from self._ignored(["include_stop_strings"], "stop_strings")

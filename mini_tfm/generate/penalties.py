@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -113,23 +114,23 @@ class Forced:
 
 
 class Allowed:
-    """Only the tokens that a function of (number of the sequence, ids (n,)) allows. numbers: of the sequences.
+    """Only the tokens that a function of (which of the search's sequences, ids (n,)) allows.
 
     Where other rules have forbidden all that it allows, in every beam of a sequence, it has the last word.
     """
 
-    def __init__(self, allowed: Callable[[int, np.ndarray], Iterable[int]], numbers: np.ndarray, name: str = "prefix_allowed_tokens_fn"):
-        self.allowed, self.numbers, self.name = allowed, numbers, name
+    def __init__(self, allowed: Callable[[int, np.ndarray], Iterable[int]], name: str):
+        self.allowed, self.name = allowed, name
 
     def __call__(self, ids: np.ndarray, scores: np.ndarray, rows: np.ndarray) -> np.ndarray:
         mask = np.full_like(scores, -np.inf)
-        for i, number in enumerate(self.numbers[rows].tolist()):
-            tokens = np.asarray(list(self.allowed(number, ids[i])))
+        for i, row in enumerate(rows.tolist()):
+            tokens = np.asarray(list(self.allowed(row, ids[i])))
             if not tokens.size or tokens.dtype.kind not in "iu" or tokens.min() < 0 or tokens.max() >= scores.shape[1]:
                 what = tokens.tolist() if tokens.size else "none"
                 raise InvalidValue(
                     f"generate: {self.name}: expected at least one token id from 0 to {scores.shape[1] - 1}, got {what} for sequence"
-                    f" {number} after {ids[i].tolist()}"
+                    f" {row} after {ids[i].tolist()}"
                 )
             mask[i, tokens] = 0
         left = scores + mask
@@ -138,19 +139,20 @@ class Allowed:
 
 
 class Choices:
-    """One of some sequences of tokens, and then an eos: what may follow, by a tree of them."""
+    """One of some sequences of tokens, and then an eos: what may follow, by a tree of them. before, n_prompt: see `StopStrings`."""
 
-    def __init__(self, choices: Iterable[Sequence[int]], eos_ids: Sequence[int], n_prompt: int):
-        self.eos_ids, self.n_prompt, self.tree = list(eos_ids), n_prompt, {}  # type: ignore[var-annotated]
+    def __init__(self, choices: Iterable[Sequence[int]], eos_ids: Sequence[int], n_prompt: int, before: Sequence[list[int]]):
+        self.eos_ids, self.n_prompt, self.before = list(eos_ids), n_prompt, before
+        self.tree: dict[int | None, Any] = {}
         for choice in choices:
             at = self.tree
             for token in choice:
                 at = at.setdefault(int(token), {})
             at[None] = {}  # a choice ends here
 
-    def __call__(self, number: int, ids: np.ndarray) -> list[int]:
+    def __call__(self, row: int, ids: np.ndarray) -> list[int]:
         at = self.tree
-        for token in ids[self.n_prompt :].tolist():
+        for token in self.before[row] + ids[self.n_prompt :].tolist():
             at = at[token]
         return [each for token in at for each in (self.eos_ids if token is None else [token])]
 

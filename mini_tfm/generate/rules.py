@@ -10,6 +10,7 @@ import numpy as np
 
 from ..config import Config
 from ..errors import InvalidValue
+from ..text.tokenizers import Tokenizer
 from .options import GenerationOptions
 from .penalties import (
     Allowed,
@@ -23,8 +24,9 @@ from .penalties import (
     SequenceBias,
     Suppressed,
 )
+from .regex import Matching
 from .sampling import EpsilonCutoff, EtaCutoff, MinP, Processor, Temperature, TopK, TopP, Typical
-from .stops import Criterion, Stop, no_tokenizer
+from .stops import Criterion, Stop, StopStrings, no_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,20 +50,26 @@ class Rules:
         *,
         n_ids: int,
         sources: Sequence[np.ndarray] | None = None,
-        stops: Sequence[Stop] = (),
+        tokenizer: Tokenizer | None = None,
+        before: Sequence[list[int]] | None = None,
         deadline: float | None = None,
         goes_on: bool = False,
     ) -> Rules:
         """For prompts of n_prompt tokens, bos included, and a vocabulary of n_ids.
 
         numbers: (B,) by which draws of the sequences differ and functions of a user know them. sources: what the encoder has
-        read. goes_on: another search follows where this one ends without an end of its own.
+        read. before: what each has generated in earlier segments. goes_on: another search follows where this one ends
+        without an end of its own.
         """
         options.check_ids(n_ids)
         eos = np.array(eos_ids_of(options, config), np.int64)
-        criteria = [Criterion(function) for function in options.stopping_criteria or ()]
-        processors = [*_penalties(options, eos, n_prompt, numbers, sources, goes_on), *cutoffs_of(options, len(eos))]
-        return cls(options, eos, processors, [*stops, *criteria], deadline, numbers)
+        before = [[] for _ in numbers] if before is None else before
+        stops: list[Stop] = [Criterion(function) for function in options.stopping_criteria or ()]
+        if options.stop_strings is not None:
+            stops.append(StopStrings(_needed(tokenizer, "stop_strings"), options.stop_strings, n_prompt, before))
+        allowed = list(_allowed(options, eos, n_prompt, numbers, tokenizer, before))
+        processors = [*_penalties(options, eos, n_prompt, allowed, sources, goes_on), *cutoffs_of(options, len(eos))]
+        return cls(options, eos, processors, stops, deadline, numbers)
 
     @property
     def limit(self) -> int:
@@ -101,7 +109,7 @@ def _penalties(
     options: GenerationOptions,
     eos: np.ndarray,
     n_prompt: int,
-    numbers: np.ndarray,
+    allowed: Sequence[Allowed],
     sources: Sequence[np.ndarray] | None,
     goes_on: bool,
 ) -> Iterator[Processor]:
@@ -122,10 +130,7 @@ def _penalties(
         yield SequenceBias([(ids, -np.inf) for ids in options.bad_words_ids if ids not in ends])
     if options.min_new_tokens:
         yield Suppressed(eos, range(n_prompt + options.min_new_tokens))
-    if options.choices:
-        yield Allowed(_choices(options, eos, n_prompt), numbers, "choices")
-    if options.prefix_allowed_tokens_fn is not None:
-        yield Allowed(options.prefix_allowed_tokens_fn, numbers)
+    yield from allowed
     if options.forced_bos_token_id is not None:
         yield Forced([options.forced_bos_token_id], 1)
     if options.forced_eos_token_id is not None and not goes_on:
@@ -138,17 +143,38 @@ def _penalties(
     yield from map(Given, options.logits_processor or ())
 
 
-def _choices(options: GenerationOptions, eos: np.ndarray, n_prompt: int) -> Choices:
-    assert options.choices is not None
-    if any(isinstance(choice, str) for choice in options.choices):
-        raise no_tokenizer("choices")
-    longest = max(map(len, options.choices)) + 1
-    if longest > options.max_new_tokens:
+def _allowed(
+    options: GenerationOptions,
+    eos: np.ndarray,
+    n_prompt: int,
+    numbers: np.ndarray,
+    tokenizer: Tokenizer | None,
+    before: Sequence[list[int]],
+) -> Iterator[Allowed]:
+    if options.choices:
+        if any(isinstance(choice, str) for choice in options.choices):
+            raise no_tokenizer("choices")
+        yield Allowed(Choices(options.choices, eos.tolist(), n_prompt, before), "choices")  # type: ignore[arg-type]
+    if options.regex is not None:
+        yield Allowed(Matching(options.regex, _needed(tokenizer, "regex"), eos.tolist(), n_prompt, before), "regex")
+    if (function := options.prefix_allowed_tokens_fn) is not None:
+        yield Allowed(lambda row, ids: function(int(numbers[row]), ids), "prefix_allowed_tokens_fn")
+
+
+def _needed(tokenizer: Tokenizer | None, name: str) -> Tokenizer:
+    if tokenizer is None:
+        raise no_tokenizer(name)
+    return tokenizer
+
+
+def check_choices(options: GenerationOptions) -> None:
+    """Raises InvalidValue where max_new_tokens would cut a choice off."""
+    longest = max((len(choice) for choice in options.choices or () if not isinstance(choice, str)), default=0) + 1
+    if options.choices and longest > options.max_new_tokens:
         raise InvalidValue(
             f"generate: max_new_tokens: expected at least {longest}, the tokens of the longest choice and its end, got"
             f" {options.max_new_tokens}"
         )
-    return Choices(options.choices, eos.tolist(), n_prompt)  # type: ignore[arg-type]
 
 
 def cutoffs_of(options: GenerationOptions, n_eos: int) -> Iterator[Processor]:

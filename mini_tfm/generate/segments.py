@@ -17,10 +17,9 @@ from ..stream import Stream
 from ..text.tokenizers import Tokenizer
 from .options import GenerationOptions
 from .results import Hypothesis, Search
-from .rules import Rules
+from .rules import Rules, check_choices
 from .search import search
 from .session import Session
-from .stops import StopStrings, no_tokenizer
 
 
 def segment_limit(config: Config, segment_length: int | None) -> int | None:
@@ -51,6 +50,7 @@ def in_segments(
     config, size = stream.model.config, len(source)
     n_ids = config.vocab_size if tokenizer is None else tokenizer.vocab_size
     numbers = np.arange(size) if rows is None else rows
+    check_choices(options)
     results: list[list[tuple[int, Hypothesis]]] = [[] for _ in range(size)]  # each with its number among the row's
     # What goes on: which row each is, which of its results, and what that is so far.
     row_of, copies, so_far = np.arange(size), np.zeros(size, np.int64), [Hypothesis() for _ in range(size)]
@@ -65,11 +65,6 @@ def in_segments(
             # The first inputs of a decoder are bos, or what came before, and then its own text.
             prompt = stream.shifted(np.pad(source[:, :begun], [(0, 0), (0, 1)]))
             part = _options_of_segment(options, number, room, options.max_new_tokens - left)
-            stops = []
-            if options.stop_strings is not None:
-                if tokenizer is None:
-                    raise no_tokenizer("stop_strings")
-                stops = [StopStrings(tokenizer, options.stop_strings, prompt.shape[1], [one.ids for one in so_far])]
             rules = Rules.of(
                 part,
                 config,
@@ -77,7 +72,8 @@ def in_segments(
                 numbers[row_of],
                 n_ids=n_ids,
                 sources=[ids[:n] for ids, n in zip(source, lengths, strict=True)] if has_ids else None,
-                stops=stops,
+                tokenizer=tokenizer,
+                before=[one.ids for one in so_far],
                 deadline=deadline,
                 goes_on=room < left,
             )

@@ -1,5 +1,8 @@
 """Ends of a sequence other than one eos: several, texts, functions, time; in batches, in beams and beyond a segment."""
 
+import re
+import sys
+
 import numpy as np
 import pytest
 from variants import tiny_model, tokens
@@ -145,6 +148,44 @@ def test_choices_are_kept_to():
     model = p.model
     ids = [[5, 6], [5, 6, 7], [9]]
     assert all(row in ids for row in model.generate(np.full((3, 2), 4), choices=ids, do_sample=True, seed=0))
+
+
+PATTERNS = [r"[0-9]{2}-(a|bc)+", r"[東京a]{1,4}", r"(yes|no|yesterday)"]
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), BPE], ids=["bytes", "bpe"])
+@pytest.mark.parametrize("fields", [{}, {"segment_length": 4}], ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_regular_expression_is_kept_to(tokenizer, fields, pattern):
+    pytest.importorskip("outlines_core")
+    p = pipe("pre norm", tokenizer, **fields)
+    drawn = {"do_sample": True, "temperature": 2.0, "max_new_tokens": 60}
+    made = [p.generate("the fox", regex=pattern, seed=seed, **drawn) for seed in range(10)]
+    made += p.generate("the fox", regex=pattern, num_beams=3, num_return_sequences=2, max_new_tokens=60)
+    ended = [text for text in made if len(p.tokenizer.encode(text)) < 60]
+    assert len(ended) > 5 and len(set(ended)) > 1
+    assert all(re.fullmatch(pattern, text) for text in ended), made
+
+
+def test_a_regular_expression_that_cannot_be_kept_to_is_told():
+    pytest.importorskip("outlines_core")
+    for pattern in ("(", "a(?=b)"):
+        with pytest.raises(InvalidValue, match=r"regex: .* cannot be kept to with this tokenizer: Failed to build DFA"):
+            pipe().generate("a", regex=pattern)
+    with pytest.raises(InvalidValue, match="regex: texts need a tokenizer"):
+        pipe().model.generate([[4]], regex="a")
+
+
+def test_without_the_package_it_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "outlines_core", None)
+    with pytest.raises(InvalidValue, match=r"regex: needs outlines-core .*: pip install 'mini-tfm\[regex\]'"):
+        pipe().generate("a", regex="never built before")
+
+
+def test_choices_may_go_beyond_a_segment():
+    p = pipe(segment_length=4)
+    texts = ["yesterday", "yesterday evening", "no"]
+    assert {p.generate("the fox", choices=texts, do_sample=True, temperature=3.0, seed=seed) for seed in range(20)} == set(texts)
 
 
 REFUSED = {

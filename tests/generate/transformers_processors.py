@@ -56,7 +56,7 @@ PROCESSORS = {
         penalties.Suppressed(EOS, range(N_PROMPT + 2)),
         lambda lp: lp.MinNewTokensLengthLogitsProcessor(N_PROMPT, 2, EOS),
     ),
-    "prefix_allowed_tokens_fn": (penalties.Allowed(allowed, np.arange(200)), lambda lp: lp.PrefixConstrainedLogitsProcessor(allowed, 1)),
+    "prefix_allowed_tokens_fn": (penalties.Allowed(allowed, "allowed"), lambda lp: lp.PrefixConstrainedLogitsProcessor(allowed, 1)),
     "forced_bos_token_id": (penalties.Forced([6], 1), lambda lp: lp.ForcedBOSTokenLogitsProcessor(6)),
     "forced_eos_token_id": (penalties.Forced(EOS, MAX_LENGTH - 1), lambda lp: lp.ForcedEOSTokenLogitsProcessor(MAX_LENGTH, EOS)),
     "suppress_tokens": (penalties.Suppressed([3, 29]), lambda lp: lp.SuppressTokensLogitsProcessor([3, 29])),
