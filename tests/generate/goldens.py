@@ -16,7 +16,8 @@ import transformers_processors as processors  # noqa: E402
 
 FILE = Path(__file__).with_name("goldens.json")
 ROWS = 3  # of logits, for each of seven lengths
-CASES = models.BEAMS[::3] + models.BEAMS[-1:]
+MANY_ENDS = {"num_beams": 3, "num_return_sequences": 3, "length_penalty": 3.0, "early_stopping": "never", "max_new_tokens": 6}
+CASES = [*models.BEAMS[::5], *models.BEAMS[22:24], models.BEAMS[-1], {**MANY_ENDS, "eos_token_id": list(range(4, 40))}]
 
 
 def processed(name, process):
@@ -38,7 +39,7 @@ def main():
     for kind in models.KINDS:
         peer = models.theirs(kind)
         for options in CASES:
-            sequences, scores = models.generated(peer, kind, *models.inputs(kind), **options)
+            sequences, scores = models.generated(peer, kind, *models.inputs(kind), **dict(options))
             beams.append({"kind": kind, "options": options, "sequences": sequences, "scores": scores})
     left = {name: processed(name, processors.theirs) for name in processors.PROCESSORS}
     FILE.write_text(json.dumps({"beams": beams, "processors": left}, separators=(",", ":")) + "\n")

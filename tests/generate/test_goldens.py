@@ -23,7 +23,8 @@ def test_beams_are_those_of_transformers(kind):
     for case in GOLDENS["beams"]:
         if case["kind"] != kind:
             continue
-        found = model.generate(*models.inputs(kind), eos_token_id=models.ENDS, output_scores=True, **case["options"])
+        options = {"eos_token_id": models.ENDS, "output_scores": True, **case["options"]}
+        found = model.generate(*models.inputs(kind), **options)
         is_nested = case["options"].get("num_return_sequences", 1) > 1
         assert (found.sequences if is_nested else [[one] for one in found.sequences]) == case["sequences"], case["options"]
         if case["scores"] is not None:
