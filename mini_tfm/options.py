@@ -28,6 +28,7 @@ class About:
 
     help: one or two sentences, for the docstring and the command line. hint: added to the error about a wrong value.
     path: the str is a path. unit: of the value, as shown on the command line. cli: whether it is an option there.
+    read: makes of a value of any other type what is kept, or raises ValueError; `expected` says in words what it takes.
     """
 
     help: str
@@ -40,6 +41,8 @@ class About:
     path: bool = False
     unit: str | None = None
     cli: bool = True
+    read: Callable[[Any], Any] | None = None
+    expected: str = ""
 
 
 def option(default: Any, help: str, **about: Any) -> Any:
@@ -51,8 +54,8 @@ def option(default: Any, help: str, **about: Any) -> Any:
 class Options:
     """Base of option classes, whose fields are made by `option`.
 
-    A field is annotated `bool`, `int`, `float`, `str` or `tuple[float, float]`, with `| None` where None is allowed. NumPy's
-    numbers become Python's, paths absolute. Raises InvalidValue that lists every field at fault.
+    A field is annotated `bool`, `int`, `float`, `str` or `tuple[float, float]`, or has a way to be read, with `| None` where None
+    is allowed. NumPy's numbers become Python's, lists tuples, paths absolute. Raises InvalidValue that lists every field at fault.
     """
 
     owner: ClassVar[str] = ""  # errors begin with it
@@ -61,10 +64,11 @@ class Options:
         faults = []
         for field in dataclasses.fields(self):
             value = plain(getattr(self, field.name))
-            if not _fits(field, value):
+            try:
+                value = _read(field, value)
+            except ValueError:
                 faults.append(f"{field.name}: expected {_expected(field)}, got {shown(value)}")
-            elif value is not None and about(field).path:
-                value = os.path.abspath(value)  # a run is resumed from any working directory
+                continue
             object.__setattr__(self, field.name, value)
         if faults:
             raise InvalidValue(f"{self.owner}: " + "; ".join(faults))
@@ -129,7 +133,7 @@ def _described(options: type[Options]) -> Iterator[str]:
 
 
 def plain(value: Any) -> Any:
-    """NumPy's numbers as Python's, a path as text, a list as a tuple; anything else as it is."""
+    """NumPy's numbers as Python's, a path as text, a list or an array as a tuple; anything else as it is."""
     if isinstance(value, bool):
         return value
     if isinstance(value, numbers.Integral):
@@ -141,7 +145,19 @@ def plain(value: Any) -> Any:
             return value
     if isinstance(value, os.PathLike):
         return os.fspath(value)
+    if getattr(value, "ndim", 0):
+        value = value.tolist()
     return tuple(map(plain, value)) if isinstance(value, list | tuple) else value
+
+
+def _read(field: dataclasses.Field, value: Any) -> Any:
+    """A field's value as it is kept. Raises ValueError."""
+    limits = about(field)
+    if value is not None and limits.read is not None:
+        return limits.read(value)
+    if not _fits(field, value):
+        raise ValueError
+    return os.path.abspath(value) if value is not None and limits.path else value  # a run is resumed from any working directory
 
 
 def _fits(field: dataclasses.Field, value: Any) -> bool:
@@ -179,7 +195,9 @@ def _is_within(limits: About, value: float) -> bool:
 def _expected(field: dataclasses.Field) -> str:
     """A field's allowed values in words: "an integer of at least 1 or None"."""
     kind, limits = kinds(field)[0], about(field)
-    if kind == "bool":
+    if limits.expected:
+        wanted = limits.expected
+    elif kind == "bool":
         wanted = "True or False"
     elif limits.choices:
         wanted = f"one of {', '.join(limits.choices)}"

@@ -157,11 +157,14 @@ class Stream:
         """What is read next is another text, which begins with bos; the memory stays."""
         self.last = np.full(len(self.last), self._nothing, np.int64)
 
-    def reorder(self, index: np.ndarray) -> None:
-        """Row i becomes what row index[i] was, within a segment, too: rows can be dropped, repeated, sorted."""
+    def reorder(self, index: np.ndarray, *, same_sources: bool = False) -> None:
+        """Row i becomes what row index[i] was, within a segment, too: rows can be dropped, repeated, sorted.
+
+        same_sources: the encoder has read the same for row i and row index[i].
+        """
         self.run.reorder(index)
         self.last = self.last[index]
-        if self.encoded is not None:
+        if self.encoded is not None and not same_sources:
             self.encoded = dataclasses.replace(self.encoded, hidden=self.encoded.hidden[index], valid=self.encoded.valid[index])
         if self._target is not None:
             self._target = self._target[0][index], self._target[1][index]

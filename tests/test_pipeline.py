@@ -542,7 +542,7 @@ USING = {
     "read a lone surrogate": (lambda p: p.read("a\ud800b"), InvalidValue, "lone surrogate"),
     "generate from None": (lambda p: p.generate(None), InvalidType, "text: expected str, got NoneType"),
     "generate from a list": (lambda p: p.generate(["a"]), InvalidType, "text: expected str, got list"),
-    "generate with an unknown option": (lambda p: p.generate("a", max_length=3), InvalidType, "unknown option 'max_length'"),
+    "generate with an unknown option": (lambda p: p.generate("a", max_lenght=3), InvalidType, "unknown option 'max_lenght'"),
     "generate with a bad option": (lambda p: p.generate("a", top_p=2), InvalidValue, "top_p: expected"),
     "stream with a bad option": (lambda p: p.generate("a", stream=True, top_p=2), InvalidValue, "top_p: expected"),
     "score nothing": (lambda p: p.score(""), InvalidValue, "text: expected at least one token"),
