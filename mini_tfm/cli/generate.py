@@ -102,7 +102,7 @@ def generate(
     """
     from ..pipeline import Pipeline
 
-    chosen = GenerationOptions.of(options)  # report faults before anything is loaded
+    GenerationOptions.of(options)  # report faults before anything is loaded
     if prompt is not None and file is not None:
         raise click.UsageError("give PROMPT or --file, not both")
     if out is not None and file is None:
