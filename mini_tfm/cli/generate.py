@@ -102,7 +102,9 @@ def generate(
     """
     from ..pipeline import Pipeline
 
-    GenerationOptions.of(options)  # report faults before anything is loaded
+    chosen = GenerationOptions.of(options)  # report faults before anything is loaded
+    if chosen.seed is not None and not chosen.do_sample:
+        raise click.UsageError("--seed: nothing is drawn; add --do-sample")
     if prompt is not None and file is not None:
         raise click.UsageError("give PROMPT or --file, not both")
     if out is not None and file is None:
