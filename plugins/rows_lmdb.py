@@ -380,7 +380,7 @@ class LmdbRows:
                         environment = self._map(create)
                         _open[self.path] = opened = _Opened(self._identity(), environment)
                     environment.reader_check()  # frees the slots of processes that died
-                except lmdb.Error as error:
+                except (lmdb.Error, OSError) as error:
                     raise FileProblem(
                         f"path: cannot open the store {self.given}: {error}; expected an LMDB file or a new path in a folder you can write"
                     ) from error
