@@ -64,8 +64,8 @@ class RotaryScaling:
         if not faults:
             if self.kind not in ("linear", "llama3", "yarn"):
                 faults.append(f"kind: expected linear, llama3 or yarn, got {self.kind!r}")
-            if not 1 <= self.original_positions <= _LIMITS["max_positions"]:
-                faults.append(f"original_positions: expected 1 to {_LIMITS['max_positions']}, got {self.original_positions}")
+            if not 1 <= self.original_positions <= LIMITS["max_positions"]:
+                faults.append(f"original_positions: expected 1 to {LIMITS['max_positions']}, got {self.original_positions}")
             if not self.factor >= 1:
                 faults.append(f"factor: expected a number of at least 1, got {self.factor}")
             for low, high in (("low_factor", "high_factor"), ("beta_slow", "beta_fast")):
@@ -284,7 +284,7 @@ def _relation_faults(config: Config) -> list[str]:
         faults.append(f"n_kv_heads: expected a divisor of n_heads = {config.n_heads}, got {config.n_kv_heads}")
     if config.positions == "rotary" and config.d_head % 2 and config.rotary_dims == config.d_head:  # type: ignore[operator]
         faults.append(f"d_head: expected an even number with rotary positions, got {config.d_head}")
-    elif config.rotary_dims % 2 and config.positions == "rotary" or config.rotary_dims > config.d_head:  # type: ignore[operator]
+    elif (config.rotary_dims % 2 and config.positions == "rotary") or config.rotary_dims > config.d_head:  # type: ignore[operator]
         faults.append(f"rotary_dims: expected an even number of at most d_head = {config.d_head}, got {config.rotary_dims}")
     if config.local_layers and not all(0 <= layer < config.n_decoder_layers for layer in config.local_layers):
         faults.append(f"local_layers: expected 0 to n_decoder_layers - 1 = {config.n_decoder_layers - 1}, got {config.local_layers!r}")

@@ -11,6 +11,7 @@ name it in PUBLISHED. Nothing else in the library knows that there is more than 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
@@ -59,9 +60,16 @@ def family_for(config: Config) -> Published:
                 again = family.config_of(about, "", names)
             except InvalidValue:
                 continue
-            if again == config.replace(segment_length=None, framed_by_tokenizer=True):
+            if _is_same(again, config.replace(segment_length=None, framed_by_tokenizer=True)):
                 return family
     raise InvalidValue("model: no published family has models of this architecture; `model.save(folder)` keeps it in our own format")
+
+
+def _is_same(read: Config, config: Config) -> bool:
+    """Whether all fields are equal; the scale of attention, which some families compute from others, but for rounding."""
+    assert read.attention_scale and config.attention_scale  # filled in by Config
+    is_close = math.isclose(read.attention_scale, config.attention_scale, rel_tol=1e-12)
+    return is_close and read.replace(attention_scale=config.attention_scale) == config
 
 
 def _about_or_none(family: Published, config: Config) -> dict[str, Any] | None:

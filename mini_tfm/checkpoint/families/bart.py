@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from ...config import Config
-from .fields import ACTIVATIONS, Fields
+from .fields import Fields, their_activation
 from .sources import Source, linear, norm
 
 # What the types differ in: where norms are, and what positions are.
@@ -110,7 +110,7 @@ def about_of(config: Config) -> dict[str, Any]:
         "decoder_layers": config.n_decoder_layers,
         "encoder_ffn_dim": config.d_ff,
         "decoder_ffn_dim": config.decoder_d_ff,
-        "activation_function": next(theirs for theirs, one in ACTIVATIONS.items() if one == config.activation),
+        "activation_function": their_activation(config.activation),
         "max_position_embeddings": config.max_positions if config.positions == "learned" else config.context_length,
         "scale_embedding": config.embedding_scale,
         "pad_token_id": config.pad_id,

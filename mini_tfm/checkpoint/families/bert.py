@@ -6,11 +6,12 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from ...config import Config
-from .fields import ACTIVATIONS, Fields
+from .fields import Fields, their_activation
 from .sources import Source, linear, norm
 
 TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert")
 PREFIXES = ("", "bert.", "roberta.", "distilbert.")
+RENAMED = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}  # as BERT's first files have them
 UNUSED = (r"embeddings\.(position|token_type)_ids", r"pooler\..*", r"(cls|lm_head|classifier|pre_classifier|vocab_\w+|qa_outputs)(\..*)?")
 _DISTILBERT = {  # its names of the parts of a layer
     "self.query": "q_lin", "self.key": "k_lin", "self.value": "v_lin", "output.dense": "out_lin"
@@ -82,7 +83,7 @@ def sources(config: Config) -> dict[str, Source]:
 
 
 def about_of(config: Config) -> dict[str, Any]:
-    activation = next(theirs for theirs, one in ACTIVATIONS.items() if one == config.activation)
+    activation = their_activation(config.activation)
     common = {"vocab_size": config.vocab_size, "pad_token_id": config.pad_id, "bos_token_id": config.bos_id, "eos_token_id": config.eos_id}
     common["max_position_embeddings"] = config.max_positions + config.position_offset
     if not config.token_types:

@@ -19,6 +19,11 @@ ACTIVATIONS = {
 }
 
 
+def their_activation(ours: str, usual: str = "") -> str:
+    """Its name in a `config.json`: `usual`, where that is the same function."""
+    return usual if ACTIVATIONS.get(usual) == ours else next(theirs for theirs, one in ACTIVATIONS.items() if one == ours)
+
+
 class Fields:
     """The fields of one file, `where`. A value of a wrong type, or one that `only` does not list, is kept as a fault."""
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from ...config import Config
-from .fields import ACTIVATIONS, Fields
+from .fields import Fields, their_activation
 from .sources import Source, norm
 
 PREFIXES = ("transformer.",)
@@ -74,7 +74,7 @@ def about_of(config: Config) -> dict[str, Any]:
         "n_layer": config.n_decoder_layers,
         "n_inner": config.d_ff,
         "n_positions": config.max_positions,
-        "activation_function": next(theirs for theirs, one in reversed(ACTIVATIONS.items()) if one == config.activation),
+        "activation_function": their_activation(config.activation),
         "layer_norm_epsilon": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
         "bos_token_id": config.bos_id,

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from ...config import Config, RotaryScaling
-from .fields import ACTIVATIONS, Fields
+from .fields import Fields, their_activation
 from .sources import Source, linear
 
 TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
@@ -29,6 +29,7 @@ def config_of(about: Mapping[str, Any], where: str, names: Collection[str]) -> C
     f.only("pretraining_tp", 1)
     f.only("use_bidirectional_attention", False)
     f.only("no_rope_layers", [], why="layers without positions")
+    f.only("attn_logit_softcapping", why="capped scores of attention")
     f.only("num_local_experts", why="mixtures of experts")
     if kind == "qwen2":
         biased: tuple[str, ...] = ("q", "k", "v")
@@ -38,8 +39,8 @@ def config_of(about: Mapping[str, Any], where: str, names: Collection[str]) -> C
     rotary = _rotary(f, layers, d_head)
     query = f.number("query_pre_attn_scalar", 256) if is_gemma else d_head
     bos, eos = f.first_id("bos_token_id", 1), f.first_id("eos_token_id", 2)
-    yarn = rotary.get("rotary_scaling")
-    stretched = rotary.pop("stretched", 1.0 if yarn is None or yarn.kind != "yarn" else 0.1 * math.log(yarn.factor) + 1)
+    scaling = rotary.get("rotary_scaling")
+    stretched = rotary.pop("stretched", _yarn_stretch(scaling.factor) if scaling is not None and scaling.kind == "yarn" else 1.0)
     return f.config(
         lambda: Config(
             vocab_size=vocab_size,
@@ -107,12 +108,17 @@ def _rotary(f: Fields, layers: int, d_head: int) -> dict[str, Any]:
             f.faults += [] if numbers["factor"] >= 1 else [f"rope_parameters: 'factor': expected at least 1, got {numbers['factor']}"]
             if not f.faults:
                 found["rotary_scaling"] = RotaryScaling(kind=kind, original_positions=original, **numbers)
-        if "attention_factor" in scaling:
+        if kind == "yarn" and "attention_factor" in scaling:
             found["stretched"] = scaling.number("attention_factor")
     elif kind != "default":
         f.faults.append(f"field 'rope_parameters': the type {kind!r:.40} is not supported, only default, linear, llama3 and yarn")
     f.faults += [f"rope_parameters: {fault}" for fault in scaling.faults]
     return found | _windows(f, layers, local)
+
+
+def _yarn_stretch(factor: float) -> float:
+    """By what queries and keys become longer (arXiv 2309.00071, equation 22)."""
+    return 0.1 * math.log(factor) + 1
 
 
 def _windows(f: Fields, layers: int, local: Mapping[str, Any]) -> dict[str, Any]:
@@ -187,9 +193,7 @@ def about_of(config: Config) -> dict[str, Any]:
         "eos_token_id": config.eos_id,
         "pad_token_id": config.pad_id,
     }
-    about["hidden_activation" if kind.startswith("gemma") else "hidden_act"] = next(
-        theirs for theirs, one in reversed(ACTIVATIONS.items()) if one == config.activation
-    )
+    about["hidden_activation" if kind.startswith("gemma") else "hidden_act"] = their_activation(config.activation, "gelu_pytorch_tanh")
     if kind in ("llama", "qwen3"):
         about["attention_bias"] = config.has_bias("q")
         about["mlp_bias"] = config.has_bias("in")
@@ -203,12 +207,15 @@ def about_of(config: Config) -> dict[str, Any]:
             about["rope_scaling"] |= {"low_freq_factor": scaling.low_factor, "high_freq_factor": scaling.high_factor}
         if scaling.kind == "yarn":
             about["rope_scaling"] |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
-            about["rope_scaling"]["attention_factor"] = (config.attention_scale * config.d_head**0.5) ** 0.5  # type: ignore[operator]
+            stretched = (config.attention_scale * config.d_head**0.5) ** 0.5  # type: ignore[operator]
+            if not math.isclose(stretched, _yarn_stretch(scaling.factor), rel_tol=1e-12):
+                about["rope_scaling"]["attention_factor"] = stretched
     if config.window is not None:
         about |= {"sliding_window": config.window, "use_sliding_window": True}
-        local = range(config.n_decoder_layers) if config.local_layers is None else config.local_layers
-        about["layer_types"] = ["sliding_attention" if i in local else "full_attention" for i in range(config.n_decoder_layers)]
-        if kind == "llama":
+        if config.local_layers is not None:
+            local = config.local_layers
+            about["layer_types"] = ["sliding_attention" if i in local else "full_attention" for i in range(config.n_decoder_layers)]
+        elif kind == "llama":
             about |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
     if kind.startswith("gemma"):
         about["query_pre_attn_scalar"] = round(config.attention_scale**-2)  # type: ignore[operator]

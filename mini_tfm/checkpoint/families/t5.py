@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from ...config import Config
-from .fields import ACTIVATIONS, Fields
+from .fields import ACTIVATIONS, Fields, their_activation
 from .sources import Source, linear
 
 TYPES = ("t5", "mt5")
@@ -25,7 +25,8 @@ def config_of(about: Mapping[str, Any], where: str, names: Collection[str]) -> C
     kind = "gelu_new" if (gate, kind) == ("gated", "gelu") else kind
     if gate not in ("", "gated") or kind not in ACTIVATIONS:
         f.faults.append(f"field 'feed_forward_proj': {about['feed_forward_proj']!r:.80} is not supported, only relu, gelu, gated-gelu and the like")
-    is_tied = f.flag("tie_word_embeddings", about["model_type"] == "t5")
+    # Told to be tied, T5 scales its outputs, and mT5, whose files say either, does not. The tensors say whether it is tied.
+    is_scaled = f.flag("tie_word_embeddings", True) and about["model_type"] == "t5"
     d_model = f.integer("d_model", 512)
     return f.config(
         lambda: Config(
@@ -47,7 +48,7 @@ def config_of(about: Mapping[str, Any], where: str, names: Collection[str]) -> C
             relative_buckets=f.integer("relative_attention_num_buckets", 32),
             relative_max_distance=f.integer("relative_attention_max_distance", 128),
             tie_embeddings="lm_head.weight" not in names,
-            output_scale=d_model**-0.5 if f.flag("scale_decoder_outputs", is_tied) else None,
+            output_scale=d_model**-0.5 if f.flag("scale_decoder_outputs", is_scaled) else None,
             embedding_scale=False,
             framed_by_tokenizer=True,
             pad_id=f.integer("pad_token_id", 0),
@@ -80,7 +81,7 @@ def sources(config: Config) -> dict[str, Source]:
 
 
 def about_of(config: Config) -> dict[str, Any]:
-    kind = next(name for name, ours in ACTIVATIONS.items() if ours == config.activation)
+    kind = their_activation(config.activation)
     return {
         "model_type": "t5",
         "architectures": ["T5ForConditionalGeneration"],
