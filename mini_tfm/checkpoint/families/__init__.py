@@ -43,9 +43,10 @@ PUBLISHED: tuple[Published, ...] = (t5, bart, bert, gpt2, llama)
 
 def family_of(about: Mapping[str, Any], where: str) -> Published:
     """The published family of a `config.json`, whose path is `where`. Raises InvalidValue where there is none."""
-    for family in PUBLISHED:
-        if family.recognises(about):
-            return family
+    if isinstance(about.get("model_type"), str):
+        for family in PUBLISHED:
+            if family.recognises(about):
+                return family
     known = ", ".join(sorted(name for family in PUBLISHED for name in getattr(family, "TYPES", ("gpt2",))))
     raise InvalidValue(f"{where}: field 'model_type': {about.get('model_type')!r:.80} is not supported; these are: {known}")
 

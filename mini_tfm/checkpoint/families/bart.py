@@ -49,8 +49,8 @@ def config_of(about: Mapping[str, Any], where: str, names: Collection[str]) -> C
             vocab_size=f.integer("vocab_size"),
             d_model=f.integer("d_model", 1024),
             n_heads=heads,
-            n_encoder_layers=f.integer("encoder_layers", 12),
-            n_decoder_layers=f.integer("decoder_layers", 12),
+            n_encoder_layers=f.layers("encoder_layers", 12),
+            n_decoder_layers=f.layers("decoder_layers", 12),
             d_ff=f.integer("encoder_ffn_dim", 4096),
             decoder_d_ff=f.integer("decoder_ffn_dim", 4096),
             activation=f.activation("activation_function", "gelu"),
@@ -74,6 +74,8 @@ def sources(config: Config) -> dict[str, Source]:
     if config.output_bias:
         found["output.bias"] = Source("final_logits_bias", row=True)
     for stack, n in (("encoder", config.n_encoder_layers), ("decoder", config.n_decoder_layers)):
+        if n == 0:
+            continue
         if config.positions == "learned":
             found[f"{stack}.positions.weight"] = Source(f"{stack}.embed_positions.weight")
         if config.embedding_norm:

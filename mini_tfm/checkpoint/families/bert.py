@@ -36,7 +36,7 @@ def config_of(about: Mapping[str, Any], where: str, names: Collection[str]) -> C
     size = {
         "d_model": f.integer("dim", 768) if is_distilbert else f.integer("hidden_size", 768),
         "n_heads": f.integer("n_heads", 12) if is_distilbert else f.integer("num_attention_heads", 12),
-        "n_encoder_layers": f.integer("n_layers", 6) if is_distilbert else f.integer("num_hidden_layers", 12),
+        "n_encoder_layers": f.layers("n_layers", 6) if is_distilbert else f.layers("num_hidden_layers", 12),
         "d_ff": f.integer("hidden_dim", 3072) if is_distilbert else f.integer("intermediate_size", 3072),
         "activation": f.activation("activation" if is_distilbert else "hidden_act", "gelu"),
         "token_types": 0 if is_distilbert else f.integer("type_vocab_size", 2),

@@ -30,7 +30,7 @@ def config_of(about: Mapping[str, Any], where: str, names: Collection[str]) -> C
             d_model=d_model,
             n_heads=f.integer("n_head", 12),
             n_encoder_layers=0,
-            n_decoder_layers=f.integer("n_layer", 12),
+            n_decoder_layers=f.layers("n_layer", 12),
             d_ff=f.integer("n_inner", 4 * d_model),
             attention_scale=None if is_scaled else 1.0,
             activation=f.activation("activation_function", "gelu_new"),

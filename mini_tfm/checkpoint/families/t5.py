@@ -20,14 +20,14 @@ def recognises(about: Mapping[str, Any]) -> bool:
 
 def config_of(about: Mapping[str, Any], where: str, names: Collection[str]) -> Config:
     f = Fields(about, where)
-    layers = f.integer("num_layers", 6)
+    layers = f.layers("num_layers", 6)
     gate, _, kind = f.about.get("feed_forward_proj", "relu").rpartition("-") if isinstance(about.get("feed_forward_proj", ""), str) else ("", "", "")
     kind = "gelu_new" if (gate, kind) == ("gated", "gelu") else kind
     if gate not in ("", "gated") or kind not in ACTIVATIONS:
         f.faults.append(f"field 'feed_forward_proj': {about['feed_forward_proj']!r:.80} is not supported, only relu, gelu, gated-gelu and the like")
     # Told to be tied, T5 scales its outputs, and mT5, whose files say either, does not. The tensors say whether it is tied.
     is_scaled = f.flag("tie_word_embeddings", True) and about["model_type"] == "t5"
-    d_model = f.integer("d_model", 512)
+    d_model = f.integer("d_model", 512, least=1)
     return f.config(
         lambda: Config(
             vocab_size=f.integer("vocab_size", 32128),
@@ -36,7 +36,7 @@ def config_of(about: Mapping[str, Any], where: str, names: Collection[str]) -> C
             d_head=f.integer("d_kv", 64),
             d_ff=f.integer("d_ff", 2048),
             n_encoder_layers=layers,
-            n_decoder_layers=f.integer("num_decoder_layers", layers),
+            n_decoder_layers=f.layers("num_decoder_layers", layers),
             attention_scale=1.0,
             activation=ACTIVATIONS.get(kind, "relu"),
             gated=gate == "gated",
@@ -61,6 +61,8 @@ def config_of(about: Mapping[str, Any], where: str, names: Collection[str]) -> C
 def sources(config: Config) -> dict[str, Source]:
     found = {"embedding.weight": Source("shared.weight")}
     for stack, n in (("encoder", config.n_encoder_layers), ("decoder", config.n_decoder_layers)):
+        if n == 0:
+            continue
         found[f"{stack}.relative_bias.weight"] = Source(f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight")
         for i in range(n):
             ours, theirs = f"{stack}.{i}.", f"{stack}.block.{i}.layer."
