@@ -8,7 +8,8 @@ On disk, in the model's folder:
 
     tokenizer_config.json   {"tokenizer_class": "ByteTokenizer"} is all of a ByteTokenizer. For any other kind it is
                             optional and names the special tokens, with Hugging Face's keys.
-    tokenizer.json          vocabulary and rules of a BPETokenizer; not read for a ByteTokenizer.
+    tokenizer.json          vocabulary and rules of a BPETokenizer; not read for a ByteTokenizer. Where it is missing they are made
+                            of the vocabularies that came before it: see vocabularies.py.
 
 `encode` adds no special token (`encode_alone` adds those of the file's post-processor), and the text "<eos>" is five
 characters, never the end of a sequence: what a user writes cannot steer the model's control tokens.
@@ -27,13 +28,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mini_tfm.errors import InvalidType, InvalidValue, MiniTfmError
+from mini_tfm.errors import FileProblem, InvalidType, InvalidValue, MiniTfmError
 from mini_tfm.files.folders import write_folder
 from mini_tfm.files.reading import as_path, read_bytes
 from mini_tfm.files.strict_json import parse_json_strict
 
 from .chat import chat_text
 from .pieces import Spans, in_pieces, in_windows
+from .vocabularies import byte_letters, tokenizer_files
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
@@ -435,7 +437,7 @@ class BPETokenizer(Tokenizer):
         return next((name for name in usual if name in vocab), None)
 
     def _byte_table(self, vocab: dict[str, int], added: set[str]) -> dict[int, bytes]:
-        letters = _byte_letters()
+        letters = byte_letters()
         table = {}
         for token, token_id in vocab.items():
             if token_id in self._special_ids:
@@ -476,13 +478,6 @@ def _without_prefix(rules: Any) -> Any:
         return rules | {key: _without_prefix(rules.get(key)) for key in ("normalizer", "pre_tokenizer")}
     inner = {key: _without_prefix(each) for key, each in rules.items()}
     return inner | _NO_PREFIX.get(str(rules.get("type")), {})
-
-
-def _byte_letters() -> dict[str, int]:
-    """Letter -> byte, GPT-2's way to write bytes in JSON: printable ones are themselves, the rest start at U+0100."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
@@ -527,6 +522,14 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
 
     Raises FileProblem when a file is missing or a link, InvalidValue naming the file when its content is refused.
     """
+    found = find_tokenizer(folder)
+    if found is None:
+        raise FileProblem(f"{os.path.join(folder, TOKENIZER_FILE)}: there is no such file, nor another vocabulary that is known")
+    return found
+
+
+def find_tokenizer(folder: str | os.PathLike) -> Tokenizer | None:
+    """The same, or None where there is none of a kind that is known."""
     folder = as_path(folder)
     config_path = os.path.join(folder, CONFIG_FILE)
     config_json = None
@@ -537,4 +540,7 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
             if len(config) > 1:
                 raise InvalidValue(f"{config_path}: a ByteTokenizer has no options, found {sorted(config)[:8]}")
             return ByteTokenizer()
+    if not os.path.lexists(os.path.join(folder, TOKENIZER_FILE)):
+        made = tokenizer_files(folder)
+        return None if made is None else BPETokenizer(*made, folder)
     return BPETokenizer(read_bytes(folder, MAX_FILE_BYTES, TOKENIZER_FILE), config_json, folder)
