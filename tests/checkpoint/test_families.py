@@ -5,9 +5,14 @@ stacks differ in their layers, and vocabularies are odd: nothing agrees by accid
 """
 
 import json
+import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where this file is run as a program
 from helpers import assert_same_bits
 from published import GOLDENS, VALUES, VARIANTS, kept, outputs, relative_error, tensor, worst_gradient, write_folder
 
@@ -145,3 +150,48 @@ def test_a_scale_of_attention_that_no_family_has_is_not_saved(tmp_path):
     other = mt.Transformer(model.config.replace(attention_scale=0.7), weights=model.weights)
     with pytest.raises(InvalidValue, match="no published family"):
         other.save_hugging_face(tmp_path / "other")
+
+
+# docs/checkpoints.md has a table of what was measured: `python tests/checkpoint/test_families.py` writes it again
+
+PAGE = Path(__file__).parents[2] / "docs" / "checkpoints.md"
+MARKS = "<!-- families -->\n", "<!-- /families -->"
+
+
+def row_of(variant, folder, values):
+    """A line of the table: what is largest of all differences."""
+    kind = TOLD[variant]["config"]["model_type"]
+    expected = {name.partition("/")[2]: value for name, value in values.items() if name.partition("/")[0] == variant}
+    gradients = dict(zip(TOLD[variant]["gradients"], expected.pop("gradients").tolist(), strict=True))
+    try:
+        model = mt.load(folder_of(variant, folder))
+    except InvalidValue:
+        return f"| {variant} | `{kind}` | refused | | |"
+    found = kept(outputs(model, len(expected.get("greedy", ()))))
+    error = max(relative_error(found[name], expected[name]) for name in found.keys() & {"encoded", "logits"})
+    tokens = "" if "greedy" not in found else "the same" if (found["greedy"] == expected["greedy"]).all() else "others"
+    return f"| {variant} | `{kind}` | {error:.0e} | {tokens} | {worst_gradient(model, gradients):.0e} |"
+
+
+def parts_of_page():
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(MARKS[0])
+    table, _, after = rest.partition(MARKS[1])
+    return before, table, after
+
+
+def test_the_page_lists_every_variant():
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in parts_of_page()[1].splitlines()[2:]]
+    assert rows == list(VARIANTS)
+
+
+def write_page():
+    values = read_safetensors(VALUES)
+    lines = ["| variant | `model_type` | states and logits | greedy tokens | gradients |", "|---|---|---|---|---|"]
+    with tempfile.TemporaryDirectory() as folder:
+        lines += [row_of(variant, Path(folder) / variant, values) for variant in VARIANTS]
+    before, _, after = parts_of_page()
+    PAGE.write_text(before + MARKS[0] + "\n".join(lines) + "\n" + MARKS[1] + after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_page()
