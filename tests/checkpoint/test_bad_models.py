@@ -9,7 +9,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from hostile import GGUF_FIELDS, GGUF_SHAPES, gguf, hugging_face, mutated, mutated_json
+from broken_models import GGUF_FIELDS, GGUF_SHAPES, gguf, hugging_face, mutated, mutated_json
 from published import GOLDENS
 
 from mini_tfm.errors import FileProblem, InvalidValue, MiniTfmError
