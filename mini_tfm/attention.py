@@ -92,13 +92,15 @@ class MultiHeadAttention:
             Norm(config, f"{name}.{part}_norm", kind="rms", d=self.d_head) if config.qk_norm else None for part in "qk"
         )
         is_local = site == "decoder" and config.is_local(layer)
-        self.window = config.window if is_local else None
+        self.window, self.cap = config.window if is_local else None, config.attention_cap
         self.frequencies = rotary_frequencies(config, is_local) if config.positions == "rotary" and site != "cross" else None
         self.relative = RelativeBias(config, site) if config.positions == "relative" and site != "cross" else None
 
     def shapes(self) -> Iterator[Shape]:
-        for part in filter(None, (self.q, self.k, self.v, self.o, self.q_norm, self.k_norm)):
-            yield from part.shapes()
+        for linear in (self.q, self.k, self.v, self.o):
+            yield from linear.shapes()
+        for norm in filter(None, (self.q_norm, self.k_norm)):
+            yield from norm.shapes()
 
     def step_products(self) -> Iterator[StepProduct]:
         """What a decoding step multiplies with: W^Q, W^K and W^V as one matrix. Keys of the encoder's outputs are made once."""
@@ -185,23 +187,24 @@ class MultiHeadAttention:
         """
         run, dropout, n_queries = p.run, p.dropout.weights, q.shape[2]
         if not run.members:
-            return ops.attention(q, [own], self.scale, **dropout(self.name))
+            return ops.attention(q, [own], self.scale, cap=self.cap, **dropout(self.name))
         at = layout.last(n_queries)
         shown = [
-            (i, view, run.merge(i, view)) for i, view in run.views(self.site, self.layer, lambda: self._query(p, free_q, at), n_queries)
+            (i, view, run.merge(i, view))
+            for i, view in run.views(self.site, self.layer, lambda: self._query(p, free_q, at, layout), n_queries)
         ]
         joint = [(i, view, self._block_of(p, view, at)) for i, view, merge in shown if isinstance(view, View) and merge == "joint"]
         blocks = [own, *(block for _, _, block in joint)]
-        out, lse = ops.attention_with_lse(q, blocks, self.scale, **dropout(self.name))
+        out, lse = ops.attention_with_lse(q, blocks, self.scale, cap=self.cap, **dropout(self.name))
         if text is not None and run.wants_mass():
             counted = layout.counted(q.shape[0], n_queries)
-            self._report_attention(p, own, text, joint, lambda block: ops.attention_mass(q, block, lse, self.scale, counted))
+            self._report_attention(p, own, text, joint, lambda block: ops.attention_mass(q, block, lse, self.scale, counted, cap=self.cap))
         for n, (_, view, merge) in enumerate(shown):
             if isinstance(view, SideOutput):
                 has = np.ones(1, bool) if view.valid is None else view.valid
                 out = _combined(out, view.output, has[:, None, None, None], view, merge)
             elif merge != "joint":
-                other = ops.attention(q, [self._block_of(p, view, at)], self.scale, **dropout(f"{self.name}.view.{n}"))
+                other = ops.attention(q, [self._block_of(p, view, at)], self.scale, cap=self.cap, **dropout(f"{self.name}.view.{n}"))
                 out = _combined(out, other, _has_rows(view), view, merge)
         return out
 
@@ -232,7 +235,7 @@ class MultiHeadAttention:
                 bias = self.relative.between(p, from_start, at, view.index) + (0 if bias is None else bias)
         return Block(k, v, valid=view.valid, index=view.index, bias=bias)
 
-    def _query(self, p: Pass, q: Array, at: np.ndarray) -> Query:
+    def _query(self, p: Pass, q: Array, at: np.ndarray, layout: Layout) -> Query:
         heads, config = value_of(q), self.config
         batch, n_heads, length, d_head = heads.shape
 
@@ -244,7 +247,8 @@ class MultiHeadAttention:
             grouped = heads.reshape(batch, groups, n_heads // groups, length, d_head)
             return np.einsum("bghtx,dgx->bghtd", grouped, wk, optimize=True).reshape(batch, n_heads, length, config.d_model)
 
-        return Query(q, hidden, np.broadcast_to(p.run.site_start(self.site)[:, None] + at, (batch, length)))
+        valid = None if layout.valid is None else layout.counted(batch, length)
+        return Query(q, hidden, np.broadcast_to(p.run.site_start(self.site)[:, None] + at, (batch, length)), valid)
 
 
 class RelativeBias:

@@ -8,8 +8,8 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import InvalidValue
-from .options import option
+from .errors import SHOWN_CHARACTERS, InvalidValue, shown
+from .options import option, plain
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 NORMS = ("layer", "rms")
@@ -41,6 +41,7 @@ LIMITS = {
 }
 _MAY_BE_0 = ("n_encoder_layers", "n_decoder_layers", "position_offset", "token_types")
 MAX_WEIGHT_COUNT = 1 << 36
+SHOWN_FAULTS = 8  # of unknown fields in an error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,9 +145,8 @@ class Config:
     framed_by_tokenizer: bool = False  # special tokens around a text are the tokenizer's; the library puts no bos before a prompt
 
     def __post_init__(self) -> None:
-        for name in ("bias", "local_layers"):
-            if isinstance(getattr(self, name), list):  # JSON has no tuples
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, plain(getattr(self, field.name)))
         faults = _type_faults(self)
         if not faults:
             faults = _range_faults(self)
@@ -176,9 +176,12 @@ class Config:
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = [str(name) for name in fields if name not in known]
         if unknown:
-            hints = [difflib.get_close_matches(name, known, 1) for name in unknown]
-            named = [f"{name!r}" + (f" (did you mean {hint[0]!r}?)" if hint else "") for name, hint in zip(unknown, hints, strict=True)]
-            raise InvalidValue(f"Config: unknown field {', '.join(named)}")
+            named = []
+            for name in unknown[:SHOWN_FAULTS]:
+                hint = difflib.get_close_matches(name[:SHOWN_CHARACTERS], known, 1)
+                named.append(shown(name) + (f" (did you mean {hint[0]!r}?)" if hint else ""))
+            more = f" and {len(unknown) - len(named)} more" if len(unknown) > len(named) else ""
+            raise InvalidValue(f"Config: unknown field {', '.join(named)}{more}")
         if "vocab_size" not in fields:
             raise InvalidValue("Config: field 'vocab_size' is missing")
         scaling = fields.get("rotary_scaling")
@@ -200,11 +203,16 @@ class Config:
 
     def _told(self) -> list[str]:
         """The fields that every model has, and the others where they say something."""
+        names = [field.name for field in dataclasses.fields(self)]
+        return names[: names.index("gated")] + self.later()
+
+    def later(self) -> list[str]:
+        """The fields of published models that say something here."""
         usual = {"decoder_d_ff": self.d_ff, "final_norm": self.norm_position != "post", "rotary_dims": self.d_head}
         names = [field.name for field in dataclasses.fields(self)]
         first = names.index("gated")
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        return names[:first] + [name for name in names[first:] if getattr(self, name) != usual.get(name, defaults[name])]
+        return [name for name in names[first:] if getattr(self, name) != usual.get(name, defaults[name])]
 
     def has_bias(self, part: str) -> bool:
         """Whether linear layers called `part` (one of q, k, v, o, in, gate, out) have a bias."""
@@ -247,7 +255,7 @@ def _type_faults(config: Config | RotaryScaling) -> list[str]:
         else:
             good = isinstance(value, str)
         if not good:
-            faults.append(f"{field.name}: expected {kind}, got {value!r}")
+            faults.append(f"{field.name}: expected {kind}, got {shown(value)}")
     return faults
 
 
@@ -257,7 +265,7 @@ def _range_faults(config: Config) -> list[str]:
         value = getattr(config, name)
         least = 0 if name in _MAY_BE_0 else 1
         if value is not None and not least <= value <= limit:
-            faults.append(f"{name}: expected {least} to {limit}, got {value}")
+            faults.append(f"{name}: expected {least} to {limit}, got {shown(value)}")
     for name, allowed in (
         ("activation", ACTIVATIONS),
         ("norm", NORMS),
@@ -266,7 +274,7 @@ def _range_faults(config: Config) -> list[str]:
         ("sinusoids", SINUSOIDS),
     ):
         if getattr(config, name) not in allowed:
-            faults.append(f"{name}: expected one of {', '.join(allowed)}, got {getattr(config, name)!r}")
+            faults.append(f"{name}: expected one of {', '.join(allowed)}, got {shown(getattr(config, name))}")
     for name in ("norm_eps", "rotary_base", "attention_scale", "local_rotary_base", "attention_cap", "output_scale", "output_cap"):
         value = getattr(config, name)
         if value is not None and not value > 0:
@@ -302,7 +310,7 @@ def _relation_faults(config: Config) -> list[str]:
         )
     for name in ("pad_id", "bos_id", "eos_id"):
         if not 0 <= getattr(config, name) < config.vocab_size:
-            faults.append(f"{name}: expected 0 to vocab_size - 1 = {config.vocab_size - 1}, got {getattr(config, name)}")
+            faults.append(f"{name}: expected 0 to vocab_size - 1 = {config.vocab_size - 1}, got {shown(getattr(config, name))}")
     d_ff = max(config.d_ff, config.decoder_d_ff)  # type: ignore[type-var]
     layer = config.d_model * (4 * config.n_heads * config.d_head + (3 if config.gated else 2) * d_ff)  # type: ignore[operator]
     tables = config.vocab_size * (1 if config.tie_embeddings else 2) + config.token_types

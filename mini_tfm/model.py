@@ -227,7 +227,10 @@ def _outputs_of_rows(x: Array, given: Sequence[Rows], end_of_text: int) -> list[
 
 
 class FeedForward:
-    """FFN(x) = max(0, x W_1 + b_1) W_2 + b_2 (equation 2), or with another activation; gated, (f(x W_g + b_g) * (x W_1 + b_1)) W_2 + b_2."""
+    """FFN(x) = max(0, x W_1 + b_1) W_2 + b_2 (equation 2), or with another activation f.
+
+    Gated (arXiv 2002.05202): (f(x W_g + b_g) * (x W_1 + b_1)) W_2 + b_2.
+    """
 
     def __init__(self, config: Config, name: str, d_ff: int | None):
         assert d_ff  # filled in by Config
@@ -349,8 +352,8 @@ class Output:
             logits = np.reshape(self(hidden, weights), (-1, self.vocab_size))
             return ops.cross_entropy(logits, np.reshape(targets, -1), np.reshape(counts, -1), smoothing)
         weight, is_transposed = weights[self.name].stored(self.is_tied)
-        options = {"bias": self._bias(weights), "label_smoothing": smoothing, "transposed": is_transposed}
-        return ops.output_loss(self._scaled(hidden), weight, targets, counts, **options)
+        hidden, bias = self._scaled(hidden), self._bias(weights)
+        return ops.output_loss(hidden, weight, targets, counts, bias=bias, label_smoothing=smoothing, transposed=is_transposed)
 
     def _scaled(self, hidden: Array) -> Array:
         return hidden if self.scale is None else hidden * hidden.dtype.type(self.scale)

@@ -265,23 +265,25 @@ def relative_buckets(distance: np.ndarray, n_buckets: int, max_distance: int, bi
     return bucket + np.where(far < exact, far, np.minimum(exact + scaled.astype(np.int64), n_buckets - 1))
 
 
-def attention(q: Array, blocks: Sequence[Block], scale: float, *, dropout: float = 0.0, seed: int = 0) -> Array:
+def attention(q: Array, blocks: Sequence[Block], scale: float, *, dropout: float = 0.0, seed: int = 0, cap: float | None = None) -> Array:
     """softmax(scale q k^T + bias) v over the rows of all blocks together: q (B, H, T, D) -> (B, H, T, D).
 
     k, v and bias of a Block may be Vars; bias may be a DistanceBias. dropout: the share of the weights that is zeroed, a
-    function of the seed alone, so that the backward draws it again.
+    function of the seed alone, so that the backward draws it again. cap: a score is cap * tanh(score / cap) before its bias is added.
     """
-    return attention_with_lse(q, blocks, scale, dropout=dropout, seed=seed)[0]
+    return attention_with_lse(q, blocks, scale, dropout=dropout, seed=seed, cap=cap)[0]
 
 
-def attention_with_lse(q: Array, blocks: Sequence[Block], scale: float, *, dropout: float = 0.0, seed: int = 0) -> tuple[Array, np.ndarray]:
+def attention_with_lse(
+    q: Array, blocks: Sequence[Block], scale: float, *, dropout: float = 0.0, seed: int = 0, cap: float | None = None
+) -> tuple[Array, np.ndarray]:
     """`attention`, and the log-sum-exp of each query's scores (B, H, T), which carries no gradient."""
     if type(q) is not Var and all(map(_is_plain, blocks)):
-        return _core.attention(q, blocks, scale, dropout=dropout, seed=seed)
+        return _core.attention(q, blocks, scale, dropout=dropout, seed=seed, cap=cap)
     tables = [block.bias.table if isinstance(block.bias, DistanceBias) else block.bias for block in blocks]
     plain = [_plain(block, value_of(table)) for block, table in zip(blocks, tables, strict=True)]
     vq = value_of(q)
-    out, lse = _core.attention(vq, plain, scale, dropout=dropout, seed=seed)
+    out, lse = _core.attention(vq, plain, scale, dropout=dropout, seed=seed, cap=cap)
     parents = [q, *(x for block, table in zip(blocks, tables, strict=True) for x in (block.k, block.v, table))]
     if not is_traced(*parents):
         return out, lse
@@ -292,7 +294,7 @@ def attention_with_lse(q: Array, blocks: Sequence[Block], scale: float, *, dropo
             block if d is None else dataclasses.replace(block, dbias=_bias_view(original.bias, d), needs_dbias=True)
             for block, original, d in zip(plain, blocks, dtables, strict=True)
         ]
-        dq, grads = _core.attention_backward(dy, out, lse, vq, asked, scale, dropout=dropout, seed=seed)
+        dq, grads = _core.attention_backward(dy, out, lse, vq, asked, scale, dropout=dropout, seed=seed, cap=cap)
         return [dq, *(x for grad, d in zip(grads, dtables, strict=True) for x in (grad.dk, grad.dv, d))]
 
     return record(out, parents, vjp, fresh=True), lse
@@ -323,8 +325,8 @@ def _bias_view(bias: Any, table: Any) -> np.ndarray | None:
     return bias.strided(table) if isinstance(bias, DistanceBias) else table
 
 
-def attention_mass(q: Array, block: Block, lse: np.ndarray, scale: float, asking: np.ndarray) -> np.ndarray:
+def attention_mass(q: Array, block: Block, lse: np.ndarray, scale: float, asking: np.ndarray, *, cap: float | None = None) -> np.ndarray:
     """Attention each row of `block` received, summed over heads and the queries `asking` (B, T): (B, S). No gradient."""
     bias = block.bias
     plain = _plain(block, value_of(bias.table if isinstance(bias, DistanceBias) else bias))
-    return _core.attention_mass(value_of(q), plain, lse, scale, asking)
+    return _core.attention_mass(value_of(q), plain, lse, scale, asking, cap=cap)

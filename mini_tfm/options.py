@@ -12,11 +12,12 @@ import inspect
 import math
 import numbers
 import os
+import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Self, TypeVar
 
-from .errors import InvalidType, InvalidValue
+from .errors import InvalidType, InvalidValue, shown
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -27,6 +28,7 @@ class About:
 
     help: one or two sentences, for the docstring and the command line. hint: added to the error about a wrong value.
     path: the str is a path. unit: of the value, as shown on the command line. cli: whether it is an option there.
+    read: makes of a value of any other type what is kept, or raises ValueError; `expected` says in words what it takes.
     """
 
     help: str
@@ -39,6 +41,8 @@ class About:
     path: bool = False
     unit: str | None = None
     cli: bool = True
+    read: Callable[[Any], Any] | None = None
+    expected: str = ""
 
 
 def option(default: Any, help: str, **about: Any) -> Any:
@@ -50,8 +54,8 @@ def option(default: Any, help: str, **about: Any) -> Any:
 class Options:
     """Base of option classes, whose fields are made by `option`.
 
-    A field is annotated `bool`, `int`, `float`, `str` or `tuple[float, float]`, with `| None` where None is allowed. NumPy's
-    numbers become Python's, paths absolute. Raises InvalidValue that lists every field at fault.
+    A field is annotated `bool`, `int`, `float`, `str` or `tuple[float, float]`, or has a way to be read, with `| None` where None
+    is allowed. NumPy's numbers become Python's, lists tuples, paths absolute. Raises InvalidValue that lists every field at fault.
     """
 
     owner: ClassVar[str] = ""  # errors begin with it
@@ -59,11 +63,12 @@ class Options:
     def __post_init__(self) -> None:
         faults = []
         for field in dataclasses.fields(self):
-            value = _plain(getattr(self, field.name))
-            if not _fits(field, value):
-                faults.append(f"{field.name}: expected {_expected(field)}, got {value!r}")
-            elif value is not None and about(field).path:
-                value = os.path.abspath(value)  # a run is resumed from any working directory
+            value = plain(getattr(self, field.name))
+            try:
+                value = _read(field, value)
+            except ValueError:
+                faults.append(f"{field.name}: expected {_expected(field)}, got {shown(value)}")
+                continue
             object.__setattr__(self, field.name, value)
         if faults:
             raise InvalidValue(f"{self.owner}: " + "; ".join(faults))
@@ -81,7 +86,7 @@ class Options:
             if name not in known:
                 close = difflib.get_close_matches(name, known, 1)
                 meant = f" (did you mean {close[0]!r}?)" if close else ""
-                raise InvalidType(f"{cls.owner}: unknown option {name!r}{meant}; it takes {', '.join(known)}")
+                raise InvalidType(f"{cls.owner}: unknown option {shown(name)}{meant}; it takes {', '.join(known)}")
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some options changed. Raises the same errors as `of`."""
@@ -127,17 +132,32 @@ def _described(options: type[Options]) -> Iterator[str]:
         yield textwrap.fill(f"{field.name} ({field.default!r}): {about(field).help}", 110, subsequent_indent="    ")
 
 
-def _plain(value: Any) -> Any:
-    """NumPy's numbers as Python's, a path as text, a list as a tuple."""
+def plain(value: Any) -> Any:
+    """NumPy's numbers as Python's, a path as text, a list or an array as a tuple; anything else as it is."""
     if isinstance(value, bool):
         return value
     if isinstance(value, numbers.Integral):
         return int(value)
     if isinstance(value, numbers.Real):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:  # a fraction that is no float
+            return value
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
+    if getattr(value, "ndim", 0):
+        value = value.tolist()
+    return tuple(map(plain, value)) if isinstance(value, list | tuple) else value
+
+
+def _read(field: dataclasses.Field, value: Any) -> Any:
+    """A field's value as it is kept. Raises ValueError."""
+    limits = about(field)
+    if value is not None and limits.read is not None:
+        return limits.read(value)
+    if not _fits(field, value):
+        raise ValueError
+    return os.path.abspath(value) if value is not None and limits.path else value  # a run is resumed from any working directory
 
 
 def _fits(field: dataclasses.Field, value: Any) -> bool:
@@ -157,7 +177,8 @@ def _fits(field: dataclasses.Field, value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Also False for an integer that is no float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_within(limits: About, value: float) -> bool:
@@ -174,7 +195,9 @@ def _is_within(limits: About, value: float) -> bool:
 def _expected(field: dataclasses.Field) -> str:
     """A field's allowed values in words: "an integer of at least 1 or None"."""
     kind, limits = kinds(field)[0], about(field)
-    if kind == "bool":
+    if limits.expected:
+        wanted = limits.expected
+    elif kind == "bool":
         wanted = "True or False"
     elif limits.choices:
         wanted = f"one of {', '.join(limits.choices)}"

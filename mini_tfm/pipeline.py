@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .checkpoint.models import save_model
 from .config import LIMITS
 from .errors import InvalidType, InvalidValue, shown
 from .generate import GenerationOptions
+from .generate.results import Hypothesis, Search
+from .generate.rules import deadline_of
+from .generate.search import found_by
 from .generate.segments import check_length, in_segments, segment_limit
+from .generate.stops import BeforeStop
 from .memory.base import Memory
 from .memory.registry import memory as make_memory
+from .options import takes
 from .stream import Stream
-from .text.tokenizers import Tokenizer
+from .text.tokenizers import StreamDecoder, Tokenizer
 from .transformer import Transformer, load_checkpoint
 
 DEFAULT_SEGMENT_TOKENS = 256
@@ -65,6 +71,19 @@ class Pipeline:
             raise InvalidValue(f"folder: {folder} has no tokenizer (tokenizer.json); use mt.load(folder) for the model alone")
         return cls(saved.model, saved.tokenizer, saved.memory() if memory == "saved" else memory, segment_length)
 
+    def save(self, folder: str | Path) -> None:
+        """Writes model, tokenizer and the text of the memory into `folder`, all or nothing: `Pipeline.load(folder)` gives them back.
+
+        Trained parameters of the memory are among the model's weights; what it has read is not saved (a store with a `path` keeps
+        that). Raises InvalidValue for a memory that was not made from text.
+        """
+        if self.memory is not None and self.memory.text is None:
+            raise InvalidValue(
+                f"memory: {type(self.memory).__name__} was not made by its name, so no file can name it; register it"
+                " (mt.register_memory) and make it with mt.memory"
+            )
+        save_model(folder, self.model, tokenizer=self.tokenizer, memory_text=self.memory.text if self.memory is not None else None)
+
     def reset(self) -> None:
         """Forgets what was read in this process; documents on disk stay (`memory.reset(name)` deletes one)."""
         self._stream = Stream(self.model, self.memory, 1)
@@ -75,49 +94,83 @@ class Pipeline:
         self._stream.run.flush()
         self.reset()
 
-    def read(self, text: str | Iterable[str]) -> int:
+    def read(self, text: str | Iterable[str], *, skip: int = 0, durable: Callable[[int], None] = lambda tokens: None) -> int:
         """Streams text (or pieces of it, in which a piece may end anywhere) into the memory; returns tokens read.
 
         RAM stays bounded whatever the length. The end of a call ends a segment. With a long-term memory on disk,
-        what was read is durable when this returns.
+        what was read is durable when this returns. durable: called now and then with the tokens of the text that are. skip: so many
+        were read before, as `durable` was told: reading goes on behind them.
         """
         if self.memory is None:
             raise InvalidValue("memory: this pipeline has none to read into; give one, as in Pipeline.load(folder, memory='window')")
+        if not self.model.config.has_decoder:
+            raise InvalidValue(
+                "read: this model has no decoder (n_decoder_layers is 0), and embed takes each text alone: nothing would look at it"
+            )
         count = 0
         for number, segment in enumerate(self._segments(text)):
             count += len(segment)
+            if count <= skip:
+                self._stream.last = segment[-1:].astype(np.int64)
+                continue
             segment = self._stream.begin(segment[None])[0]
             self._stream.read(segment[None], np.array([len(segment)]))
             if number % SEGMENTS_A_FLUSH == SEGMENTS_A_FLUSH - 1:
                 self._stream.run.flush()
+                durable(count)
         self._stream.run.flush()
-        return count
+        durable(count)
+        return count - min(skip, count)
 
-    def generate(self, text: str, *, stream: bool = False, **options: Any) -> str | Iterator[str]:
+    @takes(GenerationOptions)
+    def generate(self, text: str, *, stream: bool = False, **options: Any) -> str | list[str] | Iterator[str]:
         """Goes on from `text`, with what the memory holds; the memory stays as it was.
 
         Text longer than a segment is read first, into a copy of the memory. What goes beyond a segment is read back
         the same way: a model that was trained on segments never writes at a position that it was not trained at.
         Options: see `mini_tfm.generate.GenerationOptions`. stream: an iterator of pieces of text
-        instead, as they come.
+        instead, as they come; of beams, as soon as all of them agree. With num_return_sequences above 1: a list of texts.
         """
-        chosen = GenerationOptions.of({**self.model.generation, **options})
-        self.model.needs("decoder")
-        pieces = self._generate(self._encode(text), chosen, self._stream.copy())
-        return pieces if stream else "".join(pieces)
+        return self._generate(self._encode(text), stream, options)
 
-    def chat(
-        self, messages: Sequence[Mapping[str, str]], *, stream: bool = False, max_new_tokens: int = 512, **options: Any
-    ) -> str | Iterator[str]:
+    @takes(GenerationOptions)
+    def chat(self, messages: Sequence[Mapping[str, str]], *, stream: bool = False, **options: Any) -> str | list[str] | Iterator[str]:
         """What the assistant says next, with what the memory holds; the memory stays as it was.
 
         messages: mappings with "role" ("system", "user", "assistant") and "content", oldest first, laid out by the chat template that
-        the tokenizer carries. Options and `stream`: as in `generate`.
+        the tokenizer carries. Options and `stream`: as in `generate`, but for max_new_tokens, which is 512 by default.
         """
+        return self._generate(self.tokenizer.encode_chat(messages), stream, {"max_new_tokens": 512, **options})
+
+    @takes(GenerationOptions)
+    def generate_many(
+        self, texts: Iterable[str], *, batch_tokens: int = 4096, numbers: Sequence[int] | None = None, **options: Any
+    ) -> list[Any]:
+        """Goes on from each of `texts` by itself, several at once: what `generate` gives for each, in their order.
+
+        Each is what it would be alone; draws differ by the text's number, which is its place, or that of `numbers`. batch_tokens:
+        the most that are computed at once, where a text counts with its own tokens, and those that it may get, for each beam
+        or draw.
+        """
+        if isinstance(texts, str) or not isinstance(texts, Iterable):
+            raise InvalidType(f"texts: expected an iterable of str, got {type(texts).__name__}; `generate` takes one text")
+        if not isinstance(batch_tokens, int) or isinstance(batch_tokens, bool) or batch_tokens < 1:
+            raise InvalidValue(f"batch_tokens: expected an integer of at least 1, got {batch_tokens!r}")
+        chosen = self._options(options, False)
         self.model.needs("decoder")
-        chosen = GenerationOptions.of({**self.model.generation, "max_new_tokens": max_new_tokens, **options})
-        pieces = self._generate(self.tokenizer.encode_chat(messages), chosen, self._stream.copy())
-        return pieces if stream else "".join(pieces)
+        begun = [self._begun(self._encode(text)) for text in texts]
+        parts = [self._to_continue(tokens) for _, tokens in begun]
+        results: list[Any] = [None] * len(parts)
+        own = np.arange(len(parts)) if numbers is None else np.asarray(numbers)
+        if own.shape != (len(parts),) or own.dtype.kind not in "iu" or (len(own) and own.min() < 0):
+            raise InvalidValue(f"numbers: expected {len(parts)} integers of at least 0, got {own.dtype} of shape {own.shape}")
+        for rows in self._batches(parts, chosen, batch_tokens):
+            last = np.concatenate([begun[row][0] for row in rows])
+            steps = self._search([parts[row] for row in rows], chosen, self._stream.copy(), own[rows], last)
+            for row, found in zip(rows, found_by(steps), strict=True):
+                made = self._texts(found, chosen)
+                results[row] = made if chosen.num_return_sequences > 1 else made[0]
+        return results
 
     def score(self, text: str | Iterable[str]) -> dict[str, float]:
         """How well the model predicts `text`, read from its beginning with what the memory holds.
@@ -210,21 +263,78 @@ class Pipeline:
         stream.finish()
         return float(bits.sum())
 
-    def _generate(self, tokens: np.ndarray, options: GenerationOptions, stream: Stream) -> Iterator[str]:
-        """Pieces of text; `stream` is a copy of the memory as it was when they were asked for."""
-        decoder = self.tokenizer.decode_stream()
-        limit = segment_limit(self.model.config, self.segment_length)
+    def _generate(self, tokens: np.ndarray, stream: bool, given: Mapping[str, Any]) -> str | list[str] | Iterator[str]:
+        chosen = self._options(given, stream)
+        self.model.needs("decoder")
+        last, tokens = self._begun(tokens)
+        steps = self._search([self._to_continue(tokens)], chosen, self._stream.copy(), np.zeros(1, np.int64), last)
+        if chosen.num_return_sequences > 1:
+            return self._texts(found_by(steps)[0], chosen)
+        pieces = _before_stop(_decoded(steps, self.tokenizer.decode_stream()), chosen)
+        return pieces if stream else "".join(pieces)
+
+    def _begun(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What the stream ended with (1,), and what is to be read of a text: see `Stream.begin`."""
+        stream = self._stream.copy()
         tokens = stream.begin(tokens[None])[0]
         if self.model.config.framed_by_tokenizer:
-            check_length(stream, len(tokens), limit)
-        *whole, source = self._to_continue(tokens)
-        for segment in whole:
-            stream.read(segment[None], np.array([len(segment)]))
-        for step in in_segments(stream, source[None], np.array([len(source)]), options, limit, n_ids=self.tokenizer.vocab_size):
-            if step[0] >= 0 and (piece := decoder.push(int(step[0]))):
-                yield piece
-        if piece := decoder.finish():
-            yield piece
+            check_length(stream, len(tokens), segment_limit(self.model.config, self.segment_length))
+        return stream.last, tokens
+
+    def _options(self, given: Mapping[str, Any], stream: bool) -> GenerationOptions:
+        """The options with choices as token ids. Raises InvalidValue for those that have no meaning for text."""
+        options = GenerationOptions.of({**self.model.generation, **given})
+        if options.max_length is not None or options.min_length:
+            raise InvalidValue(
+                "generate: max_length, min_length: they count the prompt, which a pipeline may read into the memory; give max_new_tokens"
+                " and min_new_tokens"
+            )
+        if options.output_scores:
+            raise InvalidValue("generate: output_scores: a pipeline gives text alone; use model.generate for scores")
+        if stream and options.num_return_sequences > 1:
+            raise InvalidValue(f"generate: num_return_sequences: expected 1 with stream=True, got {options.num_return_sequences}")
+        if options.choices is None:
+            return options
+        return options.replace(choices=[self._encode(each) if isinstance(each, str) else each for each in options.choices])
+
+    def _batches(self, parts: list[list[np.ndarray]], options: GenerationOptions, batch_tokens: int) -> Iterator[list[int]]:
+        """Numbers of texts that are computed together: of as many segments and of like length or, for decoders alone, of the same."""
+        copies = max(options.num_beams, options.num_return_sequences)
+        batch: list[int] = []
+        kinds = [(len(part), len(part[0]), len(part[-1])) for part in parts]
+        for row in sorted(range(len(parts)), key=lambda row: kinds[row]):
+            fits = (len(batch) + 1) * (kinds[row][-1] + options.max_new_tokens) * copies <= batch_tokens
+            if batch and not (fits and self._are_alike(kinds[row], kinds[batch[0]])):
+                yield batch
+                batch = []
+            batch.append(row)
+        if batch:
+            yield batch
+
+    def _are_alike(self, one: tuple[int, int, int], other: tuple[int, int, int]) -> bool:
+        return one[0] == other[0] == 1 if self.model.config.has_encoder else one == other
+
+    def _search(
+        self, parts: list[list[np.ndarray]], options: GenerationOptions, stream: Stream, numbers: np.ndarray, last: np.ndarray
+    ) -> Search:
+        """Reads all but the last segment of each text, and goes on from that.
+
+        stream: of one row, that each begins with. last (B,): the token that each follows, see `_begun`.
+        """
+        deadline = deadline_of(options)
+        stream.reorder(np.zeros(len(parts), np.int64))
+        stream.last = last
+        for segments in zip(*(part[:-1] for part in parts), strict=True):
+            stream.read(np.stack(segments), np.full(len(parts), len(segments[0])))
+        lengths = np.array([len(part[-1]) for part in parts])
+        source = np.full((len(parts), lengths.max()), self.model.config.pad_id)
+        for row, part in zip(source, parts, strict=True):
+            row[: len(part[-1])] = part[-1]
+        limit = segment_limit(self.model.config, self.segment_length)
+        return (yield from in_segments(stream, source, lengths, options, limit, rows=numbers, tokenizer=self.tokenizer, deadline=deadline))
+
+    def _texts(self, found: list[Hypothesis], options: GenerationOptions) -> list[str]:
+        return ["".join(_before_stop([self.tokenizer.decode(one.ids)], options)) for one in found]
 
     def _to_continue(self, tokens: np.ndarray) -> list[np.ndarray]:
         """Whole segments, and what is continued: a segment that the encoder reads, or the beginning of the decoder's own."""
@@ -244,3 +354,26 @@ def _counted(texts: Iterable[str], count_bytes: list[int]) -> Iterator[str]:
         if isinstance(text, str):
             count_bytes[0] += len(text.encode("utf-8", "surrogatepass"))
         yield text
+
+
+def _decoded(steps: Search, decoder: StreamDecoder) -> Iterator[str]:
+    """The text of the first result of the first sequence, as it is settled."""
+    for settled in steps:
+        for token in settled[0]:
+            if piece := decoder.push(token):
+                yield piece
+    if piece := decoder.finish():
+        yield piece
+
+
+def _before_stop(pieces: Iterable[str], options: GenerationOptions) -> Iterator[str]:
+    """Pieces of text up to a stop string, if the options leave it out."""
+    if options.include_stop_strings or options.stop_strings is None:
+        yield from pieces
+        return
+    text = BeforeStop(options.stop_strings)
+    for piece in pieces:
+        if known := text.push(piece):
+            yield known
+    if rest := text.finish():
+        yield rest

@@ -1,4 +1,4 @@
-"""Progress bars on standard error, with rate and time left; silent where nobody watches."""
+"""Progress on standard error, with rate and time left: a bar on a terminal, elsewhere a line now and then."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+SECONDS_A_LINE = 30.0  # off a terminal: quick work says nothing, slow work is seen to be alive
+BAR = 24
+NARROW = 80  # columns; with fewer there is no bar
+
 
 @contextlib.contextmanager
 def progress_bar(what: str, total: float | None = None, unit: str = "it") -> Iterator[Callable[[float], None]]:
     """A bar; gives the function to call with how many `unit`s more are done. unit "bytes": shown as kB and MB."""
     if not sys.stderr.isatty():
-        yield lambda n: None
+        yield _Lines(what, total, unit).advance
         return
     with _bar(unit) as bar:
         task = bar.add_task(what, total=total)
@@ -31,25 +35,65 @@ def track(items: Iterable[Any], what: str, total: int | None = None, unit: str =
 @contextlib.contextmanager
 def training_progress(shown: bool, steps: int | None, done: int) -> Iterator[Callable[..., None]]:
     """A bar for training, updated after each step: update(loss, last validation loss or None, learning rate, new tokens)."""
-    if not shown or not sys.stderr.isatty():
+    if not shown:
         yield lambda *what: None
+        return
+    began, tokens = time.perf_counter(), 0
+
+    def figures_of(loss: float, validation: float | None, learning_rate: float | None = None, new_tokens: int = 0) -> list[str]:
+        nonlocal tokens
+        tokens += new_tokens
+        figures = [f"loss {loss:.3f}"]
+        figures += [] if validation is None else [f"validation {validation:.3f}"]
+        figures += [] if learning_rate is None else [f"rate {learning_rate:.2g}"]
+        return figures + ([] if not tokens else [f"{tokens / (time.perf_counter() - began):,.0f} tokens/s"])
+
+    if not sys.stderr.isatty():
+        lines = _Lines("training", steps, "steps", done)
+        yield lambda *what: lines.advance(1, figures_of(*what))
         return
     from rich.progress import TextColumn
 
     with _bar("steps", TextColumn("{task.fields[figures]}")) as bar:
         task = bar.add_task("training", total=steps, completed=done, figures="")
-        began, tokens = time.perf_counter(), 0
+        # The step, the rate and the time left first; then as many figures as there is room for.
+        n = len(str(steps or 0))
+        taken = len("training  0:00:00 left ") + 2 * n + 3 + (BAR + len(" 0,000.0 steps/s ") if _is_wide(bar.console) else 0)
+        room = bar.console.width - taken
 
-        def update(loss: float, validation: float | None, learning_rate: float | None = None, new_tokens: int = 0) -> None:
-            nonlocal tokens
-            tokens += new_tokens
-            figures = [f"loss {loss:.3f}"]
-            figures += [] if validation is None else [f"validation {validation:.3f}"]
-            figures += [] if learning_rate is None else [f"rate {learning_rate:.2g}"]
-            figures += [] if not tokens else [f"{tokens / (time.perf_counter() - began):,.0f} tokens/s"]
-            bar.update(task, advance=1, figures=", ".join(figures))
+        def update(*what: Any) -> None:
+            shown: list[str] = []
+            for figure in figures_of(*what):
+                if len(", ".join([*shown, figure])) <= room:
+                    shown.append(figure)
+            bar.update(task, advance=1, figures=", ".join(shown))
 
         yield update
+
+
+class _Lines:
+    """Where nobody watches: a line at most every SECONDS_A_LINE."""
+
+    def __init__(self, what: str, total: float | None, unit: str, done: float = 0):
+        self.what, self.total, self.unit, self.done, self.first = what, total, unit, done, done
+        self.began = self.told = time.monotonic()
+
+    def advance(self, n: float, figures: Iterable[str] = ()) -> None:
+        self.done += n
+        now = time.monotonic()
+        if now - self.told < SECONDS_A_LINE:
+            return
+        self.told = now
+        rate = (self.done - self.first) / max(now - self.began, 1e-9)
+        words = [f"{self.what}: {self.done:,.0f}" + (f" of {self.total:,.0f}" if self.total else "") + f" {self.unit}"]
+        words += [*figures, f"{rate:,.1f} {self.unit}/s"]
+        words += [f"{max(self.total - self.done, 0) / rate:,.0f} s left"] if self.total and rate else []
+        with contextlib.suppress(OSError, ValueError):  # nobody reads: the work goes on
+            print(", ".join(words), file=sys.stderr, flush=True)
+
+
+def _is_wide(console: Any) -> bool:
+    return bool(console.width >= NARROW)
 
 
 def _bar(unit: str, *columns: Any) -> Any:
@@ -72,15 +116,16 @@ def _bar(unit: str, *columns: Any) -> Any:
         def render(self, task: Task) -> Text:
             return Text("" if task.speed is None else f"{task.speed:,.1f} {unit}/s", style="progress.data.speed")
 
-    in_bytes = unit == "bytes"
+    in_bytes, console = unit == "bytes", Console(file=sys.stderr)
+    speed = TransferSpeedColumn() if in_bytes else Rate()
     return Progress(
         TextColumn("{task.description}"),
-        BarColumn(24),  # room for rate and time left in 80 columns
+        *([BarColumn(BAR)] if _is_wide(console) else []),
         DownloadColumn() if in_bytes else MofNCompleteColumn(),
-        TransferSpeedColumn() if in_bytes else Rate(),
+        *([speed] if _is_wide(console) else []),
         TimeRemainingColumn(elapsed_when_finished=True),
         TextColumn("left"),
         *columns,
-        console=Console(file=sys.stderr),
+        console=console,
         transient=True,
     )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from . import _core
 from .attention import Encoded
 from .autodiff import value_of
 from .context import NO_DROPOUT, Dropout, Pass
+from .fingerprint import Fingerprint
 from .memory.base import Memory
 from .memory.run import MemoryRun, Project
 from .model import Model
@@ -46,7 +48,8 @@ class Stream:
             batch,
             training=training,
             fingerprint=model.fingerprint,
-            projections=self._projection,
+            projections=partial(_projection, model, self.weights),
+            made_of=None if training else Fingerprint(model.config, self.weights.kept),
         )
         self.last = np.full(batch, self._nothing, np.int64)
         self.encoded: Encoded | None = None
@@ -78,6 +81,7 @@ class Stream:
         """
         if self.run.forget_deleted():
             self.begin_text()
+        self.run.check_weights()
         self._pass = Pass(self.weights, self.run, dropout)
         self._target = None
         self.run.open(lengths, target)
@@ -125,14 +129,6 @@ class Stream:
             self.encoded = self._target = None
             raise
 
-    def _projection(self, site: str, layer: int) -> Project | None:
-        """Rows to the keys and values of a layer of self-attention, whatever segment is open; None where there is no such layer."""
-        stack = {"encoder": self.model.encoder, "decoder": self.model.decoder}.get(site)
-        if stack is None or layer >= len(stack.layers):
-            return None
-        attention = stack.layers[layer].attention.f
-        return lambda rows: attention.keys_and_values(rows, Pass(self.weights, self.run))
-
     def shifted(self, target: np.ndarray) -> np.ndarray:
         """The decoder's inputs for target (B, T): what comes before it, then all but the last token."""
         bos = self.model.config.bos_id
@@ -161,11 +157,14 @@ class Stream:
         """What is read next is another text, which begins with bos; the memory stays."""
         self.last = np.full(len(self.last), self._nothing, np.int64)
 
-    def reorder(self, index: np.ndarray) -> None:
-        """Row i becomes what row index[i] was, within a segment, too: rows can be dropped, repeated, sorted."""
+    def reorder(self, index: np.ndarray, *, same_sources: bool = False) -> None:
+        """Row i becomes what row index[i] was, within a segment, too: rows can be dropped, repeated, sorted.
+
+        same_sources: the encoder has read the same for row i and row index[i].
+        """
         self.run.reorder(index)
         self.last = self.last[index]
-        if self.encoded is not None:
+        if self.encoded is not None and not same_sources:
             self.encoded = dataclasses.replace(self.encoded, hidden=self.encoded.hidden[index], valid=self.encoded.valid[index])
         if self._target is not None:
             self._target = self._target[0][index], self._target[1][index]
@@ -190,3 +189,12 @@ class Stream:
         twin.run = self.run.copy()
         twin._pass = dataclasses.replace(self._pass, run=twin.run)
         return twin
+
+
+def _projection(model: Model, weights: Weights, site: str, layer: int) -> Project | None:
+    """Rows to the keys and values of a layer of self-attention; None where there is no such layer. Holds on to no stream, nor its tape."""
+    stack = {"encoder": model.encoder, "decoder": model.decoder}.get(site)
+    if stack is None or layer >= len(stack.layers):
+        return None
+    attention, alone = stack.layers[layer].attention.f, Pass(weights, MemoryRun(None, model.config, weights.kept, 0))
+    return lambda rows: attention.keys_and_values(rows, alone)

@@ -10,14 +10,17 @@ from typing import Any
 
 import numpy as np
 
+from . import _core
 from .autodiff import value_of
 from .checkpoint.models import read_model, save_hugging_face, save_model
 from .config import Config
 from .errors import InvalidType, InvalidValue
-from .generate import generate
+from .generate import GenerationOptions, generate
 from .memory.base import Memory
 from .memory.registry import memory_of_file
+from .memory.run import memory_parameters
 from .model import Model, initial_weights
+from .options import takes
 from .stream import Stream
 from .text.tokenizers import Tokenizer
 from .tokens import check_tokens
@@ -76,9 +79,20 @@ class Transformer(Model):
         stream.open(source, lengths)
         return value_of(stream.logits(stream.decode(target, target_lengths)))
 
-    def generate(self, source: Any, lengths: Any = None, **options: Any) -> list[list[int]]:
+    def score_targets(self, source: Any, target: Any, source_lengths: Any = None, target_lengths: Any = None) -> np.ndarray:
+        """Log-probabilities (B, T) of given targets (B, T), each token given the source and those before it; 0 past the length.
+
+        Their sum over a row is the log-probability of its target. Arguments: as of `logits`. An eos counts where the target has it.
+        """
+        logits = self.logits(source, target, source_lengths, target_lengths)
+        target, lengths = check_tokens("target", target, self.config.vocab_size, target_lengths)
+        found = np.take_along_axis(_core.log_softmax(logits), target[..., None], 2)[..., 0]
+        return np.where(np.arange(target.shape[1]) < lengths[:, None], found, found.dtype.type(0))
+
+    @takes(GenerationOptions)
+    def generate(self, source: Any = None, lengths: Any = None, *, encoder_outputs: Any = None, **options: Any) -> Any:
         """Token ids (B lists) for source (B, S): see `mini_tfm.generate.generate` for the options."""
-        return generate(self, source, lengths, **options)
+        return generate(self, source, lengths, encoder_outputs=encoder_outputs, **options)
 
     def save(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors into `folder`; what it held before stays until all is written."""
@@ -102,8 +116,18 @@ class Checkpoint:
     folder: str = ""
 
     def memory(self) -> Memory | None:
-        """That memory, made again. Raises InvalidValue for one that would import a plugin or open a file: see `memory_of_file`."""
-        return memory_of_file(self.memory_text, self.folder) if self.memory_text else None
+        """That memory, made again. Raises InvalidValue for one that would import a plugin or open a file (see `memory_of_file`), or
+        whose trained parameters are not in the folder."""
+        if not self.memory_text:
+            return None
+        made = memory_of_file(self.memory_text, self.folder)
+        for name in memory_parameters(made, self.model.config, self.model.dtype):
+            if name not in self.model.weights:
+                raise InvalidValue(
+                    f"{self.folder}: names the memory {self.memory_text!r}, whose parameter {name!r} is not in it; to go on with one that"
+                    f" is not trained, ask for it: memory={self.memory_text!r}"
+                )
+        return made
 
 
 def load_checkpoint(folder: str | os.PathLike, dtype: str = "float32") -> Checkpoint:

@@ -9,7 +9,7 @@ import dataclasses
 
 import numpy as np
 
-from mini_tfm.errors import InvalidValue
+from mini_tfm.errors import InvalidValue, shown
 from mini_tfm.memory import RowMemory, Segment, State, View, hookimpl
 
 
@@ -25,9 +25,9 @@ class Window(RowMemory):
     def __init__(self, *, size: int = 512, sinks: int = 0, site: str | None = None, positions: str = "cache", gradient: str = "rows"):
         super().__init__(size=size, site=site, gradient=gradient)
         if not isinstance(sinks, int) or not 0 <= sinks < size:
-            raise InvalidValue(f"sinks: expected 0 to size - 1 = {size - 1}, got {sinks!r}")
+            raise InvalidValue(f"sinks: expected 0 to size - 1 = {size - 1}, got {shown(sinks)}")
         if positions not in ("cache", "true"):
-            raise InvalidValue(f"positions: expected cache or true, got {positions!r}")
+            raise InvalidValue(f"positions: expected cache or true, got {shown(positions)}")
         self.sinks, self.positions = sinks, positions
 
     def keep(self, scores: np.ndarray | None, positions: np.ndarray) -> np.ndarray:

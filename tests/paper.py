@@ -133,6 +133,8 @@ def attention(config, w, name, x, memory, site, causal):
         for i in range(len(x)):
             seen = i + 1 if causal else len(memory)
             scores = [one_q[i] @ one_k[j] * config.attention_scale for j in range(seen)]
+            if config.attention_cap:
+                scores = [config.attention_cap * math.tanh(s / config.attention_cap) for s in scores]
             if config.positions == "relative" and site != "cross":
                 table = w[site + ".relative_bias.weight"]
                 scores = [s + table[bucket(config, j - i, site == "encoder"), h] for j, s in enumerate(scores)]

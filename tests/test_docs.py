@@ -18,6 +18,7 @@ import pytest
 import mini_tfm as mt
 from mini_tfm.cli import COMMANDS, main
 from mini_tfm.memory import Memory, describe_memory
+from mini_tfm.text import python_topics
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -77,6 +78,13 @@ def test_the_code_of_a_page_runs(page, tmp_path):
     folder.mkdir()
     done = subprocess.run([sys.executable, str(program)], cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"{page.name}\n{done.stdout}{done.stderr}"
+    if page == ROOT / "README.md":
+        written, bits = done.stdout.rstrip("\n").rsplit("\n", 1)
+        known, words = set(" ".join(python_topics().values()).split()), written.split()
+        assert len(set(words)) > 5 and sum(word in known for word in words) > len(words) / 2, f"not what one would like to see: {written}"
+        assert 0 < float(bits) < 1.5
+        command = [sys.executable, "-m", "mini_tfm", "generate", "my-model", "The if statement", "--max-new-tokens", "4"]
+        assert subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=300).returncode == 0
 
 
 def test_there_is_code_in_the_readme():

@@ -68,3 +68,40 @@ def test_attention_is_the_kernel_whatever_was_imported():
     from mini_tfm.attention import MultiHeadAttention
 
     assert attention is mt.attention is mini_tfm.kernels.attention and MultiHeadAttention
+
+
+HUGE = "x" * 100_000
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: mt.memory(HUGE),
+        lambda: mt.memory(f"window+{HUGE}"),
+        lambda: mt.memory(f"window:{HUGE}"),
+        lambda: mt.memory(f"window:{HUGE}=1"),
+        lambda: mt.memory(f"window:size={HUGE}"),
+        lambda: mt.memory("window", site=HUGE),
+        lambda: mt.memory("window", size=list(range(100_000))),
+        lambda: mt.memory("window", **{HUGE: 1}),
+        lambda: mt.register_memory(f" {HUGE}", object),
+        lambda: mt.Config(vocab_size=9, norm=HUGE),
+        lambda: mt.Config(vocab_size=HUGE),
+        lambda: mt.Trainer(mt.Transformer(mt.Config(vocab_size=9, d_model=4, n_heads=1)), schedule=HUGE),
+        lambda: mt.Trainer(mt.Transformer(mt.Config(vocab_size=9, d_model=4, n_heads=1)), **{HUGE: 1}),
+        lambda: mt.load(HUGE),
+        lambda: mt.attention(*np.zeros((3, 1, 1, 1, 1), np.float32), scale=HUGE),
+        lambda: mt.Pipeline.load(HUGE),
+    ],
+)
+def test_no_message_repeats_a_value_that_is_long(wrong):
+    with pytest.raises(mt.MiniTfmError) as caught:
+        wrong()
+    assert 20 < len(str(caught.value)) <= errors.LONGEST
+
+
+def test_a_message_that_is_too_long_keeps_its_beginning_and_its_end():
+    told = str(errors.FileProblem("size: expected " + "y" * 100_000 + "; make it smaller"))
+    assert told.startswith("size: expected yyy") and told.endswith("yyy; make it smaller") and len(told) <= errors.LONGEST
+    assert "characters] ..." in told
+    assert errors.shown("z" * 61) == repr("z" * 60 + "...") and errors.shown("z" * 60) == repr("z" * 60) and errors.shown(7) == "7"

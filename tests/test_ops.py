@@ -83,6 +83,10 @@ CASES = {
         lambda q, k, v, table: ops.attention(q, [Block(k, v, bias=ops.DistanceBias(table, T, S), causal=True)], 0.5),
         [real(B, H, T, D), real(B, H, S, D), real(B, H, S, D, seed=1), real(H, T + S - 1)],
     ),
+    "attention, capped": (
+        lambda q, k, v, bias: ops.attention(q, [Block(k, v, bias=bias)], 0.5, cap=0.7),
+        [real(B, H, T, D), real(B, H, S, D), real(B, H, S, D, seed=1), real(B, H, T, S)],
+    ),
     "attention, chosen rows": (
         lambda q, k, v, bias: ops.attention(q, [Block(k, v, index=INDEX, valid=VALID, bias=bias)], 0.5),
         [real(B, H, T, D), real(B, H, S, D), real(B, H, S, D, seed=1), real(B, H, T, 3)],

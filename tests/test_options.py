@@ -13,9 +13,11 @@ import pytest
 import mini_tfm as mt
 from mini_tfm.cli.options import options_of
 from mini_tfm.cli.train import train
-from mini_tfm.errors import InvalidType, InvalidValue
+from mini_tfm.errors import InvalidType, InvalidValue, MiniTfmError
 from mini_tfm.generate.options import GenerationOptions
 from mini_tfm.options import Options, about, option, takes
+from mini_tfm.text import split_documents, train_bpe
+from mini_tfm.text.tokenizers import ByteTokenizer
 from mini_tfm.train.options import FitOptions, TrainerOptions
 
 KINDS = [TrainerOptions, FitOptions, GenerationOptions]
@@ -128,3 +130,38 @@ def test_options_of_a_command_keep_the_order_of_the_fields():
 
     assert [each.opts[0] for each in command.params] == ["--heat", "--number-of-eggs", "--pair", "--dish", "--hot", "--log"]
     assert command.params[1].name == "eggs" and command.params[1].default == 4
+
+
+def takers():
+    """Every door of text, memories and models that takes a whole number, with one that it takes."""
+    model = mt.Transformer(mt.Config(**SMALL))
+    tokenizer = ByteTokenizer()
+    return {
+        "Config d_model": (lambda n: mt.Config(**{**SMALL, "d_model": n}), 8),
+        "Config segment_length": (lambda n: mt.Config(**{**SMALL, "segment_length": n}), 8),
+        "Pipeline segment_length": (lambda n: mt.Pipeline(model, tokenizer, segment_length=n), 8),
+        "generate top_p": (lambda n: GenerationOptions(top_p=n), 1),
+        "generate temperature": (lambda n: GenerationOptions(temperature=n), 8),
+        "train_bpe vocab_size": (lambda n: train_bpe(["a"], n), 259),
+        "split_documents seed": (lambda n: split_documents({"a": "x", "b": "y"}, 0.5, n), 8),
+        "bytes_of": (tokenizer.bytes_of, 8),
+        "window size": (lambda n: mt.memory("window", size=n), 8),
+        "window sinks": (lambda n: mt.memory("window", size=9, sinks=n), 8),
+        "recurrent tokens": (lambda n: mt.memory("recurrent", tokens=n), 8),
+        "store top_k": (lambda n: mt.memory("store", top_k=n), 8),
+        "store layer": (lambda n: mt.memory("store", layer=n), 0),
+    }
+
+
+SMALL = {"vocab_size": 259, "d_model": 8, "n_heads": 2, "n_encoder_layers": 1, "n_decoder_layers": 1}
+
+
+@pytest.mark.parametrize("name", takers())
+def test_a_whole_number_is_pythons_or_numpys_and_no_number_is_too_long_for_an_error(name):
+    call, good = takers()[name]
+    for kind in (int, np.int32, np.int64, np.uint8 if good < 256 else np.uint16):
+        call(kind(good))
+    for digits in (400, 4300, 4301):
+        with pytest.raises(MiniTfmError) as caught:
+            call(10**digits)
+        assert len(str(caught.value)) < 500

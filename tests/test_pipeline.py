@@ -542,7 +542,7 @@ USING = {
     "read a lone surrogate": (lambda p: p.read("a\ud800b"), InvalidValue, "lone surrogate"),
     "generate from None": (lambda p: p.generate(None), InvalidType, "text: expected str, got NoneType"),
     "generate from a list": (lambda p: p.generate(["a"]), InvalidType, "text: expected str, got list"),
-    "generate with an unknown option": (lambda p: p.generate("a", max_length=3), InvalidType, "unknown option 'max_length'"),
+    "generate with an unknown option": (lambda p: p.generate("a", max_lenght=3), InvalidType, "unknown option 'max_lenght'"),
     "generate with a bad option": (lambda p: p.generate("a", top_p=2), InvalidValue, "top_p: expected"),
     "stream with a bad option": (lambda p: p.generate("a", stream=True, top_p=2), InvalidValue, "top_p: expected"),
     "score nothing": (lambda p: p.score(""), InvalidValue, "text: expected at least one token"),
@@ -586,3 +586,82 @@ def test_a_score_that_is_not_finite_is_an_error(encoders, value):
         model.weights[f"decoder.0.feed_forward.{part}.weight"][:] = value
     with np.errstate(all="ignore"), pytest.raises(InvalidValue, match=r"score: token \d of segment 0 takes \S+ bits"):
         mt.Pipeline(model, ByteTokenizer()).score("abc")
+
+
+BUILT_IN = [
+    "window:size=8",
+    "window:size=8,sinks=2,site=all",
+    "recurrent:tokens=2",
+    "recurrent:tokens=2,residual=true",
+    "store:top_k=3",
+    "store:top_k=3,merge=gate,layer=-1",
+    "store:path={path},top_k=3",
+    "window:size=8+store:path={path},top_k=3",
+    *(
+        f"{name},site={site}"
+        for name in ("window:size=8", "recurrent:tokens=2", "store:top_k=3")
+        for site in ("encoder", "decoder", "cross")
+    ),
+]
+
+
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+@pytest.mark.parametrize("stacks", [(2, 0), (0, 2), (1, 1)], ids=["encoder-only", "decoder-only", "encoder-decoder"])
+@pytest.mark.parametrize("spec", BUILT_IN)
+def test_every_model_with_every_memory_does_what_it_can_and_refuses_the_rest(spec, stacks, positions, tmp_path):
+    """Before any work: a memory at a site that the model has not, a call for a stack that it has not."""
+    encoders, decoders = stacks
+    config = mt.Config(
+        vocab_size=259,
+        d_model=8,
+        n_heads=2,
+        n_encoder_layers=encoders,
+        n_decoder_layers=decoders,
+        segment_length=SEGMENT,
+        positions=positions,
+        max_positions=64,
+    )
+    model, spec = mt.Transformer(config, seed=0), spec.format(path=tmp_path / "notes.mdb")
+    has = {"encoder": bool(encoders), "decoder": bool(decoders), "cross": bool(encoders and decoders)}
+    wanted = spec.partition("site=")[2]
+    if wanted in has and (not has[wanted] or (wanted == "cross" and "recurrent" in spec)):
+        with pytest.raises(InvalidValue, match=f"works at \\['{wanted}'\\], but this model has only|site: expected encoder or decoder"):
+            Pipeline(model, ByteTokenizer(), spec)
+        return
+    p, text = Pipeline(model, ByteTokenizer(), spec), prose(12)
+    if encoders:
+        assert np.isfinite(p.embed([text, "b"])).all()
+    else:
+        with pytest.raises(InvalidValue, match="no encoder"):
+            p.embed([text])
+    if not decoders:
+        for call in (p.read, p.score, p.generate):
+            with pytest.raises(InvalidValue, match="no decoder"):
+                call(text)
+        assert p._stream.run.number == 0
+        return
+    for part in (text, text[:5]):  # the last segments are short
+        assert p.read(part) == len(part.encode())
+        assert np.isfinite(p.score(text)["bits"])
+        assert isinstance(p.generate(text, max_new_tokens=SEGMENT + 3, seed=0, do_sample=True), str)
+    p.close()
+    assert p.read("again") == 5
+
+
+@pytest.mark.parametrize("memory", ["window:size=8", "recurrent:tokens=2", None])
+def test_what_is_saved_is_what_is_loaded(memory, tmp_path):
+    config = mt.Config(vocab_size=ByteTokenizer.vocab_size, d_model=8, n_heads=2, n_encoder_layers=1, n_decoder_layers=1, segment_length=8)
+    pipe = Pipeline(mt.Transformer(config, seed=3), ByteTokenizer(), memory)
+    pipe.save(tmp_path / "m")
+    again = Pipeline.load(tmp_path / "m")
+    assert (again.memory.text if again.memory else None) == memory and again.segment_length == 8
+    assert again.score("The quick brown fox jumps.") == pipe.score("The quick brown fox jumps.")
+
+
+def test_a_memory_that_no_text_makes_is_not_saved(tmp_path):
+    from mini_tfm.memory import Memory
+
+    config = mt.Config(vocab_size=ByteTokenizer.vocab_size, d_model=8, n_heads=2, n_encoder_layers=1, n_decoder_layers=1)
+    with pytest.raises(InvalidValue, match=r"memory: Memory was not made by its name.*mt\.register_memory"):
+        Pipeline(mt.Transformer(config), ByteTokenizer(), Memory()).save(tmp_path / "m")
+    assert not (tmp_path / "m").exists()

@@ -91,6 +91,7 @@ VARIANTS: dict[str, dict] = {
         "local_rotary_base": 20.0,
         "rotary_scaling": RotaryScaling(kind="llama3", factor=8.0, original_positions=16),
         "output_cap": 2.0,
+        "attention_cap": 1.5,
     },
 }
 

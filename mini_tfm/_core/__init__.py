@@ -4,9 +4,10 @@ The contract. Every function here takes and returns C-contiguous NumPy arrays, f
 one call, with int64 integers and bool masks. Strided reals are copied; a wrong type, rank, shape or range is refused
 with `InvalidType` or `InvalidValue` before a pointer is taken. No input changes, other than those that a name or a
 docstring calls in place. Zero-sized arrays are legal. A result has the same bits for any number of threads, and a batch
-row the same bits in any company. A bank that `search` goes through stays where it lies, in a mapped file say, whatever
-its strides, and may be float16 or int8; so do its uint8 codes, which `encode_rows` makes, in NumPy everywhere. The same
-functions in NumPy are `mini_tfm.reference`; they say what is computed.
+row the same bits in any company. Ctrl-C stops products, attention, searches and losses between two tiles: the exception is
+raised as ever, and what was to be written is undefined. A bank that `search` goes through stays where it lies, in a mapped
+file say, whatever its strides, and may be float16 or int8; so do its uint8 codes, which `encode_rows` makes, in NumPy
+everywhere. The same functions in NumPy are `mini_tfm.reference`; they say what is computed.
 
     kernels.h         the list of kernels, a line each: what else C needs is made of it
     core.h            what they take, and their tables, one for each instruction set and real
@@ -26,6 +27,7 @@ twins in place of C. docs/instruction-sets.md says which there are and how each 
 """
 
 import os
+import threading
 from typing import TYPE_CHECKING
 
 from mini_tfm import reference
@@ -63,5 +65,6 @@ else:
             f"MINI_TFM_ISA: expected reference or one that this processor runs ({', '.join(_kernels.show_config()['isas'])}), got {_isa!r}"
         )
     _kernels._set_default_threads(_default_num_threads())
+    _kernels._watch_signals(threading.main_thread().ident)
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=_kernels._after_fork)

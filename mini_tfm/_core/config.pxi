@@ -16,6 +16,20 @@ cdef extern from "threads.h" nogil:
     void mt_set_threads(int n, int honour_limit)
     int mt_get_threads()
     void mt_after_fork()
+    void mt_watch_signals(int (*check)() noexcept nogil, unsigned long thread)
+
+
+cdef extern from *:
+    """
+    /* What a handler raises waits in the thread's state until the kernel has returned. */
+    static int mt_run_handlers(void) {
+        PyGILState_STATE state = PyGILState_Ensure();
+        int raised = PyErr_CheckSignals();
+        PyGILState_Release(state);
+        return raised;
+    }
+    """
+    int mt_run_handlers() noexcept nogil
 
 
 cdef extern from *:
@@ -46,6 +60,12 @@ def _set_default_threads(int n):
 
 def _after_fork():
     mt_after_fork()
+    _watch_signals(threading.get_ident())
+
+
+def _watch_signals(unsigned long main_thread):
+    """Kernels that can run long run Python's signal handlers now and then, when they are called from this thread."""
+    mt_watch_signals(mt_run_handlers, main_thread)
 
 
 def _choose_isa(name):

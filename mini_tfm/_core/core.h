@@ -3,7 +3,7 @@
  *
  * Contract: every pointer was checked by the caller (rank, dtype, shape, C-contiguous unless strides are passed); sizes
  * are never negative and may be zero; outputs do not overlap inputs. Kernels that need workspace return 0, or -1 when it
- * cannot be had, before anything was written; the others cannot fail. None touches Python, so the GIL is released.
+ * cannot be had, before anything was written, and those that can run long MT_STOPPED (threads.h); the others cannot fail. None touches Python, so the GIL is released.
  * `void *` stands for the real of the table: float or double.
  *
  * Letters: B batch, H heads, T queries, S keys, D head size, N rows, d row length, V vocabulary. */
@@ -45,6 +45,7 @@ struct mt_attention_sizes {
     ptrdiff_t batch, heads, length, d; /* B, H, T, D */
     ptrdiff_t n_blocks;
     double scale;
+    double cap;     /* of the scores: cap tanh(score / cap), before the bias; 0: none */
     double dropout; /* share of the weights that are zeroed, in [0, 1) */
     uint64_t seed;
 };

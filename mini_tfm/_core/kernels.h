@@ -64,11 +64,11 @@ KERNEL(int, rotary,
         const struct mt_rows *y, ptrdiff_t batch, ptrdiff_t heads, ptrdiff_t length, ptrdiff_t d),
        (x, positions, positions_per_row, frequencies_i, half, inverse, y, batch, heads, length, d))
 
-KERNEL(void, cross_entropy,
+KERNEL(int, cross_entropy,
        (const void *logits, const int64_t *targets, int64_t ignore_index, double label_smoothing, void *losses, void *lse,
         ptrdiff_t n, ptrdiff_t vocab),
        (logits, targets, ignore_index, label_smoothing, losses, lse, n, vocab))
-KERNEL(void, cross_entropy_backward,
+KERNEL(int, cross_entropy_backward,
        (const void *logits, const int64_t *targets, const void *lse, const void *dlosses, int64_t ignore_index,
         double label_smoothing, void *dlogits, ptrdiff_t n, ptrdiff_t vocab),
        (logits, targets, lse, dlosses, ignore_index, label_smoothing, dlogits, n, vocab))

@@ -12,6 +12,8 @@ from libc.stddef cimport ptrdiff_t
 from libc.stdint cimport INT32_MAX, INT64_MAX, INT64_MIN, int64_t, uint8_t, uint64_t
 from libc.stdlib cimport calloc, free, llabs
 
+import threading
+
 import numpy as np
 
 from mini_tfm.errors import InvalidType

@@ -245,7 +245,9 @@ cdef inline cnp.ndarray new_leading(cnp.ndarray x, int dtype):
     return cnp.PyArray_EMPTY(cnp.PyArray_NDIM(x) - 1, cnp.PyArray_DIMS(x), dtype, 0)
 
 
-cdef int no_memory_if(int failed) except -1:
+cdef int raise_if(int failed) except -1:
+    if failed == -2:  # MT_STOPPED: what a signal handler has raised waits to be raised
+        return -1
     if failed:
         raise MemoryError("mini_tfm: no memory for a kernel's workspace")
     return 0

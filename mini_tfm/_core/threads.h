@@ -26,6 +26,16 @@ int mt_get_threads(void);
 /* From now on one thread. In a child after fork libgomp's pool is gone, and the next parallel region would hang. */
 void mt_after_fork(void);
 
+/* What a kernel that was stopped returns: what it was to write is undefined, and nothing else is touched. */
+enum { MT_STOPPED = -2 };
+
+/* Whether a kernel is to stop: each thread of a team asks between tiles, all with the flag of that call, 0 at first. The thread that
+ * was called from Python runs its signal handlers now and then, if it is the main one, and sets the flag when one has raised. */
+int mt_stopped(int *flag);
+
+/* check: runs the handlers, nonzero when one has raised; thread: the main one, as Python's threading.get_ident() has it. */
+void mt_watch_signals(int (*check)(void), unsigned long thread);
+
 /* Threads for `pieces` independent pieces of `work` altogether, in units of about 0.1 ns: 1 when it is not worth a fork
  * and join. */
 int mt_team(ptrdiff_t pieces, double work);

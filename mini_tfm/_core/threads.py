@@ -1,7 +1,10 @@
 """How many threads to start with."""
 
 import os
+import warnings
 from pathlib import Path, PurePosixPath
+
+from mini_tfm.reference._checks import MOST_THREADS
 
 # Where control groups are mounted: version 2 (alone, beside version 1), then version 1's processor controller.
 _MOUNTS = {"": ("/sys/fs/cgroup", "/sys/fs/cgroup/unified"), "cpu": ("/sys/fs/cgroup/cpu", "/sys/fs/cgroup/cpu,cpuacct")}
@@ -51,10 +54,19 @@ def _quota(read) -> float | None:
 
 
 def default_num_threads(environ=os.environ, read=lambda path: Path(path).read_text()) -> int:
-    """OMP_NUM_THREADS if it is set to a number; else the processors this process may run on, within its cgroups' quotas."""
+    """OMP_NUM_THREADS if it is a number of threads that can be set; else the processors this process may run on, within its cgroups'
+    quotas."""
     asked = environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    if asked.isdecimal() and int(asked) > 0:
+    if asked.isdecimal() and len(asked) < 20 and 0 < int(asked) <= MOST_THREADS:
         return int(asked)
+    n = _processors(read)
+    if asked:
+        told = asked if len(asked) < 40 else f"{asked[:20]}... ({len(asked)} characters)"
+        warnings.warn(f"OMP_NUM_THREADS: expected a number from 1 to {MOST_THREADS}, got {told!r}; mini_tfm uses {n} threads", stacklevel=2)
+    return n
+
+
+def _processors(read) -> int:
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _quota(read)
     return max(1, processors if quota is None else min(processors, round(quota)))

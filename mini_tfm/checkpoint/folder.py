@@ -17,10 +17,12 @@ from mini_tfm.files.reading import NamedFile, as_path, open_regular, read_all, r
 from mini_tfm.files.strict_json import MAX_JSON_BYTES, encode_json, parse_json_strict
 from mini_tfm.files.writing import Buffers
 
+from ..text import tokenizers
 from .safetensors import Entry, encode_safetensors, read_entries, read_tensors
 
 CONFIG_FILE = "config.json"
 TENSORS_FILE = "model.safetensors"
+TOKENIZER_FILES = (tokenizers.CONFIG_FILE, tokenizers.TOKENIZER_FILE)
 
 
 def save_folder(
@@ -44,7 +46,8 @@ def save_folder(
 
 
 class OpenFolder(contextlib.AbstractContextManager["OpenFolder"], os.PathLike):
-    """A model folder whose `config.json`, `model.safetensors` and `more` files are open, all of one save.
+    """A model folder whose `config.json`, `model.safetensors`, `more` files, and the tokenizer's if it has one, are open, all of
+    one save.
 
     `load_checkpoint` takes it in place of a path. Raises FileProblem when something is missing,
     unreadable or a link.
@@ -61,6 +64,13 @@ class OpenFolder(contextlib.AbstractContextManager["OpenFolder"], os.PathLike):
 
     def __fspath__(self) -> str:
         return self.path
+
+    def read_bytes(self, name: str, max_bytes: int) -> bytes | None:
+        """The content of an open file of at most `max_bytes` bytes, None if there is no such file. Raises what `read_bytes` does."""
+        if (file := self._files.get(name)) is None:
+            return None
+        file.seek(0)
+        return read_all(file, max_bytes)
 
     def read_json(self, name: str, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
         """The JSON object in an open file. Raises what `read_json_strict` does."""
@@ -93,13 +103,22 @@ class OpenFolder(contextlib.AbstractContextManager["OpenFolder"], os.PathLike):
             stack.callback(os.close, folder_fd)
             try:
                 with contextlib.ExitStack() as opening:
-                    self._files = {name: opening.enter_context(open_regular(self.path, name, folder_fd)) for name in names}
+                    found = [name for name in TOKENIZER_FILES if _is_there(name, folder_fd)]
+                    self._files = {name: opening.enter_context(open_regular(self.path, name, folder_fd)) for name in (*names, *found)}
                     self._close = opening.pop_all().close
             except FileProblem:
                 if _was_replaced(self.path, folder_fd):
                     return False
                 raise
         return True
+
+
+def _is_there(name: str, folder_fd: int) -> bool:
+    try:
+        os.stat(name, dir_fd=folder_fd, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _was_replaced(folder: str, folder_fd: int) -> bool:

@@ -32,7 +32,7 @@ MAX_STRING = 1 << 24
 # Type of a field -> struct's letter; 8 is a string, 9 an array.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 # Type of a tensor -> NumPy's, where it needs no unpacking.
-_PLAIN = {0: np.dtype("<f4"), 1: np.dtype("<f2"), 28: np.dtype("<f8"), 30: BFLOAT16}
+_PLAIN: dict[int, np.dtype] = {0: np.dtype("<f4"), 1: np.dtype("<f2"), 28: np.dtype("<f8"), 30: BFLOAT16}
 
 
 class Stored(NamedTuple):
@@ -258,7 +258,11 @@ class Tensors(Mapping[str, np.ndarray]):
         tensor = self.file.tensor(self._names[theirs])
         part = theirs.rpartition("self_attn.")[2]
         if self.about["model_type"] == "llama" and part.startswith(("q_proj", "k_proj")):
-            heads = self.about["num_attention_heads"] if part[0] == "q" else self.about.get("num_key_value_heads", self.about["num_attention_heads"])
+            heads = (
+                self.about["num_attention_heads"]
+                if part[0] == "q"
+                else self.about.get("num_key_value_heads", self.about["num_attention_heads"])
+            )
             # llama.cpp turns the pairs (2 i, 2 i + 1), everybody else (i, i + D / 2).
             pairs = tensor.reshape(heads, len(tensor) // heads // 2, 2, *tensor.shape[1:])
             return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(tensor.shape)

@@ -70,7 +70,11 @@ def _files(folder: str) -> list[str]:
     if INDEX in there:
         index = parse_json_strict(read_bytes(folder, MAX_JSON_BYTES, INDEX), os.path.join(folder, INDEX))
         parts = index.get("weight_map")
-        if not isinstance(parts, dict) or not parts or not all(isinstance(name, str) and os.path.basename(name) == name for name in parts.values()):
+        if (
+            not isinstance(parts, dict)
+            or not parts
+            or not all(isinstance(name, str) and os.path.basename(name) == name for name in parts.values())
+        ):
             raise InvalidValue(f"{os.path.join(folder, INDEX)}: field 'weight_map': expected names of files in this folder by tensor")
         names = sorted(set(parts.values()))
         if missing := [name for name in names if name not in there]:

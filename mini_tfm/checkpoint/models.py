@@ -16,11 +16,11 @@ from ..files.folders import write_folder
 from ..files.reading import as_path, read_bytes
 from ..files.strict_json import MAX_JSON_BYTES, parse_json_strict
 from ..text.gguf import tokenizer_of as gguf_tokenizer
-from ..text.tokenizers import Tokenizer, find_tokenizer, load_tokenizer
+from ..text.tokenizers import MAX_FILE_BYTES, Tokenizer, find_tokenizer, tokenizer_of
 from ..weights import Weight
 from . import gguf, hugging_face
 from .families import family_of, own, sources
-from .folder import CONFIG_FILE, TENSORS_FILE, OpenFolder, save_folder
+from .folder import CONFIG_FILE, TENSORS_FILE, TOKENIZER_FILES, OpenFolder, save_folder
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,9 @@ def _read_own(opened: OpenFolder, path: str) -> Contents:
     config = own.config_of(about, config_path)
     own.check_tensors(config, opened.read_entries(TENSORS_FILE), tensors_path)
     tensors = opened.read_tensors(TENSORS_FILE)
-    return Contents(config, tensors, _tokenizer_of(path), about.get("memory"), about.get("generation") or {})
+    first, second = (opened.read_bytes(name, MAX_FILE_BYTES) for name in TOKENIZER_FILES)
+    tokenizer = tokenizer_of(first, second, path) if first is not None or second is not None else None
+    return Contents(config, tensors, tokenizer, about.get("memory"), about.get("generation") or {})
 
 
 def _read_gguf(path: str) -> Contents:
@@ -119,8 +121,3 @@ def _read_gguf(path: str) -> Contents:
     sources.check_tensors(family, config, tensors.entries(), path)
     tokenizer = gguf_tokenizer(file.fields, path) if "tokenizer.ggml.model" in file.fields else None
     return Contents(config, sources.weights_of(family, config, tensors), tokenizer, None, {})
-
-
-def _tokenizer_of(folder: str) -> Tokenizer | None:
-    files = os.listdir(folder)
-    return load_tokenizer(folder) if "tokenizer.json" in files or "tokenizer_config.json" in files else None

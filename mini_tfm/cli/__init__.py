@@ -7,6 +7,7 @@
       -> results.py      shared by the two: options, the results folder, the table
     average.py           averages models of a run
     generate.py score.py embed.py read.py    commands that use a saved model
+      -> already_read.py     what a memory on disk has read
     plugins.py info.py   installed memories; versions, kernels, a model folder
     options.py           the fields of an options class as options of a command
     shared.py            for all commands: options, tables, JSON, files, Ctrl-C
@@ -18,6 +19,7 @@ imported, so that `--help` is quick.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -43,6 +45,25 @@ class CommandLine(click.Group):
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         return getattr(import_module("." + name, __name__), name) if name in COMMANDS else None
 
+    def main(self, *args: Any, **more: Any) -> Any:
+        _open_closed_streams()
+        return super().main(*args, **more)
+
+    def make_context(self, *args: Any, **more: Any) -> click.Context:
+        """`--help` is printed here, and may meet a closed pipe, too."""
+        try:
+            return super().make_context(*args, **more)
+        except KeyboardInterrupt:
+            _say("stopped")
+            sys.exit(INTERRUPTED)
+        except BrokenPipeError:
+            _nobody_reads()
+            sys.exit(PIPE_CLOSED)
+        except OSError as error:
+            _say(f"error: {error}")
+            _nobody_reads()
+            sys.exit(2)
+
     def invoke(self, context: click.Context) -> Any:
         try:
             with warnings.catch_warnings():
@@ -53,11 +74,10 @@ class CommandLine(click.Group):
                 sys.stdout.flush()
                 return result
         except KeyboardInterrupt as stop:
-            click.echo(("\n" if sys.stderr.isatty() else "") + f"stopped: {str(stop) or 'nothing was left half done'}", err=True)
+            _say(("\n" if sys.stderr.isatty() else "") + f"stopped: {str(stop) or 'nothing was left half done'}")
             context.exit(INTERRUPTED)
         except BrokenPipeError:
-            # Output that Python still buffers for the closed pipe must not fail at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _nobody_reads()
             context.exit(PIPE_CLOSED)
         except Exception as error:
             from ..errors import MiniTfmError
@@ -69,12 +89,44 @@ class CommandLine(click.Group):
 
                 traceback.print_exc()
             message = str(error) or ("not enough memory" if isinstance(error, MemoryError) else type(error).__name__)
-            click.echo("error: " + " ".join(message.splitlines()), err=True)
+            _say("error: " + " ".join(message.splitlines()))
+            if isinstance(error, OSError) and not isinstance(error, MiniTfmError):
+                _nobody_reads()  # it may be the output that failed, on a full disk
             context.exit(2)
 
 
 def _one_line(message: Warning | str, *place: Any, **more: Any) -> None:
-    click.echo("warning: " + " ".join(str(message).splitlines()), err=True)
+    _say("warning: " + " ".join(str(message).splitlines()))
+
+
+def _say(line: str) -> None:
+    """A line on standard error, if anybody listens: work is not lost because nobody does."""
+    with contextlib.suppress(OSError):
+        click.echo(line, err=True)
+
+
+def _open_closed_streams() -> None:
+    """A standard stream that is closed (`>&-`) becomes the null device, or the next file that is opened would be written to as if it
+    were the stream. `sys.stdin` stays None: see `stdin_text`."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115  # until the process ends
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+
+
+def _nobody_reads() -> None:
+    """What Python still buffers for a stream that failed must not fail again at exit."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _never_fail_at_a_letter() -> None:

@@ -11,6 +11,7 @@ import click
 
 from ..generate.options import GenerationOptions
 from ..progress import track
+from .already_read import read_once
 from .options import options_of
 from .shared import (
     Clock,
@@ -23,11 +24,11 @@ from .shared import (
     memory_option,
     none_of,
     note,
-    pieces_of,
     print_json,
     segment_option,
     stdin_text,
     total_bytes,
+    warn_if_untrained,
 )
 
 if TYPE_CHECKING:
@@ -37,7 +38,26 @@ if TYPE_CHECKING:
 @click.command(short_help="Continue a text, using a memory.")
 @folder_argument
 @click.argument("prompt", required=False)
-@click.option("--file", type=click.Path(path_type=Path), metavar="FILE", help="Read the prompt from this text file.")
+@click.option(
+    "--file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Read the prompt from this text file; with --out, a prompt from each line: of a .jsonl file a string, or an object's prompt.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write a line for each prompt of --file, in order; a .jsonl file gets objects, in any other line breaks become spaces.",
+)
+@click.option(
+    "--batch-tokens",
+    type=click.IntRange(1),
+    default=4096,
+    show_default=True,
+    metavar="TOKENS",
+    help="With --out: the most tokens computed at once, those of a prompt and those that it may get, for each beam or draw.",
+)
 @memory_option
 @click.option(
     "--read",
@@ -55,6 +75,8 @@ def generate(
     folder: Path,
     prompt: str | None,
     file: Path | None,
+    out: Path | None,
+    batch_tokens: int,
     memory: str,
     read_first: tuple[Path, ...],
     segment_length: int | None,
@@ -67,31 +89,81 @@ def generate(
     Prints only the new text, as it is generated. Lengths are in tokens. A prompt longer than a segment is first read into
     a copy of the memory. A memory on disk keeps the files given with --read.
 
+    With --out every line of --file is a prompt. The same command goes on where it was stopped, by Ctrl-C or a crash. Under
+    mpirun each process takes its share of the lines.
+
     \b
     Examples:
       mini-tfm generate model "The import statement" --do-sample --top-p 0.9
       mini-tfm generate model "In short:" --memory store:path=notes.mdb --read notes.txt
       mini-tfm generate model < prompt.txt
+      mini-tfm generate model --file sources.txt --out targets.txt --num-beams 4
+      mpirun -n 4 mini-tfm generate model --file prompts.jsonl --out texts.jsonl
     """
     from ..pipeline import Pipeline
 
-    GenerationOptions.of(options)  # report faults before anything is loaded
+    chosen = GenerationOptions.of(options)  # report faults before anything is loaded
+    if chosen.seed is not None and not chosen.do_sample:
+        raise click.UsageError("--seed: nothing is drawn; add --do-sample")
     if prompt is not None and file is not None:
         raise click.UsageError("give PROMPT or --file, not both")
+    if out is not None and file is None:
+        raise click.UsageError("--out needs --file: a prompt a line")
     check_files([*read_first, *([file] if file else [])])
+    if file is not None and out is not None:
+        _generate_file(folder, file, out, batch_tokens, memory, read_first, segment_length, as_json, options)
+        return
     pipe = Pipeline.load(folder, memory=none_of(memory), segment_length=segment_length)
+    warn_if_untrained(folder, pipe, memory)
     text = _prompt(prompt, file)
     n_read, clock = _read(pipe, read_first), Clock()
+    about = {"memory": memory_named(pipe), "tokens_read": n_read, "options": options}
+    if options["num_return_sequences"] > 1:
+        texts = pipe.generate(text, **options)
+        if as_json:
+            print_json({"prompt": text, "texts": texts, "seconds": clock.seconds, **about})
+            return
+        for each in texts:
+            click.echo(each, nl=not each.endswith("\n"))
+        return
     pieces = pipe.generate(text, stream=True, **options)
     if not (no_stream or as_json):
         _print_stream(pieces)
         return
     whole = "".join(track(pieces, "writing", options["max_new_tokens"], "pieces"))
     if as_json:
-        answer = {"prompt": text, "text": whole, "memory": memory_named(pipe), "tokens_read": n_read, "seconds": clock.seconds}
-        print_json({**answer, "options": options})
+        print_json({"prompt": text, "text": whole, "seconds": clock.seconds, **about})
     else:
         click.echo(whole, nl=not whole.endswith("\n"))
+
+
+def _generate_file(
+    folder: Path,
+    file: Path,
+    out: Path,
+    batch_tokens: int,
+    memory: str,
+    read_first: tuple[Path, ...],
+    segment_length: int | None,
+    as_json: bool,
+    options: dict[str, Any],
+) -> None:
+    from ..pipeline import Pipeline
+    from .generating import generate_file
+    from .training import ranks_of_command
+
+    ranks = ranks_of_command()
+    with ranks.together():
+        if read_first and ranks.size > 1:
+            raise click.UsageError("--read fills one memory: read first, with `mini-tfm read`, then start several processes")
+        pipe = Pipeline.load(folder, memory=none_of(memory), segment_length=segment_length)
+        n_read = _read(pipe, read_first)
+        about = {"memory": memory_named(pipe), "tokens_read": n_read, "segment_length": pipe.segment_length}
+        done = generate_file(pipe, file, out, batch_tokens, options, {"model": pipe.model.fingerprint(), **about}, ranks)
+        if as_json:
+            print_json({"out": str(out), **done, **about, "options": options})
+        else:
+            note(f"{count(done['lines'])} lines in {out}")
 
 
 def _read(pipe: Pipeline, files: tuple[Path, ...]) -> int:
@@ -101,7 +173,7 @@ def _read(pipe: Pipeline, files: tuple[Path, ...]) -> int:
     n_read, clock = 0, Clock()
     with Reading("reading", total_bytes(files)) as reading:
         for path in files:
-            n_read += pipe.read(reading.through(pieces_of(path)))
+            n_read += read_once(pipe, path, reading)[0]
     note(f"read {count(n_read)} tokens into the memory ({count(n_read / clock.seconds)} tokens/s)")
     return n_read
 
@@ -124,6 +196,6 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
         from ..text.files import read_text
 
         return read_text(file)
-    if prompt is None and sys.stdin.isatty():
+    if prompt is None and (sys.stdin is None or sys.stdin.isatty()):
         raise click.UsageError("no prompt: give PROMPT, --file FILE, or text on standard input")
     return stdin_text()

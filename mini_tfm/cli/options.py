@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,6 +40,9 @@ def values_of(kind: type, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _attributes(field: dataclasses.Field, limits: About, keeps: bool) -> dict[str, Any]:
     default = field.default
+    if limits.read is not None:
+        read = _read_by_itself(str(field.type))
+        return {**read, "metavar": limits.unit, "help": limits.help + (" Can be repeated." if "multiple" in read else "")}
     if kinds(field)[0] == "bool":
         return {"is_flag": True, "default": None if keeps else default, "help": limits.help}
     return {
@@ -48,6 +52,28 @@ def _attributes(field: dataclasses.Field, limits: About, keeps: bool) -> dict[st
         "metavar": limits.unit,
         "help": limits.help,
     }
+
+
+def _read_by_itself(kind: str) -> dict[str, Any]:
+    """Of a field that has a way to be read: several values, lists as JSON, or "true", "false" or a word."""
+    if kind.startswith("bool"):
+        words = {"false": False, "true": True}
+        read = lambda context, parameter, value: words.get(value, value)  # noqa: E731
+        return {"type": click.Choice([*words, "never"]), "default": "false", "show_default": True, "callback": read}
+    if kind.startswith("tuple[tuple"):
+        return {"type": _Json()}
+    several = lambda context, parameter, value: list(value) or None  # noqa: E731
+    return {"type": int if kind.startswith("tuple[int") else str, "multiple": True, "callback": several}
+
+
+class _Json(click.ParamType):
+    name = "json"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        try:
+            return json.loads(value) if isinstance(value, str) else value
+        except ValueError as error:
+            self.fail(f"expected JSON, such as [[3], [4, 5]]: {error}", parameter, context)
 
 
 def _type(field: dataclasses.Field, limits: About) -> Any:

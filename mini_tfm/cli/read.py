@@ -8,25 +8,25 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import InvalidValue
+from .already_read import read_once
 from .shared import (
     Clock,
     Reading,
     check_files,
     command_line,
     count,
-    files_argument,
     folder_argument,
     json_option,
     memory_named,
     memory_option,
     none_of,
     note,
-    pieces_of,
     print_json,
     print_table,
     segment_option,
     size,
     total_bytes,
+    warn_if_untrained,
 )
 
 if TYPE_CHECKING:
@@ -36,16 +36,20 @@ if TYPE_CHECKING:
 
 @click.command(short_help="Read text files into a memory on disk.")
 @folder_argument
-@files_argument
+@click.argument("files", nargs=-1, metavar="FILE...", type=click.Path(path_type=Path, allow_dash=True))
 @memory_option
 @click.option("--reset", metavar="DOCUMENT", help="First delete this document from the memory.")
+@click.option("--compact", is_flag=True, help="At the end, give back the space of deleted documents. FILEs may be left out.")
 @segment_option
 @json_option
-def read(folder: Path, files: tuple[Path, ...], memory: str, reset: str | None, segment_length: int | None, as_json: bool) -> None:
+def read(
+    folder: Path, files: tuple[Path, ...], memory: str, reset: str | None, compact: bool, segment_length: int | None, as_json: bool
+) -> None:
     """Reads FILEs (- is standard input) of any length through the model in FOLDER into a memory on disk.
 
-    RAM use is bounded. Prints bytes, tokens, tokens/s and rows (the vectors that the memory keeps). To use the text later, run
-    generate or score with the same --memory, in any process.
+    RAM use is bounded. A text is read into a memory once, known by its content; a reading that was interrupted goes on. Prints
+    bytes, tokens, tokens/s and rows (the vectors that the memory keeps). To use the text later, run generate or score with the
+    same --memory, in any process.
 
     \b
     Example:
@@ -54,9 +58,12 @@ def read(folder: Path, files: tuple[Path, ...], memory: str, reset: str | None, 
     """
     from ..pipeline import Pipeline
 
+    if not files and not compact:
+        raise click.MissingParameter(param_type="argument", param_hint="'FILE...'")
     check_files(files)
     pipe = Pipeline.load(folder, memory=none_of(memory), segment_length=segment_length)
     on_disk = _durable(pipe.memory)
+    warn_if_untrained(folder, pipe, memory)
     if reset is not None:
         _reset(pipe, on_disk, reset)
     before = on_disk.documents()
@@ -64,17 +71,21 @@ def read(folder: Path, files: tuple[Path, ...], memory: str, reset: str | None, 
     try:
         _read(pipe, files, done)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"{_contents(on_disk)}; {len(done)} of {len(files)} files were read completely") from None
+        read_now = f"{len(done)} of {len(files)} files were read completely"
+        raise KeyboardInterrupt(f"{_contents(on_disk)}; {read_now}; the same command goes on from there") from None
     except Exception:
         if done:
             note(f"read before the error: {', '.join(each['file'] for each in done)}; {_contents(on_disk)}")
         raise
-    documents = on_disk.documents()
+    documents, sizes = on_disk.documents(), on_disk.compact() if compact else None
     if as_json:
         new = sum(documents.values()) - sum(before.values())
-        print_json({"model": str(folder), "memory": memory_named(pipe), "files": done, "documents": documents, "new_rows": new})
+        about = {"model": str(folder), "memory": memory_named(pipe), "files": done, "documents": documents, "new_rows": new}
+        print_json(about if sizes is None else {**about, "bytes_before": sizes[0], "bytes_after": sizes[1]})
         return
     _print(done, documents, before)
+    if sizes is not None:
+        click.echo(f"compacted from {size(sizes[0])} to {size(sizes[1])}")
     note("\nTry next:\n  " + command_line("generate", folder, "In short,", "--memory", memory_named(pipe)))
 
 
@@ -83,13 +94,21 @@ def _read(pipe: Pipeline, files: tuple[Path, ...], done: list[dict[str, Any]]) -
     with Reading("reading", total_bytes(files)) as reading:
         for path in files:
             clock, bytes_before = Clock(), reading.bytes
-            tokens = pipe.read(reading.through(pieces_of(path)))
-            figures = {"file": str(path), "bytes": reading.bytes - bytes_before, "tokens": tokens}
+            tokens, before = read_once(pipe, path, reading)
+            figures = {"file": str(path), "bytes": reading.bytes - bytes_before, "tokens": tokens, "tokens_read_before": before}
             done.append({**figures, "seconds": clock.seconds, "tokens_per_second": tokens / clock.seconds})
     pipe.close()
 
 
 def _print(done: list[dict[str, Any]], documents: dict[str, int], before: dict[str, int]) -> None:
+    if done:
+        _print_files(done)
+    for name, rows in documents.items():
+        gained = rows - before.get(name, 0)
+        click.echo(f"document {name!r}: {count(rows)} rows" + (f", {count(gained)} of them new" if gained else ""))
+
+
+def _print_files(done: list[dict[str, Any]]) -> None:
     print_table(
         [("file", "left"), ("size", "right"), ("tokens", "right"), ("time (s)", "right"), ("tokens/s", "right")],
         [
@@ -97,9 +116,6 @@ def _print(done: list[dict[str, Any]], documents: dict[str, int], before: dict[s
             for each in done
         ],
     )
-    for name, rows in documents.items():
-        gained = rows - before.get(name, 0)
-        click.echo(f"document {name!r}: {count(rows)} rows" + (f", {count(gained)} of them new" if gained else ""))
 
 
 def _reset(pipe: Pipeline, memory: Memory, document: str) -> None:

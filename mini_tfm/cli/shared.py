@@ -11,7 +11,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,31 @@ def memory_named(pipe: Pipeline) -> str:
     return "none" if pipe.memory is None else pipe.memory.text or pipe.memory.name
 
 
+def warn_if_untrained(folder: Path, pipe: Pipeline, memory: str) -> None:
+    """Warns where the model has never met such a memory as --memory gives it, with the command that trains one."""
+    if memory in ("saved", "none"):
+        return
+    from ..memory.run import memory_parameters
+    from ..transformer import load_checkpoint
+
+    saved = load_checkpoint(folder)
+    if new := sorted(set(memory_parameters(pipe.memory, pipe.model.config, pipe.model.dtype)) - set(saved.model.weights)):
+        told = f"its parameters ({new[0]}) are random here"
+    elif other := sorted(_names(memory) - _names(saved.memory_text)):
+        told = f"it has not learned to use {' and '.join(other)}"
+    else:
+        return
+    again = command_line("train", "--memory", memory, "--out", "NEW")
+    warnings.warn(f"--memory: {folder} was trained with {saved.memory_text or 'none'}, and {told}; {again} trains one", stacklevel=2)
+
+
+def _names(memory: str | None) -> set[str]:
+    """The names of the strategies in a memory's text."""
+    from ..memory.text import members_of
+
+    return {member.partition(":")[0].strip() for member in members_of(memory)} if memory else set()
+
+
 # Answers
 
 
@@ -76,15 +102,19 @@ def plain(value: Any) -> Any:
 
 
 def print_table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[str]], *, title: str | None = None, err: bool = False) -> None:
-    """Rows of text under (heading, "left" or "right") columns."""
+    """Rows of text under (heading, "left" or "right") columns; where they are wider than the terminal, a line a figure."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    class Plain(Console):
+        def on_broken_pipe(self) -> None:
+            raise  # the BrokenPipeError that it is called for: the command line has one exit code for all
+
     stream = sys.stderr if err else sys.stdout
     watched = stream.isatty()
-    console = Console(file=stream, force_terminal=watched, width=None if watched else WIDTH, highlight=False, emoji=False)
+    console = Plain(file=stream, force_terminal=watched, width=None if watched else WIDTH, highlight=False, emoji=False)
     table = Table(
         box=box.SIMPLE_HEAD,
         title=title,
@@ -99,14 +129,44 @@ def print_table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[str]
     for heading, side in columns:  # where it is too wide, words fold and numbers do not
         shown = Text("\n" * (lines - heading.count("\n")) + heading)
         table.add_column(shown, justify=side, overflow="fold", no_wrap=side == "right")  # type: ignore[arg-type]
-    for row in rows:
+    cells = [list(row) for row in rows]
+    if _width_of(columns, cells) > console.width:
+        _print_lines(console, columns, cells, title)
+        return
+    for row in cells:
         table.add_row(*(Text(cell) for cell in row))
     console.print(table)
 
 
+def _width_of(columns: Sequence[tuple[str, str]], rows: list[list[str]]) -> int:
+    """The least width of a table that breaks no word and no number."""
+    total = 0
+    for number, (heading, side) in enumerate(columns):
+        lines = [*heading.splitlines(), *(row[number] for row in rows)]
+        words = lines if side == "right" else [word for line in lines for word in line.split()]
+        total += max(map(len, words), default=0) + 2
+    return total
+
+
+def _print_lines(console: Any, columns: Sequence[tuple[str, str]], rows: list[list[str]], title: str | None) -> None:
+    """A row as its first cell, and below it a line for each of the others."""
+    from rich.text import Text
+
+    names = [" ".join(heading.split()) for heading, _ in columns]
+    width = max(map(len, names), default=0)
+    for line in [title] if title else []:
+        console.print(Text(line, style="bold"), soft_wrap=True)
+    for row in rows:
+        console.print(Text(row[0], style="bold"), soft_wrap=True)
+        for name, cell in zip(names[1:], row[1:], strict=True):
+            if cell:
+                console.print(Text(f"  {name:{width}}  {cell}"), soft_wrap=True)
+
+
 def note(text: str) -> None:
-    """Prints a line on standard error, for a human reader."""
-    click.echo(text, err=True)
+    """Prints a line on standard error, for a human reader; work goes on where nobody reads."""
+    with contextlib.suppress(OSError):
+        click.echo(text, err=True)
 
 
 def count(n: float) -> str:
@@ -161,12 +221,17 @@ def pieces_of(path: Path) -> Iterator[str]:
 
 
 def stdin_text() -> str:
-    """All of standard input. Raises InvalidValue if it is not UTF-8."""
-    data = sys.stdin.buffer.read()
+    """All of standard input. Raises InvalidValue if it is closed or not UTF-8."""
+    if sys.stdin is None:
+        raise InvalidValue("standard input: expected text, it is closed")
+    return _decoded(sys.stdin.buffer.read(), "standard input")
+
+
+def _decoded(data: bytes, source: str) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InvalidValue(f"standard input: expected UTF-8, found something else at byte {error.start} ({error.reason})") from error
+        raise InvalidValue(f"{source}: expected UTF-8, found something else at byte {error.start} ({error.reason})") from error
 
 
 class Reading:
@@ -194,17 +259,32 @@ class Reading:
             self._advance(n)
 
 
-def read_documents(files: Sequence[Path], parts: bool = True) -> tuple[str, dict[str, str]]:
+def is_piped(path: Path) -> bool:
+    """Whether text can be read from it once only: standard input, or a pipe such as <(zcat book.gz) of a shell."""
+    return str(path) == "-" or path.is_fifo()
+
+
+def piped_text(path: Path) -> str:
+    """All of standard input or of a pipe. Raises InvalidValue if it is closed, empty or not UTF-8."""
+    text = stdin_text() if str(path) == "-" else _decoded(path.read_bytes(), str(path))
+    if not text:
+        raise InvalidValue(f"{'standard input' if str(path) == '-' else path}: expected text, it is empty")
+    return text
+
+
+def read_documents(files: Sequence[Path], parts: bool = True, piped: Mapping[str, str] | None = None) -> tuple[str, dict[str, str]]:
     """(a name for all of them, documents by name) from text files; without files, Python's own documentation.
 
-    parts: fewer than ten files are cut into parts, because whole documents are held out of training.
+    parts: fewer than ten files are cut into parts, because whole documents are held out of training. piped: texts of `files` that are
+    at hand already.
     """
     from ..text.documents import in_parts, python_topics
     from ..text.files import read_text
 
     if not files:
         return f"documentation of Python {sys.version_info.major}.{sys.version_info.minor} (pydoc_data.topics)", python_topics()
-    texts = {str(path): read_text(path) for path in dict.fromkeys(files)}
+    piped = piped or {}
+    texts = {str(path): piped[str(path)] if str(path) in piped else read_text(path) for path in dict.fromkeys(files)}
     name = f"{len(texts)} files" if len(texts) > 1 else next(iter(texts))
     if not parts:
         return name, texts

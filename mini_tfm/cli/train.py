@@ -33,8 +33,8 @@ _FREE_ON_RESUME = (
     multiple=True,
     metavar="FILE...",
     type=click.Path(path_type=Path),
-    help="Text files (UTF-8). .jsonl: one object per line; .tsv: source and target; any other: one document per file. Default:"
-    " Python's own documentation.",
+    help="Text files (UTF-8; - is standard input). .jsonl: one object per line; .tsv: source and target; any other: one document"
+    " per file. Default: Python's own documentation.",
 )
 @click.option(
     "--documents",

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,17 @@ from ..errors import FileProblem, InvalidValue, MiniTfmError
 from ..train.options import FitOptions, TrainerOptions
 from .options import values_of
 from .shared import Clock, check_out, command_line, count, duration, interrupt_between_steps, none_of, note, print_json, print_table
-from .training_data import DATA_FILE, Sources, TrainingData, describe_data, has_lines, n_sentinels, read_about, resolve_objective
+from .training_data import (
+    DATA_FILE,
+    Sources,
+    TrainingData,
+    describe_data,
+    has_lines,
+    n_sentinels,
+    read_about,
+    resolve_objective,
+    take_piped,
+)
 
 if TYPE_CHECKING:
     from ..train import Trainer
@@ -63,8 +74,9 @@ def new_run(out: Path, options: dict[str, Any], shape: dict[str, Any], ranks: Al
     shape = {**shape, "segment_length": options["segment_length"]}
     has_encoder = Config(vocab_size=ByteTokenizer.vocab_size, **shape).has_encoder
     trainer_options = _trainer_options(options)
+    piped = take_piped(options, out)
     about, objectives = describe_data(options)
-    sources = Sources(about)
+    sources = Sources(about, piped)
     about["objective"] = resolve_objective(objectives, sources.kinds, has_encoder)
     about["fingerprint"] = sources.fingerprint()
     tokenizer = ByteTokenizer() if options["tokenizer"] == "bytes" else sources.train_tokenizer(options["vocab_size"])
@@ -147,6 +159,8 @@ def fit(trainer: Trainer, data: TrainingData, out: Path, options: dict[str, Any]
     note(f"model: {count(trainer.model.n_parameters)} parameters; memory: {_memory_of(trainer) or 'none'}; to be saved in {out}{parts}")
     if new and ranks.rank == 0:
         _refuse_a_model(out)  # it may have come while the text was read
+    if ranks.size == 1 and data.held_out and trainer.step_count < (steps or 0):
+        _settle_threads(trainer, data)
     pace = Pace(trainer)
     try:
         _fit(trainer, data, out, options, pace)
@@ -171,6 +185,32 @@ def fit(trainer: Trainer, data: TrainingData, out: Path, options: dict[str, Any]
             _print_result(result, trainer, data)
 
 
+def _settle_threads(trainer: Trainer, data: TrainingData) -> None:
+    """Uses one thread where several are slower, as they are on a machine that others keep busy. Results do not depend on it."""
+    from ..kernels import get_num_threads, set_num_threads
+
+    def seconds_with(n: int) -> float:
+        set_num_threads(n)
+        clock = Clock()
+        trainer.evaluate(data.held_out[0])
+        return clock.seconds
+
+    many = get_num_threads()
+    if many == 1:
+        return
+    seconds_with(many)  # the first call sets up what the others find
+    best = faster_threads(seconds_with, many)
+    set_num_threads(best)
+    if best < many:
+        note(f"threads: {best}, because {many} are slower now; is the machine busy?")
+
+
+def faster_threads(seconds_with: Callable[[int], float], many: int, times: int = 3) -> int:
+    """1 if that takes clearly less time than `many` threads, else `many`; the best of some tries in turn, as noise only adds."""
+    tries = [(seconds_with(many), seconds_with(1)) for _ in range(times)]
+    return 1 if min(one for _, one in tries) < 0.9 * min(all_of_them for all_of_them, _ in tries) else many
+
+
 def _fit(trainer: Trainer, data: TrainingData, out: Path, options: dict[str, Any], pace: Pace) -> None:
     from ..files.folders import write_folder
     from ..train.parallel import StoppedTogether
@@ -186,7 +226,8 @@ def _fit(trainer: Trainer, data: TrainingData, out: Path, options: dict[str, Any
 
         ranks.wait()  # every rank has read the folder
         if ranks.rank == 0:
-            write_folder(out, {DATA_FILE: json.dumps(data.about, indent=2).encode()})
+            texts = {Path(path).name: text.encode() for path, text in data.piped.items()}
+            write_folder(out, {**texts, DATA_FILE: json.dumps(data.about, indent=2).encode()})
         fit_options = values_of(FitOptions, options)
         fit_options["save_every"] = fit_options["save_every"] or trainer.fit_options.save_every or SAVE_EVERY
         try:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import FileProblem, InvalidValue
-from .shared import count, note, read_documents
+from .shared import count, is_piped, note, piped_text, read_documents
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..train.parallel import Alone
 
 DATA_FILE = "training_data.json"  # in the folder of a run: describes its data, for --resume
+PIPED = "text"  # text-1.txt: what came through a pipe
 HELD_OUT = 0.1  # of the text
 VALIDATION_BATCHES = 4  # of each objective
 TOKENIZER_CHARACTERS = 1 << 26  # enough to train a tokenizer; files that are read whole are used completely
@@ -90,19 +91,36 @@ def describe_data(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, fl
     return about, objectives
 
 
+def take_piped(options: dict[str, Any], out: Path) -> dict[str, str]:
+    """Reads standard input and pipes among --text: in their place come files of the run's folder, by path, so that it can be resumed."""
+    piped: dict[str, str] = {}
+    for name in ("files", "more_files"):
+        paths = []
+        for path in options[name]:
+            if is_piped(path):
+                if options["cache"] is not None or options["documents"] != "file":
+                    raise InvalidValue(f"--text: {path} is read as one document; with --cache or --documents line, give a file")
+                text, path = piped_text(path), out.resolve() / f"{PIPED}-{len(piped) + 1}.txt"
+                piped[str(path)] = text
+            paths.append(path)
+        options[name] = tuple(paths)
+    return piped
+
+
 class Sources:
     """The files of a run. Plain text files without a cache, and Python's documentation, are read whole; all others in pieces."""
 
-    def __init__(self, about: dict[str, Any]):
+    def __init__(self, about: dict[str, Any], piped: Mapping[str, str] | None = None):
+        """piped: the texts of files that are not written yet."""
         from ..data import TextFiles
 
-        self.about = about
+        self.about, self.piped = about, dict(piped or {})
         paths = [Path(path) for path in about["files"]]
         self.texts: dict[str, str] | None = None
         self.files: dict[str, TextFiles] = {}
         plain = about["cache"] is None and about["documents"] == "file" and not any(has_lines(path) for path in paths)
         if plain:
-            self.name, self.texts = read_documents(paths)
+            self.name, self.texts = read_documents(paths, piped=self.piped)
             self.kinds = {"texts"}
             return
         if not paths:
@@ -185,6 +203,7 @@ class TrainingData:
         from ..train.backpropagation import counts_of
 
         self.about, self.tokenizer, self.config = sources.about, tokenizer, config
+        self.piped = sources.piped
         corpora = sources.corpora(tokenizer, ranks, overwrite)
         for kind, (train, held_out) in corpora.items():
             note(

@@ -6,13 +6,13 @@ import math
 import numbers
 from typing import Any
 
-from ..errors import InvalidValue
+from ..errors import InvalidValue, shown
 
 
 def integers(least: int = 1, **values: Any) -> list[int]:
     """The values as int. Raises one InvalidValue that names every value that is no integer, or below `least`."""
     faults = [
-        f"{name}: expected an integer of at least {least}, got {value!r}"
+        f"{name}: expected an integer of at least {least}, got {shown(value)}"
         for name, value in values.items()
         if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least
     ]

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import stat
 
 from mini_tfm.errors import FileProblem, InvalidType, InvalidValue
@@ -27,13 +28,18 @@ def open_regular(path: str | os.PathLike, name: str | None = None, folder_fd: in
     """Open a regular file for reading: a device, a FIFO or a folder is refused, and never waited for.
 
     With `name`, opens that entry of the folder `path` (through `folder_fd` if given) and refuses a link, which could
-    lead out of the folder. Raises FileProblem.
+    lead out of the folder; only a link of Hugging Face's cache is followed, see `_open_in_cache`. Raises FileProblem.
     """
     path = as_path(path)
     shown = os.path.join(path, name) if name else path
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (os.O_NOFOLLOW if name else 0)
     try:
-        fd = os.open(shown if name is None or folder_fd is None else name, flags, dir_fd=folder_fd)
+        try:
+            fd = os.open(shown if name is None or folder_fd is None else name, flags, dir_fd=folder_fd)
+        except OSError as error:
+            if name is None or error.errno != errno.ELOOP:
+                raise
+            fd = _open_in_cache(path, name, flags)
     except FileNotFoundError as error:
         raise FileProblem(f"{shown}: there is no such file; check the path") from error
     except (OSError, ValueError) as error:
@@ -44,6 +50,27 @@ def open_regular(path: str | os.PathLike, name: str | None = None, folder_fd: in
         os.close(fd)
         raise FileProblem(f"{shown}: expected a regular file, found a folder, a device or a pipe")
     return NamedFile(fd, shown)
+
+
+def _open_in_cache(folder: str, name: str, flags: int) -> int:
+    """The file behind a link of Hugging Face's cache: models--org--name/snapshots/<revision>/<name> -> ../../blobs/<hash>.
+
+    The target must be an entry of the same model's blobs, and itself no link. Raises OSError, ELOOP for any other link.
+    """
+    snapshot = os.path.realpath(folder)
+    snapshots, revision = os.path.split(snapshot)
+    root = os.path.dirname(snapshots)
+    blobs = os.path.join(root, "blobs")
+    target = os.path.join(snapshot, os.readlink(os.path.join(snapshot, name)))
+    parent, blob = os.path.split(os.path.normpath(target))
+    is_cache = revision and os.path.basename(snapshots) == "snapshots" and os.path.basename(root).startswith("models--")
+    if not is_cache or parent != blobs or not re.fullmatch(r"[0-9A-Za-z][0-9A-Za-z._-]*", blob):
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), target)
+    blobs_fd = os.open(blobs, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        return os.open(blob, flags, dir_fd=blobs_fd)
+    finally:
+        os.close(blobs_fd)
 
 
 def as_path(path: str | os.PathLike) -> str:

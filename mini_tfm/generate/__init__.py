@@ -1,24 +1,32 @@
 """Generation: one token at a time, with a cache of keys and values.
 
-batch.py       token ids in, token ids out
-options.py     how tokens are chosen, when to stop: names and meanings of Hugging Face's `generate`
-segments.py    a text longer than a segment: the next one begins in time
-search.py      which tokens a session goes on with: greedy, or drawn
-  session.py   a decoding session: streams in, out, reordered, joined
-    cache.py   keys and values of what was decoded
-  sampling.py  from scores to one token: a processor a class
+batch.py          token ids in, token ids out
+segments.py       a text longer than a segment: the next one begins in time
+options.py        how tokens are chosen, when to stop: names and meanings of Hugging Face's `generate`
+  rules.py        what the options mean for one search: processors in their order, ends
+    penalties.py  what may be said, and what costs something: a processor a class
+    regex.py      text that matches a regular expression
+    sampling.py   from scores to a draw: a processor a class
+    stops.py      stop strings, functions of a user
+search.py         which tokens a session goes on with: the best, or drawn
+  beams.py        beam search
+  scores.py       log-probabilities, and the best of them
+  results.py      what a search has found
+  session.py      a decoding session: streams in, out, reordered, joined
+    cache.py      keys and values of what was decoded
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-_WHERE = {"GenerationOptions": ".options", "Session": ".session", "generate": ".batch"}
+_WHERE = {"Generated": ".results", "GenerationOptions": ".options", "Session": ".session", "generate": ".batch"}
 
-__all__ = ["GenerationOptions", "Session", "generate"]
+__all__ = ["Generated", "GenerationOptions", "Session", "generate"]
 
 if TYPE_CHECKING:
     from .batch import generate
     from .options import GenerationOptions
+    from .results import Generated
     from .session import Session
 
 

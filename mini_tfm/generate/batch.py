@@ -2,45 +2,84 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 
+from ..attention import Encoded
+from ..errors import InvalidType, InvalidValue
 from ..model import Model
 from ..stream import Stream
 from ..tokens import check_tokens
 from .options import GenerationOptions
+from .results import Generated, Hypothesis
+from .rules import deadline_of
+from .search import found_by
 from .segments import check_length, in_segments, segment_limit
 
 
-def generate(model: Model, source: Any, lengths: Any = None, **options: Any) -> list[list[int]]:
+def generate(model: Model, source: Any = None, lengths: Any = None, *, encoder_outputs: Any = None, **options: Any) -> Any:
     """Token ids for each row of source (B, S), ragged by `lengths` (B,): B lists, without the eos.
 
     For an encoder-decoder the source is what the encoder reads, for a decoder-only model the prompt, which bos precedes unless its
-    tokenizer frames a text (`Config.framed_by_tokenizer`). A model that was trained on segments reads a prompt, and makes what is
-    longer than one, segment by segment; another one ends where its context does. Options: see `GenerationOptions`.
+    tokenizer frames a text (`Config.framed_by_tokenizer`). With
+    num_return_sequences above 1: B lists of lists, best first; with output_scores=True: a `Generated`. encoder_outputs (B, S, d):
+    in place of a source, what `model.encode` has made of it. A model that was trained on segments reads a prompt, and makes what is
+    longer than one, segment by segment; a published one ends where its context does. Options: see `GenerationOptions`.
     """
     chosen = GenerationOptions.of({**model.generation, **options})
     model.needs("decoder")
-    source, lengths = check_tokens("source", source, model.config.vocab_size, lengths)
-    results: list[list[int]] = [[] for _ in range(len(source))]
-    if model.config.has_encoder:
+    config, encoded = model.config, None
+    if encoder_outputs is not None:
+        if source is not None:
+            raise InvalidValue("source: expected None beside encoder_outputs, which stand for it")
+        encoded, lengths = _encoded(model, encoder_outputs, lengths)
+        source = np.zeros(encoded.hidden.shape[:2], np.int64)
+    source, lengths = check_tokens("source", source, config.vocab_size, lengths)
+    results: list[list[Hypothesis]] = [[] for _ in range(len(source))]
+    if config.has_encoder:
         groups = [np.arange(len(source))]
     else:  # prompts of one length at a time
         groups = [np.flatnonzero(lengths == n) for n in np.unique(lengths)]
+    deadline = deadline_of(chosen)
     for rows in groups:
         if not len(rows):
             continue
-        stream, begun = Stream(model, None, len(rows)), source[rows]
-        limit = segment_limit(model.config, model.config.segment_length)
-        if not model.config.has_encoder:
+        stream, begun, limit = Stream(model, None, len(rows)), source[rows], segment_limit(config, config.segment_length)
+        if not config.has_encoder:
             begun = stream.begin(begun[:, : lengths[rows[0]]])
         check_length(stream, begun.shape[1], limit)
-        if not model.config.has_encoder:
-            while limit is not None and begun.shape[1] >= limit:
-                stream.read(begun[:, :limit], np.full(len(rows), limit))
-                begun = begun[:, limit:]
-        for step in in_segments(stream, begun, lengths[rows], chosen, limit, rows=rows):
-            for row in np.flatnonzero(step >= 0):
-                results[rows[row]].append(int(step[row]))
-    return results
+        part = _counting_new_tokens(chosen, 1 + (0 if config.has_encoder else begun.shape[1]))
+        while not config.has_encoder and limit is not None and begun.shape[1] >= limit:
+            stream.read(begun[:, :limit], np.full(len(rows), limit))
+            begun = begun[:, limit:]
+        steps = in_segments(stream, begun, lengths[rows], part, limit, rows=rows, deadline=deadline, encoded=encoded)
+        for row, found in zip(rows, found_by(steps), strict=True):
+            results[row] = found
+    if chosen.output_scores:
+        return Generated.of(results, chosen)
+    return [[one.ids for one in found] if chosen.num_return_sequences > 1 else found[0].ids for found in results]
+
+
+def _counting_new_tokens(options: GenerationOptions, n_prompt: int) -> GenerationOptions:
+    """The options without max_length and min_length, which count the prompt, too."""
+    most, least = options.max_new_tokens, max(options.min_new_tokens, options.min_length - n_prompt)
+    if options.max_length is not None:
+        most = options.max_length - n_prompt
+    if most < 0:
+        raise InvalidValue(f"generate: max_length: expected at least the prompt's {n_prompt} tokens, got {options.max_length}")
+    return dataclasses.replace(options, max_new_tokens=most, min_new_tokens=min(least, most), max_length=None, min_length=0)
+
+
+def _encoded(model: Model, outputs: Any, lengths: Any) -> tuple[Encoded, np.ndarray]:
+    model.needs("encoder")
+    hidden = np.asarray(outputs)
+    if hidden.dtype.kind != "f":
+        raise InvalidType(f"encoder_outputs: expected floats, got {hidden.dtype}")
+    if hidden.ndim != 3 or hidden.shape[2] != model.config.d_model:
+        raise InvalidValue(f"encoder_outputs: expected shape (batch, source, {model.config.d_model}), got {hidden.shape}")
+    if not np.isfinite(hidden).all():
+        raise InvalidValue("encoder_outputs: expected finite numbers, got NaN or infinity")
+    _, lengths = check_tokens("encoder_outputs", np.zeros(hidden.shape[:2], np.int64), 1, lengths)
+    return Encoded(hidden.astype(model.dtype), np.arange(hidden.shape[1]) < lengths[:, None], 0), lengths

@@ -76,10 +76,11 @@ class KVCache:
 
     # Rows of the batch
 
-    def reorder(self, index: np.ndarray) -> None:
-        """Row i becomes what row index[i] was."""
+    def reorder(self, index: np.ndarray, *, same_sources: bool = False) -> None:
+        """Row i becomes what row index[i] was. same_sources: the encoder has read the same for both."""
         self._kept = {layer: [x[index] for x in kept] for layer, kept in self._kept.items()}
-        self._cross = {layer: [x[index] for x in kept] for layer, kept in self._cross.items()}
+        if not same_sources:
+            self._cross = {layer: [x[index] for x in kept] for layer, kept in self._cross.items()}
         self.lengths = None if self.lengths is None else self.lengths[index]
 
     def join(self, other: KVCache, sizes: tuple[int, int]) -> None:

@@ -1,45 +1,108 @@
-"""Which tokens a session goes on with: greedy, or drawn. A way to search is a function that steps a session until it ends."""
+"""Which tokens a session goes on with: the best, drawn ones, or beams (beams.py).
+
+A way to search is a generator of (session, prompt, rules). At each step it yields B lists: the ids that are settled
+since the last step, of the first result of each sequence. What it returns in the end are B lists of `Hypothesis`, best first.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
-from .options import GenerationOptions
-from .sampling import draw, processors_of
+from .beams import beams
+from .results import Hypothesis, Search
+from .rules import Rules
+from .sampling import draw
+from .scores import log_probabilities, nothing_left, rng_of, top_of
 from .session import Session
 
 
-def one_by_one(
-    session: Session, prompt: np.ndarray, options: GenerationOptions, *, rows: np.ndarray | None = None, limit: int | None = None
-) -> Iterator[np.ndarray]:
-    """Yields the next token (B,) of each row, -1 for rows that have ended, at most max_new_tokens (or `limit`) times.
+def search(session: Session, prompt: np.ndarray, rules: Rules, copies: np.ndarray | None = None) -> Search:
+    """Goes on from prompt (B, n), the decoder's first inputs, as the options say.
 
-    prompt: (B, n) the decoder's first inputs. rows: numbers of the rows, by which their draws differ. A row that has ended
-    leaves the session.
+    copies: (B,) which of several draws of its number a sequence is, where they are in the session already.
     """
-    size = len(prompt)
-    numbers = range(size) if rows is None else rows
-    draws = [np.random.default_rng(None if options.seed is None else [options.seed, int(row)]) for row in numbers]
-    processors, eos_id = processors_of(options), session.stream.model.config.eos_id
-    left = np.arange(size)  # the rows that the session still has
-    tokens = prompt.astype(np.int64)
-    for _ in range(options.max_new_tokens if limit is None else limit):
+    if rules.limit == 0:
+        return _nothing(len(prompt), 1 if rules.options.num_beams > 1 else rules.options.num_return_sequences)
+    copies = np.zeros(len(prompt), np.int64) if copies is None else copies
+    return (one_by_one if rules.options.num_beams == 1 else beams)(session, prompt, rules, copies)
+
+
+def found_by(search: Search) -> list[list[Hypothesis]]:
+    """What a search returns, run to its end."""
+    while True:
+        try:
+            next(search)
+        except StopIteration as end:
+            return end.value
+
+
+def one_by_one(session: Session, prompt: np.ndarray, rules: Rules, copy_of: np.ndarray) -> Search:
+    """The best token, or a drawn one, at each step. A sequence that has ended leaves the session."""
+    options, size = rules.options, len(prompt)
+    copies = options.num_return_sequences
+    made = [Hypothesis() for _ in range(size * copies)]
+    draws = [rng_of(options, rules.numbers[i], copy_of[i] + copy) for i in range(size) for copy in range(copies)]
+    is_plain = not (rules.processors or options.do_sample or options.output_scores)
+    ids = tokens = prompt.astype(np.int64)
+    left = np.arange(size)  # the results that the session still works on
+    for n in range(rules.limit):
         hidden = session.step(tokens)
-        if options.do_sample:
-            scores = session.scores(hidden)
-            chosen = np.array([draw(row, processors, draws[i]) for row, i in zip(scores, left, strict=True)], np.int64)
-        else:
+        if n == 0 and copies > 1:
+            repeated = np.repeat(np.arange(size), copies)
+            session.reorder(repeated)
+            hidden, ids, left = hidden[repeated], ids[repeated], np.arange(size * copies)
+        if is_plain:
             chosen = session.best(hidden)
-        going = chosen != eos_id if options.stop_at_eos else np.ones(len(chosen), bool)
-        step = np.full(size, -1, np.int64)
-        step[left[going]] = chosen[going]
-        yield step
+        else:
+            scores = rules.process(ids, session.scores(hidden), left // copies)
+            _check_some_are_left(scores, rules.numbers[left // copies], n)
+            if options.do_sample:
+                chosen = np.array([draw(row, draws[i]) for row, i in zip(scores, left, strict=True)], np.int64)
+            else:
+                chosen = np.argmax(scores, axis=1)
+            if options.output_scores:
+                _note_scores([made[i] for i in left], log_probabilities(scores), chosen, options.top_logprobs)
+        is_eos = rules.is_eos(chosen)
+        settled: list[list[int]] = [[] for _ in range(size)]
+        for i, token in zip(left[~is_eos].tolist(), chosen[~is_eos].tolist(), strict=True):
+            made[i].ids.append(token)
+            if i % copies == 0:
+                settled[i // copies].append(token)
+        for i in left.tolist():
+            made[i].length += 1
+        yield settled
+        ids = np.concatenate([ids, chosen[:, None]], axis=1)
+        going = ~(is_eos | rules.ends(ids, left // copies)) if rules.stops else ~is_eos
+        if rules.out_of_time():
+            going[:] = False
+        for i in left[~going]:
+            made[i].ended = True
+        if not going.any():
+            break
         if not going.all():
-            if not going.any():
-                return
             stay = np.flatnonzero(going)
             session.reorder(stay)
-            left, chosen = left[stay], chosen[stay]
+            left, chosen, ids = left[stay], chosen[stay], ids[stay]
         tokens = chosen[:, None]
+    return [made[start : start + copies] for start in range(0, len(made), copies)]
+
+
+def _check_some_are_left(scores: np.ndarray, rows: np.ndarray, n: int) -> None:
+    none = np.flatnonzero(np.isneginf(scores.max(axis=1)))
+    if len(none):
+        raise nothing_left(int(rows[none[0]]), n + 1)
+
+
+def _note_scores(made: list[Hypothesis], log_probs: np.ndarray, chosen: np.ndarray, n_top: int) -> None:
+    for one, row, token in zip(made, log_probs, chosen.tolist(), strict=True):
+        one.log_probs.append(float(row[token]))
+        one.log_prob += float(row[token])
+        if n_top:
+            one.top.append(top_of(row, n_top))
+
+
+def _nothing(size: int, copies: int) -> Any:
+    yield from ()
+    return [[Hypothesis() for _ in range(copies)] for _ in range(size)]

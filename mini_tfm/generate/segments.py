@@ -1,21 +1,25 @@
 """Generation over several segments: no token stands at a position that training has not seen.
 
 A model that was trained on streams knows positions within a segment alone. So a segment that is full is read back, as `Stream`
-reads any text, and the next one begins: a continuation is laid out as `score` and training lay out the same tokens.
+reads any text, and the next one begins: a continuation is laid out as `score` and training lay out the same tokens. Of several
+results each goes on by itself.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 
 import numpy as np
 
+from ..attention import Encoded
 from ..config import Config
 from ..errors import InvalidValue
 from ..stream import Stream
+from ..text.tokenizers import Tokenizer
 from .options import GenerationOptions
-from .search import one_by_one
+from .results import Hypothesis, Search
+from .rules import Rules, check_choices
+from .search import search
 from .session import Session
 
 
@@ -27,9 +31,9 @@ def segment_limit(config: Config, segment_length: int | None) -> int | None:
 
 
 def goes_on(stream: Stream) -> bool:
-    """Whether a full segment is followed by another one: a model that was trained on whole texts, and has no memory, would know
-    nothing of what came before."""
-    return stream.model.config.segment_length is not None or bool(stream.run.members)
+    """Whether a full segment is followed by another one: a published model without a memory would know nothing of what came
+    before."""
+    return not stream.model.config.framed_by_tokenizer or bool(stream.run.members)
 
 
 def check_length(stream: Stream, n_tokens: int, limit: int | None) -> None:
@@ -49,42 +53,94 @@ def in_segments(
     limit: int | None,
     *,
     rows: np.ndarray | None = None,
-    n_ids: int | None = None,
-) -> Iterator[np.ndarray]:
-    """Yields the next token (B,) of each row, -1 for rows that have ended, at most max_new_tokens times.
+    tokenizer: Tokenizer | None = None,
+    deadline: float | None = None,
+    encoded: Encoded | None = None,
+) -> Search:
+    """A search (see search.py) for at most max_new_tokens tokens of each row, in as many segments as it takes.
 
     source: (B, n) what the encoder reads, of it the first `lengths` (B,); for a decoder-only model what its segment begins with,
-    all n of each row. limit: tokens a segment may have, see `segment_limit`. rows: numbers of the rows, by which their draws
-    differ. n_ids: see `Session`. Where nothing follows a full segment (see `goes_on`) rows end with it.
+    all n of each row. limit: tokens a segment may have, see `segment_limit`. rows: numbers of the rows, see `Rules`. tokenizer:
+    only its ids are chosen. encoded: what the encoder has made of the source already. Where nothing follows a full segment (see
+    `goes_on`) rows end with it.
     """
-    has_encoder, size = stream.model.config.has_encoder, len(source)
-    rolls = goes_on(stream)
+    config, size = stream.model.config, len(source)
+    n_ids = config.vocab_size if tokenizer is None else tokenizer.vocab_size
     numbers = np.arange(size) if rows is None else rows
-    going, left, number = np.arange(size), options.max_new_tokens, 0
-    while left > 0 and len(going):
-        begun = 0 if has_encoder else source.shape[1]
+    check_choices(options)
+    results: list[list[tuple[int, Hypothesis]]] = [[] for _ in range(size)]  # each with its number among the row's
+    # What goes on: which row each is, which of its results, and what that is so far.
+    row_of, copies, so_far = np.arange(size), np.zeros(size, np.int64), [Hypothesis() for _ in range(size)]
+    left, number = options.max_new_tokens, 0
+    while len(row_of):
+        begun = 0 if config.has_encoder else source.shape[1]
         room = left if limit is None else max(0, min(left, limit - begun))
-        made = np.zeros((len(going), 0), np.int64)
-        if room > 0:
-            stream.open(source if has_encoder else None, lengths)
+        if room > 0 or left == 0:
+            has_ids = config.has_encoder and encoded is None
+            stream.open(source if has_ids else None, lengths)
+            stream.encoded = encoded or stream.encoded
             # The first inputs of a decoder are bos, or what came before, and then its own text.
             prompt = stream.shifted(np.pad(source[:, :begun], [(0, 0), (0, 1)]))
-            seed = None if options.seed is None else options.seed * 1_000_003 + number
-            session = Session(stream, n_ids=n_ids)
-            steps = []
-            for step in one_by_one(session, prompt, dataclasses.replace(options, seed=seed), rows=numbers[going], limit=room):
-                steps.append(step)
-                found = np.full(size, -1, np.int64)
-                found[going] = step
-                yield found
-            stay = np.flatnonzero(steps[-1] >= 0)
-            made, source, lengths, going = np.stack(steps, axis=1)[stay], source[stay], lengths[stay], going[stay]
-        if not rolls:
-            return
-        left, number = left - room, number + 1
-        if left > 0 and len(going):
-            source = _next_segment(stream, source, lengths, made)
+            part = _options_of_segment(options, number, room, options.max_new_tokens - left)
+            rules = Rules.of(
+                part,
+                config,
+                prompt.shape[1],
+                numbers[row_of],
+                n_ids=n_ids,
+                sources=[ids[:n] for ids, n in zip(source, lengths, strict=True)] if has_ids else None,
+                tokenizer=tokenizer,
+                before=[one.ids for one in so_far],
+                deadline=deadline,
+                goes_on=room < left,
+            )
+            session = Session(stream.copy(), n_ids=n_ids)  # the stream keeps its rows
+            found = yield from _of_rows(search(session, prompt, rules, copies), row_of, copies, size)
+        else:
+            found = [[Hypothesis()] for _ in row_of]
+        left, number, encoded = left - room if goes_on(stream) else 0, number + 1, None
+        index, going = [], []
+        for i, (row, ones) in enumerate(zip(row_of.tolist(), found, strict=True)):
+            for k, one in enumerate(ones):
+                copy = k if len(so_far) == size and not so_far[i].length else int(copies[i])
+                whole = so_far[i].followed_by(one)
+                if left and not whole.ended:
+                    index.append(i)
+                    going.append((row, copy, whole, one.ids))
+                else:
+                    results[row].append((copy, whole))
+        row_of = np.array([row for row, *_ in going], np.int64)
+        copies = np.array([copy for _, copy, *_ in going], np.int64)
+        so_far = [whole for _, _, whole, _ in going]
+        if going:
+            stream.reorder(np.array(index))
+            made = np.array([ids for *_, ids in going], np.int64).reshape(len(going), -1)
+            source = _next_segment(stream, source[index], lengths[index], made)
             lengths = np.full(len(going), source.shape[1])
+    power = options.length_penalty
+    by_score, by_number = (lambda each: -each[1].score(power)), (lambda each: each[0])
+    return [[one for _, one in sorted(ones, key=by_score if options.num_beams > 1 else by_number)] for ones in results]
+
+
+def _options_of_segment(options: GenerationOptions, number: int, room: int, n_made: int) -> GenerationOptions:
+    seed = None if options.seed is None else options.seed * 1_000_003 + number
+    least = min(room, max(0, options.min_new_tokens - n_made))
+    several = options.num_return_sequences if n_made == 0 else 1
+    return dataclasses.replace(options, seed=seed, max_new_tokens=room, min_new_tokens=least, num_return_sequences=several)
+
+
+def _of_rows(steps: Search, row_of: np.ndarray, copies: np.ndarray, size: int) -> Search:
+    """The same search, and what it settles by rows of the whole batch."""
+    while True:
+        try:
+            settled = next(steps)
+        except StopIteration as end:
+            return end.value
+        by_row: list[list[int]] = [[] for _ in range(size)]
+        for row, copy, ids in zip(row_of.tolist(), copies.tolist(), settled, strict=True):
+            if copy == 0:
+                by_row[row] += ids
+        yield by_row
 
 
 def _next_segment(stream: Stream, source: np.ndarray, lengths: np.ndarray, made: np.ndarray) -> np.ndarray:

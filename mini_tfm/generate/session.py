@@ -66,6 +66,20 @@ class Session:
         self._check(scores)
         return ids
 
+    def likeliest(self, hidden: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """(B, k) the best log-probabilities and their ids, best first; of equal ones the lower id first.
+
+        Where there are fewer, -inf and -1. Raises InvalidValue at NaN.
+        """
+        packed = None if self.stream.run.changes_output else self.stream.model.output.packed(self.weights)
+        if packed is None:
+            log_probs = _core.log_softmax(self.scores(hidden))
+            ids = np.argsort(-log_probs, axis=1, kind="stable")[:, :k]
+            return np.take_along_axis(log_probs, ids, 1), ids
+        scores, ids, lse = _core.linear_top_k(hidden, packed, k, lse=True)
+        self._check(scores[:, 0])
+        return scores - lse[:, None], ids
+
     def _check(self, best: np.ndarray) -> None:
         if not np.isfinite(best).all():
             row = int(np.flatnonzero(~np.isfinite(best))[0])
@@ -79,8 +93,11 @@ class Session:
 
     def reorder(self, index: np.ndarray) -> None:
         """Row i becomes what row index[i] was: rows are dropped, repeated or sorted."""
-        self.stream.reorder(index)
-        self.cache.reorder(index)
+        if np.array_equal(index, np.arange(self.batch)):
+            return
+        same_sources = np.array_equal(self.numbers[index], self.numbers)  # beams that have changed places
+        self.stream.reorder(index, same_sources=same_sources)
+        self.cache.reorder(index, same_sources=same_sources)
         self.numbers = self.numbers[index]
 
     def join(self, other: Session) -> None:

@@ -21,7 +21,7 @@ from .base import Dims, Evicted, Memory, MemorySpec, New, Param, Query, Rows, Se
 from .hookspecs import hookimpl
 from .nearest import BestRows, search
 from .registry import describe_memory, list_memories, memory, register_memory
-from .row_store import RowStore
+from .row_store import Claim, RowStore, Written
 from .short import RecurrentMemory, RetrievalMemory, RowMemory
 from .stack import Stack
 
@@ -29,6 +29,7 @@ Side = SideOutput  # its name in 0.1.0
 
 __all__ = [
     "BestRows",
+    "Claim",
     "Dims",
     "Evicted",
     "Memory",
@@ -47,6 +48,7 @@ __all__ = [
     "Stack",
     "State",
     "View",
+    "Written",
     "bank_key",
     "describe_memory",
     "hookimpl",

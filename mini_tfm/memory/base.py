@@ -78,7 +78,8 @@ class Dims:
     segment_length: int | None = None
     training: bool = False
     params: Mapping[str, Array] = field(default_factory=dict)  # this strategy's trained parameters
-    fingerprint: Callable[[], str] = lambda: ""  # names the weights: rows of other weights mean nothing here
+    fingerprint: Callable[[], str] = lambda: ""  # names all weights; rows of other weights mean nothing here
+    row_fingerprint: Callable[[str, int], str] | None = None  # names what the rows at a site and layer are made of, and nothing else
     needs_behind: frozenset[str] = frozenset()
 
     @property
@@ -185,12 +186,13 @@ class Query:
 
     hidden: gives the same queries in the space of hidden rows, (B, H, T, d), always a plain array: heads W_k^T, so that
     `hidden() . row` orders rows as their scores do (arXiv 2305.01625, section 2.3). positions: (B, T) tokens since the
-    start of the stream.
+    start of the stream. valid: (B, T) bool, which are no padding; None: all.
     """
 
     heads: Array
     hidden: Callable[[], np.ndarray]
     positions: np.ndarray
+    valid: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -282,7 +284,7 @@ class Memory:
         """Makes the rows in the state durable. Called while a pipeline reads; never in training or generation."""
 
     def write_ahead(self, state: State, held: Evicted) -> None:
-        """Makes rows durable that a member before it still holds, before `flush`. They are not shown yet: `absorb` brings them, later.
+        """Rows that a member before it still holds: durable when the `flush` that follows returns. `absorb` brings them, later.
 
         May be called many times with the same rows, which their positions name.
         """
@@ -294,6 +296,10 @@ class Memory:
     def documents(self) -> dict[str, int]:
         """The documents that this memory holds outside the process, and the rows of each."""
         return {}
+
+    def compact(self) -> tuple[int, int]:
+        """Gives back the space of deleted documents outside the process: the bytes taken before and after."""
+        return 0, 0
 
     def reset(self, document: str) -> None:
         """Forgets a document, also the rows of it that are still in a state: see `deleted`."""

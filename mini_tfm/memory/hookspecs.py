@@ -11,7 +11,8 @@
     def register_memories(register):
         register("my_memory", MyMemory)
 
-Name the entry point after the strategy: then it is found without importing anyone else's plugin.
+Name the entry point after the strategy: it is found by that name, without importing anyone else's plugin. A module with several
+strategies has an entry point for each.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,8 @@
 """Finds strategies, and makes them from a line of text.
 
-pluggy loads plugins from the entry-point group `mini_tfm`, each when it is first asked for. A plugin that cannot be
-imported costs one warning and nothing else. Listing names imports nothing.
+A strategy has the name of its entry point in the group `mini_tfm`. pluggy loads its plugin when it is first asked for, and no other:
+names come from the packages' metadata. A plugin that cannot be imported, or a package whose metadata cannot be read, costs one
+warning and nothing else.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import re
 import warnings
 from collections.abc import Callable, Mapping
 from importlib import metadata
-from typing import Any
+from numbers import Number
+from typing import Any, NamedTuple
 
 import pluggy
 
-from ..errors import InvalidType, InvalidValue, MiniTfmError, PluginError
+from ..errors import InvalidType, InvalidValue, MiniTfmError, PluginError, shown
+from ..options import plain
 from . import hookspecs
 from .base import Memory
 from .stack import Stack
@@ -31,6 +34,24 @@ class PluginWarning(UserWarning):
     """A plugin could not be loaded; everything else works."""
 
 
+class Point(NamedTuple):
+    """An entry point, with its distribution ("name version") and that one's summary: all that is known without an import."""
+
+    name: str
+    value: str
+    distribution: str
+    about: str
+    entry: metadata.EntryPoint
+
+    @property
+    def owner(self) -> str:
+        return f"{self.name} ({self.distribution})"
+
+    @property
+    def is_built_in(self) -> bool:
+        return self.value.startswith(BUILT_IN)
+
+
 class _Registry:
     """pluggy's manager, the factories that hooks registered, and what failed to load."""
 
@@ -40,26 +61,50 @@ class _Registry:
         self.factories: dict[str, Callable[..., Memory]] = {}
         self.owners: dict[str, str] = {}  # strategy -> "entry point (distribution version)"
         self.failed: dict[str, str] = {}
+        self.unreadable: set[str] = set()  # packages, once warned of
 
-    def entry_points(self) -> dict[str, metadata.EntryPoint]:
+    def points(self) -> dict[str, Point]:
         """By name. Of two with the same name the built-in one wins, else the first distribution by name."""
-        found: dict[str, metadata.EntryPoint] = {}
+        found: dict[str, Point] = {}
         for point in self._all_points():
             found.setdefault(point.name, point)
         return found
 
-    def _all_points(self) -> list[metadata.EntryPoint]:
-        points = set(metadata.entry_points(group=hookspecs.ENTRY_POINT_GROUP))
-        return sorted(points, key=lambda point: (not point.value.startswith(BUILT_IN), _distribution(point), point.value))
+    def _all_points(self) -> list[Point]:
+        found, seen = [], set[str]()
+        for package in metadata.distributions():
+            try:
+                points = [each for each in package.entry_points if each.group == hookspecs.ENTRY_POINT_GROUP]
+                if not points:
+                    continue
+                name, version = package.metadata["Name"], package.version
+                if not name:
+                    raise InvalidValue("its metadata has no name")
+                about = package.metadata["Summary"] or ""
+            except Exception as error:  # somebody else's package must not stop ours
+                self._left_out(package, error)
+                continue
+            if (same := re.sub(r"[-_.]+", "-", name).lower()) in seen:
+                continue  # an older one behind it on the path
+            seen.add(same)
+            found += [Point(each.name, each.value, f"{name} {version}", about, each) for each in points]
+        return sorted(found, key=lambda point: (not point.is_built_in, point.distribution, point.value))
+
+    def _left_out(self, package: metadata.Distribution, error: Exception) -> None:
+        """Warns of a package whose metadata cannot be read, once."""
+        where = str(getattr(package, "_path", package))  # all that is known of a package without a name
+        if where not in self.unreadable:
+            self.unreadable.add(where)
+            message = f"package {where}: its entry points cannot be read, and it is left out: {type(error).__name__}: {error}"
+            warnings.warn(message, PluginWarning, stacklevel=2)
 
     def load(self, name: str) -> None:
         """Imports the plugin of entry point `name` and runs its hook, once."""
         if name in self.failed or self.plugins.get_plugin(name) is not None:
             return
         point, *others_of_name = [point for point in self._all_points() if point.name == name]
-        owner = f"{name} ({_distribution(point)})"
         for other in others_of_name:
-            message = f"memory plugin {name} ({_distribution(other)}) is left out: {owner} has that name"
+            message = f"memory plugin {other.owner} is left out: {point.owner} has that name"
             warnings.warn(message, PluginWarning, stacklevel=2)
         found: dict[str, Callable[..., Memory]] = {}
 
@@ -68,27 +113,29 @@ class _Registry:
             found[strategy] = factory
 
         try:
-            module = point.load()
+            module = point.entry.load()
             self.plugins.register(module, name)
             others = [plugin for plugin in self.plugins.get_plugins() if plugin is not module]
             self.plugins.subset_hook_caller("register_memories", others)(register=register)
             if not found:
                 raise InvalidValue("it registers no strategy: a function register_memories(register) marked @hookimpl must call register")
-        except KeyboardInterrupt:
-            raise
         except BaseException as error:  # SystemExit and all: somebody else's module must not stop ours
-            self.failed[name] = f"{type(error).__name__}: {error}"
             if (plugin := self.plugins.get_plugin(name)) is not None:
                 self.plugins.unregister(plugin)
-            warnings.warn(f"memory plugin {owner} could not be loaded and is left out: {self.failed[name]}", PluginWarning, stacklevel=2)
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            self.failed[name] = f"{type(error).__name__}: {error}"
+            message = f"memory plugin {point.owner} could not be loaded and is left out: {self.failed[name]}"
+            warnings.warn(message, PluginWarning, stacklevel=2)
             return
-        others_names = self.entry_points().keys() - {name}
+        points = self.points()
         for strategy, factory in found.items():
-            if strategy in others_names:  # whichever is loaded first, a name means its own plugin
-                message = f"memory {strategy!r} of plugin {owner} is left out: it is the name of another plugin"
+            # Whichever is loaded first, a name means its own plugin; one module may be the plugin of several names.
+            if strategy in points and points[strategy].value != point.value:
+                message = f"memory {strategy!r} of plugin {point.owner} is left out: it is the name of another plugin"
                 warnings.warn(message, PluginWarning, stacklevel=2)
                 continue
-            self.register(strategy, factory, owner)
+            self.register(strategy, factory, point.owner)
 
     def register(self, name: str, factory: Callable[..., Memory], owner: str) -> None:
         if name in self.factories:
@@ -97,39 +144,35 @@ class _Registry:
         self.factories[name], self.owners[name] = factory, owner
 
     def factory(self, name: str) -> Callable[..., Memory]:
-        points: Mapping[str, metadata.EntryPoint] = {}
-        if name not in self.factories:
-            points = self.entry_points()
-            for point in [name] if name in points else points:
-                self.load(point)
+        points: Mapping[str, Point] = {}
+        if name not in self.factories and name in (points := self.points()):
+            self.load(name)
         if name in self.factories:
             return self.factories[name]
         if name in self.failed:
             raise PluginError(f"memory {name!r}: its plugin could not be loaded: {self.failed[name]}")
         if name in points:
-            for point in points:
-                self.load(point)
-            if name in self.factories:
-                return self.factories[name]
-            offered = sorted(strategy for strategy, owner in self.owners.items() if owner.startswith(f"{name} ("))
-            raise PluginError(f"memory {name!r}: the plugin of that name offers only {', '.join(offered)}")
-        known = list_memories()
-        close = difflib.get_close_matches(name, known, 1)
-        raise InvalidValue(
-            f"memory: expected an installed strategy ({', '.join(known)}), got {name!r}"
-            + (f"; did you mean {close[0]!r}?" if close else "; `mini-tfm plugins list` shows what is installed")
-        )
+            offered = ", ".join(sorted(strategy for strategy, owner in self.owners.items() if owner == points[name].owner))
+            raise PluginError(
+                f"memory {name!r}: the plugin of that name offers only {offered}; a memory is found by its name if an entry point has it"
+            )
+        raise _unknown(name)
+
+
+def _unknown(name: str) -> InvalidValue:
+    known = list_memories()
+    close = difflib.get_close_matches(name, known, 1)
+    return InvalidValue(
+        f"memory: expected an installed strategy ({', '.join(known)}), got {shown(name)}"
+        + (f"; did you mean {close[0]!r}?" if close else "; `mini-tfm plugins list` shows what is installed")
+    )
 
 
 def _check_registration(name: Any, factory: Any) -> None:
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][\w-]*", name):
-        raise InvalidValue(f"name: expected letters, digits, _ and -, a letter first, got {name!r}")
+        raise InvalidValue(f"name: expected letters, digits, _ and -, a letter first, got {shown(name)}")
     if not callable(factory):
-        raise InvalidType(f"factory: expected a Memory class or a callable that returns a Memory, got {factory!r}")
-
-
-def _distribution(point: metadata.EntryPoint) -> str:
-    return f"{point.dist.name} {point.dist.version}" if point.dist else "unknown distribution"
+        raise InvalidType(f"factory: expected a Memory class or a callable that returns a Memory, got {shown(factory)}")
 
 
 _registry = _Registry()
@@ -143,7 +186,27 @@ def register_memory(name: str, factory: Callable[..., Memory]) -> None:
 
 def list_memories() -> list[str]:
     """Names of all installed strategies. Imports no plugin."""
-    return sorted({*_registry.entry_points(), *_registry.factories})
+    return sorted({*_registry.points(), *_registry.factories})
+
+
+def list_plugins() -> dict[str, dict[str, Any]]:
+    """`describe_memory` of every installed strategy, as far as it imports nobody else's code: then options are None, and about is the
+    package's summary."""
+    points, found = _registry.points(), {}
+    for name in sorted({*points, *_registry.factories}):
+        if name in _registry.factories or points[name].is_built_in:
+            found[name] = describe_memory(name)
+        else:
+            found[name] = {"name": name, "plugin": points[name].owner, "about": points[name].about, "options": None}
+    return found
+
+
+def check_names(text: str) -> None:
+    """Raises InvalidValue unless every memory of `text` is one of an installed strategy. Imports no plugin."""
+    known = list_memories()
+    for name in (member.partition(":")[0].strip() for member in members_of(text)):
+        if name not in known:
+            raise _unknown(name)
 
 
 def describe_memory(name: str) -> dict[str, Any]:
@@ -151,7 +214,7 @@ def describe_memory(name: str) -> dict[str, Any]:
     factory = _registry.factory(name)
     options = {
         p.name: "required" if p.default is p.empty else p.default
-        for p in inspect.signature(factory).parameters.values()
+        for p in _signature(name, factory).parameters.values()
         if p.kind is not p.VAR_KEYWORD
     }
     doc = (inspect.getdoc(factory) or "").partition("\n")[0]
@@ -172,7 +235,7 @@ def memory(name: str, **options: Any) -> Memory:
     parts = members_of(name)
     if len(parts) > 1:
         if options:
-            raise InvalidValue(f"memory: expected the options of a stack inside its text, got {name!r} and {sorted(options)}")
+            raise InvalidValue(f"memory: expected the options of a stack inside its text, got {shown(name)} and {sorted(options)}")
         return Stack([memory(part) for part in parts])
     name, _, text = parts[0].partition(":")
     return _make(name.strip(), text, options)
@@ -183,9 +246,13 @@ def memory_of_file(text: str, where: str) -> Memory:
 
     What a file names is never imported or opened. Raises InvalidValue that says how to ask for it.
     """
-    points = _registry.entry_points()
-    for name in (member.partition(":")[0].strip() for member in members_of(text)):
-        is_built_in = name in points and points[name].value.startswith(BUILT_IN)
+    points = _registry.points()
+    try:
+        members = members_of(text)
+    except InvalidValue as error:
+        raise with_message(error, f"{where}: {error}") from error
+    for name in (member.partition(":")[0].strip() for member in members):
+        is_built_in = name in points and points[name].is_built_in
         if not is_built_in and _registry.owners.get(name) != IN_PROCESS:
             break
     else:
@@ -195,29 +262,36 @@ def memory_of_file(text: str, where: str) -> Memory:
             raise with_message(error, f"{where}: {error}") from error
         if not any(member.durable for member in (made.members if isinstance(made, Stack) else [made])):
             return made
-    shown = text if len(text) <= 200 else text[:200] + "..."
+    said = text if len(text) <= 200 else text[:200] + "..."
     raise InvalidValue(
-        f"{where}: names the memory {shown!r}, and a file may only name a built-in memory that opens no file. If you trust it, ask for it:"
-        f" memory={shown!r}, or --memory {shown!r} on the command line; --memory none goes without"
+        f"{where}: names the memory {said!r}, and a file may only name a built-in memory that opens no file. If you trust it, ask for it:"
+        f" memory={said!r}, or --memory {said!r} on the command line; --memory none goes without"
     )
+
+
+def _signature(name: str, factory: Callable[..., Memory]) -> inspect.Signature:
+    try:
+        return signature_of(factory)
+    except (TypeError, ValueError) as error:
+        raise PluginError(f"memory {name!r} ({_registry.owners[name]}): the options of its factory cannot be read: {error}") from error
 
 
 def _make(name: str, text: str, options: dict[str, Any]) -> Memory:
     factory = _registry.factory(name)
-    try:
-        signature = signature_of(factory)
-    except (TypeError, ValueError) as error:
-        raise PluginError(f"memory {name!r} ({_registry.owners[name]}): the options of its factory cannot be read: {error}") from error
+    signature = _signature(name, factory)
     given = options_of(name, text, signature)
     if both := sorted(set(given) & set(options)):
         raise InvalidValue(f"memory {name!r}: option {both[0]!r} is given twice")
     check_bools(name, options, signature)
-    options = {**given, **options}
+    options = {**given, **{option: plain(value) if isinstance(value, Number) else value for option, value in options.items()}}
+    for option, value in options.items():
+        if isinstance(value, int) and abs(value) >= 10**40:
+            raise InvalidValue(f"memory {name!r}: {option}: expected a number of at most 40 digits, got {shown(value)}")
     takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
     if not takes_any and (unknown := sorted(set(options) - set(signature.parameters))):
         close = difflib.get_close_matches(unknown[0], signature.parameters, 1)
         raise InvalidValue(
-            f"memory {name!r}: unknown option {unknown[0]!r}; it takes {', '.join(signature.parameters) or 'none'}"
+            f"memory {name!r}: unknown option {shown(unknown[0])}; it takes {', '.join(signature.parameters) or 'none'}"
             + (f"; did you mean {close[0]!r}?" if close else "")
         )
     asked = [p for p in signature.parameters.values() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -228,7 +302,9 @@ def _make(name: str, text: str, options: dict[str, Any]) -> Memory:
         made = factory(**options)
     except MiniTfmError as error:
         raise with_message(error, f"memory {name!r}: {error}") from error
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise PluginError(f"memory {name!r} ({_registry.owners[name]}) failed in __init__: {type(error).__name__}: {error}") from error
     if not isinstance(made, Memory):
         raise PluginError(f"memory {name!r} ({_registry.owners[name]}): expected a Memory, its factory returned {type(made).__name__}")

@@ -9,9 +9,12 @@ A row is a row of memory, a vector that is kept; a stream is a row of the batch.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -35,6 +38,19 @@ from .validate import (
 )
 
 Project = Callable[[Array], tuple[Array, Array]]  # rows (B, M, d) to a layer's keys and values
+
+
+class MadeOf(Protocol):
+    """What rows are made of (fingerprint.py)."""
+
+    def __call__(self, site: str, layer: int) -> str:
+        """Names what the rows at a site and layer are made of."""
+
+    def changed(self, places: Collection[tuple[str, int]]) -> bool:
+        """Whether what rows at these sites and layers are made of has changed since it was last named or asked for."""
+
+    def renew(self) -> None:
+        """From here on it is what it is now."""
 
 
 def members_of(memory: Memory | None) -> list[Memory]:
@@ -92,9 +108,15 @@ class _Sites:
         self.show: dict[tuple[str, int], list[tuple[int, bool, bool]]] = {}
         self.take: dict[tuple[str, int], list[int]] = {}
         self.used: set[str] = set()
+        self.made: set[tuple[str, int]] = set()  # where what the states hold was computed
+        self.fed: dict[int, int] = {}  # members that show rows and get them from others alone, and the nearest of those
         for i, member in enumerate(members):
             for site in sites[i]:
                 self._add(i, member, site, layers[site])
+        first = {takers[0] for takers in self.take.values()}
+        for takers in self.take.values():
+            fed = ((before, i) for before, i in itertools.pairwise(takers) if i not in first)
+            self.fed.update({i: before for before, i in fed if _has(members[i], "view") or _has(members[i], "read")})
 
     def _add(self, i: int, member: Memory, site: str, n_layers: int) -> None:
         only, needs = member.spec.layers, member.spec.needs
@@ -114,14 +136,17 @@ class _Sites:
                 self.take.setdefault((site, layer), []).append(i)
         if any(shows) or _has(member, "begin") or _has(member, "write"):
             self.used.add(site)
+        self.made.update((site, layer) for layer in banks if takes)
+        if _has(member, "end"):
+            self.made.add((site, n_layers))
 
 
 class MemoryRun:
     """`memory` (None, a strategy or a Stack) on `batch` streams of a model with `config`.
 
     weights: the model's and the strategies' parameters, arrays or Vars. projections: the `New.project` of a site and
-    layer, for rows that are dropped when no layer is at work. Call, a segment: `open`, then what the model does
-    (`begin`, `views`, `wrote`, `end`), then `close`.
+    layer, for rows that are dropped when no layer is at work. made_of: tells whether the weights are still the same; None: they
+    are. Call, a segment: `open`, then what the model does (`begin`, `views`, `wrote`, `end`), then `close`.
     """
 
     def __init__(
@@ -134,9 +159,11 @@ class MemoryRun:
         training: bool = False,
         fingerprint: Callable[[], str] = lambda: "",
         projections: Callable[[str, int], Project | None] = lambda site, layer: None,
+        made_of: MadeOf | None = None,
     ):
         self.memory, self.members = memory, members_of(memory)
         self.config, self.batch, self._projections = config, batch, projections
+        self.made_of, self.has_read = made_of, False
         self.dims: list[Dims] = []
         for member in self.members:
             check_spec(member)
@@ -144,14 +171,15 @@ class MemoryRun:
             params = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
             dtype = value_of(next(iter(weights.values()))).dtype
             behind = frozenset[str]().union(*(member.spec.needs for member in self.members[i + 1 :]))
-            more = {"training": training, "params": params, "fingerprint": fingerprint, "needs_behind": behind}
-            self.dims.append(model_dims(config, dtype, **more))
+            more = {"training": training, "params": params, "fingerprint": fingerprint, "row_fingerprint": made_of}
+            self.dims.append(model_dims(config, dtype, needs_behind=behind, **more))
         sites = [_sites_in_model(member, dims) for member, dims in zip(self.members, self.dims, strict=True)]
         self._sites = _Sites(self.members, sites, self.dims[0].layers if self.dims else {})
         self.start = np.zeros(batch, np.int64)  # tokens of each stream before this segment
         self.decoded = np.zeros(batch, np.int64)  # of the decoder of an encoder-decoder, whose text may be longer or shorter
         self.number = 0
         self.states = [self._start(i, batch) for i in range(len(self.members))]
+        self._taken: dict[tuple[int, str, int], int] = {}  # rows that each member was offered at a site and layer
         self.open(np.zeros(batch, np.int64))
 
     # One segment
@@ -168,6 +196,7 @@ class MemoryRun:
         self._before = [dict(state) for state in self.states]
         self._rows: dict[str, list[tuple[int, Rows]]] = {}
         self._mass: dict[tuple[str, int, int | None], np.ndarray] = {}
+        self._is_open = bool(lengths.any())
 
     def close(self) -> None:
         """Ends the segment: streams advance, paused ones get their old state back."""
@@ -182,10 +211,28 @@ class MemoryRun:
                     state[name] = select_streams(active, state[name], before.get(name, np.zeros_like(state[name])))
         self.start = self.start + self._lengths
         self.number += 1
+        self.has_read = self.has_read or bool(active.any())
+        self._warn_of_idle()
         self.open(np.zeros(self.batch, np.int64))  # nothing of a segment is held between two
 
+    def _warn_of_idle(self) -> None:
+        """Warns of a member that gets its rows from one before it, where that one keeps all of them."""
+        for i, before in self._sites.fed.items():
+            member, source = self.members[i], self.members[before]
+            taken = {j: max((n for (at, *_), n in self._taken.items() if at == j), default=0) for j in (i, before)}
+            most = source.spec.capacity if source.spec.capacity is not None else math.inf if _has(source, "drain") else 0
+            if not taken[i] and taken[before] > most:
+                warnings.warn(
+                    f"memory {member.name!r} gets no row: {source.name!r} before it in the stack takes all and drops none; put"
+                    f" {member.name!r} before it, as in {member.name}+{source.name}, or let it work at another site or layer",
+                    UserWarning,
+                    stacklevel=2,
+                )
+
     def abandon(self) -> None:
-        """Leaves a segment that failed: the states are what they were before it."""
+        """Leaves a segment that failed: the states are what they were before it. Does nothing between segments."""
+        if not self._is_open:
+            return
         self.states = [State(before, state.dims) for before, state in zip(self._before, self.states, strict=True)]
         self.open(np.zeros(self.batch, np.int64))
 
@@ -271,6 +318,8 @@ class MemoryRun:
 
     def _offer(self, i: int, method: str, new: New, project: Project | None) -> New | None:
         """Member i writes or absorbs `new`."""
+        place = i, new.site, new.layer
+        self._taken[place] = self._taken.get(place, 0) + int(new.valid.sum(axis=1).max(initial=0))
         offered = self._as_asked_for(i, new, project)
         arguments = (offered,) if method == "absorb" else (new.site, new.layer, offered)
         check = partial(check_evicted, batch=self.batch, dims=self.dims[i])
@@ -356,6 +405,18 @@ class MemoryRun:
             self.reset(np.ones(self.batch, bool))
         return any(found)
 
+    def check_weights(self) -> None:
+        """Raises InvalidValue if the states are of weights that the model no longer has. Those that hold nothing begin anew."""
+        if self.made_of is None or not self._sites.made or not self.made_of.changed(self._sites.made):
+            return
+        if self.has_read:
+            raise InvalidValue(
+                "memory: the model's weights are not those that it was filled with, so its rows mean nothing to this model; forget them"
+                " (Pipeline.reset) and read the text again"
+            )
+        self.made_of.renew()
+        self.reset(np.ones(self.batch, bool))
+
     def site_start(self, site: str) -> np.ndarray:
         """(B,) position of the segment's first token at a site: how many tokens were before it there.
 
@@ -367,14 +428,17 @@ class MemoryRun:
 
     def reset(self, streams: np.ndarray) -> None:
         """Empties the memory of the streams where (B,) bool `streams` is set: a new document begins there."""
-        for i, state in enumerate(self.states):
-            fresh = self._start(i, self.batch)
-            if streams.all():
-                state.clear()
-                state.update(fresh)
-            for name in state:
-                state[name] = select_streams(streams, fresh.get(name, np.zeros_like(state[name])), state[name])
-        self.start, self.decoded = np.where(streams, 0, self.start), np.where(streams, 0, self.decoded)
+        begun = [self._start(i, self.batch) for i in range(len(self.members))]  # one that fails leaves all as they were
+        if not streams.all():
+            for fresh, state in zip(begun, self.states, strict=True):
+                empty = {name: fresh.get(name, np.zeros_like(value)) for name, value in state.items()}
+                fresh.clear()
+                fresh.update({name: select_streams(streams, empty[name], value) for name, value in state.items()})
+        else:
+            self.has_read = False
+        start, decoded = np.where(streams, 0, self.start), np.where(streams, 0, self.decoded)
+        self.states, self.start, self.decoded = begun, start, decoded
+        self._taken = {}
 
     def reorder(self, index: np.ndarray) -> None:
         """Stream i becomes what stream index[i] was: beams, shuffled or shrinking batches. Within a segment, too."""
@@ -408,6 +472,7 @@ class MemoryRun:
             (outputs, valid), (more, more_valid) = (run._output or (None, None) for run in (self, other))
             self._output = _joined(outputs, more, sizes), _joined(valid, more_valid, sizes)
         self.batch, self.number = sum(sizes), max(self.number, other.number)
+        self.has_read = self.has_read or other.has_read
 
     def detach(self) -> None:
         """Gradients stop here."""
@@ -441,6 +506,7 @@ class MemoryRun:
         twin.__dict__.update(self.__dict__)
         twin.states = [State(state, state.dims) for state in self.states]
         twin._before = [dict(before) for before in self._before]
+        twin._taken = dict(self._taken)
         twin._tokens, twin._rows, twin._mass = dict(self._tokens), dict(self._rows), dict(self._mass)
         return twin
 
@@ -459,7 +525,7 @@ class MemoryRun:
         for i, state in enumerate(self.states):
             state.clear()
             state.update({name.removeprefix(f"{i}."): v for name, v in arrays.items() if name.startswith(f"{i}.")})
-        self.start, self.number = arrays["start"], int(arrays["number"][0])
+        self.start, self.number, self.has_read = arrays["start"], int(arrays["number"][0]), True
         # Dumps of 0.1.0 have no such count: there the decoder's tokens came after the encoder's segment.
         self.decoded = arrays.get("decoded", self.start + (self.config.segment_length or 0))
 
@@ -494,7 +560,9 @@ class MemoryRun:
             for name, value in state.items():
                 if before.get(name) is not value:
                     check_state(name, value, self.batch)
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # SystemExit and the like, too: a strategy ends nobody's program
             raise fault(member, method, site, layer, self.number, error) from error
         return result
 

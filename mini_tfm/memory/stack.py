@@ -30,6 +30,10 @@ class Stack(Memory):
     def documents(self) -> dict[str, int]:
         return {name: rows for member in self.members for name, rows in member.documents().items()}
 
+    def compact(self) -> tuple[int, int]:
+        before, after = zip(*(member.compact() for member in self.members), strict=True) if self.members else ((), ())
+        return sum(before), sum(after)
+
     def reset(self, document: str) -> None:
         for member in self.members:
             member.reset(document)

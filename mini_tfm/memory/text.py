@@ -15,17 +15,23 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import InvalidValue
+from ..errors import InvalidValue, shown
 
 _STACKED = r"\+(?=[A-Za-z_][\w-]*(?:[:+]|$))"
 _QUOTED = r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\""
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
-_SHOWN = 60  # characters of a value in an error
+MAX_CHARACTERS = 1 << 16
+MAX_MEMBERS = 64
 
 
 def members_of(text: str) -> list[str]:
-    """The memories of a stack, each as text."""
-    return _split(text.strip(), _STACKED)
+    """The memories of a stack, each as text. Raises InvalidValue for more than anyone stacks: a file may hold the text."""
+    if len(text) > MAX_CHARACTERS:
+        raise InvalidValue(f"memory: expected at most {MAX_CHARACTERS} characters, got {len(text)}: {shown(text)}")
+    members = _split(text.strip(), _STACKED)
+    if len(members) > MAX_MEMBERS:
+        raise InvalidValue(f"memory: expected a stack of at most {MAX_MEMBERS} memories, got {len(members)}: {shown(text)}")
+    return members
 
 
 def options_of(name: str, text: str, signature: inspect.Signature) -> dict[str, Any]:
@@ -35,13 +41,13 @@ def options_of(name: str, text: str, signature: inspect.Signature) -> dict[str, 
         option, equals, value = part.partition("=")
         option = option.strip()
         if not equals or not option:
-            raise InvalidValue(f"memory {name!r}: expected option=value, got {_shown(part)}")
+            raise InvalidValue(f"memory {name!r}: expected option=value, got {shown(part)}")
         if option in options:
-            raise InvalidValue(f"memory {name!r}: option {option!r} is given twice")
+            raise InvalidValue(f"memory {name!r}: option {shown(option)} is given twice")
         try:
             options[option] = _value(value, _types(signature, option))
         except ValueError as error:
-            raise InvalidValue(f"memory {name!r}: {option}: expected {error}, got {_shown(value)}") from None
+            raise InvalidValue(f"memory {name!r}: {option}: expected {error}, got {shown(value)}") from None
     return options
 
 
@@ -64,9 +70,10 @@ def text_of(name: str, options: Mapping[str, Any], signature: inspect.Signature)
         for text in (str(value), repr(value)):
             try:
                 back = options_of(name, f"{option}={text}", signature)
+                stacked = members_of(f"{name}:{option}={text}+x")
             except InvalidValue:
                 continue
-            if back == {option: value} and type(back[option]) is type(value) and len(members_of(f"{name}:{option}={text}+x")) == 2:
+            if back == {option: value} and type(back[option]) is type(value) and len(stacked) == 2:
                 written.append(f"{option}={text}")
                 break
         else:
@@ -169,7 +176,3 @@ def _read_float(text: str) -> Any:
 
 _READERS = {types.NoneType: _read_none, bool: _read_bool, int: _read_int, float: _read_float}
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", types.NoneType: "none"}
-
-
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= _SHOWN else text[:_SHOWN] + "...")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..autodiff import value_of
-from ..errors import InvalidValue, MiniTfmError, PluginError
+from ..errors import InvalidValue, MiniTfmError, PluginError, shown
 from .base import CONTRACT_VERSION, MERGES, NEEDS, SITES, Dims, Memory, MemorySpec, New, Param, Rows, SideOutput, View
 
 GRADIENTS: tuple[str, ...] = ("none", "rows", "state")
@@ -51,10 +51,12 @@ def fault(member: Memory, method: str, site: str | None, layer: int | None, step
 
 @contextlib.contextmanager
 def attributed(member: Memory, method: str, site: str | None = None, layer: int | None = None, step: int = 0) -> Iterator[None]:
-    """Turns any error inside into the strategy's `fault`, with the cause kept."""
+    """Turns any error inside, but an interrupt, into the strategy's `fault`, with the cause kept."""
     try:
         yield
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise fault(member, method, site, layer, step, error) from error
 
 
@@ -85,14 +87,14 @@ def check_spec(member: Memory) -> None:
     for field, allowed in (("sites", SITES), ("needs", NEEDS)):
         value = getattr(spec, field)
         if not _is_set_of(value, allowed):
-            raise PluginError(f"{who}: spec.{field}: expected a set of {', '.join(allowed)}, got {value!r}")
+            raise PluginError(f"{who}: spec.{field}: expected a set of {', '.join(allowed)}, got {shown(value)}")
     for field, words in (("merge", MERGES), ("gradient", GRADIENTS)):
         value = getattr(spec, field)
         if not isinstance(value, str) or value not in words:
-            raise PluginError(f"{who}: spec.{field}: expected one of {', '.join(words)}, got {value!r}")
+            raise PluginError(f"{who}: spec.{field}: expected one of {', '.join(words)}, got {shown(value)}")
     layers = spec.layers
     if layers is not None and not (isinstance(layers, tuple) and all(type(layer) is int for layer in layers)):
-        raise PluginError(f"{who}: spec.layers: expected None or a tuple of layer numbers, got {layers!r}")
+        raise PluginError(f"{who}: spec.layers: expected None or a tuple of layer numbers, got {shown(layers)}")
     if not spec.sites:
         raise PluginError(f"{who}: spec.sites: expected at least one of {', '.join(SITES)}, got none")
     if not isinstance(spec.version, int) or spec.version > CONTRACT_VERSION:

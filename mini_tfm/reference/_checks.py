@@ -481,17 +481,25 @@ def _broadcast(name, x, shape):
         raise InvalidValue(f"{name}: expected an array broadcastable to {shape}, got shape {x.shape}") from None
 
 
-def attention(q, blocks, scale, dropout, seed):
+CAPS = 1e-3, 1e6  # of scores: beyond them tanh(score / cap) is a step, or the score
+
+
+def cap_of_scores(cap):
+    return None if cap is None else number("cap", cap, low=CAPS[0], high=CAPS[1])
+
+
+def attention(q, blocks, scale, dropout, seed, cap):
     q = heads_real("q", q)
     if not isinstance(blocks, (list, tuple)):
         raise InvalidType(f"blocks: expected a list of Block, got {type(blocks).__name__}")
     scale = number("scale", scale)
     dropout, seed = number("dropout", dropout, low=0.0, high=1.0, open_high=True), integer("seed", seed, low=0, high=2**64 - 1)
-    return q, [attention_block(block, f"blocks[{i}]", q) for i, block in enumerate(blocks)], scale, dropout, seed
+    cap = cap_of_scores(cap)
+    return q, [attention_block(block, f"blocks[{i}]", q) for i, block in enumerate(blocks)], scale, dropout, seed, cap
 
 
-def attention_backward(dout, out, lse, q, blocks, scale, needs, dropout, seed):
-    q, checked, scale, dropout, seed = attention(q, blocks, scale, dropout, seed)
+def attention_backward(dout, out, lse, q, blocks, scale, needs, dropout, seed, cap):
+    q, checked, scale, dropout, seed, cap = attention(q, blocks, scale, dropout, seed, cap)
     dout = heads_real("dout", dout, like=q, shape=q.shape)
     out = heads_real("out", out, like=q, shape=q.shape)
     lse = double("lse", lse, shape=q.shape[:3])
@@ -504,15 +512,19 @@ def attention_backward(dout, out, lse, q, blocks, scale, needs, dropout, seed):
         if block.needs_dbias and block.dbias is None:
             # The bias's own layout cannot be guessed from its strides; an expanded or overlapping bias comes with its dbias.
             block.dbias = np.zeros(given.bias.shape, q.dtype)
-    return dout, out, lse, q, checked, scale, needs, dropout, seed
+    return dout, out, lse, q, checked, scale, needs, dropout, seed, cap
 
 
-def attention_mass(q, block, lse, scale, asking):
+def attention_mass(q, block, lse, scale, asking, cap):
     q = heads_real("q", q)
     scale = number("scale", scale)
     block = attention_block(block, "block", q)
-    return q, block, double("lse", lse, shape=q.shape[:3]), scale, mask("asking", asking, shape=(q.shape[0], q.shape[2]))
+    lse, asking = double("lse", lse, shape=q.shape[:3]), mask("asking", asking, shape=(q.shape[0], q.shape[2]))
+    return q, block, lse, scale, asking, cap_of_scores(cap)
+
+
+MOST_THREADS = 4096
 
 
 def thread_count(n):
-    return integer("n", n, low=1, high=4096)
+    return integer("n", n, low=1, high=MOST_THREADS)

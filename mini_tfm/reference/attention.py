@@ -48,18 +48,21 @@ def _rows(bank, block, b, h, heads):
     return rows[np.maximum(index, 0)] if len(rows) else np.zeros((*index.shape, bank.shape[3]))
 
 
-def _scores(q, block, b, h, scale):
-    """(T, S or K): scale * q k^T + bias, -inf where hidden; and which are not hidden."""
+def _scores(q, block, b, h, scale, cap):
+    """(T, S or K): scale * q k^T, capped, + bias, -inf where hidden; which are not hidden; and the slope of the cap."""
     heads, length = q.shape[1], q.shape[2]
     seen = _visible(block, b, h, length)
     keys = _rows(block.k, block, b, h, heads)
     scores = q[b, h].astype(np.float64) @ keys.T if block.index is None else np.einsum("td,tkd->tk", q[b, h].astype(np.float64), keys)
-    scores = scores * scale
+    scores, slope = scores * scale, 1.0
+    if cap is not None:
+        t = np.tanh(scores / cap)
+        scores, slope = cap * t, 1.0 - t * t
     if block.bias is not None:
         bias = block.bias[b, h]
         scores = np.where(bias == -np.inf, -np.inf, scores + bias)  # whatever the score: NaN + -inf would be NaN
     scores = np.where(seen, scores, -np.inf)
-    return scores, scores != -np.inf
+    return scores, scores != -np.inf, slope
 
 
 def _product(weights, rows, seen):
@@ -86,18 +89,21 @@ def _kept(dropout, seed, at_block, row, shape):
     return _drawn(np.arange(shape[1], dtype=np.uint32), low, high) >= np.uint32(int(dropout * 2**32))
 
 
-def attention(q: Real, blocks: Sequence[Block], scale: float, *, dropout: float = 0.0, seed: int = 0) -> tuple[Real, Real]:
+def attention(
+    q: Real, blocks: Sequence[Block], scale: float, *, dropout: float = 0.0, seed: int = 0, cap: float | None = None
+) -> tuple[Real, Real]:
     """out (B, H, T, D), lse (B, H, T) of queries q (B, H, T, D) over all blocks in one softmax.
 
     lse is the log of the sum of exponentials of the scores, what the backward needs, in float64 for every dtype. A query that
     sees no key gets a zero row and lse -inf. dropout: the share of the normalised weights that is zeroed, 0 <= dropout < 1; the rest is
-    divided by 1 - dropout. Which ones is a function of seed, 0 <= seed < 2**64, block, row and key alone.
+    divided by 1 - dropout. Which ones is a function of seed, 0 <= seed < 2**64, block, row and key alone. cap, from 0.001 to 1e6: a
+    score is cap * tanh(score / cap) before its bias is added (arXiv 2408.00118, section 2).
     """
-    q, blocks, scale, dropout, seed = _checks.attention(q, blocks, scale, dropout, seed)
+    q, blocks, scale, dropout, seed, cap = _checks.attention(q, blocks, scale, dropout, seed, cap)
     out, lse = np.zeros_like(q), np.full(q.shape[:3], -np.inf)
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         for b, h in np.ndindex(q.shape[:2]):
-            pairs = [_scores(q, block, b, h, scale) for block in blocks]
+            pairs = [_scores(q, block, b, h, scale, cap)[:2] for block in blocks]
             if not pairs:
                 continue
             every = np.concatenate([scores for scores, _ in pairs], axis=-1)
@@ -124,13 +130,14 @@ def attention_backward(
     *,
     dropout: float = 0.0,
     seed: int = 0,
+    cap: float | None = None,
 ) -> tuple[Real, list[BlockGrad]]:
     """dq (B, H, T, D) and one `BlockGrad` a block, from what `attention` took and returned.
 
-    needs: one bool a block; where False, dk and dv are not computed (None). None: all are. dropout and seed as they were.
+    needs: one bool a block; where False, dk and dv are not computed (None). None: all are. dropout, seed and cap as they were.
     """
-    checked = _checks.attention_backward(dout, out, lse, q, blocks, scale, needs, dropout, seed)
-    dout, out, lse, q, blocks, scale, needs, dropout, seed = checked
+    checked = _checks.attention_backward(dout, out, lse, q, blocks, scale, needs, dropout, seed, cap)
+    dout, out, lse, q, blocks, scale, needs, dropout, seed, cap = checked
     heads = q.shape[1]
     dq = np.zeros(q.shape)
     dks = [np.zeros(block.k.shape) if need else None for block, need in zip(blocks, needs, strict=True)]
@@ -141,7 +148,7 @@ def attention_backward(
             q_h, dout_h = q[b, h].astype(np.float64), dout[b, h].astype(np.float64)
             row_lse = lse[b, h][:, None]
             delta = (dout_h * out[b, h]).sum(-1, keepdims=True)
-            scores, seen = _scores(q, block, b, h, scale)
+            scores, seen, slope = _scores(q, block, b, h, scale, cap)
             seen = seen & (row_lse != -np.inf)
             weights = np.where(seen, np.exp(scores - row_lse), 0.0)
             keys, values = _rows(block.k, block, b, h, heads), _rows(block.v, block, b, h, heads)
@@ -150,9 +157,10 @@ def attention_backward(
             dweights = np.where(kept, dweights / (1.0 - dropout), 0.0)
             dscores = np.where(seen, weights * (dweights - delta), 0.0)
             weights = np.where(kept, weights / (1.0 - dropout), 0.0)
-            dq[b, h] += _product(dscores, keys, seen) * scale
             if block.dbias is not None:
                 _add_through_strides(_writeable_view(block.dbias, (*q.shape[:2], *scores.shape))[b, h], dscores)
+            dscores = np.where(seen, dscores * slope, 0.0)
+            dq[b, h] += _product(dscores, keys, seen) * scale
             if dk is None or dv is None:
                 continue
             kv = h // (heads // block.k.shape[1])
@@ -170,16 +178,16 @@ def attention_backward(
         return dq.astype(q.dtype), grads
 
 
-def attention_mass(q: Real, block: Block, lse: Real, scale: float, asking: Mask) -> Real:
+def attention_mass(q: Real, block: Block, lse: Real, scale: float, asking: Mask, *, cap: float | None = None) -> Real:
     """(B, S): the weights exp(score - lse) that each row of the block received from the queries asking (B, T), summed over heads.
 
     lse is that of `attention` over all blocks together. No gradient: what it is for (arXiv 2306.14048) chooses rows by it.
     """
-    q, block, lse, scale, asking = _checks.attention_mass(q, block, lse, scale, asking)
+    q, block, lse, scale, asking, cap = _checks.attention_mass(q, block, lse, scale, asking, cap)
     mass = np.zeros((q.shape[0], block.k.shape[2]))
     with np.errstate(invalid="ignore", over="ignore"):
         for b, h in np.ndindex(q.shape[:2]):
-            scores, seen = _scores(q, block, b, h, scale)
+            scores, seen, _ = _scores(q, block, b, h, scale, cap)
             row_lse = lse[b, h][:, None]
             seen = seen & asking[b][:, None] & (row_lse != -np.inf)
             weights = np.where(seen, np.exp(scores - row_lse), 0.0)

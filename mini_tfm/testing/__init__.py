@@ -6,6 +6,7 @@
         check_memory("my_memory:size=8")
 
     checks.py   the checks, a function each, and the table of them
+    apart.py    the same in a process of its own, for a strategy that nobody knows yet
     trial.py    the tiny models they run on, and a reader that goes through them segment by segment
 
 Give small options: a window of 512 rows is never full in a check of thirty tokens.

@@ -24,7 +24,9 @@ TOLERANCE = 1e-8  # in float64, where the checks run: differences of rounding ar
 
 
 class CheckFailed(MiniTfmError, AssertionError):
-    """A strategy breaks the contract; the message lists every check that failed."""
+    """A strategy breaks the contract; the message lists every check that failed, however many."""
+
+    __str__ = AssertionError.__str__
 
 
 def check_memory(memory: str | Memory | Callable[[], Memory], *, skip: Iterable[str] = ()) -> None:
@@ -36,7 +38,12 @@ def check_memory(memory: str | Memory | Callable[[], Memory], *, skip: Iterable[
     make = _factory(memory)
     if unknown := sorted(set(skip) - set(CHECKS)):
         raise InvalidValue(f"skip: unknown check {unknown[0]!r}; the checks are {', '.join(CHECKS)}")
-    made = make()
+    try:
+        made = make()
+    except (Exception, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # SystemExit would end the tests of its author
+        raise CheckFailed(f"memory: expected a Memory, making one raised {type(error).__name__}: {error}") from error
     if not isinstance(made, Memory):
         raise InvalidType(f"memory: expected a Memory, got {type(made).__name__}")
     for member in members_of(made):
@@ -48,7 +55,9 @@ def check_memory(memory: str | Memory | Callable[[], Memory], *, skip: Iterable[
                 continue
             try:
                 check(Trial(make, kind))
-            except Exception as error:
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # SystemExit and the like, too
                 message = str(error) if isinstance(error, CheckFailed) else f"expected no error, got {type(error).__name__}: {error}"
                 faults.append((f"  {name} ({kind}): {message}", error))
                 if name == "runs":

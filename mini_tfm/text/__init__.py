@@ -2,7 +2,8 @@
 
 files.py        text files, whole or as a stream
 documents.py    documents to train on, and a split into what is held out
-pieces.py       long text in pieces, each tokenized alone
+pieces.py       long text in pieces, tokenized one at a time
+limits.py       what a tokenizer.json may ask for; regexes.py: which regular expressions
 tokenizers.py   text to token ids and back: bytes, or any tokenizer.json
 """
 

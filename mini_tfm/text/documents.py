@@ -2,7 +2,8 @@
 
 import hashlib
 
-from mini_tfm.errors import FileProblem, InvalidType, InvalidValue
+from mini_tfm.errors import FileProblem, InvalidType, InvalidValue, shown
+from mini_tfm.options import plain
 
 
 def python_topics() -> dict[str, str]:
@@ -57,12 +58,15 @@ def split_documents(documents: dict[str, str], held_out_fraction: float, seed: i
         raise InvalidType("documents: expected names and texts that are str")
     if len(documents) < 2:
         raise InvalidValue(f"documents: expected at least 2, one for each side, got {len(documents)}")
+    held_out_fraction, seed = plain(held_out_fraction), plain(seed)
     if isinstance(held_out_fraction, bool) or not isinstance(held_out_fraction, (int, float)):
         raise InvalidType(f"held_out_fraction: expected a float, got {type(held_out_fraction).__name__}")
     if not 0 < held_out_fraction < 1:
-        raise InvalidValue(f"held_out_fraction: expected a number between 0 and 1, got {held_out_fraction}")
+        raise InvalidValue(f"held_out_fraction: expected a number between 0 and 1, got {shown(held_out_fraction)}")
     if type(seed) is not int:
         raise InvalidType(f"seed: expected an int, got {type(seed).__name__}")
+    if abs(seed) >= 1 << 1024:
+        raise InvalidValue(f"seed: expected a number of at most 1024 bits, got {shown(seed)}")
 
     def draw(name: str) -> bytes:
         return hashlib.sha256(f"{seed}:{name}".encode("utf-8", "surrogatepass")).digest()

@@ -4,8 +4,9 @@ import codecs
 import os
 from collections.abc import Iterator
 
-from mini_tfm.errors import FileProblem, InvalidType, InvalidValue
+from mini_tfm.errors import FileProblem, InvalidType, InvalidValue, shown
 from mini_tfm.files.reading import open_regular
+from mini_tfm.options import plain
 
 _READ_BYTES = 1 << 20
 
@@ -24,10 +25,11 @@ def stream_text(path: str | os.PathLike, chunk_bytes: int = _READ_BYTES) -> Iter
 
     RAM is bounded by the chunk, whatever the file's size. Raises what `read_text` raises, at the piece at fault.
     """
+    chunk_bytes = plain(chunk_bytes)
     if type(chunk_bytes) is not int:
         raise InvalidType(f"chunk_bytes: expected an int, got {type(chunk_bytes).__name__}")
     if chunk_bytes < 1:
-        raise InvalidValue(f"chunk_bytes: expected at least 1, got {chunk_bytes}")
+        raise InvalidValue(f"chunk_bytes: expected at least 1, got {shown(chunk_bytes)}")
     return _pieces(path, chunk_bytes)
 
 

@@ -59,18 +59,19 @@ class Spans(NamedTuple):
 MAX_AGREEMENT = 16  # tokens
 
 
-def in_windows(texts: Iterable[str], encode: Callable[[str, bool], Spans]) -> Iterator[np.ndarray]:
+def in_windows(texts: Iterable[str], encode: Callable[[str, bool], Spans], at_once: int) -> Iterator[np.ndarray]:
     """Ids of the texts, joined: those that `encode` gives for all of it at once, in bounded RAM.
 
-    encode: tokens of a text, which the whole text begins with or not (then there is no space to put before it). What a tokenizer
-    merges across a cut is seen in one window and not in the next. So each window begins where a token of the last one begins, and
-    its tokens are taken from where both have the same tokens on either side. Where there is no such place, as in a word longer
-    than LONGEST_WORD_CHARACTERS, it is taken from its beginning.
+    at_once: characters of a window, at most PIECE_CHARACTERS. encode: tokens of a text, which the whole text begins with or not
+    (then there is no space to put before it). What a tokenizer merges across a cut is seen in one window and not in the next. So
+    each window begins where a token of the last one begins, and its tokens are taken from where both have the same tokens on either
+    side. Where there is no such place, as in a word longer than LONGEST_WORD_CHARACTERS, it is taken from its beginning.
     """
-    overlap = max(64, PIECE_CHARACTERS // 16)
+    at_once = min(at_once, PIECE_CHARACTERS)
+    overlap = max(64, at_once // 16)
     slices, waiting, is_first, is_last = _slices(texts), "", True, False
     known = Spans(*np.zeros((3, 0), np.int64))  # of the window before, from the beginning of `waiting` on
-    size = PIECE_CHARACTERS + overlap
+    size = at_once + overlap
     while True:
         while len(waiting) < size and not is_last:
             if (text := next(slices, None)) is None:
@@ -93,7 +94,7 @@ def in_windows(texts: Iterable[str], encode: Callable[[str, bool], Spans]) -> It
         token = places.get(cut, len(window.ids))
         yield np.concatenate([known.ids[:old], window.ids[new:token]])
         known, waiting, is_first = window.part(token, None, cut), waiting[cut:], False
-        size = PIECE_CHARACTERS + overlap
+        size = at_once + overlap
 
 
 def _join(old: Spans, new: Spans) -> tuple[int, int]:

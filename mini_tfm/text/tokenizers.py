@@ -28,12 +28,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mini_tfm.errors import FileProblem, InvalidType, InvalidValue, MiniTfmError
+from mini_tfm.errors import FileProblem, InvalidType, InvalidValue, MiniTfmError, shown
 from mini_tfm.files.folders import write_folder
 from mini_tfm.files.reading import as_path, read_bytes
 from mini_tfm.files.strict_json import parse_json_strict
 
 from .chat import chat_text
+from .limits import check_rules
 from .pieces import Spans, in_pieces, in_windows
 from .vocabularies import byte_letters, tokenizer_files
 
@@ -260,6 +261,8 @@ class BPETokenizer(Tokenizer):
             rules["model"]["dropout"] = None
         self._config, self._rules = config, rules
         self._speaking: Any = None  # an engine that knows special tokens by their names, once a chat needs it
+        with self._attributed():
+            self._at_once = check_rules(rules)
         self._engine = self._build(rules)
         with self._attributed():
             vocab = self._engine.get_vocab(with_added_tokens=True)
@@ -292,6 +295,8 @@ class BPETokenizer(Tokenizer):
 
     def encode(self, text: str) -> np.ndarray:
         _utf8(text)
+        if len(text) > self._at_once:
+            return np.concatenate(list(self.encode_pieces([text])))
         with self._attributed():
             return np.array(self._engine.encode(text, add_special_tokens=False).ids, np.int64)
 
@@ -309,18 +314,24 @@ class BPETokenizer(Tokenizer):
         template = self._config.get("chat_template")
         if not isinstance(template, str):
             return super().encode_chat(messages)
-        names = {key: self._name(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
         special = sorted((self._engine.id_to_token(i) for i in self._special_ids), key=len, reverse=True)
         told = "".join(str(message.get("content")) for message in messages if isinstance(message, Mapping))
         mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in told + template)
-        safe = [
-            {**message, "content": functools.reduce(lambda text, name: text.replace(name, name[0] + mark + name[1:]), special, message["content"])}
-            if isinstance(message, Mapping) and isinstance(message.get("content"), str)
-            else message
-            for message in messages
-        ]
-        names = {key: name for key, name in names.items() if name is not None}
-        text = chat_text(template, safe, names, add_generation_prompt=add_generation_prompt, source=self._source)
+
+        def apart(message: Mapping[str, Any]) -> Mapping[str, Any]:
+            """The message, with a mark in each name of a special token that somebody wrote into it."""
+            text = message.get("content") if isinstance(message, Mapping) else None
+            if not isinstance(text, str):
+                return message
+            for name in special:
+                text = text.replace(name, name[0] + mark + name[1:])
+            return {**message, "content": text}
+
+        keys = ("bos_token", "eos_token", "pad_token", "unk_token")
+        names = {key: name for key in keys if (name := self._name(key)) is not None}
+        text = chat_text(
+            template, [apart(message) for message in messages], names, add_generation_prompt=add_generation_prompt, source=self._source
+        )
         _utf8(text)
         if self._speaking is None:
             self._speaking = self._build(self._rules)
@@ -343,7 +354,7 @@ class BPETokenizer(Tokenizer):
         return name if isinstance(name, str) else None
 
     def encode_pieces(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
-        return in_windows(texts, self._spans)
+        return in_windows(texts, self._spans, self._at_once)
 
     def _spans(self, text: str, is_first: bool) -> Spans:
         _utf8(text)
@@ -419,8 +430,10 @@ class BPETokenizer(Tokenizer):
             yield
         except (MiniTfmError, MemoryError, KeyboardInterrupt, SystemExit):
             raise
+        except ValueError as error:  # of ours, or of the package's
+            raise InvalidValue(f"{self._source}: {str(error)[:500]}") from error
         except BaseException as error:  # a panic in Rust is not an Exception
-            raise InvalidValue(f"{self._source}: the tokenizers package refuses it: {error}") from error
+            raise InvalidValue(f"{self._source}: the tokenizers package refuses it: {str(error)[:500]}") from error
 
     def _role(self, role: str, config: dict[str, Any], vocab: dict[str, int]) -> str | None:
         """The name of the token that plays a role, or None."""
@@ -430,7 +443,7 @@ class BPETokenizer(Tokenizer):
                 name = config[key]
                 name = name.get("content") if isinstance(name, dict) else name
                 if not isinstance(name, str) or name not in vocab:
-                    raise InvalidValue(f"{self._source}: {CONFIG_FILE} says {key} is {name!r}, which is not one of its tokens")
+                    raise InvalidValue(f"{self._source}: {CONFIG_FILE} says {key} is {shown(name)}, which is not one of its tokens")
                 return name
         if any(key in config for key in keys):
             return None
@@ -486,11 +499,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     Every text round-trips exactly, seen in training or not. The same texts give the same file. The vocabulary is
     smaller than asked where no pair of tokens occurs twice any more. Raises InvalidType, InvalidValue.
     """
-    if type(vocab_size) is not int:
+    if not isinstance(vocab_size, int | np.integer) or isinstance(vocab_size, bool):
         raise InvalidType(f"vocab_size: expected an int, got {type(vocab_size).__name__}")
+    vocab_size = int(vocab_size)
     smallest = len(SPECIAL_TOKENS) + 256
     if not smallest <= vocab_size <= MAX_VOCAB_SIZE:
-        raise InvalidValue(f"vocab_size: expected {smallest} to {MAX_VOCAB_SIZE}, got {vocab_size}")
+        raise InvalidValue(f"vocab_size: expected {smallest} to {MAX_VOCAB_SIZE}, got {shown(vocab_size)}")
     if isinstance(texts, str):
         raise InvalidType("texts: expected several texts, got one str; put it in a list")
     from tokenizers import Tokenizer as Engine
@@ -531,16 +545,27 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
 def find_tokenizer(folder: str | os.PathLike) -> Tokenizer | None:
     """The same, or None where there is none of a kind that is known."""
     folder = as_path(folder)
-    config_path = os.path.join(folder, CONFIG_FILE)
-    config_json = None
-    if os.path.lexists(config_path):
-        config_json = read_bytes(folder, MAX_FILE_BYTES, CONFIG_FILE)
+    config_json, tokenizer_json = (
+        read_bytes(folder, MAX_FILE_BYTES, name) if os.path.lexists(os.path.join(folder, name)) else None
+        for name in (CONFIG_FILE, TOKENIZER_FILE)
+    )
+    if tokenizer_json is None:
+        if (made := tokenizer_files(folder)) is not None:
+            return BPETokenizer(*made, folder)
+        if config_json is None or parse_json_strict(config_json, folder).get("tokenizer_class") != "ByteTokenizer":
+            return None
+    return tokenizer_of(config_json, tokenizer_json, folder)
+
+
+def tokenizer_of(config_json: bytes | None, tokenizer_json: bytes | None, folder: str) -> Tokenizer:
+    """The tokenizer of the contents of its files, None for one that is not there; `folder` names them in errors."""
+    if config_json is not None:
+        config_path = os.path.join(folder, CONFIG_FILE)
         config = parse_json_strict(config_json, config_path)
         if config.get("tokenizer_class") == "ByteTokenizer":
             if len(config) > 1:
-                raise InvalidValue(f"{config_path}: a ByteTokenizer has no options, found {sorted(config)[:8]}")
+                raise InvalidValue(f"{config_path}: a ByteTokenizer has no options, found {shown(sorted(config)[:8])}")
             return ByteTokenizer()
-    if not os.path.lexists(os.path.join(folder, TOKENIZER_FILE)):
-        made = tokenizer_files(folder)
-        return None if made is None else BPETokenizer(*made, folder)
-    return BPETokenizer(read_bytes(folder, MAX_FILE_BYTES, TOKENIZER_FILE), config_json, folder)
+    if tokenizer_json is None:
+        raise FileProblem(f"{os.path.join(folder, TOKENIZER_FILE)}: there is no such file; check the path")
+    return BPETokenizer(tokenizer_json, config_json, folder)

@@ -112,7 +112,6 @@ FOLDERS = {
     "two vocabularies": (folder("marian", share_encoder_decoder_embeddings=False), ["share_encoder_decoder_embeddings", "False"]),
     "heads that differ": (folder("bart", decoder_attention_heads=2), ["encoder_attention_heads", "decoder_attention_heads"]),
     "a feed-forward that is not known": (folder("t5", feed_forward_proj="gated-mish"), ["feed_forward_proj", "gated-mish"]),
-    "capped scores": (folder("gemma2", attn_logit_softcapping=50.0), ["attn_logit_softcapping", "50.0"]),
     "tensors missing, all of them named": (
         missing(LONG, "model.norm.weight"), ["layers.0.self_attn.q_proj.weight", "norm.weight", "missing"],
     ),

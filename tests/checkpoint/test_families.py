@@ -21,8 +21,6 @@ from mini_tfm.checkpoint.safetensors import BFLOAT16, encode_safetensors, read_s
 from mini_tfm.errors import FileProblem, InvalidValue
 
 TOLD = json.loads(GOLDENS.read_text())
-CAPPED = pytest.mark.xfail(reason="scores of attention are not capped yet", raises=InvalidValue)
-CASES = [pytest.param(variant, marks=CAPPED) if variant.endswith("-capped") else variant for variant in VARIANTS]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +47,7 @@ def test_every_variant_has_a_golden():
     assert set(TOLD) - {"transformers"} == set(VARIANTS)
 
 
-@pytest.mark.parametrize("variant", CASES)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_a_model_computes_what_transformers_computed(variant, tmp_path, values):
     """Encoder states and logits to 1e-5 of their range, the same tokens, and every weight's gradient to 1e-3."""
     model = mt.load(folder_of(variant, tmp_path / "model"))
@@ -63,7 +61,7 @@ def test_a_model_computes_what_transformers_computed(variant, tmp_path, values):
     assert worst_gradient(model, gradients) < 1e-3
 
 
-@pytest.mark.parametrize("variant", CASES)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_a_model_saved_as_hugging_face_has_it_keeps_every_byte(variant, tmp_path):
     model = mt.load(folder_of(variant, tmp_path / "theirs"))
     model.save_hugging_face(tmp_path / "ours")
@@ -127,7 +125,7 @@ def earlier(about):
     return about
 
 
-@pytest.mark.parametrize("variant", [variant for variant in VARIANTS if not variant.endswith("-capped")])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_configurations_of_earlier_releases_mean_the_same(variant, tmp_path):
     folder = folder_of(variant, tmp_path / "model")
     config = mt.load(folder).config

@@ -1,6 +1,8 @@
 """Model folders: what is saved comes back to the bit, and a folder whose parts do not fit is refused by name."""
 
 import json
+import os
+import shutil
 import tracemalloc
 
 import numpy as np
@@ -12,12 +14,13 @@ from variants import SIZES, VARIANTS, tiny_model, tokens
 
 import mini_tfm as mt
 from mini_tfm.checkpoint import safetensors
-from mini_tfm.checkpoint.models import save_model
+from mini_tfm.checkpoint.folder import OpenFolder
+from mini_tfm.checkpoint.models import read_model, save_model
 from mini_tfm.checkpoint.safetensors import encode_safetensors, read_safetensors
 from mini_tfm.config import Config
 from mini_tfm.errors import FileProblem, InvalidValue
 from mini_tfm.memory import registry
-from mini_tfm.text.tokenizers import ByteTokenizer, train_bpe
+from mini_tfm.text.tokenizers import ByteTokenizer, load_tokenizer, train_bpe
 from mini_tfm.transformer import Transformer, load_checkpoint
 
 
@@ -289,3 +292,79 @@ def test_tensors_are_compared_with_the_configuration_before_they_are_read(name, 
 def test_a_memory_larger_than_the_machine_is_refused_before_it_is_made(folder):
     with pytest.raises(InvalidValue, match=r"memory: memory.recurrent.tokens has 80000000000 numbers"):
         mt.load(folder).add_memory_weights(mt.memory("recurrent:tokens=10000000000"))
+
+
+def test_a_save_meanwhile_does_not_change_the_tokenizer_that_is_read(tmp_path):
+    """The tokenizer was once read by path, after the folder's files had been closed."""
+    model = Transformer(Config(vocab_size=300, d_model=8, n_heads=2, n_encoder_layers=1, n_decoder_layers=1))
+    save_model(tmp_path / "m", model, tokenizer=train_bpe(["the cat"] * 3, 262))
+    with OpenFolder(tmp_path / "m") as opened:
+        save_model(tmp_path / "m", model, tokenizer=ByteTokenizer())
+        assert read_model(opened).tokenizer.vocab_size == 262
+    assert isinstance(read_model(tmp_path / "m").tokenizer, ByteTokenizer)
+
+
+def in_cache(folder, name="models--org--name"):
+    """A model saved as Hugging Face's cache holds it: the snapshot."""
+    model = Transformer(Config(vocab_size=300, d_model=8, n_heads=2, n_encoder_layers=1, n_decoder_layers=1))
+    snapshot, blobs = folder / name / "snapshots" / ("ab" * 20), folder / name / "blobs"
+    save_model(folder / "plain", model, tokenizer=train_bpe(["the cat"] * 3, 262))
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(sorted((folder / "plain").iterdir())):
+        path.rename(blobs / (f"{number:02d}" * 20))
+        (snapshot / path.name).symlink_to(f"../../blobs/{f'{number:02d}' * 20}")
+    return snapshot
+
+
+def test_a_snapshot_of_hugging_faces_cache_loads(tmp_path):
+    snapshot = in_cache(tmp_path)
+    loaded = read_model(snapshot)
+    assert loaded.config.d_model == 8 and loaded.tokenizer.vocab_size == load_tokenizer(snapshot).vocab_size == 262
+    (tmp_path / "link").symlink_to(snapshot)
+    assert read_model(tmp_path / "link").config == loaded.config
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").symlink_to(snapshot.parents[1] / "blobs" / ("00" * 20))  # absolute, where the cache was on another disk
+    assert read_model(snapshot).config == loaded.config
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "kind", ["outside", "deeper", "other model", "a link", "blobs a link", "the folder", "a FIFO", "gone", "not a cache", "itself"]
+)
+def test_any_other_link_is_refused(kind, name, tmp_path):
+    snapshot = in_cache(tmp_path, "models--org--name" if kind != "not a cache" else "model")
+    blobs, link = snapshot.parents[1] / "blobs", snapshot / name
+    blob = os.readlink(link).rpartition("/")[2]
+    secret = tmp_path / "secret"
+    (blobs / blob).replace(secret)
+    shutil.copy(secret, blobs / blob)
+    link.unlink()
+    if kind == "deeper":
+        (blobs / "x").mkdir()
+        shutil.copy(secret, blobs / "x" / blob)
+    elif kind == "other model":
+        other = tmp_path / "models--org--other" / "blobs"
+        other.mkdir(parents=True)
+        shutil.copy(secret, other / blob)
+    elif kind in ("a link", "a FIFO", "gone"):
+        (blobs / blob).unlink()
+        if kind == "a link":
+            (blobs / blob).symlink_to(secret)
+        elif kind == "a FIFO":
+            os.mkfifo(blobs / blob)
+    elif kind == "blobs a link":
+        blobs.rename(tmp_path / "elsewhere")
+        blobs.symlink_to(tmp_path / "elsewhere")
+    target = {"outside": secret, "deeper": f"../../blobs/x/{blob}", "other model": f"../../../models--org--other/blobs/{blob}"}
+    link.symlink_to(target.get(kind, {"the folder": "../../blobs", "itself": name}.get(kind, f"../../blobs/{blob}")))
+    with pytest.raises(FileProblem, match="config.json" if kind in ("not a cache", "blobs a link") else name):  # then none is followed
+        read_model(snapshot)
+
+
+def test_a_memory_whose_parameters_are_not_in_the_folder_is_refused(tmp_path):
+    """A config.json could ask for any number of untrained ones."""
+    model = Transformer(Config(vocab_size=300, d_model=8, n_heads=2, n_encoder_layers=1, n_decoder_layers=1))
+    save_model(tmp_path / "m", model, memory_text="recurrent:tokens=99999999")
+    with pytest.raises(InvalidValue, match=r"m: names the memory 'recurrent:tokens=99999999', whose parameter '.*tokens.*' is not in it"):
+        load_checkpoint(tmp_path / "m").memory()

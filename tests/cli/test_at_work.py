@@ -6,7 +6,9 @@ import json
 import numpy as np
 import pytest
 
+from mini_tfm.cli import shared as module
 from mini_tfm.pipeline import Pipeline
+from mini_tfm.stream import Stream
 from mini_tfm.text.tokenizers import ByteTokenizer
 
 
@@ -77,6 +79,33 @@ def test_score_without_a_memory_is_another_score(run, model, texts):
     assert len(scores) == 2
 
 
+def test_score_of_several_memories_side_by_side(run, model, texts):
+    both = run("score", model, *texts, "--memory", "none", "--memory", "saved", "--json").json["memories"]
+    for spec, found in zip(("none", "saved"), both, strict=True):
+        alone = run("score", model, *texts, "--memory", spec, "--json").json
+        assert found["memory"] == alone["memory"] and found["all"] == alone["all"]
+    table = run("score", model, *texts, "--memory", "none", "--memory", "saved")
+    assert table.code == 0 and "window:size=8" in table.out
+    (total,) = [line for line in table.out.splitlines() if line.strip().startswith("all")]
+    assert total.split()[-2:] == [f"{each['all']['bits_per_byte']:.3f}" for each in both]
+    assert run("score", model, "-", "--memory", "none", "--memory", "saved", stdin="x").code == 2
+
+
+@pytest.mark.parametrize("words", [["score", "{model}", "{text}"], ["generate", "{model}", "x"], ["read", "{model}", "{text}"]])
+def test_a_memory_that_the_model_never_met_is_told(run, model, texts, tmp_path, words):
+    words = [word.format(model=model, text=texts[0]) for word in words]
+    store = f"store:path={tmp_path}/s.mdb"
+    said = run(*words, "--memory", store)
+    (warning,) = [line for line in said.err.splitlines() if line.startswith("warning: ")]
+    assert said.code == 0 and "was trained with window:size=8, and it has not learned to use store" in warning
+    assert f"mini-tfm train --memory {store} --out NEW" in warning
+    if words[0] != "read":
+        random = run(*words, "--memory", "recurrent:tokens=2")
+        assert random.code == 0 and "are random here" in random.err
+        for known in ("none", "saved", "window:size=4"):
+            assert "warning" not in run(*words, "--memory", known).err
+
+
 def test_embed_gives_a_row_a_line(run, model, tmp_path):
     lines = "one\n\nthree äöü\r\nfour\x0bstill four"
     answer = run("embed", model, "-", "--json", stdin=lines)
@@ -109,10 +138,52 @@ def test_read_outlives_the_process(run, model, texts, tmp_path):
     assert run("info", "--memory", spec, "--json").json["memory"]["documents"] == answer["documents"]
     with_it, without = (run("score", model, texts[0], "--memory", text, "--json").json["all"]["bits"] for text in (spec, "store"))
     assert with_it != without
-    again = run("read", model, texts[0], "--memory", spec)
-    assert again.code == 0 and f"{sum(sizes) + sizes[0]:,} rows, {sizes[0]:,} of them new" in again.out
+    (tmp_path / "copy.txt").write_bytes(texts[0].read_bytes())
+    again = run("read", model, tmp_path / "copy.txt", "--memory", spec, "--json")
+    assert again.json["documents"] == answer["documents"] and again.json["new_rows"] == 0, "the same text, known by its content"
+    assert again.json["files"][0]["tokens_read_before"] == sizes[0] and "was read into this memory before" in again.err
+    piped = run("read", model, "-", "--memory", spec, "--json", stdin=texts[1].read_text(encoding="utf-8")).json
+    assert piped["new_rows"] == 0
+    other = run("read", model, texts[0], "--memory", f"{spec},document=other", "--json").json
+    assert other["documents"] == {**answer["documents"], "other": sizes[0]}
     fresh = run("read", model, texts[0], "--memory", spec, "--reset", "default", "--json").json
-    assert fresh["documents"] == {"default": sizes[0]}
+    assert fresh["documents"]["default"] == sizes[0]
+    smaller = run("read", model, "--memory", spec, "--compact", "--json").json
+    assert smaller["documents"] == fresh["documents"] and smaller["files"] == [] and smaller["bytes_after"] <= smaller["bytes_before"]
+    assert "compacted from" in run("read", model, texts[0], "--memory", spec, "--compact").out
+    assert run("read", model, "--memory", spec).code == 2
+
+
+def test_generate_reads_a_file_into_a_memory_on_disk_once(run, model, texts, tmp_path):
+    words = ["generate", model, "x", "--max-new-tokens", 2, "--memory", f"store:path={tmp_path}/s.mdb", "--read", texts[0], "--json"]
+    first, again = run(*words).json, run(*words).json
+    assert first["tokens_read"] > 0 == again["tokens_read"]
+
+
+@pytest.mark.parametrize("spec", ["store", "window:size=8+store"])
+def test_a_reading_that_was_interrupted_goes_on(run, model, monkeypatch, tmp_path, spec):
+    """The second command reads what the first did not, and the memory holds what one reading gives."""
+    text = tmp_path / "long.txt"
+    text.write_text("".join(f"{i} quick brown foxes jump over the lazy dog. " for i in range(40)))
+    size, read, left = text.stat().st_size, Stream.read, [40]
+
+    def stopped(stream, tokens, lengths):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return read(stream, tokens, lengths)
+
+    whole, parts = (f"{spec}:path={tmp_path / name}.mdb" for name in ("whole", "parts"))
+    assert run("read", model, text, "--memory", whole).code == 0
+    monkeypatch.setattr(Stream, "read", stopped)
+    said = run("read", model, text, "--memory", parts)
+    assert said.code == 130 and "the same command goes on from there" in said.err
+    monkeypatch.undo()
+    on = run("read", model, text, "--memory", parts, "--json").json
+    assert on["files"][0]["tokens_read_before"] == 32 * 16 and on["files"][0]["tokens"] == size - 32 * 16
+    assert on["documents"] == {"default": size}
+    scores = [run("score", model, text, "--memory", memory, "--json").json["all"]["bits"] for memory in (whole, parts)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-6)
 
 
 @pytest.mark.parametrize("spec", ["window:size=8", "none", "saved", "store", "window:size=8+store"])
@@ -166,3 +237,17 @@ def test_the_json_of_one_number_that_is_none(capsys):
 
     print_json({"recall": {1: float("nan"), 2: np.float32(0.5)}, "sites": frozenset({"b", "a"})})
     assert json.loads(capsys.readouterr().out) == {"recall": {"1": None, "2": 0.5}, "sites": ["a", "b"]}
+
+
+@pytest.mark.parametrize("columns", [110, 60, 40])
+def test_a_table_breaks_no_word(columns, monkeypatch, capsys):
+    monkeypatch.setattr(module, "WIDTH", columns)
+    names = ["window:size=64+store:top_k=16", "recurrent:tokens=4"]
+    module.print_table(
+        [("memory", "left"), ("bits per byte,\nheld-out text", "right"), ("tokens/s", "right"), ("peak RAM", "right")],
+        [(name, "1.826", "12,345", "98.8 MB") for name in names],
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= columns
+    for word in (*names, "1.826", "12,345", "98.8 MB", "tokens/s", "peak RAM"):
+        assert any(word in line for line in lines), word

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from commands import ENVIRONMENT, TINY_OPTIONS, command, run_process, write_plug
 
 from mini_tfm import cli
 from mini_tfm.pipeline import Pipeline
+from mini_tfm.testing import CHECKS
 from mini_tfm.transformer import load_checkpoint
 
 HELP = [[], *([name] for name in cli.COMMANDS), *(["plugins", name] for name in ("list", "check", "new"))]
@@ -69,7 +71,7 @@ ERRORS = [
     ("generate {folder}/model x --top-p 3 --temperature 0", "top_p"),
     ("generate {folder}/model x --top-p 3 --temperature 0", "temperature"),
     ("generate {folder}/model x --max-new-tokens -1", "max_new_tokens"),
-    ("generate {folder}/model x --seed -1", "seed"),
+    ("generate {folder}/model x --seed -1 --do-sample", "seed"),
     ("generate {folder}/model x --memory none --read {folder}/a.txt", "memory"),
     ("generate {folder}/model --file {folder}/latin1.txt", "UTF-8"),
     ("generate {folder}/nothing x", "nothing"),
@@ -121,6 +123,7 @@ ERRORS = [
 USAGE = ["", "nothing", "--nothing", "generate", "score x", "embed x", "embed {folder}/model {folder}/a.txt", "compare",
          "train --steps 0",
          "train --steps x", "demo --quick --steps 3", "demo --seconds 0", "generate {folder}/model x --file y",
+         "generate {folder}/model x --seed 3",
          "train --resume x --d-model 3",
          "train --tokenizer words", "compare {folder}/model {folder}/model {folder} --memory none", "compare {folder}/a.txt --memory none",
          "compare {folder}/model --memory none --out x", "plugins nothing", "plugins check"]  # fmt: skip
@@ -236,6 +239,13 @@ def test_ctrl_c_tells_the_models_of_a_demo_that_are_there(run, monkeypatch, mode
         assert load_checkpoint(out / "models" / "window-size=64").memory_text == "window:size=8"
 
 
+def test_ctrl_c_before_anything_is_imported():
+    hook = "class Stop:\n    def find_spec(self, name, *more):\n        if name == 'click': raise KeyboardInterrupt\n"
+    program = f"import runpy, sys\n{hook}sys.meta_path.insert(0, Stop())\nrunpy.run_module('mini_tfm', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=ENVIRONMENT)
+    assert done.returncode == 130 and done.stderr == "stopped\n"
+
+
 def test_ctrl_c_while_writing(run, monkeypatch, model):
     def pieces(*_, **__):
         yield "some"
@@ -258,6 +268,59 @@ def test_a_closed_pipe_ends_quietly(model):
     err = process.stderr.read()
     process.stderr.close()
     assert process.wait(timeout=30) == 141 and err == b""
+
+
+COMMANDS = {
+    "help": ["--help"],
+    "help of a command": ["train", "--help"],
+    "info": ["info", "{folder}/model"],
+    "list": ["plugins", "list", "--json"],
+    "score": ["score", "{folder}/model", "{folder}/a.txt"],
+    "generate": ["generate", "{folder}/model", "x", "--max-new-tokens", "3"],
+    "embed": ["embed", "{folder}/model", "{folder}/a.txt", "--json"],
+    "read": ["read", "{folder}/model", "{folder}/a.txt", "--memory", "store:path={tmp}/s.mdb"],
+    "train": ["train", "--text", "{folder}/a.txt", "{folder}/b.txt", "--out", "{tmp}/m", *TINY_OPTIONS, "--steps", "2"],
+}
+
+
+def shell(words, redirection):
+    script = shlex.join(command(*words)) + " " + redirection
+    return subprocess.run(["bash", "-c", f"set -o pipefail; {script}"], capture_output=True, text=True, timeout=120, env=ENVIRONMENT)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_streams_that_are_closed_or_full(shared, tmp_path, name):
+    """Closed ones are as the null device; a reader that is gone is 141; what cannot be written is an error of one line."""
+    for number, (redirection, codes) in enumerate({"<&-": [0], ">&-": [0], "2>&-": [0], ">&- 2>&- <&-": [0], "> /dev/full": [2]}.items()):
+        place = tmp_path / str(number)
+        place.mkdir()
+        done = shell(filled(COMMANDS[name], shared, place), redirection)
+        assert done.returncode in codes, (redirection, done)
+        assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr, (redirection, done)
+        if redirection == "> /dev/full":
+            assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] != []
+        if name == "train":
+            assert load_checkpoint(place / "m").tokenizer is not None, redirection
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_reader_that_is_gone_before_the_first_word(shared, tmp_path, name):
+    reads, writes = os.pipe()
+    os.close(reads)
+    words = filled(COMMANDS[name], shared, tmp_path)
+    done = subprocess.run(command(*words), stdout=writes, stderr=subprocess.PIPE, text=True, timeout=120, env=ENVIRONMENT)
+    assert done.returncode == 141 and "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+    with_errors = filled(COMMANDS[name], shared, tmp_path / "again")
+    (tmp_path / "again").mkdir()
+    assert subprocess.run(command(*with_errors), stdout=writes, stderr=writes, timeout=120, env=ENVIRONMENT).returncode == 141
+    os.close(writes)
+
+
+def test_closed_standard_input_is_no_prompt_and_no_file(model):
+    asked = shell(["generate", model], "<&-")
+    assert asked.returncode == 2 and "no prompt" in asked.stderr
+    read = shell(["score", model, "-"], "<&-")
+    assert read.returncode == 2 and "standard input: expected text, it is closed" in read.stderr and "Traceback" not in read.stderr
 
 
 def test_a_terminal_without_unicode_gets_an_answer(model, shared):
@@ -290,18 +353,26 @@ def test_a_broken_plugin_is_listed_and_stops_nothing(tmp_path, model, texts):
     write_plugin(tmp_path, "sick", "import no_such_module_here\n")
     write_plugin(
         tmp_path,
-        "parent",
+        "child",
         "from mini_tfm.memory import Memory, hookimpl\nclass Child(Memory):\n    'A child.'\n"
         "@hookimpl\ndef register_memories(register):\n    register('child', Child)\n",
     )
-    environment = {**ENVIRONMENT, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**ENVIRONMENT, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+    write_plugin(tmp_path, "endless", "while True: pass\n")
     listed = run_process("plugins", "list", "--json", env=environment)
-    assert listed.returncode == 0 and "Traceback" not in listed.stderr
+    assert listed.returncode == 0 and listed.stderr == ""
     found = {each["name"]: each for each in json.loads(listed.stdout)}
-    assert "no_such_module_here" in found["sick"]["broken"] and found["sick"]["plugin"] == "sick (sick 1.5)"
-    assert found["child"]["about"] == "A child." and found["child"]["plugin"] == "parent (parent 1.5)" and "parent" not in found
-    table = run_process("plugins", "list", env=environment)
+    for name in ("sick", "endless", "child"):
+        assert found[name] == {"name": name, "plugin": f"{name} ({name} 1.5)", "about": "", "options": None, "broken": None}
+    named = run_process("plugins", "list", "child", "sick", "--json", env=environment)
+    child, sick = json.loads(named.stdout)
+    assert child["about"] == "A child." and child["options"] == {} and child["broken"] is None
+    assert "no_such_module_here" in sick["broken"] and sick["plugin"] == "sick (sick 1.5)" and named.stderr == ""
+    table = run_process("plugins", "list", "sick", env=environment)
     assert table.returncode == 0 and "broken: " in table.stdout
+    unknown = run_process("plugins", "list", "windw", env=environment)
+    assert unknown.returncode == 2 and "did you mean 'window'?" in unknown.stderr
     scored = run_process("score", model, texts[0], "--json", env=environment)
     assert scored.returncode == 0 and scored.stderr == ""
     asked = run_process("score", model, texts[0], "--memory", "sick", env=environment)
@@ -324,29 +395,72 @@ def test_plugins_check(run):
     assert passed["passed"] and len(passed["checks"]) > 10 and all(check["about"] for check in passed["checks"])
 
 
-def test_plugins_check_tells_what_fails(run):
-    import numpy as np
+BAD = """
+import numpy as np
+from mini_tfm.memory import RowMemory, hookimpl
 
-    from mini_tfm.memory import RowMemory, register_memory
-    from mini_tfm.memory import registry as manager
+class Bad(RowMemory):
+    "Keeps what it likes."
 
-    class Random(RowMemory):
-        """Keeps what it likes."""
+    def __init__(self):
+        super().__init__(size=4)
 
-        def __init__(self):
-            super().__init__(size=4)
+    def keep(self, scores, positions):
+        {keep}
 
-        def keep(self, scores, positions):
-            return np.random.default_rng().random(positions.shape)
+@hookimpl
+def register_memories(register):
+    register("{name}", Bad)
+"""
 
-    register_memory("random_test", Random)
-    try:
-        said = run("plugins", "check", "random_test")
-        assert said.code == 1 and "FAILS" in said.out and "passes" in said.out and "is_deterministic" in said.out
-        assert "checks fail" in said.out
-    finally:
-        manager._registry.factories.pop("random_test")
-        manager._registry.owners.pop("random_test")
+
+def test_plugins_check_tells_what_fails(run, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    write_plugin(tmp_path, "random_test", BAD.format(name="random_test", keep="return np.random.default_rng().random(positions.shape)"))
+    said = run("plugins", "check", "random_test")
+    assert said.code == 1 and "FAILS" in said.out and "passes" in said.out and "is_deterministic" in said.out
+    assert "checks fail" in said.out and "skipped" not in said.out
+    skip = "--skip", "rows_reorder", "--skip", "is_deterministic"
+    skipped = json.loads(run("plugins", "check", "random_test", *skip, "--json").out)
+    assert skipped["skipped"] == ["is_deterministic", "rows_reorder"] and not skipped["passed"]
+    assert not {"is_deterministic", "rows_reorder"} & {check["check"] for check in skipped["checks"]}
+    unknown = run("plugins", "check", "random_test", "--skip", "runz")
+    assert unknown.code == 2 and "--skip: expected one of runs, " in unknown.err
+
+
+@pytest.mark.parametrize(
+    ("keep", "failure"),
+    [
+        ("import os; os._exit(3)", "expected the process to go on, it ended with exit code 3"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "expected the process to go on, it ended with signal 9"),
+        ("import sys; sys.exit(0)", "SystemExit: 0"),
+        ("raise GeneratorExit", "GeneratorExit"),
+        ("raise KeyboardInterrupt", "expected no error, got KeyboardInterrupt"),
+        ("print('here I am'); return positions", "expected nothing on standard output, got 'here I am"),
+        ("import os; os.write(1, b'here'); return positions", "expected nothing on standard output, got 'here"),
+        ("while True: pass", "expected it to end within 3 s, it was still at work"),
+    ],
+)
+def test_a_memory_that_ends_stops_or_prints_fails_a_check_and_does_nothing_worse(run, tmp_path, monkeypatch, keep, failure):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    write_plugin(tmp_path, "bad_test", BAD.format(name="bad_test", keep=keep))
+    skip = [word for name in CHECKS if name != "runs" for word in ("--skip", name)]
+    limit = 3 if "while" in keep else 60
+    said = run("plugins", "check", "bad_test", "--json", "--limit", limit, *skip)
+    assert said.code == 1
+    (check,) = json.loads(said.out)["checks"]
+    assert check["check"] == "runs" and not check["passed"] and failure in check["failures"][0]
+
+
+def test_the_checks_after_one_that_ended_the_process_are_made(run, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    keep = "import os; (os._exit(4) if positions.dtype == np.int64 and len(positions) == 3 else 0); return positions"
+    write_plugin(tmp_path, "bad_test", BAD.format(name="bad_test", keep=keep))
+    checks = {each["check"]: each["passed"] for each in json.loads(run("plugins", "check", "bad_test", "--json").out)["checks"]}
+    assert list(checks) == list(CHECKS) and [name for name, passed in checks.items() if not passed] == [
+        "rows_are_independent",
+        "rows_reorder",
+    ]
 
 
 def test_plugins_new_writes_a_plugin_of_that_name(run, tmp_path):

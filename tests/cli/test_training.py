@@ -3,12 +3,15 @@
 import contextlib
 import dataclasses
 import glob
+import itertools
 import json
 import math
+import os
 import re
 import shlex
 import signal
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ from experiments import small_experiment
 
 from mini_tfm.cli import demo as demo_module
 from mini_tfm.cli.shared import interrupt_between_steps
+from mini_tfm.cli.training import faster_threads
 from mini_tfm.compare import experiment as experiment_module
 from mini_tfm.compare.experiment import failed
 from mini_tfm.errors import FileProblem
@@ -157,6 +161,12 @@ def test_of_two_at_once_one_gets_the_folder(kind, train, texts, tmp_path):
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.parametrize(("one", "four", "best"), [(1.0, 2.0, 1), (1.0, 1.0, 4), (0.95, 1.0, 4), (2.0, 1.0, 4)])
+def test_one_thread_is_used_where_it_is_clearly_faster(one, four, best):
+    noise = itertools.cycle([3.0, 0.0, 0.5])
+    assert faster_threads(lambda n: {1: one, 4: four}[n] + next(noise), 4) == best
+
+
 def test_a_claim_ends_with_its_process(tmp_path):
     from mini_tfm.files.folders import claimed
 
@@ -207,6 +217,28 @@ def test_resume_refuses_what_would_be_another_run(run, train, texts, tmp_path):
 def test_text_takes_several_files_as_a_shell_gives_them(run, texts, tmp_path):
     said = run("train", "--text", *texts, "--out", tmp_path / "m", *TINY_OPTIONS, "--steps", 1)
     assert said.code == 0 and "2 files" in said.err
+
+
+def test_text_from_a_pipe_is_kept_with_the_run(run, texts, tmp_path):
+    text = "The quick brown fox jumps over the lazy dog.\n" * 60
+    (tmp_path / "file.txt").write_text(text)
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_text(text))
+    writer.start()
+    said = run("train", "--text", tmp_path / "pipe", "--out", tmp_path / "a", *TINY_OPTIONS, "--steps", 2)
+    writer.join()
+    assert said.code == 0, said.err
+    said = run("train", "--text", "-", "--out", tmp_path / "b", *TINY_OPTIONS, "--steps", 2, stdin=text)
+    assert said.code == 0, said.err
+    for name in ("a", "b"):
+        assert (tmp_path / name / "text-1.txt").read_text() == text
+        again = run("train", "--resume", tmp_path / name, "--steps", 4)
+        assert again.code == 0, again.err
+    for words, told in ((["--cache", tmp_path / "c"], "is read as one document"), (["--documents", "line"], "is read as one document")):
+        refused = run("train", "--text", "-", "--out", tmp_path / "d", *words, stdin=text)
+        assert refused.code == 2 and told in refused.err and not (tmp_path / "d").exists()
+    empty = run("train", "--text", "-", "--out", tmp_path / "d", stdin="")
+    assert empty.code == 2 and "standard input: expected text, it is empty" in empty.err
 
 
 def test_a_single_file_is_enough(run, texts, tmp_path):

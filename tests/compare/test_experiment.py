@@ -7,9 +7,11 @@ import math
 import pytest
 from experiments import small_experiment
 
+from mini_tfm.cli import results
 from mini_tfm.compare import experiment as module
 from mini_tfm.compare.experiment import failed, over_seeds, run_experiment
 from mini_tfm.errors import InvalidValue
+from mini_tfm.pipeline import Pipeline
 
 DOCUMENTS = {f"{i}": f"Document {i}. The quick brown fox jumps over the lazy dog {i} times, {i * i} or more. " * 30 for i in range(12)}
 SMALL = {"vocab_size": 300, "segment_length": 48, "d_model": 8, "n_heads": 2, "d_ff": 8}
@@ -27,10 +29,19 @@ def test_the_same_steps_are_the_same_figures(tmp_path, monkeypatch, has_encoder)
     assert first.cut_short is None and first.steps == 2 and [row.steps for row in first.rows] == [2]
     assert any("2 steps for each memory: about " in line for line in lines)
     assert not any(math.isnan(share) for share in first.rows[0].recall.values())
+    pipe = Pipeline.load(first.rows[0].folder)
+    scores = [pipe.score(DOCUMENTS[name]) for name in first.held_out_names]
+    assert first.rows[0].bits_per_byte == pytest.approx(
+        sum(each["bits"] for each in scores) / sum(each["bytes"] for each in scores), rel=1e-5
+    )
     monkeypatch.setattr(module, "start_pace", lambda *what: 1e9)  # a machine that is busy now
     assert figures(run_experiment(DOCUMENTS, ["window:size=8"], None, **options)) == figures(first)
     short = run_experiment(DOCUMENTS, ["window:size=8"], None, seconds=1, **options)
     assert short.steps == 1 == short.start_steps and short.cut_short.startswith("cut short: 1 of 2 steps")
+
+
+def test_the_budget_that_help_shows_is_the_one_there_is():
+    assert results.EXPERIMENT_STEPS == module.STEPS
 
 
 def test_what_cannot_be_trained_is_refused_before_any_work():

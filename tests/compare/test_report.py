@@ -36,6 +36,18 @@ def test_the_report_holds_all_and_loads_nothing(experiment):
     assert len(root.findall(".//svg")) == 2 and "nan" not in page.lower().replace("financ", "")
 
 
+def test_on_a_narrow_screen_every_figure_has_its_name_beside_it(experiment):
+    """The table's head is not shown there: a figure's name comes from its cell."""
+    page = html_report(experiment, "mini-tfm demo")
+    assert "@media (max-width: 48rem)" in page and "content: attr(data-name)" in page
+    (table,) = parsed(page).findall(".//table[@class='rows']")
+    head, *rows = table.findall("tr")
+    names = [" ".join(" ".join(each.itertext()).split()) for each in head]
+    assert [f"recall {d} back" for d in experiment.distances] == names[2:7] and len(rows) == len(experiment.rows)
+    for row in rows:
+        assert [cell.get("data-name") for cell in row][1:] == names[1:]
+
+
 def test_a_plot_has_its_lines_inside():
     series = [(f"line {i}", "#123456", [(0.0, 1.0 + i / 1000), (3.0, 2.0), (5.0, float("nan"))]) for i in range(12)]
     root = ElementTree.fromstring(line_chart(series, Axis("x"), Axis("y")))

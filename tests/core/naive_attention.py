@@ -48,7 +48,7 @@ def back_to_the_bank(d_own, bank, rows, heads):
     return d_bank[:, :, :-1]
 
 
-def attention(q, blocks, scale):
+def attention(q, blocks, scale, cap=None):
     """A namespace: out, lse; what the backward wants of the way there; for the bounds n keys, and terms_*."""
     batch, heads, length, d = q.shape
     lists = [rows_and_seen(q, block) for block in blocks]
@@ -65,6 +65,9 @@ def attention(q, blocks, scale):
     seen &= bias != -np.inf
     bias = np.where(seen, bias, 0.0)
     products = np.einsum("bhtd,bhtnd->bhtn", q.astype(np.float64), keys) * scale
+    slope = np.ones(products.shape)
+    if cap is not None:
+        products, slope = cap * np.tanh(products / cap), 1 / np.cosh(np.clip(products / cap, -300, 300)) ** 2
     scores = np.where(seen, products + bias, -np.inf)
     top = np.where(seen.any(-1, keepdims=True), scores.max(-1, keepdims=True, initial=-np.inf), 0.0)
     total = np.exp(scores - top).sum(-1, keepdims=True)
@@ -75,18 +78,19 @@ def attention(q, blocks, scale):
     # How far rounding moves a score, in eps; it multiplies whatever the score weighs.
     moved = d**0.5 * np.abs(q).max(initial=0.0) * np.abs(keys).max(initial=0.0) * abs(scale) + np.abs(bias).max(initial=0.0)
     return SimpleNamespace(
-        out=np.einsum("bhtn,bhtnd->bhtd", p, values), lse=lse, p=p, keys=keys, values=values, lists=lists,
+        out=np.einsum("bhtn,bhtnd->bhtd", p, values), lse=lse, p=p, slope=slope, keys=keys, values=values, lists=lists,
         n=keys.shape[3], terms_lse=1.0 + moved, terms_out=(1.0 + moved) * np.abs(values).max(initial=0.0),
     )  # fmt: skip
 
 
-def attention_backward(dout, q, blocks, scale):
+def attention_backward(dout, q, blocks, scale, cap=None):
     """A namespace: dq; dk, dv, and dscores (the dense gradient of the bias), one a block; for the bounds n keys, n_queries, terms_*."""
     heads, length = q.shape[1:3]
-    forward = attention(q, blocks, scale)
+    forward = attention(q, blocks, scale, cap)
     dp = np.einsum("bhtd,bhtnd->bhtn", dout.astype(np.float64), forward.values)
     ds = forward.p * (dp - (forward.p * dp).sum(-1, keepdims=True))
-    dkeys = ds[..., None] * q[:, :, :, None, :] * scale
+    through = ds * forward.slope  # the cap comes before the bias
+    dkeys = through[..., None] * q[:, :, :, None, :] * scale
     dvalues = forward.p[..., None] * dout[:, :, :, None, :]
     ends = np.cumsum([rows.shape[3] for rows, _ in forward.lists])[:-1]
     dk, dv, dscores = [], [], []
@@ -98,7 +102,7 @@ def attention_backward(dout, q, blocks, scale):
         dscores.append(ds_n)
     dp_max = q.shape[3] ** 0.5 * np.abs(dout).max(initial=0.0) * np.abs(forward.values).max(initial=0.0)
     return SimpleNamespace(
-        dq=np.einsum("bhtn,bhtnd->bhtd", ds, forward.keys) * scale, dk=dk, dv=dv, dscores=dscores,
+        dq=np.einsum("bhtn,bhtnd->bhtd", through, forward.keys) * scale, dk=dk, dv=dv, dscores=dscores,
         n=forward.n, n_queries=length * heads,
         terms_dq=forward.terms_lse * dp_max * np.abs(forward.keys).max(initial=0.0) * abs(scale),
         terms_dk=forward.terms_lse * dp_max * np.abs(q).max(initial=0.0) * abs(scale),

@@ -62,10 +62,10 @@ def sample(name, dtype, layout="contiguous", big=False, seed=0):
         "adamw": lambda: {
             "param": plain.real(flat), "grad": values.real(flat), "m": plain.real(flat), "v": plain.positive(flat), **adam
         },
-        "attention": lambda: {"q": q, "blocks": case.blocks, "scale": 0.3, "dropout": 0.2, "seed": 5},
+        "attention": lambda: {"q": q, "blocks": case.blocks, "scale": 0.3, "dropout": 0.2, "seed": 5, "cap": 9.0},
         "attention_mass": lambda: {
             "q": q, "block": case.blocks[0], "lse": doubles.real(batch, heads, length) + 5, "scale": 0.3,
-            "asking": values.mask(batch, length)
+            "asking": values.mask(batch, length), "cap": 9.0,
         },
         "attention_backward": lambda: attention_backward(case, q, values),
         "cross_entropy": lambda: {"logits": x, "targets": targets, **smoothing},
@@ -95,7 +95,10 @@ def sample(name, dtype, layout="contiguous", big=False, seed=0):
         },
         "rms_norm": lambda: {"x": x, "weight": weight, "eps": 1e-6, "out": out},
         "rms_norm_backward": lambda: {"dy": dy, "x": x, "weight": weight, "rstd": values.positive(n), "out": out},
-        "rotary": lambda: {"x": q, "positions": values.integers(0, 999, length), "frequencies": 10000.0 ** -np.arange(0, 1, 2 / q.shape[-1]), "inverse": False},
+        "rotary": lambda: {
+            "x": q, "positions": values.integers(0, 999, length), "frequencies": 10000.0 ** -np.arange(0, 1, 2 / q.shape[-1]),
+            "inverse": False,
+        },
         "search": lambda: {
             "queries": values.real(2, n // 4 + 1, 16), "bank": values.real(2, n, 16), "k": 5, "valid": values.mask(2, n),
             "scales": None, "codes": None,
@@ -122,7 +125,7 @@ NAMES = (
 def attention_backward(case, q, values):
     """`out` and `lse` are those of the forward: a backward from made-up ones would be of no softmax."""
     case.ask_for_dbias(lambda shape: np.zeros(shape, q.dtype))
-    drops = {"dropout": 0.2, "seed": 5}
+    drops = {"dropout": 0.2, "seed": 5, "cap": 9.0}
     out, lse = _core.attention(q, case.blocks, 0.3, **drops)
     needs = [True] * len(case.blocks)
     return {"dout": values.real(*q.shape), "out": out, "lse": lse, "q": q, "blocks": case.blocks, "scale": 0.3, "needs": needs, **drops}

@@ -21,9 +21,9 @@ sources = st.sampled_from([1, 2, 3, 5, 8, 16, 31, 66])
 head_sizes = st.sampled_from([1, 2, 3, 8, 13, 16, 33])
 
 
-def check(core, case):
-    out, lse = core.attention(case.q, case.blocks, case.scale)
-    expected = naive.attention(case.q, case.blocks, case.scale)
+def check(core, case, cap=None):
+    out, lse = core.attention(case.q, case.blocks, case.scale, cap=cap)
+    expected = naive.attention(case.q, case.blocks, case.scale, cap)
     assert_close(out, expected.out, "attention", k=expected.n, terms=expected.terms_out, dtype=case.q.dtype)
     assert lse.dtype == np.float64
     assert_close(lse.astype(case.q.dtype), expected.lse, "lse", k=expected.n, terms=expected.terms_lse)
@@ -35,6 +35,20 @@ def check(core, case):
 def test_forward(core, dtype, feature, seed, batch, kv_heads, group, length, source, d, layout):
     values = Values(seed, dtype, layout)
     check(core, drawn_case(feature, values, batch, kv_heads * group, kv_heads, length, source, d))
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("cap", [0.1, 2.0, 50.0])
+def test_capped(core, dtype, feature, cap):
+    """Far below the scores, among them, far above; of few queries, of many, past a tile."""
+    for seed, (length, source) in enumerate([(1, 5), (3, 70), (40, 300)]):
+        check(core, drawn_case(feature, Values(seed, dtype), 2, 4, 2, length, source, 8, size=3.0), cap)
+
+
+def test_a_cap_holds_what_is_infinite(core, dtype):
+    q, k = np.ones((1, 1, 3, 1), dtype), np.array([np.inf, 0, -np.inf], dtype).reshape(1, 1, 3, 1)
+    out, _ = core.attention(q, [Block(k, np.array([1.0, 0.0, 0.0], dtype).reshape(1, 1, 3, 1))], 1.0, cap=2.0)
+    np.testing.assert_allclose(out, np.exp(2) / (np.exp(2) + 1 + np.exp(-2)), rtol=1e-6)
 
 
 @pytest.mark.parametrize("length, source", [(63, 64), (64, 65), (65, 129), (130, 515), (257, 257), (1, 1025), (2, 300), (4, 2049)])

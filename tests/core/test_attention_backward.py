@@ -15,17 +15,17 @@ from hypothesis import given
 from mini_tfm import _core
 
 
-def backward(core, case, dout, needs=None):
+def backward(core, case, dout, needs=None, cap=None):
     """dq and the blocks' gradients, from a forward of the same implementation."""
-    out, lse = core.attention(case.q, case.blocks, case.scale)
-    return core.attention_backward(dout, out, lse, case.q, case.blocks, case.scale, needs)
+    out, lse = core.attention(case.q, case.blocks, case.scale, cap=cap)
+    return core.attention_backward(dout, out, lse, case.q, case.blocks, case.scale, needs, cap=cap)
 
 
-def check(core, case, dout, start=0.0):
+def check(core, case, dout, start=0.0, cap=None):
     """Every gradient; the tables of the biases hold `start` already."""
-    expected = naive.attention_backward(dout, case.q, case.blocks, case.scale)
+    expected = naive.attention_backward(dout, case.q, case.blocks, case.scale, cap)
     tables = case.ask_for_dbias(lambda shape: np.full(shape, start, dout.dtype))
-    dq, grads = backward(core, case, dout)
+    dq, grads = backward(core, case, dout, cap=cap)
     bounds = {"operation": "attention_backward", "dtype": dout.dtype}
     n_all = expected.n + expected.n_queries
     assert_close(dq, expected.dq, k=expected.n, terms=expected.terms_dq, **bounds)
@@ -48,6 +48,27 @@ def test_backward(core, dtype, feature, seed, batch, kv_heads, group, length, so
     values = Values(seed, dtype, layout)
     case = drawn_case(feature, values, batch, kv_heads * group, kv_heads, length, source, d)
     check(core, case, values.real(*case.q.shape), start=0.5)
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("cap", [0.1, 2.0, 50.0])
+def test_capped(core, dtype, feature, cap):
+    for seed, (length, source) in enumerate([(1, 5), (3, 70), (40, 300)]):
+        values = Values(seed, dtype)
+        case = drawn_case(feature, values, 2, 4, 2, length, source, 8, size=3.0)
+        check(core, case, values.real(*case.q.shape), start=0.5, cap=cap)
+
+
+@pytest.mark.parametrize("odd", [np.nan, np.inf])
+def test_a_capped_score_that_is_hidden_gets_nothing(core, dtype, odd):
+    values = Values(0, dtype)
+    case, used = case_that_hides("hidden by a bias per key", values, 40)
+    dout, (block,) = values.real(*case.q.shape), case.blocks
+    expected = naive.attention_backward(dout, case.q, case.blocks, case.scale, 2.0)
+    block.k, block.v = (np.where(used[:, None, :, None], x, odd).astype(dtype) for x in (block.k, block.v))
+    dq, (grad,) = backward(core, case, dout, cap=2.0)
+    for found, wanted in ((dq, expected.dq), (grad.dk, expected.dk[0]), (grad.dv, expected.dv[0])):
+        np.testing.assert_allclose(found, wanted, atol=1e-4)
 
 
 @pytest.mark.parametrize("length, source", [(63, 64), (65, 129), (130, 515), (257, 257), (1, 1025), (4, 2049)])

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 from core import naive, naive_attention
-from core.cases import Values
+from core.cases import Values, seeds
 from helpers import assert_close, assert_same_bits
+from hypothesis import given
+from hypothesis import strategies as st
 
 import mini_tfm as mt
 from mini_tfm import _core
@@ -35,6 +37,77 @@ def test_attention(qkv, options):
         fields["lengths"] = np.array(fields["lengths"])
     expected = naive_attention.attention(q, [Block(k, v, **fields)], options.get("scale", 8**-0.5))
     assert_close(out, expected.out, "attention", k=expected.n, terms=expected.terms_out, dtype=q.dtype)
+
+
+def dense(q, k, v, seen, bias, scale, cap):
+    """(B, H, T, Dv) and the weights, in float64: every head with keys of its own, every score there."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (np.repeat(x.astype(np.float64), group, axis=1) for x in (k, v))
+    scores = np.einsum("bhtd,bhsd->bhts", q.astype(np.float64), k) * scale
+    scores = scores if cap is None else cap * np.tanh(scores / cap)
+    shape = scores.shape
+    scores = np.where(seen, scores + bias, -np.inf)
+    top = np.where(np.broadcast_to(seen, shape).any(-1, keepdims=True), scores.max(-1, keepdims=True, initial=-1e300), 0)
+    weights = np.exp(scores - top)
+    weights = weights / np.maximum(weights.sum(-1, keepdims=True), 1e-300)
+    return np.einsum("bhts,bhsd->bhtd", weights, v), weights
+
+
+@given(
+    seed=seeds, batch=st.integers(1, 2), kv_heads=st.integers(1, 2), group=st.integers(1, 2), length=st.sampled_from([1, 2, 5, 30]),
+    source=st.sampled_from([1, 3, 8, 40, 300]), d=st.sampled_from([1, 3, 8, 20]), d_v=st.sampled_from([1, 3, 8, 20]),
+    masked=st.sampled_from([None, (), ("s",), ("t", "s"), ("b", 1, 1, "s"), ("b", "h", "t", "s")]), biased=st.booleans(),
+    offset=st.sampled_from([None, -3, 0, 2, 1000]), causal=st.booleans(), window=st.sampled_from([None, 2]),
+    cap=st.sampled_from([None, 0.5, 30.0]),
+)  # fmt: skip
+def test_all_that_attention_takes(dtype, seed, batch, kv_heads, group, length, source, d, d_v, masked, biased, offset, causal, window, cap):
+    """mask, offset, cap, values of another width, weights: each with all the others."""
+    values, heads = Values(seed, dtype), kv_heads * group
+    sizes = {"b": batch, "h": heads, "t": length, "s": source}
+    q, k, v = values.real(batch, heads, length, d), values.real(batch, kv_heads, source, d), values.real(batch, kv_heads, source, d_v)
+    mask = None if masked is None else np.asarray(values.mask(*(sizes.get(n, n) for n in masked)))
+    bias = values.real(heads, 1, source) if biased else None
+    offset = offset if causal or window else None
+    distance = np.arange(source) - np.arange(length)[:, None] - (source - length if offset is None else offset)
+    seen = (distance <= 0 if causal else np.True_) & (True if mask is None else mask)
+    if window:
+        seen = seen & (distance > -window) & (causal | (distance < window))
+    seen = np.broadcast_to(seen, (batch, heads, length, source))
+    out, weights = mt.attention(
+        q, k, v, mask=mask, bias=bias, offset=offset, causal=causal, window=window, cap=cap, scale=0.4, return_weights=True
+    )
+    expected, expected_weights = dense(q, k, v, seen, 0.0 if bias is None else bias, 0.4, cap)
+    assert (out.dtype, weights.dtype) == (dtype, dtype)
+    near = {"rtol": 0, "atol": 2000 * np.finfo(dtype).eps}
+    np.testing.assert_allclose(out, expected, **near)
+    np.testing.assert_allclose(weights, expected_weights, **near)
+    alone = mt.attention(q, k, v, mask=mask, bias=bias, offset=offset, causal=causal, window=window, cap=cap, scale=0.4)
+    assert_same_bits(np.ascontiguousarray(alone), np.ascontiguousarray(out))
+
+
+def test_a_mask_hides_nan(qkv):
+    q, k, v = qkv
+    expected = mt.attention(q, k[:, :, :5], v[:, :, :5])
+    k[:, :, 5:], v[:, :, 5:] = np.nan, np.inf
+    np.testing.assert_allclose(mt.attention(q, k, v, mask=np.arange(7) < 5), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"mask": np.ones(7)}, r"mask: expected an array of bool, True where a key is seen, got an array of float64"),
+        ({"mask": np.ones((3, 7), bool)}, r"mask: expected an array broadcastable to \(2, 4, 5, 7\), got shape \(3, 7\)"),
+        ({"mask": np.ones((3, 7), bool), "bias": np.ones((5, 7), np.float32)}, r"mask: expected an array broadcastable to"),
+        ({"offset": 2}, r"offset: expected None without causal or window"),
+        ({"offset": 1.5, "causal": True}, r"offset: expected an integer, got float"),
+        ({"cap": 0}, r"cap: expected a finite number in \[0.001, 1000000.0\], got 0"),
+        ({"cap": "2"}, r"cap: expected a number, got str"),
+    ],
+)
+def test_what_attention_refuses(options, message):
+    values = Values(0, "float32")
+    with pytest.raises((InvalidType, InvalidValue), match=message):
+        mt.attention(values.real(2, 4, 5, 8), values.real(2, 2, 7, 8), values.real(2, 2, 7, 8), **options)
 
 
 def test_a_row_of_length_0_gives_zeros(qkv):

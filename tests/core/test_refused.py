@@ -19,19 +19,20 @@ FREE = {
     ("checksum", "x"): ...,
     ("embedding", "table"): (0, 1), ("embedding", "ids"): ...,
     ("embedding_backward", "dtable"): (0,), ("cross_entropy", "logits"): (1,), ("cross_entropy", "targets"): (),
-    ("cross_entropy_backward", "logits"): (1,), ("rotary", "x"): (0, 1), ("search", "queries"): (1,),
+    ("cross_entropy_backward", "logits"): (1,), ("rotary", "x"): (0, 1, 3),
+    ("rotary", "frequencies"): (0,), ("search", "queries"): (1,),
 }  # fmt: skip
 LAST_AXIS_ALONE = {("layer_norm", "x"), ("rms_norm", "x"), ("linear_top_k", "x")}
 MAY_BE_NONE = {
     *("bias", "valid", "lengths", "index", "dbias", "window", "offset", "needs", "gate", "gate_bias", "group", "activation", "residual"),
-    *("scales", "codes", "dweight"),
+    *("scales", "codes", "dweight", "cap"),
 }
 OPTIONAL_OUT = {("gemm", "out"), ("packed_linear", "out"), *((name, "out") for name in WITH_OUT)}
 
 NUMBERS = {
     "eps": [-1e-9, np.nan, np.inf], "p": [-0.1, 1.0, np.nan], "label_smoothing": [-0.1, 1.1, np.nan], "lr": [-1.0, np.inf],
     "beta1": [1.0, -0.1, np.nan], "beta2": [1.0, -0.1, np.nan], "weight_decay": [-0.1, np.nan], "grad_scale": [np.nan, np.inf],
-    "base": [0.0, -1.0, np.nan, np.inf], "scale": [np.nan, np.inf],
+    "scale": [np.nan, np.inf], "cap": [0.0, -1.0, 1e-9, 1e9, np.nan, np.inf],
 }  # fmt: skip
 INTEGERS = {
     "step": [0, -1, 2**70], "seed": [-1, 2**64], "k": [-1, 2**40], "n": [-1, -(2**70), 2**70], "d_model": [-1, 2**70],
@@ -85,7 +86,8 @@ def misfits(name, argument, value):
         if not last_alone:
             yield "one axis more", value[None]
             yield "one axis less", value[0]
-    if value.dtype.kind == "f" and sum(array.dtype.kind == "f" for array in arrays_in(sample(name, "float32"))) > 1:
+    is_alone = (name, argument) == ("rotary", "x")  # its frequencies are float64 beside any real
+    if value.dtype.kind == "f" and not is_alone and sum(array.dtype.kind == "f" for array in arrays_in(sample(name, "float32"))) > 1:
         yield "the other real", value.astype(np.float64 if value.dtype == np.float32 else np.float32)
     if argument in IN_PLACE.get(name, ()):
         frozen = value.copy()

@@ -1,5 +1,6 @@
 """Threads: the same bits for any number of them, several Python threads at once, forks, and how many there are at first."""
 
+import contextlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
@@ -178,8 +179,9 @@ def test_omp_num_threads_is_honoured(asked, expected):
     assert int(in_a_process("from mini_tfm import _core; print(_core.get_num_threads())", OMP_NUM_THREADS=asked).stdout) == expected
 
 
-@pytest.mark.parametrize("asked", ["", "0", "-3", "many"])
+@pytest.mark.parametrize("asked", ["", "0", "-3", "many", "4097", "1000000", "9" * 30, "9" * 10_000])
 def test_the_default_is_what_the_process_may_use(asked):
+    """Also where OMP_NUM_THREADS asks for what no process should have, and that is said."""
     from mini_tfm._core.threads import default_num_threads
 
     def no_quota(path):
@@ -189,9 +191,114 @@ def test_the_default_is_what_the_process_may_use(asked):
         return "50000 100000"
 
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    assert default_num_threads({"OMP_NUM_THREADS": asked}, no_quota) == processors
-    assert default_num_threads({"OMP_NUM_THREADS": asked}, half_a_processor) == 1
-    assert default_num_threads({"OMP_NUM_THREADS": asked}, lambda path: "max 100000") == processors
+    for read, expected in ((no_quota, processors), (half_a_processor, 1), (lambda path: "max 100000", processors)):
+        told = pytest.warns(
+            UserWarning, match=rf"OMP_NUM_THREADS: expected a number from 1 to 4096, got '.{{1,40}}.*'; mini_tfm uses {expected} "
+        )
+        with told if asked else contextlib.nullcontext() as told:
+            assert default_num_threads({"OMP_NUM_THREADS": asked}, read) == expected
+        assert not asked or len(str(told[0].message)) < 200
+
+
+@needs_openmp
+def test_a_number_of_threads_that_is_no_number_of_threads_fails_nothing():
+    program = "import warnings; warnings.simplefilter('ignore'); from mini_tfm import _core; print(_core.get_num_threads())"
+    assert 1 <= int(in_a_process(program, OMP_NUM_THREADS="9" * 5000).stdout) <= os.cpu_count()
+
+
+STARVED = """
+import resource, sys
+import numpy as np
+from mini_tfm import _core
+x = np.ones((1000, 1000), np.float32)
+with open("/proc/self/statm") as sizes:
+    here = int(sizes.read().split()[0]) * resource.getpagesize()
+_core.set_num_threads(16)
+resource.setrlimit(resource.RLIMIT_AS, (here + (100 << 20), resource.RLIM_INFINITY))
+y = _core.gemm(x, x)
+assert (y == 1000).all()
+print(_core.get_num_threads())
+_core.set_num_threads(16)
+print(_core.get_num_threads())
+"""
+
+
+@needs_openmp
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+def test_where_no_more_threads_can_be_had_fewer_compute():
+    """The stacks of 15 threads do not fit into what is left of the address space; OpenMP's own library would end the process."""
+    fewer, again = map(int, in_a_process(STARVED).stdout.split())
+    assert 1 <= fewer < 16 and again == 16
+
+
+STOPPED = """
+import os, signal, sys, threading
+import numpy as np
+from mini_tfm import _core
+from mini_tfm.reference import Block
+
+name, n_threads = sys.argv[1], int(sys.argv[2])
+_core.set_num_threads(n_threads)
+rng = np.random.default_rng(0)
+def real(*shape):
+    return rng.standard_normal(shape, np.float32)
+if name == "gemm":
+    a = real(6000, 6000)
+    call = lambda: _core.gemm(a, a)
+elif name == "attention":
+    q = real(1, 1, 60000, 64)
+    call = lambda: _core.attention(q, [Block(q, q)], 0.1)
+elif name == "attention_few":
+    q, k = real(4000, 8, 4, 64), np.broadcast_to(real(1, 1, 6000, 64), (4000, 8, 6000, 64))
+    call = lambda: _core.attention(q, [Block(k, k)], 0.1)
+elif name == "attention_backward":
+    q, lse = real(1, 1, 40000, 64), np.zeros((1, 1, 40000))
+    call = lambda: _core.attention_backward(q, q, lse, q, [Block(q, q)], 0.1)
+elif name == "attention_mass":
+    q, lse = real(1, 1, 60000, 64), np.zeros((1, 1, 60000))
+    call = lambda: _core.attention_mass(q, Block(q, q), lse, 0.1, np.ones((1, 60000), bool))
+elif name == "linear_cross_entropy":
+    x, w, t = real(4000, 512), real(200000, 512), np.zeros(4000, np.int64)
+    call = lambda: _core.linear_cross_entropy(x, w, t, transposed=True)
+elif name == "search":
+    q, bank = real(1, 4000, 64), real(1, 400000, 64)
+    call = lambda: _core.search(q, bank, 5)
+elif name == "packed_linear":
+    x, w = real(30000, 3000), _core.pack(real(3000, 3000))
+    call = lambda: _core.packed_linear(x, w)
+
+# The first signal sends the second: a kernel that lets none through until it ends has run to its end by then.
+seen = []
+def interrupt():
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+def handler(*_):
+    seen.append(1)
+    if len(seen) > 1:
+        raise KeyboardInterrupt
+    interrupt()
+signal.signal(signal.SIGINT, handler)
+interrupt()
+try:
+    call()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    print("it ran to its end")
+except KeyboardInterrupt:
+    print("stopped")
+# What it left behind is whole, and the next call is as good as ever.
+x = real(300, 300)
+np.testing.assert_allclose(_core.gemm(x, x), x.astype(float) @ x, atol=1e-3)
+"""
+
+
+@pytest.mark.skipif(_core.show_config()["isa"] == "reference", reason="of the compiled kernels: NumPy's own cannot be stopped")
+@pytest.mark.parametrize("n_threads", [1, 2])
+@pytest.mark.parametrize(
+    "name",
+    ["gemm", "attention", "attention_few", "attention_backward", "attention_mass", "linear_cross_entropy", "search", "packed_linear"],
+)
+def test_ctrl_c_does_not_wait_for_a_kernel(name, n_threads):
+    """Each would take seconds."""
+    assert in_a_process(STOPPED, name, n_threads).stdout.startswith("stopped")
 
 
 def quota_of(files):

@@ -7,6 +7,7 @@ from variants import VARIANTS, tiny_model, tokens
 from mini_tfm.errors import InvalidType, InvalidValue
 from mini_tfm.generate import sampling
 from mini_tfm.generate.options import GenerationOptions
+from mini_tfm.generate.rules import cutoffs_of
 
 WITH_DECODER = [name for name, fields in VARIANTS.items() if fields.get("n_decoder_layers") != 0]
 LENGTHS = np.array([4, 1, 6, 4])
@@ -117,13 +118,15 @@ def test_a_seed_repeats_and_another_does_not():
 
 # ------------------------------------------------------------------------------------------- choosing one token
 
+NO_IDS = np.zeros((0, 0), np.int64)
 PROBABILITIES = np.array([0.05, 0.4, 0.15, 0.3, 0.1])
 
 
 def drawn_from(scores, options, rngs):
     """A token for each row of scores (B, V)."""
-    processors = sampling.processors_of(options)
-    return [sampling.draw(row, processors, rng) for row, rng in zip(scores, rngs, strict=True)]
+    for processor in cutoffs_of(options, 1):
+        scores = processor(NO_IDS, scores, NO_IDS)
+    return [sampling.draw(row, rng) for row, rng in zip(scores, rngs, strict=True)]
 
 
 def shares(n=20_000, **options):
@@ -160,16 +163,17 @@ def test_tokens_are_drawn_as_often_as_their_probabilities_say(options, expected)
     np.testing.assert_array_equal(found[np.asarray(expected) == 0], 0)
 
 
-def test_top_k_of_equal_scores_is_that_many():
+def test_equals_of_the_last_of_top_k_are_drawn_too():
     chosen = GenerationOptions(do_sample=True, top_k=2)
-    drawn = drawn_from(np.zeros((200, 6)), chosen, [np.random.default_rng(0)] * 200)
-    assert set(drawn) == {0, 1}
+    drawn = drawn_from(np.tile([1.0, 0, 0, 0, -1], (200, 1)), chosen, [np.random.default_rng(0)] * 200)
+    assert set(drawn) == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize("temperature", [1e-310, 1e-30, 1e-3])
 def test_the_smallest_temperature_is_greedy(temperature):
     chosen = GenerationOptions(do_sample=True, temperature=temperature)
-    assert sampling.draw(np.array([-3.0, 2.0, 1.0]), sampling.processors_of(chosen), np.random.default_rng(0)) == 1
+    for dtype in (np.float32, np.float64):
+        assert drawn_from(np.array([[-3.0, 2.0, 1.0]], dtype), chosen, [np.random.default_rng(0)]) == [1]
 
 
 @pytest.mark.parametrize("drawn", [0.0, 0.5, 1 - 2**-53])
@@ -178,7 +182,7 @@ def test_a_token_of_probability_zero_is_never_drawn(drawn):
         def random(self):
             return drawn
 
-    assert sampling.draw(np.array([-1e6, 0.0, 0.0, -1e6]), [], Draws()) in (1, 2)
+    assert sampling.draw(np.array([-1e6, 0.0, 0.0, -1e6]), Draws()) in (1, 2)
 
 
 def test_extreme_scores_are_drawn_without_overflow():
@@ -195,7 +199,17 @@ BAD = {
     "top_k": [-1, 1.0, None],
     "top_p": [0, 1.1, -0.5, float("nan"), None, "all"],
     "seed": [-1, 1.5, "a"],
-    "num_beams": [0, 2, None],
+    "num_beams": [0, 1.5, None],
+    "early_stopping": ["always", None, 1],
+    "eos_token_id": [-1, 1.0, "2", [], [[1]], True],
+    "stop_strings": ["", [], [""], 3],
+    "bad_words_ids": [3, [3], [[]], [[-1]], []],
+    "sequence_bias": [{}, {(): 1.0}, {(1,): "a"}, {(1,): float("nan")}, {(1,): float("inf")}, 3],
+    "choices": ["text", [], [""], [[]], [3]],
+    "logits_processor": [3, [3]],
+    "prefix_allowed_tokens_fn": [3, "f"],
+    "max_time": [0, -1, "1"],
+    "length_penalty": [None, float("nan"), "1"],
     "do_sample": ["no", None, 1],
     "stop_at_eos": ["no", None, 0],
 }
@@ -208,10 +222,10 @@ def test_options_are_checked(name, value):
 
 
 def test_all_faults_are_told_at_once():
-    with pytest.raises(InvalidValue, match=r"max_new_tokens.*top_k.*temperature.*top_p.*seed"):
-        GenerationOptions(max_new_tokens=-1, top_k=-1, temperature=0, top_p=2, seed=-1)
+    with pytest.raises(InvalidValue, match=r"max_new_tokens.*temperature.*top_k.*top_p.*seed"):
+        GenerationOptions(do_sample=True, max_new_tokens=-1, top_k=-1, temperature=0, top_p=2, seed=-1)
 
 
 def test_an_unknown_option_is_named_with_those_there_are():
-    with pytest.raises(InvalidType, match=r"unknown option 'max_length'; it takes max_new_tokens, do_sample"):
-        tiny_model().generate(np.full((1, 2), 4), max_length=8)
+    with pytest.raises(InvalidType, match=r"unknown option 'max_lenght' .*'max_length'.*; it takes max_new_tokens, min_new"):
+        tiny_model().generate(np.full((1, 2), 4), max_lenght=8)

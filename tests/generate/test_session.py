@@ -55,6 +55,69 @@ def test_decoding_past_every_growth_of_the_cache_is_full_decoding(variant):
     np.testing.assert_allclose(found, whole, rtol=0, atol=1e-10 * np.abs(whole).max())
 
 
+PAST_GROWTHS = 2 * FIRST_CAPACITY + 5  # tokens
+AROUND_GROWTHS = [n for capacity in (FIRST_CAPACITY, 2 * FIRST_CAPACITY) for n in range(capacity - 1, capacity + 3)]
+
+
+def full_decoding(model, tokens, length=6):
+    """Scores (V,) of what follows the decoded tokens of each (stream of TEXT, tokens): a forward pass alone, without a cache."""
+    found = []
+    for row, decoded in tokens:
+        target = np.append(decoded[1:], 0)[None]  # what is fed is the target before: the last one is not read
+        source = TEXT[[row], 12 : 12 + length] if model.config.has_encoder else None
+        found.append(model.logits(source, target, *([[length]] if model.config.has_encoder else []))[0, -1])
+    return np.stack(found)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_beams_past_every_growth_of_the_cache_are_full_decoding(variant):
+    """At every step a beam goes on from any of those before: streams dropped, repeated and sorted while the cache grows."""
+    model, rng = model_for(variant, dtype=np.float64), np.random.default_rng(7)
+    session = begun(model, None, [0, 1, 2], read=0)
+    rows, decoded = np.arange(3), np.zeros((3, 0), np.int64)
+    for n in range(1, PAST_GROWTHS):
+        fed = np.full((3, 1), model.config.bos_id) if n == 1 else rng.integers(3, 13, (3, 1))
+        decoded = np.concatenate([decoded, fed], axis=1)
+        scores = session.scores(session.step(fed))
+        if n in AROUND_GROWTHS or n == PAST_GROWTHS - 1:
+            whole = full_decoding(model, zip(rows, decoded, strict=True))
+            np.testing.assert_allclose(scores, whole, rtol=0, atol=1e-10 * np.abs(whole).max())
+        beams = rng.integers(0, 3, 3)
+        session.reorder(beams)
+        rows, decoded = rows[beams], decoded[beams]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_joined_streams_past_every_growth_of_the_cache_are_full_decoding(variant):
+    """Streams that have come differently far reach the end of the room at different steps."""
+    model, rng = model_for(variant, dtype=np.float64), np.random.default_rng(8)
+    first, second = begun(model, None, [0, 1], read=0), begun(model, None, [2], read=0)
+    bos = np.full((3, 1), model.config.bos_id)
+    tokens = np.concatenate([bos, rng.integers(3, 13, (3, 20 + PAST_GROWTHS))], axis=1)
+    steps(first, tokens[:2, :3])
+    steps(second, tokens[2:, :20])
+    first.join(second)
+    done = np.array([3, 3, 20])
+    for _ in range(PAST_GROWTHS):
+        scores = first.scores(first.step(tokens[np.arange(3), done][:, None]))
+        done = done + 1
+        if np.isin(done, AROUND_GROWTHS).any():
+            whole = full_decoding(model, [(row, tokens[row, :n]) for row, n in enumerate(done)])
+            np.testing.assert_allclose(scores, whole, rtol=0, atol=1e-10 * np.abs(whole).max())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_is_generated_past_every_growth_of_the_cache_is_the_argmax_without_one(variant):
+    model = model_for(variant, dtype=np.float64)
+    prompts, n = TEXT[:2, 12:18], PAST_GROWTHS
+    for prompt, made in zip(prompts, model.generate(prompts, max_new_tokens=n, stop_at_eos=False), strict=True):
+        if model.config.has_encoder:
+            whole = model.logits(prompt[None], np.array(made)[None])[0]
+        else:
+            whole = model.logits(None, np.concatenate([prompt, made])[None])[0, len(prompt) :]
+        assert made == whole.argmax(-1).tolist()
+
+
 @pytest.mark.parametrize("spec", MEMORIES)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_streams_are_dropped_repeated_and_sorted(variant, spec):

@@ -1,7 +1,9 @@
 """A memory at work: rows of the batch, dump and load, what is told to whom, and every nonsense that is stopped before C."""
 
 import dataclasses
+import gc
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -751,3 +753,42 @@ def test_a_short_segment_sees_no_row_of_a_decoder_in_its_future(spec, monkeypatc
     for length in (LENGTH, LENGTH, 1, 2):
         stream.read(SEGMENTS[0][:1, :length], np.array([length]))
     assert seen and all(seen)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("full")])
+@pytest.mark.parametrize("streams", [[True, True], [False, True]])
+def test_a_reset_that_fails_changes_no_memory(error, streams):
+    """One of the stack cannot begin anew: the others have not forgotten either."""
+    begun = []
+
+    def start():
+        begun.append(1)
+        if len(begun) == 2:
+            raise error
+        return {"rows": np.zeros((2, 2))}
+
+    stack = Stack([mt.memory("window:size=8"), Hostile(needs=(), start=start)])
+    reader = Reader(MODEL, stack, 2)
+    reader.read(SEGMENTS[0])
+    before = reader.copy()
+    with pytest.raises((KeyboardInterrupt, PluginError)):
+        reader.run.reset(np.array(streams))
+    assert reader.read(SEGMENTS[1]).tobytes() == before.read(SEGMENTS[1]).tobytes()
+    reader.run.reset(np.array(streams))
+    assert (reader.run.start > 0).tolist() == [not reset for reset in streams]
+
+
+def test_a_stream_is_freed_when_nobody_holds_it():
+    """With all that its tape holds, at once: a training step makes one."""
+    model = small_model("decoder-only")
+    gc.disable()
+    try:
+        stream = Stream(model, mt.memory("window:size=6"), 2, weights={name: Var(x) for name, x in model.weights.items()})
+        stream.open(None, np.full(2, LENGTH), SEGMENTS[0])
+        stream.decode(SEGMENTS[0], np.full(2, LENGTH))
+        stream.finish()
+        gone = weakref.ref(stream.run)
+        del stream
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -146,6 +146,7 @@ def test_a_stack_lists_and_forgets_documents_of_its_members(tmp_path):
     assert stack.documents() == {}
 
 
+@pytest.mark.filterwarnings("ignore:memory 'window' gets no row")
 @pytest.mark.parametrize("order", ["window:size=4+store:top_k=3", "store:top_k=3+window:size=4"])
 def test_a_store_in_front_keeps_everything(order):
     reader = Reader(MODEL, mt.memory(order), 1)
@@ -280,3 +281,24 @@ def test_streams_that_cannot_end_are_as_they_were(error):
     with pytest.raises((KeyboardInterrupt, PluginError)):
         reader.run.drain()
     assert reader.read(SEGMENTS[1]).tobytes() == before.read(SEGMENTS[1]).tobytes()
+
+
+@pytest.mark.parametrize("spec, idle", [("store+window:size=4", "window"), ("window:size=4+store+window:size=9", "window")])
+def test_a_memory_that_never_gets_a_row_is_told(spec, idle):
+    reader = Reader(MODEL, mt.memory(spec), 1)
+    with pytest.warns(UserWarning, match=f"memory '{idle}' gets no row: 'store' before it .* put '{idle}' before it, as in {idle}[+]store"):
+        for tokens in SEGMENTS:
+            reader.read(tokens)
+
+
+@pytest.mark.parametrize(
+    "spec", ["window:size=4+store", "window:size=400+store", "recurrent:tokens=2+window", "window:size=4+window:size=400+store"]
+)
+def test_a_memory_that_waits_for_its_rows_is_not_told(spec, recwarn):
+    model = small_model("decoder-only", np.float32)
+    model.add_memory_weights(mt.memory(spec))
+    reader = Reader(model, mt.memory(spec), 1)
+    for tokens in SEGMENTS:
+        reader.read(tokens)
+    reader.run.drain()
+    assert not recwarn.list

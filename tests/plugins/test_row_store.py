@@ -1,13 +1,14 @@
 """What every backend of the store keeps, LMDB and a plain one in RAM that is written here against the protocol alone."""
 
 import contextlib
+import dataclasses
 
 import numpy as np
 import pytest
 
 import mini_tfm as mt
 from mini_tfm.errors import InvalidValue
-from mini_tfm.memory import RowStore
+from mini_tfm.memory import Claim, RowStore, Written
 from mini_tfm.testing import check_memory
 from mini_tfm.testing.trial import Reader, random_segments, small_model
 from mini_tfm_plugins import store
@@ -19,15 +20,16 @@ WIDTH = MODEL.config.d_model
 
 STORES = {}  # by path
 DELETIONS = {}  # by path and document
+WRITES = {}  # by path, document and writer
 
 
 class RamRows:
     """The protocol in dictionaries: a backend is as short as this, but for durability."""
 
-    def __init__(self, path):
+    def __init__(self, path, read_only=False):
         self.path = path
 
-    def open(self, d_model, model):
+    def open(self, d_model, model, former=None):
         made = STORES.setdefault(self.path, (d_model, model, {}))
         if made[:2] != (d_model, model):
             raise InvalidValue(f"path: the store {self.path} holds rows of another width or other weights; give another path")
@@ -50,14 +52,32 @@ class RamRows:
             banks[bank] = tuple(np.concatenate(x) for x in zip(banks[bank], pair, strict=True)) if bank in banks else tuple(pair)
         return self.counts(document)
 
+    def write(self, document, rows, claim, writer, number, end):
+        if (self.identity(), self.deletions(document)) != (claim.identity, claim.deletions):
+            return None
+        last = WRITES.get((self.path, document, writer))
+        if last and last[0] >= number:
+            return dataclasses.replace(last[1], again=True)
+        moved, counts = self.next_position(document) - end, self.counts(document)
+        counts_now = self.append(document, {bank: (hidden, at + moved) for bank, (hidden, at) in rows.items()})
+        first = {bank: counts.get(bank, 0) for bank in rows}
+        done = Written(False, counts_now, first, moved, self.next_position(document))
+        WRITES[self.path, document, writer] = number, done
+        return done
+
     @contextlib.contextmanager
-    def reading(self, document, bank, count):
+    def reading(self, document, bank, count, claim=None):
+        if claim is not None and (self.identity(), self.deletions(document)) != (claim.identity, claim.deletions):
+            count = 0
         hidden, positions = self._documents().get(document, {}).get(bank, (np.zeros((0, 1), np.float32), np.zeros(0, np.int64)))
         yield ((hidden[i : i + 7], positions[i : i + 7]) for i in range(0, min(count, len(hidden)), 7))
 
     def delete(self, document):
         self._documents().pop(document, None)
         DELETIONS[self.path, document] = self.deletions(document) + 1
+
+    def compact(self):
+        return 0, 0
 
     def identity(self):
         return id(STORES[self.path]) if self.path in STORES else -1
@@ -110,6 +130,7 @@ def test_a_deleted_document_is_gone_and_the_others_are_not(rows):
 def test_rows_of_another_width_or_other_weights_are_refused(rows):
     rows.open(WIDTH, "weights")
     rows.open(WIDTH, "weights")
+    rows.append("a", {"x": some(0, 5)})
     for other in ((WIDTH + 1, "weights"), (WIDTH, "other")):
         with pytest.raises(InvalidValue, match=r"path: the store .* give another path|into another path"):
             rows.open(*other)
@@ -134,3 +155,21 @@ def test_the_kit_passes_a_store_over_another_backend(monkeypatch):
     monkeypatch.setattr("mini_tfm.testing.checks.kinds_for", lambda memory: ["decoder-only"])
     paths = iter(range(1000))
     check_memory(lambda: mt.memory("store", path=f"ram {next(paths)}", top_k=3))
+
+
+def test_a_write_is_checked_against_what_the_stream_knows(rows):
+    """Behind what others wrote, once, and not into a document that was deleted."""
+    rows.open(WIDTH, "weights")
+    claim = Claim(rows.identity(), 0)
+    first = rows.write("a", {"x": some(0, 3)}, claim, writer=7, number=1, end=0)
+    assert (first.again, first.first, first.counts, first.moved, first.end) == (False, {"x": 0}, {"x": 3}, 0, 3)
+    others = rows.write("a", {"x": some(0, 4)}, claim, writer=8, number=1, end=0)
+    assert (others.first, others.moved, others.end) == ({"x": 3}, 3, 7)
+    again = rows.write("a", {"x": some(0, 3)}, claim, writer=7, number=1, end=0)
+    assert again.again and again.first == first.first and dict(again.counts) == {"x": 3} and (again.moved, again.end) == (0, 3)
+    assert read(rows, "a", "x", 7) == list(range(7))
+    rows.delete("a")
+    assert rows.write("a", {"x": some(3, 3)}, claim, writer=7, number=2, end=3) is None and rows.documents() == {}
+    assert rows.write("a", {"x": some(0, 2)}, Claim(rows.identity(), 1), writer=7, number=2, end=0).counts == {"x": 2}
+    with rows.reading("a", "x", 2, claim) as chunks:
+        assert list(chunks) == []

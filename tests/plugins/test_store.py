@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -37,8 +38,8 @@ def reader_of(path, model=MODEL, **options):
     return Reader(model, mt.memory("store", path=path, **options), 1)
 
 
-def read_and_keep(path, segments=SEGMENTS[:3], **options):
-    reader = reader_of(path, **options)
+def read_and_keep(path, segments=SEGMENTS[:3], model=MODEL, **options):
+    reader = reader_of(path, model, **options)
     for tokens in segments:
         reader.read(tokens)
     reader.run.flush()
@@ -259,7 +260,7 @@ def test_a_file_that_is_no_store_is_refused_and_left_as_it_is(path, content):
 def test_an_lmdb_file_of_something_else_is_refused_and_left_as_it_is(path):
     with lmdb.open(path, subdir=False) as file, file.begin(write=True) as txn:
         txn.put(b"mine", b"1")
-    with pytest.raises(InvalidValue, match="is not a store of format 1 or 2; give another path"):
+    with pytest.raises(InvalidValue, match="is not a store of format 1 to 3; give another path"):
         reader_of(path)
     with lmdb.open(path + "2", subdir=False) as file, file.begin(write=True) as txn:
         txn.put(b"meta", b"{not json")
@@ -788,3 +789,437 @@ def test_forgetting_leaves_a_file_of_something_else_as_it_is(path):
     with pytest.raises(InvalidValue, match="is not a store"):
         mt.memory(f"store:path={path}").reset("x")
     assert digest(path) == before
+
+
+# Weights that change
+
+
+def trained(model, name="embedding.weight"):
+    model.weights[name] += 0.25
+
+
+@pytest.mark.parametrize("spec", ["window:size=24", "recurrent:tokens=2", "store", "store:path={}", "window:size=24+store:path={}"])
+def test_rows_of_weights_that_were_trained_meanwhile_are_not_mixed_with_new_ones(path, spec):
+    pipe = pipeline(spec.format(path))
+    pipe.read("a text of the old weights")
+    rows = mt.memory(f"store:path={path}").documents()
+    trained(pipe.model)
+    for use in (lambda: pipe.read("a text of the new weights"), lambda: pipe.score("x"), lambda: pipe.generate("x", max_new_tokens=2)):
+        with pytest.raises(InvalidValue, match=r"memory: the model's weights are not those .*Pipeline.reset.* read the text again"):
+            use()
+    assert mt.memory(f"store:path={path}").documents() == rows
+    if "path" in spec:
+        with pytest.raises(InvalidValue, match="holds rows from other weights"):
+            pipe.reset()
+        pipe.memory.reset("default")
+    pipe.reset()
+    pipe.read("a text of the new weights")
+    assert pipe.score("x")["bits"] > 0
+
+
+@pytest.mark.parametrize("spec", ["window:size=24", "store:path={}", "window:size=24+store:path={}"])
+def test_a_memory_that_has_read_nothing_follows_the_weights(path, spec):
+    pipe = pipeline(spec.format(path))
+    trained(pipe.model)
+    assert pipe.read("a text of the new weights") == 25
+    assert pipe.score("x")["bits"] > 0
+
+
+def test_weights_that_no_row_depends_on_may_be_trained(path):
+    pipe = pipeline(f"window:size=8+store:path={path}")
+    pipe.read("a text " * 8)
+    trained(pipe.model, "decoder.0.cross.k.weight")  # what is kept is projected again
+    pipe.read("another")
+    again = mt.Pipeline(pipe.model, pipe.tokenizer, pipe.memory, segment_length=16)
+    assert again.score("x")["bits"] > 0
+
+
+def test_an_empty_store_is_for_the_model_that_fills_it(path):
+    """And a session that opened it for another model cannot mix its rows in."""
+    first, second = pipeline(f"store:path={path}"), pipeline(f"store:path={path}")
+    trained(second.model)
+    second.read("a text")
+    with pytest.raises(InvalidValue, match="holds rows from other weights"):
+        first.read("a text")
+    assert mt.memory(f"store:path={path}").documents() == {"default": 6}
+    second.memory.reset("default")
+    pipeline(f"store:path={path}").read("a text")
+
+
+def test_layers_of_a_store_are_told_apart(path):
+    """A document of the first layer is of use whatever the layers above it are."""
+    model = small_model("decoder-only", np.float32)
+    read_and_keep(path, layer=0, document="low", model=model)
+    trained(model, "decoder.0.feed_forward.in.weight")
+    assert reader_of(path, model, layer=0, document="low").run.states[0]["on_disk"][0, 0] == 15
+    read_and_keep(path, layer=1, document="high", model=model)
+    trained(model, "decoder.0.feed_forward.in.weight")
+    with pytest.raises(InvalidValue, match="holds rows from other weights"):
+        reader_of(path, model, layer=1, document="high")
+
+
+def as_format(path, number, model):
+    """Writes a store's meta as an earlier version did."""
+    with lmdb.open(path, subdir=False) as file, file.begin(write=True) as txn:
+        meta = json.loads(txn.get(b"meta"))
+        del meta["models"]
+        txn.put(b"meta", json.dumps({**meta, "format": number, "model": model.fingerprint()}).encode())
+
+
+OLD = """
+    import json, sys
+    sys.path.insert(0, sys.argv[2])
+    from test_store import as_format, pipeline
+    pipe = pipeline("store:path=" + sys.argv[1])
+    pipe.read("a text " * 20)
+    bits = pipe.score("what?")["bits"]
+    pipe.close()
+    del pipe
+    as_format(sys.argv[1], 2, pipeline(None).model)
+    print(json.dumps(bits))
+"""
+
+
+def test_a_store_of_an_earlier_version_gets_the_names_of_its_rows(path):
+    bits = script(OLD, path, str(Path(__file__).parent))
+    other = pipeline(None).model
+    trained(other)
+    with pytest.raises(InvalidValue, match="holds rows from other weights"):
+        mt.Pipeline(other, pipeline(None).tokenizer, f"store:path={path}", segment_length=16)
+    assert pipeline(f"store:path={path}").score("what?")["bits"] == bits
+    trained(model := pipeline(None).model, "decoder.0.cross.v.weight")  # now the names of its rows count
+    assert mt.Pipeline(model, pipeline(None).tokenizer, f"store:path={path}", segment_length=16).score("what?")["bits"] > 0
+
+
+# Two sessions, interrupts
+
+
+SESSION = """
+    import json, sys, time
+    sys.path.insert(0, sys.argv[2])
+    from test_store import pipeline
+    pipe = pipeline(sys.argv[3] + "store:path=" + sys.argv[1])
+    print("ready", flush=True)
+    sys.stdin.readline()
+    for number in range(12):
+        pipe.read("a session reads " * 3)
+    pipe.close()
+"""
+
+
+@pytest.mark.parametrize("front", ["", "window:size=24+"])
+def test_two_sessions_read_into_one_document(path, front):
+    """Each row has a position of its own, whichever process wrote it."""
+    command = [sys.executable, "-c", textwrap.dedent(SESSION), path, str(Path(__file__).parent), front]
+    running = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in running:
+        assert process.stdout.readline() == "ready\n"
+    for process in running:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for process in running:
+        process.communicate(timeout=120)
+        assert process.returncode == 0
+    assert sorted(rows_on_disk(path)) == list(range(2 * 12 * 48))
+
+
+def test_rows_of_another_session_come_between_those_of_a_stream(path):
+    first, second = pipeline(f"store:path={path}"), pipeline(f"store:path={path}")
+    for pipe in (first, second, first, second):
+        pipe.read("0123456789abcdef" * 2)
+    assert rows_on_disk(path) == list(range(128))
+    state = second._stream.run.states[0]
+    # What it reads next stands behind all of the document.
+    assert state["next_position"][0] + second._stream.run.start[0] == 128 and state["end"][0] == 128
+
+
+def interrupting(monkeypatch, at):
+    """Writes to a store are interrupted after they are durable: those with these numbers, counted from 0."""
+    write, count = LmdbRows.write, iter(range(1000))
+
+    def interrupted(self, *arguments, **options):
+        done = write(self, *arguments, **options)
+        if next(count) in at:
+            raise KeyboardInterrupt
+        return done
+
+    monkeypatch.setattr(LmdbRows, "write", interrupted)
+
+
+@pytest.mark.parametrize("front", ["", *(front + "+" for front in STACKED)])
+@pytest.mark.parametrize("at", [{0}, {1}, {2, 3}, {0, 2, 4}])
+def test_rows_that_are_durable_when_an_interrupt_comes_are_there_once(path, monkeypatch, front, at):
+    pipe, steady = pipeline(f"{front}store:path={path},top_k=5"), pipeline(f"{front}store:top_k=5")
+    text = "".join(chr(97 + i * i % 26) for i in range(192))
+    interrupts = 0
+    with monkeypatch.context() as patched:
+        interrupting(patched, at)
+        for start in range(0, 192, 48):
+            steady.read(text[start : start + 48])
+            try:
+                pipe.read(text[start : start + 48])
+            except KeyboardInterrupt:
+                interrupts += 1
+    assert interrupts == len(at)
+    assert pipe.score("what was it?")["bits"] == pytest.approx(steady.score("what was it?")["bits"], rel=1e-6)
+    pipe.close()
+    assert sorted(rows_on_disk(path)) == list(range(192))
+    again, whole = pipeline(f"store:path={path},top_k=5"), pipeline("store:top_k=5")
+    whole.read(text)
+    assert again.score("what was it?")["bits"] == pytest.approx(whole.score("what was it?")["bits"], rel=1e-6)
+
+
+def test_a_copy_of_a_stream_is_no_interrupted_write(path):
+    """Two copies go on differently; both keep what they read."""
+    reader = reader_of(path)
+    reader.read(SEGMENTS[0])
+    reader.run.flush()
+    twin = reader.copy()
+    for each, tokens in ((twin, SEGMENTS[1]), (reader, SEGMENTS[2])):
+        each.read(tokens)
+        each.run.flush()
+    assert LmdbRows(path).counts("default") == {"decoder.0.": 15, "decoder.1.": 15}
+    with LmdbRows(path).reading("default", "decoder.1.", 15) as chunks:
+        assert [p for _, positions in chunks for p in positions.tolist()] == list(range(15))
+
+
+@pytest.mark.parametrize("front", ["", "window:size=24+"])
+def test_a_document_deleted_while_rows_are_written_does_not_come_back(path, monkeypatch, front):
+    pipe, write = pipeline(f"{front}store:path={path}"), LmdbRows.write
+    pipe.read("a secret " * 10)
+
+    def delete_first(self, *arguments, **options):
+        monkeypatch.undo()
+        self.delete("default")
+        return write(self, *arguments, **options)
+
+    monkeypatch.setattr(LmdbRows, "write", delete_first)
+    pipe.read("another secret " * 10)
+    assert pipe.memory.documents() == {}
+    assert pipe.score("x")["bits"] == pipeline(f"{front}store:path={path}").score("x")["bits"]
+    pipe.read("new")
+    assert pipe.memory.documents() == {"default": 3}
+
+
+# Reading alone
+
+
+def refuses_to_write(pipe):
+    """It answers as before, and what is on disk stays."""
+    with pytest.raises(FileProblem, match=r"path: nothing was written to the store .*; it can be read alone"):
+        pipe.read("more text")
+    with pytest.raises(FileProblem, match="path: nothing was written to the store"):
+        pipe.memory.reset("default")
+    pipe.reset()
+    return pipe.memory.documents()
+
+
+@pytest.mark.parametrize("front", ["", "window:size=8+"])
+def test_a_store_is_read_and_left_as_it_is(path, front):
+    pipe = pipeline(f"store:path={path}")
+    pipe.read("a text to remember " * 8)
+    before, bits = digest(path), pipeline(f"{front}store:path={path}").score("a text")["bits"]
+    reading = pipeline(f"{front}store:path={path},read_only=true")
+    assert reading.score("a text")["bits"] == bits
+    assert reading.generate("a text " * 20, max_new_tokens=3) is not None  # read into a copy in RAM
+    assert refuses_to_write(reading) == {"default": 152}
+    assert reading.score("a text")["bits"] == bits and digest(path) == before
+    pipe.read("it is written by others")
+    reading.reset()
+    assert reading.score("a text")["bits"] == pipeline(f"{front}store:path={path}").score("a text")["bits"] != bits
+
+
+def test_a_store_that_is_not_there_is_not_made_for_reading(path):
+    with pytest.raises(FileProblem, match=r"path: there is no store at .* with read_only=true none is made"):
+        pipeline(f"store:path={path},read_only=true")
+    assert not os.path.exists(path)
+    for wrong in ({"read_only": True}, {"path": path, "read_only": 3}):
+        with pytest.raises(InvalidValue, match="read_only: expected true or false"):
+            mt.memory("store", **wrong)
+
+
+def test_a_store_of_an_earlier_version_is_read_and_left_as_it_is(path):
+    bits = script(OLD, path, str(Path(__file__).parent))
+    before = digest(path)
+    assert pipeline(f"store:path={path},read_only=true").score("what?")["bits"] == bits
+    assert digest(path) == before
+
+
+AS_NOBODY = """
+    import json, os, sys
+    sys.path.insert(0, sys.argv[2])
+    import tempfile
+    from test_store import pipeline, refuses_to_write
+    path, option = sys.argv[1], sys.argv[3]
+    with tempfile.TemporaryDirectory() as folder:  # imports all, which nobody may not
+        pipeline(f"store:path={folder}/notes.mdb").read("x")
+        pipe = pipeline(f"store:path={folder}/notes.mdb,read_only=true")
+        pipe.score("x")
+        refuses_to_write(pipe)
+    if os.geteuid() == 0:
+        os.setuid(65534)
+    pipe = pipeline("store:path=" + path + option)
+    bits = pipe.score("a text")["bits"]
+    assert refuses_to_write(pipe) == {"default": 152}
+    print(json.dumps(bits))
+"""
+
+
+@pytest.mark.parametrize("option", ["", ",read_only=true"])
+@pytest.mark.parametrize("lock", ["none", "unwritable", "writable"])
+def test_a_store_without_permission_to_write_is_read(option, lock):
+    """In a folder without it, too, where there is no lock file."""
+    with tempfile.TemporaryDirectory() as folder:  # which others may enter, as pytest's is not
+        path = os.path.join(folder, "notes.mdb")
+        bits = script(FILL, path, str(Path(__file__).parent))
+        if lock == "none":
+            os.remove(path + "-lock")
+        else:
+            os.chmod(path + "-lock", 0o444 if lock == "unwritable" else 0o666)
+        os.chmod(path, 0o444)
+        os.chmod(folder, 0o555)
+        before = digest(path)
+        assert script(AS_NOBODY, path, str(Path(__file__).parent), option) == bits
+        os.chmod(folder, 0o755)
+        assert digest(path) == before
+
+
+FILL = """
+    import json, sys
+    sys.path.insert(0, sys.argv[2])
+    from test_store import pipeline
+    pipe = pipeline("store:path=" + sys.argv[1])
+    pipe.read("a text to remember " * 8)
+    print(json.dumps(pipeline("store:path=" + sys.argv[1]).score("a text")["bits"]))
+"""
+
+
+# Compaction
+
+
+def filled(path, documents=4, rows=3000):
+    disk = LmdbRows(path)
+    disk.open(8, "weights")
+    for number in range(documents):
+        values = np.repeat(np.arange(rows, dtype=np.float32), 8).reshape(rows, 8) + number
+        disk.append(f"d{number}", {"bank": (values, np.arange(rows))})
+    return disk
+
+
+def contents_of(disk):
+    found = {}
+    for document in disk.documents():
+        for bank, count in disk.counts(document).items():
+            with disk.reading(document, bank, count) as chunks:
+                hidden, positions = (np.concatenate(x) for x in zip(*[(h.copy(), p.copy()) for h, p in chunks], strict=True))
+            assert len(hidden) == count
+            found[document, bank] = hidden.tobytes(), positions.tobytes()
+    return found
+
+
+def test_a_store_is_made_smaller(path):
+    disk = filled(path)
+    for document in ("d1", "d2"):
+        disk.delete(document)
+    before, identity, size = contents_of(disk), disk.identity(), os.path.getsize(path)
+    was, now = disk.compact()
+    assert was == size and now == os.path.getsize(path) < 0.6 * size
+    assert contents_of(disk) == before and disk.identity() == identity and disk.deletions("d1") == 1
+    disk.append("d0", {"bank": (np.ones((5, 8), np.float32), np.arange(5))})
+    assert disk.counts("d0")["bank"] == 3005
+    assert sorted(os.listdir(os.path.dirname(path))) == ["notes.mdb", "notes.mdb-lock"]
+    assert disk.compact()[1] <= now + (1 << 16)
+
+
+def test_sessions_go_on_over_a_compaction(path):
+    pipe, steady = pipeline(f"window:size=24+store:path={path}"), pipeline("window:size=24+store")
+    for number in range(6):
+        for each in (pipe, steady):
+            each.read(f"text {number} of a long evening")
+        if number % 2:
+            mt.memory(f"store:path={path}").compact()
+    assert pipe.score("what?")["bits"] == pytest.approx(steady.score("what?")["bits"], rel=1e-6)
+    pipe.close()
+    assert sorted(rows_on_disk(path)) == list(range(6 * 24))
+
+
+def test_there_is_nothing_to_compact(path):
+    with pytest.raises(FileProblem, match="path: there is no store at"):
+        mt.memory(f"store:path={path}").compact()
+    pipeline(f"store:path={path}")
+    with pytest.raises(FileProblem, match="nothing was written to the store"):
+        mt.memory(f"store:path={path},read_only=true").compact()
+
+
+COMPACTS = """
+    import sys
+    from mini_tfm_plugins.rows_lmdb import LmdbRows
+    disk = LmdbRows(sys.argv[1])
+    print("ready", flush=True)
+    while True:
+        disk.compact()
+"""
+
+
+def test_a_store_is_compacted_while_it_is_written_and_read(path):
+    """By processes that are killed at some moment: no acknowledged row is lost, no read is partial."""
+    disk = filled(path, documents=1, rows=10)
+    command = [sys.executable, "-c", textwrap.dedent(WRITER), path]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    writers = [subprocess.Popen([*command, str(first)], **pipes) for first in (1000, 2000)]
+    compacting, kills = [], 0
+    try:
+        for writer in writers:
+            assert writer.stdout.readline() == "ready\n"
+            writer.stdin.write("go\n")
+            writer.stdin.flush()
+        while any(writer.poll() is None for writer in writers) or kills < 10:
+            compacting.append(subprocess.Popen([sys.executable, "-c", textwrap.dedent(COMPACTS), path], stdout=subprocess.PIPE, text=True))
+            assert compacting[-1].stdout.readline() == "ready\n"
+            for _ in range(10 + kills):
+                count = disk.counts("shared").get("bank", 0)
+                with disk.reading("shared", "bank", count) as chunks:
+                    parts = [(hidden.copy(), positions.copy()) for hidden, positions in chunks]
+                assert sum(len(hidden) for hidden, _ in parts) == count and count % 7 == 0
+                assert all((hidden == positions[:, None]).all() for hidden, positions in parts)
+            compacting[-1].kill()
+            compacting[-1].wait()
+            kills += 1
+        assert [writer.wait(60) for writer in writers] == [0, 0]
+    finally:
+        for process in (*writers, *compacting):
+            process.kill()
+            process.wait()
+            process.stdout.close()
+            if process.stdin:
+                process.stdin.close()
+    assert disk.documents() == {"d0": 10, "shared": 2 * 7 * 150, "own 1000": 7 * 150, "own 2000": 7 * 150}
+    disk.compact()
+    assert disk.documents()["shared"] == 2100 and not [name for name in os.listdir(os.path.dirname(path)) if "compacting" in name]
+
+
+def test_a_writer_that_waited_for_a_compaction_writes_into_the_new_file(path, monkeypatch):
+    disk = filled(path, documents=2)
+    disk.delete("d1")
+    opened = LmdbRows._environment
+
+    def opened_then_replaced(self, create=False):
+        environment = opened(self, create)
+        monkeypatch.undo()
+        script("import sys, mini_tfm_plugins.rows_lmdb as r; print(r.LmdbRows(sys.argv[1]).compact()[1])", path)
+        return environment
+
+    monkeypatch.setattr(LmdbRows, "_environment", opened_then_replaced)
+    disk.append("d0", {"bank": (np.ones((5, 8), np.float32), np.arange(5))})
+    assert script("import sys, mini_tfm_plugins.rows_lmdb as r; print(r.LmdbRows(sys.argv[1]).documents()['d0'])", path) == 3005
+
+
+def test_an_interrupt_between_segments_brings_nothing_back_into_ram(path, monkeypatch):
+    pipe = pipeline(f"store:path={path}")
+    pipe.read("a text of some length")
+    size = pipe.state_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr("mini_tfm.memory.run.MemoryRun.forget_deleted", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            pipe.read("more")
+    assert pipe.state_bytes() == size

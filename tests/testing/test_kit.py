@@ -452,3 +452,28 @@ def test_an_object_can_be_checked(only_decoders):
     check_memory(Last())
     assert issubclass(CheckFailed, AssertionError)
     assert isinstance(Last(), Memory)
+
+
+@pytest.mark.parametrize("error", [SystemExit, GeneratorExit, BaseException])
+def test_what_ends_programs_fails_a_check(error, only_decoders):
+    class Ends(Last):
+        def keep(self, scores, positions):
+            raise error("enough")
+
+    with pytest.raises(CheckFailed, match=rf"fails 1 check:\n  runs \(decoder-only\): .*{error.__name__}: enough"):
+        check_memory(Ends)
+
+    def factory():
+        raise error("enough")
+
+    with pytest.raises(CheckFailed, match=f"making one raised {error.__name__}: enough"):
+        check_memory(factory)
+
+
+def test_an_interrupt_ends_the_checks(only_decoders):
+    class Interrupted(Last):
+        def keep(self, scores, positions):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        check_memory(Interrupted)

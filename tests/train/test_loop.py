@@ -310,32 +310,56 @@ def test_without_tensorboardx_it_is_told_how_to_get_it(tmp_path, monkeypatch):
         fit(make_trainer(), tmp_path / "run", tensorboard_log=tmp_path / "board")
 
 
-def test_progress_tells_speed_and_rate(monkeypatch):
+class Terminal:
+    def __init__(self, is_one=True):
+        self.text, self.is_one = "", is_one
+
+    def write(self, text):
+        self.text += text
+        return len(text)
+
+    def flush(self):
+        pass
+
+    def isatty(self):
+        return self.is_one
+
+
+@pytest.mark.parametrize("columns", [200, 80, 60, 40])
+def test_progress_tells_the_step_at_any_width_and_speed_and_rate_where_there_is_room(columns, monkeypatch):
     from mini_tfm import progress
-
-    class Terminal:
-        def __init__(self):
-            self.text = ""
-
-        def write(self, text):
-            self.text += text
-            return len(text)
-
-        def flush(self):
-            pass
-
-        def isatty(self):
-            return True
 
     terminal = Terminal()
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setattr(progress.sys, "stderr", terminal)
-    with progress.training_progress(True, 3, 0) as tell:
+    with progress.training_progress(True, 1000, 998) as tell:
         tell(2.5, 3.25, 1.5e-3, 640)
         tell(2.25, 3.25, 1e-3, 640)
-    for word in ("loss 2.250", "validation 3.250", "rate 0.001", "tokens/s", "2/3", "left"):
+    more = {200: ("validation 3.250", "rate 0.001", "tokens/s", "loss 2.250"), 60: ("loss 2.250",)}
+    for word in ("1000/1000", "left", *more.get(columns, ())):
         assert word in terminal.text, word
+    assert "\u2026" not in terminal.text, "a word was cut"
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e9])
+def test_off_a_terminal_progress_is_a_line_now_and_then(seconds, monkeypatch):
+    from mini_tfm import progress
+
+    file = Terminal(is_one=False)
+    monkeypatch.setattr(progress.sys, "stderr", file)
+    monkeypatch.setattr(progress, "SECONDS_A_LINE", seconds)
+    with progress.training_progress(True, 3, 1) as tell:
+        tell(2.5, None)
+        tell(2.25, 3.25, 1e-3, 640)
+    with progress.progress_bar("reading", 4000, "bytes") as advance:
+        advance(1000)
+    lines = file.text.splitlines()
+    if seconds:
+        assert not lines
+        return
+    assert len(lines) == 3 and lines[0].startswith("training: 2 of 3 steps, loss 2.500, ") and lines[0].endswith(" s left")
+    assert "loss 2.250, validation 3.250, rate 0.001" in lines[1] and lines[2].startswith("reading: 1,000 of 4,000 bytes, ")
 
 
 def test_rows_that_are_cut_keep_all_their_fields():

@@ -109,7 +109,8 @@ static void rows_with_tile(const struct head *head, const struct tile *tile, con
 
 /* Queries [i0, i1) of head h in batch row b. */
 static void attention_piece(const struct mt_rows *q, const struct mt_block *blocks, const struct mt_attention_sizes *sizes,
-                            const struct mt_rows *out, double *lse_bht, ptrdiff_t b, ptrdiff_t h, ptrdiff_t i0, ptrdiff_t i1, struct piece_room *room) {
+                            const struct mt_rows *out, double *lse_bht, ptrdiff_t b, ptrdiff_t h, ptrdiff_t i0, ptrdiff_t i1, struct piece_room *room,
+                            int *stop) {
     ptrdiff_t d = sizes->d, d_room = round_up(d, VL), row0 = (b * sizes->heads + h) * sizes->length, rows = i1 - i0;
     const real *q_td = head_rows(q, b, h);
     const ptrdiff_t q_ld = q->stride[2];
@@ -123,7 +124,7 @@ static void attention_piece(const struct mt_rows *q, const struct mt_block *bloc
     for (ptrdiff_t at_block = 0; at_block < sizes->n_blocks; at_block++) {
         struct head head = head_of(&blocks[at_block], sizes, b, h);
         if (head.index_tk) { /* each query has keys of its own */
-            for (ptrdiff_t i = i0; i < i1; i++)
+            for (ptrdiff_t i = i0; i < i1 && !mt_stopped(stop); i++)
                 for (ptrdiff_t at = 0; at < head.block->width; at += KEYS) {
                     struct asking asking = {head, i, row0 + i};
                     struct part of_tile = {.o_d = room->few_o_d}, so_far = {room->top_i[i - i0], room->total_i[i - i0], room->o_id + (i - i0) * d_room};
@@ -138,7 +139,7 @@ static void attention_piece(const struct mt_rows *q, const struct mt_block *bloc
             continue;
         }
         ptrdiff_t end = last_seen(&head, i1 - 1);
-        for (ptrdiff_t at = first_seen(&head, i0) / KEYS * KEYS; at < end; at += KEYS) {
+        for (ptrdiff_t at = first_seen(&head, i0) / KEYS * KEYS; at < end && !mt_stopped(stop); at += KEYS) {
             ptrdiff_t n = min_size(KEYS, end - at);
             struct tile tile = {.at = at, .n = n, .k_t = room->k_t, .v = room->v, .shown_j = fill_shown(&head, at, n, room->shown_j)};
             pack_keys(head.k_sd + at * head.k_ld, head.k_ld, n, d, room->k_t);
@@ -167,15 +168,17 @@ static int attention_many(const struct mt_rows *q, const struct mt_block *blocks
     size_t room = piece_room_at(NULL, queries, sizes->d, NULL);
     real *workspace = new_reals(room * team);
     if (!workspace) return -1;
+    int stop = 0;
 #pragma omp parallel for num_threads(team) schedule(dynamic)
     for (ptrdiff_t piece = 0; piece < pieces; piece++) {
+        if (mt_stopped(&stop)) continue;
         struct piece_room mine;
         piece_room_at(workspace + room * mt_thread_id(), queries, sizes->d, &mine);
         ptrdiff_t row = piece / runs, i0 = (runs - 1 - piece % runs) * queries; /* causal: the longest first */
-        attention_piece(q, blocks, sizes, out, lse, row / sizes->heads, row % sizes->heads, i0, min_size(length, i0 + queries), &mine);
+        attention_piece(q, blocks, sizes, out, lse, row / sizes->heads, row % sizes->heads, i0, min_size(length, i0 + queries), &mine, &stop);
     }
     free(workspace);
-    return 0;
+    return stop ? MT_STOPPED : 0;
 }
 
 /* q (B, H, T, D) and blocks read; out (B, H, T, D), lse (B, H, T) or NULL written. -1: no workspace. */

@@ -20,7 +20,7 @@ cdef extern from "core.h" nogil:
 
     struct mt_attention_sizes:
         ptrdiff_t batch, heads, length, d, n_blocks
-        double scale, dropout
+        double scale, cap, dropout
         uint64_t seed
 
     int mt_attention(
@@ -35,6 +35,10 @@ cdef extern from "core.h" nogil:
         int is_double, const mt_rows *q, const mt_block *block, const mt_attention_sizes *sizes, const void *lse,
         const uint8_t *asking, void *mass
     )
+
+
+cdef double CAP_LEAST, CAP_MOST
+CAP_LEAST, CAP_MOST = _checks.CAPS
 
 
 # A block, one group of its fields at a time: whether they are plain; if so they are filled in. What pointers point into is kept
@@ -151,17 +155,20 @@ cdef class AttentionCall:
     def __dealloc__(self):
         free(self.blocks)
 
-    cdef bint take(self, q, blocks, scale, dropout, seed) except -1:
+    cdef bint take(self, q, blocks, scale, dropout, seed, cap) except -1:
         """Whether all is plain; if so it is filled in."""
         cdef ptrdiff_t i, n
         if not (plain_heads(q) and (type(blocks) is list or type(blocks) is tuple)):
             return False
         if not (plain_number(scale, -DBL_MAX) and plain_share(dropout) and plain_seed(seed, &self.sizes.seed)):
             return False
+        if not (cap is None or plain_number(cap, CAP_LEAST) and <double>cap <= CAP_MOST):
+            return False
         n, self.kept = len(blocks), [q]
         self.sizes.batch, self.sizes.heads = cnp.PyArray_DIM(q, 0), cnp.PyArray_DIM(q, 1)
         self.sizes.length, self.sizes.d = cnp.PyArray_DIM(q, 2), cnp.PyArray_DIM(q, 3)
         self.sizes.n_blocks, self.sizes.scale, self.sizes.dropout = n, scale, dropout
+        self.sizes.cap = 0.0 if cap is None else cap
         self.q = rows_of(q)
         free(self.blocks)
         self.blocks = <mt_block *>calloc(n + 1, sizeof(mt_block))
@@ -182,20 +189,20 @@ cdef class AttentionCall:
         )
 
 
-def attention(q, blocks, scale, *, dropout=0.0, seed=0):
+def attention(q, blocks, scale, *, dropout=0.0, seed=0, cap=None):
     """out (B, H, T, D), lse (B, H, T) of queries q (B, H, T, D) over all blocks in one softmax; a share of the weights dropped."""
     cdef int failed
     cdef AttentionCall given = AttentionCall()
-    if not given.take(q, blocks, scale, dropout, seed):
-        q, blocks, scale, dropout, seed = _checks.attention(q, blocks, scale, dropout, seed)
-        checked_if(given.take(q, blocks, scale, dropout, seed))
+    if not given.take(q, blocks, scale, dropout, seed, cap):
+        q, blocks, scale, dropout, seed, cap = _checks.attention(q, blocks, scale, dropout, seed, cap)
+        checked_if(given.take(q, blocks, scale, dropout, seed, cap))
     out, lse = rows_like(q), new_leading(q, cnp.NPY_FLOAT64)
     cdef bint wide = is_double(q)
     cdef mt_rows po = rows_of(out)
     cdef void *pl = ptr(lse)
     with nogil:
         failed = mt_attention(wide, &given.q, given.blocks, &given.sizes, &po, pl)
-    no_memory_if(failed)
+    raise_if(failed)
     return out, lse
 
 
@@ -224,15 +231,15 @@ cdef object block_grad(mt_block *c, block, bint needed, cnp.ndarray q, list kept
     return BlockGrad(dk, dv, dbias)
 
 
-def attention_backward(dout, out, lse, q, blocks, scale, needs=None, *, dropout=0.0, seed=0):
+def attention_backward(dout, out, lse, q, blocks, scale, needs=None, *, dropout=0.0, seed=0, cap=None):
     """dq (B, H, T, D) and one BlockGrad a block; needs: one bool a block, False leaves out dk and dv."""
     cdef int failed
     cdef ptrdiff_t i
     cdef AttentionCall given = AttentionCall()
-    if not (given.take(q, blocks, scale, dropout, seed) and plain_forward(dout, out, lse, q) and plain_needs(needs, len(blocks))):
-        checked = _checks.attention_backward(dout, out, lse, q, blocks, scale, needs, dropout, seed)
-        dout, out, lse, q, blocks, scale, needs, dropout, seed = checked
-        checked_if(given.take(q, blocks, scale, dropout, seed))
+    if not (given.take(q, blocks, scale, dropout, seed, cap) and plain_forward(dout, out, lse, q) and plain_needs(needs, len(blocks))):
+        checked = _checks.attention_backward(dout, out, lse, q, blocks, scale, needs, dropout, seed, cap)
+        dout, out, lse, q, blocks, scale, needs, dropout, seed, cap = checked
+        checked_if(given.take(q, blocks, scale, dropout, seed, cap))
     dq = rows_like(q)
     grads = []
     for i in range(given.sizes.n_blocks):
@@ -244,21 +251,21 @@ def attention_backward(dout, out, lse, q, blocks, scale, needs=None, *, dropout=
     cdef mt_rows pdq = rows_of(dq)
     with nogil:
         failed = mt_attention_backward(wide, &pd, &po, pl, &given.q, given.blocks, &given.sizes, &pdq)
-    no_memory_if(failed)
+    raise_if(failed)
     return dq, grads
 
 
-def attention_mass(q, block, lse, scale, asking):
+def attention_mass(q, block, lse, scale, asking, *, cap=None):
     """(B, S): the weights that each row of the block received from the queries asking (B, T), summed over heads."""
     cdef int failed
     cdef AttentionCall given = AttentionCall()
     if not (
-        given.take(q, (block,), scale, 0.0, 0)
+        given.take(q, (block,), scale, 0.0, 0, cap)
         and plain_forward(q, q, lse, q)
         and plain_mask(asking, given.sizes.batch, given.sizes.length)
     ):
-        q, block, lse, scale, asking = _checks.attention_mass(q, block, lse, scale, asking)
-        checked_if(given.take(q, (block,), scale, 0.0, 0))
+        q, block, lse, scale, asking, cap = _checks.attention_mass(q, block, lse, scale, asking, cap)
+        checked_if(given.take(q, (block,), scale, 0.0, 0, cap))
     cdef cnp.ndarray mass = new_matrix(q, given.sizes.batch, given.blocks[0].source)
     cdef bint wide = is_double(q)
     cdef void *pl = ptr(lse)
@@ -266,5 +273,5 @@ def attention_mass(q, block, lse, scale, asking):
     cdef void *pm = ptr(mass)
     with nogil:
         failed = mt_attention_mass(wide, &given.q, given.blocks, &given.sizes, pl, pa, pm)
-    no_memory_if(failed)
+    raise_if(failed)
     return mass

@@ -17,6 +17,7 @@ struct backward {
     const struct mt_block *blocks;
     const struct mt_attention_sizes *sizes;
     ptrdiff_t queries; /* in a block of queries: a multiple of MR */
+    int *stop;         /* of mt_stopped() */
 };
 
 /* Workspace of a piece; d_panels is D rounded up to NR. */
@@ -165,6 +166,8 @@ static int finish_gradients(const struct backward *of, const struct head *head, 
     struct row_view view = view_of_row(head, tile, i);
     const struct mt_attention_sizes *sizes = of->sizes;
     int plain = sees_whole_tile(&view, tile) && !view.bias_j, masked = !plain;
+    real slope_j[KEYS];
+    if (head->cap != 0) cap_scores(p_j, lo, hi, (real)head->cap, slope_j);
     if (masked) row_scores(p_j, lo, hi, view.bias_j, view.bias_stride, view.first, view.last, tile->shown_j);
     double lse = of->lse_bht[row];
     struct row_backward constants = {.lse = in_two_parts(lse * LOG2_E), .delta = of->delta_bht[row]};
@@ -187,6 +190,10 @@ static int finish_gradients(const struct backward *of, const struct head *head, 
     if (dbias_j && head->block->dbias_stride[3] == 1 && head->block->dbias_stride[2] >= KEYS)
         fetch_row(dbias_j + ROWS_AHEAD * head->block->dbias_stride[2], 1);
     if (dbias_j) add_dbias(ds_j, lo, hi, dbias_j, head->block->dbias_stride[3]);
+    for (ptrdiff_t j = lo; j < hi && head->cap != 0; j += VL) { /* through the cap, which comes before the bias; a hidden score may be NaN */
+        vec ds = load(ds_j + j);
+        store(ds_j + j, choose(ds == 0, ds, ds * load(slope_j + j)));
+    }
     return masked;
 }
 
@@ -239,7 +246,7 @@ static void backward_index(const struct backward *of, const struct head *head, p
     ptrdiff_t d = sizes->d, width = head->block->width;
     const ptrdiff_t *stride = head->block->dbias_stride;
     real *p_j = room->p_ij, *ds_j = room->ds_ij;
-    for (ptrdiff_t i = i0; i < i1; i++)
+    for (ptrdiff_t i = i0; i < i1 && !mt_stopped(of->stop); i++)
         for (ptrdiff_t at = 0; at < width; at += KEYS) {
             ptrdiff_t n = min_size(KEYS, width - at), row = (head->b * sizes->heads + h) * sizes->length + i;
             struct tile tile = few_tile(head, i, at, n, room->few);
@@ -254,7 +261,7 @@ static void backward_index(const struct backward *of, const struct head *head, p
             const int64_t *rows_k = head->index_tk + i * width + at;
             for (ptrdiff_t j = 0; j < n; j++) {
                 real p = p_j[j], ds = ds_j[j];
-                if (!tile.shown_j[j]) continue;
+                if (!tile.shown_j[j] || (p == 0 && ds == 0)) continue; /* hidden, by a bias of -inf too: no NaN gets in */
                 if (want_dq)
                     for (ptrdiff_t c = 0; c < d; c++) dq_d[c] += ds * room->few->k_j[j][c];
                 if (!dk_sd) continue;
@@ -298,7 +305,7 @@ static void backward_piece(const struct backward *of, ptrdiff_t b, ptrdiff_t h0,
                     real *dbias = NULL;
                     if (want_dq && block->dbias)
                         dbias = (real *)block->dbias + b * block->dbias_stride[0] + h * block->dbias_stride[1] + at * block->dbias_stride[3];
-                    for (ptrdiff_t i = i0; i < i1; i += of->queries) {
+                    for (ptrdiff_t i = i0; i < i1 && !mt_stopped(of->stop); i += of->queries) {
                         /* Of these queries, those that see the tile: both ends of what they see grow with i. */
                         ptrdiff_t from = i, to = min_size(i1, i + of->queries);
                         while (from < to && last_seen(&head, from) <= at) from++;
@@ -395,9 +402,11 @@ static int attention_backward(const struct mt_rows *dout, const struct mt_rows *
         for (ptrdiff_t i = 0; i < length; i++)
             delta_bht[at * length + i] = row_dot(dout_td + i * dout->stride[2], out_td + i * out->stride[2], d);
     }
-    struct backward of = {dout, q, dq, lse, delta_bht, blocks, sizes, queries};
+    int stop = 0;
+    struct backward of = {dout, q, dq, lse, delta_bht, blocks, sizes, queries, &stop};
 #pragma omp parallel for num_threads(team) schedule(dynamic)
     for (ptrdiff_t at = 0; at < pieces * cuts * (split ? 2 : 1); at++) {
+        if (mt_stopped(&stop)) continue;
         struct backward_room mine;
         backward_room_at(workspace + room * mt_thread_id(), queries, d, &mine);
         ptrdiff_t piece = at / cuts % pieces, cut = at % cuts, h0 = piece % units * unit;
@@ -412,5 +421,5 @@ static int attention_backward(const struct mt_rows *dout, const struct mt_rows *
         }
     }
     free(workspace);
-    return 0;
+    return stop ? MT_STOPPED : 0;
 }

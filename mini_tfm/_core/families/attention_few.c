@@ -190,6 +190,7 @@ static int attention_few(const struct mt_rows *q, const struct mt_block *blocks,
     if (!workspace) return -1;
     real *threads = workspace + round_up((spans > 1 ? units : team) * of_unit, 16);
     const real factor = (real)(sizes->scale * LOG2_E);
+    int stop = 0;
 #pragma omp parallel num_threads(team)
     {
         real *q_id = threads + of_thread * mt_thread_id();
@@ -206,7 +207,7 @@ static int attention_few(const struct mt_rows *q, const struct mt_block *blocks,
             }
             for (ptrdiff_t at_block = 0; at_block < sizes->n_blocks; at_block++)
                 for (ptrdiff_t at = 0; at < blocks[at_block].width; at += KEYS, at_tile++) {
-                    if (at_tile < first || at_tile >= last) continue;
+                    if (at_tile < first || at_tile >= last || mt_stopped(&stop)) continue;
                     int at_once = blocks[at_block].index ? 1 : FEW;
                     for (ptrdiff_t r0 = 0; r0 < rows; r0 += at_once) {
                         struct asking asking[FEW];
@@ -240,5 +241,5 @@ static int attention_few(const struct mt_rows *q, const struct mt_block *blocks,
         }
     }
     free(workspace);
-    return 0;
+    return stop ? MT_STOPPED : 0;
 }

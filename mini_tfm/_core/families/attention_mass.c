@@ -26,7 +26,8 @@ static void mass_weights(real *s_j, ptrdiff_t lo, ptrdiff_t hi, double lse) {
 
 /* Keys [at, at + n) of batch row b, which every query of every head may see. mass_j (n,) written. */
 static void mass_of_tile(const struct mt_rows *q, const struct mt_block *block, const struct mt_attention_sizes *sizes, const double *lse_bht,
-                         const uint8_t *asking_t, ptrdiff_t b, ptrdiff_t at, ptrdiff_t n, real *mass_j, struct mass_room *room) {
+                         const uint8_t *asking_t, ptrdiff_t b, ptrdiff_t at, ptrdiff_t n, real *mass_j, struct mass_room *room,
+                         int *stop) {
     ptrdiff_t d = sizes->d, length = sizes->length;
     real sum_j[KEYS] = {0};
     for (ptrdiff_t h = 0; h < sizes->heads; h++) {
@@ -35,7 +36,7 @@ static void mass_of_tile(const struct mt_rows *q, const struct mt_block *block, 
         struct tile tile = {.at = at, .n = min_size(n, head.end - at), .shown_j = fill_shown(&head, at, n, room->shown_j)};
         if (tile.n <= 0) break;
         if (h % (sizes->heads / block->kv_heads) == 0) pack_keys(head.k_sd + at * head.k_ld, head.k_ld, tile.n, d, room->k_t);
-        for (ptrdiff_t i0 = 0; i0 < length; i0 += ROWS) {
+        for (ptrdiff_t i0 = 0; i0 < length && !mt_stopped(stop); i0 += ROWS) {
             ptrdiff_t rows = min_size(ROWS, length - i0);
             struct span spans[ROWS / MR];
             int some = 0;
@@ -60,11 +61,11 @@ static void mass_of_tile(const struct mt_rows *q, const struct mt_block *block, 
 
 /* The same of an index block, whose queries pick rows anywhere: the whole batch row. mass_s (S,) zeroed. */
 static void mass_of_index(const struct mt_rows *q, const struct mt_block *block, const struct mt_attention_sizes *sizes, const double *lse_bht,
-                          const uint8_t *asking_t, ptrdiff_t b, real *mass_s, struct mass_room *room) {
+                          const uint8_t *asking_t, ptrdiff_t b, real *mass_s, struct mass_room *room, int *stop) {
     ptrdiff_t d = sizes->d, width = block->width;
     for (ptrdiff_t h = 0; h < sizes->heads; h++) {
         struct head head = head_of(block, sizes, b, h);
-        for (ptrdiff_t i = 0; i < sizes->length; i++) {
+        for (ptrdiff_t i = 0; i < sizes->length && !mt_stopped(stop); i++) {
             ptrdiff_t row = (b * sizes->heads + h) * sizes->length + i;
             if (!asking_t[i] || lse_bht[row] == -INFINITY) continue;
             const real *q_d = head_rows(q, b, h) + i * q->stride[2];
@@ -94,6 +95,7 @@ static int attention_mass(const struct mt_rows *q, const struct mt_block *block,
     size_t room = mass_room_at(NULL, sizes->d, NULL);
     real *workspace = new_reals(room * team);
     if (!workspace) return -1;
+    int stop = 0;
 #pragma omp parallel for num_threads(team) schedule(dynamic)
     for (ptrdiff_t piece = 0; piece < pieces; piece++) {
         struct mass_room mine;
@@ -101,10 +103,10 @@ static int attention_mass(const struct mt_rows *q, const struct mt_block *block,
         const uint8_t *asking_t = asking_bt + b * sizes->length;
         mass_room_at(workspace + room * mt_thread_id(), sizes->d, &mine);
         if (block->index)
-            mass_of_index(q, block, sizes, lse, asking_t, b, mass_bs + b * source, &mine);
+            mass_of_index(q, block, sizes, lse, asking_t, b, mass_bs + b * source, &mine, &stop);
         else
-            mass_of_tile(q, block, sizes, lse, asking_t, b, at, min_size(KEYS, source - at), mass_bs + b * source + at, &mine);
+            mass_of_tile(q, block, sizes, lse, asking_t, b, at, min_size(KEYS, source - at), mass_bs + b * source + at, &mine, &stop);
     }
     free(workspace);
-    return 0;
+    return stop ? MT_STOPPED : 0;
 }

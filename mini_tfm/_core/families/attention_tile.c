@@ -27,6 +27,7 @@ struct head {
     const uint8_t *valid_s;  /* (S,) or NULL */
     const int64_t *index_tk; /* (T, K) or NULL */
     const real *bias;        /* of query 0 and key 0, or NULL; strides in block->bias_stride */
+    double cap;              /* of scores, in units of log 2, or 0 */
     ptrdiff_t end;           /* rows from here on are hidden: S or the row's length */
     ptrdiff_t k_ld, v_ld, b, kv;
 };
@@ -42,6 +43,7 @@ static struct head head_of(const struct mt_block *block, const struct mt_attenti
         .valid_s = block->valid ? block->valid + b * block->source : NULL,
         .index_tk = block->index ? block->index + (b * sizes->heads + h) * sizes->length * block->width : NULL,
         .bias = block->bias ? (const real *)block->bias + b * block->bias_stride[0] + h * block->bias_stride[1] : NULL,
+        .cap = sizes->cap * LOG2_E,
         .end = block->lengths ? block->lengths[b] : block->source,
         .b = b,
         .kv = kv,
@@ -361,8 +363,30 @@ INLINE int sees_whole_tile(const struct row_view *view, const struct tile *tile)
     return view->first <= 0 && view->last == tile->n && tile->n % (2 * VL) == 0 && !tile->shown_j;
 }
 
-/* Query i's scores [lo, hi) against the tile, s_j as they come from the product: masked, biased. Returns their maximum. */
+INLINE vec tanh_vec(vec x) {
+#if REAL_IS_DOUBLE
+    for (ptrdiff_t i = 0; i < VL; i++) x[i] = tanh(x[i]);
+    return x;
+#else
+    vec size = choose(x < 0, -x, x), e = exp_vec(-2 * size), far = (1 - e) / (1 + e), s = x * x;
+    vec near = size * ((((s * (62 / 2835.0f) - 17 / 315.0f) * s + 2 / 15.0f) * s - 1 / 3.0f) * s + 1); /* where 1 - e would cancel */
+    vec t = choose(size < 0.25f, near, far);
+    return choose(x < 0, -t, t);
+#endif
+}
+
+/* s_j [lo, hi) become cap tanh(s / cap); slope_j, if not NULL, its slope there. */
+static void cap_scores(real *s_j, ptrdiff_t lo, ptrdiff_t hi, real cap, real *slope_j) {
+    for (ptrdiff_t j = lo; j < hi; j += VL) {
+        vec t = tanh_vec(load(s_j + j) / cap);
+        store(s_j + j, t * cap);
+        if (slope_j) store(slope_j + j, (1 - t) * (1 + t));
+    }
+}
+
+/* Query i's scores [lo, hi) against the tile, s_j as they come from the product: capped, masked, biased. Returns their maximum. */
 static real finish_scores(const struct head *head, const struct tile *tile, ptrdiff_t i, ptrdiff_t lo, ptrdiff_t hi, real *s_j) {
+    if (head->cap != 0) cap_scores(s_j, lo, hi, (real)head->cap, NULL);
     struct row_view view = view_of_row(head, tile, i);
     if (!sees_whole_tile(&view, tile) || (view.bias_j && view.bias_stride != 1))
         return row_scores(s_j, lo, hi, view.bias_j, view.bias_stride, view.first, view.last, tile->shown_j);

@@ -16,5 +16,5 @@ def checksum(x):
     cdef void *px = ptr(x)
     with nogil:
         failed = mt_checksum(wide, px, n, &total)
-    no_memory_if(failed)
+    raise_if(failed)
     return total

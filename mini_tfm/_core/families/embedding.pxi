@@ -71,7 +71,7 @@ def sinusoidal_positions(n, d_model, dtype=np.float32):
     cdef void *po = ptr(out)
     with nogil:
         failed = mt_sinusoidal_positions(wide, po, rows, d)
-    no_memory_if(failed)
+    raise_if(failed)
     return out
 
 
@@ -110,5 +110,5 @@ def rotary(x, positions, frequencies, inverse=False):
     cdef mt_rows py = rows_of(y)
     with nogil:
         failed = mt_rotary(wide, &px, pp, per_row, f, half, back, &py, batch, heads, length, d)
-    no_memory_if(failed)
+    raise_if(failed)
     return y

@@ -165,7 +165,7 @@ static void micro_edge(ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t width, ptrdi
  * reals. pairs: of factors rounded to bfloat16; a step of the chain is two of k then, and A is packed, too. */
 INLINE void gemm_piece(const int pairs, const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *b, ptrdiff_t ldb, int trans_b, real *c,
                        ptrdiff_t ldc, ptrdiff_t m0, ptrdiff_t m1, ptrdiff_t n0, ptrdiff_t n1, ptrdiff_t k, int accumulate,
-                       const real *bias_n, real *work) {
+                       const real *bias_n, real *work, int *stop) {
     const int per = 1 + pairs, packs_a = pairs || a_col != 1;
     const ptrdiff_t steps = div_up(k, per), wide = group_width(n1 - n0, packs_a), deep = depth(steps);
     real *packed_b = work, *corner = packed_b + wide * deep, *packed_a = corner + MC * NR;
@@ -180,6 +180,7 @@ INLINE void gemm_piece(const int pairs, const real *a, ptrdiff_t a_row, ptrdiff_
                 pack_panels(from_b, ldb, trans_b, columns, kc, packed_b);
             for (ptrdiff_t i0 = m0; i0 < m1; i0 += MC) {
                 const ptrdiff_t m = min_size(MC, m1 - i0);
+                if (mt_stopped(stop)) return;
                 real *to = c + i0 * ldc + group;
                 /* 2: strips of A, if they do not lie well */
                 const real *from = a + i0 * a_row + k0 * a_col;
@@ -292,12 +293,13 @@ INLINE int product(const int pairs, const real *a, const real *b, real *c, ptrdi
     size_t room = gemm_room(piece_n, div_up(k, 1 + pairs), packs_a);
     real *workspace = new_reals(room * team);
     if (!workspace) return -1;
+    int stop = 0;
 #pragma omp parallel for num_threads(team) schedule(dynamic)
     for (ptrdiff_t piece = 0; piece < pieces; piece++) {
         ptrdiff_t m0 = piece % row_pieces * piece_m, n0 = piece / row_pieces * piece_n;
         ptrdiff_t m1 = min_size(m, m0 + piece_m), n1 = min_size(n, n0 + piece_n);
         real *mine = workspace + room * mt_thread_id();
-        if (m0 >= m1 || n0 >= n1) continue;
+        if (m0 >= m1 || n0 >= n1 || mt_stopped(&stop)) continue;
         if (one_row) {
             ptrdiff_t streamed = n0 + (n1 - n0) / VL * VL;
             if (bias_n) memcpy(c + n0, bias_n + n0, (streamed - n0) * sizeof(real));
@@ -307,10 +309,10 @@ INLINE int product(const int pairs, const real *a, const real *b, real *c, ptrdi
         if (few)
             gemm_few(a, a_row, a_col, b, ldb, trans_b, c, n, m, n0, n1, k, accumulate, bias_n, mine);
         else
-            gemm_piece(pairs, a, a_row, a_col, b, ldb, trans_b, c, n, m0, m1, n0, n1, k, accumulate, bias_n, mine);
+            gemm_piece(pairs, a, a_row, a_col, b, ldb, trans_b, c, n, m0, m1, n0, n1, k, accumulate, bias_n, mine, &stop);
     }
     free(workspace);
-    return 0;
+    return stop ? MT_STOPPED : 0;
 }
 
 static int gemm(const void *a, const void *b, void *c, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, int trans_a, int trans_b, int accumulate,

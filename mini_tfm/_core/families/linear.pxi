@@ -54,5 +54,5 @@ def gemm(a, b, *, trans_a=False, trans_b=False, out=None, accumulate=False, bias
             failed = mt_gemm_bfloat16(wide, pa, pb, po, m, n, k, t_a, t_b, add, pc)
         else:
             failed = mt_gemm(wide, pa, pb, po, m, n, k, t_a, t_b, add, pc)
-    no_memory_if(failed)
+    raise_if(failed)
     return out

@@ -69,35 +69,40 @@ INLINE void dlogits_row(const real *x_v, real *dx_v, ptrdiff_t width, double lse
 
 /* logits_nv (N, V), targets_n (N,) in [0, V) or ignore_index read; losses_n, lse_n (N,) written, 0 in ignored rows. lse is double for
  * both reals. */
-static void cross_entropy(const void *logits, const int64_t *targets_n, int64_t ignore_index, double label_smoothing, void *losses,
-                          void *lse, ptrdiff_t n, ptrdiff_t vocab) {
+static int cross_entropy(const void *logits, const int64_t *targets_n, int64_t ignore_index, double label_smoothing, void *losses,
+                         void *lse, ptrdiff_t n, ptrdiff_t vocab) {
     const real *logits_nv = logits;
     real *losses_n = losses;
     double *lse_n = lse;
+    int stop = 0;
 #pragma omp parallel for num_threads(mt_team(n, 8.0 * n * vocab)) schedule(static)
     for (ptrdiff_t row = 0; row < n; row++) {
         losses_n[row] = lse_n[row] = 0;
-        if (targets_n[row] == ignore_index) continue;
+        if (targets_n[row] == ignore_index || mt_stopped(&stop)) continue;
         struct seen all_of_it = see_more(nothing_seen(), logits_nv + row * vocab, vocab, targets_n[row], 0, label_smoothing != 0);
         loss_of(all_of_it, vocab, label_smoothing, &losses_n[row], &lse_n[row]);
     }
+    return stop ? MT_STOPPED : 0;
 }
 
 /* logits_nv (N, V), targets_n, lse_n, dlosses_n (N,) read; dlogits_nv (N, V) written, 0 in ignored rows. */
-static void cross_entropy_backward(const void *logits, const int64_t *targets_n, const void *lse, const void *dlosses,
+static int cross_entropy_backward(const void *logits, const int64_t *targets_n, const void *lse, const void *dlosses,
                                    int64_t ignore_index, double label_smoothing, void *dlogits, ptrdiff_t n, ptrdiff_t vocab) {
     const real *logits_nv = logits, *dlosses_n = dlosses;
     const double *lse_n = lse;
     real *dlogits_nv = dlogits, smoothing = (real)label_smoothing;
     real share = vocab ? smoothing / vocab : 0;
+    int stop = 0;
 #pragma omp parallel for num_threads(mt_team(n, 6.0 * n * vocab)) schedule(static)
     for (ptrdiff_t row = 0; row < n; row++) {
+        if (mt_stopped(&stop)) continue;
         if (targets_n[row] == ignore_index)
             memset(dlogits_nv + row * vocab, 0, vocab * sizeof(real));
         else
             dlogits_row(logits_nv + row * vocab, dlogits_nv + row * vocab, vocab, lse_n[row], dlosses_n[row], targets_n[row], 0, share,
                         smoothing);
     }
+    return stop ? MT_STOPPED : 0;
 }
 
 /* What a chunk of the output layer is made with. Its weight is rows of (V, d), which lie together, or columns of (d, V),
@@ -163,7 +168,7 @@ static int linear_cross_entropy(const struct mt_output_layer *layer, void *losse
     free(logits_nw);
     free(panel);
     free(seen_n);
-    return failed ? -1 : 0;
+    return failed == MT_STOPPED ? MT_STOPPED : failed ? -1 : 0;
 }
 
 /* dbias_w (width) = the sum of the rows of dlogits_nw, in their order. Pieces are ranges of columns. */
@@ -223,5 +228,5 @@ static int linear_cross_entropy_backward(const struct mt_output_layer *layer, co
     free(logits_nw);
     free(panel);
     free(dpanel);
-    return failed ? -1 : 0;
+    return failed == MT_STOPPED ? MT_STOPPED : failed ? -1 : 0;
 }

@@ -12,11 +12,11 @@ cdef extern from "core.h" nogil:
         int64_t ignore_index
         double label_smoothing
 
-    void mt_cross_entropy(
+    int mt_cross_entropy(
         int is_double, const void *logits, const int64_t *targets, int64_t ignore_index, double label_smoothing, void *losses,
         void *lse, ptrdiff_t n, ptrdiff_t vocab
     )
-    void mt_cross_entropy_backward(
+    int mt_cross_entropy_backward(
         int is_double, const void *logits, const int64_t *targets, const void *lse, const void *dlosses, int64_t ignore_index,
         double label_smoothing, void *dlogits, ptrdiff_t n, ptrdiff_t vocab
     )
@@ -51,6 +51,7 @@ cdef bint plain_losses(logits, targets, ignore_index, label_smoothing, int64_t *
 
 def cross_entropy(logits, targets, ignore_index=-100, label_smoothing=0.0):
     """losses (N,), lse (N,) of logits (N, V) against targets (N,); 0 in ignored rows."""
+    cdef int failed
     cdef int64_t ignored
     if not plain_losses(logits, targets, ignore_index, label_smoothing, &ignored):
         logits, targets, ignored, label_smoothing = _checks.cross_entropy(logits, targets, ignore_index, label_smoothing)
@@ -64,12 +65,14 @@ def cross_entropy(logits, targets, ignore_index=-100, label_smoothing=0.0):
     cdef void *po = ptr(losses)
     cdef void *pl = ptr(lse)
     with nogil:
-        mt_cross_entropy(wide, px, pt, ignored, smoothing, po, pl, n, vocab)
+        failed = mt_cross_entropy(wide, px, pt, ignored, smoothing, po, pl, n, vocab)
+    raise_if(failed)
     return losses, lse
 
 
 def cross_entropy_backward(logits, targets, lse, dlosses, ignore_index=-100, label_smoothing=0.0):
     """dlogits (N, V) = (softmax(logits) - smoothed one-hot) * dlosses."""
+    cdef int failed
     cdef int64_t ignored
     if not plain_losses(logits, targets, ignore_index, label_smoothing, &ignored):
         logits, targets, ignored, label_smoothing = _checks.cross_entropy(logits, targets, ignore_index, label_smoothing)
@@ -86,7 +89,8 @@ def cross_entropy_backward(logits, targets, lse, dlosses, ignore_index=-100, lab
     cdef void *pd = ptr(dlosses)
     cdef void *po = ptr(dlogits)
     with nogil:
-        mt_cross_entropy_backward(wide, px, pt, pl, pd, ignored, smoothing, po, n, vocab)
+        failed = mt_cross_entropy_backward(wide, px, pt, pl, pd, ignored, smoothing, po, n, vocab)
+    raise_if(failed)
     return dlogits
 
 
@@ -132,7 +136,7 @@ def linear_cross_entropy(
     cdef void *pl = ptr(lse)
     with nogil:
         failed = mt_linear_cross_entropy(wide, &layer, po, pl)
-    no_memory_if(failed)
+    raise_if(failed)
     return losses, lse
 
 
@@ -172,5 +176,5 @@ def linear_cross_entropy_backward(
     cdef void *pdb = ptr_or_null(dbias)
     with nogil:
         failed = mt_linear_cross_entropy_backward(wide, &layer, pl, pd, pdx, pdw, pdb)
-    no_memory_if(failed)
+    raise_if(failed)
     return dx, dweight, dbias

@@ -72,7 +72,7 @@ def layer_norm_backward(dy, x, weight, mean, rstd, *, out=None):
     cdef void *pdb = ptr(dbias)
     with nogil:
         failed = mt_layer_norm_backward(wide, pdy, px, pw, pm, pr, pdx, pdw, pdb, n, d)
-    no_memory_if(failed)
+    raise_if(failed)
     return dx, dweight, dbias
 
 
@@ -115,5 +115,5 @@ def rms_norm_backward(dy, x, weight, rstd, *, out=None):
     cdef void *pdw = ptr(dweight)
     with nogil:
         failed = mt_rms_norm_backward(wide, pdy, px, pw, pr, pdx, pdw, n, d)
-    no_memory_if(failed)
+    raise_if(failed)
     return dx, dweight

@@ -51,5 +51,5 @@ def sum_of_squares(x):
     cdef void *px = ptr(x)
     with nogil:
         failed = mt_sum_of_squares(wide, px, n, &total)
-    no_memory_if(failed)
+    raise_if(failed)
     return total

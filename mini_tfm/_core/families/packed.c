@@ -428,6 +428,7 @@ static int packed_linear(const void *x, const struct mt_packed *w, const struct 
         free(workspace);
         return -1;
     }
+    int stop = 0;
 #pragma omp parallel num_threads((int)team)
     {
 #pragma omp for schedule(static)
@@ -437,7 +438,7 @@ static int packed_linear(const void *x, const struct mt_packed *w, const struct 
             ptrdiff_t r0 = piece % blocks * m, here = min_size(m, n - r0), end = min_size(columns, (piece / blocks + 1) * width);
             real *sums = (real *)(workspace + room * mt_thread_id());
             if (here <= 0) continue;
-            for (ptrdiff_t c = piece / blocks * width; c < end; c += PANELS / per) {
+            for (ptrdiff_t c = piece / blocks * width; c < end && !mt_stopped(&stop); c += PANELS / per) {
                 ptrdiff_t some = min_size(PANELS / per, end - c);
                 packed_sums(w, &at, &rows, r0, here, c * per, some * per, sums, (char *)sums + SUMS_ROOM);
                 ptrdiff_t column = c * NR, corner = r0 * w->d_out + column;
@@ -449,7 +450,7 @@ static int packed_linear(const void *x, const struct mt_packed *w, const struct 
     }
     free(rows.memory);
     free(workspace);
-    return 0;
+    return stop ? MT_STOPPED : 0;
 }
 
 /* Some panels of sums, of which linear_top_k takes a row's best and its sum of exponentials. */
@@ -531,6 +532,7 @@ static int linear_top_k(const void *x, const struct mt_packed *w, const void *bi
         return -1;
     }
     nothing_found(heaps, team * apart);
+    int stop = 0;
 #pragma omp parallel num_threads(team)
     {
         struct found *mine = heaps + mt_thread_id() * apart;
@@ -545,7 +547,7 @@ static int linear_top_k(const void *x, const struct mt_packed *w, const void *bi
                 peaks[(row * parts + part) * 2] = -INFINITY;
                 peaks[(row * parts + part) * 2 + 1] = 0;
             }
-            for (ptrdiff_t panel = part * part_panels; panel < end && here > 0; panel += PANELS) {
+            for (ptrdiff_t panel = part * part_panels; panel < end && here > 0 && !mt_stopped(&stop); panel += PANELS) {
                 ptrdiff_t some = min_size(PANELS, end - panel);
                 packed_sums(w, &at, &rows, r0, here, panel, some, sums, (char *)sums + SUMS_ROOM);
                 const struct top_panels of = {panel * NR, w->d_out, here, some, kept, bias, lse_n != NULL};
@@ -565,5 +567,5 @@ static int linear_top_k(const void *x, const struct mt_packed *w, const void *bi
     free(heads);
     free(peaks);
     free(workspace);
-    return 0;
+    return stop ? MT_STOPPED : 0;
 }

@@ -107,7 +107,7 @@ def pack(weight, *, dtype="float32", transposed=False, gate=None, group=None):
     cdef void *pg = ptr_or_null(gate)
     with nogil:
         failed = mt_pack(w.wide, &w.at, pw, pg, t)
-    no_memory_if(failed)
+    raise_if(failed)
     return w
 
 
@@ -161,7 +161,7 @@ def packed_linear(x, weight, bias=None, *, gate_bias=None, activation=None, resi
     cdef void *po = ptr(out)
     with nogil:
         failed = mt_packed_linear(w.wide, px, &w.at, &then, po, n)
-    no_memory_if(failed)
+    raise_if(failed)
     return out
 
 
@@ -190,5 +190,5 @@ def linear_top_k(x, weight, k, bias=None, *, lse=False):
     cdef void *pl = ptr_or_null(totals)
     with nogil:
         failed = mt_linear_top_k(w.wide, px, &w.at, pb, ps, pi, pl, n, wanted)
-    no_memory_if(failed)
+    raise_if(failed)
     return (scores, ids, totals) if lse else (scores, ids)

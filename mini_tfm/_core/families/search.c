@@ -167,6 +167,7 @@ struct search {
     ptrdiff_t m, d, ldq;        /* ldq: d up to a whole vector, a query's stride */
     ptrdiff_t tile, k;          /* rows of a tile; size of a heap */
     int in_place;               /* are rows read where they lie? */
+    int *stop;                  /* of mt_stopped() */
 };
 
 /* A piece: some queries against some rows. */
@@ -189,7 +190,7 @@ static void search_piece(const struct search *of, const struct search_piece *pie
     const uint8_t *valid_m = bank->valid ? bank->valid + b * m : NULL;
     ptrdiff_t row_bytes = d * element_bytes(bank->kind), stride = in_place ? bank->stride[1] : ldq * (ptrdiff_t)sizeof(real);
     const int kind = in_place ? bank->kind : MT_ROWS_REAL, in_step = in_place && n <= QUERY_TILE;
-    for (ptrdiff_t j0 = first; j0 < last; j0 += tile) {
+    for (ptrdiff_t j0 = first; j0 < last && !mt_stopped(of->stop); j0 += tile) {
         ptrdiff_t rows = min_size(tile, last - j0), whole = round_up(rows, VL);
         const char *from = rows_md + j0 * bank->stride[1], *at = from, *ahead = from + tile * bank->stride[1];
         /* 1: rows that cannot be read where they lie */
@@ -264,14 +265,15 @@ static int search(const void *queries, const struct mt_bank *bank, void *scores,
     failed = failed || !workspace || !heaps || !heads;
     if (failed) goto done;
     nothing_found(heaps, slots * rows * kept);
-    const struct search of = {bank, m, d, ldq, tile, kept, in_place};
+    int stop = 0;
+    const struct search of = {bank, m, d, ldq, tile, kept, in_place, &stop};
     /* 2: every part of the bank with every group of queries; the groups of one part follow each other, so it is still in L3 */
 #pragma omp parallel for num_threads(team) schedule(dynamic)
     for (ptrdiff_t piece = 0; piece < pieces; piece++) {
         ptrdiff_t b = piece / (parts * groups), at = piece / groups % parts, i0 = piece % groups * group;
         ptrdiff_t slot = slots > 1 ? mt_thread_id() : 0, row = b * n + i0;
         real *mine = workspace + room * mt_thread_id();
-        if (i0 >= n) continue;
+        if (i0 >= n || mt_stopped(&stop)) continue;
         const struct search_piece one = {
             min_size(group, n - i0), b, at * part, min_size(m, (at + 1) * part), padded_bnd + row * ldq,
             heaps + (slot * rows + row) * kept, mine + widened_at, mine,
@@ -283,6 +285,7 @@ static int search(const void *queries, const struct mt_bank *bank, void *scores,
 #pragma omp parallel for num_threads(mt_team(rows, 20.0 * rows * slots * kept)) schedule(static)
     for (ptrdiff_t row = 0; row < rows; row++)
         take_best(heaps + row * kept, slots, rows * kept, kept, heads + row * slots, k, scores_bnk + row * k, index_bnk + row * k);
+    failed = stop ? MT_STOPPED : 0;
 done:
     free(coded.codes_nd);
     free(coded.coded_n);
@@ -290,5 +293,5 @@ done:
     free(padded_bnd);
     free(heaps);
     free(heads);
-    return failed ? -1 : 0;
+    return failed == MT_STOPPED ? MT_STOPPED : failed ? -1 : 0;
 }

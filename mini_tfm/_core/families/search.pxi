@@ -87,5 +87,5 @@ def search(queries, bank, k, valid=None, *, scales=None, codes=None):
     cdef ptrdiff_t m = cnp.PyArray_DIM(bank, 1)
     with nogil:
         failed = mt_search(wide, pq, &c_bank, ps, pi, batch, n, m, d, wanted)
-    no_memory_if(failed)
+    raise_if(failed)
     return scores, index

@@ -259,7 +259,7 @@ static void search_coded_piece(const struct coded_search *search, const struct s
     const char *read_m = search->given ? (const char *)search->given + b * bank->code_stride[0] : rows_md;
     const ptrdiff_t read_stride = search->given ? bank->code_stride[1] : bank->stride[1];
     const ptrdiff_t read_bytes = search->given ? n_codes + (ptrdiff_t)sizeof(struct code_tail) : row_bytes;
-    for (ptrdiff_t j0 = piece->first; j0 < last;) {
+    for (ptrdiff_t j0 = piece->first; j0 < last && !mt_stopped(of->stop);) {
         ptrdiff_t rows = min_size(search->tile, last - j0), in_question = 0, full = 1;
         const char *from = rows_md + j0 * bank->stride[1], *read = read_m + j0 * read_stride;
         for (ptrdiff_t i = 0; i < n; i++) full &= heaps_nk[i * k].index >= 0;

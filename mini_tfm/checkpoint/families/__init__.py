@@ -20,13 +20,15 @@ import numpy as np
 from ...config import Config
 from ...errors import InvalidValue
 from ..safetensors import Entry
-from . import bart, bert, gpt2, llama, own, sources, t5
+from . import bart, bert, gpt2, llama, sources, t5
 
 
 class Published(sources.Table, Protocol):
     """What a module of a published family offers."""
 
-    __name__: str
+    @property
+    def TYPES(self) -> Collection[str]:
+        """Values of `model_type`."""
 
     def recognises(self, about: Mapping[str, Any]) -> bool:
         """Whether a `config.json` is one of this family."""
@@ -47,7 +49,7 @@ def family_of(about: Mapping[str, Any], where: str) -> Published:
         for family in PUBLISHED:
             if family.recognises(about):
                 return family
-    known = ", ".join(sorted(name for family in PUBLISHED for name in getattr(family, "TYPES", ("gpt2",))))
+    known = ", ".join(sorted(name for family in PUBLISHED for name in family.TYPES))
     raise InvalidValue(f"{where}: field 'model_type': {about.get('model_type')!r:.80} is not supported; these are: {known}")
 
 

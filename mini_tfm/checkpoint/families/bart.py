@@ -26,7 +26,12 @@ ARCHITECTURES = {
 }
 PREFIXES = ("model.",)
 BARE = ("final_logits_bias", "lm_head.weight")  # names that never have the prefix
-UNUSED = (r"(en|de)coder\.embed_tokens\.weight", r"(en|de)coder\.embed_positions\.(weight|_float_tensor)", r"lm_head\.weight", r"final_logits_bias")
+UNUSED = (
+    r"(en|de)coder\.embed_tokens\.weight",
+    r"(en|de)coder\.embed_positions\.(weight|_float_tensor)",
+    r"lm_head\.weight",
+    r"final_logits_bias",
+)
 
 
 def recognises(about: Mapping[str, Any]) -> bool:
@@ -65,7 +70,7 @@ def config_of(about: Mapping[str, Any], where: str, names: Collection[str]) -> C
     )
 
 
-def _length(kind: Mapping[str, Any], n: int) -> dict[str, int]:
+def _length(kind: Mapping[str, Any], n: int) -> dict[str, Any]:
     return {"max_positions" if kind["positions"] == "learned" else "context_length": n}
 
 
@@ -82,7 +87,9 @@ def sources(config: Config) -> dict[str, Source]:
             found |= norm(f"{stack}.embedding_norm", f"{stack}.layernorm_embedding")
         for i in range(n):
             ours, theirs = f"{stack}.{i}.", f"{stack}.layers.{i}."
-            for site, name in (("attention", "self_attn"), ("cross", "encoder_attn")) if stack == "decoder" else (("attention", "self_attn"),):
+            for site, name in (
+                (("attention", "self_attn"), ("cross", "encoder_attn")) if stack == "decoder" else (("attention", "self_attn"),)
+            ):
                 for part in "qkv":
                     found |= linear(f"{ours}{site}.{part}", f"{theirs}{name}.{part}_proj")
                 found |= linear(f"{ours}{site}.o", f"{theirs}{name}.out_proj")

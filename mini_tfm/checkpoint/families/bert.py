@@ -10,6 +10,7 @@ from .fields import Fields, their_activation
 from .sources import Source, linear, norm
 
 TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert")
+BARE = ()
 PREFIXES = ("", "bert.", "roberta.", "distilbert.")
 RENAMED = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}  # as BERT's first files have them
 UNUSED = (r"embeddings\.(position|token_type)_ids", r"pooler\..*", r"(cls|lm_head|classifier|pre_classifier|vocab_\w+|qa_outputs)(\..*)?")
@@ -31,7 +32,11 @@ def config_of(about: Mapping[str, Any], where: str, names: Collection[str]) -> C
     f.only("sinusoidal_pos_embds", False, True)  # they are in the file all the same
     pad = f.integer("pad_token_id", 0 if kind in ("bert", "distilbert") else 1)
     offset = pad + 1 if kind in ("roberta", "xlm-roberta", "camembert") else 0
-    bos, eos = ((f.integer("bos_token_id", 101), f.first_id("eos_token_id", 102)) if offset == 0 else (f.integer("bos_token_id", 0), f.first_id("eos_token_id", 2)))
+    bos, eos = (
+        (f.integer("bos_token_id", 101), f.first_id("eos_token_id", 102))
+        if offset == 0
+        else (f.integer("bos_token_id", 0), f.first_id("eos_token_id", 2))
+    )
     vocab_size = f.integer("vocab_size", 30522)
     size = {
         "d_model": f.integer("dim", 768) if is_distilbert else f.integer("hidden_size", 768),

@@ -9,13 +9,14 @@ from ...config import Config
 from .fields import Fields, their_activation
 from .sources import Source, norm
 
+TYPES = ("gpt2",)
 PREFIXES = ("transformer.",)
 BARE = ("lm_head.weight",)
 UNUSED = (r"h\.\d+\.attn\.(masked_)?bias", r"lm_head\.weight")
 
 
 def recognises(about: Mapping[str, Any]) -> bool:
-    return about.get("model_type") == "gpt2"
+    return about.get("model_type") in TYPES
 
 
 def config_of(about: Mapping[str, Any], where: str, names: Collection[str]) -> Config:

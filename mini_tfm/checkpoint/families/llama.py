@@ -31,7 +31,6 @@ def config_of(about: Mapping[str, Any], where: str, names: Collection[str]) -> C
     f.only("pretraining_tp", 1)
     f.only("use_bidirectional_attention", False)
     f.only("no_rope_layers", [], why="layers without positions")
-    f.only("attn_logit_softcapping", why="capped scores of attention")
     f.only("num_local_experts", why="mixtures of experts")
     if kind == "qwen2":
         biased: tuple[str, ...] = ("q", "k", "v")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ...config import Config
-from ...errors import InvalidValue
+from ...errors import InvalidValue, shown
 from ...model import weight_shapes
 from ..safetensors import Entry
 
@@ -22,23 +22,27 @@ def about_of(config: Config, memory_text: str | None, generation: Mapping[str, A
     return {**about, "generation": dict(generation)} if generation else about
 
 
-def recognises(about: Mapping[str, Any]) -> bool:
-    return about.get("format") == FORMAT
-
-
 def config_of(about: Mapping[str, Any], where: str) -> Config:
+    if about.get("format") != FORMAT:
+        raise InvalidValue(
+            f"{where}: field 'format': expected {FORMAT!r}, got {about.get('format')!r:.80}; folders saved by mini_tfm have it, and"
+            " Hugging Face's have 'model_type' in its place"
+        )
     if about.get("format_version") != FORMAT_VERSION:
         raise InvalidValue(
-            f"{where}: field 'format_version': expected {FORMAT_VERSION}, got {about.get('format_version')!r}; upgrade mini-tfm"
+            f"{where}: field 'format_version': expected {FORMAT_VERSION}, got {shown(about.get('format_version'))}; upgrade mini-tfm"
         )
     if unknown := sorted(set(about) - {"format", "format_version", "model", "memory", "generation"}):
-        raise InvalidValue(f"{where}: unknown field {unknown[0]!r}")
+        raise InvalidValue(f"{where}: unknown field {shown(unknown[0])}")
     memory_text = about.get("memory")
     if memory_text is not None and not isinstance(memory_text, str):
-        raise InvalidValue(f"{where}: field 'memory': expected text or null, got {memory_text!r}")
+        raise InvalidValue(f"{where}: field 'memory': expected text or null, got {shown(memory_text)}")
     if not isinstance(about.get("generation", {}), dict):
-        raise InvalidValue(f"{where}: field 'generation': expected a mapping of options, got {about['generation']!r:.80}")
-    return Config.from_dict(about.get("model", {}))
+        raise InvalidValue(f"{where}: field 'generation': expected a mapping of options, got {shown(about['generation'])}")
+    try:
+        return Config.from_dict(about.get("model", {}))
+    except InvalidValue as error:
+        raise InvalidValue(f"{where}: {error}") from error
 
 
 def check_tensors(config: Config, entries: Mapping[str, Entry], where: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -64,8 +64,17 @@ class Source:
 class Table(Protocol):
     """What a family's module says of its tensors."""
 
-    PREFIXES: tuple[str, ...]  # before every name, in files of models with another head; the first is what we write
-    UNUSED: tuple[str, ...]  # regular expressions of what may be there and is not needed
+    @property
+    def PREFIXES(self) -> Sequence[str]:
+        """What may stand before every name, in files of models with another head; the first is what we write."""
+
+    @property
+    def BARE(self) -> Sequence[str]:
+        """Names that never have a prefix."""
+
+    @property
+    def UNUSED(self) -> Sequence[str]:
+        """Regular expressions of what may be there and is not needed."""
 
     def sources(self, config: Config) -> dict[str, Source]:
         """Our names of all weights, and where each is."""
@@ -137,5 +146,5 @@ def tensors_of(table: Table, config: Config, weights: Mapping[str, Any]) -> dict
         else:
             given.sort(key=lambda one: one[0].part or (0, 0))
             array = np.concatenate([source.write(weight) for source, weight in given], axis=given[0][0]._axis)
-        tensors[name if name in getattr(table, "BARE", ()) else prefix + name] = np.ascontiguousarray(array)
+        tensors[name if name in table.BARE else prefix + name] = np.ascontiguousarray(array)
     return tensors

@@ -11,6 +11,7 @@ from .sources import Source, linear
 
 TYPES = ("t5", "mt5")
 PREFIXES = ("",)
+BARE = ()
 UNUSED = (r"(en|de)coder\.embed_tokens\.weight", r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight")
 
 
@@ -21,10 +22,14 @@ def recognises(about: Mapping[str, Any]) -> bool:
 def config_of(about: Mapping[str, Any], where: str, names: Collection[str]) -> Config:
     f = Fields(about, where)
     layers = f.layers("num_layers", 6)
-    gate, _, kind = f.about.get("feed_forward_proj", "relu").rpartition("-") if isinstance(about.get("feed_forward_proj", ""), str) else ("", "", "")
+    gate, _, kind = (
+        f.about.get("feed_forward_proj", "relu").rpartition("-") if isinstance(about.get("feed_forward_proj", ""), str) else ("", "", "")
+    )
     kind = "gelu_new" if (gate, kind) == ("gated", "gelu") else kind
     if gate not in ("", "gated") or kind not in ACTIVATIONS:
-        f.faults.append(f"field 'feed_forward_proj': {about['feed_forward_proj']!r:.80} is not supported, only relu, gelu, gated-gelu and the like")
+        f.faults.append(
+            f"field 'feed_forward_proj': {about['feed_forward_proj']!r:.80} is not supported, only relu, gelu, gated-gelu and the like"
+        )
     # Told to be tied, T5 scales its outputs, and mT5, whose files say either, does not. The tensors say whether it is tied.
     is_scaled = f.flag("tie_word_embeddings", True) and about["model_type"] == "t5"
     d_model = f.integer("d_model", 512, least=1)

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 import numpy as np
 
-from ...errors import InvalidValue
+from ...errors import InvalidValue, shown
 from ..base import Array, Dims, Memory, MemorySpec, Param, Rows, Segment, State
 
 
@@ -21,9 +21,9 @@ class RecurrentMemory(Memory):
 
     def __init__(self, *, tokens: int, site: str | None = None):
         if not isinstance(tokens, int) or tokens < 1:
-            raise InvalidValue(f"tokens: expected a number of rows of at least 1, got {tokens!r}")
+            raise InvalidValue(f"tokens: expected a number of rows of at least 1, got {shown(tokens)}")
         if site not in (None, "encoder", "decoder"):
-            raise InvalidValue(f"site: expected encoder or decoder (cross-attention sees the encoder's rows), got {site!r}")
+            raise InvalidValue(f"site: expected encoder or decoder (cross-attention sees the encoder's rows), got {shown(site)}")
         self.tokens, self.site = tokens, site
         sites = frozenset({"encoder", "decoder"} if site is None else {site})
         self.spec = MemorySpec(sites=sites, gradient="state", capacity=tokens)

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from ...errors import InvalidValue
+from ...errors import InvalidValue, shown
 from ..base import SITES, Array, Dims, Memory, MemorySpec, New, Param, Query, State, View, bank_key
 from ..nearest import BestRows
 
@@ -34,13 +34,13 @@ class RetrievalMemory(Memory):
         gradient: Literal["none", "rows"] = "none",
     ):
         if not isinstance(top_k, int) or top_k < 1:
-            raise InvalidValue(f"top_k: expected a number of rows of at least 1, got {top_k!r}")
+            raise InvalidValue(f"top_k: expected a number of rows of at least 1, got {shown(top_k)}")
         if site not in (None, *SITES):
-            raise InvalidValue(f"site: expected one of {', '.join(SITES)}, got {site!r}")
+            raise InvalidValue(f"site: expected one of {', '.join(SITES)}, got {shown(site)}")
         if merge not in ("joint", "gate"):
-            raise InvalidValue(f"merge: expected joint or gate, got {merge!r}")
+            raise InvalidValue(f"merge: expected joint or gate, got {shown(merge)}")
         if gradient not in ("none", "rows"):
-            raise InvalidValue(f"gradient: expected none or rows, got {gradient!r}")
+            raise InvalidValue(f"gradient: expected none or rows, got {shown(gradient)}")
         self.top_k, self.site = top_k, site
         sites, layers = frozenset(SITES if site is None else [site]), None if layer is None else (layer,)
         self.spec = MemorySpec(sites=sites, layers=layers, needs=frozenset({"query"}), merge=merge, gradient=gradient)
@@ -94,5 +94,22 @@ class RetrievalMemory(Memory):
 
     def read(self, state: State, site: str, layer: int, query: Query) -> View | None:
         bank = bank_key(site, layer)
-        found = self.search(state, bank, query.hidden(), self.top_k) if self.count(state, bank) else None
+        found = self._search_valid(state, bank, query) if self.count(state, bank) else None
         return None if found is None else dataclasses.replace(found, gate=state.params.get("gate"))
+
+    def _search_valid(self, state: State, bank: str, query: Query) -> View | None:
+        """`search`, with the queries that are no padding: the others see no row, and choose none."""
+        queries, valid = query.hidden(), query.valid
+        if valid is None or valid.all():
+            return self.search(state, bank, queries, self.top_k)
+        most = int(valid.sum(axis=1).max())
+        order = np.argsort(~valid, axis=1, kind="stable")[:, :most]  # of each stream, its queries that are valid
+        there = np.take_along_axis(valid, order, 1)
+        order = np.where(there, order, order[:, :1])  # and, up to as many as another stream has, its first one again
+        found = self.search(state, bank, np.take_along_axis(queries, order[:, None, :, None], 2), self.top_k) if most else None
+        if found is None or found.index is None or found.index.ndim != 4:
+            return found
+        index = np.full((*queries.shape[:3], found.index.shape[3]), -1)
+        np.put_along_axis(index, order[:, None, ::-1, None], found.index[:, :, ::-1], 2)
+        index[np.broadcast_to(~valid[:, None], index.shape[:3])] = -1
+        return dataclasses.replace(found, index=index)

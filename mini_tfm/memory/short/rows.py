@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from ...errors import InvalidValue
+from ...errors import InvalidValue, shown
 from ..base import SITES, Array, Dims, Evicted, Memory, MemorySpec, New, Segment, State, View, bank_key
 
 
@@ -21,11 +21,11 @@ class RowMemory(Memory):
 
     def __init__(self, *, size: int, site: str | None = None, gradient: Literal["none", "rows"] = "none"):
         if not isinstance(size, int) or size < 1:
-            raise InvalidValue(f"size: expected a number of rows of at least 1, got {size!r}")
+            raise InvalidValue(f"size: expected a number of rows of at least 1, got {shown(size)}")
         if site not in (None, "all", *SITES):
-            raise InvalidValue(f"site: expected {', '.join(SITES)} or all, got {site!r}")
+            raise InvalidValue(f"site: expected {', '.join(SITES)} or all, got {shown(site)}")
         if gradient not in ("none", "rows"):
-            raise InvalidValue(f"gradient: expected none or rows, got {gradient!r}")
+            raise InvalidValue(f"gradient: expected none or rows, got {shown(gradient)}")
         self.size, self.site = size, site
         self.spec = MemorySpec(sites=frozenset(SITES if site in (None, "all") else [site]), capacity=size, gradient=gradient)
 
