@@ -294,6 +294,8 @@ def _relation_faults(config: Config) -> list[str]:
         faults.append(f"d_head: expected an even number with rotary positions, got {config.d_head}")
     elif (config.rotary_dims % 2 and config.positions == "rotary") or config.rotary_dims > config.d_head:  # type: ignore[operator]
         faults.append(f"rotary_dims: expected an even number of at most d_head = {config.d_head}, got {config.rotary_dims}")
+    if config.rotary_scaling is not None and config.rotary_scaling.kind == "yarn" and config.rotary_base <= 1:
+        faults.append(f"rotary_base: expected more than 1 with yarn, got {config.rotary_base}")
     if config.local_layers and not all(0 <= layer < config.n_decoder_layers for layer in config.local_layers):
         faults.append(f"local_layers: expected 0 to n_decoder_layers - 1 = {config.n_decoder_layers - 1}, got {config.local_layers!r}")
     for name in ("local_layers", "local_rotary_base"):

@@ -57,6 +57,8 @@ class Gguf:
                 raise FileProblem(f"{file.name}: cannot be read: {reason(error)}") from error
         try:
             self.fields, self.stored = _Reader(self._data).header()
+        except FileProblem as error:
+            raise FileProblem(f"{self.name}: {error}") from error
         except (ValueError, struct.error, UnicodeDecodeError) as error:
             raise InvalidValue(f"{self.name}: {error}; the file is damaged or is not GGUF") from error
 

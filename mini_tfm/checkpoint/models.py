@@ -16,7 +16,7 @@ from ..files.folders import write_folder
 from ..files.reading import as_path, read_bytes
 from ..files.strict_json import MAX_JSON_BYTES, parse_json_strict
 from ..text.gguf import tokenizer_of as gguf_tokenizer
-from ..text.tokenizers import MAX_FILE_BYTES, Tokenizer, load_tokenizer, tokenizer_of
+from ..text.tokenizers import MAX_FILE_BYTES, Tokenizer, find_tokenizer, tokenizer_of
 from ..weights import Weight
 from . import gguf, hugging_face
 from .families import family_of, own, sources
@@ -82,7 +82,7 @@ def read_model(folder: str | os.PathLike, dtype: str = "float32") -> Contents:
         about = _peek(path)
         if about is not None and hugging_face.is_hugging_face(about):
             config, weights, generation = hugging_face.read_folder(path, about)
-            contents = Contents(config, weights, _tokenizer_of(path), None, generation)
+            contents = Contents(config, weights, find_tokenizer(path), None, generation)
         else:
             with OpenFolder(path) as opened:
                 contents = _read_own(opened, path)
@@ -121,8 +121,3 @@ def _read_gguf(path: str) -> Contents:
     sources.check_tensors(family, config, tensors.entries(), path)
     tokenizer = gguf_tokenizer(file.fields, path) if "tokenizer.ggml.model" in file.fields else None
     return Contents(config, sources.weights_of(family, config, tensors), tokenizer, None, {})
-
-
-def _tokenizer_of(folder: str) -> Tokenizer | None:
-    files = os.listdir(folder)
-    return load_tokenizer(folder) if "tokenizer.json" in files or "tokenizer_config.json" in files else None

@@ -92,7 +92,7 @@ def ram_bytes() -> int:
 
 def read_all(file: NamedFile, max_bytes: int) -> bytes:
     try:
-        data = file.read(max_bytes + 1)
+        data = file.read(min(max_bytes, os.fstat(file.fileno()).st_size) + 1)  # a buffer of that many bytes is allocated first
     except OSError as error:
         raise FileProblem(f"{file.name}: cannot be read: {reason(error)}") from error
     if len(data) > max_bytes:

@@ -8,7 +8,8 @@ On disk, in the model's folder:
 
     tokenizer_config.json   {"tokenizer_class": "ByteTokenizer"} is all of a ByteTokenizer. For any other kind it is
                             optional and names the special tokens, with Hugging Face's keys.
-    tokenizer.json          vocabulary and rules of a BPETokenizer; not read for a ByteTokenizer.
+    tokenizer.json          vocabulary and rules of a BPETokenizer; not read for a ByteTokenizer. Where it is missing they are made
+                            of the vocabularies that came before it: see vocabularies.py.
 
 `encode` adds no special token (`encode_alone` adds those of the file's post-processor), and the text "<eos>" is five
 characters, never the end of a sequence: what a user writes cannot steer the model's control tokens.
@@ -35,6 +36,7 @@ from mini_tfm.files.strict_json import parse_json_strict
 from .chat import chat_text
 from .limits import check_rules
 from .pieces import Spans, in_pieces, in_windows
+from .vocabularies import byte_letters, tokenizer_files
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
@@ -448,7 +450,7 @@ class BPETokenizer(Tokenizer):
         return next((name for name in usual if name in vocab), None)
 
     def _byte_table(self, vocab: dict[str, int], added: set[str]) -> dict[int, bytes]:
-        letters = _byte_letters()
+        letters = byte_letters()
         table = {}
         for token, token_id in vocab.items():
             if token_id in self._special_ids:
@@ -489,13 +491,6 @@ def _without_prefix(rules: Any) -> Any:
         return rules | {key: _without_prefix(rules.get(key)) for key in ("normalizer", "pre_tokenizer")}
     inner = {key: _without_prefix(each) for key, each in rules.items()}
     return inner | _NO_PREFIX.get(str(rules.get("type")), {})
-
-
-def _byte_letters() -> dict[str, int]:
-    """Letter -> byte, GPT-2's way to write bytes in JSON: printable ones are themselves, the rest start at U+0100."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
@@ -541,11 +536,24 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
 
     Raises FileProblem when a file is missing or a link, InvalidValue naming the file when its content is refused.
     """
+    found = find_tokenizer(folder)
+    if found is None:
+        raise FileProblem(f"{os.path.join(folder, TOKENIZER_FILE)}: there is no such file, nor another vocabulary that is known")
+    return found
+
+
+def find_tokenizer(folder: str | os.PathLike) -> Tokenizer | None:
+    """The same, or None where there is none of a kind that is known."""
     folder = as_path(folder)
     config_json, tokenizer_json = (
         read_bytes(folder, MAX_FILE_BYTES, name) if os.path.lexists(os.path.join(folder, name)) else None
         for name in (CONFIG_FILE, TOKENIZER_FILE)
     )
+    if tokenizer_json is None:
+        if (made := tokenizer_files(folder)) is not None:
+            return BPETokenizer(*made, folder)
+        if config_json is None or parse_json_strict(config_json, folder).get("tokenizer_class") != "ByteTokenizer":
+            return None
     return tokenizer_of(config_json, tokenizer_json, folder)
 
 

@@ -11,6 +11,7 @@ name it in PUBLISHED. Nothing else in the library knows that there is more than 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
@@ -44,9 +45,10 @@ PUBLISHED: tuple[Published, ...] = (t5, bart, bert, gpt2, llama)
 
 def family_of(about: Mapping[str, Any], where: str) -> Published:
     """The published family of a `config.json`, whose path is `where`. Raises InvalidValue where there is none."""
-    for family in PUBLISHED:
-        if family.recognises(about):
-            return family
+    if isinstance(about.get("model_type"), str):
+        for family in PUBLISHED:
+            if family.recognises(about):
+                return family
     known = ", ".join(sorted(name for family in PUBLISHED for name in family.TYPES))
     raise InvalidValue(f"{where}: field 'model_type': {about.get('model_type')!r:.80} is not supported; these are: {known}")
 
@@ -61,9 +63,16 @@ def family_for(config: Config) -> Published:
                 again = family.config_of(about, "", names)
             except InvalidValue:
                 continue
-            if again == config.replace(segment_length=None, framed_by_tokenizer=True):
+            if _is_same(again, config.replace(segment_length=None, framed_by_tokenizer=True)):
                 return family
     raise InvalidValue("model: no published family has models of this architecture; `model.save(folder)` keeps it in our own format")
+
+
+def _is_same(read: Config, config: Config) -> bool:
+    """Whether all fields are equal; the scale of attention, which some families compute from others, but for rounding."""
+    assert read.attention_scale and config.attention_scale  # filled in by Config
+    is_close = math.isclose(read.attention_scale, config.attention_scale, rel_tol=1e-12)
+    return is_close and read.replace(attention_scale=config.attention_scale) == config
 
 
 def _about_or_none(family: Published, config: Config) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from ...config import Config
-from .fields import ACTIVATIONS, Fields
+from .fields import Fields, their_activation
 from .sources import Source, linear, norm
 
 # What the types differ in: where norms are, and what positions are.
@@ -54,8 +54,8 @@ def config_of(about: Mapping[str, Any], where: str, names: Collection[str]) -> C
             vocab_size=f.integer("vocab_size"),
             d_model=f.integer("d_model", 1024),
             n_heads=heads,
-            n_encoder_layers=f.integer("encoder_layers", 12),
-            n_decoder_layers=f.integer("decoder_layers", 12),
+            n_encoder_layers=f.layers("encoder_layers", 12),
+            n_decoder_layers=f.layers("decoder_layers", 12),
             d_ff=f.integer("encoder_ffn_dim", 4096),
             decoder_d_ff=f.integer("decoder_ffn_dim", 4096),
             activation=f.activation("activation_function", "gelu"),
@@ -79,6 +79,8 @@ def sources(config: Config) -> dict[str, Source]:
     if config.output_bias:
         found["output.bias"] = Source("final_logits_bias", row=True)
     for stack, n in (("encoder", config.n_encoder_layers), ("decoder", config.n_decoder_layers)):
+        if n == 0:
+            continue
         if config.positions == "learned":
             found[f"{stack}.positions.weight"] = Source(f"{stack}.embed_positions.weight")
         if config.embedding_norm:
@@ -117,7 +119,7 @@ def about_of(config: Config) -> dict[str, Any]:
         "decoder_layers": config.n_decoder_layers,
         "encoder_ffn_dim": config.d_ff,
         "decoder_ffn_dim": config.decoder_d_ff,
-        "activation_function": next(theirs for theirs, one in ACTIVATIONS.items() if one == config.activation),
+        "activation_function": their_activation(config.activation),
         "max_position_embeddings": config.max_positions if config.positions == "learned" else config.context_length,
         "scale_embedding": config.embedding_scale,
         "pad_token_id": config.pad_id,

@@ -6,12 +6,13 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from ...config import Config
-from .fields import ACTIVATIONS, Fields
+from .fields import Fields, their_activation
 from .sources import Source, linear, norm
 
 TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert")
 BARE = ()
 PREFIXES = ("", "bert.", "roberta.", "distilbert.")
+RENAMED = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}  # as BERT's first files have them
 UNUSED = (r"embeddings\.(position|token_type)_ids", r"pooler\..*", r"(cls|lm_head|classifier|pre_classifier|vocab_\w+|qa_outputs)(\..*)?")
 _DISTILBERT = {  # its names of the parts of a layer
     "self.query": "q_lin", "self.key": "k_lin", "self.value": "v_lin", "output.dense": "out_lin"
@@ -40,7 +41,7 @@ def config_of(about: Mapping[str, Any], where: str, names: Collection[str]) -> C
     size = {
         "d_model": f.integer("dim", 768) if is_distilbert else f.integer("hidden_size", 768),
         "n_heads": f.integer("n_heads", 12) if is_distilbert else f.integer("num_attention_heads", 12),
-        "n_encoder_layers": f.integer("n_layers", 6) if is_distilbert else f.integer("num_hidden_layers", 12),
+        "n_encoder_layers": f.layers("n_layers", 6) if is_distilbert else f.layers("num_hidden_layers", 12),
         "d_ff": f.integer("hidden_dim", 3072) if is_distilbert else f.integer("intermediate_size", 3072),
         "activation": f.activation("activation" if is_distilbert else "hidden_act", "gelu"),
         "token_types": 0 if is_distilbert else f.integer("type_vocab_size", 2),
@@ -87,7 +88,7 @@ def sources(config: Config) -> dict[str, Source]:
 
 
 def about_of(config: Config) -> dict[str, Any]:
-    activation = next(theirs for theirs, one in ACTIVATIONS.items() if one == config.activation)
+    activation = their_activation(config.activation)
     common = {"vocab_size": config.vocab_size, "pad_token_id": config.pad_id, "bos_token_id": config.bos_id, "eos_token_id": config.eos_id}
     common["max_position_embeddings"] = config.max_positions + config.position_offset
     if not config.token_types:

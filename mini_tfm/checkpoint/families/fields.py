@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ...config import Config
-from ...errors import InvalidValue
+from ...config import LIMITS, Config
+from ...errors import InvalidValue, shown
 
 ACTIVATIONS = {
     "relu": "relu",
@@ -19,6 +20,11 @@ ACTIVATIONS = {
 }
 
 
+def their_activation(ours: str, usual: str = "") -> str:
+    """Its name in a `config.json`: `usual`, where that is the same function."""
+    return usual if ACTIVATIONS.get(usual) == ours else next(theirs for theirs, one in ACTIVATIONS.items() if one == ours)
+
+
 class Fields:
     """The fields of one file, `where`. A value of a wrong type, or one that `only` does not list, is kept as a fault."""
 
@@ -29,11 +35,20 @@ class Fields:
     def __contains__(self, name: str) -> bool:
         return self.about.get(name) is not None
 
-    def integer(self, name: str, default: int | None = None) -> Any:
-        return self._read(name, default, lambda value: type(value) is int, "an integer")
+    def integer(self, name: str, default: int | None = None, least: int = -1 << 63, most: int = 1 << 63) -> Any:
+        """The bounds are those that keep what is done with it here from failing; `Config` knows those of a model."""
+        within = f" from {least} to {most}" if most < 1 << 63 else f" of at least {least}" if least > -1 << 63 else ""
+        return self._read(name, default, lambda value: type(value) is int and least <= value <= most, "an integer" + within)
 
     def number(self, name: str, default: float | None = None) -> Any:
-        return self._read(name, default, lambda value: type(value) in (int, float), "a number")
+        return self._read(name, default, lambda value: type(value) in (int, float) and abs(value) <= sys.float_info.max, "a number")
+
+    def positive(self, name: str, default: float) -> Any:
+        fits = lambda value: type(value) in (int, float) and 1e-6 <= value <= 1e12  # noqa: E731
+        return self._read(name, default, fits, "a number from 1e-6 to 1e12")
+
+    def layers(self, name: str, default: int) -> Any:
+        return self.integer(name, default, 0, LIMITS["n_decoder_layers"])
 
     def flag(self, name: str, default: bool) -> bool:
         return self._read(name, default, lambda value: isinstance(value, bool), "true or false")
@@ -67,10 +82,10 @@ class Fields:
     def config(self, make: Callable[[], Config]) -> Config:
         """The Config that `make` makes of these fields. Raises InvalidValue with every fault."""
         made = None
-        if not self.faults:
-            try:
-                made = make()  # reads more fields
-            except InvalidValue as error:
+        try:
+            made = make()  # reads more fields
+        except InvalidValue as error:
+            if not self.faults:  # else it is about a stand-in for what is wrong
                 self.faults.append(str(error))
         if self.faults or made is None:
             raise InvalidValue(f"{self.where}: " + "; ".join(self.faults))
@@ -81,8 +96,8 @@ class Fields:
         if value is None:
             if default is None:
                 self.faults.append(f"field {name!r} is missing")
-            return default
+            return 1 if default is None else default
         if not fits(value):
-            self.faults.append(f"field {name!r}: expected {expected}, got {value!r:.80}")
-            return default
+            self.faults.append(f"field {name!r}: expected {expected}, got {shown(value)}")
+            return 1 if default is None else default
         return value

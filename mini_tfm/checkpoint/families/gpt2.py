@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from ...config import Config
-from .fields import ACTIVATIONS, Fields
+from .fields import Fields, their_activation
 from .sources import Source, norm
 
 TYPES = ("gpt2",)
@@ -31,7 +31,7 @@ def config_of(about: Mapping[str, Any], where: str, names: Collection[str]) -> C
             d_model=d_model,
             n_heads=f.integer("n_head", 12),
             n_encoder_layers=0,
-            n_decoder_layers=f.integer("n_layer", 12),
+            n_decoder_layers=f.layers("n_layer", 12),
             d_ff=f.integer("n_inner", 4 * d_model),
             attention_scale=None if is_scaled else 1.0,
             activation=f.activation("activation_function", "gelu_new"),
@@ -75,7 +75,7 @@ def about_of(config: Config) -> dict[str, Any]:
         "n_layer": config.n_decoder_layers,
         "n_inner": config.d_ff,
         "n_positions": config.max_positions,
-        "activation_function": next(theirs for theirs, one in reversed(ACTIVATIONS.items()) if one == config.activation),
+        "activation_function": their_activation(config.activation),
         "layer_norm_epsilon": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
         "bos_token_id": config.bos_id,

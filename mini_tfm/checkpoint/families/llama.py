@@ -7,7 +7,8 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from ...config import Config, RotaryScaling
-from .fields import ACTIVATIONS, Fields
+from ...errors import InvalidValue
+from .fields import Fields, their_activation
 from .sources import Source, linear
 
 TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
@@ -23,8 +24,9 @@ def recognises(about: Mapping[str, Any]) -> bool:
 def config_of(about: Mapping[str, Any], where: str, names: Collection[str]) -> Config:
     f, kind = Fields(about, where), about["model_type"]
     is_gemma = kind.startswith("gemma")
-    layers, heads, d_model = f.integer("num_hidden_layers", 32), f.integer("num_attention_heads", 32), f.integer("hidden_size", 4096)
-    d_head = f.integer("head_dim", 256 if is_gemma else 128 if kind == "qwen3" else d_model // max(heads or 1, 1))
+    layers, heads = f.layers("num_hidden_layers", 32), f.integer("num_attention_heads", 32, least=1)
+    d_model = f.integer("hidden_size", 4096, least=1)
+    d_head = f.integer("head_dim", 256 if is_gemma else 128 if kind == "qwen3" else max(d_model // heads, 1), least=1)
     vocab_size = f.integer("vocab_size")
     f.only("pretraining_tp", 1)
     f.only("use_bidirectional_attention", False)
@@ -36,10 +38,10 @@ def config_of(about: Mapping[str, Any], where: str, names: Collection[str]) -> C
         biased = ("q", "k", "v", "o") if f.flag("attention_bias", False) else ()
     biased += ("in", "gate", "out") if f.flag("mlp_bias", False) else ()
     rotary = _rotary(f, layers, d_head)
-    query = f.number("query_pre_attn_scalar", 256) if is_gemma else d_head
+    query = f.positive("query_pre_attn_scalar", 256) if is_gemma else d_head
     bos, eos = f.first_id("bos_token_id", 1), f.first_id("eos_token_id", 2)
-    yarn = rotary.get("rotary_scaling")
-    stretched = rotary.pop("stretched", 1.0 if yarn is None or yarn.kind != "yarn" else 0.1 * math.log(yarn.factor) + 1)
+    scaling = rotary.get("rotary_scaling")
+    stretched = rotary.pop("stretched", _yarn_stretch(scaling.factor) if scaling is not None and scaling.kind == "yarn" else 1.0)
     return f.config(
         lambda: Config(
             vocab_size=vocab_size,
@@ -86,7 +88,7 @@ def _rotary(f: Fields, layers: int, d_head: int) -> dict[str, Any]:
     scaling = Fields({**given, "rope_type": given.get("rope_type", given.get("type", "default"))}, f.where)
     kind = scaling.about["rope_type"]
     found: dict[str, Any] = {"rotary_base": float(scaling.number("rope_theta", f.number("rope_theta", 10000.0)))}
-    share = scaling.number("partial_rotary_factor", f.number("partial_rotary_factor", 1.0))
+    share = scaling.positive("partial_rotary_factor", f.positive("partial_rotary_factor", 1.0))
     if share != 1.0 and not scaling.faults:
         found["rotary_dims"] = int(d_head * share)
     if kind in ("linear", "llama3", "yarn"):
@@ -104,15 +106,21 @@ def _rotary(f: Fields, layers: int, d_head: int) -> dict[str, Any]:
             )
         }
         if not scaling.faults:
-            f.faults += [] if numbers["factor"] >= 1 else [f"rope_parameters: 'factor': expected at least 1, got {numbers['factor']}"]
-            if not f.faults:
+            try:
                 found["rotary_scaling"] = RotaryScaling(kind=kind, original_positions=original, **numbers)
-        if "attention_factor" in scaling:
-            found["stretched"] = scaling.number("attention_factor")
+            except InvalidValue as error:
+                f.faults.append(f"field 'rope_parameters': {str(error).removeprefix('Config: rotary_scaling: ')}")
+        if kind == "yarn" and "attention_factor" in scaling:
+            found["stretched"] = scaling.positive("attention_factor", 1.0)
     elif kind != "default":
         f.faults.append(f"field 'rope_parameters': the type {kind!r:.40} is not supported, only default, linear, llama3 and yarn")
-    f.faults += [f"rope_parameters: {fault}" for fault in scaling.faults]
+    f.faults += [f"field 'rope_parameters': {fault}" for fault in scaling.faults]
     return found | _windows(f, layers, local)
+
+
+def _yarn_stretch(factor: float) -> float:
+    """By what queries and keys become longer (arXiv 2309.00071, equation 22)."""
+    return 0.1 * math.log(factor) + 1
 
 
 def _windows(f: Fields, layers: int, local: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,6 +129,9 @@ def _windows(f: Fields, layers: int, local: Mapping[str, Any]) -> dict[str, Any]
         return {}
     found: dict[str, Any] = {"window": f.integer("sliding_window")}
     if isinstance(kinds, list):
+        if len(kinds) != layers or not all(kind in ("sliding_attention", "full_attention") for kind in kinds):
+            f.faults.append(f"field 'layer_types': expected sliding_attention or full_attention for {layers} layers, got {kinds!r:.80}")
+            return {}
         found["local_layers"] = tuple(number for number, kind in enumerate(kinds) if kind == "sliding_attention")
         if not found["local_layers"]:
             return {}
@@ -131,10 +142,13 @@ def _windows(f: Fields, layers: int, local: Mapping[str, Any]) -> dict[str, Any]
     elif f.about["model_type"] == "gemma2":
         found["local_layers"] = tuple(range(0, layers, 2))
     elif f.about["model_type"] == "gemma3_text":
-        every = f.integer("sliding_window_pattern", 6)
+        every = f.integer("sliding_window_pattern", 6, least=1)
         found["local_layers"] = tuple(i for i in range(layers) if (i + 1) % every)
     if f.about["model_type"] == "gemma3_text":
-        found["local_rotary_base"] = float(local.get("rope_theta") or f.number("rope_local_base_freq", 10000.0))
+        own = Fields(local, f.where)
+        own.only("rope_type", "default")
+        found["local_rotary_base"] = float(own.number("rope_theta", f.number("rope_local_base_freq", 10000.0)))
+        f.faults += [f"field 'rope_parameters': of sliding_attention: {fault}" for fault in own.faults]
     return found
 
 
@@ -187,9 +201,7 @@ def about_of(config: Config) -> dict[str, Any]:
         "eos_token_id": config.eos_id,
         "pad_token_id": config.pad_id,
     }
-    about["hidden_activation" if kind.startswith("gemma") else "hidden_act"] = next(
-        theirs for theirs, one in reversed(ACTIVATIONS.items()) if one == config.activation
-    )
+    about["hidden_activation" if kind.startswith("gemma") else "hidden_act"] = their_activation(config.activation, "gelu_pytorch_tanh")
     if kind in ("llama", "qwen3"):
         about["attention_bias"] = config.has_bias("q")
         about["mlp_bias"] = config.has_bias("in")
@@ -203,12 +215,15 @@ def about_of(config: Config) -> dict[str, Any]:
             about["rope_scaling"] |= {"low_freq_factor": scaling.low_factor, "high_freq_factor": scaling.high_factor}
         if scaling.kind == "yarn":
             about["rope_scaling"] |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
-            about["rope_scaling"]["attention_factor"] = (config.attention_scale * config.d_head**0.5) ** 0.5  # type: ignore[operator]
+            stretched = (config.attention_scale * config.d_head**0.5) ** 0.5  # type: ignore[operator]
+            if not math.isclose(stretched, _yarn_stretch(scaling.factor), rel_tol=1e-12):
+                about["rope_scaling"]["attention_factor"] = stretched
     if config.window is not None:
         about |= {"sliding_window": config.window, "use_sliding_window": True}
-        local = range(config.n_decoder_layers) if config.local_layers is None else config.local_layers
-        about["layer_types"] = ["sliding_attention" if i in local else "full_attention" for i in range(config.n_decoder_layers)]
-        if kind == "llama":
+        if config.local_layers is not None:
+            local = config.local_layers
+            about["layer_types"] = ["sliding_attention" if i in local else "full_attention" for i in range(config.n_decoder_layers)]
+        elif kind == "llama":
             about |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
     if kind.startswith("gemma"):
         about["query_pre_attn_scalar"] = round(config.attention_scale**-2)  # type: ignore[operator]

@@ -90,10 +90,12 @@ def norm(ours: str, theirs: str, bias: bool = True) -> dict[str, Source]:
 
 
 def prefixed(table: Table, names: Iterable[str]) -> dict[str, str]:
-    """Their names as the table has them, by the names in a file: without the prefix that many of them have."""
+    """Their names as the table has them, by the names in a file: without the prefix that many of them have, and with new endings."""
     names = list(names)
     found = [prefix for prefix in table.PREFIXES if prefix and any(name.startswith(prefix) for name in names)]
-    return {name: next((name.removeprefix(prefix) for prefix in found if name.startswith(prefix)), name) for name in names}
+    short = {name: next((name.removeprefix(prefix) for prefix in found if name.startswith(prefix)), name) for name in names}
+    old: Mapping[str, str] = getattr(table, "RENAMED", {})
+    return {name: next((one.removesuffix(end) + old[end] for end in old if one.endswith(end)), one) for name, one in short.items()}
 
 
 def check_tensors(table: Table, config: Config, entries: Mapping[str, Entry], where: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from ...config import Config
-from .fields import ACTIVATIONS, Fields
+from .fields import ACTIVATIONS, Fields, their_activation
 from .sources import Source, linear
 
 TYPES = ("t5", "mt5")
@@ -21,7 +21,7 @@ def recognises(about: Mapping[str, Any]) -> bool:
 
 def config_of(about: Mapping[str, Any], where: str, names: Collection[str]) -> Config:
     f = Fields(about, where)
-    layers = f.integer("num_layers", 6)
+    layers = f.layers("num_layers", 6)
     gate, _, kind = (
         f.about.get("feed_forward_proj", "relu").rpartition("-") if isinstance(about.get("feed_forward_proj", ""), str) else ("", "", "")
     )
@@ -30,8 +30,9 @@ def config_of(about: Mapping[str, Any], where: str, names: Collection[str]) -> C
         f.faults.append(
             f"field 'feed_forward_proj': {about['feed_forward_proj']!r:.80} is not supported, only relu, gelu, gated-gelu and the like"
         )
-    is_tied = f.flag("tie_word_embeddings", about["model_type"] == "t5")
-    d_model = f.integer("d_model", 512)
+    # Told to be tied, T5 scales its outputs, and mT5, whose files say either, does not. The tensors say whether it is tied.
+    is_scaled = f.flag("tie_word_embeddings", True) and about["model_type"] == "t5"
+    d_model = f.integer("d_model", 512, least=1)
     return f.config(
         lambda: Config(
             vocab_size=f.integer("vocab_size", 32128),
@@ -40,7 +41,7 @@ def config_of(about: Mapping[str, Any], where: str, names: Collection[str]) -> C
             d_head=f.integer("d_kv", 64),
             d_ff=f.integer("d_ff", 2048),
             n_encoder_layers=layers,
-            n_decoder_layers=f.integer("num_decoder_layers", layers),
+            n_decoder_layers=f.layers("num_decoder_layers", layers),
             attention_scale=1.0,
             activation=ACTIVATIONS.get(kind, "relu"),
             gated=gate == "gated",
@@ -52,7 +53,7 @@ def config_of(about: Mapping[str, Any], where: str, names: Collection[str]) -> C
             relative_buckets=f.integer("relative_attention_num_buckets", 32),
             relative_max_distance=f.integer("relative_attention_max_distance", 128),
             tie_embeddings="lm_head.weight" not in names,
-            output_scale=d_model**-0.5 if f.flag("scale_decoder_outputs", is_tied) else None,
+            output_scale=d_model**-0.5 if f.flag("scale_decoder_outputs", is_scaled) else None,
             embedding_scale=False,
             framed_by_tokenizer=True,
             pad_id=f.integer("pad_token_id", 0),
@@ -65,6 +66,8 @@ def config_of(about: Mapping[str, Any], where: str, names: Collection[str]) -> C
 def sources(config: Config) -> dict[str, Source]:
     found = {"embedding.weight": Source("shared.weight")}
     for stack, n in (("encoder", config.n_encoder_layers), ("decoder", config.n_decoder_layers)):
+        if n == 0:
+            continue
         found[f"{stack}.relative_bias.weight"] = Source(f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight")
         for i in range(n):
             ours, theirs = f"{stack}.{i}.", f"{stack}.block.{i}.layer."
@@ -85,7 +88,7 @@ def sources(config: Config) -> dict[str, Source]:
 
 
 def about_of(config: Config) -> dict[str, Any]:
-    kind = next(name for name, ours in ACTIVATIONS.items() if ours == config.activation)
+    kind = their_activation(config.activation)
     return {
         "model_type": "t5",
         "architectures": ["T5ForConditionalGeneration"],

@@ -1,0 +1,289 @@
+"""Folders and GGUF files that somebody else wrote, broken or hostile: one clear error each, before a weight is allocated."""
+
+import json
+import os
+import random
+import struct
+import time
+import tracemalloc
+
+import numpy as np
+import pytest
+from broken_models import GGUF_FIELDS, GGUF_SHAPES, gguf, hugging_face, mutated, mutated_json
+from published import GOLDENS
+
+from mini_tfm.errors import FileProblem, InvalidValue, MiniTfmError
+from mini_tfm.text.chat import chat_text
+from mini_tfm.transformer import load_checkpoint
+
+HUGE = struct.pack("<IIQ", 9, 8, 1 << 63)  # an array of 2^63 texts
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+LONG = "model.layers.0.self_attn.q_proj.weight"
+
+
+def shards(*names, map_of=None, present=()):
+    """A folder whose weights are said to be in these files; of them `present` are there."""
+
+    def make(folder):
+        whole = hugging_face(folder) / "model.safetensors"
+        for name in present:
+            (folder / name).write_bytes(whole.read_bytes())
+        whole.unlink()
+        index = {"weight_map": {f"t{number}": name for number, name in enumerate(names)} if map_of is None else map_of}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return make
+
+
+def written(name, content):
+    return lambda folder: (hugging_face(folder) / name).write_bytes(content)
+
+
+def cut(length):
+    def make(folder):
+        path = hugging_face(folder) / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:length])
+
+    return make
+
+
+def only(name):
+    return lambda folder: (hugging_face(folder) / "model.safetensors").rename(folder / name)
+
+
+def tokenizer_of(size):
+    def make(folder):
+        from mini_tfm.text.tokenizers import train_bpe
+
+        hugging_face(folder)
+        for name, content in train_bpe(["a text of some words"] * size, 300).files().items():
+            (folder / name).write_bytes(content)
+
+    return make
+
+
+def linked(folder):
+    path = hugging_face(folder) / "model.safetensors"
+    path.rename(folder.parent / "elsewhere.safetensors")
+    path.symlink_to(folder.parent / "elsewhere.safetensors")
+
+
+def folder(variant="llama-tied", tensors=None, **changes):
+    return lambda path: hugging_face(path, variant, tensors, **changes)
+
+
+def missing(*names):
+    return folder(tensors=dict.fromkeys(names))
+
+
+# What is wrong -> (the folder, what the error must say, each part of it).
+FOLDERS = {
+    "an unknown model_type": (folder(model_type="mamba"), ["config.json", "model_type", "mamba", "llama"]),
+    "a model_type that is a list": (folder(model_type=["llama"]), ["config.json", "model_type"]),
+    "a configuration that is not JSON": (written("config.json", b"{'model_type': 1}"), ["config.json", "JSON"]),
+    "a configuration cut off": (written("config.json", b'{"model_type": "llama", "hidden'), ["config.json", "JSON"]),
+    "a key twice": (written("config.json", b'{"model_type": "llama", "model_type": "gpt2"}'), ["config.json", "twice"]),
+    "a field of another type": (folder(hidden_size="32"), ["config.json", "hidden_size", "integer", "'32'"]),
+    "a boolean for a number": (folder(num_hidden_layers=True), ["num_hidden_layers", "integer", "True"]),
+    "two fields missing or wrong": (folder(vocab_size=None, rms_norm_eps="small"), ["vocab_size", "missing", "rms_norm_eps"]),
+    "no layers": (folder(num_hidden_layers=0), ["config.json", "layers"]),
+    "2^40 layers": (folder("gemma2", num_hidden_layers=1 << 40, layer_types=None), ["num_hidden_layers", str(1 << 40)]),
+    "a vocabulary of 2^62": (folder(vocab_size=1 << 62), ["vocab_size", str(1 << 62)]),
+    "heads that do not divide": (folder(num_key_value_heads=3), ["n_kv_heads", "3"]),
+    "no heads": (folder(num_attention_heads=0), ["num_attention_heads", "0"]),
+    "a width of nothing": (folder("t5", d_model=0), ["d_model", "0"]),
+    "an end outside the vocabulary": (folder(eos_token_id=79), ["eos_id", "78", "79"]),
+    "activations that are not known": (folder(hidden_act="mish"), ["hidden_act", "mish", "silu"]),
+    "several values not supported": (
+        folder(hidden_act="mish", pretraining_tp=2, rope_parameters={"rope_type": "longrope"}), ["mish", "pretraining_tp", "longrope"],
+    ),
+    "kinds of layers that are not known": (
+        folder(sliding_window=4, layer_types=["linear_attention"] * 2), ["layer_types", "linear_attention"],
+    ),
+    "too few kinds of layers": (folder("gemma3", layer_types=["full_attention"]), ["layer_types", "3 layers"]),
+    "yarn of nothing": (folder("llama-yarn", rope_parameters={"rope_type": "yarn", "factor": 0}), ["rope_parameters", "factor", "0"]),
+    "yarn of base 1": (
+        folder("llama-yarn", rope_parameters={"rope_type": "yarn", "factor": 2.0, "rope_theta": 1.0}), ["rotary_base", "yarn"],
+    ),
+    "rope_parameters that are text": (folder(rope_parameters="yarn"), ["rope_parameters", "mapping", "yarn"]),
+    "a scale of nothing": (folder("gemma2", query_pre_attn_scalar=0), ["query_pre_attn_scalar", "0"]),
+    "a pattern of 0 layers": (folder("gemma3", layer_types=None, sliding_window_pattern=0), ["sliding_window_pattern", "0"]),
+    "positions that depend on keys": (folder("bert", position_embedding_type="relative_key"), ["position_embedding_type", "relative_key"]),
+    "two vocabularies": (folder("marian", share_encoder_decoder_embeddings=False), ["share_encoder_decoder_embeddings", "False"]),
+    "heads that differ": (folder("bart", decoder_attention_heads=2), ["encoder_attention_heads", "decoder_attention_heads"]),
+    "a feed-forward that is not known": (folder("t5", feed_forward_proj="gated-mish"), ["feed_forward_proj", "gated-mish"]),
+    "tensors missing, all of them named": (
+        missing(LONG, "model.norm.weight"), ["layers.0.self_attn.q_proj.weight", "norm.weight", "missing"],
+    ),
+    "tensors too many": (folder(tensors={"model.extra.a": np.zeros(1, "f4"), "b": np.zeros(1, "f4")}), ["extra.a", "'b'", "not one of"]),
+    "a wrong shape": (folder(tensors={LONG: np.zeros((32, 31), "f4")}), ["q_proj.weight", "(32, 32)", "(32, 31)"]),
+    "integers for weights": (folder(tensors={LONG: np.zeros((32, 32), "i4")}), ["q_proj.weight", "float32", "int32"]),
+    "weights cut off": (cut(9000), ["model.safetensors", "bytes"]),
+    "weights cut in their header": (cut(100), ["model.safetensors", "header"]),
+    "weights of no bytes": (cut(0), ["model.safetensors", "8 bytes"]),
+    "a pointer of Git LFS": (written("model.safetensors", LFS), ["model.safetensors", "Git LFS", "git lfs pull"]),
+    "pickles alone": (only("pytorch_model.bin"), ["pytorch_model.bin", "safetensors", "never opened"]),
+    "no weights": (lambda path: (hugging_face(path) / "model.safetensors").unlink(), ["model.safetensors", "download"]),
+    "a link out of the folder": (linked, ["model.safetensors", "link"]),
+    "a shard missing": (shards("a.safetensors", "b.safetensors", present=["a.safetensors"]), ["b.safetensors", "download"]),
+    "a shard outside the folder": (shards("../b.safetensors"), ["index.json", "weight_map"]),
+    "a shard by its full path": (shards("/etc/passwd"), ["index.json", "weight_map"]),
+    "an index of numbers": (shards(map_of={"a": 1}), ["index.json", "weight_map"]),
+    "an index of nothing": (shards(map_of={}), ["index.json", "weight_map"]),
+    "a tokenizer larger than the embedding": (tokenizer_of(50), ["tokenizer", "79"]),
+    "a tokenizer that is none": (written("tokenizer.json", b'{"model": {"type": "BPE", "vocab": 3}}'), ["tokenizer.json"]),
+}  # fmt: skip
+
+GGUFS = {
+    "another format": (b"GGML" + gguf()[4:], ["begins with 'GGUF'"]),
+    "nothing": (b"", ["GGUF"]),
+    "big-endian": (gguf(version=3 << 24), ["version", "big-endian"]),
+    "version 1": (gguf(version=1), ["version", "2 or 3"]),
+    "2^63 tensors": (gguf(counts=(1 << 63, 1)), ["tensors", str(1 << 63)]),
+    "2^63 fields": (gguf(counts=(1, 1 << 63)), ["fields", str(1 << 63)]),
+    "an array of 2^63 texts": (gguf({"general.tags": HUGE}), ["an array", str(1 << 63)]),
+    "an array of arrays": (gguf({"general.tags": struct.pack("<IIQ", 9, 9, 1)}), ["type 9"]),
+    "a field of an unknown type": (gguf({"general.x": struct.pack("<I", 77)}), ["type 77"]),
+    "a text of 2^62 bytes": (gguf({"general.x": struct.pack("<IQ", 8, 1 << 62)}), ["text", str(1 << 62)]),
+    "a text that is not UTF-8": (gguf({"general.x": struct.pack("<IQ", 8, 1) + b"\xff"}), ["utf-8"]),
+    "cut off in its header": (gguf()[:500], ["ends within its header"]),
+    "cut off in its tensors": (gguf()[:-200], ["not within the file"]),
+    "an alignment of 0": (gguf({"general.alignment": 0}), ["general.alignment", "0"]),
+    "another architecture": (gguf({"general.architecture": "mamba"}), ["architecture", "mamba", "qwen2"]),
+    "an architecture that is a number": (gguf({"general.architecture": 3}), ["architecture", "3"]),
+    "fields that are not supported, all of them named": (
+        gguf({"llama.expert_count": 8, "llama.logit_scale": 1.0}), ["llama.expert_count", "llama.logit_scale"],
+    ),
+    "a width that is text": (gguf({"llama.embedding_length": "8"}), ["hidden_size", "integer"]),
+    "heads that are a list": (gguf({"llama.attention.head_count": [2, 2]}), ["num_attention_heads", "integer"]),
+    "no number of layers": (gguf({"llama.block_count": None}), ["'blk.0"[1:4].replace("blk", "layers")]),
+    "2^31 layers": (gguf({"llama.block_count": (1 << 31) - 1}), ["num_hidden_layers"]),
+    "a dimension of 2^63": (gguf(shapes={"output_norm.weight": (1 << 63,)}), ["output_norm.weight", "not within"]),
+    "five dimensions": (gguf(shapes={"output_norm.weight": (1, 1, 1, 1, 8)}), ["output_norm.weight", "4 dimensions"]),
+    "a tensor of an unknown type": (gguf(kinds={"output_norm.weight": 99}), ["output_norm.weight"]),
+    "tensors that lie on each other": (gguf(offsets={"output_norm.weight": 0}), ["lies on another"]),
+    "a tensor between two places": (gguf(offsets={"output_norm.weight": 3}), ["output_norm.weight"]),
+    "tensors missing": (gguf(drop=["output_norm.weight", "blk.0.attn_q.weight"]), ["norm.weight", "q_proj", "missing"]),
+    "tensors too many": (gguf(shapes={"blk.9.attn_q.weight": (8, 8), "x": (4,)}), ["layers.9", "'x'", "not one of"]),
+    "a wrong shape": (gguf(shapes={"blk.0.ffn_up.weight": (12, 7)}), ["up_proj", "(12, 8)", "(12, 7)"]),
+    "frequencies of its own": (gguf(shapes={"rope_freqs.weight": (2,)}), ["rope_freqs"]),
+    "a tokenizer of another kind": (gguf({"tokenizer.ggml.model": "rwkv"}), ["tokenizer.ggml.model", "rwkv"]),
+    "as many types as there are no tokens": (gguf({"tokenizer.ggml.token_type": [1, 1]}), ["token_type"]),
+    "an end outside the vocabulary": (gguf({"tokenizer.ggml.eos_token_id": 59}), ["59"]),
+    "merges that are no pairs": (gguf({"tokenizer.ggml.merges": ["AB"]}), ["merges", "pairs"]),
+    "merges of tokens that are not there": (gguf({"tokenizer.ggml.merges": ["A zz"]}), ["tokenizer"]),
+    "words cut in an unknown way": (gguf({"tokenizer.ggml.pre": "falcon9"}), ["tokenizer.ggml.pre", "falcon9"]),
+    "a tokenizer larger than the embedding": (
+        gguf({"tokenizer.ggml.tokens": [*GGUF_FIELDS["tokenizer.ggml.tokens"], "CD"], "tokenizer.ggml.token_type": [3, *[1] * 59]}),
+        ["tokenizer", "60", "59"],
+    ),
+}  # fmt: skip
+
+
+def refused(path, said):
+    tracemalloc.start()
+    begin = time.monotonic()
+    try:
+        with pytest.raises((FileProblem, InvalidValue)) as caught:
+            load_checkpoint(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    message = str(caught.value)
+    assert os.fspath(path) in message and "\n" not in message and len(message) < 4000
+    for part in said:
+        assert part in message, message
+    assert peak < 16 << 20 and time.monotonic() - begin < 60
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_bad_folder_is_refused(name, tmp_path):
+    make, said = FOLDERS[name]
+    make(tmp_path / "model")
+    refused(tmp_path / "model", said)
+
+
+@pytest.mark.parametrize("name", GGUFS)
+def test_a_bad_gguf_file_is_refused(name, tmp_path):
+    data, said = GGUFS[name]
+    (tmp_path / "model.gguf").write_bytes(data)
+    refused(tmp_path / "model.gguf", said)
+
+
+def test_the_files_that_the_bad_ones_are_made_of_are_good(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(gguf())
+    assert load_checkpoint(tmp_path / "model.gguf").model.config.vocab_size == GGUF_SHAPES["token_embd.weight"][0]
+    assert load_checkpoint(hugging_face(tmp_path / "model")).model.config.vocab_size == 79
+
+
+def test_no_prefix_of_a_gguf_file_is_a_model(tmp_path):
+    data = gguf()
+    for length in range(0, len(data), 7):
+        (tmp_path / "model.gguf").write_bytes(data[:length])
+        with pytest.raises(InvalidValue):
+            load_checkpoint(tmp_path / "model.gguf")
+
+
+TEMPLATES = {
+    "ends in the middle": "{% for m in messages %}",
+    "reaches for attributes": "{{ messages.__class__.__mro__ }}",
+    "reaches for what makes objects": "{{ ''.__class__.__base__.__subclasses__() }}",
+    "reaches through a filter": "{{ (messages | attr('__class__')).mro() }}",
+    "reaches through a format": "{{ '{0.__class__.__init__.__globals__}'.format(raise_exception) }}",
+    "changes the messages": "{{ messages.append(1) }}",
+    "divides by 0": "{{ 1 / 0 }}",
+    "calls itself": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "counts to 2^60": "{% for i in range(1152921504606846976) %}a{% endfor %}",
+    "multiplies a text": "{{ 'a' * 10 ** 12 }}",
+    "adds texts without end": "{% set n = namespace(t='a') %}{% for i in range(60) %}{% set n.t = n.t + n.t %}{% endfor %}{{ n.t }}",
+    "loops in loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "joins texts without end": "{% set n = namespace(t='a') %}{% for i in range(60) %}{% set n.t = n.t ~ n.t %}{% endfor %}{{ n.t }}",
+    "keeps what it writes without end": (
+        "{% set n = namespace(t='a') %}{% for i in range(60) %}{% set t %}{{ n.t }}{{ n.t }}{% endset %}{% set n.t = t %}{% endfor %}"
+    ),
+    "calls itself twice": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "fills a text": "{{ 'a'.ljust(10 ** 11) }}",
+    "fills a text by a format": "{{ '%99999999999d' % 1 }}",
+    "fills a text by a method of formats": "{{ '{:99999999999d}'.format(1) }}",
+    "makes a power of powers": "{{ 9 ** 9 ** 9 ** 9 }}",
+    "refuses": "{{ raise_exception('roles must alternate') }}",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_hostile_chat_template_is_refused(name):
+    """Where it would go on for ever, or take all memory, too."""
+    pytest.importorskip("jinja2")
+    begin = time.monotonic()
+    with pytest.raises(InvalidValue, match="some/folder: chat_template: "):
+        chat_text(TEMPLATES[name], [{"role": "user", "content": "Hi"}], {"eos_token": "</s>"}, source="some/folder")
+    assert time.monotonic() - begin < 60
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(20_000, marks=pytest.mark.long)])
+def test_mutated_files_are_refused_or_are_models(count, tmp_path):
+    """No error but ours, whatever bytes and fields change."""
+    told = json.loads(GOLDENS.read_text())
+    variants, whole = [name for name in told if name != "transformers"], gguf()
+    outcomes = {"refused": 0, "loaded": 0}
+    for seed in range(count):
+        draw = random.Random(seed)
+        if seed % 2:
+            path = tmp_path / "model.gguf"
+            path.write_bytes(mutated(whole, draw))
+        else:
+            variant = draw.choice(variants)
+            path = hugging_face(tmp_path / "model", variant)
+            if draw.random() < 0.7:
+                (path / "config.json").write_text(json.dumps(mutated_json(told[variant]["config"], draw)))
+            else:
+                weights = path / "model.safetensors"
+                weights.write_bytes(mutated(weights.read_bytes(), draw))
+        try:
+            load_checkpoint(path)
+            outcomes["loaded"] += 1
+        except MiniTfmError:
+            outcomes["refused"] += 1
+        except BaseException as error:
+            raise AssertionError(f"seed {seed}: {type(error).__name__}: {error}") from error
+    assert min(outcomes.values()) > count // 20, outcomes

@@ -1,0 +1,229 @@
+"""Folders without a tokenizer.json: their ids are those of Transformers' tokenizers and of SentencePiece itself."""
+
+import contextlib
+import json
+import random
+
+import numpy as np
+import pytest
+
+from mini_tfm.errors import FileProblem, InvalidValue
+from mini_tfm.text.tokenizers import load_tokenizer, train_bpe
+
+WORDS = "the a cat dog naïve café Straße 日本 語 привет мир 123 4567 don't it's e.g. x=y+1; 😀 👩‍👩‍👧 ½ ﬁ e\u0301 Ω NASA iPhone".split()  # noqa: SIM905
+SPACES = [" ", "  ", "\n", "\t", "   ", "\u00a0", "\u3000", ""]
+
+
+def texts(n=300):
+    """Words and spaces of every kind, and what is no word at all."""
+    draw = random.Random(5)
+    made = ["", " ", "   ", "a", " a", "a ", "\n", "▁", "▁▁ a", "</s>", "<s> x", "[CLS] y", "<extra_id_0>", "\x00", "\ufffd", "a" * 200]
+    for _ in range(n - len(made)):
+        made.append("".join(draw.choice(WORDS) + draw.choice(SPACES) for _ in range(draw.randint(1, 12))))
+    return made
+
+
+CORPUS = [text for text in texts(600) if text.strip()] + ["The quick brown fox jumps over the lazy dog."] * 3
+# No names of special tokens; and no "aaaa", whose cuts have the same probability but for rounding.
+PLAIN = [text for text in texts() if not any(name in text for name in ("<", "[CLS]", "aaaa"))]
+
+
+def write(folder, about, **files):
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    for name, content in files.items():
+        (folder / name.replace("__", ".")).write_text(content, newline="")
+    return folder
+
+
+def byte_level(folder, kind, special):
+    """vocab.json and merges.txt of a BPE that was trained here."""
+    rules = json.loads(train_bpe(CORPUS, 500).files()["tokenizer.json"])["model"]
+    vocab = {
+        token: i for i, token in enumerate([*special, *(token for token in rules["vocab"] if token not in ("<pad>", "<bos>", "<eos>"))])
+    }
+    merges = "#version: 0.2\n" + "\n".join(" ".join(pair) for pair in rules["merges"]) + "\n"
+    return write(folder, {"tokenizer_class": kind}, vocab__json=json.dumps(vocab), merges__txt=merges)
+
+
+def word_piece(folder, **options):
+    letters = sorted({letter for text in CORPUS for letter in text.lower() if not letter.isspace()})
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "cafe", "naive", "##s", *letters]
+    vocab += [f"##{letter}" for letter in letters if letter.isalnum()]
+    return write(folder, {"tokenizer_class": "BertTokenizer", **options}, vocab__txt="\n".join(dict.fromkeys(vocab)) + "\n")
+
+
+def train(folder, name, **options):
+    """A small SentencePiece model, saved as `name`, and its processor."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    (folder / "corpus.txt").write_text("\n".join(text.replace("\n", " ") for text in CORPUS))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "corpus.txt"),
+        model_prefix=str(folder / "m"),
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **{"vocab_size": 150, **options},
+    )
+    (folder / "m.model").rename(folder / name)
+    return sentencepiece.SentencePieceProcessor(model_file=str(folder / name))
+
+
+def t5(folder):
+    write(folder, {"tokenizer_class": "T5Tokenizer", "extra_ids": 7})
+    return train(folder, "spiece.model", pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+
+
+def test_byte_level_bpe_has_the_ids_of_the_rules_it_was_made_of(tmp_path):
+    loaded, trained = load_tokenizer(byte_level(tmp_path / "m", "GPT2Tokenizer", ["<|endoftext|>"])), train_bpe(CORPUS, 500)
+    for text in texts():
+        np.testing.assert_array_equal(loaded.encode(text), trained.encode(text) - 2)
+        assert loaded.decode(loaded.encode(text)) == text
+    assert (loaded.bos_id, loaded.eos_id, loaded.encode("<|endoftext|>").tolist() != [0]) == (0, 0, True)
+
+
+def test_word_pieces_are_the_longest_ones(tmp_path):
+    tokenizer = load_tokenizer(word_piece(tmp_path / "m"))
+    names = json.loads(tokenizer.files()["tokenizer.json"])["model"]["vocab"]
+    places = {i: token for token, i in names.items()}
+    assert [places[i] for i in tokenizer.encode_alone("The Cats. café", 20)] == ["[CLS]", "the", "cat", "##s", ".", "cafe", "[SEP]"]
+    cased = load_tokenizer(word_piece(tmp_path / "cased", do_lower_case=False))
+    assert [places[i] for i in cased.encode("The cat")] == ["[UNK]", "cat"]
+
+
+def test_byt5_has_bytes_and_three(tmp_path):
+    tokenizer = load_tokenizer(write(tmp_path / "m", {"tokenizer_class": "ByT5Tokenizer"}))
+    assert (tokenizer.vocab_size, tokenizer.pad_id, tokenizer.eos_id) == (384, 0, 1)
+    for text in texts():
+        np.testing.assert_array_equal(tokenizer.encode_alone(text, 10_000), [*(byte + 3 for byte in text.encode()), 1])
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_t5s_pieces_are_sentencepieces(tmp_path):
+    (tmp_path / "m").mkdir()
+    processor = t5(tmp_path / "m")
+    tokenizer = load_tokenizer(tmp_path / "m")
+    assert tokenizer.vocab_size == processor.vocab_size() + 7 and (tokenizer.pad_id, tokenizer.eos_id) == (0, 1)
+    for text in PLAIN:
+        assert tokenizer.encode_alone(text, 10_000).tolist() == [*processor.encode(text), 1], repr(text)
+        if 2 not in processor.encode(text):  # an unknown character is a special token here
+            assert tokenizer.decode(tokenizer.encode(text)) == processor.decode(processor.encode(text))
+
+
+@pytest.mark.parametrize("kind, frame", [("XLMRobertaTokenizer", ([0], [2])), ("MBartTokenizer", ([], [2, "de_DE"]))])
+def test_fairseqs_numbers(kind, frame, tmp_path):
+    """Pieces one further on, unknown at 3, languages behind them."""
+    folder = write(tmp_path / "m", {"tokenizer_class": kind, "src_lang": "de_DE"})
+    processor = train(folder, "sentencepiece.bpe.model")
+    tokenizer = load_tokenizer(folder)
+    n = processor.vocab_size() + 1
+    frame = [[n + 2 if token == "de_DE" else token for token in part] for part in frame]
+    for text in PLAIN:
+        expected = [3 if i == 0 else i + 1 for i in processor.encode(text)]
+        assert tokenizer.encode_alone(text, 10_000).tolist() == [*frame[0], *expected, *frame[1]], repr(text)
+
+
+def test_llamas_pieces_are_sentencepieces(tmp_path):
+    folder = write(tmp_path / "m", {"tokenizer_class": "LlamaTokenizer"})
+    processor = train(
+        folder, "tokenizer.model", vocab_size=600, model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+    )  # fmt: skip
+    tokenizer = load_tokenizer(folder)
+    for text in PLAIN:
+        if "\x00" not in text and text:
+            assert tokenizer.encode_alone(text, 10_000).tolist() == [1, *processor.encode(text)], repr(text)
+            assert tokenizer.decode(tokenizer.encode(text)) == text.replace("▁", " ")
+
+
+def test_marian_has_numbers_of_its_own(tmp_path):
+    folder = write(tmp_path / "m", {"tokenizer_class": "MarianTokenizer"})
+    processor = train(folder, "source.spm")
+    pieces = [processor.id_to_piece(i) for i in range(3, processor.vocab_size())]
+    vocab = {token: i for i, token in enumerate(["</s>", "<unk>", *reversed(pieces), ">>fra<<", "▁cible", "<pad>"])}
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    tokenizer = load_tokenizer(folder)
+    assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size) == (0, len(vocab) - 1, len(vocab))
+    for text in PLAIN:
+        expected = [vocab.get(piece, 1) for piece in processor.encode(text, out_type=str)]
+        assert tokenizer.encode_alone(text, 10_000).tolist() == [*expected, 0], repr(text)
+    assert tokenizer.decode([vocab["▁cible"], vocab[">>fra<<"], 0]) == "cible"
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "roberta", "bert", "t5", "byt5", "xlm-roberta"])
+def test_transformers_has_the_same_ids(kind, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path / "m"
+    folder.mkdir()
+    if kind == "gpt2":
+        byte_level(folder, "GPT2Tokenizer", ["<|endoftext|>"])
+        theirs = transformers.GPT2Tokenizer.from_pretrained(folder)
+    elif kind == "roberta":
+        byte_level(folder, "RobertaTokenizer", ["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+        theirs = transformers.RobertaTokenizer.from_pretrained(folder)
+    elif kind == "bert":
+        theirs = transformers.BertTokenizer.from_pretrained(word_piece(folder))
+    elif kind == "byt5":
+        theirs = transformers.ByT5Tokenizer()
+        write(folder, {"tokenizer_class": "ByT5Tokenizer"})
+    elif kind == "t5":
+        pytest.importorskip("google.protobuf")
+        t5(folder)
+        theirs = transformers.T5Tokenizer.from_pretrained(folder)
+    else:
+        pytest.importorskip("google.protobuf")
+        write(folder, {"tokenizer_class": "XLMRobertaTokenizer"})
+        train(folder, "sentencepiece.bpe.model")
+        theirs = transformers.XLMRobertaTokenizer.from_pretrained(folder)
+    ours = load_tokenizer(folder)
+    for text in PLAIN:
+        if not (kind in ("t5", "xlm-roberta") and "▁" in text):
+            assert ours.encode_alone(text, 10_000).tolist() == theirs(text)["input_ids"], repr(text)
+
+
+BAD = {
+    "merges of three": ({"tokenizer_class": "GPT2Tokenizer"}, {"vocab.json": b'{"a": 0}', "merges.txt": b"a b c\n"}, "merges.txt"),
+    "ids that are text": ({"tokenizer_class": "GPT2Tokenizer"}, {"vocab.json": b'{"a": "0"}', "merges.txt": b""}, "vocab.json"),
+    "merges that are no tokens": ({"tokenizer_class": "GPT2Tokenizer"}, {"vocab.json": b'{"a": 0}', "merges.txt": b"a b\n"}, "tokenizer"),
+    "no frame": ({"tokenizer_class": "BertTokenizer"}, {"vocab.txt": b"a\nb\n"}, "CLS"),
+    "not UTF-8": ({"tokenizer_class": "BertTokenizer"}, {"vocab.txt": b"\xff\n"}, "vocab.txt"),
+    "too many spans": ({"tokenizer_class": "ByT5Tokenizer", "extra_ids": 1 << 40}, {}, "extra_ids"),
+    "a model of noise": ({"tokenizer_class": "T5Tokenizer"}, {"spiece.model": b"\x0a\xff\xff\xff\xff\x0fabc"}, "spiece.model"),
+    "a model of nothing": ({"tokenizer_class": "T5Tokenizer"}, {"spiece.model": b""}, "spiece.model"),
+    "a pointer of Git LFS": ({"tokenizer_class": "LlamaTokenizer"}, {"tokenizer.model": b"version https://git-lfs\n"}, "tokenizer.model"),
+    "ids with a hole": (
+        {"tokenizer_class": "MarianTokenizer"},
+        {"source.spm": b"\x0a\x09\x0a\x05<unk>\x18\x02", "vocab.json": b'{"<unk>": 5}'},
+        "vocab.json",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_vocabulary_is_refused_by_name(name, tmp_path):
+    about, files, said = BAD[name]
+    folder = write(tmp_path / "m", about)
+    for file, content in files.items():
+        (folder / file).write_bytes(content)
+    with pytest.raises(InvalidValue, match=said):
+        load_tokenizer(folder)
+
+
+def test_mutated_models_are_refused_or_are_tokenizers(tmp_path):
+    folder = write(tmp_path / "m", {"tokenizer_class": "T5Tokenizer"})
+    pieces = [b"\x0a" + bytes([len(text)]) + text + b"\x15\0\0\x80\xbf\x18" + bytes([kind])
+              for text, kind in ((b"<pad>", 3), (b"</s>", 3), (b"<unk>", 2), ("▁".encode(), 1), (b"a", 1), (b"b", 1))]  # fmt: skip
+    good = b"".join(b"\x0a" + bytes([len(piece)]) + piece for piece in pieces)
+    (folder / "spiece.model").write_bytes(good)
+    assert load_tokenizer(folder).encode("ab a").tolist() == [3, 4, 5, 3, 4]
+    for seed in range(500):
+        draw, data = random.Random(seed), bytearray(good)
+        for _ in range(draw.randint(1, 3)):
+            data[draw.randrange(len(data))] = draw.choice([0, 1, 2, 8, 10, 127, 128, 255, draw.randrange(256)])
+        (folder / "spiece.model").write_bytes(data[: draw.choice([len(data), draw.randrange(len(data))])])
+        with contextlib.suppress(InvalidValue):
+            load_tokenizer(folder).encode("ab a")
+
+
+def test_a_folder_of_an_unknown_kind_asks_for_its_tokenizer(tmp_path):
+    with pytest.raises(FileProblem, match=r"tokenizer\.json"):
+        load_tokenizer(write(tmp_path / "m", {"tokenizer_class": "NobodyTokenizer"}))
