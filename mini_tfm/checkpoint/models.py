@@ -13,7 +13,7 @@ import numpy as np
 from ..config import Config
 from ..errors import FileProblem, InvalidValue
 from ..files.folders import write_folder
-from ..files.reading import as_path, read_bytes
+from ..files.reading import read_bytes
 from ..files.strict_json import MAX_JSON_BYTES, parse_json_strict
 from ..text.gguf import tokenizer_of as gguf_tokenizer
 from ..text.tokenizers import Tokenizer, load_tokenizer
@@ -21,6 +21,7 @@ from ..weights import Weight
 from . import gguf, hugging_face
 from .families import family_of, own, sources
 from .folder import CONFIG_FILE, TENSORS_FILE, OpenFolder, save_folder
+from .names import resolve
 
 
 @dataclass(frozen=True)
@@ -69,16 +70,18 @@ def save_hugging_face(folder: str | os.PathLike, model: HasWeights, *, tokenizer
 
 
 def read_model(folder: str | os.PathLike, dtype: str = "float32") -> Contents:
-    """Reads a model folder, ours or Hugging Face's, or a GGUF file. Raises FileProblem or InvalidValue naming the file, field or
-    tensor at fault, all of them at once."""
+    """Reads a model folder, ours or Hugging Face's, or a GGUF file; folder: a path, or a name for `names.resolve`.
+
+    Raises FileProblem or InvalidValue naming the file, field or tensor at fault, all of them at once.
+    """
     if dtype not in ("float32", "float64"):
         raise InvalidValue(f"dtype: expected 'float32', or 'float64' for checks, got {dtype!r}")
+    path = folder.path if isinstance(folder, OpenFolder) else resolve(folder)
     if isinstance(folder, OpenFolder):
-        contents = _read_own(folder, folder.path)
-    elif os.path.isfile(folder):
-        contents = _read_gguf(os.fspath(folder))
+        contents = _read_own(folder, path)
+    elif os.path.isfile(path):
+        contents = _read_gguf(path)
     else:
-        path = as_path(folder)
         about = _peek(path)
         if about is not None and hugging_face.is_hugging_face(about):
             config, weights, generation = hugging_face.read_folder(path, about)
