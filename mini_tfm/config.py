@@ -64,8 +64,8 @@ class RotaryScaling:
         if not faults:
             if self.kind not in ("linear", "llama3", "yarn"):
                 faults.append(f"kind: expected linear, llama3 or yarn, got {self.kind!r}")
-            if not 1 <= self.original_positions <= _LIMITS["max_positions"]:
-                faults.append(f"original_positions: expected 1 to {_LIMITS['max_positions']}, got {self.original_positions}")
+            if not 1 <= self.original_positions <= LIMITS["max_positions"]:
+                faults.append(f"original_positions: expected 1 to {LIMITS['max_positions']}, got {self.original_positions}")
             if not self.factor >= 1:
                 faults.append(f"factor: expected a number of at least 1, got {self.factor}")
             for low, high in (("low_factor", "high_factor"), ("beta_slow", "beta_fast")):

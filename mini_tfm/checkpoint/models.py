@@ -15,10 +15,11 @@ from ..errors import FileProblem, InvalidValue
 from ..files.folders import write_folder
 from ..files.reading import read_bytes
 from ..files.strict_json import MAX_JSON_BYTES, parse_json_strict
+from ..pooling import Pooling
 from ..text.gguf import tokenizer_of as gguf_tokenizer
 from ..text.tokenizers import Tokenizer, load_tokenizer
 from ..weights import Weight
-from . import gguf, hugging_face
+from . import gguf, hugging_face, sentences
 from .families import family_of, own, sources
 from .folder import CONFIG_FILE, TENSORS_FILE, OpenFolder, save_folder
 from .names import resolve
@@ -26,13 +27,17 @@ from .names import resolve
 
 @dataclass(frozen=True)
 class Contents:
-    """What a model folder holds. tokenizer, memory_text: None where there is none. generation: options that it is made for."""
+    """What a model folder holds. tokenizer, memory_text: None where there is none. generation: options that it is made for.
+
+    pooling: how it was trained to embed texts, None where it was not.
+    """
 
     config: Config
     weights: dict[str, np.ndarray]
     tokenizer: Tokenizer | None
     memory_text: str | None
     generation: dict[str, Any]
+    pooling: Pooling | None = None
 
 
 class HasWeights(Protocol):
@@ -48,6 +53,7 @@ def save_model(
     *,
     tokenizer: Tokenizer | None = None,
     memory_text: str | None = None,
+    pooling: Pooling | None = None,
     extra_files: Mapping[str, bytes] | None = None,
     new: bool = False,
 ) -> None:
@@ -57,15 +63,28 @@ def save_model(
     """
     files = {**(tokenizer.files() if tokenizer is not None else {}), **(extra_files or {})}
     weights = {name: Weight(weight).array for name, weight in model.weights.items()}
-    save_folder(folder, own.about_of(model.config, memory_text, getattr(model, "generation", {})), weights, files, new=new)
+    about = own.about_of(
+        model.config, memory_text, getattr(model, "generation", {}), None if pooling is None else sentences.own_about(pooling)
+    )
+    save_folder(folder, about, weights | sentences.own_tensors(pooling), files, new=new)
 
 
-def save_hugging_face(folder: str | os.PathLike, model: HasWeights, *, tokenizer: Tokenizer | None = None) -> None:
-    """Writes a model as Hugging Face has it. Raises InvalidValue where no published family has such models."""
+def save_hugging_face(
+    folder: str | os.PathLike, model: HasWeights, *, tokenizer: Tokenizer | None = None, pooling: Pooling | None = None
+) -> None:
+    """Writes a model as Hugging Face has it, with `pooling` as Sentence Transformers has it, whose folders are written first.
+
+    Raises InvalidValue where no published family has such models.
+    """
     if extra := [name for name in model.weights if name.startswith("memory.")]:
         raise InvalidValue(f"model: has a memory's parameters ({extra[0]}), for which this layout has no place; use save(folder)")
     weights = {name: Weight(weight).array for name, weight in model.weights.items()}
     files = hugging_face.files_of(model.config, weights, getattr(model, "generation", {}))
+    if pooling is not None:
+        modules = sentences.files_of(pooling, model.config.d_model)
+        files |= modules.pop("")
+        for name, content in modules.items():
+            write_folder(os.path.join(folder, name), content)
     write_folder(folder, {**(tokenizer.files() if tokenizer is not None else {}), **files})
 
 
@@ -85,13 +104,15 @@ def read_model(folder: str | os.PathLike, dtype: str = "float32") -> Contents:
         about = _peek(path)
         if about is not None and hugging_face.is_hugging_face(about):
             config, weights, generation = hugging_face.read_folder(path, about)
-            contents = Contents(config, weights, _tokenizer_of(path), None, generation)
+            contents = Contents(config, weights, _tokenizer_of(path), None, generation, sentences.read_pooling(path))
         else:
             with OpenFolder(path) as opened:
                 contents = _read_own(opened, path)
     tokenizer, config = contents.tokenizer, contents.config
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise InvalidValue(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}")
+    if contents.pooling is not None:
+        contents.pooling.width(config.d_model)
     weights = {name: weight.astype(dtype, copy=False) for name, weight in contents.weights.items()}
     return dataclasses.replace(contents, weights=weights)
 
@@ -110,7 +131,9 @@ def _read_own(opened: OpenFolder, path: str) -> Contents:
     config = own.config_of(about, config_path)
     own.check_tensors(config, opened.read_entries(TENSORS_FILE), tensors_path)
     tensors = opened.read_tensors(TENSORS_FILE)
-    return Contents(config, tensors, _tokenizer_of(path), about.get("memory"), about.get("generation") or {})
+    pooling = sentences.own_pooling(about.get("pooling"), tensors, config_path)
+    weights = {name: array for name, array in tensors.items() if not name.startswith("pooling.")}
+    return Contents(config, weights, _tokenizer_of(path), about.get("memory"), about.get("generation") or {}, pooling)
 
 
 def _read_gguf(path: str) -> Contents:
