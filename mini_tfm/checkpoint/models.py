@@ -101,7 +101,7 @@ def read_model(folder: str | os.PathLike, dtype: str = "float32") -> Contents:
     elif os.path.isfile(path):
         contents = _read_gguf(path)
     else:
-        about = _peek(path)
+        about = peek(path)
         if about is not None and hugging_face.is_hugging_face(about):
             config, weights, generation = hugging_face.read_folder(path, about)
             contents = Contents(config, weights, _tokenizer_of(path), None, generation, sentences.read_pooling(path))
@@ -117,7 +117,7 @@ def read_model(folder: str | os.PathLike, dtype: str = "float32") -> Contents:
     return dataclasses.replace(contents, weights=weights)
 
 
-def _peek(folder: str) -> dict[str, Any] | None:
+def peek(folder: str) -> dict[str, Any] | None:
     """A folder's `config.json`, or None: the reader of our own folders says what is wrong with it."""
     try:
         return parse_json_strict(read_bytes(folder, MAX_JSON_BYTES, CONFIG_FILE), os.path.join(folder, CONFIG_FILE))
