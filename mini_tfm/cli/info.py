@@ -100,7 +100,8 @@ def _in_words(config: Config) -> str:
     norm = {"layer": "layer norm", "rms": "RMS norm"}[config.norm]
     return (
         f"{' and '.join(stacks)} of {config.d_model} numbers, {heads},"
-        f" {'gated ' if config.gated else ''}{config.activation} of {config.d_ff}, {norm} ({config.norm_position}), {config.positions} positions, {config.vocab_size} tokens"
+        f" {'gated ' if config.gated else ''}{config.activation} of {config.d_ff}, {norm} ({config.norm_position}),"
+        f" {config.positions} positions, {config.vocab_size} tokens"
     )
 
 
