@@ -14,7 +14,7 @@ MODES = ("cls", "max", "mean", "mean_sqrt_len", "weighted_mean", "last")
 ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"identity": lambda x: x, "tanh": np.tanh, "relu": lambda x: np.maximum(x, 0)}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Dense:
     """A layer behind the pooling: weight (d_in, d_out), bias (d_out,) or None, activation "identity", "tanh" or "relu"."""
 

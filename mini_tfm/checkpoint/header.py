@@ -44,13 +44,15 @@ class Header:
     files: Mapping[str, int] = field(default_factory=dict)  # bytes by name
     tokenizer: Tokenizer | None = None
     memory_text: str | None = None
+    n_memory_parameters: int = 0
     pooling: Pooling | None = None
     faults: list[str] = field(default_factory=list)
 
     @property
     def n_parameters(self) -> int | None:
-        """Numbers in the weights that a load would make."""
-        return None if self.config is None else sum(math.prod(shape) for shape in weight_shapes(self.config).values())
+        """Numbers in the weights that a load would make, with those of a memory."""
+        shapes = () if self.config is None else weight_shapes(self.config).values()
+        return None if self.config is None else sum(map(math.prod, shapes)) + self.n_memory_parameters
 
 
 def read_header(name: str | os.PathLike) -> Header:
@@ -113,6 +115,7 @@ def _of_own(path: str) -> Header:
         with _told(found):
             found.config = own.config_of(about, os.path.join(path, CONFIG_FILE))
             found.memory_text = about.get("memory")
+            found.n_memory_parameters = sum(math.prod(entry.shape) for name, entry in entries.items() if name.startswith("memory."))
             own.check_tensors(found.config, entries, os.path.join(path, TENSORS_FILE))
             tensors = opened.read_tensors(TENSORS_FILE, mmap=True)
             found.pooling = sentences.own_pooling(about.get("pooling"), tensors, os.path.join(path, CONFIG_FILE))

@@ -24,6 +24,7 @@ from ..files.reading import open_regular, read_bytes
 from ..files.strict_json import MAX_JSON_BYTES, encode_json, parse_json_strict
 from ..files.writing import Buffers
 from ..pooling import Dense, Pooling
+from ..text.tokenizers import MAX_FILE_BYTES
 from .safetensors import BFLOAT16, encode_safetensors, read_tensors, widen_bfloat16
 
 MODULES = "modules.json"
@@ -72,8 +73,8 @@ def read_pooling(folder: str) -> Pooling | None:
     return Pooling(
         modes=_modes(os.path.join(folder, modules[1]["path"])),
         normalize=kinds[-1] == "Normalize",
-        max_tokens=int(most) if isinstance(most, int | float) and 1 <= most <= MOST_TOKENS else None,
-        lowercase=bool(text.get("do_lower_case", False)),
+        max_tokens=int(most) if type(most) in (int, float) and 1 <= most <= MOST_TOKENS else None,
+        lowercase=text.get("do_lower_case") is True,
         prompts=prompts,
         default_prompt=default,
         dense=tuple(_dense(os.path.join(folder, each["path"])) for each, kind in zip(modules, kinds, strict=True) if kind == "Dense"),
@@ -181,7 +182,7 @@ def _float32(array: np.ndarray) -> np.ndarray:
 def _json(folder: str, name: str) -> dict[str, Any]:
     """A file's content, {} where there is no such file."""
     path = os.path.join(folder, name)
-    return parse_json_strict(read_bytes(folder, MAX_JSON_BYTES, name), path) if os.path.lexists(path) else {}
+    return parse_json_strict(read_bytes(folder, MAX_FILE_BYTES, name), path) if os.path.lexists(path) else {}
 
 
 def _is_plain(path: Any) -> bool:

@@ -167,6 +167,18 @@ def test_prompts_dimensions_and_lengths():
     np.testing.assert_array_equal(short.embed("one two one two one two"), short.embed("one two one two one two and more"))
 
 
+@pytest.mark.parametrize(
+    "bert, text, expected",
+    [({"max_seq_length": 9}, {"model_max_length": 7}, 9), ({}, {"model_max_length": 7}, 7), ({}, {"model_max_length": 1e30}, None)],
+)
+def test_the_most_tokens_of_a_text(tmp_path, bert, text, expected):
+    """Sentence Transformers keeps them in one file or, in newer versions, in the tokenizer's, which may be long."""
+    folder = saved("mean", tmp_path / "theirs")
+    (folder / "sentence_bert_config.json").write_text(json.dumps(bert))
+    spoil(folder, "tokenizer_config.json", lambda it: it.update(text, added_tokens_decoder={str(i): "x" * 100 for i in range(20_000)}))
+    assert Pipeline.load(folder).pooling.max_tokens == expected
+
+
 def spoil(folder, file, change):
     path = folder / file
     content = json.loads(path.read_text())

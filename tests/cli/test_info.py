@@ -11,7 +11,7 @@ from mini_tfm.checkpoint.models import save_hugging_face, save_model
 from mini_tfm.config import Config
 from mini_tfm.pipeline import Pipeline
 from mini_tfm.pooling import Dense, Pooling
-from mini_tfm.text.tokenizers import train_bpe
+from mini_tfm.text.tokenizers import ByteTokenizer, train_bpe
 from mini_tfm.transformer import Transformer, load, load_checkpoint
 
 BERT = {"n_encoder_layers": 1, "n_decoder_layers": 0, "norm_position": "post", "positions": "learned", "max_positions": 32,
@@ -35,6 +35,13 @@ def test_a_folder_of_hugging_face(run, bert):
     assert told["size_bytes"] == sum(path.stat().st_size for path in bert.iterdir() if path.is_file())
     assert told["architecture"].startswith("1 encoder layers of 8 numbers, 2 heads, gelu of 32, layer norm (post), learned positions")
     assert "cls, length 1" in run("info", bert).out
+
+
+def test_the_weights_of_a_memory_count(run, tmp_path):
+    pipe = Pipeline(Transformer(Config(vocab_size=260, d_model=8, n_heads=2)), ByteTokenizer(), memory="recurrent:tokens=2")
+    pipe.save(tmp_path / "model")
+    told = run("info", tmp_path / "model", "--json").json["model"]
+    assert told["memory"] == "recurrent:tokens=2" and told["parameters"] == pipe.model.n_parameters == sum(told["stored_as"].values())
 
 
 def test_no_weight_is_read(run, bert, model, monkeypatch):
