@@ -69,15 +69,15 @@ def read_pooling(folder: str) -> Pooling | None:
     prompts = told.get("prompts") or {}
     default = told.get("default_prompt_name")
     text = _json(folder, TEXT_CONFIG)
-    most = text.get("max_seq_length") or _json(folder, TOKENIZER).get("model_max_length")
+    most: Any = text.get("max_seq_length") or _json(folder, TOKENIZER).get("model_max_length")
     return Pooling(
-        modes=_modes(os.path.join(folder, modules[1]["path"])),
+        modes=_modes(folder, modules[1]["path"]),
         normalize=kinds[-1] == "Normalize",
         max_tokens=int(most) if type(most) in (int, float) and 1 <= most <= MOST_TOKENS else None,
         lowercase=text.get("do_lower_case") is True,
         prompts=prompts,
         default_prompt=default,
-        dense=tuple(_dense(os.path.join(folder, each["path"])) for each, kind in zip(modules, kinds, strict=True) if kind == "Dense"),
+        dense=tuple(_dense(folder, each["path"]) for each, kind in zip(modules, kinds, strict=True) if kind == "Dense"),
     )
 
 
@@ -142,8 +142,9 @@ def own_pooling(about: Any, tensors: Mapping[str, np.ndarray], where: str) -> Po
         raise InvalidValue(f"{where}: field 'pooling': {error}") from error
 
 
-def _modes(folder: str) -> tuple[str, ...]:
-    about, where = _json(folder, "config.json"), os.path.join(folder, "config.json")
+def _modes(folder: str, module: str) -> tuple[str, ...]:
+    name = os.path.join(module, "config.json")
+    about, where = _json(folder, name), os.path.join(folder, name)
     given = about.get("pooling_mode")
     given = [given] if isinstance(given, str) else given
     if given is None:
@@ -155,18 +156,19 @@ def _modes(folder: str) -> tuple[str, ...]:
     return tuple(_MODES[name] for name in given)
 
 
-def _dense(folder: str) -> Dense:
-    about, where = _json(folder, "config.json"), os.path.join(folder, "config.json")
+def _dense(folder: str, module: str) -> Dense:
+    name = os.path.join(module, "config.json")
+    about, where = _json(folder, name), os.path.join(folder, name)
     kind = str(about.get("activation_function", "torch.nn.modules.activation.Tanh")).rpartition(".")[2]
     faults = [] if kind in _ACTIVATIONS else [f"field 'activation_function': {kind!r:.80} is not supported, only {', '.join(_ACTIVATIONS)}"]
     if about.get("use_residual"):
         faults.append("field 'use_residual': True is not supported, only False")
-    for name in ("module_input_name", "module_output_name"):
-        if about.get(name) not in (None, "sentence_embedding"):
-            faults.append(f"field {name!r}: {about[name]!r:.80} is not supported, only 'sentence_embedding'")
+    for field in ("module_input_name", "module_output_name"):
+        if about.get(field) not in (None, "sentence_embedding"):
+            faults.append(f"field {field!r}: {about[field]!r:.80} is not supported, only 'sentence_embedding'")
     if faults:
         raise InvalidValue(f"{where}: " + "; ".join(faults))
-    with open_regular(folder, "model.safetensors") as file:
+    with open_regular(folder, os.path.join(module, "model.safetensors")) as file:
         tensors = {name: _float32(array) for name, array in read_tensors(file, mmap=False).items()}
         if set(tensors) - {"linear.bias"} != {"linear.weight"} or tensors["linear.weight"].ndim != 2:
             raise InvalidValue(

@@ -4,6 +4,8 @@ import json
 import os
 import pty
 import select
+import subprocess
+import sys
 import time
 
 import pytest
@@ -83,19 +85,26 @@ def test_a_model_without_a_template_is_told_before_a_question(run, model):
 
 
 def test_input_that_is_not_text(talker):
-    import subprocess
-
     done = subprocess.run(command("chat", talker), input=b"one\n\xff\n", capture_output=True, timeout=60, env=ENVIRONMENT)
     assert done.returncode == 2 and b"line 2: expected UTF-8" in done.stderr
+
+
+# Makes its standard input the terminal that sends Ctrl-C, and becomes the command.
+AT_TERMINAL = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
 
 
 class Terminal:
     """A command at a terminal."""
 
     def __init__(self, *words):
-        self.process, self.screen = pty.fork()
-        if not self.process:
-            os.execve(command()[0], command(*words), ENVIRONMENT)
+        self.screen, inside = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", AT_TERMINAL, *command(*words)],
+            **dict.fromkeys(("stdin", "stdout", "stderr"), inside),
+            env=ENVIRONMENT,
+            start_new_session=True,
+        )
+        os.close(inside)
         self.shown = ""
 
     def wait_for(self, condition, seconds=60):
@@ -112,7 +121,11 @@ class Terminal:
         os.write(self.screen, data)
 
     def ends_with(self):
-        return os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
+        try:
+            return self.process.wait(60)
+        finally:
+            self.process.kill()
+            os.close(self.screen)
 
 
 def test_ctrl_c_ends_the_answer_then_the_command(talker):
