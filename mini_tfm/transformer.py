@@ -21,6 +21,7 @@ from .memory.registry import memory_of_file
 from .memory.run import memory_parameters
 from .model import Model, initial_weights
 from .options import takes
+from .pooling import Pooling
 from .stream import Stream
 from .text.tokenizers import Tokenizer
 from .tokens import check_tokens
@@ -108,12 +109,13 @@ class Transformer(Model):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded folder: the model, its tokenizer if it has one, the text of the memory it was trained with."""
+    """A loaded folder: the model, its tokenizer if it has one, the text of the memory it was trained with, how it embeds texts."""
 
     model: Transformer
     tokenizer: Tokenizer | None
     memory_text: str | None
     folder: str = ""
+    pooling: Pooling | None = None
 
     def memory(self) -> Memory | None:
         """That memory, made again. Raises InvalidValue for one that would import a plugin or open a file (see `memory_of_file`), or
@@ -134,9 +136,9 @@ def load_checkpoint(folder: str | os.PathLike, dtype: str = "float32") -> Checkp
     """All that a model folder holds. Raises FileProblem or InvalidValue naming the file, field or tensor at fault."""
     contents = read_model(folder, dtype)
     model = Transformer(contents.config, dtype=dtype, weights=contents.weights, generation=contents.generation)
-    return Checkpoint(model, contents.tokenizer, contents.memory_text, os.fspath(folder))
+    return Checkpoint(model, contents.tokenizer, contents.memory_text, os.fspath(folder), contents.pooling)
 
 
 def load(folder: str | os.PathLike, dtype: str = "float32") -> Transformer:
-    """The model saved in `folder` (see `Transformer.save`). dtype: float32."""
+    """The model of a folder, ours (see `Transformer.save`) or Hugging Face's, of a GGUF file, or of a name on the Hub. dtype: float32."""
     return load_checkpoint(folder, dtype).model

@@ -5,7 +5,9 @@ docs/write-a-memory.md is followed from its first line to its last by test_plugi
 made of the commands' own help: `python tests/test_docs.py` writes it again.
 """
 
+import importlib.util
 import inspect
+import itertools
 import os
 import re
 import subprocess
@@ -40,7 +42,7 @@ def to_run(page):
     return [
         (language, code)
         for mark, language, code in blocks(page)
-        if (language == "python" and not mark.startswith(("file:", "run: long"))) or (language in SHELLS and mark == "run")
+        if (language == "python" and not mark.startswith(("file:", "run: long", "needs:"))) or (language in SHELLS and mark == "run")
     ]
 
 
@@ -85,6 +87,27 @@ def test_the_code_of_a_page_runs(page, tmp_path):
         assert 0 < float(bits) < 1.5
         command = [sys.executable, "-m", "mini_tfm", "generate", "my-model", "The if statement", "--max-new-tokens", "4"]
         assert subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=300).returncode == 0
+
+
+def with_packages():
+    """(page, packages, language, code, what is printed) of each block that is marked `needs: package package`: the text block after
+    it shows what it prints."""
+    for page in PAGES:
+        on_it = [*blocks(page), ("", "", "")]
+        for (mark, language, code), (_, next_language, printed) in itertools.pairwise(on_it):
+            if mark.startswith("needs:"):
+                yield page, mark.removeprefix("needs:").split(), language, code, printed if next_language == "text" else None
+
+
+@pytest.mark.parametrize("page, packages, language, code, printed", list(with_packages()))
+def test_code_that_needs_packages_prints_what_is_shown(page, packages, language, code, printed, tmp_path):
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        pytest.skip(f"needs {', '.join(missing)}")
+    words = [sys.executable, "-c", code] if language == "python" else ["bash", "-euo", "pipefail", "-c", code]
+    path = str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"]
+    done = subprocess.run(words, cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{page.name}\n{done.stdout}{done.stderr}"
+    assert printed is None or done.stdout == printed
 
 
 def test_there_is_code_in_the_readme():

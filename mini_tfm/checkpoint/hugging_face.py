@@ -34,14 +34,7 @@ def read_folder(folder: str, about: Mapping[str, Any]) -> tuple[Config, dict[str
     """Config, weights by our names, defaults of generation. Raises FileProblem or InvalidValue naming what is at fault."""
     where = os.path.join(folder, CONFIG)
     family = family_of(about, where)
-    files = _files(folder)
-    entries: dict[str, Entry] = {}
-    for name in files:
-        with open_regular(folder, name) as file:
-            if file.read(len(LFS)) == LFS:
-                raise FileProblem(f"{file.name}: is a Git LFS pointer, not the weights; run `git lfs pull` in its repository")
-            file.seek(0)
-            entries |= read_entries(file)
+    files, entries = read_headers(folder)
     names = sources.prefixed(family, entries).values()
     config = family.config_of(about, where, set(names))
     sources.check_tensors(family, config, entries, os.path.join(folder, files[0] if len(files) == 1 else INDEX))
@@ -50,6 +43,19 @@ def read_folder(folder: str, about: Mapping[str, Any]) -> tuple[Config, dict[str
         with open_regular(folder, name) as file:
             tensors |= read_tensors(file, mmap=True)
     return config, sources.weights_of(family, config, tensors), _defaults(folder, about, config)
+
+
+def read_headers(folder: str) -> tuple[list[str], dict[str, Entry]]:
+    """The files that hold tensors, and what their headers declare, by name. Raises FileProblem, InvalidValue."""
+    files = _files(folder)
+    entries: dict[str, Entry] = {}
+    for name in files:
+        with open_regular(folder, name) as file:
+            if file.read(len(LFS)) == LFS:
+                raise FileProblem(f"{file.name}: is a Git LFS pointer, not the weights; run `git lfs pull` in its repository")
+            file.seek(0)
+            entries |= read_entries(file)
+    return files, entries
 
 
 def files_of(config: Config, weights: Mapping[str, np.ndarray], generation: Mapping[str, Any]) -> dict[str, bytes | Buffers]:

@@ -13,25 +13,31 @@ import numpy as np
 from ..config import Config
 from ..errors import FileProblem, InvalidValue
 from ..files.folders import write_folder
-from ..files.reading import as_path, read_bytes
+from ..files.reading import read_bytes
 from ..files.strict_json import MAX_JSON_BYTES, parse_json_strict
+from ..pooling import Pooling
 from ..text.gguf import tokenizer_of as gguf_tokenizer
 from ..text.tokenizers import MAX_FILE_BYTES, Tokenizer, find_tokenizer, tokenizer_of
 from ..weights import Weight
-from . import gguf, hugging_face
+from . import gguf, hugging_face, sentences
 from .families import family_of, own, sources
 from .folder import CONFIG_FILE, TENSORS_FILE, TOKENIZER_FILES, OpenFolder, save_folder
+from .names import resolve
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a model folder holds. tokenizer, memory_text: None where there is none. generation: options that it is made for."""
+    """What a model folder holds. tokenizer, memory_text: None where there is none. generation: options that it is made for.
+
+    pooling: how it was trained to embed texts, None where it was not.
+    """
 
     config: Config
     weights: dict[str, np.ndarray]
     tokenizer: Tokenizer | None
     memory_text: str | None
     generation: dict[str, Any]
+    pooling: Pooling | None = None
 
 
 class HasWeights(Protocol):
@@ -47,6 +53,7 @@ def save_model(
     *,
     tokenizer: Tokenizer | None = None,
     memory_text: str | None = None,
+    pooling: Pooling | None = None,
     extra_files: Mapping[str, bytes] | None = None,
     new: bool = False,
 ) -> None:
@@ -56,44 +63,61 @@ def save_model(
     """
     files = {**(tokenizer.files() if tokenizer is not None else {}), **(extra_files or {})}
     weights = {name: Weight(weight).array for name, weight in model.weights.items()}
-    save_folder(folder, own.about_of(model.config, memory_text, getattr(model, "generation", {})), weights, files, new=new)
+    about = own.about_of(
+        model.config, memory_text, getattr(model, "generation", {}), None if pooling is None else sentences.own_about(pooling)
+    )
+    save_folder(folder, about, weights | sentences.own_tensors(pooling), files, new=new)
 
 
-def save_hugging_face(folder: str | os.PathLike, model: HasWeights, *, tokenizer: Tokenizer | None = None) -> None:
-    """Writes a model as Hugging Face has it. Raises InvalidValue where no published family has such models."""
+def save_hugging_face(
+    folder: str | os.PathLike, model: HasWeights, *, tokenizer: Tokenizer | None = None, pooling: Pooling | None = None
+) -> None:
+    """Writes a model as Hugging Face has it, with `pooling` as Sentence Transformers has it, whose folders are written first.
+
+    Raises InvalidValue where no published family has such models.
+    """
     if extra := [name for name in model.weights if name.startswith("memory.")]:
         raise InvalidValue(f"model: has a memory's parameters ({extra[0]}), for which this layout has no place; use save(folder)")
     weights = {name: Weight(weight).array for name, weight in model.weights.items()}
     files = hugging_face.files_of(model.config, weights, getattr(model, "generation", {}))
+    if pooling is not None:
+        modules = sentences.files_of(pooling, model.config.d_model)
+        files |= modules.pop("")
+        for name, content in modules.items():
+            write_folder(os.path.join(folder, name), content)
     write_folder(folder, {**(tokenizer.files() if tokenizer is not None else {}), **files})
 
 
 def read_model(folder: str | os.PathLike, dtype: str = "float32") -> Contents:
-    """Reads a model folder, ours or Hugging Face's, or a GGUF file. Raises FileProblem or InvalidValue naming the file, field or
-    tensor at fault, all of them at once."""
+    """Reads a model folder, ours or Hugging Face's, or a GGUF file; folder: a path, or a name for `names.resolve`.
+
+    Raises FileProblem or InvalidValue naming the file, field or tensor at fault, all of them at once.
+    """
     if dtype not in ("float32", "float64"):
         raise InvalidValue(f"dtype: expected 'float32', or 'float64' for checks, got {dtype!r}")
+    path = folder.path if isinstance(folder, OpenFolder) else resolve(folder)
     if isinstance(folder, OpenFolder):
-        contents = _read_own(folder, folder.path)
-    elif os.path.isfile(folder):
-        contents = _read_gguf(os.fspath(folder))
+        contents = _read_own(folder, path)
+    elif os.path.isfile(path):
+        contents = _read_gguf(path)
     else:
-        path = as_path(folder)
-        about = _peek(path)
+        about = peek(path)
         if about is not None and hugging_face.is_hugging_face(about):
             config, weights, generation = hugging_face.read_folder(path, about)
-            contents = Contents(config, weights, find_tokenizer(path), None, generation)
+            contents = Contents(config, weights, find_tokenizer(path), None, generation, sentences.read_pooling(path))
         else:
             with OpenFolder(path) as opened:
                 contents = _read_own(opened, path)
     tokenizer, config = contents.tokenizer, contents.config
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise InvalidValue(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}")
+    if contents.pooling is not None:
+        contents.pooling.width(config.d_model)
     weights = {name: weight.astype(dtype, copy=False) for name, weight in contents.weights.items()}
     return dataclasses.replace(contents, weights=weights)
 
 
-def _peek(folder: str) -> dict[str, Any] | None:
+def peek(folder: str) -> dict[str, Any] | None:
     """A folder's `config.json`, or None: the reader of our own folders says what is wrong with it."""
     try:
         return parse_json_strict(read_bytes(folder, MAX_JSON_BYTES, CONFIG_FILE), os.path.join(folder, CONFIG_FILE))
@@ -109,7 +133,9 @@ def _read_own(opened: OpenFolder, path: str) -> Contents:
     tensors = opened.read_tensors(TENSORS_FILE)
     first, second = (opened.read_bytes(name, MAX_FILE_BYTES) for name in TOKENIZER_FILES)
     tokenizer = tokenizer_of(first, second, path) if first is not None or second is not None else None
-    return Contents(config, tensors, tokenizer, about.get("memory"), about.get("generation") or {})
+    pooling = sentences.own_pooling(about.get("pooling"), tensors, config_path)
+    weights = {name: array for name, array in tensors.items() if not name.startswith("pooling.")}
+    return Contents(config, weights, tokenizer, about.get("memory"), about.get("generation") or {}, pooling)
 
 
 def _read_gguf(path: str) -> Contents:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import InvalidValue
 from .shared import count, json_option, none_of, print_json, print_table, size
+
+if TYPE_CHECKING:
+    from ..config import Config
 
 PACKAGES = ("numpy", "pluggy", "tokenizers", "lmdb", "click", "rich")
 
@@ -21,6 +26,9 @@ PACKAGES = ("numpy", "pluggy", "tokenizers", "lmdb", "click", "rich")
 def info(folder: Path | None, memory: str | None, as_json: bool) -> None:
     """Shows versions, kernels and threads; with FOLDER also a model; with --memory also a memory and its documents.
 
+    FOLDER is a model's folder, a GGUF file or a name on the Hub; only headers are read, no weights. What keeps a model from being
+    loaded is told, all of it, with exit code 2. RAM is that of the weights; in bfloat16 and int8 it is an estimate.
+
     Sizes are in bytes, lengths in tokens, capacities in rows (the vectors that a memory keeps).
     """
     answer: dict[str, Any] = {"library": _library()}
@@ -29,11 +37,16 @@ def info(folder: Path | None, memory: str | None, as_json: bool) -> None:
     text = none_of(memory) if memory is not None else None
     if text is not None:
         answer["memory"] = _memory(text)
+    problems = answer.get("model", {}).get("problems")
     if as_json:
         print_json(answer)
+        if problems:
+            raise InvalidValue("; ".join(problems))
         return
     for what, facts in answer.items():
         print_table([("", "left"), ("", "left")], [(name, _shown(name, fact)) for name, fact in facts.items()], title=what)
+    if problems:
+        raise InvalidValue("; ".join(problems))
 
 
 def _library() -> dict[str, Any]:
@@ -54,21 +67,57 @@ def _library() -> dict[str, Any]:
     }
 
 
-def _model(folder: Path) -> dict[str, Any]:
-    from ..transformer import load_checkpoint
+def _model(name: Path) -> dict[str, Any]:
+    from ..checkpoint.header import read_header
 
-    checkpoint = load_checkpoint(folder)
-    model = checkpoint.model
+    header = read_header(name)
+    config, tokenizer, pooling = header.config, header.tokenizer, header.pooling
     return {
-        "folder": str(folder),
-        "parameters": model.n_parameters,
-        "size_bytes": model.nbytes,
-        "memory": checkpoint.memory_text,
-        "tokenizer": type(checkpoint.tokenizer).__name__ if checkpoint.tokenizer else None,
-        "tokenizer_tokens": checkpoint.tokenizer.vocab_size if checkpoint.tokenizer else None,
-        "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()},
-        "config": model.config.to_dict(),
+        "folder": header.path,
+        "layout": header.layout,
+        "family": header.family,
+        "architecture": None if config is None else _in_words(config),
+        "parameters": header.n_parameters,
+        "stored_as": {kind: n for kind, n in header.stored.items() if n},
+        "size_bytes": sum(header.files.values()),
+        "ram_bytes": None if config is None else _ram_bytes(config),
+        "context_tokens": None if config is None else _context(config),
+        "tokenizer": type(tokenizer).__name__ if tokenizer else None,
+        "tokenizer_tokens": tokenizer.vocab_size if tokenizer else None,
+        "chat_template": tokenizer is not None and tokenizer.has_chat_template,
+        "embeds": None if pooling is None else f"{' and '.join(pooling.modes)}{', length 1' if pooling.normalize else ''}",
+        "memory": header.memory_text,
+        "files": dict(header.files),
+        "config": None if config is None else config.to_dict(),
+        "problems": header.faults,
     }
+
+
+def _in_words(config: Config) -> str:
+    """The architecture as one would say it."""
+    stacks = [f"{n} {name} layers" for n, name in ((config.n_encoder_layers, "encoder"), (config.n_decoder_layers, "decoder")) if n]
+    heads = f"{config.n_heads} heads" + (f" ({config.n_kv_heads} of keys and values)" if config.n_kv_heads != config.n_heads else "")
+    norm = {"layer": "layer norm", "rms": "RMS norm"}[config.norm]
+    return (
+        f"{' and '.join(stacks)} of {config.d_model} numbers, {heads},"
+        f" {'gated ' if config.gated else ''}{config.activation} of {config.d_ff}, {norm} ({config.norm_position}),"
+        f" {config.positions} positions, {config.vocab_size} tokens"
+    )
+
+
+def _ram_bytes(config: Config) -> dict[str, int]:
+    """Estimates of the weights in RAM: as float32, and with matrices of products in bfloat16 or int8 with a scale a 256 numbers."""
+    from ..model import weight_shapes
+
+    shapes = [math.prod(shape) for shape in weight_shapes(config).values()]
+    matrices = sum(math.prod(shape) for shape in weight_shapes(config).values() if len(shape) == 2)
+    rest = 4 * (sum(shapes) - matrices)
+    return {"float32": 4 * sum(shapes), "bfloat16 (estimate)": rest + 2 * matrices, "int8 (estimate)": rest + matrices + matrices // 64}
+
+
+def _context(config: Config) -> int | None:
+    """Tokens that it was made to see at once; None: no limit is known."""
+    return config.segment_length or (config.max_positions if config.positions == "learned" else config.context_length)
 
 
 def _memory(text: str) -> dict[str, Any]:
@@ -101,8 +150,8 @@ def _shown(name: str, fact: Any) -> str:
         return ", ".join(f"{key} {value}" for key, value in shown.items()) or "none"
     if isinstance(fact, list):
         return "; ".join(_shown(name, item) for item in fact) or "none"
-    if name in ("size_bytes", "files"):
-        return size(fact)
     if fact is None:
         return "none"
-    return count(fact) if type(fact) is int and name in ("parameters", "documents") else str(fact)
+    if name in ("size_bytes", "ram_bytes", "files"):
+        return size(fact)
+    return count(fact) if type(fact) is int and name in ("parameters", "documents", "stored_as", "context_tokens") else str(fact)

@@ -59,12 +59,11 @@ def tokenizer_of(fields: Mapping[str, Any], source: str) -> BPETokenizer:
     return BPETokenizer(json.dumps(rules).encode(), json.dumps(config, indent=2).encode() + b"\n", source)
 
 
-def _merges(fields: Mapping[str, Any], source: str) -> list[list[str]]:
+def _merges(fields: Mapping[str, Any], source: str) -> list[str]:
     merges = fields.get("tokenizer.ggml.merges")
-    if not isinstance(merges, list) or not all(isinstance(merge, str) and merge.count(" ") >= 1 for merge in merges):
+    if not isinstance(merges, list) or not all(isinstance(merge, str) and merge.count(" ") == 1 for merge in merges):
         raise InvalidValue(f"{source}: tokenizer.ggml.merges: expected pairs of texts")
-    # A pair is two tokens with a space between them; byte-level tokens hold no space of their own.
-    return [list(merge.split(" ", 1)) for merge in merges]
+    return merges  # two tokens with a space between them; byte-level tokens hold no space of their own
 
 
 def _byte_level(fields: Mapping[str, Any], tokens: list[str], source: str) -> dict[str, Any]:

@@ -97,6 +97,11 @@ class Tokenizer(ABC):
         """
         raise InvalidValue("chat: this tokenizer carries no chat template; use a model that was trained to chat, or `generate`")
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `encode_chat` can lay out messages."""
+        return False
+
     @abstractmethod
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """(T,) ids -> text, without special tokens; bytes that are not UTF-8 become U+FFFD.
@@ -346,6 +351,10 @@ class BPETokenizer(Tokenizer):
             for number, part in enumerate(parts)
         ]
         return np.concatenate(ids)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return isinstance(self._config.get("chat_template"), str)
 
     def _name(self, key: str) -> str | None:
         """The name of a special token in the file's configuration."""

@@ -120,6 +120,42 @@ def test_embed_gives_a_row_a_line(run, model, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lines.txt", "vectors.npy"]
 
 
+def test_embed_of_folders_gives_lines_of_json_in_order(run, model, tmp_path):
+    (tmp_path / "notes" / "deep").mkdir(parents=True)
+    for name, text in [("a.txt", "one\ntwo\n"), ("deep/b.md", "three\n"), ("c.bin", "\0"), ("z.txt", "four")]:
+        (tmp_path / "notes" / name).write_text(text)
+    expected = Pipeline.load(model, memory=None).embed(["one", "two", "three", "four"], dimensions=5, normalize=True)
+    options = ["--dimensions", 5, "--normalize"]
+    said = run("embed", model, tmp_path / "notes", "--out", "-", *options)
+    assert (said.code, said.err) == (0, "")
+    rows = [json.loads(line) for line in said.out.splitlines()]
+    assert [(row["file"].rpartition("/")[2], row["line"]) for row in rows] == [("a.txt", 1), ("a.txt", 2), ("b.md", 1), ("z.txt", 1)]
+    np.testing.assert_array_equal(np.array([row["vector"] for row in rows], np.float32), expected)
+    assert run("embed", model, tmp_path / "notes", "--out", tmp_path / "v.jsonl", *options).code == 0
+    assert (tmp_path / "v.jsonl").read_text() == said.out
+    assert run("embed", model, tmp_path / "notes", "--out", tmp_path / "v.npy", *options, "--json").json["d_model"] == 5
+    np.testing.assert_array_equal(np.load(tmp_path / "v.npy"), expected)
+    whole = run("embed", model, tmp_path / "notes", "--no-normalize", "--json").json["vectors"]
+    np.testing.assert_array_equal(np.array(whole, np.float32), Pipeline.load(model).embed(["one", "two", "three", "four"]))
+
+
+def test_embed_of_more_lines_than_it_reads_at_once(run, model, tmp_path, monkeypatch):
+    monkeypatch.setattr("mini_tfm.cli.embed.TEXTS_AT_ONCE", 3)
+    lines = [f"line {i}" * (i % 4) for i in range(11)]
+    (tmp_path / "a.txt").write_text("\n".join(lines))
+    assert run("embed", model, tmp_path / "a.txt", "--out", tmp_path / "v.npy").code == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "v.npy"), Pipeline.load(model).embed(lines))
+
+
+@pytest.mark.parametrize(
+    "words, named",
+    [(["--out", "v.txt"], ".jsonl"), (["--dimensions", 17, "--json"], "1 to 16"), (["--prompt", "query", "--json"], "prompt")],
+)
+def test_embed_refuses(run, model, texts, words, named):
+    refused = run("embed", model, texts[0], *words)
+    assert refused.code == 2 and named in refused.err and refused.err.count("\n") == 1 and refused.out == ""
+
+
 def test_embed_keeps_a_file_that_is_there(run, model, texts, tmp_path):
     (tmp_path / "vectors.npy").write_bytes(b"mine")
     refused = run("embed", model, texts[0], "--out", tmp_path / "vectors.npy")

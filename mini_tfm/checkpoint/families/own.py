@@ -16,10 +16,12 @@ FORMAT = "mini_tfm"
 FORMAT_VERSION = 1
 
 
-def about_of(config: Config, memory_text: str | None, generation: Mapping[str, Any]) -> dict[str, Any]:
-    """What `config.json` says of a model and the memory it was trained with."""
+def about_of(
+    config: Config, memory_text: str | None, generation: Mapping[str, Any], pooling: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What `config.json` says of a model, the memory it was trained with, and how it embeds texts."""
     about = {"format": FORMAT, "format_version": FORMAT_VERSION, "model": config.to_dict(), "memory": memory_text}
-    return {**about, "generation": dict(generation)} if generation else about
+    return about | ({"generation": dict(generation)} if generation else {}) | ({"pooling": dict(pooling)} if pooling else {})
 
 
 def config_of(about: Mapping[str, Any], where: str) -> Config:
@@ -32,7 +34,7 @@ def config_of(about: Mapping[str, Any], where: str) -> Config:
         raise InvalidValue(
             f"{where}: field 'format_version': expected {FORMAT_VERSION}, got {shown(about.get('format_version'))}; upgrade mini-tfm"
         )
-    if unknown := sorted(set(about) - {"format", "format_version", "model", "memory", "generation"}):
+    if unknown := sorted(set(about) - {"format", "format_version", "model", "memory", "generation", "pooling"}):
         raise InvalidValue(f"{where}: unknown field {shown(unknown[0])}")
     memory_text = about.get("memory")
     if memory_text is not None and not isinstance(memory_text, str):
@@ -49,7 +51,7 @@ def check_tensors(config: Config, entries: Mapping[str, Entry], where: str) -> N
     shapes = weight_shapes(config)
     faults = [f"tensor {name!r} is missing" for name in shapes if name not in entries]
     for name, tensor in entries.items():
-        if name not in shapes and not name.startswith("memory."):
+        if name not in shapes and not name.startswith(("memory.", "pooling.")):
             faults.append(f"tensor {name!r} is not one of this architecture")
         elif name in shapes and tensor.shape != shapes[name]:
             faults.append(f"tensor {name!r}: expected shape {shapes[name]}, got {tensor.shape}")

