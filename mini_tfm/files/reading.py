@@ -61,7 +61,7 @@ def _open_in_cache(folder: str, name: str, flags: int) -> int:
     snapshots, revision = os.path.split(snapshot)
     root = os.path.dirname(snapshots)
     blobs = os.path.join(root, "blobs")
-    target = os.path.join(snapshot, os.readlink(os.path.join(snapshot, name)))
+    target = os.path.join(snapshot, os.path.dirname(name), os.readlink(os.path.join(snapshot, name)))
     parent, blob = os.path.split(os.path.normpath(target))
     is_cache = revision and os.path.basename(snapshots) == "snapshots" and os.path.basename(root).startswith("models--")
     if not is_cache or parent != blobs or not re.fullmatch(r"[0-9A-Za-z][0-9A-Za-z._-]*", blob):

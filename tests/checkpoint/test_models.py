@@ -19,6 +19,7 @@ from mini_tfm.checkpoint.models import read_model, save_model
 from mini_tfm.checkpoint.safetensors import encode_safetensors, read_safetensors
 from mini_tfm.config import Config
 from mini_tfm.errors import FileProblem, InvalidValue
+from mini_tfm.files.reading import read_bytes
 from mini_tfm.memory import registry
 from mini_tfm.text.tokenizers import ByteTokenizer, load_tokenizer, train_bpe
 from mini_tfm.transformer import Transformer, load_checkpoint
@@ -326,6 +327,10 @@ def test_a_snapshot_of_hugging_faces_cache_loads(tmp_path):
     (snapshot / "config.json").unlink()
     (snapshot / "config.json").symlink_to(snapshot.parents[1] / "blobs" / ("00" * 20))  # absolute, where the cache was on another disk
     assert read_model(snapshot).config == loaded.config
+    (snapshot / "1_Pooling").mkdir()
+    (snapshot.parents[1] / "blobs" / ("ee" * 20)).write_bytes(b"{}")
+    (snapshot / "1_Pooling" / "config.json").symlink_to(f"../../../blobs/{'ee' * 20}")  # a file in a folder of the snapshot
+    assert read_bytes(snapshot, 100, "1_Pooling/config.json") == b"{}"
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
