@@ -665,3 +665,37 @@ def test_a_memory_that_no_text_makes_is_not_saved(tmp_path):
     with pytest.raises(InvalidValue, match=r"memory: Memory was not made by its name.*mt\.register_memory"):
         Pipeline(mt.Transformer(config), ByteTokenizer(), Memory()).save(tmp_path / "m")
     assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("memory", ["window:size=400", "window:size=400,sinks=2", "store:top_k=400"])
+@pytest.mark.parametrize("length", [16, 50])
+def test_a_published_model_that_remembers_all_is_the_one_that_reads_at_once(memory, length):
+    """In segments, with rotary positions that begin anew in each: the rows of a memory stand where they stood."""
+    config = mt.Config(
+        vocab_size=259, d_model=16, n_heads=4, n_kv_heads=2, n_encoder_layers=0, n_decoder_layers=3, positions="rotary",
+        norm="rms", gated=True, activation="silu", bias=("q", "k", "v"), qk_norm=True, context_length=512, framed_by_tokenizer=True,
+    )  # fmt: skip
+    rng, model = np.random.default_rng(0), mt.Transformer(config, seed=1, dtype=np.float64)
+    model.weights = {name: weight + 0.3 * rng.standard_normal(weight.shape) for name, weight in model.weights.items()}
+    whole, parts = Pipeline(model, ByteTokenizer()), Pipeline(model, ByteTokenizer(), memory, segment_length=length)
+    text = prose(30)
+    assert parts.score(text)["bits"] == pytest.approx(whole.score(text)["bits"], rel=1e-9)
+    assert parts.generate(text, max_new_tokens=30) == whole.generate(text, max_new_tokens=30)
+    some = text[:70]
+    parts.read(some)
+    again = Pipeline(model, ByteTokenizer(), memory, segment_length=length)
+    assert again.read(some) == len(some.encode()) and again.score("and so on")["bits"] == parts.score("and so on")["bits"]
+
+
+def test_a_published_model_without_a_memory_refuses_what_it_cannot_read():
+    config = mt.Config(
+        vocab_size=259, d_model=8, n_heads=2, n_encoder_layers=0, n_decoder_layers=1, positions="rotary", context_length=24,
+        framed_by_tokenizer=True,
+    )  # fmt: skip
+    pipe = Pipeline(mt.Transformer(config, seed=0), ByteTokenizer())
+    with pytest.raises(InvalidValue, match=r"has 29 tokens, and the model reads at most 24 at once; shorten it, or give a memory"):
+        pipe.generate("x" * 30)
+    with pytest.raises(InvalidValue, match="reads at most 24 at once"):
+        pipe.model.generate(np.full((1, 30), 5))
+    assert len(pipe.model.generate(np.full((1, 20), 5), max_new_tokens=50, stop_at_eos=False)[0]) == 5  # up to its context
+    assert isinstance(Pipeline(pipe.model, ByteTokenizer(), "window:size=24").generate("x" * 300, max_new_tokens=30), str)
