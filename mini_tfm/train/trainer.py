@@ -66,6 +66,7 @@ class Trainer:
         self.communicator = communicator_of(communicator)
         model.add_memory_weights(memory, o.seed)
         params = memory_parameters(memory, model.config, model.dtype)
+        self._trainable = o.trainable
         trained = trained_names(o.trainable, model.weights)
         self.optimizer = AdamW(
             {name: model.weights[name] for name in trained}, params, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay
@@ -114,6 +115,10 @@ class Trainer:
         when the loss or the gradient is not finite.
         """
         ranks = self.communicator
+        if self.options.trainable != self._trainable:
+            raise InvalidValue(
+                f"trainable: expected {self._trainable}, as when this Trainer was made, got {self.options.trainable}; make a new Trainer"
+            )
         with ranks.together():
             self.optimizer.take(self.model.weights)
             batch = self._batch(source, target, source_lengths, target_lengths, weights, begins)

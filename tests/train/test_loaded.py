@@ -17,6 +17,8 @@ from mini_tfm.stream import Stream
 from mini_tfm.text.tokenizers import ByteTokenizer
 from mini_tfm.train import Trainer
 from mini_tfm.train.average import average_models
+from mini_tfm.train.loop import check_data
+from mini_tfm.train.parallel import Alone
 from mini_tfm.transformer import Transformer
 
 SIZES = {"vocab_size": 40, "d_model": 16, "n_heads": 2, "d_ff": 24, "n_encoder_layers": 1, "n_decoder_layers": 1}
@@ -253,9 +255,49 @@ def test_a_run_of_a_part_is_saved_and_resumed(tmp_path):
         assert_same_bits(again.model.weights[name], weight)
 
 
+class Rank(Alone):
+    """One of two, which sends what it shares, or receives what another one has sent."""
+
+    size = 2
+
+    def __init__(self, sent):
+        self.sent, self.at = sent, 0
+        self.rank = 1 if sent else 0
+
+    def share(self, array):
+        if self.rank:
+            array[...] = self.sent[self.at]
+            self.at += 1
+        else:
+            self.sent.append(np.array(array))
+
+
+def test_frozen_weights_become_those_of_rank_0(tmp_path):
+    """Mapped ones, too, of another file; what is the same already stays where it is."""
+    sent, trainers = [], []
+    for seed in (3, 3, 4):
+        model = mt.load(published(tmp_path / f"{len(trainers)}", "llama", seed))
+        trainer = Trainer(model, trainable="*.q.*", communicator=Rank(sent))
+        check_data(trainer, data_of(model.config), False)
+        trainers.append(trainer.model.weights)
+    first, same, other = trainers
+    for name, weight in first.items():
+        np.testing.assert_array_equal(other[name], weight)
+        assert name.endswith(".q.weight") or not same[name].flags.writeable
+
+
 def test_patterns_that_fit_no_weight_are_refused():
     with pytest.raises(InvalidValue, match=r"trainable: .*'lora\.\*', 'Q'.* fits none; names are embedding.weight"):
         Trainer(tiny_model(), trainable=["lora.*", "Q", "*.q.*"])
     for wrong in ("", [], [1], 3):
         with pytest.raises(InvalidValue, match="trainable: expected a name"):
             Trainer(tiny_model(), trainable=wrong)
+
+
+def test_what_is_trained_is_chosen_when_a_trainer_is_made():
+    """Its optimizer has moments of these weights alone: other patterns would be ignored."""
+    trainer = Trainer(tiny_model(), trainable="*.q.*")
+    trainer.options = trainer.options.replace(trainable=None)
+    with pytest.raises(InvalidValue, match=r"trainable: .*make a new Trainer"):
+        trainer.step(*fields(stream_of(trainer.model.config)))
+    assert trainer.step_count == 0
