@@ -343,6 +343,17 @@ class Output:
         scores, ids = _core.linear_top_k(self._scaled(hidden), packed, 1, self._bias(weights, packed.shape[1]))
         return scores[:, 0], ids[:, 0]
 
+    def likeliest(self, hidden: np.ndarray, weights: Mapping[str, Weight], k: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """The best k log-probabilities of each row of hidden (B, d), and their ids, by a session's packed layer: (B, k), (B, k).
+
+        None where it takes all the logits: they are capped, or not packed.
+        """
+        packed = self.packed(weights)
+        if packed is None or self.cap is not None:
+            return None
+        scores, ids, lse = _core.linear_top_k(self._scaled(hidden), packed, k, self._bias(weights, packed.shape[1]), lse=True)
+        return scores - lse[:, None], ids
+
     def loss(self, hidden: Array, weights: Mapping[str, Weight], targets: np.ndarray, counts: np.ndarray, smoothing: float) -> Array:
         """The mean of the targets' negative log-likelihood (and section 5.4's label smoothing), in nats: a scalar.
 

@@ -14,7 +14,7 @@ from ..errors import FileProblem
 from ..train.options import FitOptions, TrainerOptions
 from .options import options_of, values_of
 from .shared import json_option
-from .training import SAVE_EVERY, WARMUP_STEPS, fit, new_run, ranks_of_command, resumed_run
+from .training import SAVE_EVERY, WARMUP_STEPS, fit, new_run, ranks_of_command, resumed_run, run_from
 
 SHAPE = ("d_model", "n_heads", "n_encoder_layers", "n_decoder_layers", "d_ff", "positions")
 EARLY_STOPPING = ("early_stopping_patience", "early_stopping_threshold")
@@ -55,6 +55,13 @@ _FREE_ON_RESUME = (
 @click.option(
     "--out", default=Path("mini-tfm-model"), show_default=True, metavar="DIR", type=click.Path(path_type=Path), help="Save the model here."
 )
+@click.option(
+    "--from",
+    "base",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Start from the model and the tokenizer in this folder, ours or Hugging Face's, or GGUF file, which stays as it is.",
+)
 @click.option("--resume", metavar="DIR", type=click.Path(path_type=Path), help="Continue the run in this folder.")
 @click.option("--accept-changes", is_flag=True, help="With --resume: continue even if the text or its batches have changed.")
 @click.option(
@@ -62,7 +69,8 @@ _FREE_ON_RESUME = (
     default="none",
     show_default=True,
     metavar="SPEC",
-    help="The memory to train with, as name:option=value,...; stack several with +. With --resume: only needed if it is not built in.",
+    help="The memory to train with, as name:option=value,...; stack several with +. With --from: default: the model's own. With"
+    " --resume: only needed if it is not built in.",
 )
 @click.option("--steps", default=1000, show_default=True, type=click.IntRange(1), help="Optimizer steps in total.")
 @click.option("--seconds", type=click.FloatRange(0, min_open=True), help="Stop after this many seconds of training.")
@@ -115,6 +123,7 @@ def train(context: click.Context, /, resume: Path | None, out: Path, as_json: bo
       mini-tfm train --text pairs.tsv --n-encoder-layers 2 --out translator
       mini-tfm train --text corpus.jsonl --field body --cache tokens --objective next-segment=0.8+denoise=0.2
       mini-tfm train --curriculum 0:1,500:2,1000:4 --memory recurrent --out model
+      mini-tfm train --from published --text notes/*.txt --memory recurrent --trainable 'memory.*' --out model
       mini-tfm train --resume model --steps 4000
       mpirun -n 4 mini-tfm train --text notes/*.txt --out model
     """
@@ -132,6 +141,8 @@ def train(context: click.Context, /, resume: Path | None, out: Path, as_json: bo
                 steps = options["steps"] if "steps" in given else None
                 memory_text = options["memory"] if "memory" in given else None
                 trainer, data = resumed_run(resume, steps, early_stopping, memory_text, options["accept_changes"], ranks)
+            elif options["base"] is not None:
+                trainer, data = run_from(out, options, given, ranks)
             else:
                 trainer, data = new_run(out, options, {name: options[name] for name in SHAPE}, ranks)
         except KeyboardInterrupt:
@@ -152,6 +163,8 @@ def _check_usage(options: dict[str, Any], given: dict[str, str], resume: Path | 
         raise click.UsageError(f"{given[fixed[0]]} comes from the folder with --resume; leave it out")
     if resume is None and options["accept_changes"]:
         raise click.UsageError("--accept-changes needs --resume")
+    if options["base"] is not None and (fixed := [name for name in given if name in (*SHAPE, "tokenizer", "vocab_size")]):
+        raise click.UsageError(f"{given[fixed[0]]} comes from the model with --from; leave it out")
     if options["curriculum"] is not None and "n_segments" in given:
         raise click.UsageError("give --n-segments or --curriculum, not both")
     FitOptions.of({name: value for name, value in values_of(FitOptions, options).items() if value is not None})

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +82,42 @@ def new_run(out: Path, options: dict[str, Any], shape: dict[str, Any], ranks: Al
     tokenizer = ByteTokenizer() if options["tokenizer"] == "bytes" else sources.train_tokenizer(options["vocab_size"])
     vocab_size = tokenizer.vocab_size + n_sentinels(about["objective"], options["segment_length"])
     model = Transformer(Config(vocab_size=vocab_size, **shape), seed=options["seed"])
+    trainer = Trainer(model, memory, tokenizer=tokenizer, communicator=ranks, **trainer_options.to_dict())
+    return trainer, TrainingData(sources, tokenizer, model.config, ranks)
+
+
+def run_from(out: Path, options: dict[str, Any], given: Collection[str], ranks: Alone) -> tuple[Trainer, TrainingData]:
+    """A model that is there, with its tokenizer, its trainer and data. given: the options that were told."""
+    from ..generate.segments import segment_limit
+    from ..memory import memory as make_memory
+    from ..train import Trainer
+    from ..transformer import Transformer, load_checkpoint
+
+    check_out(out)
+    _refuse_a_model(out)
+    base, trainer_options = load_checkpoint(options["base"]), _trainer_options(options)
+    model, tokenizer = base.model, base.tokenizer
+    if tokenizer is None:
+        raise InvalidValue(f"--from: {options['base']} has no tokenizer; put its tokenizer.json beside it")
+    model.needs("decoder")
+    memory_text = none_of(options["memory"])
+    memory = base.memory() if "memory" not in given else make_memory(memory_text) if memory_text else None
+    if "segment_length" not in given:
+        limit = segment_limit(model.config, None)
+        options["segment_length"] = model.config.segment_length or min(options["segment_length"], limit or options["segment_length"])
+    if memory is not None or model.config.segment_length is not None:
+        config = model.config.replace(segment_length=options["segment_length"])
+        model = Transformer(config, weights=model.weights, generation=model.generation)
+    piped = take_piped(options, out)
+    about, objectives = describe_data(options)
+    sources = Sources(about, piped)
+    about["objective"] = resolve_objective(objectives, sources.kinds, model.config.has_encoder)
+    needed = tokenizer.vocab_size + n_sentinels(about["objective"], options["segment_length"])
+    if needed > model.config.vocab_size:
+        raise InvalidValue(
+            f"--objective: denoise needs a vocabulary of {needed} ids, the model has {model.config.vocab_size}; choose another objective"
+        )
+    about["fingerprint"] = sources.fingerprint()
     trainer = Trainer(model, memory, tokenizer=tokenizer, communicator=ranks, **trainer_options.to_dict())
     return trainer, TrainingData(sources, tokenizer, model.config, ranks)
 

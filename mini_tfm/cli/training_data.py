@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import math
@@ -200,6 +201,7 @@ class TrainingData:
         import numpy as np
 
         from ..data import Curriculum, Mixture
+        from ..train.arguments import as_read
         from ..train.backpropagation import counts_of
 
         self.about, self.tokenizer, self.config = sources.about, tokenizer, config
@@ -219,12 +221,14 @@ class TrainingData:
         for name in shares:
             data = self._objective(name, corpora[OBJECTIVES[name]][1])
             self.held_out += [data.batch(i) for i in range(VALIDATION_BATCHES)]
-        counts = [counts_of(batch, np.float64) for batch in self.held_out]
+        read = [as_read(config, batch) for batch in self.held_out]
+        counts = [counts_of(batch, np.float64) for batch in read]
         self.held_out_tokens = [float(each.sum()) for each in counts]
-        targets = np.concatenate([batch.target[each > 0] for batch, each in zip(self.held_out, counts, strict=True)])
-        self.held_out_bytes = None  # where the targets are not the text
+        targets = np.concatenate([batch.target[each > 0] for batch, each in zip(read, counts, strict=True)])
+        self.held_out_bytes = None  # where the targets are not the text, or the tokenizer's ids are not made of bytes
         if "denoise" not in shares:
-            self.held_out_bytes = sum(len(tokenizer.bytes_of(int(i))) for i in targets if i < tokenizer.vocab_size)
+            with contextlib.suppress(InvalidValue):
+                self.held_out_bytes = sum(len(tokenizer.bytes_of(int(i))) for i in targets if i < tokenizer.vocab_size)
 
     def _objective(self, name: str, corpus: Corpus) -> Any:
         from ..data import NextSegment, Pairs, SpanDenoising
@@ -233,7 +237,8 @@ class TrainingData:
         ids = {"eos_id": self.config.eos_id, "pad_id": self.config.pad_id, "has_encoder": has_encoder}
         shape = {"batch_size": about["batch_size"], "seed": about["seed"], **ids}
         if name == "pairs":
-            return Pairs(corpus, segment_length=about["segment_length"] if has_encoder else None, **shape)
+            frame = self.tokenizer.frame() if self.config.framed_by_tokenizer else ((), ())
+            return Pairs(corpus, segment_length=about["segment_length"] if has_encoder else None, frame=frame, **shape)
         shape |= {"segment_length": about["segment_length"], "n_segments": about["n_segments"], "bos_id": self.config.bos_id}
         return SpanDenoising(corpus, vocab_size=self.config.vocab_size, **shape) if name == "denoise" else NextSegment(corpus, **shape)
 

@@ -21,7 +21,8 @@ class Batch:
 
     weights: (B, n, L), of each target token in the loss; None: 1. Tokens past a length are masked.
     begins: (B, n) bool, where a new document begins with a segment: the row's memory is emptied, and nothing before it in the
-    row is seen. None: no row changes its document.
+    row is seen. None: no row changes its document. first: (B, n), the token in front of a segment that a document begins with,
+    which nobody predicts; -1: none. None: nowhere (see `Config.framed_by_tokenizer`).
     """
 
     source: np.ndarray | None
@@ -30,6 +31,7 @@ class Batch:
     target_lengths: np.ndarray = None  # type: ignore[assignment]  # filled in: whole segments
     weights: np.ndarray | None = None
     begins: np.ndarray | None = None
+    first: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         for name, tokens in (("source_lengths", self.source), ("target_lengths", self.target)):

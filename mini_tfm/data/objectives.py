@@ -212,7 +212,8 @@ class Pairs:
 
     segment_length: longer sources are read in segments, through the memory, and the target follows the last of them
     (shorter sources wait for the longest). None: sources are read at once. max_source_length, max_target_length: longer
-    pairs are an error, or with cut=True are cut; None: no limit. For decoder-only models source, `eos` and target are one
+    pairs are an error, or with cut=True are cut; None: no limit. frame: ids put before and after every source, which limits do not
+    count: `tokenizer.frame()` for a published model. For decoder-only models source, `eos` and target are one
     text, and the source is not in the loss.
     """
 
@@ -227,6 +228,7 @@ class Pairs:
         max_source_length: int | None = None,
         max_target_length: int | None = None,
         cut: bool = False,
+        frame: tuple[Any, Any] = ((), ()),
         pool_batches: int = 64,
         seed: int = 0,
         eos_id: int = 2,
@@ -242,7 +244,7 @@ class Pairs:
         if segment_length is not None and not has_encoder:
             raise InvalidValue("segment_length: expected None, because a decoder-only model reads source and target as one text")
         self.corpus = as_corpus(pairs, "pairs")
-        self.cut = cut
+        self.cut, self.frame = cut, tuple(np.asarray(ids, np.int64) for ids in frame)
         self.eos_id, self.pad_id, self.has_encoder = eos_id, pad_id, has_encoder
         if not cut:
             self._check_lengths()
@@ -256,6 +258,7 @@ class Pairs:
     def state(self) -> dict[str, Any]:
         names = ("batch_size", "segment_length", "max_source_length", "max_target_length", "cut", "pool_batches", "seed")
         own = {name: getattr(self, name) for name in (*names, "eos_id", "has_encoder")}
+        own |= {"frame": [ids.tolist() for ids in self.frame]} if any(map(len, self.frame)) else {}
         return {"objective": self.name, "corpus": self.corpus.fingerprint, **own}
 
     def with_segments(self, n_segments: int) -> Pairs:
@@ -274,6 +277,7 @@ class Pairs:
     def _row(self, i: int) -> list[Example | None]:
         source, target = self.corpus[i]
         source, target = source[: self.max_source_length], np.append(target[: self.max_target_length].astype(np.int64), self.eos_id)
+        source = np.concatenate([self.frame[0], source, self.frame[1]])
         length = self.segment_length or max(1, len(source))
         if not self.has_encoder or len(source) <= length:
             return [Example(*_given(source, target, self.eos_id, self.has_encoder))]
@@ -286,6 +290,7 @@ class Pairs:
         order = Permutation(total, self.seed, epoch)(np.arange(pool * size, min(total, (pool + 1) * size)))
         offsets = self.corpus.offsets
         sources, targets = (offsets[2 * order + side + 1] - offsets[2 * order + side] for side in (0, 1))
+        sources = sources + sum(map(len, self.frame))
         segments = -(-sources // self.segment_length) if self.segment_length and self.has_encoder else sources
         back_and_forth = np.where(sources % 2, targets, -targets)  # neighbours are alike where the source's length changes, too
         by_length = order[np.lexsort((back_and_forth, sources, segments))]

@@ -71,14 +71,13 @@ class Session:
 
         Where there are fewer, -inf and -1. Raises InvalidValue at NaN.
         """
-        packed = None if self.stream.run.changes_output else self.stream.model.output.packed(self.weights)
-        if packed is None:
+        found = None if self.stream.run.changes_output else self.stream.model.output.likeliest(hidden, self.weights, k)
+        if found is None:
             log_probs = _core.log_softmax(self.scores(hidden))
             ids = np.argsort(-log_probs, axis=1, kind="stable")[:, :k]
             return np.take_along_axis(log_probs, ids, 1), ids
-        scores, ids, lse = _core.linear_top_k(hidden, packed, k, lse=True)
-        self._check(scores[:, 0])
-        return scores - lse[:, None], ids
+        self._check(found[0][:, 0])
+        return found
 
     def _check(self, best: np.ndarray) -> None:
         if not np.isfinite(best).all():

@@ -89,6 +89,15 @@ class Tokenizer(ABC):
         """
         return self.encode(text)[:max_tokens]
 
+    def frame(self) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens that `encode_alone` puts before and after a text: two arrays of ids, which may be empty."""
+        text = "a"
+        ids, whole = self.encode(text), self.encode_alone(text, 1 << 20)
+        for start in range(len(whole) - len(ids) + 1):
+            if np.array_equal(whole[start : start + len(ids)], ids):
+                return whole[:start], whole[start + len(ids) :]
+        return whole[:0], whole[:0]  # a post-processor that changes the text itself
+
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> np.ndarray:
         """Messages -> (T,) int64, as the chat template of the tokenizer lays them out; see `mini_tfm.text.chat`.
 

@@ -1,11 +1,18 @@
-"""The arguments of a training step, checked: any shape that `Trainer.step` accepts -> a Batch of (B, n, L) arrays."""
+"""The arguments of a training step, checked: any shape that `Trainer.step` accepts -> a Batch of (B, n, L) arrays.
+
+And which weights are trained.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import fnmatch
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
+from ..config import Config
 from ..data.batches import Batch
 from ..errors import InvalidType, InvalidValue
 from ..model import Model
@@ -32,7 +39,34 @@ def checked_batch(
         if begins.dtype != bool or begins.shape not in (target.shape[:2], (target.shape[0] * target.shape[1],)):
             raise InvalidValue(f"begins: expected bool of shape {target.shape[:2]}, got {begins.dtype} of shape {begins.shape}")
         begins = begins.reshape(target.shape[:2])
-    return Batch(source, target, source_lengths, target_lengths, weights, begins)
+    batch = Batch(source, target, source_lengths, target_lengths, weights, begins)
+    return as_read(config, batch)
+
+
+def as_read(config: Config, batch: Batch) -> Batch:
+    """The batch as the model reads it: where no bos precedes a text, a document's first token is given, and predicted by nobody.
+
+    So a text is trained on as `Stream.begin` has it read and scored, and as Transformers has it.
+    """
+    if config.has_encoder or not config.framed_by_tokenizer:
+        return batch
+    lengths, begins = batch.target_lengths, np.zeros(batch.target_lengths.shape, bool)
+    unread = np.ones(len(lengths), bool)
+    for t in range(lengths.shape[1]):
+        unread |= False if batch.begins is None else batch.begins[:, t]
+        begins[:, t] = unread & (lengths[:, t] > 0)
+        unread &= ~begins[:, t]
+
+    def moved(array: np.ndarray) -> np.ndarray:
+        return np.where(begins[..., None], np.roll(array, -1, axis=2), array)
+
+    return dataclasses.replace(
+        batch,
+        target=moved(batch.target),
+        target_lengths=lengths - begins,
+        weights=None if batch.weights is None else moved(batch.weights),
+        first=np.where(begins, batch.target[..., :1].sum(2), -1),
+    )
 
 
 def _segments(name: str, tokens: Any, lengths: Any, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -67,3 +101,17 @@ def _weights(weights: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarra
     if not (np.isfinite(array).all() and (array >= 0).all()):
         raise InvalidValue("weights: expected finite numbers of at least 0")
     return array.reshape(shape)
+
+
+def trained_names(patterns: tuple[str, ...] | None, names: Iterable[str]) -> list[str]:
+    """The weights that `patterns` choose, all of them for None. Raises InvalidValue naming every pattern that fits none."""
+    names = list(names)
+    if patterns is None:
+        return names
+    if wrong := [pattern for pattern in patterns if not any(fnmatch.fnmatchcase(name, pattern) for name in names)]:
+        some = [name for name in names if name.startswith("memory.")] + names[:3]
+        raise InvalidValue(
+            f"trainable: expected patterns of weights' names, got {', '.join(map(repr, wrong))}, which fits none; names are"
+            f" {', '.join(some[:4])} and so on: print(list(model.weights))"
+        )
+    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]

@@ -36,7 +36,7 @@ def average_models(folders: Sequence[str | Path], out: str | Path) -> list[Path]
         for name, weight in other.model.weights.items():
             total[name] += weight
     for name, weight in first.model.weights.items():
-        weight[...] = total[name] / len(paths)
+        first.model.weights[name] = (total[name] / len(paths)).astype(weight.dtype)  # not into it: it may be a file, mapped
     save_model(out, first.model, tokenizer=first.tokenizer, memory_text=first.memory_text, new=True)
     return paths
 

@@ -122,9 +122,12 @@ def _chunk(loss: SegmentLoss, stream: Stream, segments: range, recompute: bool) 
     return parts, arrived
 
 
-def _send(part: Var | None, made: Leaves, arrived: Leaves) -> None:
-    """A segment's backward pass: from its part of the loss, and from what the next one's left in the leaves it started from."""
-    outputs: list[Any] = [] if part is None else [part]
+def _send(part: Any, made: Leaves, arrived: Leaves) -> None:
+    """A segment's backward pass: from its part of the loss, and from what the next one's left in the leaves it started from.
+
+    part: plain where no weight that is trained had a part in it.
+    """
+    outputs: list[Any] = [part] if isinstance(part, Var) else []
     grads: list[Any] = [None] * len(outputs)
     for key, leaf in arrived.items():
         if leaf.grad is not None:

@@ -195,7 +195,7 @@ _NO_LOGS = dict.fromkeys(KINDS)
 def check_data(trainer: Run, data: Any, other_data: bool) -> None:
     """Before the first step: refuses data that is not the resumed run's, and ranks that do not have the same of everything.
 
-    Weights and moments become those of rank 0. Raises InvalidValue.
+    Weights, frozen ones too, and moments become those of rank 0. Raises InvalidValue.
     """
     ranks, step, batch_of, state = trainer.communicator, trainer.step_count, batches_of("data", data), state_of(data)
     if not trainer.resumed or other_data:
@@ -217,6 +217,11 @@ def check_data(trainer: Run, data: Any, other_data: bool) -> None:
         raise InvalidValue(f"data: batch {step} of rank {ranks.rank} differs from that of rank 0; give all ranks the same data and seed")
     for array in (trainer.optimizer.arena, *trainer.optimizer.state().values()):
         ranks.share(array)
+    weights = trainer.model.weights
+    for name in sorted(weights.keys() - trainer.optimizer.weights.keys()):
+        ranks.share(array := np.array(weights[name], order="C"))  # not into it: it may be a file, mapped
+        if not np.array_equal(array, weights[name]):
+            weights[name] = array
 
 
 def _changed(trainer: Run, batch_of: Callable[[int], Batch], state: dict[str, Any] | None) -> str:

@@ -13,7 +13,6 @@ from .. import _core
 from ..autodiff import Var
 from ..errors import InvalidValue
 from ..memory.base import Param
-from ..weights import Weights
 
 
 def schedule_factor(schedule: str, step: int, warmup_steps: int, total_steps: int | None) -> float:
@@ -36,7 +35,7 @@ def schedule_factor(schedule: str, step: int, warmup_steps: int, total_steps: in
 class AdamW:
     """AdamW with decoupled weight decay (arXiv 1711.05101) and gradient clipping by the global norm.
 
-    weights: arrays by name; they are moved into the arena, `self.weights` has views of it. Norms, biases and
+    weights: arrays by name, those to train; they are moved into the arena, `self.weights` has views of it. Norms, biases and
     tables of positions do not decay; `params` says how the strategies' own parameters are treated.
     """
 
@@ -90,15 +89,15 @@ class AdamW:
             if given is None or np.shape(given) != view.shape:
                 got = "none" if given is None else f"shape {np.shape(given)}"
                 raise InvalidValue(f"model.weights[{name!r}]: expected shape {view.shape}, as it had when the Trainer was made, got {got}")
-            replaced[name] = np.array(given)  # it may be a part of the arena
+            replaced[name] = np.array(given) if np.may_share_memory(given, self.arena) else given
         for name, given in replaced.items():
             self.weights[name][...] = given
             weights[name] = self.weights[name]
 
     @functools.cached_property
-    def leaves(self) -> Weights:
+    def leaves(self) -> dict[str, Var]:
         """The weights as Vars whose gradients are added into the arena: the same at every step."""
-        return Weights({name: Var(weight, self.grads[name]) for name, weight in self.weights.items()})
+        return {name: Var(weight, self.grads[name]) for name, weight in self.weights.items()}
 
     def zero_grad(self) -> None:
         self.grad[:] = 0

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ..options import Options, option
+
+
+def _patterns(value: Any) -> tuple[str, ...]:
+    patterns = value if isinstance(value, tuple) and value else (value,)
+    if not all(isinstance(pattern, str) and pattern for pattern in patterns):
+        raise ValueError
+    return patterns
+
 
 SCHEDULES = ("cosine", "linear", "inverse_sqrt", "constant")
 
@@ -73,6 +81,13 @@ class TrainerOptions(Options):
     )
     early_stopping_threshold: float = option(
         0.0, "A loss counts as better if it is below the best by more than this, in nats per token.", at_least=0, unit="NATS"
+    )
+    trainable: tuple[str, ...] | None = option(
+        None,
+        "Train only the weights whose names match one of these patterns, such as memory.* or decoder.*.q.*; all others are frozen.",
+        read=_patterns,
+        expected="a name of a weight, a pattern such as memory.* or several",
+        unit="PATTERN",
     )
     seed: int = option(0, "Seed of dropout and of a memory's initial weights.", at_least=0, cli=False)
 

@@ -199,6 +199,6 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
 def digest(batch: Batch) -> str:
     """SHA-256 of a batch: by it a resumed run recognizes its data."""
     sha = hashlib.sha256()
-    for values in fields(batch):
+    for values in (*fields(batch), *(() if batch.first is None else (batch.first,))):  # runs of earlier releases have none
         sha.update(b"-" if values is None else repr((values.shape, values.dtype.str)).encode() + np.ascontiguousarray(values).tobytes())
     return sha.hexdigest()

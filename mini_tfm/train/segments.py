@@ -30,6 +30,8 @@ def read_segment(stream: Stream, batch: Batch, t: int, dropout: Dropout = NO_DRO
     begins = np.zeros(len(target), bool) if batch.begins is None or t == 0 else batch.begins[:, t]
     if begins.any():
         stream.begin_documents(begins)
+    if batch.first is not None:
+        stream.last = np.where(batch.first[:, t] >= 0, batch.first[:, t], stream.last)
     if batch.source is None or batch.source_lengths is None:
         stream.open(None, target_lengths, target, dropout.at(t))
     else:

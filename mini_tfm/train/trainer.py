@@ -20,7 +20,8 @@ from ..options import takes
 from ..stream import Stream
 from ..text.tokenizers import Tokenizer
 from ..transformer import Transformer
-from .arguments import checked_batch
+from ..weights import Weights
+from .arguments import checked_batch, trained_names
 from .backpropagation import SegmentLoss, backpropagate, counts_of
 from .interrupts import uninterrupted
 from .loop import Loop, check_data
@@ -65,7 +66,11 @@ class Trainer:
         self.communicator = communicator_of(communicator)
         model.add_memory_weights(memory, o.seed)
         params = memory_parameters(memory, model.config, model.dtype)
-        self.optimizer = AdamW(model.weights, params, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
+        self._trainable = o.trainable
+        trained = trained_names(o.trainable, model.weights)
+        self.optimizer = AdamW(
+            {name: model.weights[name] for name in trained}, params, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay
+        )
         self.optimizer.take(model.weights)  # views of the arena: the model sees every step
         self.step_count = 0
         self.losses: list[float] = []
@@ -110,6 +115,10 @@ class Trainer:
         when the loss or the gradient is not finite.
         """
         ranks = self.communicator
+        if self.options.trainable != self._trainable:
+            raise InvalidValue(
+                f"trainable: expected {self._trainable}, as when this Trainer was made, got {self.options.trainable}; make a new Trainer"
+            )
         with ranks.together():
             self.optimizer.take(self.model.weights)
             batch = self._batch(source, target, source_lengths, target_lengths, weights, begins)
@@ -226,7 +235,7 @@ class Trainer:
 
     def _backward(self, batch: Batch, dropout: Dropout, hidden: np.ndarray | None = None, total: float | None = None) -> float:
         """The training loss through all segments of the batch; adds its gradient to the arena."""
-        o, w = self.options, self.optimizer.leaves
+        o, w = self.options, Weights({**self.model.weights, **self.optimizer.leaves})
         options: dict[str, Any] = {"dropout": dropout, "hide_source": hidden, "label_smoothing": o.label_smoothing, "total": total}
         stream = Stream(self.model, self.memory, len(batch.target), weights=w, training=True)
         with ops.bfloat16_products(o.bfloat16):

@@ -14,7 +14,9 @@ import subprocess
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tokenizers
 from commands import ENVIRONMENT, TINY_OPTIONS, command, run_process, with_plugins, write_plugin
 from experiments import small_experiment
 
@@ -23,8 +25,10 @@ from mini_tfm.cli.shared import interrupt_between_steps
 from mini_tfm.cli.training import faster_threads
 from mini_tfm.compare import experiment as experiment_module
 from mini_tfm.compare.experiment import failed
+from mini_tfm.config import Config
 from mini_tfm.errors import FileProblem
-from mini_tfm.transformer import load_checkpoint
+from mini_tfm.train import Trainer
+from mini_tfm.transformer import Transformer, load_checkpoint
 
 
 def weights(folder):
@@ -416,3 +420,62 @@ def test_the_demo_for_real(run, tmp_path):
     answer = run("demo", "--steps", 60, "--out", tmp_path / "d", "--json").json
     assert len(answer["rows"]) == len(demo_module.MEMORIES)
     assert all(0 < row["bits_per_byte"] < 8 for row in answer["rows"])
+
+
+# ------------------------------------------------------------------------- from a model that is there
+
+
+def published(folder, **changes):
+    """A folder of Hugging Face's layout whose tokenizer puts tokens around a text."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2, "a": 3, "b": 4, "c": 5}, "<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    config = Config(**{"vocab_size": 8, "d_model": 8, "n_heads": 2, "n_encoder_layers": 1, "n_decoder_layers": 1, "attention_scale": 1.0,
+                       "norm": "rms", "norm_eps": 1e-6, "bias": False, "positions": "relative", "embedding_scale": False,
+                       "output_scale": 8**-0.5, "bos_id": 0, "eos_id": 1, **changes})  # fmt: skip
+    Transformer(config).save_hugging_face(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_train_from_a_published_model(run, tmp_path):
+    """A memory alone is trained beside it; the folder stays as it was, and the run goes on as any."""
+    base, pairs = published(tmp_path / "base"), tmp_path / "pairs.tsv"
+    pairs.write_text("".join(f"{'a b c '[: 2 * (i % 3 + 1)].strip()}\tb c\n" for i in range(30)))
+    before = {path.name: path.read_bytes() for path in base.iterdir()}
+    words = ("--batch-size", 2, "--memory", "recurrent:tokens=2", "--trainable", "memory.*", "--segment-length", 3, "--json")
+    answer = run("train", "--from", base, "--text", pairs, "--out", tmp_path / "m", "--steps", 3, *words).json
+    assert (answer["steps"], answer["memory"]) == (3, "recurrent:tokens=2")
+    assert {path.name: path.read_bytes() for path in base.iterdir()} == before
+    told = run("train", "--resume", tmp_path / "m", "--steps", 5, "--json").json
+    assert told["steps"] == 5
+    trained, first = load_checkpoint(tmp_path / "m"), load_checkpoint(base)
+    for name, weight in first.model.weights.items():
+        assert trained.model.weights[name].tobytes() == np.ascontiguousarray(weight).tobytes()
+    assert trained.model.config == first.model.config.replace(segment_length=3)
+    assert np.array_equal(trained.tokenizer.encode_alone("a b", 9), [3, 4, 1])
+    run("train", "--from", tmp_path / "m", "--text", pairs, "--out", tmp_path / "n", "--steps", 1, "--batch-size", 2)
+    assert load_checkpoint(tmp_path / "n").memory_text == "recurrent:tokens=2", "the model's own, where no other is asked for"
+
+
+def test_train_from_frames_sources_as_the_tokenizer_does(run, tmp_path, monkeypatch):
+    seen, step = [], Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda self, source, *given: seen.append(source) or step(self, source, *given))
+    base, pairs = published(tmp_path / "base"), tmp_path / "pairs.tsv"
+    pairs.write_text("a b\tc\n" * 20)
+    assert run("train", "--from", base, "--text", pairs, "--out", tmp_path / "m", "--steps", 1).code == 0
+    assert (seen[0] == [3, 4, 1]).all()
+
+
+def test_train_from_refuses_what_the_model_decides(run, tmp_path, texts):
+    base = published(tmp_path / "base")
+    for words in (("--d-model", 16), ("--tokenizer", "bytes"), ("--vocab-size", 300)):
+        failed = run("train", "--from", base, "--out", tmp_path / "m", *words)
+        assert failed.code == 2 and f"{words[0]} comes from the model with --from" in failed.err
+    wrong = run("train", "--from", base, "--text", texts[0], "--out", tmp_path / "m", "--trainable", "memory.*", "--steps", 1)
+    assert wrong.code != 0 and "trainable: expected patterns" in wrong.err
+    wrong = run("train", "--from", base, "--text", texts[0], "--objective", "denoise", "--out", tmp_path / "m")
+    assert wrong.code != 0 and "denoise needs a vocabulary" in wrong.err
+    (base / "tokenizer.json").unlink()
+    wrong = run("train", "--from", base, "--text", texts[0], "--out", tmp_path / "m")
+    assert wrong.code != 0 and "has no tokenizer" in wrong.err and not (tmp_path / "m" / "config.json").exists()

@@ -504,3 +504,21 @@ def test_numbers_of_numpy_are_numbers():
     ):
         assert json.loads(json.dumps(made.state)) == same.state
         assert (made.batch(np.int64(1)).target == same.batch(1).target).all()
+
+
+def test_a_frame_stands_around_every_source():
+    """Whole, in segments, and as one text; limits count the source alone."""
+    pairs = [(np.arange(10, 14), np.array([20])), (np.arange(10, 12), np.array([21, 22]))]
+    frame = ([7, 8], [9])
+    whole = {tuple(source[0]): n for source, n in _sources(Pairs(pairs, batch_size=1, frame=frame, max_source_length=4))}
+    assert whole == {(7, 8, 10, 11, 12, 13, 9): [7], (7, 8, 10, 11, 9): [5]}
+    parts = [source for source, n in _sources(Pairs(pairs, batch_size=1, frame=frame, segment_length=4)) if len(source) == 2]
+    np.testing.assert_array_equal(parts, [[[7, 8, 10, 11], [12, 13, 9, 0]], [[7, 8, 10, 11], [9, 0, 0, 0]]])
+    data = Pairs(pairs, batch_size=2, frame=frame, has_encoder=False)
+    assert {tuple(row[0, :4]) for row in data.batch(0).target} == {(7, 8, 10, 11)}
+    assert "frame" not in Pairs(pairs, batch_size=1).state and data.state["frame"] == [[7, 8], [9]]
+
+
+def _sources(data):
+    batches = [data.batch(step) for step in range(data.steps_per_epoch)]
+    return sorted(((batch.source[0], batch.source_lengths[0].tolist()) for batch in batches), key=lambda one: -one[0].sum())

@@ -9,11 +9,13 @@ from helpers import assert_same_bits
 from variants import tiny_model
 
 import mini_tfm as mt
+from mini_tfm import _core
 from mini_tfm.errors import InvalidValue
 from mini_tfm.generate import Session
 from mini_tfm.generate.cache import FIRST_CAPACITY
 from mini_tfm.stream import Stream
 
+VARIANTS_OF_OUTPUTS = ["pre norm", "untied", "bart", "marian", "decoder only, gemma"]
 VARIANTS = ["pre norm", "relative", "rotary", "decoder only"]
 MEMORIES = [None, "window:size=9,sinks=2,site=all", "recurrent:tokens=2", "store:top_k=3", "window:size=4+store:top_k=3"]
 RNG = np.random.default_rng(5)
@@ -213,3 +215,17 @@ def test_scores_that_are_not_numbers_are_an_error(options):
     model.weights["decoder.norm.weight"][0] = np.nan
     with pytest.raises(InvalidValue, match=r"the scores of token 1 of sequence 0 are not finite \(.*\); check that the model's weights"):
         model.generate(TEXT[:, :7], max_new_tokens=4, **options)
+
+
+@pytest.mark.parametrize("variant", VARIANTS_OF_OUTPUTS)
+def test_the_likeliest_are_those_of_all_scores(variant):
+    """A beam search asks for no others; an output layer may have a bias, a scale and a cap."""
+    model = model_for(variant)
+    session = begun(model, None, [0, 1, 2])
+    hidden = session.step(TEXT[:3, :4])
+    log_probs = _core.log_softmax(session.scores(hidden))
+    found, ids = session.likeliest(hidden, 5)
+    order = np.argsort(-log_probs, axis=1, kind="stable")[:, :5]
+    np.testing.assert_array_equal(ids, order)
+    np.testing.assert_allclose(found, np.take_along_axis(log_probs, order, 1), rtol=1e-5)
+    np.testing.assert_array_equal(session.best(hidden), order[:, 0])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -421,3 +422,18 @@ def test_mutated_files_raise_our_errors_or_work(capfd):
 @given(text=st.text(alphabet="ab \n", max_size=5000))
 def test_long_runs_round_trip(text):
     assert TOKENIZERS["bpe"].decode(TOKENIZERS["bpe"].encode(text)) == text
+
+
+@pytest.mark.parametrize(
+    "template, frame", [("$A", ([], [])), ("<s> $A", ([0], [])), ("$A </s>", ([], [1])), ("<s> $A </s> </s>", ([0], [1, 1]))]
+)
+def test_a_frame_is_what_encode_alone_puts_around_a_text(template, frame, tmp_path):
+    engine = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2, "a": 3, "b": 4}, "<unk>"))
+    engine.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    engine.post_processor = tokenizers.processors.TemplateProcessing(template, special_tokens=[("<s>", 0), ("</s>", 1)])
+    engine.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    before, after = tokenizer.frame()
+    assert (before.tolist(), after.tolist()) == frame
+    np.testing.assert_array_equal(tokenizer.encode_alone("b a", 99), [*before, 4, 3, *after])
+    assert [len(ids) for ids in ByteTokenizer().frame()] == [0, 0]

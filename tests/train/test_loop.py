@@ -42,7 +42,8 @@ def ragged(seed=0, size=5, n=2, length=4):
     lengths[1] = 0
     source, target = rng.integers(3, 13, (size, n, length)), rng.integers(3, 13, (size, n, length))
     begins = np.arange(size * n).reshape(size, n) % 3 == 0
-    return Batch(source, target, np.maximum(lengths, 1), lengths, rng.random((size, n, length)), begins)
+    batch = Batch(source, target, np.maximum(lengths, 1), lengths, rng.random((size, n, length)), begins)
+    return dataclasses.replace(batch, first=np.arange(batch.target_lengths.size).reshape(batch.target_lengths.shape))
 
 
 # ------------------------------------------------------------------------------------------- parts

@@ -122,7 +122,7 @@ def test_weights_and_gradients_are_views_of_the_arenas():
     np.testing.assert_array_equal(optimizer.weights["b"], weights["b"])
     leaves = optimizer.leaves
     assert leaves is optimizer.leaves, "they are made once"
-    backward((leaves["a"].value * 2).sum(), (leaves["b"].value * 3).sum())
+    backward((leaves["a"] * 2).sum(), (leaves["b"] * 3).sum())
     np.testing.assert_array_equal(optimizer.grads["a"], np.full((2, 2), 2.0))
     assert optimizer.grad.sum() == 4 * 2 + 3 * 3
     optimizer.zero_grad()

@@ -15,6 +15,7 @@ from ...data.batches import Batch
 from ...memory.base import Memory
 from ...model import Model
 from ...stream import Stream
+from ...train.arguments import as_read
 from ...train.segments import read_batch
 from .base import HeldOut
 
@@ -45,7 +46,7 @@ class Text:
 
 def bits_of(model: Model, memory: Memory | None, batch: Batch) -> tuple[float, int]:
     """Bits that all target tokens of a batch take, from memories that start empty; and the bytes of state at the end."""
-    stream = Stream(model, memory, len(batch.target))
+    stream, batch = Stream(model, memory, len(batch.target)), as_read(model.config, batch)
     total = 0.0
     for t, hidden in read_batch(stream, batch):
         counted = np.arange(batch.target.shape[2]) < batch.target_lengths[:, t, None]
