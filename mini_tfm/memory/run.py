@@ -179,7 +179,8 @@ class MemoryRun:
         self.decoded = np.zeros(batch, np.int64)  # of the decoder of an encoder-decoder, whose text may be longer or shorter
         self.number = 0
         self.states = [self._start(i, batch) for i in range(len(self.members))]
-        self._taken: dict[tuple[int, str, int], int] = {}  # rows that each member was offered at a site and layer
+        # Rows that each member was offered at a site and layer: at least so many in every stream, at most so many in any.
+        self._taken: dict[tuple[int, str, int], tuple[int, int]] = {}
         self.open(np.zeros(batch, np.int64))
 
     # One segment
@@ -219,9 +220,10 @@ class MemoryRun:
         """Warns of a member that gets its rows from one before it, where that one keeps all of them."""
         for i, before in self._sites.fed.items():
             member, source = self.members[i], self.members[before]
-            taken = {j: max((n for (at, *_), n in self._taken.items() if at == j), default=0) for j in (i, before)}
+            any_taken = any(most for (at, *_), (_, most) in self._taken.items() if at == i)
+            kept = max((least for (at, *_), (least, _) in self._taken.items() if at == before), default=0)
             most = source.spec.capacity if source.spec.capacity is not None else math.inf if _has(source, "drain") else 0
-            if not taken[i] and taken[before] > most:
+            if not any_taken and kept > most:
                 warnings.warn(
                     f"memory {member.name!r} gets no row: {source.name!r} before it in the stack takes all and drops none; put"
                     f" {member.name!r} before it, as in {member.name}+{source.name}, or let it work at another site or layer",
@@ -319,7 +321,8 @@ class MemoryRun:
     def _offer(self, i: int, method: str, new: New, project: Project | None) -> New | None:
         """Member i writes or absorbs `new`."""
         place = i, new.site, new.layer
-        self._taken[place] = self._taken.get(place, 0) + int(new.valid.sum(axis=1).max(initial=0))
+        (least, most), counts = self._taken.get(place, (0, 0)), new.valid.sum(axis=1)
+        self._taken[place] = least + int(counts.min() if len(counts) else 0), most + int(counts.max(initial=0))
         offered = self._as_asked_for(i, new, project)
         arguments = (offered,) if method == "absorb" else (new.site, new.layer, offered)
         check = partial(check_evicted, batch=self.batch, dims=self.dims[i])
