@@ -173,8 +173,14 @@ def test_a_folder_that_is_none_is_refused(tmp_path):
         load_folder(None)
 
 
+AUDITED = 100
+
+
 def test_loading_runs_nothing_and_stays_inside(tmp_path):
-    save_folder(tmp_path / "m", CONFIG, TENSORS)
+    rng, folders = np.random.default_rng(0), [str(tmp_path / f"m{number}") for number in range(AUDITED)]
+    for number, folder in enumerate(folders):
+        tensors = {f"w{i}": rng.standard_normal(rng.integers(0, 9, rng.integers(0, 4))) for i in range(number % 5)}
+        save_folder(folder, {**CONFIG, "number": number}, {**TENSORS, **tensors})
     events: list[tuple] = []
     listening = True
 
@@ -183,11 +189,12 @@ def test_loading_runs_nothing_and_stays_inside(tmp_path):
             events.append((event, arguments[0]))
 
     sys.addaudithook(hook)  # cannot be removed, hence the flag
-    load_folder(tmp_path / "m")
+    for folder in folders:
+        load_folder(folder)
     listening = False
     assert {event for event, _ in events} <= {"open"}
     opened = {path for _, path in events if isinstance(path, str)}  # the rest are descriptors
-    assert opened == {str(tmp_path / "m"), "config.json", "model.safetensors"}
+    assert opened == {*folders, "config.json", "model.safetensors"}
 
 
 def test_saves_are_byte_equal_and_do_not_depend_on_order(tmp_path):
