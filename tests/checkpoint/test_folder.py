@@ -3,10 +3,12 @@
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from contents import CONFIG, TENSORS, load_folder, same, snapshot
+from helpers import in_a_process
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -144,6 +146,40 @@ def test_a_bad_config_is_refused_by_name(kind, tmp_path):
     assert str(path) in str(caught.value) and len(str(caught.value)) < 1000
     with pytest.raises(InvalidValue):
         read_json_strict(path)
+
+
+WITHOUT_ASSERTS = """
+import sys
+from pathlib import Path
+
+folder, *places = map(Path, sys.argv[1:])
+sys.path[:0] = map(str, places)
+from test_folder import BAD_JSON, TENSORS
+from test_safetensors import BAD_TENSORS
+from contents import load_folder
+from mini_tfm.checkpoint.folder import save_folder
+from mini_tfm.errors import InvalidValue
+
+if __debug__:
+    raise SystemExit("asserts are on")
+for name, table in (("config.json", BAD_JSON), ("model.safetensors", BAD_TENSORS)):
+    for kind, content in table.items():
+        save_folder(folder, {}, TENSORS)
+        (folder / name).write_bytes(content)
+        try:
+            load_folder(folder)
+        except InvalidValue:
+            continue
+        raise SystemExit(f"{kind} was taken")
+    print(len(table))
+"""
+
+
+def test_bad_files_are_refused_without_asserts(tmp_path):
+    """Under `python -O`."""
+    places = Path(__file__).parent, Path(__file__).parents[1]
+    counts = in_a_process(WITHOUT_ASSERTS, tmp_path / "m", *places, PYTHONOPTIMIZE="1").stdout.split()
+    assert int(counts[0]) == len(BAD_JSON) and int(counts[1]) > 45
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
