@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Self, TypeVar
 
 from .errors import InvalidType, InvalidValue, shown
 
+LARGEST = 2**128 - 1  # of an integer: the longest seed; no count is near it, and each can be written as JSON
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -67,7 +68,8 @@ class Options:
             try:
                 value = _read(field, value)
             except ValueError:
-                faults.append(f"{field.name}: expected {_expected(field)}, got {shown(value)}")
+                much = " of at most 128 bits" if type(value) is int and abs(value) > LARGEST else ""
+                faults.append(f"{field.name}: expected {_expected(field)}{much}, got {shown(value)}")
                 continue
             object.__setattr__(self, field.name, value)
         if faults:
@@ -167,7 +169,7 @@ def _fits(field: dataclasses.Field, value: Any) -> bool:
     if kind == "bool":
         return isinstance(value, bool)
     if kind == "int":
-        return type(value) is int and _is_within(limits, value)
+        return type(value) is int and abs(value) <= LARGEST and _is_within(limits, value)
     if kind == "float":
         return _is_number(value) and _is_within(limits, value)
     if kind.startswith("tuple"):

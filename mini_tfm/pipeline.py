@@ -22,7 +22,7 @@ from .generate.segments import check_length, goes_on, in_segments, segment_limit
 from .generate.stops import BeforeStop
 from .memory.base import Memory
 from .memory.registry import memory as make_memory
-from .options import takes
+from .options import LARGEST, takes
 from .pooling import Pooling, normalized
 from .stream import Stream
 from .text.tokenizers import StreamDecoder, Tokenizer
@@ -129,6 +129,8 @@ class Pipeline:
             raise InvalidValue(
                 "read: this model has no decoder (n_decoder_layers is 0), and embed takes each text alone: nothing would look at it"
             )
+        if not isinstance(skip, int | np.integer) or isinstance(skip, bool) or not 0 <= skip <= LARGEST:
+            raise InvalidValue(f"skip: expected a number of tokens of at least 0, got {shown(skip)}")
         count = 0
         for number, segment in enumerate(self._segments(text)):
             count += len(segment)
@@ -176,8 +178,8 @@ class Pipeline:
         """
         if isinstance(texts, str) or not isinstance(texts, Iterable):
             raise InvalidType(f"texts: expected an iterable of str, got {type(texts).__name__}; `generate` takes one text")
-        if not isinstance(batch_tokens, int) or isinstance(batch_tokens, bool) or batch_tokens < 1:
-            raise InvalidValue(f"batch_tokens: expected an integer of at least 1, got {batch_tokens!r}")
+        if not isinstance(batch_tokens, int | np.integer) or isinstance(batch_tokens, bool) or not 1 <= batch_tokens <= LARGEST:
+            raise InvalidValue(f"batch_tokens: expected an integer of at least 1, got {shown(batch_tokens)}")
         chosen = self._options(options, False)
         self.model.needs("decoder")
         begun = [self._begun(self._encode(text)) for text in texts]

@@ -14,13 +14,13 @@ from . import _core
 from .autodiff import value_of
 from .checkpoint.models import read_model, save_hugging_face, save_model
 from .config import Config
-from .errors import InvalidType, InvalidValue
+from .errors import InvalidType, InvalidValue, shown
 from .generate import GenerationOptions, generate
 from .memory.base import Memory
 from .memory.registry import memory_of_file
 from .memory.run import memory_parameters
 from .model import Model, initial_weights
-from .options import takes
+from .options import LARGEST, takes
 from .pooling import Pooling
 from .stream import Stream
 from .text.tokenizers import Tokenizer
@@ -47,8 +47,8 @@ class Transformer(Model):
             raise InvalidType(f"config: expected a Config, got {type(config).__name__}")
         if dtype not in (np.float32, np.float64, "float32", "float64"):
             raise InvalidType(f"dtype: expected float32 or float64, got {dtype}")
-        if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or seed < 0:
-            raise InvalidValue(f"seed: expected an integer of at least 0, got {seed!r}")
+        if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or not 0 <= seed <= LARGEST:
+            raise InvalidValue(f"seed: expected an integer of at least 0 and at most 128 bits, got {shown(seed)}")
         weights = initial_weights(config, seed, np.dtype(dtype)) if weights is None else weights
         super().__init__(config, weights, np.dtype(dtype), generation)
 
@@ -65,7 +65,8 @@ class Transformer(Model):
         """Teacher-forced scores (B, T, V): row t scores target[:, t], given the source and target[:, :t].
 
         The target is shifted inside: the decoder is fed `bos_id` and target[:, :-1]. source: (B, S) ids, or None
-        for a decoder-only model.
+        for a decoder-only model. Such a model, if it was trained on segments, begins a new one every `Config.segment_length` tokens,
+        as `Pipeline.score` and `generate` do: from the last token of the one before, and its positions anew.
         """
         self.needs("decoder")
         target, target_lengths = check_tokens("target", target, self.config.vocab_size, target_lengths)
@@ -76,9 +77,15 @@ class Transformer(Model):
                 raise InvalidValue(f"target: expected {len(source)} sequences, as source has, got {len(target)}")
         elif source is not None:
             raise InvalidValue("source: expected None, because this model has no encoder")
-        stream = Stream(self, None, len(target))
-        stream.open(source, lengths)
-        return value_of(stream.logits(stream.decode(target, target_lengths)))
+        stream, found = Stream(self, None, len(target)), []
+        whole = max(1, target.shape[1])
+        length = (None if self.config.has_encoder else self.config.segment_length) or whole
+        for start in range(0, whole, length):
+            segment, here = target[:, start : start + length], np.clip(target_lengths - start, 0, length)
+            stream.open(source, lengths if self.config.has_encoder else here)
+            found.append(value_of(stream.logits(stream.decode(segment, here))))
+            stream.finish()
+        return np.concatenate(found, axis=1)
 
     def score_targets(self, source: Any, target: Any, source_lengths: Any = None, target_lengths: Any = None) -> np.ndarray:
         """Log-probabilities (B, T) of given targets (B, T), each token given the source and those before it; 0 past the length.

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import click
 import pytest
+import reliability
 
 import mini_tfm as mt
 from mini_tfm.cli import COMMANDS, main
@@ -242,6 +243,10 @@ def test_a_built_in_memory_and_its_options_are_documented(name):
     rows = [line for line in text_of(*PAGES).splitlines() if line.startswith(f"| `{name}` ")]
     options = describe_memory(name)["options"]
     assert any(all(f"`{option}`" in row for option in options) for row in rows), f"no table has {name} with {', '.join(options)}"
+
+
+def test_the_counts_of_reliability_are_those_of_the_tests():
+    assert reliability.PAGE.read_text(encoding="utf-8") == reliability.page(), "out of date: python tests/reliability.py"
 
 
 # The tree

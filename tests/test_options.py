@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 import os
+from fractions import Fraction
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,9 +14,12 @@ import pytest
 import mini_tfm as mt
 from mini_tfm.cli.options import options_of
 from mini_tfm.cli.train import train
+from mini_tfm.data import Corpus, Curriculum, Mixture, NextSegment, Pairs, SpanDenoising, TextStreams
+from mini_tfm.data.batches import Batch
+from mini_tfm.data.permutation import Permutation
 from mini_tfm.errors import InvalidType, InvalidValue, MiniTfmError
 from mini_tfm.generate.options import GenerationOptions
-from mini_tfm.options import Options, about, option, takes
+from mini_tfm.options import Options, about, kinds, option, takes
 from mini_tfm.text import split_documents, train_bpe
 from mini_tfm.text.tokenizers import ByteTokenizer
 from mini_tfm.train.options import FitOptions, TrainerOptions
@@ -150,10 +154,94 @@ def takers():
         "recurrent tokens": (lambda n: mt.memory("recurrent", tokens=n), 8),
         "store top_k": (lambda n: mt.memory("store", top_k=n), 8),
         "store layer": (lambda n: mt.memory("store", layer=n), 0),
+        "sinusoidal_positions n": (lambda n: mt.sinusoidal_positions(n, 4), 3),
+        "sinusoidal_positions d_model": (lambda n: mt.sinusoidal_positions(4, n), 3),
+        "set_num_threads": (_threads, 2),
+        "attention window": (lambda n: mt.attention(HEADS, HEADS, HEADS, window=n), 2),
+        "attention scale": (lambda n: mt.attention(HEADS, HEADS, HEADS, scale=n), 2),
+        "attention cap": (lambda n: mt.attention(HEADS, HEADS, HEADS, cap=n), 2),
+        "Transformer seed": (lambda n: mt.Transformer(mt.Config(**SMALL), seed=n), 8),
+        "generate_many batch_tokens": (lambda n: mt.Pipeline(model, tokenizer).generate_many([], batch_tokens=n), 8),
+        "read skip": (lambda n: mt.Pipeline(model, tokenizer, "window").read("", skip=n), 3),
+        **dict(_of_data()),
+        **dict(_of_training()),
     }
 
 
+def _threads(n):
+    before = mt.get_num_threads()
+    mt.set_num_threads(n)
+    mt.set_num_threads(before)
+
+
+def _of_data():
+    """The doors of training data; each makes a batch."""
+    ids, streams = [np.arange(3, 40)], {"segment_length": 4, "n_segments": 2, "batch_size": 2}
+    fields = {"segment_length": 4, "n_segments": 2, "batch_size": 2, "seed": 3, "bos_id": 1, "pad_id": 0}
+    for name, good in fields.items():
+        for kind in (TextStreams, NextSegment):
+            yield f"{kind.__name__} {name}", (lambda n, kind=kind, name=name: kind(ids, **{**streams, name: n}).batch(0), good)
+    data = NextSegment(ids, **streams)
+    denoising = {**streams, "vocab_size": 60}
+    for name, good in {"vocab_size": 60, "mean_span": 3}.items():
+        yield f"SpanDenoising {name}", (lambda n, name=name: SpanDenoising(ids, **{**denoising, name: n}).batch(0), good)
+    yield "SpanDenoising.sentinels segment_length", (SpanDenoising.sentinels, 8)
+    yield "SpanDenoising.sentinels mean_span", (lambda n: SpanDenoising.sentinels(8, 0.2, n), 2)
+    pairs = {"batch_size": 2, "segment_length": 4, "max_source_length": 5, "pool_batches": 2, "seed": 3, "eos_id": 2, "pad_id": 0}
+    for name, good in pairs.items():
+        yield f"Pairs {name}", (lambda n, name=name: Pairs([(ids[0], ids[0])], **{"batch_size": 2, "cut": True, name: n}).batch(0), good)
+    yield "Mixture weight", (lambda n: Mixture({"a": (data, n), "b": (data, 1)}).batch(0), 2)
+    yield "Mixture seed", (lambda n: Mixture({"a": (data, 1)}, seed=n).batch(0), 2)
+    yield "Curriculum step", (lambda n: Curriculum(data, [(0, 1), (n, 2)]).batch(0), 2)
+    yield "Curriculum segments", (lambda n: Curriculum(data, [(0, n)]).batch(0), 2)
+    for kind, made in (("NextSegment", data), ("TextStreams", TextStreams(ids, **streams)), ("Mixture", Mixture({"a": (data, 1)}))):
+        yield f"{kind}.batch step", (made.batch, 2)
+    yield "TextStreams.batch n_segments", (lambda n: TextStreams(ids, **streams).batch(0, n), 2)
+    yield "NextSegment.with_segments", (data.with_segments, 2)
+    yield "Corpus.of end_id", (lambda n: Corpus.of(ids, end_id=n), 2)
+    yield "Corpus.of vocab_size", (lambda n: Corpus.of(ids, vocab_size=n), 60)
+    yield "Permutation n", (lambda n: Permutation(n, 0), 2)
+
+
+def _of_training():
+    """The doors of training: each takes a step, or none."""
+    model = mt.Transformer(mt.Config(**{**SMALL, "n_encoder_layers": 0}))
+    text = np.full((3, 4), 5)
+    for field in dataclasses.fields(TrainerOptions):
+        good = {"int": 2, "float": 0 if about(field).below else 1}.get(kinds(field)[0])
+        if good is not None:
+            yield f"Trainer {field.name}", (lambda n, name=field.name: mt.Trainer(model, **{name: n}).step(None, text), good)
+    for field in dataclasses.fields(FitOptions):
+        if kinds(field)[0] == "int":
+            yield f"fit {field.name}", (lambda n, name=field.name: FitOptions(**{name: n}), 2)
+    batch = Batch(None, text[:, None])
+    fit = lambda **given: mt.Trainer(model).fit(lambda step: batch, progress=False, **given)  # noqa: E731
+    yield "fit steps", (lambda n: fit(steps=n), 1)
+    yield "step weights", (lambda n: mt.Trainer(model).step(None, text, weights=[[n] * 4] * 3), 1)
+
+
+HEADS = np.ones((1, 1, 3, 4), np.float32)
+TAKES_SHARES = {"generate top_p", "generate temperature", "attention scale", "attention cap", "Mixture weight", "step weights"}
+TAKES_SHARES |= {"SpanDenoising mean_span", "SpanDenoising.sentinels mean_span"}
+TAKES_SHARES |= {f"Trainer {field.name}" for field in dataclasses.fields(TrainerOptions) if kinds(field)[0] == "float"}
+WRONG = [-1, True, float("nan"), float("inf"), -(10**400), Fraction(10**400, 3), "1", [1]]
+TAKEN_THERE = {  # what one door takes of them
+    "attention scale": [-1], "step weights": [True, "1"], "bytes_of": [True], "split_documents seed": [-1], "store layer": [-1],
+}  # fmt: skip
+
+
 SMALL = {"vocab_size": 259, "d_model": 8, "n_heads": 2, "n_encoder_layers": 1, "n_decoder_layers": 1}
+
+
+@pytest.mark.parametrize("name", takers())
+def test_a_wrong_number_is_an_error_of_ours(name):
+    call, _ = takers()[name]
+    for value in WRONG if name in TAKES_SHARES else [*WRONG, 1.5]:
+        if value in TAKEN_THERE.get(name, []):
+            continue
+        with pytest.raises(MiniTfmError) as caught:
+            call(value)
+        assert len(str(caught.value)) < 500
 
 
 @pytest.mark.parametrize("name", takers())

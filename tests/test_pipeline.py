@@ -430,6 +430,27 @@ def test_a_score_is_the_sum_of_the_log_probabilities():
     assert p.score(text)["bits"] == pytest.approx(bits, rel=1e-9)
 
 
+@pytest.mark.parametrize("positions", ["sinusoidal", "learned", "rotary", "relative"])
+def test_logits_of_a_long_target_are_those_of_segments(positions):
+    """Of a decoder-only model: what `score` adds up, what `generate` chooses from, and the same in a ragged batch."""
+    fields = {"n_encoder_layers": 0, "segment_length": SEGMENT, "positions": positions}
+    fields |= {"max_positions": SEGMENT} if positions == "learned" else {}
+    p = Pipeline(tiny_model(vocab_size=259, **fields), ByteTokenizer())
+    ids = p.tokenizer.encode(prose(12))
+    assert len(ids) > 4 * SEGMENT and len(ids) % SEGMENT
+    found = p.model.score_targets(None, ids[None])
+    assert -found.sum() / math.log(2) == pytest.approx(p.score(prose(12))["bits"], rel=1e-9)
+    prompt = ids[: SEGMENT + 4]
+    [made] = p.model.generate(prompt[None], max_new_tokens=2 * SEGMENT, stop_at_eos=False)
+    logits = p.model.logits(None, [[*prompt, *made]])[0]
+    assert logits[len(prompt) :].argmax(axis=1).tolist() == made
+    rows, lengths = np.stack([ids, ids[::-1]]), np.array([2 * SEGMENT - 3, len(ids)])
+    both = p.model.score_targets(None, rows, target_lengths=lengths)
+    for row, n, alone in zip(both, lengths, rows, strict=True):
+        np.testing.assert_allclose(row[:n], p.model.score_targets(None, alone[None, :n])[0], rtol=1e-9)
+        assert (row[n:] == 0).all()
+
+
 def test_a_score_of_pieces_is_that_of_the_text(small_pieces):
     p, text = pipe("window:size=20", tokenizer="bpe"), prose(40)
     assert p.score(cut(text, 1)) == p.score(text)

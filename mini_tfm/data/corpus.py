@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InvalidType, InvalidValue
+from ..errors import InvalidType, InvalidValue, shown
 from ..text.tokenizers import Tokenizer
-from .checks import number
+from .checks import MOST, integers, number
 from .sources import TextFiles
 
 KINDS = ("texts", "pairs")
@@ -76,7 +76,7 @@ class Corpus:
         if not isinstance(i, int | np.integer):
             raise InvalidType(f"i: expected an integer, got {type(i).__name__}")
         if not -len(self) <= i < len(self):
-            raise IndexError(f"expected 0 to {len(self) - 1}, got {i}")  # what ends a loop over a sequence
+            raise IndexError(f"expected 0 to {len(self) - 1}, got {shown(i)}")  # what ends a loop over a sequence
         i = int(i) % len(self)
         return self.document(i) if self.kind == "texts" else (self.document(2 * i), self.document(2 * i + 1))
 
@@ -126,7 +126,7 @@ class Corpus:
         Splits between documents or pairs; of fewer than ten texts, one may be cut in two. Copies nothing.
         """
         if not 0 < number(held_out) < 1:
-            raise InvalidValue(f"held_out: expected a share between 0 and 1, got {held_out!r}")
+            raise InvalidValue(f"held_out: expected a share between 0 and 1, got {shown(held_out)}")
         first, last = int(self.offsets[0]), int(self.offsets[-1])
         wanted = max(first + 1, min(last - 1, last - round(self.n_tokens * held_out)))
         a_unit = 2 if self.kind == "pairs" else 1
@@ -178,9 +178,11 @@ class TokenSource:
             raise InvalidType(f"documents: expected several, or TextFiles, got {type(documents).__name__}; put one document into a list")
         if isinstance(documents, TextFiles) and tokenizer is None:
             raise InvalidType("tokenizer: expected a Tokenizer, because the documents are text; got None")
+        if vocab_size is not None:
+            [vocab_size] = integers(vocab_size=vocab_size)
         self.vocab_size = tokenizer.vocab_size if tokenizer is not None else vocab_size
-        if end_id is not None and (not isinstance(end_id, int) or not 0 <= end_id < (self.vocab_size or 1 << 32)):
-            raise InvalidValue(f"end_id: expected a token of the vocabulary or None, got {end_id!r}")
+        if end_id is not None:
+            [end_id] = integers(0, (self.vocab_size or MOST + 1) - 1, end_id=end_id)
         self.documents, self.tokenizer, self.end_id = documents, tokenizer, end_id
         self.kind = documents.kind if isinstance(documents, TextFiles) else "texts"
 

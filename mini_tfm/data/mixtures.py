@@ -9,9 +9,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from ..errors import InvalidType, InvalidValue
+from ..errors import InvalidType, InvalidValue, shown
 from .batches import Batch
-from .checks import integers, number
+from .checks import MOST, large, number
 from .permutation import Permutation
 
 BLOCK_STEPS = 1000  # in each block of steps a part of a mixture has exactly its share
@@ -38,13 +38,13 @@ class Mixture:
 
     def __init__(self, parts: Mapping[str, tuple[Any, float]], *, seed: int = 0):
         if not isinstance(parts, Mapping) or not parts:
-            raise InvalidType(f"parts: expected a mapping of name -> (data, weight), got {parts!r}")
+            raise InvalidType(f"parts: expected a mapping of name -> (data, weight), got {shown(parts)}")
         for name, part in parts.items():
             if not isinstance(part, tuple) or len(part) != 2 or not isinstance(part[0], Data):
-                raise InvalidType(f"parts[{name!r}]: expected (data, weight), data with a method batch(step), got {part!r}")
+                raise InvalidType(f"parts[{name!r}]: expected (data, weight), data with a method batch(step), got {shown(part)}")
             if not 0 < number(part[1]) < float("inf"):
-                raise InvalidValue(f"parts[{name!r}]: expected a weight above 0, got {part[1]!r}")
-        [self.seed] = integers(0, seed=seed)
+                raise InvalidValue(f"parts[{name!r}]: expected a weight above 0, got {shown(part[1])}")
+        [self.seed] = large(seed=seed)
         self.parts = {name: (data, number(weight)) for name, (data, weight) in parts.items()}
         weights = np.array([weight for _, weight in self.parts.values()], np.float64)
         exact = BLOCK_STEPS * weights / weights.sum()
@@ -78,7 +78,7 @@ class Mixture:
         return np.repeat(np.arange(len(self._counts)), self._counts)[Permutation(BLOCK_STEPS, self.seed, block)(np.arange(BLOCK_STEPS))]
 
     def batch(self, step: int) -> Batch:
-        [step] = integers(0, step=step)
+        [step] = large(step=step)
         name, i = self.choice(step)
         return self.parts[name][0].batch(i)
 
@@ -95,12 +95,13 @@ class Curriculum:
             raise InvalidType(f"data: expected data with methods batch and with_segments, got {type(data).__name__}")
         stages = list(stages) if isinstance(stages, Sequence) and not isinstance(stages, str) else []
         good = all(
-            isinstance(stage, tuple | list) and len(stage) == 2 and all(isinstance(number(n), int) for n in stage) for stage in stages
+            isinstance(stage, tuple | list) and len(stage) == 2 and all(isinstance(number(n), int) and n <= MOST for n in stage)
+            for stage in stages
         )
         firsts = [stage[0] for stage in stages] if good else []
         if not firsts or firsts[0] != 0 or sorted(set(firsts)) != firsts or any(stage[1] < 1 for stage in stages):
             raise InvalidValue(
-                f"stages: expected (first step, segments), the first at step 0, steps going up, segments of at least 1; got {stages!r}"
+                f"stages: expected (first step, segments), the first at step 0, steps going up, segments of at least 1; got {shown(stages)}"
             )
         self.data = data
         self.stages = [(int(first), int(n)) for first, n in stages]
@@ -115,7 +116,7 @@ class Curriculum:
         return int(np.searchsorted([first for first, _ in self.stages], step, side="right")) - 1
 
     def batch(self, step: int) -> Batch:
-        [step] = integers(0, step=step)
+        [step] = large(step=step)
         i = self.stage(step)
         return self._of_stage[i].batch(step - self.stages[i][0])
 

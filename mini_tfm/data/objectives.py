@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from typing import Any, TypeVar
 
 import numpy as np
 
-from ..errors import InvalidValue
+from ..errors import InvalidValue, shown
 from .batches import Batch, Example, lay_out
-from .checks import integers, number
+from .checks import MOST, integers, large, number
 from .corpus import CHUNK, as_corpus
 from .packing import PackedRows, SegmentLine, Window
 from .permutation import Permutation
@@ -47,9 +48,10 @@ class Packed:
     ):
         counts = integers(segment_length=segment_length, n_segments=n_segments, batch_size=batch_size)
         self.segment_length, self.n_segments, self.batch_size = counts
-        [self.seed] = integers(0, seed=seed)
+        [self.seed] = large(seed=seed)
         self.corpus = as_corpus(documents, "texts")
-        self.bos_id, self.eos_id, self.pad_id, self.has_encoder = bos_id, eos_id, pad_id, has_encoder
+        self.bos_id, self.eos_id, self.pad_id = integers(0, bos_id=bos_id, eos_id=eos_id, pad_id=pad_id)
+        self.has_encoder = has_encoder
         self._line = SegmentLine(self.corpus, self.segment_length)
 
     @property
@@ -74,7 +76,7 @@ class Packed:
         return other
 
     def batch(self, step: int) -> Batch:
-        [step] = integers(0, step=step)
+        [step] = large(step=step)
         rows = []
         for place, windows in self._rows.rows(step):
             rows.append([self._example(window, (*place, t)) for t, window in enumerate(windows)])
@@ -133,13 +135,9 @@ class SpanDenoising(Packed):
         **options: Any,
     ):
         super().__init__(documents, **options)
-        faults = []
-        if not 0 < number(noise_density) < 1:
-            faults.append(f"noise_density: expected a share between 0 and 1, got {noise_density!r}")
-        if not number(mean_span) >= 1:
-            faults.append(f"mean_span: expected at least 1 token, got {mean_span!r}")
-        if not number(vocab_size) >= 1 or not isinstance(number(vocab_size), int):
-            faults.append(f"vocab_size: expected an integer of at least 1, got {vocab_size!r}")
+        faults = _span_faults(noise_density, mean_span)
+        if not isinstance(number(vocab_size), int) or not 1 <= vocab_size <= MOST:
+            faults.append(f"vocab_size: expected an integer of at least 1 and at most {MOST}, got {shown(vocab_size)}")
         if faults:
             raise InvalidValue("SpanDenoising: " + "; ".join(faults))
         self.vocab_size, self.noise_density, self.mean_span = int(vocab_size), number(noise_density), number(mean_span)
@@ -150,7 +148,10 @@ class SpanDenoising(Packed):
 
     @staticmethod
     def sentinels(segment_length: int, noise_density: float = 0.15, mean_span: float = 3.0) -> int:
-        """The number of sentinels for segments of `segment_length` tokens, the last one included."""
+        """The number of sentinels for segments of `segment_length` tokens, the last one included. Raises InvalidValue."""
+        if faults := _span_faults(noise_density, mean_span):
+            raise InvalidValue("SpanDenoising: " + "; ".join(faults))
+        [segment_length] = integers(segment_length=segment_length)
         return _spans(segment_length, noise_density, mean_span)[1] + 1
 
     @property
@@ -181,6 +182,15 @@ class SpanDenoising(Packed):
         target.append(marks[-1])
         joined = _given(np.concatenate(source), np.concatenate(target), self.eos_id, self.has_encoder)
         return Example(*joined, begins=window.start == 0)
+
+
+def _span_faults(noise_density: Any, mean_span: Any) -> list[str]:
+    faults = []
+    if not 0 < number(noise_density) < 1:
+        faults.append(f"noise_density: expected a share between 0 and 1, got {shown(noise_density)}")
+    if not 1 <= number(mean_span) < math.inf:
+        faults.append(f"mean_span: expected at least 1 token, got {shown(mean_span)}")
+    return faults
 
 
 def _spans(length: int, noise_density: float, mean_span: float) -> tuple[int, int]:
@@ -240,12 +250,13 @@ class Pairs:
         self.batch_size, self.pool_batches, *counts = integers(batch_size=batch_size, pool_batches=pool_batches, **given)
         limits |= dict(zip(given, counts, strict=True))
         self.segment_length, self.max_source_length, self.max_target_length = limits.values()
-        [self.seed] = integers(0, seed=seed)
+        [self.seed] = large(seed=seed)
         if segment_length is not None and not has_encoder:
             raise InvalidValue("segment_length: expected None, because a decoder-only model reads source and target as one text")
         self.corpus = as_corpus(pairs, "pairs")
         self.cut, self.frame = cut, tuple(np.asarray(ids, np.int64) for ids in frame)
-        self.eos_id, self.pad_id, self.has_encoder = eos_id, pad_id, has_encoder
+        self.eos_id, self.pad_id = integers(0, eos_id=eos_id, pad_id=pad_id)
+        self.has_encoder = has_encoder
         if not cut:
             self._check_lengths()
         self._pool = functools.lru_cache(2)(self._sorted_pool)
@@ -266,7 +277,7 @@ class Pairs:
         return self
 
     def batch(self, step: int) -> Batch:
-        [step] = integers(0, step=step)
+        [step] = large(step=step)
         epoch, at = divmod(step, self.steps_per_epoch)
         pool, within = divmod(at, self.pool_batches)
         rows = [self._row(int(i)) for i in self._pool(epoch, pool)[within]]

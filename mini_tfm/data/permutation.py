@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InvalidType, InvalidValue
+from ..errors import InvalidType, InvalidValue, shown
 
 ROUNDS = 8  # four suffice for wide blocks; the few bits of a small corpus want more
 LARGEST = 1 << 60
@@ -28,7 +28,9 @@ class Permutation:
     def __init__(self, n: int, seed: int, epoch: int = 0):
         for name, value, low, high in (("n", n, 1, LARGEST), ("seed", seed, 0, None), ("epoch", epoch, 0, None)):
             if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < low or (high and value > high):
-                raise InvalidValue(f"{name}: expected an integer of at least {low}{f' and at most {high}' if high else ''}, got {value!r}")
+                raise InvalidValue(
+                    f"{name}: expected an integer of at least {low}{f' and at most {high}' if high else ''}, got {shown(value)}"
+                )
         self.n = int(n)
         self._half = np.uint64(max(1, -(-(self.n - 1).bit_length() // 2)))
         self._mask = (np.uint64(1) << self._half) - np.uint64(1)

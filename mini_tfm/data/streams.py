@@ -15,7 +15,7 @@ import numpy as np
 
 from ..errors import InvalidType, InvalidValue
 from .batches import Batch
-from .checks import integers
+from .checks import integers, large
 
 
 class TextStreams:
@@ -40,7 +40,7 @@ class TextStreams:
     ):
         arrays = list(documents.values()) if isinstance(documents, Mapping) else list(documents)
         segment_length, n_segments, batch_size = integers(segment_length=segment_length, n_segments=n_segments, batch_size=batch_size)
-        [self.seed] = integers(0, seed=seed)
+        [self.seed] = large(seed=seed)
         if any(np.asarray(a).dtype.kind not in "iu" or np.ndim(a) != 1 for a in arrays):
             raise InvalidType("documents: expected arrays of token ids, each (tokens,); encode the text first")
         self.documents = [np.asarray(a) for a in arrays if len(a) > segment_length]
@@ -51,7 +51,8 @@ class TextStreams:
                 " give more text or a smaller segment_length"
             )
         self.segment_length, self.n_segments, self.batch_size = segment_length, n_segments, batch_size
-        self.bos_id, self.pad_id, self.has_encoder = bos_id, pad_id, has_encoder
+        self.bos_id, self.pad_id = integers(0, bos_id=bos_id, pad_id=pad_id)
+        self.has_encoder = has_encoder
         lengths = np.array([len(a) for a in self.documents], np.float64)
         self._share = lengths / lengths.sum()
         self._fingerprint: str | None = None
@@ -74,8 +75,8 @@ class TextStreams:
         return other
 
     def batch(self, step: int, n_segments: int | None = None) -> Batch:
+        [step], [n] = large(step=step), integers(n_segments=self.n_segments if n_segments is None else n_segments)
         rng = np.random.default_rng([self.seed, step])
-        n = n_segments or self.n_segments
         chosen = rng.choice(len(self.documents), self.batch_size, p=self._share)
         streams = []
         for document in (self.documents[i] for i in chosen):

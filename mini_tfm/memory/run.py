@@ -179,7 +179,7 @@ class MemoryRun:
         self.decoded = np.zeros(batch, np.int64)  # of the decoder of an encoder-decoder, whose text may be longer or shorter
         self.number = 0
         self.states = [self._start(i, batch) for i in range(len(self.members))]
-        # Rows that each member was offered at a site and layer: at least in each stream, and at most in one.
+        # Rows that each member was offered at a site and layer: at least so many in every stream, at most so many in any.
         self._taken: dict[tuple[int, str, int], tuple[int, int]] = {}
         self.open(np.zeros(batch, np.int64))
 
@@ -220,10 +220,10 @@ class MemoryRun:
         """Warns of a member that gets its rows from one before it, where that one keeps all of them."""
         for i, before in self._sites.fed.items():
             member, source = self.members[i], self.members[before]
-            got_any = any(most for (at, *_), (_, most) in self._taken.items() if at == i)
-            given = max((least for (at, *_), (least, _) in self._taken.items() if at == before), default=0)
+            any_taken = any(most for (at, *_), (_, most) in self._taken.items() if at == i)
+            kept = max((least for (at, *_), (least, _) in self._taken.items() if at == before), default=0)
             most = source.spec.capacity if source.spec.capacity is not None else math.inf if _has(source, "drain") else 0
-            if not got_any and given > most:
+            if not any_taken and kept > most:
                 warnings.warn(
                     f"memory {member.name!r} gets no row: {source.name!r} before it in the stack takes all and drops none; put"
                     f" {member.name!r} before it, as in {member.name}+{source.name}, or let it work at another site or layer",
@@ -321,8 +321,8 @@ class MemoryRun:
     def _offer(self, i: int, method: str, new: New, project: Project | None) -> New | None:
         """Member i writes or absorbs `new`."""
         place = i, new.site, new.layer
-        (least, most), n = self._taken.get(place, (0, 0)), new.valid.sum(axis=1)
-        self._taken[place] = least + int(n.min(initial=n.max(initial=0))), most + int(n.max(initial=0))
+        (least, most), counts = self._taken.get(place, (0, 0)), new.valid.sum(axis=1)
+        self._taken[place] = least + int(counts.min() if len(counts) else 0), most + int(counts.max(initial=0))
         offered = self._as_asked_for(i, new, project)
         arguments = (offered,) if method == "absorb" else (new.site, new.layer, offered)
         check = partial(check_evicted, batch=self.batch, dims=self.dims[i])

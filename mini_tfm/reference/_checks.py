@@ -13,7 +13,7 @@ from numbers import Integral, Real
 
 import numpy as np
 
-from mini_tfm.errors import InvalidType, InvalidValue
+from mini_tfm.errors import InvalidType, InvalidValue, shown
 from mini_tfm.reference.types import Block, PackedWeight
 
 FLOAT32, FLOAT64, INT64, BOOL = np.dtype("float32"), np.dtype("float64"), np.dtype("int64"), np.dtype("bool")
@@ -130,7 +130,7 @@ def integer(name, x, *, low, high=None):
         raise InvalidType(f"{name}: expected an integer, got {type(x).__name__}")
     x = int(x)
     if x < low or (high is not None and x > high):
-        raise InvalidValue(f"{name}: expected an integer {f'from {low} to {high}' if high is not None else f'>= {low}'}, got {x}")
+        raise InvalidValue(f"{name}: expected an integer {f'from {low} to {high}' if high is not None else f'>= {low}'}, got {shown(x)}")
     return x
 
 
@@ -138,7 +138,10 @@ def number(name, x, *, low=-math.inf, high=math.inf, open_low=False, open_high=F
     """A finite Python float in the interval."""
     if type(x) is not float and (isinstance(x, (bool, np.bool_)) or not isinstance(x, Real)):
         raise InvalidType(f"{name}: expected a number, got {type(x).__name__}")
-    x = float(x)
+    try:
+        x = float(x)
+    except OverflowError:
+        raise InvalidValue(f"{name}: expected a number that a float can hold, got {shown(x)}") from None
     inside = (x > low if open_low else x >= low) and (x < high if open_high else x <= high)
     if not (math.isfinite(x) and inside):
         bounds = f"{'(' if open_low or low == -math.inf else '['}{low}, {high}{')' if open_high or high == math.inf else ']'}"

@@ -94,7 +94,7 @@ def _weights(weights: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarra
     """(B, T) or (B, n, T) weights of target tokens -> (B, n, T)."""
     try:
         array = np.asarray(weights, dtype)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise InvalidValue(f"weights: expected numbers of shape {shape}: {error}") from error
     if array.shape not in (shape, (shape[0], shape[2])) or array.size != np.prod(shape):
         raise InvalidValue(f"weights: expected shape {shape}, as target has, got {array.shape}")

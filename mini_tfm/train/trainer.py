@@ -12,8 +12,9 @@ import numpy as np
 from .. import ops
 from ..context import Dropout
 from ..data.batches import Batch, fields
+from ..data.checks import large, number
 from ..data.mixtures import Data, batches_of
-from ..errors import InvalidType, InvalidValue, PluginError, TrainingError
+from ..errors import InvalidType, InvalidValue, PluginError, TrainingError, shown
 from ..memory.base import Memory
 from ..memory.run import memory_parameters
 from ..options import takes
@@ -122,7 +123,7 @@ class Trainer:
         with ranks.together():
             self.optimizer.take(self.model.weights)
             batch = self._batch(source, target, source_lengths, target_lengths, weights, begins)
-            n_parts = self.options.gradient_accumulation_steps
+            n_parts = min(self.options.gradient_accumulation_steps, max(1, len(batch.target)))  # the rest would be empty
             parts = shares(len(batch.target), n_parts * ranks.size)
             total = float(counts_of(batch, self.model.dtype).sum(dtype=np.float64)) or 1.0
             losses = np.zeros(len(parts))  # each part's share of the loss; a rank fills in its own
@@ -181,6 +182,10 @@ class Trainer:
         steps = steps if steps is not None else self.options.total_steps
         if steps is None and seconds is None:
             raise InvalidValue("steps: expected a number of steps (or total_steps of the trainer, or seconds), got None")
+        if steps is not None:
+            [steps] = large(steps=steps)
+        if seconds is not None and not number(seconds) >= 0:
+            raise InvalidValue(f"seconds: expected a number of at least 0, got {shown(seconds)}")
         FitOptions.check_names(options)
         self.fit_options = self.fit_options.replace(**{name: value for name, value in options.items() if value is not None})
         batch_of = batches_of("data", data)

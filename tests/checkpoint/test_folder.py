@@ -3,10 +3,12 @@
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from contents import CONFIG, TENSORS, load_folder, same, snapshot
+from helpers import in_a_process
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -146,6 +148,40 @@ def test_a_bad_config_is_refused_by_name(kind, tmp_path):
         read_json_strict(path)
 
 
+WITHOUT_ASSERTS = """
+import sys
+from pathlib import Path
+
+folder, *places = map(Path, sys.argv[1:])
+sys.path[:0] = map(str, places)
+from test_folder import BAD_JSON, TENSORS
+from test_safetensors import BAD_TENSORS
+from contents import load_folder
+from mini_tfm.checkpoint.folder import save_folder
+from mini_tfm.errors import InvalidValue
+
+if __debug__:
+    raise SystemExit("asserts are on")
+for name, table in (("config.json", BAD_JSON), ("model.safetensors", BAD_TENSORS)):
+    for kind, content in table.items():
+        save_folder(folder, {}, TENSORS)
+        (folder / name).write_bytes(content)
+        try:
+            load_folder(folder)
+        except InvalidValue:
+            continue
+        raise SystemExit(f"{kind} was taken")
+    print(len(table))
+"""
+
+
+def test_bad_files_are_refused_without_asserts(tmp_path):
+    """Under `python -O`."""
+    places = Path(__file__).parent, Path(__file__).parents[1]
+    counts = in_a_process(WITHOUT_ASSERTS, tmp_path / "m", *places, PYTHONOPTIMIZE="1").stdout.split()
+    assert int(counts[0]) == len(BAD_JSON) and int(counts[1]) > 45
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 @pytest.mark.parametrize("kind", ["missing", "folder", "fifo", "link-inside", "link-outside", "dangling", "device"])
 def test_an_entry_that_is_not_a_file_of_the_folder_is_refused(name, kind, tmp_path):
@@ -173,8 +209,14 @@ def test_a_folder_that_is_none_is_refused(tmp_path):
         load_folder(None)
 
 
+AUDITED = 100
+
+
 def test_loading_runs_nothing_and_stays_inside(tmp_path):
-    save_folder(tmp_path / "m", CONFIG, TENSORS)
+    rng, folders = np.random.default_rng(0), [str(tmp_path / f"m{number}") for number in range(AUDITED)]
+    for number, folder in enumerate(folders):
+        tensors = {f"w{i}": rng.standard_normal(rng.integers(0, 9, rng.integers(0, 4))) for i in range(number % 5)}
+        save_folder(folder, {**CONFIG, "number": number}, {**TENSORS, **tensors})
     events: list[tuple] = []
     listening = True
 
@@ -183,11 +225,12 @@ def test_loading_runs_nothing_and_stays_inside(tmp_path):
             events.append((event, arguments[0]))
 
     sys.addaudithook(hook)  # cannot be removed, hence the flag
-    load_folder(tmp_path / "m")
+    for folder in folders:
+        load_folder(folder)
     listening = False
     assert {event for event, _ in events} <= {"open"}
     opened = {path for _, path in events if isinstance(path, str)}  # the rest are descriptors
-    assert opened == {str(tmp_path / "m"), "config.json", "model.safetensors"}
+    assert opened == {*folders, "config.json", "model.safetensors"}
 
 
 def test_saves_are_byte_equal_and_do_not_depend_on_order(tmp_path):

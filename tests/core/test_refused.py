@@ -19,8 +19,7 @@ FREE = {
     ("checksum", "x"): ...,
     ("embedding", "table"): (0, 1), ("embedding", "ids"): ...,
     ("embedding_backward", "dtable"): (0,), ("cross_entropy", "logits"): (1,), ("cross_entropy", "targets"): (),
-    ("cross_entropy_backward", "logits"): (1,), ("rotary", "x"): (0, 1, 3),
-    ("rotary", "frequencies"): (0,), ("search", "queries"): (1,),
+    ("cross_entropy_backward", "logits"): (1,), ("rotary", "x"): (0, 1, 3), ("rotary", "frequencies"): (0,), ("search", "queries"): (1,),
 }  # fmt: skip
 LAST_AXIS_ALONE = {("layer_norm", "x"), ("rms_norm", "x"), ("linear_top_k", "x")}
 MAY_BE_NONE = {
@@ -86,8 +85,8 @@ def misfits(name, argument, value):
         if not last_alone:
             yield "one axis more", value[None]
             yield "one axis less", value[0]
-    is_alone = (name, argument) == ("rotary", "x")  # its frequencies are float64 beside any real
-    if value.dtype.kind == "f" and not is_alone and sum(array.dtype.kind == "f" for array in arrays_in(sample(name, "float32"))) > 1:
+    has_its_own = (name, argument) == ("rotary", "x")  # frequencies are float64 whatever x is
+    if value.dtype.kind == "f" and not has_its_own and sum(array.dtype.kind == "f" for array in arrays_in(sample(name, "float32"))) > 1:
         yield "the other real", value.astype(np.float64 if value.dtype == np.float32 else np.float32)
     if argument in IN_PLACE.get(name, ()):
         frozen = value.copy()

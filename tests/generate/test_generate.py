@@ -1,9 +1,15 @@
 """Generation: what greedy, sampling and stopping mean, and that a row never depends on its neighbours."""
 
+import gc
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import numpy as np
 import pytest
 from variants import VARIANTS, tiny_model, tokens
 
+import mini_tfm as mt
 from mini_tfm.errors import InvalidType, InvalidValue
 from mini_tfm.generate import sampling
 from mini_tfm.generate.options import GenerationOptions
@@ -229,3 +235,35 @@ def test_all_faults_are_told_at_once():
 def test_an_unknown_option_is_named_with_those_there_are():
     with pytest.raises(InvalidType, match=r"unknown option 'max_lenght' .*'max_length'.*; it takes max_new_tokens, min_new"):
         tiny_model().generate(np.full((1, 2), 4), max_lenght=8)
+
+
+@pytest.mark.parametrize("generations", [80, pytest.param(1000, marks=pytest.mark.long)])
+def test_threads_share_a_model(generations):
+    """Eight at once: each text is the one that a thread alone gets."""
+    model = tiny_model("decoder only", seed=2, dtype=np.float32)
+    sources = [prompt(model, seed) for seed in range(10)]
+    write = lambda number: generate(model, sources[number % 10], do_sample=True, seed=number)  # noqa: E731
+    alone = [write(number) for number in range(generations)]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(write, range(generations))) == alone
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="what a process holds is asked of /proc")
+@pytest.mark.parametrize("cycles", [100, pytest.param(10_000, marks=[pytest.mark.long])])
+def test_models_that_are_let_go_leave_nothing(cycles, tmp_path):
+    tiny_model("pre norm", dtype=np.float32).save(tmp_path / "m")
+
+    def cycle():
+        model = mt.load(tmp_path / "m")
+        generate(model, prompt(model))
+
+    def held():
+        gc.collect()
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    for _ in range(30):
+        cycle()
+    before = held()
+    for _ in range(cycles):
+        cycle()
+    assert held() - before < 4 << 20

@@ -549,7 +549,8 @@ WRITER = """
 """
 
 
-def test_writers_and_readers_at_once(path):
+@pytest.mark.parametrize("reads_wanted", [1000, pytest.param(10_000, marks=pytest.mark.long)])
+def test_writers_and_readers_at_once(path, reads_wanted):
     """Two processes write, one document together and one each, while this one reads: no read is partial, no row is lost."""
     disk = LmdbRows(path)
     disk.open(8, "weights")
@@ -563,7 +564,7 @@ def test_writers_and_readers_at_once(path):
             writer.stdin.write("go\n")
             writer.stdin.flush()
         reads, counts = 0, set()
-        while reads < 1000 or any(writer.poll() is None for writer in writers):
+        while reads < reads_wanted or any(writer.poll() is None for writer in writers):
             count = disk.counts("shared").get("bank", 0)
             with disk.reading("shared", "bank", count) as chunks:
                 parts = [(hidden.copy(), positions.copy()) for hidden, positions in chunks]
