@@ -340,7 +340,7 @@ class Pipeline:
 
     def _options(self, given: Mapping[str, Any], stream: bool) -> GenerationOptions:
         """The options with choices as token ids. Raises InvalidValue for those that have no meaning for text."""
-        options = GenerationOptions.of({**self.model.generation, **given})
+        options = GenerationOptions.over(self.model.generation, given)
         if options.max_length is not None or options.min_length:
             raise InvalidValue(
                 "generate: max_length, min_length: they count the prompt, which a pipeline may read into the memory; give max_new_tokens"

@@ -37,11 +37,12 @@ def rotary_frequencies(config: Config, is_local: bool = False) -> np.ndarray:
     frequencies = (np.longdouble(base) ** (-2.0 * np.arange(n // 2) / n)).astype(np.float64)
     if config.rotary_scaling is None or (is_local and config.local_rotary_base is not None):
         return frequencies
-    return _scaled(frequencies, config.rotary_scaling, base, n)
+    return scaled_frequencies(frequencies, config.rotary_scaling, base)
 
 
-def _scaled(frequencies: np.ndarray, scaling: RotaryScaling, base: float, n: int) -> np.ndarray:
-    divided = frequencies / scaling.factor
+def scaled_frequencies(frequencies: np.ndarray, scaling: RotaryScaling, base: float) -> np.ndarray:
+    """Frequencies (n / 2,), base ** (-2 i / n), as `scaling` changes them."""
+    n, divided = 2 * len(frequencies), frequencies / scaling.factor
     if scaling.kind == "linear":
         return divided
     turns = scaling.original_positions * frequencies / (2 * math.pi)  # over all positions the model began with

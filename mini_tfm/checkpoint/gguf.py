@@ -22,8 +22,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..config import RotaryScaling
 from ..errors import FileProblem, InvalidValue
 from ..files.reading import open_regular, reason
+from ..positions import scaled_frequencies
 from .safetensors import BFLOAT16, MAX_TENSORS, Entry
 
 MAGIC = b"GGUF"
@@ -239,6 +241,8 @@ _FIELDS = {
     "rope.freq_base": "rope_theta",
 }
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
+FACTORS = "rope_freqs.weight"  # by which frequencies are divided
+ORIGINAL_POSITIONS = 8192  # of Llama 3, before its frequencies were scaled
 _KNOWN = {*_FIELDS, "vocab_size", "rope.dimension_count", "attention.value_length", "rope.scaling.type", "rope.scaling.factor"}
 _KNOWN |= {"rope.scaling.original_context_length", "rope.scaling.finetuned"}
 
@@ -257,8 +261,8 @@ def about_of(file: Gguf) -> dict[str, Any]:
     table = file.stored.get("token_embd.weight")
     about["vocab_size"] = table.shape[0] if table is not None else own.get("vocab_size")
     kind = own.get("rope.scaling.type", "none")
-    if "rope_freqs.weight" in file.stored:
-        raise InvalidValue(f"{file.name}: tensor 'rope_freqs.weight', frequencies of its own, is not supported")
+    if FACTORS in file.stored:
+        about["rope_scaling"] = _scaling_of(file, own.get("rope.freq_base", 10000.0))
     if kind not in ("none", "linear", "yarn"):
         raise InvalidValue(f"{file.name}: {name}.rope.scaling.type: {kind!r:.40} is not supported, only none, linear and yarn")
     if kind != "none":
@@ -271,12 +275,34 @@ def about_of(file: Gguf) -> dict[str, Any]:
     return about
 
 
+def _scaling_of(file: Gguf, base: Any) -> dict[str, Any]:
+    """What a file says by a factor for each frequency: the scaling of Llama 3. Raises InvalidValue for other factors."""
+    factors = file.tensor(FACTORS).astype(np.float64).reshape(-1) if file.stored[FACTORS].length <= 1 << 16 else np.zeros(0)
+    known = (
+        len(factors) > 0 and bool(np.isfinite(factors).all()) and bool((factors >= 1).all()) and isinstance(base, int | float) and base > 1
+    )
+    if known:
+        frequencies = float(base) ** (-np.arange(len(factors)) / len(factors))
+        scaling = RotaryScaling(kind="llama3", factor=float(factors.max()), original_positions=ORIGINAL_POSITIONS)
+        if np.allclose(frequencies / factors, scaled_frequencies(frequencies, scaling, float(base)), rtol=1e-4, atol=0):
+            return {"rope_type": "llama3", "factor": scaling.factor, "original_max_position_embeddings": ORIGINAL_POSITIONS}
+    raise InvalidValue(f"{file.name}: tensor {FACTORS!r}: its factors are not supported, only those of Llama 3")
+
+
+def generation_of(file: Gguf) -> dict[str, Any]:
+    """Options of generation: the tokens that end an answer, where there are several."""
+    keys = (f"tokenizer.ggml.{role}_token_id" for role in ("eos", "eot", "eom"))
+    n = len(file.fields.get("tokenizer.ggml.tokens") or ())
+    ids = list(dict.fromkeys(one for key in keys if type(one := file.fields.get(key)) is int and 0 <= one < n))
+    return {"eos_token_id": ids} if len(ids) > 1 else {}
+
+
 class Tensors(Mapping[str, np.ndarray]):
     """The tensors of a file by Hugging Face's names, each unpacked when it is asked for."""
 
     def __init__(self, file: Gguf, about: Mapping[str, Any]):
         self.file, self.about = file, about
-        self._names = {_theirs(name): name for name in file.stored}
+        self._names = {_theirs(name): name for name in file.stored if name != FACTORS}
 
     def entries(self) -> dict[str, Entry]:
         return {

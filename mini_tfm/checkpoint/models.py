@@ -146,4 +146,4 @@ def _read_gguf(path: str) -> Contents:
     config = family.config_of(about, path, set(tensors))
     sources.check_tensors(family, config, tensors.entries(), path)
     tokenizer = gguf_tokenizer(file.fields, path) if "tokenizer.ggml.model" in file.fields else None
-    return Contents(config, sources.weights_of(family, config, tensors), tokenizer, None, {})
+    return Contents(config, sources.weights_of(family, config, tensors), tokenizer, None, gguf.generation_of(file))

@@ -28,7 +28,7 @@ def generate(model: Model, source: Any = None, lengths: Any = None, *, encoder_o
     in place of a source, what `model.encode` has made of it. A model that was trained on segments reads a prompt, and makes what is
     longer than one, segment by segment; a published one ends where its context does. Options: see `GenerationOptions`.
     """
-    chosen = GenerationOptions.of({**model.generation, **options})
+    chosen = GenerationOptions.over(model.generation, options)
     model.needs("decoder")
     config, encoded = model.config, None
     if encoder_outputs is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from ..errors import InvalidValue
 from ..options import Options, option
@@ -210,6 +210,14 @@ class GenerationOptions(Options):
 
     output_scores: bool = option(False, "Return a `Generated`, with scores, instead of token ids alone.", cli=False)
     top_logprobs: int = option(0, "So many of the best tokens of each step, in `Generated.top_logprobs`.", at_least=0, cli=False)
+
+    @classmethod
+    def over(cls, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Self:
+        """The options `given` and, where they say nothing or None, the `defaults` of a model. Raises what `of` does."""
+        kept = {name: value for name, value in defaults.items() if given.get(name) is None}
+        if given.get("stop_at_eos") is False:
+            kept.pop("eos_token_id", None)
+        return cls.of({**given, **kept})
 
     def __post_init__(self) -> None:
         super().__post_init__()
