@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
 import resource
@@ -43,16 +42,10 @@ def _processor() -> str:
 
 
 def peak_ram() -> int:
-    """The most RAM this process has used since it began, or since `forget_peak_ram`; bytes."""
+    """The most RAM this process has used since it began; bytes."""
     try:
         line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
     except (OSError, StopIteration):
         # Linux counts in KiB, macOS in bytes.
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def forget_peak_ram() -> None:
-    """Starts the peak anew, where the system can (Linux)."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")

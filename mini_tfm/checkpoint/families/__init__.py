@@ -15,11 +15,8 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
-import numpy as np
-
 from ...config import Config
 from ...errors import InvalidValue
-from ..safetensors import Entry
 from . import bart, bert, gpt2, llama, sources, t5
 
 
@@ -80,11 +77,3 @@ def _about_or_none(family: Published, config: Config) -> dict[str, Any] | None:
         return family.about_of(config)
     except (StopIteration, IndexError, KeyError, TypeError):
         return None
-
-
-def check_tensors(family: Published, config: Config, entries: Mapping[str, Entry], where: str) -> None:
-    sources.check_tensors(family, config, entries, where)
-
-
-def weights_of(family: Published, config: Config, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return sources.weights_of(family, config, tensors)

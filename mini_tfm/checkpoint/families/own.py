@@ -59,7 +59,3 @@ def check_tensors(config: Config, entries: Mapping[str, Entry], where: str) -> N
             faults.append(f"tensor {name!r}: expected float32, got {tensor.dtype}")
     if faults:
         raise InvalidValue(f"{where}: " + "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else ""))
-
-
-def weights_of(config: Config, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return dict(tensors)
