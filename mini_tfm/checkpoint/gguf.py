@@ -286,7 +286,8 @@ def _scaling_of(file: Gguf, base: Any) -> dict[str, Any]:
         scaling = RotaryScaling(kind="llama3", factor=float(factors.max()), original_positions=ORIGINAL_POSITIONS)
         if np.allclose(frequencies / factors, scaled_frequencies(frequencies, scaling, float(base)), rtol=1e-4, atol=0):
             return {"rope_type": "llama3", "factor": scaling.factor, "original_max_position_embeddings": ORIGINAL_POSITIONS}
-    raise InvalidValue(f"{file.name}: tensor {FACTORS!r}: its factors are not supported, only those of Llama 3")
+    came = f"{len(factors)} from {factors.min():.4g} to {factors.max():.4g}" if len(factors) else f"shape {file.stored[FACTORS].shape}"
+    raise InvalidValue(f"{file.name}: tensor {FACTORS!r}: expected the factors of Llama 3's frequencies (1 to its factor), got {came}")
 
 
 def generation_of(file: Gguf) -> dict[str, Any]:
