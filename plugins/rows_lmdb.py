@@ -76,12 +76,13 @@ class _Opened:
 
     def __init__(self, file: tuple[int, int, int] | None, environment: Any):
         self.file, self.environment, self.active = file, environment, 0
+        self.panics = False  # LMDB refuses everything after a page that says what counts could not be written
         self.locked = bool(environment.flags()["lock"])
         self.lock = _inode(environment.path() + "-lock") if self.locked else None
 
     def is_current(self, file: tuple[int, int, int] | None) -> bool:
-        """Whether the path still leads to what was opened, and to the lock file by which its users know of each other."""
-        return self.file == file and (not self.locked or self.lock == _inode(self.environment.path() + "-lock"))
+        """Whether it works, and the path still leads to what was opened, and to the lock file by which its users know of each other."""
+        return not self.panics and self.file == file and (not self.locked or self.lock == _inode(self.environment.path() + "-lock"))
 
 
 class _Replaced(Exception):
@@ -111,7 +112,10 @@ class LmdbRows:
             with self._write(create=True) as txn:
                 if not txn.stat()["entries"]:
                     txn.put(b"meta", json.dumps(meta).encode())
-            _sync_folder(os.path.dirname(self.path))
+            try:
+                _sync_folder(os.path.dirname(self.path))
+            except OSError as error:
+                raise FileProblem(f"path: the name of the new store {self.given} cannot be made durable: {error}; try again") from error
         with self._read() as txn:
             new = self._settled(txn, d_model, models, former)
         if new is not None and self._may_write():
@@ -370,7 +374,8 @@ class LmdbRows:
             if opened is None or not opened.is_current(self._identity()):
                 if opened is not None:
                     if opened.active and opened.file == self._identity():
-                        raise FileProblem(f"path: the lock file of the store {self.given} was removed while it is used; try again")
+                        why = "a write failed" if opened.panics else "its lock file was removed"
+                        raise FileProblem(f"path: the store {self.given} must be opened anew, for {why}, and is in use; try again")
                     if not opened.active or (opened.file is not None and opened.file[0] != os.getpid()):
                         opened.environment.close()  # else its last user does
                     del _open[self.path]
@@ -402,6 +407,11 @@ class LmdbRows:
                 size //= 2
                 if size < max(LEAST_MAP_BYTES, os.path.getsize(self.path) if os.path.exists(self.path) else 0):
                     raise
+            except (lmdb.Error, OSError):
+                # Of a file that was to be made there is less than its first two pages: nobody can open that, or has it open.
+                if create and 0 < (os.path.getsize(self.path) if os.path.exists(self.path) else 0) < 2 * PAGE_BYTES:
+                    _remove(self.path)
+                raise
 
     def _refuse_foreign(self) -> None:
         """LMDB would write into an empty file that is somebody else's, leave a lock file beside any, and map what is not there."""
@@ -472,6 +482,10 @@ class LmdbRows:
                 " it held before is still there"
             ) from error
         except lmdb.Error as error:
+            try:
+                opened.environment.begin().abort()
+            except lmdb.PanicError:
+                opened.panics = True
             raise FileProblem(f"path: the store {self.given} cannot be used: {error}; its earlier contents are still there") from error
         finally:
             with _lock:
