@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from variants import SIZES, VARIANTS, assert_gradients, tiny_model, tokens
 
+import mini_tfm as mt
 from mini_tfm import ops
 from mini_tfm.autodiff import Var, backward
 from mini_tfm.config import Config
@@ -222,7 +223,7 @@ def test_nothing_to_read_and_nothing_to_say(variant):
         assert_same_bits(model.logits(source, some), model.logits(some, some, source_lengths=[0, 0]))
 
 
-# ------------------------------------------------------------------------------------------- the cache
+# ------------------------------------------------------------------------------------------- of any architecture
 
 ARCHITECTURES = st.fixed_dictionaries(
     {
@@ -240,14 +241,48 @@ ARCHITECTURES = st.fixed_dictionaries(
 )
 
 
+def any_model(fields, seed, single):
+    heads = dict(zip(("n_heads", "n_kv_heads"), fields["heads"], strict=True))
+    fields = {name: value for name, value in fields.items() if name != "heads"} | heads
+    return tiny_model(seed=seed, dtype=np.float32 if single else np.float64, **fields, relative_buckets=8, relative_max_distance=9)
+
+
+STREAMS = st.lists(st.lists(st.integers(0, 4), min_size=3, max_size=3), min_size=2, max_size=4)  # lengths of segments, stream by stream
+MEMORIES = [None, "window:size=3", "window:size=5,sinks=1,site=all", "recurrent:tokens=2", "store:top_k=2", "window:size=2+store:top_k=2"]
+
+
+@examples(10)
+@given(ARCHITECTURES, st.integers(0, 1000), STREAMS, st.sampled_from(MEMORIES))
+def test_a_stream_alone_is_the_stream_in_a_batch(fields, seed, lengths, memory):
+    """Whatever is read beside it, by a memory or without one."""
+    model, rng = any_model(fields, seed, single=True), np.random.default_rng(seed)
+    if memory is not None:
+        memory = mt.memory(memory)
+        model.add_memory_weights(memory, 1)
+    lengths = np.array(lengths)
+    source, target = (rng.integers(3, 13, (*lengths.shape, 4)) for _ in range(2))
+
+    def outputs(rows):
+        stream, found = Stream(model, memory, len(lengths[rows])), []
+        for n, read, said in zip(lengths[rows].T, source[rows].swapaxes(0, 1), target[rows].swapaxes(0, 1), strict=True):
+            stream.open(read if model.config.has_encoder else None, n)
+            found.append(stream.logits(stream.decode(said, n)) * (np.arange(4) < n[:, None])[..., None])
+            stream.finish()
+        return np.stack(found, axis=1)
+
+    whole = outputs(slice(None))
+    for row in range(len(lengths)):
+        assert_same_row(outputs(slice(row, row + 1)), whole[row : row + 1])
+
+
+# ------------------------------------------------------------------------------------------- the cache
+
+
 @examples(10)
 @given(ARCHITECTURES, st.integers(0, 1000), st.lists(st.integers(1, 4), min_size=1, max_size=5), st.booleans())
 def test_cached_decoding_is_full_decoding(fields, seed, pieces, single):
     """The decoder fed piece by piece, from one token on, gives the logits it gives all at once."""
-    heads = dict(zip(("n_heads", "n_kv_heads"), fields["heads"], strict=True))
-    fields = {name: value for name, value in fields.items() if name != "heads"} | heads
-    model = tiny_model(seed=seed, dtype=np.float32 if single else np.float64, **fields, relative_buckets=8, relative_max_distance=9)
-    rng = np.random.default_rng(seed)
+    model, rng = any_model(fields, seed, single), np.random.default_rng(seed)
     target, lengths = tokens(rng, 2, sum(pieces)), np.array([3, 1])
     source = tokens(rng, 2, 3) if model.config.has_encoder else None
     whole = model.logits(source, target, lengths if source is not None else None)

@@ -6,7 +6,9 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from helpers import assert_same_bits
+from helpers import assert_same_bits, examples
+from hypothesis import given
+from hypothesis import strategies as st
 from variants import tiny_model
 
 import mini_tfm as mt
@@ -36,7 +38,7 @@ def prose(n, seed=0):
 def cut(text, seed):
     """The text in pieces of 0 to 40 characters."""
     rng = np.random.default_rng(seed)
-    ends = np.cumsum(rng.integers(0, 41, len(text)))
+    ends = np.append(np.cumsum(rng.integers(0, 41, len(text))), len(text))
     pieces = [text[a:b] for a, b in zip([0, *ends], ends, strict=False)]
     assert "".join(pieces) == text
     return pieces
@@ -79,6 +81,19 @@ def test_text_read_in_pieces_is_text_read_at_once(memory, variant, small_pieces)
     other = pipe(memory, variant)
     other.read(text[:-4] + "~" + text[-3:])
     assert any(a.tobytes() != b.tobytes() for a, b in zip(state(other)[1], state(whole)[1], strict=True)), "the state is of the text"
+
+
+@examples(10)
+@given(
+    st.sampled_from(MEMORIES),
+    st.sampled_from(["pre norm", "decoder only", "t5", "decoder only, llama"]),
+    st.text("ab \n\u00e9\u6771", max_size=120),
+    st.integers(0, 1000),
+)
+def test_any_text_in_any_pieces_is_the_text(memory, variant, text, seed):
+    whole, parts = pipe(memory, variant), pipe(memory, variant)
+    assert whole.read(text) == parts.read(iter(cut(text, seed)))
+    assert_same_bits(state(parts), state(whole))
 
 
 LONG_WORD = "over" * 40 + "fo"  # longer than a piece may be, with merges across where it is cut
