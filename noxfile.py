@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent
 PROJECT = nox.project.load_toml(ROOT / "pyproject.toml")["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 CODE = ["mini_tfm", "plugins", "tests", "benchmarks", "setup.py", "noxfile.py", ".ci"]
-PYTEST = ["pytest", "-q", "-p", "no:cacheprovider"]
+PYTEST = ["pytest", "-q", "-n", "auto", "-p", "no:cacheprovider"]
 CORE_AND_CALLERS = ["tests/core", "tests/test_model.py", "tests/train/test_trainer.py", "tests/memory/test_run.py"]
 # An instruction set that replaces only some kernels of another one is tested by the tests of those kernels.
 PARTIAL = ("avx512bf16", "avx512vnni", "neondot")
@@ -54,7 +54,7 @@ def tests_of(isa):
 def tests(session):
     """The README's test command in a fresh environment; arguments go to pytest."""
     install_package(session)
-    session.run("pytest", *session.posargs)
+    session.run("pytest", "-n", "auto", *session.posargs)
 
 
 @nox.session

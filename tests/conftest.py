@@ -1,4 +1,4 @@
-"""Hypothesis gives the same examples on every run; MINI_TFM_TEST_EXAMPLES=10 gives ten times as many."""
+"""Hypothesis gives the same examples on every run; MINI_TFM_TEST_EXAMPLES=10 gives ten times as many. `pytest -n auto` uses all cores."""
 
 import os
 import sys
@@ -11,6 +11,9 @@ sys.path.insert(0, str(Path(__file__).parent))  # `import helpers` from any test
 # Processes that tests start import the package that is installed, as this one does: not the sources in the folder that
 # pytest was started in, where nothing is compiled after `pip install .`
 os.environ["PYTHONSAFEPATH"] = "1"
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads that wait leave the processor to the other workers
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # What does not depend on the data is stated in the profile; a test that is dear asks `helpers.examples` for fewer.
 settings.register_profile(

@@ -23,6 +23,7 @@ from mini_tfm.text.tokenizers import BPETokenizer, ByteTokenizer, load_tokenizer
 from mini_tfm.transformer import load_checkpoint
 
 SECONDS = 60
+MOST_BYTES, MOST_BYTES_A_BYTE = 16 << 20, 20  # that a process may grow by: at all, and for each byte of the file
 BYTES = 3 << 30  # of address space, of which a fresh process with NumPy takes some 0.5 GB
 
 LETTERS = {chr(97 + i): i for i in range(26)} | {"<unk>": 26}
@@ -249,7 +250,10 @@ def _ending_of(name: str, folder: Path) -> str:
 
 
 def main(folder: str) -> None:
-    """Each case in a child that has its own limits, so that whatever it does to itself is one line."""
+    """Each case in a child that has its own limits, so that whatever it does to itself is one line: its name, how it ended, by how
+
+    many bytes the child grew, and how many it had to read.
+    """
     BPETokenizer(json.dumps(rules()).encode()).encode("abc")  # imported once
     for number, name in enumerate(CASES):
         place = Path(folder, str(number))
@@ -259,15 +263,19 @@ def main(folder: str) -> None:
         if not pid:
             signal.alarm(SECONDS)
             resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
-            os.write(writer, _ending_of(name, place).encode("utf-8", "backslashreplace")[:60_000])
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            ending = _ending_of(name, place)
+            grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
+            os.write(writer, f"{grown} {ending}".encode("utf-8", "backslashreplace")[:60_000])
             os._exit(0)
         os.close(writer)
         with os.fdopen(reader, "rb") as pipe:
-            ending = pipe.read().decode()
+            grown, _, ending = pipe.read().decode().partition(" ")
         _, status = os.waitpid(pid, 0)
         if status:
-            ending = f"the process ended with {os.waitstatus_to_exitcode(status)}"
-        print(json.dumps([name, ending]), flush=True)
+            grown, ending = 0, f"the process ended with {os.waitstatus_to_exitcode(status)}"
+        size = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+        print(json.dumps([name, ending, int(grown), size]), flush=True)
 
 
 if __name__ == "__main__":

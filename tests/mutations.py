@@ -3,6 +3,7 @@ loaded or was one of our errors; the process has limits of memory, and of time f
 """
 
 import base64
+import contextlib
 import copy
 import json
 import os
@@ -22,6 +23,7 @@ from mini_tfm.text.tokenizers import ByteTokenizer, train_bpe
 from mini_tfm.transformer import load_checkpoint
 
 SECONDS, BYTES = 60, 3 << 30  # for each, and of address space: they tell a hang, not a slow machine
+MOST_BYTES = 64 << 20  # that the process may grow by for one, where Linux tells
 NASTY = [
     *(0, -1, 1, 2**31, 2**32 - 1, 2**63, -(2**63), 10**399, 1e308, 5e-324, 0.5, True, None, "", "x", "\0", "é" * 300, [], {}, [[]]),
     *([0] * 1000, {"type": "Sequence"}, {"Regex": "(a*)*b"}, {"String": ""}, "recurrent:tokens=99999999", "store:path=/"),
@@ -109,6 +111,20 @@ def use(folder: Path) -> None:
     mt.Trainer.resume(folder)
 
 
+def resident(name: str) -> int:
+    """Bytes of RAM that this process has, VmRSS, or has had since `forget_peak`, VmHWM; 0 where Linux does not tell."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith(name + ":")), 0)
+
+
+def forget_peak() -> None:
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def main(place: str, seed: int, count: int) -> int:
     folders = make(Path(place))
     for folder in folders:
@@ -124,6 +140,8 @@ def main(place: str, seed: int, count: int) -> int:
         path.write_bytes(mutated(path.read_bytes(), rng))
         signal.alarm(SECONDS)
         print(number, path.name, flush=True)
+        forget_peak()
+        before = resident("VmRSS")
         try:
             use(work)
         except MiniTfmError as error:
@@ -135,6 +153,9 @@ def main(place: str, seed: int, count: int) -> int:
             traceback.print_exc()
             return 1
         signal.alarm(0)
+        if (grown := resident("VmHWM") - before) > MOST_BYTES:
+            print(f"mutation {number} of {folder.name}/{path.name} took {grown >> 20} MB", file=sys.stderr)
+            return 1
         shutil.rmtree(work)
     return 0
 

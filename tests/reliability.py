@@ -48,6 +48,7 @@ class Row:
 
 
 EXAMPLES = Repeated("tests/conftest.py", r"int\((\d+) \* float")
+MORE = "tests/test_more_examples.py"
 STORE, FOLDERS, RESUME = "tests/plugins/test_store.py", "tests/files/test_folders.py", "tests/train/test_resume.py"
 FOLDER, MODELS, TENSORS = (f"tests/checkpoint/test_{name}.py" for name in ("folder", "models", "safetensors"))
 THREADS, KERNELS, PACKAGES = "tests/core/test_threads.py", "tests/core/test_every_kernel.py", "tests/test_plugin_packages.py"
@@ -74,14 +75,15 @@ PROMISES: dict[str, list[Row]] = {
             also=(Repeated("tests/files/test_mutations.py", r"check\(tmp_path, 0, ([\d_]+)"),),
             long=(Repeated("tests/files/test_mutations.py", r"check\(tmp_path, 1000, ([\d_]+)"),),
             cases_count=False,
-            lacking="each has a limit of a minute and of 3 GB of address space, not of 1 s and 64 MB; 20,000 are tried in the long tests"
-            " alone, not a million",
+            lacking="each may take 64 MB of RAM, but a minute and not 1 s, which would tell a slow machine; 20,000 are tried in the long"
+            " tests alone, not a million",
         ),
         Row(
             "Tiny files that ask for huge work are refused",
             40,
             ("tests/files/test_hostile.py::test_a_file_that_asks_for_too_much_is_refused",),
-            lacking="the limits, of a minute and of 3 GB of address space, tell a hang from a slow machine; they are not 100 ms and 16 MB",
+            lacking="each may take 16 MB of RAM and 20 bytes for each byte of its file, some of which are not tiny; and a minute, not"
+            " 100 ms, which would tell a slow machine",
         ),
         Row(
             "Every prefix of a small file is refused",
@@ -115,9 +117,9 @@ PROMISES: dict[str, list[Row]] = {
                 f"{FOLDER}::test_save_load_save_gives_the_same_bytes",
                 f"{MODELS}::test_save_load_save_gives_the_same_bytes",
             ),
-            also=(Repeated(FOLDER, r"max_examples=(\d+)"), EXAMPLES, EXAMPLES),
+            also=(Repeated(FOLDER, r"max_examples=(\d+)"), dataclasses.replace(EXAMPLES, times=2)),
+            long=(Repeated(MORE, r"MODELS = (\d+)", 40),),
             cases_count=False,
-            lacking="MINI_TFM_TEST_EXAMPLES=25 tries a thousand models",
         ),
         Row(
             "Files of released versions load, and compute what was recorded",
@@ -140,10 +142,12 @@ PROMISES: dict[str, list[Row]] = {
             cases_count=False,
         ),
         Row(
-            "Whichever call of a save fails, the old folder is intact, and there is no litter",
+            "Whichever call of a save fails or writes half, a folder is what it was, a store has all new rows or none",
             0,
-            (f"{FOLDERS}::test_whichever_call_fails_the_old_folder_is_intact",),
-            lacking="every call of a folder's save, with ENOSPC and EIO; not those of LMDB inside the store, nor short writes",
+            (
+                f"{FOLDERS}::test_whichever_call_fails_the_old_folder_is_intact",
+                "tests/plugins/test_failing_disk.py::test_whichever_call_fails_the_store_is_whole",
+            ),
         ),
         Row(
             "A run that was killed goes on as if it had not been, bit for bit",
@@ -175,9 +179,10 @@ PROMISES: dict[str, list[Row]] = {
             "Each kernel is within its bound of float64, for generated shapes and values",
             200,
             also=(EXAMPLES,),
+            long=(Repeated(MORE, r"PROPERTIES = (\d+)", 20),),
             cases_count=False,
-            command="pytest tests/core",
-            lacking="so many for each property; MINI_TFM_TEST_EXAMPLES=10 tries 200, 250 tries 5,000",
+            command="pytest -m hypothesis tests/core; pytest -m long tests/test_more_examples.py",
+            lacking="so many for each property, and 200 in the long tests alone; MINI_TFM_TEST_EXAMPLES=250 tries 5,000",
         ),
         Row(
             "Gradients are those of finite differences, in float64: operations, models, memories",
@@ -232,8 +237,14 @@ PROMISES: dict[str, list[Row]] = {
                 "tests/generate/test_many.py::test_a_text_among_many_is_what_it_is_alone",
                 f"{KERNELS}::test_a_row_has_the_same_bits_in_any_company",
                 "tests/test_pipeline.py::test_text_read_in_pieces_is_text_read_at_once",
+                "tests/test_model.py::test_cached_decoding_is_full_decoding",
+                "tests/test_model.py::test_a_stream_alone_is_the_stream_in_a_batch",
+                "tests/test_pipeline.py::test_any_text_in_any_pieces_is_the_text",
             ),
-            lacking="200 of each kind are wanted",
+            also=(
+                Repeated("tests/test_model.py", r"@examples\((\d+)\)", 2 * 20),
+                Repeated("tests/test_pipeline.py", r"@examples\((\d+)\)", 20),
+            ),
         ),
     ],
     "Threads and processes": [
@@ -265,7 +276,9 @@ PROMISES: dict[str, list[Row]] = {
                 f"{BEHAVIOUR}::test_ctrl_c_ends_a_demo",
                 f"{STORE}::test_rows_that_are_durable_when_an_interrupt_comes_are_there_once",
                 f"{STORE}::test_an_interrupted_segment_is_not_remembered",
+                "tests/test_interrupts.py::test_ctrl_c_at_any_moment",
             ),
+            also=(Repeated("tests/test_interrupts.py", r"TIMES = (\d+)", 10),),
             lacking="no time is asserted",
         ),
         Row(
@@ -338,21 +351,36 @@ PROMISES: dict[str, list[Row]] = {
 ROWS = [row for rows in PROMISES.values() for row in rows]
 
 
-def collected(tests: list[str], marked: str) -> dict[str, int]:
-    """How many cases pytest finds of each "file::test" or file."""
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", marked, "-p", "no:cacheprovider", *dict.fromkeys(tests)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    found = [line.partition("[")[0] for line in done.stdout.splitlines() if "::" in line]
-    counts = {test: sum(name == test or name.startswith(f"{test}::") for name in found) for test in tests}
-    if done.returncode not in (0, 5) or not found:
+COLLECT = """
+import sys, pytest
+class Names:
+    def pytest_collection_finish(self, session):
+        for item in session.items:
+            print("found", "long" if item.get_closest_marker("long") else "fast", item.nodeid)
+options = ["--collect-only", "-q", "-m", "long or not long", "-p", "no:cacheprovider"]
+sys.exit(pytest.main([*options, *sys.argv[1:]], plugins=[Names()]))
+"""
+
+
+def collected(tests: list[str]) -> dict[str, dict[str, int]]:
+    """How many cases pytest finds of each "file::test" or file, of the fast and the long ones."""
+    done = subprocess.run([sys.executable, "-c", COLLECT, *dict.fromkeys(tests)], cwd=ROOT, capture_output=True, text=True)
+    found: dict[str, list[str]] = {"fast": [], "long": []}
+    for word, *rest in (line.split(" ", 2) for line in done.stdout.splitlines()):
+        if word == "found":
+            found[rest[0]].append(rest[1].partition("[")[0])
+    if done.returncode or not found["fast"]:
         raise ValueError(done.stdout + done.stderr)
-    return counts
+    return {
+        kind: {test: sum(name == test or name.startswith(f"{test}::") for name in names) for test in tests} for kind, names in found.items()
+    }
 
 
 def page() -> str:
     """docs/reliability.md. Raises ValueError for a test that is not there."""
     tests = [test for row in ROWS for test in row.tests]
-    fast, slow = collected(tests, "not long"), collected(tests, "long")
+    cases = collected(tests)
+    fast, slow = cases["fast"], cases["long"]
     if lost := [test for test in tests if not fast[test] + slow[test]]:
         raise ValueError(f"expected tests of these names: {lost}")
     parts = [

@@ -156,7 +156,8 @@ def test_it_runs(cls, method, chosen, tiny):
         in_a_process(textwrap.dedent(result))
     elif kind == "track":
         assert isinstance(result, int | float) and math.isfinite(result)
-        assert result >= 0 or "beyond" in method, "beyond what was there before, a process may have become smaller"
+        # Beyond what was there before a process may have become smaller; and of two times either may be the longer.
+        assert result >= 0 or "beyond" in method or "overhead" in method
         assert getattr(getattr(benchmark, method), "unit", None), "a number without its unit says nothing"
         if method.startswith("track_error"):
             assert result < getattr(benchmark, "tolerance", 1e-3), "as far from float64 as this is wrong, not fast"
