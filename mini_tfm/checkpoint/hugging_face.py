@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..config import Config
-from ..errors import FileProblem, InvalidValue
+from ..errors import FileProblem, InvalidValue, shown
 from ..files.reading import open_regular, read_bytes
 from ..files.strict_json import MAX_JSON_BYTES, encode_json, parse_json_strict
 from ..files.writing import Buffers
@@ -54,7 +54,11 @@ def read_headers(folder: str) -> tuple[list[str], dict[str, Entry]]:
             if file.read(len(LFS)) == LFS:
                 raise FileProblem(f"{file.name}: is a Git LFS pointer, not the weights; run `git lfs pull` in its repository")
             file.seek(0)
-            entries |= read_entries(file)
+            more = read_entries(file)
+        if twice := sorted(entries.keys() & more.keys()):
+            where = os.path.join(folder, name)
+            raise InvalidValue(f"{where}: tensor {shown(twice[0])} is in another file of the folder, too; download the model again")
+        entries |= more
     return files, entries
 
 
@@ -103,14 +107,26 @@ def _defaults(folder: str, about: Mapping[str, Any], config: Config) -> dict[str
     found = {}
     for name in DEFAULTS:
         value = given.get(name, about.get(name))
-        if value is not None and _are_ids(value, config.vocab_size):
-            found[name] = value
+        if value is not None and (ids := _ids(value, config.vocab_size, f"{os.path.join(folder, GENERATION)}: {name}")) not in (None, []):
+            found[name] = ids
     if found.get("eos_token_id") in (config.eos_id, [config.eos_id]):
         del found["eos_token_id"]
     return found
 
 
-def _are_ids(value: Any, vocab_size: int) -> bool:
-    if isinstance(value, list):
-        return len(value) <= 100_000 and all(_are_ids(each, vocab_size) for each in value)
-    return type(value) is int and 0 <= value < vocab_size
+def _ids(value: Any, vocab_size: int, what: str) -> Any:
+    """An id, or lists of them, without those that the model cannot say: it never stops at them. None, where that is all.
+
+    A forced token must be one that it can say. Raises InvalidValue naming `what`.
+    """
+    if isinstance(value, list) and len(value) <= 100_000:
+        words = [_ids(each, vocab_size, what) for each in value]
+        return [word for word, each in zip(words, value, strict=True) if word is not None and (not isinstance(each, list) or word == each)]
+    if type(value) is int:
+        if 0 <= value < vocab_size:
+            return value
+        if "forced" not in what:
+            return None
+    raise InvalidValue(
+        f"{what}: expected ids of tokens below vocab_size {vocab_size}, got {shown(value)}; correct the file, or remove the field"
+    )

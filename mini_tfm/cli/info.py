@@ -121,11 +121,11 @@ def _context(config: Config) -> int | None:
 
 
 def _memory(text: str) -> dict[str, Any]:
+    from ..memory import Stack
     from ..memory import memory as make_memory
     from ..memory.validate import owner
 
-    made = make_memory(text)
-    members = getattr(made, "members", [made])
+    made = Stack([make_memory(text)])
     return {
         "text": made.text,
         "strategies": [
@@ -138,7 +138,7 @@ def _memory(text: str) -> dict[str, Any]:
                 "gradient": member.spec.gradient,
                 "capacity_rows": member.spec.capacity,
             }
-            for member in members
+            for member in made.members
         ],
         "documents": made.documents(),
     }

@@ -30,7 +30,7 @@ from .shared import (
 )
 
 if TYPE_CHECKING:
-    from ..memory import Memory
+    from ..memory import Memory, Stack
     from ..pipeline import Pipeline
 
 
@@ -127,17 +127,19 @@ def _reset(pipe: Pipeline, memory: Memory, document: str) -> None:
     pipe.reset()
 
 
-def _durable(memory: Memory | None) -> Memory:
-    """The memory; refuses one that keeps nothing on disk, before any work."""
+def _durable(memory: Memory | None) -> Stack:
+    """The memory as a stack, whose errors name the strategy; refuses one that keeps nothing on disk, before any work."""
+    from ..memory import Stack
+
     if memory is None:
         raise InvalidValue("--memory: expected a memory to read into, got none; for example --memory store:path=notes.mdb")
-    members = getattr(memory, "members", [memory])
-    if not any(member.durable for member in members):
+    stack = Stack([memory])
+    if not any(member.durable for member in stack.members):
         raise InvalidValue(
             f"--memory: {memory.text or memory.name} keeps nothing on disk, so all rows would be lost when this process ends; give a memory"
             " on disk, for example --memory store:path=notes.mdb"
         )
-    return memory
+    return stack
 
 
 def _contents(memory: Any) -> str:

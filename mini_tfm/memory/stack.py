@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..errors import InvalidType
+from ..errors import InvalidType, shown
 from .base import Memory
+from .validate import attributed, require
 
 
 class Stack(Memory):
@@ -28,12 +29,28 @@ class Stack(Memory):
         self.text = "+".join(filter(None, texts)) if all(texts) else None
 
     def documents(self) -> dict[str, int]:
-        return {name: rows for member in self.members for name, rows in member.documents().items()}
+        """The rows of each document, of all members together. Raises the error of a member, with its name."""
+        rows: dict[str, int] = {}
+        for member in self.members:
+            with attributed(member, "documents", step=None):
+                of_member = member.documents()
+                whole = isinstance(of_member, dict) and all(isinstance(n, str) and type(m) is int and m >= 0 for n, m in of_member.items())
+                require(whole, "expected the number of rows of each document, {{name: rows}}, got {}", shown(of_member))
+            for name, more in of_member.items():
+                rows[name] = rows.get(name, 0) + more
+        return rows
 
     def compact(self) -> tuple[int, int]:
-        before, after = zip(*(member.compact() for member in self.members), strict=True) if self.members else ((), ())
-        return sum(before), sum(after)
+        before, after = 0, 0
+        for member in self.members:
+            with attributed(member, "compact", step=None):
+                sizes = member.compact()
+                pair = isinstance(sizes, tuple) and len(sizes) == 2 and all(type(size) is int and size >= 0 for size in sizes)
+                require(pair, "expected the bytes before and after, got {}", shown(sizes))
+            before, after = before + sizes[0], after + sizes[1]
+        return before, after
 
     def reset(self, document: str) -> None:
         for member in self.members:
-            member.reset(document)
+            with attributed(member, "reset", step=None):
+                member.reset(document)

@@ -35,13 +35,13 @@ def owner(member: Memory) -> str:
     return member.origin or f"{type(member).__module__}.{type(member).__qualname__}"
 
 
-def fault(member: Memory, method: str, site: str | None, layer: int | None, step: int, error: BaseException) -> MiniTfmError:
+def fault(member: Memory, method: str, site: str | None, layer: int | None, step: int | None, error: BaseException) -> MiniTfmError:
     """`error`, raised in a strategy's method, as one that names the strategy, its version, the method and the place.
 
     An error that the strategy means for the user (a folder not writable, a store of another width) keeps its kind.
     """
-    place = "".join(f", {word} {value}" for word, value in (("site", site), ("layer", layer)) if value is not None)
-    prefix = f"memory {member.name or type(member).__name__!r} ({owner(member)}) failed in {method}{place}, segment {step}: "
+    place = "".join(f", {word} {value}" for word, value in (("site", site), ("layer", layer), ("segment", step)) if value is not None)
+    prefix = f"memory {member.name or type(member).__name__!r} ({owner(member)}) failed in {method}{place}: "
     if isinstance(error, Refused):
         return PluginError(prefix + str(error))
     if isinstance(error, MiniTfmError):
@@ -50,7 +50,7 @@ def fault(member: Memory, method: str, site: str | None, layer: int | None, step
 
 
 @contextlib.contextmanager
-def attributed(member: Memory, method: str, site: str | None = None, layer: int | None = None, step: int = 0) -> Iterator[None]:
+def attributed(member: Memory, method: str, site: str | None = None, layer: int | None = None, step: int | None = 0) -> Iterator[None]:
     """Turns any error inside, but an interrupt, into the strategy's `fault`, with the cause kept."""
     try:
         yield

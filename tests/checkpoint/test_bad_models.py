@@ -126,6 +126,11 @@ FOLDERS = {
     "no weights": (lambda path: (hugging_face(path) / "model.safetensors").unlink(), ["model.safetensors", "download"]),
     "a link out of the folder": (linked, ["model.safetensors", "link"]),
     "a shard missing": (shards("a.safetensors", "b.safetensors", present=["a.safetensors"]), ["b.safetensors", "download"]),
+    "a tensor in two shards": (shards("a.safetensors", "b.safetensors", present=["a.safetensors", "b.safetensors"]), ["another file"]),
+    "a forced token that it cannot say": (
+        written("generation_config.json", b'{"forced_bos_token_id": 79}'), ["generation_config.json", "forced_bos_token_id", "79"],
+    ),
+    "ends that are no ids": (written("generation_config.json", b'{"eos_token_id": "2"}'), ["eos_token_id", "ids", "'2'"]),
     "a shard outside the folder": (shards("../b.safetensors"), ["index.json", "weight_map"]),
     "a shard by its full path": (shards("/etc/passwd"), ["index.json", "weight_map"]),
     "an index of numbers": (shards(map_of={"a": 1}), ["index.json", "weight_map"]),
@@ -178,6 +183,13 @@ GGUFS = {
         ["tokenizer", "60", "59"],
     ),
 }  # fmt: skip
+
+
+def test_ids_that_a_model_cannot_say_are_left_out(tmp_path):
+    """The others stay: it still ends where it should."""
+    made = {"eos_token_id": [5, 79, 7], "bad_words_ids": [[3, 200], [3, 4]], "suppress_tokens": [-1]}
+    (hugging_face(tmp_path / "m") / "generation_config.json").write_text(json.dumps(made))
+    assert load_checkpoint(tmp_path / "m").model.generation == {"eos_token_id": [5, 7], "bad_words_ids": [[3, 4]]}
 
 
 def refused(path, said):

@@ -792,3 +792,28 @@ def test_a_stream_is_freed_when_nobody_holds_it():
         assert gone() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("answer", [ValueError("mine"), SystemExit(3), "nonsense"], ids=["error", "exit", "nonsense"])
+@pytest.mark.parametrize("method", ["documents", "compact", "reset"])
+def test_what_is_asked_of_a_stack_names_the_member_that_fails(method, answer):
+    def fails(self, *_):
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    if method == "reset" and isinstance(answer, str):
+        pytest.skip("what it returns is not looked at")
+    bad = type("Bad", (Memory,), {method: fails})()
+    bad.name = "bad"
+    with pytest.raises(PluginError, match=rf"memory 'bad' \(.*\) failed in {method}: ") as caught:
+        getattr(Stack([mt.memory("window", size=2), bad]), method)(*["a"] * (method == "reset"))
+    assert "segment" not in str(caught.value)
+
+
+def test_documents_of_two_members_are_counted_together():
+    class Two(Memory):
+        def documents(self):
+            return {"a": 2, "b": 1}
+
+    assert Stack([Two(), Two()]).documents() == {"a": 4, "b": 2}
