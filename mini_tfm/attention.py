@@ -13,6 +13,8 @@ Legend: B batch, T queries, S keys, H heads, D head size (the paper's d_k), d d_
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -191,9 +193,15 @@ class MultiHeadAttention:
         at = layout.last(n_queries)
         shown = [
             (i, view, run.merge(i, view))
-            for i, view in run.views(self.site, self.layer, lambda: self._query(p, free_q, at, layout), n_queries)
+            for i, view in run.views(
+                self.site, self.layer, lambda: self._query(p, free_q, at, layout), n_queries, decoding=p.cache is not None
+            )
         ]
-        joint = [(i, view, self._block_of(p, view, at)) for i, view, merge in shown if isinstance(view, View) and merge == "joint"]
+        joint = [
+            (i, view, self._block_of(p, view, at, n))
+            for n, (i, view, merge) in enumerate(shown)
+            if isinstance(view, View) and merge == "joint"
+        ]
         blocks = [own, *(block for _, _, block in joint)]
         out, lse = ops.attention_with_lse(q, blocks, self.scale, cap=self.cap, **dropout(self.name))
         if text is not None and run.wants_mass():
@@ -204,7 +212,7 @@ class MultiHeadAttention:
                 has = np.ones(1, bool) if view.valid is None else view.valid
                 out = _combined(out, view.output, has[:, None, None, None], view, merge)
             elif merge != "joint":
-                other = ops.attention(q, [self._block_of(p, view, at)], self.scale, cap=self.cap, **dropout(f"{self.name}.view.{n}"))
+                other = ops.attention(q, [self._block_of(p, view, at, n)], self.scale, cap=self.cap, **dropout(f"{self.name}.view.{n}"))
                 out = _combined(out, other, _has_rows(view), view, merge)
         return out
 
@@ -220,20 +228,48 @@ class MultiHeadAttention:
                 seen.add(i)
                 run.received(self.site, self.layer, i, received(block))
 
-    def _block_of(self, p: Pass, view: View, at: np.ndarray) -> Block:
-        """A view as keys and values: projected by this layer, and given the positions it has."""
+    def _block_of(self, p: Pass, view: View, at: np.ndarray, number: int) -> Block:
+        """A view as keys and values: projected by this layer, and given the positions it has. number: among the layer's views."""
+        project = lambda: self._at_their_places(p, view)  # noqa: E731
+        k, v = project() if p.cache is None else p.run.projected(self.site, self.layer, number, view, project)
         view = _with_chosen_rows(view, self.config.n_heads, at.shape[-1])
-        if view.bank[0] == "hidden":
-            k, v = self.keys_and_values(view.bank[1], p)
-        else:
-            k, v = view.bank[1:]
-        bias = view.bias
-        if self.site != "cross" and view.positions is not None:
-            from_start = view.positions - p.run.site_start(self.site)[:, None]  # (B, M), negative: before the segment
-            k = self._rotate(k, from_start)
-            if self.relative is not None:
-                bias = self.relative.between(p, from_start, at, view.index) + (0 if bias is None else bias)
-        return Block(k, v, valid=view.valid, index=view.index, bias=bias)
+        index, valid, bias = view.index, view.valid, view.bias
+        if self.relative is not None and (stand_at := self._from_start(p, view)) is not None:
+            if index is not None and view.places is None:
+                stand_at = stand_at[np.arange(len(index))[:, None, None, None], np.maximum(index, 0)]
+            bias = self.relative.between(p, stand_at, at) + (0 if bias is None else bias)
+        if index is not None and self._are_copied(view):
+            index = _index_of_copies(index, valid, self.n_kv_heads)
+            valid = np.ones((len(index), k.shape[2]), bool)
+        return Block(k, v, valid=valid, index=index, bias=bias)
+
+    def _at_their_places(self, p: Pass, view: View) -> tuple[Array, Array]:
+        """The keys and values of a view's rows, keys with their positions."""
+        kind, *bank = _chosen_of_bank(view)
+        k, v = self.keys_and_values(bank[0], p) if kind == "hidden" else bank
+        if self.frequencies is None or (stand_at := self._from_start(p, view)) is None:
+            return k, v
+        if not self._are_copied(view):
+            if view.index is not None and view.index.ndim == 2 and view.places is None:
+                stand_at = np.take_along_axis(stand_at, np.maximum(view.index, 0), 1)
+            return self._rotate(k, stand_at), v
+        assert view.index is not None
+        batch, groups = len(view.index), self.n_kv_heads
+        pick = np.maximum(view.index, 0).reshape(batch, groups, -1)
+        rows = np.arange(batch)[:, None, None], np.arange(groups)[:, None], pick
+        each = k[rows].reshape(batch * groups, 1, -1, self.d_head)
+        return self._rotate(each, stand_at.reshape(batch * groups, -1)).reshape(batch, groups, -1, self.d_head), v[rows]
+
+    def _from_start(self, p: Pass, view: View) -> np.ndarray | None:
+        """Where a view's rows stand, from the segment's start on, negative before it: (B, M), or of the places of its index."""
+        stand_at = view.positions if view.places is None else view.places
+        if self.site == "cross" or stand_at is None:
+            return None
+        return stand_at - p.run.site_start(self.site).reshape(-1, *[1] * (stand_at.ndim - 1))
+
+    def _are_copied(self, view: View) -> bool:
+        """Whether one row stands at several positions, so that it takes several keys."""
+        return view.places is not None and view.places.ndim == 4 and self.frequencies is not None
 
     def _query(self, p: Pass, q: Array, at: np.ndarray, layout: Layout) -> Query:
         heads, config = value_of(q), self.config
@@ -265,16 +301,14 @@ class RelativeBias:
         distance = np.arange(-(n_queries - 1), n_keys) - (n_keys - n_queries)
         return ops.DistanceBias(np.transpose(p.value(self.name)[self._buckets(distance)]), n_queries, n_keys)
 
-    def between(self, p: Pass, key_at: np.ndarray, query_at: np.ndarray, index: np.ndarray | None = None) -> Array:
-        """Of keys at any positions, key_at (B, M), query_at (T,) or (B, T): (B, H, T, M), or (B, H, T, K) for rows chosen by
-        `index`."""
+    def between(self, p: Pass, key_at: np.ndarray, query_at: np.ndarray) -> Array:
+        """Of keys at any positions, key_at (B, M), query_at (T,) or (B, T): (B, H, T, M); of key_at (B, H, T, K), the same shape."""
         table = p.value(self.name)
-        if index is None:
+        if key_at.ndim == 2:
             return np.transpose(table[self._buckets(key_at[:, None, :] - query_at[..., None])], (0, 3, 1, 2))
-        chosen = key_at[np.arange(len(index))[:, None, None, None], np.maximum(index, 0)]
-        heads = np.arange(index.shape[1])[:, None, None]
+        heads = np.arange(key_at.shape[1])[:, None, None]
         asked_at = query_at[:, None] if query_at.ndim == 1 else query_at[:, None, :, None]
-        return table[self._buckets(chosen - asked_at), np.broadcast_to(heads, index.shape)]
+        return table[self._buckets(key_at - asked_at), np.broadcast_to(heads, key_at.shape)]
 
     def _buckets(self, distance: np.ndarray) -> np.ndarray:
         return ops.relative_buckets(distance, self.config.relative_buckets, self.config.relative_max_distance, self.bidirectional)
@@ -305,17 +339,35 @@ def _has_rows(view: View) -> np.ndarray:
     return there.any(axis=-1, keepdims=True).reshape(len(there), *(there.shape[1:3] if there.ndim == 4 else (1, 1)), 1)
 
 
+def _chosen_of_bank(view: View) -> tuple[Any, ...]:
+    """A view's bank; of one whose index (B, K) is the same for all heads and queries, just the rows that it names."""
+    if view.index is None or view.index.ndim != 2:
+        return view.bank
+    rows, pick = np.arange(len(view.index))[:, None], np.maximum(view.index, 0)
+    kind, *bank = view.bank
+    return kind, *(x[rows, pick] if kind == "hidden" else np.moveaxis(np.moveaxis(x, 1, 2)[rows, pick], 2, 1) for x in bank)
+
+
 def _with_chosen_rows(view: View, n_heads: int, n_queries: int) -> View:
-    """A view whose index (B, K) is the same for all heads and queries, as a view of just those rows."""
+    """A view without an index (B, K): what is told of all rows of its bank, of the rows alone that `_chosen_of_bank` gives."""
     index = view.index
     if index is None or index.ndim != 2:
         return view
     rows, pick = np.arange(len(index))[:, None], np.maximum(index, 0)
-    kind, *bank = view.bank
-    bank = [x[rows, pick] if kind == "hidden" else np.moveaxis(np.moveaxis(x, 1, 2)[rows, pick], 2, 1) for x in bank]
     bias = view.bias
     if bias is not None and bias.shape[-1] > 1:
         bias = np.broadcast_to(bias, (len(index), n_heads, n_queries, bias.shape[-1]))
         bias = np.take_along_axis(bias, np.broadcast_to(pick[:, None, None], (*bias.shape[:3], pick.shape[1])), -1)
-    positions = None if view.positions is None else view.positions[rows, pick]
-    return View((kind, *bank), view.valid[rows, pick] & (index >= 0), positions=positions, bias=bias, merge=view.merge, gate=view.gate)
+    positions = view.places
+    if positions is None and view.positions is not None:
+        positions = view.positions[rows, pick]
+    valid = view.valid[rows, pick] & (index >= 0)
+    return dataclasses.replace(view, valid=valid, index=None, positions=positions, bias=bias, places=None)
+
+
+def _index_of_copies(index: np.ndarray, valid: np.ndarray, n_kv_heads: int) -> np.ndarray:
+    """The index (B, H, T, K) of rows that were copied, each for its place: of a kv head, one head's behind the other's."""
+    batch, n_heads, *places = index.shape
+    there = (index >= 0) & valid[np.arange(batch)[:, None, None, None], np.maximum(index, 0)]
+    copies = np.arange(math.prod(index.shape[1:]) // n_kv_heads).reshape(n_heads // n_kv_heads, *places)
+    return np.where(there, np.tile(copies, (n_kv_heads, 1, 1)), -1)

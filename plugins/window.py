@@ -37,8 +37,10 @@ class Window(RowMemory):
         view = super().view(state, site, layer, segment)
         if view is None or not self.sinks or self.positions == "true":
             return view
-        behind = np.cumsum(view.valid[:, ::-1], axis=1)[:, ::-1]  # rows from each one to the window's end, itself included
-        newest = np.where(view.valid, view.positions, 0).max(axis=1, keepdims=True)
+        # Rows from each one to the window's end, itself included. Every token that is decoded asks: a full window is counted quickly.
+        full = bool(view.valid.all())
+        behind = np.arange(view.valid.shape[1], 0, -1) if full else np.cumsum(view.valid[:, ::-1], axis=1)[:, ::-1]
+        newest = (view.positions if full else np.where(view.valid, view.positions, 0)).max(axis=1, keepdims=True)
         return dataclasses.replace(view, positions=newest + 1 - behind)
 
 

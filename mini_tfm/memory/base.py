@@ -34,7 +34,7 @@ Site = Literal["encoder", "decoder", "cross"]
 SITES = ("encoder", "decoder", "cross")
 MERGES: tuple[str, ...] = ("joint", "gate", "add", "replace")
 NEEDS = ("query", "hidden", "mass", "tokens", "text")
-CONTRACT_VERSION = 2
+CONTRACT_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,11 @@ class State(dict):
 
     The library selects, resets, reorders, joins, detaches and saves the streams of every array alike. So assign new
     arrays (`state["rows"] = ...`) and never write into one. Axis 1 may grow; where streams differ in it the shorter are
-    filled with zeros, so keep a mask of valid rows.
+    filled with zeros, so keep a mask of valid rows. Arrays whose name begins with `State.OF_SEGMENT` are removed when the
+    segment ends: what was chosen for a prompt, say, and is used while the answer is decoded.
     """
+
+    OF_SEGMENT = "segment."
 
     def __init__(self, arrays: Mapping[str, Array], dims: Dims):
         super().__init__(arrays)
@@ -186,13 +189,15 @@ class Query:
 
     hidden: gives the same queries in the space of hidden rows, (B, H, T, d), always a plain array: heads W_k^T, so that
     `hidden() . row` orders rows as their scores do (arXiv 2305.01625, section 2.3). positions: (B, T) tokens since the
-    start of the stream. valid: (B, T) bool, which are no padding; None: all.
+    start of the stream. valid: (B, T) bool, which are no padding; None: all. segment: the one that they are of. While it is
+    decoded there are several calls with the same one: the first has the prompt, each other one the token before it.
     """
 
     heads: Array
     hidden: Callable[[], np.ndarray]
     positions: np.ndarray
     valid: np.ndarray | None = None
+    segment: Segment | None = None  # the library always tells it
 
 
 @dataclass(frozen=True)
@@ -202,8 +207,11 @@ class View:
     bank: ("hidden", X (B, M, d)), projected by the layer's own W_k and W_v; or ("kv", K, V), each (B, Hkv, M, D),
     without position. valid: (B, M) bool, never optional: a row of zeros is not an empty one. index: None for all rows,
     or (B, K) or (B, H, T, K) row numbers, -1 for none. positions: (B, M) tokens since the start of the stream, applied
-    when a row is read; None for rows without one. bias: added to the scores, broadcastable to (B, H, T, M), or to (B, H,
-    T, K) with an index of four axes. merge: see MemorySpec. gate: (H,) logits, with merge="gate".
+    when a row is read; None for rows without one. places: positions of the rows that index names, of its shape, instead:
+    where a row is read depends on the choice, or on the query. bias: added to the scores, broadcastable to (B, H, T, M), or
+    to (B, H, T, K) with an index of four axes. merge: see MemorySpec. gate: (H,) logits, with merge="gate".
+
+    While a segment is decoded, rows whose arrays are the same objects as a token before are not projected again.
     """
 
     bank: tuple[Any, ...]
@@ -213,6 +221,7 @@ class View:
     bias: Array | None = None
     merge: str | None = None
     gate: Array | None = None
+    places: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

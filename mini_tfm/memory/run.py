@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import operator
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
@@ -35,9 +36,29 @@ from .validate import (
     check_view,
     fault,
     require,
+    same_arrays,
 )
 
 Project = Callable[[Array], tuple[Array, Array]]  # rows (B, M, d) to a layer's keys and values
+
+
+@dataclasses.dataclass(frozen=True)
+class Projected:
+    """A view, and its rows as a layer reads them: keys and values (B, Hkv, M, D) at their positions."""
+
+    view: View
+    keys: np.ndarray
+    values: np.ndarray
+
+    def is_of(self, view: View) -> bool:
+        if view is self.view:
+            return True
+        names = ("positions", "places", "index")
+        return same_arrays(view.bank, self.view.bank) and all(_equal(getattr(view, name), getattr(self.view, name)) for name in names)
+
+    def reordered(self, index: np.ndarray, moved: Mapping[int, Array]) -> Projected | None:
+        view = _reordered(self.view, index, moved)
+        return None if view is None else Projected(view, self.keys[index], self.values[index])
 
 
 class MadeOf(Protocol):
@@ -197,6 +218,9 @@ class MemoryRun:
         self._before = [dict(state) for state in self.states]
         self._rows: dict[str, list[tuple[int, Rows]]] = {}
         self._mass: dict[tuple[str, int, int | None], np.ndarray] = {}
+        # While a segment is decoded: what `view` gave, by member, site and layer; rows, by site, layer and number among its views.
+        self._views: dict[tuple[int, str, int], list[tuple[int, View | SideOutput]]] = {}
+        self._projected: dict[tuple[str, int, int], Projected] = {}
         self._is_open = bool(lengths.any())
 
     def close(self) -> None:
@@ -210,6 +234,9 @@ class MemoryRun:
             for state, before in zip(self.states, self._before, strict=True):
                 for name in state:
                     state[name] = select_streams(active, state[name], before.get(name, np.zeros_like(state[name])))
+        for state in self.states:
+            for name in [name for name in state if name.startswith(State.OF_SEGMENT)]:
+                del state[name]
         self.start = self.start + self._lengths
         self.number += 1
         self.has_read = self.has_read or bool(active.any())
@@ -256,21 +283,51 @@ class MemoryRun:
         for (i, _), output in zip(self._rows.get(site, ()), outputs, strict=True):
             self._call(i, "end", output, site=site)
 
-    def views(self, site: str, layer: int, query: Callable[[], Query], n_queries: int) -> list[tuple[int, View | SideOutput]]:
-        """What the members want the `n_queries` queries of this layer to see, with the number of the member."""
+    def views(
+        self, site: str, layer: int, query: Callable[[], Query], n_queries: int, *, decoding: bool = False
+    ) -> list[tuple[int, View | SideOutput]]:
+        """What the members want the `n_queries` queries of this layer to see, with the number of the member.
+
+        decoding: the segment's tokens come one by one. Nothing is written meanwhile, so what `view` gave stays.
+        """
         found: list[tuple[int, View | SideOutput]] = []
         asked: Query | None = None  # made once, and only if a member reads
         for i, has_view, reads in self._sites.show.get((site, layer), ()):
-            merge, dims = self.members[i].spec.merge, self.dims[i]
-            check = partial(check_view, default_merge=merge, shape=(self.batch, n_queries), dims=dims)
             if has_view:
-                view = self._call(i, "view", site, layer, self._segment(i, site), site=site, layer=layer, check=check)
-                found += [(i, view)] if _shows_rows(view) else []
+                place = i, site, layer
+                shown = self._views[place] if place in self._views else self._shown(i, "view", site, layer, n_queries, len(found))
+                if decoding:
+                    self._views[place] = shown
+                found += shown
             if reads:
                 asked = query() if asked is None else asked
-                view = self._call(i, "read", site, layer, asked, site=site, layer=layer, check=check)
-                found += [(i, view)] if _shows_rows(view) else []
+                found += self._shown(i, "read", site, layer, n_queries, len(found), asked)
         return found
+
+    def _shown(
+        self, i: int, method: str, site: str, layer: int, n_queries: int, number: int, query: Query | None = None
+    ) -> list[tuple[int, View | SideOutput]]:
+        """What member i shows by `method`, if it shows a row; `number` views were found at this layer before."""
+        kept = self._projected.get((site, layer, number))
+        known = None if kept is None else kept.view.bank
+        merge, shape = self.members[i].spec.merge, (self.batch, n_queries)
+        check = partial(check_view, default_merge=merge, shape=shape, dims=self.dims[i], known=known)
+        segment = self._segment(i, site)
+        argument = segment if query is None else dataclasses.replace(query, segment=segment)
+        view = self._call(i, method, site, layer, argument, site=site, layer=layer, check=check)
+        return [(i, view)] if _shows_rows(view) else []
+
+    def projected(
+        self, site: str, layer: int, number: int, view: View, project: Callable[[], tuple[Array, Array]]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What `project` gives, the keys and values of a view's rows; made once while a segment is decoded and the rows stay the same.
+
+        number: of the view among those of the layer.
+        """
+        kept = self._projected.get((site, layer, number))
+        if kept is None or not kept.is_of(view):
+            kept = self._projected[site, layer, number] = Projected(view, *map(np.ascontiguousarray, project()))
+        return kept.keys, kept.values
 
     def uses(self, site: str) -> bool:
         """Whether the memory needs the stack at `site` to run: a member takes part there, or wants attention measured."""
@@ -445,9 +502,17 @@ class MemoryRun:
 
     def reorder(self, index: np.ndarray) -> None:
         """Stream i becomes what stream index[i] was: beams, shuffled or shrinking batches. Within a segment, too."""
-        for arrays in [*self.states, *self._before, self._tokens, self._mass]:
+        moved: dict[int, Array] = {}  # by the id of what was there: states share arrays, and what is projected names them
+        held = [*self.states, *self._before, self._tokens, self._mass]
+        was = [value for arrays in held for value in arrays.values()]  # so that no id is given again
+        for arrays in held:
             for name, value in arrays.items():
-                arrays[name] = value[index]
+                if id(value) not in moved:
+                    moved[id(value)] = value[index]
+                arrays[name] = moved[id(value)]
+        self._projected = {place: kept for place, one in self._projected.items() if (kept := one.reordered(index, moved)) is not None}
+        self._views = {place: shown for place, shown in self._views.items() if not shown}  # the others are asked for again
+        del was
         self.start, self.decoded = self.start[index], self.decoded[index]
         self._lengths, self.batch = self._lengths[index], len(index)
         self._targets = None if self._targets is None else self._targets[index]
@@ -474,6 +539,7 @@ class MemoryRun:
         if self._output is not None or other._output is not None:
             (outputs, valid), (more, more_valid) = (run._output or (None, None) for run in (self, other))
             self._output = _joined(outputs, more, sizes), _joined(valid, more_valid, sizes)
+        self._views, self._projected = {}, {}
         self.batch, self.number = sum(sizes), max(self.number, other.number)
         self.has_read = self.has_read or other.has_read
 
@@ -511,6 +577,7 @@ class MemoryRun:
         twin._before = [dict(before) for before in self._before]
         twin._taken = dict(self._taken)
         twin._tokens, twin._rows, twin._mass = dict(self._tokens), dict(self._rows), dict(self._mass)
+        twin._views, twin._projected = dict(self._views), dict(self._projected)
         return twin
 
     def dump(self) -> dict[str, np.ndarray]:
@@ -560,9 +627,10 @@ class MemoryRun:
             result = getattr(member, method)(state, *arguments)
             if check is not None:
                 result = check(result)
-            for name, value in state.items():
-                if before.get(name) is not value:
-                    check_state(name, value, self.batch)
+            if len(state) != len(before) or not all(map(operator.is_, state.values(), before.values())):  # decoding, nothing changes
+                for name, value in state.items():
+                    if before.get(name) is not value:
+                        check_state(name, value, self.batch)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # SystemExit and the like, too: a strategy ends nobody's program
@@ -572,6 +640,20 @@ class MemoryRun:
     def _segment(self, i: int, site: str) -> Segment:
         tokens = self._tokens.get("decoder" if site == "cross" else site) if "tokens" in self.members[i].spec.needs else None
         return Segment(self.number, site, self.site_start(site), self._lengths, tokens)
+
+
+def _equal(a: np.ndarray | None, b: np.ndarray | None) -> bool:
+    return a is b or (a is not None and b is not None and np.array_equal(a, b))
+
+
+def _reordered(view: View, index: np.ndarray, moved: Mapping[int, Array]) -> View | None:
+    """What a view tells of its rows, for streams `index`; None if `moved`, arrays by the ids of what they were, lacks its bank."""
+    kind, *arrays = view.bank
+    if not all(id(array) in moved for array in arrays):
+        return None
+    names = ("positions", "places", "index")
+    told = {name: None if (value := getattr(view, name)) is None else value[index] for name in names}
+    return dataclasses.replace(view, bank=(kind, *(moved[id(array)] for array in arrays)), **told)
 
 
 def _shows_rows(view: View | SideOutput | None) -> bool:

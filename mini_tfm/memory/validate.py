@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -205,8 +206,13 @@ def check_log_probs(changed: Any, before: np.ndarray) -> np.ndarray:
     return changed.astype(before.dtype, copy=False)
 
 
-def check_view(view: Any, default_merge: str, shape: tuple[int, int], dims: Dims) -> View | SideOutput | None:
-    """The result of `view` or `read`, checked, with its index as the kernels take it. shape: (streams, queries)."""
+def check_view(
+    view: Any, default_merge: str, shape: tuple[int, int], dims: Dims, known: tuple[Any, ...] | None = None
+) -> View | SideOutput | None:
+    """The result of `view` or `read`, checked, with its index as the kernels take it. shape: (streams, queries).
+
+    known: a bank that was checked before; the same arrays are not read again.
+    """
     if view is None:
         return None
     require(isinstance(view, View | SideOutput), "expected a View, a SideOutput or None, got {}", type(view).__name__)
@@ -222,7 +228,7 @@ def check_view(view: Any, default_merge: str, shape: tuple[int, int], dims: Dims
         if view.valid is not None:
             check_array("valid", view.valid, (batch,), "b")
         return view
-    rows = _check_bank(view.bank, batch, dims)
+    rows = _check_bank(view.bank, batch, dims) if known is None or not same_arrays(view.bank, known) else value_of(known[1]).shape[-2]
     check_array("valid", view.valid, (batch, rows), "b")
     if view.positions is not None:
         check_array("positions", view.positions, (batch, rows), "i")
@@ -230,9 +236,17 @@ def check_view(view: Any, default_merge: str, shape: tuple[int, int], dims: Dims
     if view.index is not None:
         view = dataclasses.replace(view, index=_checked_index(view.index, rows, shape, dims))
         shown = view.index.shape[-1] if view.index.ndim == 4 else rows
+    if view.places is not None:
+        require(view.index is not None, "places: expected None without an index, which names the rows that they are of")
+        check_array("places", view.places, view.index.shape, "i")
     if view.bias is not None:
         _check_bias(view.bias, (batch, dims.n_heads, n_queries, shown), dims)
     return view
+
+
+def same_arrays(bank: Any, other: tuple[Any, ...]) -> bool:
+    """Whether a bank has the arrays of another. As no strategy writes into an array, it then has the same rows."""
+    return isinstance(bank, tuple) and len(bank) == len(other) and bank[0] == other[0] and all(map(operator.is_, bank[1:], other[1:]))
 
 
 def _check_bank(bank: Any, batch: int, dims: Dims) -> Any:

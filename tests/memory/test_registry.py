@@ -271,7 +271,7 @@ def with_spec(**changes):
         ({"gradient": True}, "spec.gradient: expected one of none, rows, state, got True"),
         ({"layers": 3}, "spec.layers: expected None or a tuple of layer numbers, got 3"),
         ({"layers": ("top",)}, "spec.layers: expected None or a tuple of layer numbers"),
-        ({"version": 99}, "written for contract 99, this library has 2: upgrade mini-tfm"),
+        ({"version": 99}, "written for contract 99, this library has 3: upgrade mini-tfm"),
         ({"version": None}, "written for contract None"),
     ],
 )

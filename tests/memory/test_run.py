@@ -744,8 +744,8 @@ def test_a_short_segment_sees_no_row_of_a_decoder_in_its_future(spec, monkeypatc
     model, seen = small_model("encoder-decoder"), []
     stream, views = Stream(model, mt.memory(spec), 1), MemoryRun.views
 
-    def noting(run, site, layer, query, n_queries):
-        found = views(run, site, layer, query, n_queries)
+    def noting(run, site, layer, query, n_queries, **more):
+        found = views(run, site, layer, query, n_queries, **more)
         seen.extend((view.positions.max() if site == "decoder" else -1) < query().positions.min() for _, view in found)
         return found
 
