@@ -652,7 +652,7 @@ def _reordered(view: View, index: np.ndarray, moved: Mapping[int, Array]) -> Vie
     if not all(id(array) in moved for array in arrays):
         return None
     names = ("positions", "places", "index")
-    told = {name: None if (value := getattr(view, name)) is None else value[index] for name in names}
+    told: dict[str, Any] = {name: None if (value := getattr(view, name)) is None else value[index] for name in names}
     return dataclasses.replace(view, bank=(kind, *(moved[id(array)] for array in arrays)), **told)
 
 
