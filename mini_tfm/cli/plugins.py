@@ -76,17 +76,18 @@ def _options(options: dict[str, Any] | None) -> str:
 @plugins.command()
 @click.argument("spec", metavar="NAME[:OPTION=VALUE,...]")
 @click.option("--skip", multiple=True, metavar="CHECK", help="A check that does not apply to this memory; may be given several times.")
+@click.option("--only", multiple=True, metavar="CHECK", help="A check to run, and no others; may be given several times.")
 @click.option(
     "--limit", type=click.FloatRange(0, min_open=True), default=60.0, show_default=True, metavar="SECONDS", help="Time for each check."
 )
 @json_option
 @click.pass_context
-def check(context: click.Context, spec: str, skip: tuple[str, ...], limit: float, as_json: bool) -> None:
+def check(context: click.Context, spec: str, skip: tuple[str, ...], only: tuple[str, ...], limit: float, as_json: bool) -> None:
     """Checks that an installed memory follows the memory contract. Prints one line per check, with its time in seconds. The
     exit code is 1 if a check fails.
 
     Choose small sizes, as in window:size=8: a window of 512 rows never fills up in a check of thirty tokens. The memory runs in
-    a process of its own: one that exits, prints or never ends fails a check.
+    a process of its own, which gets 4 GB: one that exits, prints, eats memory or never ends fails a check.
     """
     from ..errors import InvalidValue, shown
     from ..memory.registry import check_names
@@ -94,10 +95,11 @@ def check(context: click.Context, spec: str, skip: tuple[str, ...], limit: float
     from ..testing import CHECKS
     from ..testing.apart import check_apart
 
-    if unknown := [name for name in skip if name not in CHECKS]:
-        raise InvalidValue(f"--skip: expected one of {', '.join(CHECKS)}, got {shown(unknown[0])}")
+    for option, names in (("--skip", skip), ("--only", only)):
+        if unknown := [name for name in names if name not in CHECKS]:
+            raise InvalidValue(f"{option}: expected one of {', '.join(CHECKS)}, got {shown(unknown[0])}")
     check_names(spec)
-    chosen = [name for name in CHECKS if name not in skip]
+    chosen = [name for name in CHECKS if name not in skip and (name in only or not only)]
     about = {name: (CHECKS[name].__doc__ or "").strip().partition("\n")[0] for name in CHECKS}
     results: list[dict[str, Any]] = []
     for result in track(check_apart(spec, chosen, limit=limit), "checking", len(chosen), "checks"):
@@ -120,6 +122,9 @@ def check(context: click.Context, spec: str, skip: tuple[str, ...], limit: float
             ]
             + [(name, "skipped", about[name], "") for name in skipped],
         )
+        if failed:
+            first = next(each["check"] for each in results if not each["passed"])
+            click.echo("one check alone: " + command_line("plugins", "check", spec, "--only", first))
         said = f"{failed} of {len(chosen)} checks fail" if failed else f"all {len(results)} checks pass"
         click.echo(f"{spec}: {said}" + (f"; skipped: {', '.join(skipped)}" if skipped else ""))
     context.exit(1 if failed else 0)

@@ -11,15 +11,18 @@ import numpy as np
 from .. import ops
 from ..autodiff import Var, value_of
 from ..config import Config
+from ..errors import MiniTfmError
 from ..generate import Session
 from ..memory.base import Memory
 from ..memory.run import MemoryRun, members_of
+from ..memory.short import RetrievalMemory, RowMemory
 from ..memory.stack import Stack
 from ..stream import Stream
 from ..transformer import Transformer
 
 VOCAB = 24
 LENGTH = 5  # tokens a segment
+TOLERANCE = 1e-8  # in float64, where the checks run: differences of rounding are a million times smaller
 
 # Between them they have all sites, both ways of reading, and positions that are added and that are distances.
 KINDS: dict[str, dict[str, Any]] = {
@@ -37,33 +40,53 @@ def kinds_for(memory: Memory) -> list[str]:
     return [kind for kind in kinds if kind != "encoder-only"] or kinds
 
 
-def small_model(kind: str, dtype: Any = np.float64) -> Transformer:
-    config = Config(
-        vocab_size=VOCAB,
-        d_model=8,
-        n_heads=2,
-        d_ff=16,
-        activation="gelu",
-        relative_buckets=8,
-        relative_max_distance=16,
-        segment_length=LENGTH,
-        **KINDS[kind],
-    )
+class CheckFailed(MiniTfmError, AssertionError):
+    """A strategy breaks the contract; the message lists every check that failed, however many."""
+
+    __str__ = AssertionError.__str__
+
+
+def same(what: str, actual: np.ndarray, expected: np.ndarray) -> None:
+    """Fails unless the arrays are equal but for rounding."""
+    if actual.shape != expected.shape:
+        raise CheckFailed(f"{what}: expected shape {expected.shape}, got {actual.shape}")
+    difference = float(np.max(np.abs(actual - expected), initial=0))
+    if not difference <= TOLERANCE:
+        raise CheckFailed(f"{what}: expected the same numbers, got a difference of {difference:.3g}")
+
+
+def small_model(kind: str, dtype: Any = np.float64, **fields: Any) -> Transformer:
+    sizes = {"vocab_size": VOCAB, "d_model": 8, "n_heads": 2, "d_ff": 16, "activation": "gelu", "segment_length": LENGTH}
+    config = Config(**{**sizes, "relative_buckets": 8, "relative_max_distance": 16, **KINDS[kind], **fields})
     return Transformer(config, seed=1, dtype=dtype)
 
 
-def random_segments(batch: int, count: int, seed: int = 0) -> np.ndarray:
-    """(count, B, LENGTH) token ids."""
-    return np.random.default_rng(seed).integers(3, VOCAB, (count, batch, LENGTH))
+def random_segments(batch: int, count: int, seed: int = 0, length: int = LENGTH) -> np.ndarray:
+    """(count, B, length) token ids."""
+    return np.random.default_rng(seed).integers(3, VOCAB, (count, batch, length))
 
 
 class Trial:
-    """A strategy and one kind of model. make: gives the strategy, or what the kit makes of it."""
+    """A strategy and one kind of model. make: gives the strategy, or what the kit makes of it; fields: other ones of the Config."""
 
-    def __init__(self, make: Callable[[], Memory], kind: str, dtype: Any = np.float64):
-        self.make, self.kind = make, kind
-        self.model = small_model(kind, dtype)
+    def __init__(self, make: Callable[[], Memory], kind: str, dtype: Any = np.float64, **fields: Any):
+        self.make, self.kind, self.dtype, self.fields = make, kind, dtype, fields
+        self.model = small_model(kind, dtype, **fields)
         self.model.add_memory_weights(make(), seed=1)
+
+    @property
+    def length(self) -> int:
+        """Tokens a segment."""
+        assert self.model.config.segment_length is not None
+        return self.model.config.segment_length
+
+    def like(self, *, make: Callable[[], Memory] | None = None, dtype: Any = None, **fields: Any) -> Trial:
+        """The same but for what is given."""
+        return Trial(make or self.make, self.kind, dtype or self.dtype, **{**self.fields, **fields})
+
+    def segments(self, batch: int, count: int) -> np.ndarray:
+        """(count, B, length) token ids."""
+        return random_segments(batch, count, length=self.length)
 
     def reader(
         self, batch: int, w: Mapping[str, Any] | None = None, memory: Memory | None = None, without: bool = False, training: bool = False
@@ -145,6 +168,25 @@ class Reader:
 def leaves(model: Transformer) -> dict[str, Var]:
     """The weights as Vars."""
     return {name: Var(weight) for name, weight in model.weights.items()}
+
+
+class Newest(RowMemory):
+    """A working memory of one segment, for a stack with the strategy behind it."""
+
+    def __init__(self, site: str):
+        super().__init__(size=LENGTH, site=site, gradient="rows")
+        self.name = "newest"
+
+    def keep(self, scores: np.ndarray | None, positions: np.ndarray) -> np.ndarray:
+        return positions
+
+
+class Found(RetrievalMemory):
+    """A long-term memory, for a stack with the strategy before it."""
+
+    def __init__(self, site: str):
+        super().__init__(top_k=2, site=site)
+        self.name = "found"
 
 
 class Tap(Memory):

@@ -1,6 +1,12 @@
 """The kit passes honest strategies, and each broken one is caught by the check that is there for it."""
 
+import dataclasses
+import functools
+import importlib
 import itertools
+import os
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -298,7 +304,236 @@ class Drifts(Last):
         super().__init__(2 + type(self).made % 7)
 
 
+class DeadAboveTheFirst(Last):
+    def view(self, state, site, layer, segment):
+        return super().view(state, site, layer, segment) if layer == 0 else None
+
+
+class DeadAtCross(Last):
+    """Says that it works at cross, too."""
+
+    def __init__(self):
+        RowMemory.__init__(self, size=8, site="all")
+        self.spec = MemorySpec(capacity=8)
+
+    def view(self, state, site, layer, segment):
+        return super().view(state, site, layer, segment) if site != "cross" else None
+
+
+class ShapedByHeads(Last):
+    """Takes as many heads of keys as there are of queries."""
+
+    def start(self, batch, dims):
+        return {**super().start(batch, dims), "sum": np.zeros((batch, dims.n_heads, dims.d_head), dims.dtype)}
+
+    def write(self, state, site, layer, new):
+        keys, _ = new.project(new.hidden)
+        state["sum"] = state["sum"] + value_of(keys).sum(axis=2)
+        return super().write(state, site, layer, new)
+
+
+class AsksByEights(Last):
+    """Looks for rows with the mean of eight queries, some of which come later."""
+
+    def __init__(self):
+        super().__init__()
+        self.spec = MemorySpec(sites=frozenset({"decoder"}), needs=frozenset({"query"}), capacity=8)
+
+    def view(self, state, site, layer, segment):
+        return None
+
+    def read(self, state, site, layer, query):
+        view = Last.view(self, state, site, layer, None)
+        if view is None:
+            return None
+        asked = query.hidden().copy()
+        for first in range(0, asked.shape[2] - 7, 8):
+            asked[:, :, first : first + 8] = asked[:, :, first : first + 8].mean(axis=2, keepdims=True)
+        scores = np.einsum("bhtd,bmd->bhtm", asked, view.bank[1]) * 3
+        return changed(view, bias=scores)
+
+
+class NaNAfterSixty(Last):
+    def start(self, batch, dims):
+        return {**super().start(batch, dims), "read": np.zeros(batch, np.int64)}
+
+    def view(self, state, site, layer, segment):
+        view = super().view(state, site, layer, segment)
+        far = segment.start.max() > 300
+        return changed(view, bias=np.full((1, 1, 1, 1), 1e300 if far else 0.0, state.dims.dtype)) if view else None
+
+
+class RarelyFlips(Last):
+    """One time in a hundred it shows no row."""
+
+    def view(self, state, site, layer, segment):
+        return super().view(state, site, layer, segment) if np.random.default_rng().random() < 0.99 else None
+
+
+class DropsWhatItIsOffered(Last):
+    def absorb(self, state, evicted):
+        return None
+
+
+class KeepsAndDrops(Last):
+    """Of the rows that it returns, one is still there."""
+
+    def write(self, state, site, layer, new):
+        held = {name: value for name, value in state.items() if name.startswith(f"{site}.{layer}.")}
+        dropped = super().write(state, site, layer, new)
+        if dropped is not None and held:
+            state.update({name: np.concatenate([state[name][:, 1:], state[name][:, :1]], axis=1) for name in held})
+            first = {name: state[f"{site}.{layer}.{name}"][:, :1] for name in ("hidden", "valid", "positions")}
+            return Evicted(site, layer, **{name: np.concatenate([getattr(dropped, name), one], axis=1) for name, one in first.items()})
+        return dropped
+
+
+class DrainNeverThere(Last):
+    def drain(self, state):
+        raise RuntimeError("not yet")
+
+
+class FlushRaises(Last):
+    def flush(self, state):
+        raise RuntimeError("not yet")
+
+
+class DocumentsAreText(Last):
+    def documents(self):
+        return "notes, letters"
+
+
+class ResetRaises(Last):
+    def reset(self, document):
+        raise KeyError(document)
+
+
+class RemembersATrainedMean(Last):
+    """An average of rows seen in training, held in the object, is taken from those it shows in use."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean = 0.0
+
+    def write(self, state, site, layer, new):
+        if state.dims.training:
+            self.mean = 0.9 * self.mean + 0.1 * float(value_of(new.hidden).mean())
+        return super().write(state, site, layer, new)
+
+    def view(self, state, site, layer, segment):
+        view = super().view(state, site, layer, segment)
+        shift = 0.0 if state.dims.training else self.mean
+        return changed(view, bank=("hidden", view.bank[1] - np.asarray(shift, view.bank[1].dtype))) if view else None
+
+
+class HoldsTapes(Last):
+    def __init__(self):
+        super().__init__()
+        self.tapes = []
+        self.spec = MemorySpec(sites=frozenset({"decoder"}), capacity=8, gradient="rows")
+
+    def write(self, state, site, layer, new):
+        self.tapes.append(new.hidden)
+        return super().write(state, site, layer, new)
+
+
+class ForgetsAThirdOfASmallGradient(Last):
+    """A parameter that counts for little has a gradient that is a third too small."""
+
+    def parameters(self, dims):
+        return {"shift": Param((dims.d_model,), init=0.1)}
+
+    def view(self, state, site, layer, segment):
+        view = super().view(state, site, layer, segment)
+        shift = state.params["shift"]
+        partly = shift * (2 / 3) + value_of(shift) * (1 / 3)
+        return changed(view, bank=("hidden", view.bank[1] + partly * 1e-5)) if view else None
+
+
+class InitialValuesOfItsOwn(Last):
+    """Drawn anew in every process."""
+
+    def parameters(self, dims):
+        seed = hash("shift") % 1000
+        return {"shift": Param((dims.d_model,), np.random.default_rng(seed).standard_normal(dims.d_model))}
+
+    def view(self, state, site, layer, segment):
+        view = super().view(state, site, layer, segment)
+        return changed(view, bank=("hidden", view.bank[1] + state.params["shift"])) if view else None
+
+
+class DrawsInitialValues(InitialValuesOfItsOwn):
+    def parameters(self, dims):
+        return {"shift": Param((dims.d_model,), np.random.default_rng().standard_normal(dims.d_model))}
+
+
+class EmptiesItsArguments(Last):
+    def write(self, state, site, layer, new):
+        dropped = super().write(state, site, layer, dataclasses.replace(new, hidden=new.hidden.copy()))
+        value_of(new.hidden)[...] = 0
+        return dropped
+
+
+class ClearsHidden(Last):
+    def logits(self, state, hidden, log_probs):
+        hidden[...] = 0
+
+
+class SeedsNumPy(Last):
+    def keep(self, scores, positions):
+        np.random.seed(1)  # noqa: NPY002
+        return positions
+
+
+class SetsThreads(Last):
+    def keep(self, scores, positions):
+        mt.set_num_threads(mt.get_num_threads() + 1)
+        return positions
+
+
+class Forks(Last):
+    def keep(self, scores, positions):
+        if (child := os.fork()) == 0:
+            os._exit(0)
+        os.waitpid(child, 0)
+        return positions
+
+
+class Sleeps(Last):
+    def keep(self, scores, positions):
+        time.sleep(0.001)
+        return positions
+
+
+class WorksInTheBackground(Last):
+    def keep(self, scores, positions):
+        threading.Thread(target=threading.Event().wait, args=(1,), daemon=True).start()
+        return positions
+
+
 MUTANTS = {
+    DeadAboveTheFirst: "every_place_counts",
+    ShapedByHeads: "other_models",
+    AsksByEights: "other_models",
+    NaNAfterSixty: "long_streams",
+    RarelyFlips: "long_streams",
+    DropsWhatItIsOffered: "takes_what_is_dropped",
+    KeepsAndDrops: "dropped_rows_were_held",
+    DrainNeverThere: "streams_end",
+    FlushRaises: "streams_end",
+    DocumentsAreText: "streams_end",
+    ResetRaises: "streams_end",
+    RemembersATrainedMean: "training_leaves_nothing_else",
+    HoldsTapes: "tapes_are_let_go",
+    ForgetsAThirdOfASmallGradient: "gradients_are_right",
+    DrawsInitialValues: "parameters_are_the_same_everywhere",
+    EmptiesItsArguments: "arguments_stay_as_they_are",
+    ClearsHidden: "arguments_stay_as_they_are",
+    SeedsNumPy: "leaves_the_process_alone",
+    SetsThreads: "leaves_the_process_alone",
+    Forks: "leaves_the_process_alone",
+    Sleeps: "leaves_the_process_alone",
+    WorksInTheBackground: "leaves_the_process_alone",
     Raises: "runs",
     GivesNaN: "runs",
     AlwaysSingle: "keeps_the_dtype",
@@ -330,11 +565,11 @@ MUTANTS = {
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
-def test_each_broken_strategy_is_caught_by_its_check(mutant, only_decoders):
+def test_each_broken_strategy_is_caught_by_its_check(mutant, only_decoders, request):
+    request.addfinalizer(functools.partial(mt.set_num_threads, mt.get_num_threads()))
     mt.register_memory("mutant", mutant)
-    others = set(CHECKS) - {MUTANTS[mutant]}
-    with pytest.raises(CheckFailed, match=rf"fails 1 check:\n  {MUTANTS[mutant]} \(decoder-only\): .*expected .*, got "):
-        check_memory("mutant" if mutant is ForgetsAnOption else mutant, skip=others)
+    with pytest.raises(CheckFailed, match=rf"fails 1 check:\n  {MUTANTS[mutant]} \(decoder-only\): .*expected "):
+        check_memory("mutant" if mutant is ForgetsAnOption else mutant, only=[MUTANTS[mutant]])
 
 
 def test_the_mutants_differ_from_an_honest_strategy(only_decoders):
@@ -342,7 +577,8 @@ def test_the_mutants_differ_from_an_honest_strategy(only_decoders):
 
 
 def test_every_check_but_state_ones_has_a_mutant_of_its_own():
-    assert set(CHECKS) - set(MUTANTS.values()) == {"dump_and_load_go_on"}
+    assert set(CHECKS) - set(MUTANTS.values()) == {"dump_and_load_go_on", "comes_back_from_disk"}  # they have tests of their own
+    assert len(CHECKS) >= 30 and len(MUTANTS) >= 40
 
 
 class ShowsTheEnd(Memory):
@@ -370,7 +606,44 @@ def test_showing_the_future_is_caught_in_every_mode(training, kind):
 def test_dumping_what_is_not_in_the_state_is_caught(only_decoders):
     told = r"dump_and_load_go_on .*: after dump and load: expected the same numbers, got a difference of"
     with pytest.raises(CheckFailed, match=told):
-        check_memory(HoldsItself, skip=set(CHECKS) - {"dump_and_load_go_on"})
+        check_memory(HoldsItself, only=["dump_and_load_go_on"])
+
+
+def test_a_strategy_that_is_dead_at_cross_is_caught():
+    with pytest.raises(CheckFailed, match=r"every_place_counts \(encoder-decoder\): cross, layer 0: expected other outputs"):
+        check_memory(DeadAtCross, only=["every_place_counts"])
+
+
+def test_initial_values_of_another_process_are_compared(tmp_path, monkeypatch, only_decoders):
+    code = "from mini_tfm_plugins.window import Window\nfrom mini_tfm.memory import Param\nimport numpy as np\n"
+    code += "class Own(Window):\n def parameters(self, dims):\n  at = np.random.default_rng(hash('x') % 99991)\n"
+    code += "  return {'shift': Param((dims.d_model,), at.standard_normal(dims.d_model))}\n"
+    (tmp_path / "own_values.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("mini_tfm.testing.habits.make_memory", lambda text: importlib.import_module("own_values").Own(size=4))
+    made = importlib.import_module("own_values").Own(size=4)
+    made.text = "own"
+    program = "import mini_tfm.testing.habits as h, own_values; h.make_memory = lambda text: own_values.Own(size=4)"
+    monkeypatch.setattr("mini_tfm.testing.habits.__name__", "sitecustomized_habits")
+    (tmp_path / "sitecustomized_habits.py").write_text(f"{program}\n_print_digest = h._print_digest\n")
+    with pytest.raises(CheckFailed, match="expected the same initial values in another process, got others"):
+        check_memory(lambda: made, only=["parameters_are_the_same_everywhere"])
+
+
+class LosesItsDocument(type(mt.memory("store"))):
+    """Opens another file each time that it is made."""
+
+    made = 0
+
+    def __init__(self, *, path):
+        type(self).made += 1
+        super().__init__(path=f"{path}.{type(self).made}", top_k=3)
+
+
+def test_rows_that_do_not_come_back_are_caught(tmp_path, only_decoders):
+    mt.register_memory("loses", LosesItsDocument)
+    with pytest.raises(CheckFailed, match=r"comes_back_from_disk .*: made again from .*: expected the documents \{'default': \d+\}"):
+        check_memory(f"loses:path={tmp_path}/rows.mdb", only=["comes_back_from_disk"])
 
 
 class Renumbers(Last):
@@ -422,7 +695,8 @@ def test_a_failure_names_the_check_what_was_expected_and_what_came(only_decoders
         check_memory(MoreThanItSays)
     assert str(caught.value) == (
         "memory 'MoreThanItSays' fails 1 check:\n"
-        "  capacity_holds (decoder-only): state['decoder.0.hidden']: expected at most capacity = 4 rows, got 8"
+        "  capacity_holds (decoder-only): state['decoder.0.hidden']: expected at most capacity = 4 rows, got 8\n"
+        "one check alone: check_memory(..., only=['capacity_holds'])"
     )
 
 
@@ -434,9 +708,12 @@ def test_the_cause_of_a_failure_is_kept(only_decoders):
 
 
 def test_checks_can_be_skipped_by_name(only_decoders):
-    check_memory(DoesNothing, skip=["has_effect"])
+    check_memory(DoesNothing, skip=["has_effect", "every_place_counts", "takes_what_is_dropped"])
     with pytest.raises(InvalidValue, match=r"skip: unknown check 'effect'; the checks are runs,"):
         check_memory(DoesNothing, skip=["effect"])
+    check_memory(DoesNothing, only=["runs"])
+    with pytest.raises(InvalidValue, match=r"only: unknown check 'effect'; the checks are runs,"):
+        check_memory(DoesNothing, only=["effect"])
 
 
 def test_what_is_no_memory_is_refused():
