@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import click
@@ -238,11 +239,15 @@ def test_every_command_was_asked_for():
     assert {words[0] for words, _ in commands()} == set(COMMANDS)
 
 
-@pytest.mark.parametrize("name", ["window", "recurrent", "store"])
+BUILT_IN = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["entry-points"]["mini_tfm"]
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
 def test_a_built_in_memory_and_its_options_are_documented(name):
     rows = [line for line in text_of(*PAGES).splitlines() if line.startswith(f"| `{name}` ")]
     options = describe_memory(name)["options"]
     assert any(all(f"`{option}`" in row for option in options) for row in rows), f"no table has {name} with {', '.join(options)}"
+    assert re.search(rf"^## .*\b{name}\b", text_of(DOCS / "memories.md"), re.M), f"docs/memories.md has no section about {name}"
 
 
 def test_the_counts_of_reliability_are_those_of_the_tests():

@@ -3,6 +3,7 @@
     hookspecs.py   how a plugin announces a strategy
     base.py        the contract: Memory, and the types it uses
     short/         three short bases: a strategy in one method
+    maths.py       functions of arrays and Vars that many strategies need
     nearest.py     the best rows for a query, over one bank or several
     row_store.py   the contract of a place where rows outlive the process
     registry.py    loading plugins, making strategies by name
@@ -19,6 +20,7 @@ from types import ModuleType
 
 from .base import Dims, Evicted, Memory, MemorySpec, New, Param, Query, Rows, Segment, SideOutput, State, View, bank_key
 from .hookspecs import hookimpl
+from .maths import sigmoid, silu, softmax, unit, value_of
 from .nearest import BestRows, search
 from .registry import describe_memory, list_memories, memory, register_memory
 from .row_store import Claim, RowStore, Written
@@ -56,6 +58,11 @@ __all__ = [
     "memory",
     "register_memory",
     "search",
+    "sigmoid",
+    "silu",
+    "softmax",
+    "unit",
+    "value_of",
 ]
 
 

@@ -8,34 +8,7 @@ import dataclasses
 import numpy as np
 
 from mini_tfm.autodiff import value_of
-from mini_tfm.memory import Memory, MemorySpec, Param, RetrievalMemory, RowMemory, SideOutput, State, View, bank_key
-
-
-class TransformerXL(RowMemory):
-    """The last `size` layer inputs, projected again by the current weights (arXiv 1901.02860).
-
-    segments: "none" stops gradients at the segment, as the paper does; "rows" lets them flow.
-    """
-
-    def __init__(self, *, size=8, gradient="none", site=None):
-        super().__init__(size=size, site=site)
-        self.spec = MemorySpec(capacity=size, gradient=gradient)
-
-    def keep(self, scores, positions):
-        return positions
-
-
-class HeavyHitters(RowMemory):
-    """H2O (arXiv 2306.14048): the rows that received most attention for their time in memory, and the newest."""
-
-    def __init__(self, *, size=8, recent=3, sinks=1, site=None):
-        super().__init__(size=size, site=site)
-        self.recent, self.sinks = recent, sinks
-        self.spec = MemorySpec(needs=frozenset({"mass"}), capacity=size)
-
-    def keep(self, scores, positions):
-        age = positions.max(axis=1, keepdims=True) - positions
-        return np.where((positions < self.sinks) | (age < self.recent), np.inf, scores / (age + 1))
+from mini_tfm.memory import Memory, MemorySpec, Param, RetrievalMemory, SideOutput, State, View, bank_key
 
 
 class Infini(Memory):
@@ -208,9 +181,6 @@ class Prompted(RetrievalMemory):
 
 
 PUBLISHED = {
-    "transformer_xl": TransformerXL,
-    "transformer_xl_rows": lambda: TransformerXL(gradient="rows"),
-    "heavy_hitters": HeavyHitters,
     "infini": Infini,
     "memorizing": Memorizing,
     "nearest_tokens": NearestTokens,

@@ -17,9 +17,10 @@ from mini_tfm.memory import RowStore, Stack
 from mini_tfm.testing import check_memory
 from mini_tfm.testing.trial import LENGTH, Reader, Trial, random_segments, small_model
 from mini_tfm.train import Trainer
+from mini_tfm_plugins.eviction import HeavyHitters
 
 sys.path.insert(0, str(Path(__file__).parent))
-from strategies import PUBLISHED, HeavyHitters, Infini, Memorizing, NearestTokens, TransformerXL
+from strategies import PUBLISHED, Infini, Memorizing, NearestTokens
 
 ROOT = Path(__file__).parents[2]
 
@@ -207,25 +208,6 @@ def test_an_optional_gate_closes_a_memory():
 
 
 # The published ones, against what their papers say
-
-
-def test_transformer_xl_is_the_window_of_the_last_rows():
-    model = decoder("relative")
-    a, b = (log_probs_in_chunks(model, memory, TOKENS, 4) for memory in (TransformerXL(size=6), mt.memory("window", size=6)))
-    np.testing.assert_array_equal(a, b)
-
-
-def test_transformer_xl_may_let_gradients_through():
-    segments = random_segments(2, 3)
-    cut, open_ = (gradient(Trial(lambda g=g: TransformerXL(gradient=g), "decoder-only"), segments, None) for g in ("none", "rows"))
-    assert np.max(np.abs(cut - open_)) > 1e-3
-
-
-def test_heavy_hitters_keep_the_rows_that_received_most():
-    memory = HeavyHitters(size=4, recent=1, sinks=1)
-    scores = np.array([[1.0, 2.0, 9.0, 1.0, 4.0, 0.0]])
-    positions = np.arange(6)[None]
-    assert np.sort(np.argsort(-memory.keep(scores, positions)[0], kind="stable")[:4]).tolist() == [0, 2, 4, 5]
 
 
 def test_the_mass_told_is_the_attention_of_the_queries_that_count():

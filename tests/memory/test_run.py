@@ -18,9 +18,10 @@ from mini_tfm.memory.run import MemoryRun, select_streams
 from mini_tfm.stream import Stream
 from mini_tfm.testing.trial import LENGTH, Reader, Trial, random_segments, small_model
 from mini_tfm.text.tokenizers import ByteTokenizer
+from mini_tfm_plugins.eviction import HeavyHitters
 
 sys.path.insert(0, str(Path(__file__).parent))
-from strategies import HeavyHitters, NearestTokens
+from strategies import NearestTokens
 
 MODEL = small_model("decoder-only")
 SEGMENTS = random_segments(2, 4)
@@ -571,7 +572,7 @@ def test_a_memory_at_the_cross_site_needs_no_decoder_to_read(monkeypatch):
     model = mt.Transformer(mt.Config(vocab_size=tokenizer.vocab_size, d_model=8, n_heads=2, n_encoder_layers=1, n_decoder_layers=1))
     decoded, decode = [], model.decoder
     monkeypatch.setattr(model, "decoder", lambda *args: decoded.append(1) or decode(*args))
-    for memory, count in (("window:size=4+store:top_k=2", 0), (HeavyHitters(size=4), 3), ("window:size=4,site=decoder", 3)):
+    for memory, count in (("window:size=4+store:top_k=2", 0), (HeavyHitters(size=4, sinks=1), 3), ("window:size=4,site=decoder", 3)):
         mt.Pipeline(model, tokenizer, memory, segment_length=8).read("twenty-four characters..")
         assert len(decoded) == count, memory
         decoded.clear()

@@ -17,9 +17,10 @@ from mini_tfm.memory import Memory, MemorySpec, RowMemory, Stack
 from mini_tfm.testing import CHECKS, check_memory
 from mini_tfm.testing.trial import LENGTH, Reader, Tap, random_segments, small_model
 from mini_tfm.weights import Weights
+from mini_tfm_plugins.eviction import HeavyHitters
 
 sys.path.insert(0, str(Path(__file__).parent))
-from strategies import HeavyHitters, Infini, NearestTokens
+from strategies import Infini, NearestTokens
 
 MODEL = small_model("decoder-only", np.float32)
 SEGMENTS = random_segments(1, 5)

@@ -23,7 +23,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "memory"))
 from strategies import PUBLISHED
 
 BUILT_IN = ["window:size=5", "window:size=4,sinks=2,site=all", "recurrent:tokens=2", "recurrent:tokens=2,residual=true", "store:top_k=3",
-            "store:top_k=2,merge=gate", "window:size=3+store:top_k=2", "recurrent:tokens=2+window:size=3+store:top_k=2"]  # fmt: skip
+            "store:top_k=2,merge=gate", "window:size=5,gradient=none", "h2o:size=5,sinks=1",
+            "snapkv:size=5,recent=1,pool=3", "keydiff:size=5",
+            "window:size=3+store:top_k=2", "recurrent:tokens=2+window:size=3+store:top_k=2"]  # fmt: skip
 MEMORIES = {"none": lambda: None, **{text: (lambda text=text: mt.memory(text)) for text in BUILT_IN}, **PUBLISHED}
 DROPOUT = {"dropout": 0.1, "attention_dropout": 0.2, "ff_dropout": 0.15}
 
@@ -88,7 +90,7 @@ def test_computed_again_gives_the_same_bits(name, variant):
 
 
 @pytest.mark.parametrize("variant", ["rotary", "relative", "grouped", "paper"])
-@pytest.mark.parametrize("name", ["recurrent:tokens=2", "window:size=3+store:top_k=2", "transformer_xl_rows"])
+@pytest.mark.parametrize("name", ["recurrent:tokens=2", "window:size=3+store:top_k=2", "h2o:size=5,sinks=1"])
 def test_computed_again_gives_the_same_bits_in_other_architectures(name, variant):
     kept, again = (gradient(MEMORIES[name](), variant, recompute=recompute) for recompute in (False, True))
     assert_same_bits([again[0], *again[1].values()], [kept[0], *kept[1].values()])
@@ -119,7 +121,7 @@ def test_cut_between_segments_it_is_the_gradient_of_one_tape(name, variant, begi
 
 
 @pytest.mark.parametrize(("recompute", "begins"), [(False, False), (True, False), (True, True)])
-@pytest.mark.parametrize("name", ["recurrent:tokens=2", "recurrent:tokens=2,residual=true", "transformer_xl_rows", "infini"])
+@pytest.mark.parametrize("name", ["recurrent:tokens=2", "recurrent:tokens=2,residual=true", "h2o:size=5,sinks=1", "infini"])
 @pytest.mark.parametrize("variant", ["pre norm", "decoder only"])
 def test_gradients_through_three_segments_are_those_of_finite_differences(variant, name, recompute, begins):
     """Of memories through whose state the gradient flows, dropout and hidden sources included; also where a document begins

@@ -1,0 +1,47 @@
+"""The memories of plugins/ that papers describe: each keeps the contract at every site where it makes sense, alone and in a stack."""
+
+import pytest
+
+from mini_tfm.testing import CHECKS, check_memory
+from mini_tfm.testing.trial import KINDS
+
+# Text -> the checks that do not apply.
+ALONE: dict[str, set[str]] = {
+    "h2o:size=7,sinks=1": set(),
+    "tova:size=7": set(),
+    "snapkv:size=7,recent=2,pool=3": set(),
+    "knorm:size=7": set(),
+    "keydiff:size=7": set(),
+}
+ELSEWHERE = {
+    "h2o:size=7,sinks=1,site=all": set(),
+    "tova:size=7,site=all,gradient=none": set(),
+    "snapkv:size=7,recent=2,site=encoder": set(),
+    "knorm:size=7,site=decoder": set(),
+    "keydiff:size=7,site=decoder,gradient=none": set(),
+}
+STACKS = ["window:size=4,site=decoder+h2o:size=6,site=decoder,sinks=1", "h2o:size=6,sinks=1+store:top_k=3"]
+
+
+@pytest.mark.parametrize("text", ALONE)
+def test_it_keeps_the_contract(text):
+    check_memory(text, skip=ALONE[text])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("text", ELSEWHERE)
+def test_it_keeps_the_contract_at_other_sites(text):
+    check_memory(text, skip=ELSEWHERE[text])
+
+
+@pytest.mark.parametrize("text", {**ALONE, **ELSEWHERE})
+def test_it_keeps_the_contract_where_heads_share_their_keys(text, monkeypatch):
+    for fields in KINDS.values():
+        monkeypatch.setitem(fields, "n_kv_heads", 1)
+    checked = {"runs", "keeps_the_dtype", "padding_is_ignored", "generation_equals_reading", "rows_are_independent", "gradients_are_right"}
+    check_memory(text, skip=set(CHECKS) - checked | {**ALONE, **ELSEWHERE}[text])
+
+
+@pytest.mark.parametrize("text", STACKS)
+def test_it_stands_in_a_stack(text):
+    check_memory(text)
