@@ -11,44 +11,6 @@ from mini_tfm.autodiff import value_of
 from mini_tfm.memory import Memory, MemorySpec, Param, RetrievalMemory, SideOutput, State, View, bank_key
 
 
-class Infini(Memory):
-    """Infini-attention (arXiv 2404.07143): an associative matrix a head, mixed in by a trained gate."""
-
-    def __init__(self, *, site="decoder"):
-        self.spec = MemorySpec(sites=frozenset({site}), needs=frozenset({"query"}), gradient="state")
-
-    def parameters(self, dims):
-        (site,) = self.spec.sites
-        return {"gate": Param((dims.layers[site], dims.n_heads), init=0.0, lr_factor=10.0, weight_decay=False)}
-
-    def start(self, batch, dims):
-        (site,), heads, d = self.spec.sites, dims.n_kv_heads, dims.d_head
-        state = {}
-        for layer in range(dims.layers[site]):
-            key = bank_key(site, layer)
-            state[key + "m"], state[key + "z"] = np.zeros((batch, heads, d, d), dims.dtype), np.zeros((batch, heads, d), dims.dtype)
-            state[key + "used"] = np.zeros(batch, bool)
-        return state
-
-    def read(self, state, site, layer, query):
-        key, q = bank_key(site, layer), _elu_plus_one(query.heads)
-        above = np.einsum("bhtd,bhde->bhte", q, state[key + "m"])
-        below = np.einsum("bhtd,bhd->bht", q, state[key + "z"])[..., None] + 1e-6
-        return SideOutput(above / below, "gate", state.params["gate"][layer], state[key + "used"])
-
-    def write(self, state, site, layer, new):
-        key = bank_key(site, layer)
-        k, v = new.project(new.hidden)
-        k = _elu_plus_one(k) * new.valid[:, None, :, None]
-        state[key + "m"] = state[key + "m"] + np.einsum("bhsd,bhse->bhde", k, v)
-        state[key + "z"] = state[key + "z"] + k.sum(axis=2)
-        state[key + "used"] = state[key + "used"] | new.valid.any(axis=1)
-
-
-def _elu_plus_one(x):
-    return np.where(x > 0, x + 1, np.exp(np.minimum(x, 0)))
-
-
 class Memorizing(Memory):
     """Memorizing Transformers (arXiv 2203.08913): every key and value of one layer, the k best a query, a gate a head."""
 
@@ -181,7 +143,6 @@ class Prompted(RetrievalMemory):
 
 
 PUBLISHED = {
-    "infini": Infini,
     "memorizing": Memorizing,
     "nearest_tokens": NearestTokens,
     "unlimiformer": Unlimiformer,

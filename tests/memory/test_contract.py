@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import mini_tfm as mt
-from mini_tfm.autodiff import Var, backward, value_of
+from mini_tfm.autodiff import Var, backward
 from mini_tfm.memory import RowStore, Stack
 from mini_tfm.testing import check_memory
 from mini_tfm.testing.trial import LENGTH, Reader, Trial, random_segments, small_model
@@ -20,7 +20,7 @@ from mini_tfm.train import Trainer
 from mini_tfm_plugins.eviction import HeavyHitters
 
 sys.path.insert(0, str(Path(__file__).parent))
-from strategies import PUBLISHED, Infini, Memorizing, NearestTokens
+from strategies import PUBLISHED, Memorizing, NearestTokens
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,7 +31,7 @@ def test_published_memories_fit_the_contract(name):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("strategy", [Infini, Memorizing])
+@pytest.mark.parametrize("strategy", [Memorizing])
 def test_published_memories_fit_in_an_encoder_too(strategy):
     check_memory(lambda: strategy(site="encoder"))
 
@@ -251,24 +251,6 @@ def test_a_memory_that_asks_for_mass_can_generate():
     reader = trial.reader(2)
     for tokens in random_segments(2, 2):
         np.testing.assert_allclose(reader.copy().token_by_token(tokens), reader.read(tokens), atol=1e-10)
-
-
-def test_infini_holds_the_sum_of_outer_products():
-    trial = Trial(Infini, "decoder-only")
-    projected = []
-
-    class Spy(Infini):
-        def write(self, state, site, layer, new):
-            if layer == 1:
-                projected.append([value_of(x) for x in new.project(new.hidden)])
-            super().write(state, site, layer, new)
-
-    reader = trial.reader(1, memory=Spy())
-    for tokens in random_segments(1, 3):
-        reader.read(tokens)
-    k, v = (np.concatenate(x, axis=2) for x in zip(*projected, strict=True))
-    k = np.where(k > 0, k + 1, np.exp(np.minimum(k, 0)))
-    np.testing.assert_allclose(reader.run.states[0]["decoder.1.m"], np.swapaxes(k, 2, 3) @ v, atol=1e-12)
 
 
 def test_nearest_tokens_make_a_repeated_text_likelier():

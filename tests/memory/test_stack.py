@@ -18,9 +18,10 @@ from mini_tfm.testing import CHECKS, check_memory
 from mini_tfm.testing.trial import LENGTH, Reader, Tap, random_segments, small_model
 from mini_tfm.weights import Weights
 from mini_tfm_plugins.eviction import HeavyHitters
+from mini_tfm_plugins.infini import Infini
 
 sys.path.insert(0, str(Path(__file__).parent))
-from strategies import Infini, NearestTokens
+from strategies import NearestTokens
 
 MODEL = small_model("decoder-only", np.float32)
 SEGMENTS = random_segments(1, 5)
@@ -218,7 +219,7 @@ def test_at_the_end_of_the_streams_they_bring_it_too(kind):
             np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("behind", [HeavyHitters, Infini, NearestTokens, Weighs])
+@pytest.mark.parametrize("behind", [HeavyHitters, lambda: Infini(site="decoder"), NearestTokens, Weighs])
 def test_any_memory_stands_behind_a_window(behind):
     """From the first segment to the end of the streams, in training and in use."""
     made = Stack([mt.memory("window:size=4,site=decoder"), behind()])

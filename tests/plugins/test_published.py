@@ -12,6 +12,10 @@ ALONE: dict[str, set[str]] = {
     "snapkv:size=7,recent=2,pool=3": set(),
     "knorm:size=7": set(),
     "keydiff:size=7": set(),
+    "infini": set(),
+    "gated_delta": set(),
+    "titans:chunk=2": set(),
+    "titans:depth=2,chunk=3": set(),
 }
 ELSEWHERE = {
     "h2o:size=7,sinks=1,site=all": set(),
@@ -19,8 +23,17 @@ ELSEWHERE = {
     "snapkv:size=7,recent=2,site=encoder": set(),
     "knorm:size=7,site=decoder": set(),
     "keydiff:size=7,site=decoder,gradient=none": set(),
+    "infini:rule=linear,site=decoder": set(),
+    "gated_delta:site=decoder": set(),
+    "titans:chunk=3,site=decoder": set(),
 }
-STACKS = ["window:size=4,site=decoder+h2o:size=6,site=decoder,sinks=1", "h2o:size=6,sinks=1+store:top_k=3"]
+STACKS = [
+    "window:size=4,site=decoder+h2o:size=6,site=decoder,sinks=1",
+    "h2o:size=6,sinks=1+store:top_k=3",
+    "window:size=4,site=decoder+infini:site=decoder",
+    "window:size=4,site=decoder+titans:site=decoder",
+    "window:size=4,site=decoder+gated_delta:site=decoder",
+]
 
 
 @pytest.mark.parametrize("text", ALONE)
