@@ -20,7 +20,7 @@ from mini_tfm.train import Trainer
 from mini_tfm_plugins.eviction import HeavyHitters
 
 sys.path.insert(0, str(Path(__file__).parent))
-from strategies import PUBLISHED, Memorizing, NearestTokens
+from strategies import PUBLISHED
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,12 +28,6 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_memories_fit_the_contract(name):
     check_memory(PUBLISHED[name])
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("strategy", [Memorizing])
-def test_published_memories_fit_in_an_encoder_too(strategy):
-    check_memory(lambda: strategy(site="encoder"))
 
 
 @pytest.mark.parametrize("name", [*mt.memory.__all__, *(name for name in vars(RowStore) if not name.startswith("_"))])
@@ -251,27 +245,3 @@ def test_a_memory_that_asks_for_mass_can_generate():
     reader = trial.reader(2)
     for tokens in random_segments(2, 2):
         np.testing.assert_allclose(reader.copy().token_by_token(tokens), reader.read(tokens), atol=1e-10)
-
-
-def test_nearest_tokens_make_a_repeated_text_likelier():
-    model = decoder("none")
-    rng = np.random.default_rng(0)
-    tokens = np.tile(rng.integers(3, 24, (1, 8)), (1, 2))
-    with_it, without = (log_probs_in_chunks(model, memory, tokens, 4) for memory in (NearestTokens(k=1, temperature=0.1), None))
-    second = np.arange(8, 16)
-    likelier = with_it[0, second, tokens[0, second]] - without[0, second, tokens[0, second]]
-    assert likelier.mean() > 0.5
-    np.testing.assert_array_equal(with_it[:, :4], without[:, :4])
-    np.testing.assert_allclose(np.exp(with_it).sum(axis=-1), 1, atol=1e-12)
-
-
-def test_memorizing_takes_part_in_the_top_layer_only():
-    calls = []
-
-    class Spy(Memorizing):
-        def read(self, state, site, layer, query):
-            calls.append(layer)
-            return super().read(state, site, layer, query)
-
-    Trial(Spy, "decoder-only").reader(1).read(random_segments(1, 1)[0])
-    assert calls == [1]

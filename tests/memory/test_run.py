@@ -2,9 +2,7 @@
 
 import dataclasses
 import gc
-import sys
 import weakref
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,9 +17,7 @@ from mini_tfm.stream import Stream
 from mini_tfm.testing.trial import LENGTH, Reader, Trial, random_segments, small_model
 from mini_tfm.text.tokenizers import ByteTokenizer
 from mini_tfm_plugins.eviction import HeavyHitters
-
-sys.path.insert(0, str(Path(__file__).parent))
-from strategies import NearestTokens
+from mini_tfm_plugins.knn_lm import KnnLM
 
 MODEL = small_model("decoder-only")
 SEGMENTS = random_segments(2, 4)
@@ -463,7 +459,7 @@ def test_a_run_of_something_else_does_not_join():
 
 def test_outputs_wait_for_the_end_of_a_segment_however_streams_are_reordered():
     """Within a segment, the decoder's outputs are reordered with the rest."""
-    trial = Trial(lambda: NearestTokens(k=2), "decoder-only")
+    trial = Trial(lambda: KnnLM(top_k=2), "decoder-only")
     reader, plain, index = trial.reader(2), trial.reader(2), np.array([1, 0])
     for r, order in ((reader, slice(None)), (plain, index)):
         tokens, lengths = SEGMENTS[0][order], np.full(2, LENGTH)

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,9 +18,7 @@ from mini_tfm.testing.trial import LENGTH, Reader, Tap, random_segments, small_m
 from mini_tfm.weights import Weights
 from mini_tfm_plugins.eviction import HeavyHitters
 from mini_tfm_plugins.infini import Infini
-
-sys.path.insert(0, str(Path(__file__).parent))
-from strategies import NearestTokens
+from mini_tfm_plugins.knn_lm import KnnLM
 
 MODEL = small_model("decoder-only", np.float32)
 SEGMENTS = random_segments(1, 5)
@@ -219,7 +216,7 @@ def test_at_the_end_of_the_streams_they_bring_it_too(kind):
             np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("behind", [HeavyHitters, lambda: Infini(site="decoder"), NearestTokens, Weighs])
+@pytest.mark.parametrize("behind", [HeavyHitters, lambda: Infini(site="decoder"), KnnLM, Weighs])
 def test_any_memory_stands_behind_a_window(behind):
     """From the first segment to the end of the streams, in training and in use."""
     made = Stack([mt.memory("window:size=4,site=decoder"), behind()])

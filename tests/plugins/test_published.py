@@ -16,6 +16,8 @@ ALONE: dict[str, set[str]] = {
     "gated_delta": set(),
     "titans:chunk=2": set(),
     "titans:depth=2,chunk=3": set(),
+    "knn:top_k=3": set(),
+    "knn_lm:top_k=3": set(),
 }
 ELSEWHERE = {
     "h2o:size=7,sinks=1,site=all": set(),
@@ -26,6 +28,7 @@ ELSEWHERE = {
     "infini:rule=linear,site=decoder": set(),
     "gated_delta:site=decoder": set(),
     "titans:chunk=3,site=decoder": set(),
+    "knn:top_k=3,size=8,layer=0,site=decoder": set(),
 }
 STACKS = [
     "window:size=4,site=decoder+h2o:size=6,site=decoder,sinks=1",
