@@ -2,7 +2,7 @@
 
 A segment's keys and values change the function; the queries of later segments ask it. Its size does not depend on what was read. The
 keys, values and queries are the layer's own, without position. What it answers is mixed with the attention to the segment by a trained
-gate of every layer and head: sigmoid(gate) answer + (1 - sigmoid(gate)) attention (arXiv 2404.07143, equation 10).
+gate of every layer and head: sigmoid(gate) answer + (1 - sigmoid(gate)) attention (arXiv 2404.07143, section 2.1.2).
 """
 
 from __future__ import annotations

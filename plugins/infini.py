@@ -1,6 +1,6 @@
 """infini: Infini-attention (arXiv 2404.07143): a matrix a head holds all keys and values, in a size that never grows.
 
-With sigma = ELU + 1, at each head, when a segment is read (equations 7 to 9):
+With sigma = ELU + 1, at each head, when a segment is read (section 2.1.2):
 
     answer = sigma(Q) M / (sigma(Q) z)                                   before the segment is added
     M += sigma(K)^T V                                                    rule=linear

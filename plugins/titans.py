@@ -1,7 +1,7 @@
-"""titans: a neural memory that learns while it reads (Titans, arXiv 2501.00663, section 3).
+"""titans: a neural memory that learns while it reads (Titans, arXiv 2501.00663).
 
 A function M of keys at each head: a matrix (`depth=1`) or a network of two layers (`depth=2`). Each token x_t takes a step of gradient
-descent on how badly M knows its value, with momentum and with forgetting (equations 10 to 14):
+descent on how badly M knows its value, with momentum and with forgetting (section 3.1):
 
     loss(M; x_t) = |M(k_t) - v_t|^2 / 2
     S_t = eta_t S_(t-1) - theta_t (the gradient of loss(M; x_t))             surprise: what was, and what is now
