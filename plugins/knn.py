@@ -5,8 +5,9 @@ At one layer near the top, with queries and stored keys of length 1 and a traine
     A_mem = softmax(scale q . k_j) v_j, over the `top_k` rows j of largest q . k_j
     out = sigmoid(gate) A_mem + (1 - sigmoid(gate)) attention to the segment
 
-The newest `size` rows stay; a query sees no row of its own segment; no gradient goes into stored rows, and scores are computed with one.
-The search is exact, where the paper's is approximate. Query heads that share keys search the same rows.
+The newest `size` rows stay, and a query sees no row of its own segment. In training the gradient goes into the rows found, and through
+them into the segments that made them, as far as the trainer's `bptt_segments` lets it; with `gradient=none` it stops at a row, as in the
+paper. The search is exact, where the paper's is approximate. Query heads that share keys search the same rows.
 """
 
 from __future__ import annotations
@@ -25,15 +26,17 @@ class Knn(Memory):
     layer: counted from the top if negative. site: "encoder" or "decoder"; None is the encoder if there is one.
     """
 
-    def __init__(self, *, top_k: int = 32, size: int = 65536, layer: int = -1, site: str | None = None):
+    def __init__(self, *, top_k: int = 32, size: int = 65536, layer: int = -1, site: str | None = None, gradient: str = "rows"):
         if site not in (None, "encoder", "decoder"):
             raise InvalidValue(f"site: expected encoder or decoder (at cross a row has keys of every layer), got {shown(site)}")
         for name, value in (("top_k", top_k), ("size", size)):
             if not isinstance(value, int) or value < 1:
                 raise InvalidValue(f"{name}: expected a number of rows of at least 1, got {shown(value)}")
+        if gradient not in ("none", "rows"):
+            raise InvalidValue(f"gradient: expected none or rows, got {shown(gradient)}")
         self.top_k, self.size, self.site = top_k, size, site
         sites = frozenset({"encoder", "decoder"} if site is None else {site})
-        self.spec = MemorySpec(sites=sites, layers=(layer,), needs=frozenset({"query"}), capacity=size)
+        self.spec = MemorySpec(sites=sites, layers=(layer,), needs=frozenset({"query"}), gradient=gradient, capacity=size)
 
     def sites(self, dims: Dims) -> Collection[str]:
         return {self.site or ("encoder" if dims.layers["encoder"] else "decoder")}
@@ -62,7 +65,7 @@ class Knn(Memory):
         keys, values, valid = state[f"keys{g}"], state[f"values{g}"], state["valid"]
         batch, group, length, d = q[:, heads].shape
         queries = np.reshape(q[:, heads], (batch, group * length, d))
-        _, index = search(np.ascontiguousarray(value_of(queries)), keys, min(self.top_k, keys.shape[1]), valid)
+        _, index = search(np.ascontiguousarray(value_of(queries)), value_of(keys), min(self.top_k, keys.shape[1]), valid)
         stream = np.arange(batch)[:, None, None]
         scores = np.einsum("bnd,bnkd->bnk", queries, keys[stream, index])
         scores = np.reshape(scores, (batch, group, length, -1)) * state.params["scale"][heads][:, None, None]

@@ -139,6 +139,7 @@ def test_nothing_is_seen_before_something_was_read(name):
         ("knn:top_k=0", "top_k: expected a number of rows of at least 1, got 0"),
         ("knn:size=0", "size: expected a number of rows of at least 1, got 0"),
         ("knn:site=cross", "site: expected encoder or decoder"),
+        ("knn:gradient=all", "gradient: expected none or rows, got 'all'"),
         ("knn_lm:top_k=0", "top_k: expected a number of rows of at least 1, got 0"),
         ("knn_lm:share=1.0", "share: expected a number between 0 and 1, got 1.0"),
         ("knn_lm:temperature=0.0", "temperature: expected a number above 0, got 0.0"),

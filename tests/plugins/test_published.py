@@ -20,6 +20,7 @@ ALONE: dict[str, set[str]] = {
     "titans:depth=2,chunk=3": set(),
     "knn:top_k=3": set(),
     "knn_lm:top_k=3": set(),
+    "compressive:size=4,rate=2": set(),
     "prefix:tokens=3": TRAINED,
     "product_keys:n=4,top_k=2": TRAINED,
 }
@@ -32,7 +33,9 @@ ELSEWHERE = {
     "infini:rule=linear,site=decoder": set(),
     "gated_delta:site=decoder": set(),
     "titans:chunk=3,site=decoder": set(),
-    "knn:top_k=3,size=8,layer=0,site=decoder": set(),
+    "knn:top_k=3,size=8,layer=0,site=decoder,gradient=none": set(),
+    "compressive:size=4,rate=3,how=max,site=all": set(),
+    "compressive:size=4,rate=2,how=conv,site=decoder": set(),
     "prefix:tokens=3,site=all": TRAINED,
     "product_keys:n=3,top_k=3,layer=0,site=decoder": TRAINED,
     "product_keys:n=3,top_k=3,site=encoder": TRAINED,
@@ -45,6 +48,7 @@ STACKS = [
     "window:size=4,site=decoder+gated_delta:site=decoder",
     "window:size=4,site=decoder+knn:top_k=3,site=decoder",
     "window:size=4+knn_lm:top_k=3",
+    "window:size=4+compressive:size=4,rate=2,how=conv",
     "prefix:tokens=2+window:size=4",
 ]
 
