@@ -144,7 +144,7 @@ class ByKeys(Evicting):
         keys = value_of(new.project(hidden)[0])
         scores = self.judge(keys, np.concatenate([state[bank + "valid"], new.valid], axis=1))
         told = copy.copy(self)  # one memory may be at work in several runs at once
-        told.keep = lambda _, positions: self.chosen(scores, positions)  # type: ignore[method-assign]
+        told.keep = lambda _, positions: self.chosen(scores, positions)
         return super(ByKeys, told).write(state, site, layer, new)
 
 

@@ -99,7 +99,7 @@ class Exchange(Memory):
             return None
         index = np.argsort(~promoted, axis=1, kind="stable")[:, : promoted.sum(axis=1).max()]
         index = np.where(np.take_along_axis(promoted, index, 1), index, -1)
-        return self._shown(state, bank, index)
+        return View(("hidden", state[bank + "hidden"]), state[bank + "valid"], index=index, positions=state[bank + "positions"])
 
     def read(self, state: State, site: str, layer: int, query: Query) -> View | None:
         """The rows that each query finds, but for the promoted, and who was read."""
@@ -118,11 +118,17 @@ class Exchange(Memory):
         reads = state[bank + "reads"].copy()
         np.add.at(reads, (np.broadcast_to(stream, index.shape), index), weights)  # where there is no row the weight is 0
         state[bank + "reads"] = reads
-        return self._shown(state, bank, np.where(state[bank + "promoted"][stream, index], -1, index))
+        return self._shown(state, bank, np.where(there & ~state[bank + "promoted"][stream, index], index, -1))
 
     @staticmethod
     def _shown(state: State, bank: str, index: np.ndarray) -> View:
-        return View(("hidden", state[bank + "hidden"]), state[bank + "valid"], index=index, positions=state[bank + "positions"])
+        """The rows of index (B, H, T, K), and no others, as all that a view has are projected."""
+        found, stream = np.zeros(state[bank + "valid"].shape, np.int64), np.arange(len(index))[:, None, None, None]
+        np.add.at(found, (np.broadcast_to(stream, index.shape), index), index >= 0)
+        rows = np.argsort(found == 0, axis=1, kind="stable")[:, : (found > 0).sum(axis=1).max()]  # those found, in order
+        numbers = np.cumsum(found > 0, axis=1) - 1
+        hidden, valid, positions = (_pick(state[bank + name], rows) for name in ROWS)
+        return View(("hidden", hidden), valid, index=np.where(index >= 0, numbers[stream, index], -1), positions=positions)
 
     def write(self, state: State, site: str, layer: int, new: New) -> Evicted | None:
         bank = bank_key(site, layer)

@@ -1,4 +1,4 @@
-"""Associative retrieval: is a memory learned with? `python tests/plugins/associative.py MEMORY...` prints a table.
+"""Associative retrieval: is a memory learned with? `python tests/plugins/associative.py MEMORY...` prints a table, the mean of 3 seeds.
 
 A stream is three segments of 4 tokens: 4 pairs, each one token that says a key of 8 and a value of 8; 4 tokens that say nothing; a
 question, which is one of the keys, and its value, the only token that counts. Without a memory 1 in 8 is right.
@@ -43,18 +43,22 @@ def share_right(made, memory, seed=99, size=256):
     return float((scores.argmax(axis=-1) == asked.target[:, 2, 3]).mean())
 
 
-def trained(text, steps, seed=0):
-    """A model that was trained with the memory for so many steps, and the memory."""
+def learned(text, marks, seed=0):
+    """The share that is right after so many steps of training with the memory, for each of `marks`."""
     made, memory = model(seed), mt.memory(text) if text != "none" else None
     trainer = mt.Trainer(made, memory, learning_rate=3e-3, schedule="constant")
-    rng = np.random.default_rng(seed)
-    for _ in range(steps):
+    rng, shares = np.random.default_rng(seed), []
+    for step in range(1, max(marks) + 1):
         each = batch(rng, 32)
         trainer.step(None, each.target, target_lengths=each.target_lengths, weights=each.weights)
-    return made, memory
+        if step in marks:
+            shares.append(share_right(made, memory))
+    return shares
 
 
 if __name__ == "__main__":
+    marks, seeds = (100, 300, 1000), 3
+    print("| memory | " + " | ".join(f"{mark} steps" for mark in marks) + " |\n|---|" + "---|" * len(marks))
     for text in sys.argv[1:]:
-        for steps in (300, 600, 1200):
-            print(f"{text} {steps} {share_right(*trained(text, steps)):.3f}", flush=True)
+        mean = np.mean([learned(text, marks, seed) for seed in range(seeds)], axis=0)
+        print(f"| `{text}` | " + " | ".join(f"{share:.0%}" for share in mean) + " |", flush=True)

@@ -2,8 +2,10 @@
 
 import pytest
 
+import mini_tfm as mt
 from mini_tfm.testing import CHECKS, check_memory
 from mini_tfm.testing.trial import KINDS
+from mini_tfm.text.tokenizers import ByteTokenizer
 
 TRAINED = {"empty_is_nothing"}  # rows that are there before anything was read
 
@@ -74,6 +76,22 @@ def test_it_keeps_the_contract_where_heads_share_their_keys(text, monkeypatch):
         monkeypatch.setitem(fields, "n_kv_heads", 1)
     checked = {"runs", "keeps_the_dtype", "padding_is_ignored", "generation_equals_reading", "rows_are_independent", "gradients_are_right"}
     check_memory(text, skip=set(CHECKS) - checked | {**ALONE, **ELSEWHERE}[text])
+
+
+@pytest.mark.parametrize("text", [*ALONE, "window:size=4+compressive:size=4,rate=2,how=conv"])
+def test_it_comes_back_with_the_model(text, tmp_path):
+    """From its folder, to the same answers; beams take it along."""
+    config = mt.Config(
+        vocab_size=259, d_model=16, n_heads=2, n_encoder_layers=0, n_decoder_layers=1, d_ff=32, segment_length=12, positions="rotary"
+    )
+    pipe = mt.Pipeline(mt.Transformer(config, seed=0), ByteTokenizer(), mt.memory(text))
+    pipe.model.add_memory_weights(pipe.memory)
+    pipe.save(tmp_path / "model")
+    answers = []
+    for each in (pipe, mt.Pipeline.load(tmp_path / "model")):
+        each.read("What was read is asked for later, a few segments on.")
+        answers.append([each.generate("asked", max_new_tokens=8, num_beams=beams) for beams in (1, 3)])
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.parametrize("text", STACKS)
