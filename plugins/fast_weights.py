@@ -7,6 +7,7 @@ gate of every layer and head: sigmoid(gate) answer + (1 - sigmoid(gate)) attenti
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection
 
 import numpy as np
@@ -67,9 +68,17 @@ class FastWeights(Memory):
 
     def write(self, state: State, site: str, layer: int, new: New) -> None:
         assert new.project is not None
-        bank = bank_key(site, layer)
+        bank, new = bank_key(site, layer), _tokens_first(new)
         self.learn(state, bank, *new.project(new.hidden), new)
         state[bank + "used"] = state[bank + "used"] | new.valid.any(axis=1)
+
+
+def _tokens_first(new: New) -> New:
+    """Rows that a window drops begin with padding where the streams differ in length; what tokens are taken together must not."""
+    if not (new.valid[:, 1:] & ~new.valid[:, :-1]).any():
+        return new
+    rows = np.arange(len(new.valid))[:, None], np.argsort(~new.valid, axis=1, kind="stable")
+    return dataclasses.replace(new, hidden=new.hidden[rows], valid=new.valid[rows], positions=new.positions[rows])
 
 
 def direction(x: np.ndarray) -> np.ndarray:

@@ -84,7 +84,9 @@ def every_place_counts(trial: Trial) -> None:
 
 def _stacked(trial: Trial, *, behind: bool) -> Iterator[tuple[str, Memory, Stack]]:
     """By site: the strategy alone, and behind a working memory; with a long-term memory behind it."""
-    for site in sorted(trial.make().sites(model_dims(trial.model.config, trial.dtype))):
+    dims = model_dims(trial.model.config, trial.dtype)
+    sites = {site for member in members_of(trial.make()) for site in member.sites(dims)}
+    for site in sorted(site for site in sites if dims.layers[site]):
         memory = trial.make()
         yield site, memory, Stack([Newest(site), memory, *([Found(site)] if behind else [])])
 

@@ -70,6 +70,7 @@ def test_it_keeps_the_contract_at_other_sites(text):
     check_memory(text, skip=ELSEWHERE[text])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("text", {**ALONE, **ELSEWHERE})
 def test_it_keeps_the_contract_where_heads_share_their_keys(text, monkeypatch):
     for fields in KINDS.values():
@@ -94,6 +95,6 @@ def test_it_comes_back_with_the_model(text, tmp_path):
     assert answers[0] == answers[1]
 
 
-@pytest.mark.parametrize("text", STACKS)
+@pytest.mark.parametrize("text", [*STACKS[:2], *(pytest.param(text, marks=pytest.mark.long) for text in STACKS[2:])])
 def test_it_stands_in_a_stack(text):
     check_memory(text, skip=TRAINED if "prefix" in text else ())
