@@ -17,7 +17,8 @@ from .weights import Array, Weights
 
 @dataclass(frozen=True)
 class Dropout:
-    """Rates of dropout: p of embeddings and sublayers' outputs, of attention weights, of the feed-forward's hidden layer.
+    """Rates of dropout: p of embeddings and sublayers' outputs, of attention weights, of the feed-forward's hidden layer, of what
+    adapters read.
 
     A mask is a function of (seed, step, first_row, segment, place) and of where in its array an element stands, of
     nothing else: a run can be repeated, and a segment computed twice draws the same. place: the name of a sublayer;
@@ -28,6 +29,7 @@ class Dropout:
     seed: int = 0
     attention: float = 0.0
     feed_forward: float = 0.0
+    adapters: float = 0.0
     step: int = 0
     first_row: int = 0
     segment: int = 0
@@ -45,6 +47,9 @@ class Dropout:
 
     def hidden(self, x: Array, place: str) -> Array:
         return ops.dropout(x, self.feed_forward, self.seed_of(place)) if self.feed_forward else x
+
+    def adapted(self, x: Array, place: str) -> Array:
+        return ops.dropout(x, self.adapters, self.seed_of(place + ".lora")) if self.adapters else x
 
     def weights(self, place: str) -> dict[str, Any]:
         """Options of `ops.attention`."""

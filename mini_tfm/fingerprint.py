@@ -2,7 +2,8 @@
 
 A row at layer l is what goes into the layer's key and value projections. It depends on the embeddings and on the layers below, and
 on no other weight: not on the layer's own projections, the output layer or the layers above. What memories showed to those layers,
-the strategies' parameters included, is part of what was read, as the text is; the tokenizer, too. None of these is named.
+the strategies' parameters included, is part of what was read, as the text is; the tokenizer, too. None of these is named. A weight
+with an adapter is what the two add up to, so the name stays when adapters that add nothing yet are put in, or trained ones merged.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 
 from .config import Config
 from .model import TOKENS, Decoder, Encoder
-from .weights import Array, Weight
+from .weights import Array, Weights
 
 # Settings that say how weights are used; a field that is not here is told by the weights, or no row depends on it.
 _OF_THE_STACK = ("norm", "norm_position", "norm_eps", "positions", "embedding_scale")
@@ -49,7 +50,7 @@ class Fingerprint:
         for name in _weights_below(self.config, site, layer):
             if name not in self._digests:
                 self._seen[name] = self._checksum(name)
-                values = np.ascontiguousarray(Weight(self.weights[name]).array, "<f4")
+                values = np.ascontiguousarray(Weights(self.weights)[name].array, "<f4")
                 self._digests[name] = hashlib.blake2b(repr((name, values.shape)).encode() + values.data, digest_size=16).digest()
             digest.update(self._digests[name])
         return digest.hexdigest()
@@ -67,7 +68,7 @@ class Fingerprint:
         self._names, self._digests, self._seen = {}, {}, {}
 
     def _checksum(self, name: str) -> int:
-        return Weight(self.weights[name]).checksum()
+        return Weights(self.weights)[name].checksum()  # wrapped anew: a caller may have put another array in its place
 
 
 def _settings(config: Config, site: str, layer: int) -> Iterator[tuple[str, object]]:

@@ -52,10 +52,11 @@ class Linear:
     ) -> Array:
         """residual + activation(x W + b), or with a gate residual + activation(gate(x)) * (x W + b)."""
         weight, bias = p.weights[self.weight], None if self.bias is None else p.value(self.bias)
+        dropped = p.dropout.adapted
         if gate is None:
-            return weight.linear(x, bias, activation=activation, residual=residual)
-        gate_bias = None if gate.bias is None else p.value(gate.bias)
-        return weight.linear(x, bias, activation=activation, residual=residual, gate=p.weights[gate.weight], gate_bias=gate_bias)
+            return weight.linear(x, bias, activation=activation, residual=residual, dropped=dropped)
+        beside, gate_bias = p.weights[gate.weight], None if gate.bias is None else p.value(gate.bias)
+        return weight.linear(x, bias, activation=activation, residual=residual, gate=beside, gate_bias=gate_bias, dropped=dropped)
 
 
 class Norm:

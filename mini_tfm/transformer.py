@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from . import _core
+from . import _core, lora
 from .autodiff import value_of
-from .checkpoint.models import read_model, save_hugging_face, save_model
+from .checkpoint import peft
+from .checkpoint.models import read_model, save_adapters, save_hugging_face, save_model
 from .config import Config
 from .errors import InvalidType, InvalidValue, shown
 from .generate import GenerationOptions, generate
@@ -47,8 +48,7 @@ class Transformer(Model):
             raise InvalidType(f"config: expected a Config, got {type(config).__name__}")
         if dtype not in (np.float32, np.float64, "float32", "float64"):
             raise InvalidType(f"dtype: expected float32 or float64, got {dtype}")
-        if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or not 0 <= seed <= LARGEST:
-            raise InvalidValue(f"seed: expected an integer of at least 0 and at most 128 bits, got {shown(seed)}")
+        _check_seed(seed)
         weights = initial_weights(config, seed, np.dtype(dtype)) if weights is None else weights
         super().__init__(config, weights, np.dtype(dtype), generation)
 
@@ -107,11 +107,49 @@ class Transformer(Model):
         save_model(folder, self)
 
     def save_hugging_face(self, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
-        """Writes the model as a folder that Transformers reads, the tokenizer's files beside it.
+        """Writes the model as a folder that Transformers reads, the tokenizer's files beside it, adapters merged into the weights.
 
         Raises InvalidValue where no published family has such models, or a memory has trained parameters in it.
         """
         save_hugging_face(folder, self, tokenizer=tokenizer)
+
+    def add_lora(self, rank: int = 8, alpha: float = 16, targets: Any = None, seed: int = 0) -> None:
+        """Puts new LoRA adapters (arXiv 2106.09685) beside linear layers. They add nothing yet; a `Trainer` made now trains them.
+
+        rank: r, the rows of A (r, d_in) and columns of B (d_out, r). alpha: what B A counts for is alpha / r. targets: ends of layers'
+        names, ours (`list(model.weights)`) or those of the model's family, such as ("q_proj", "v_proj"); a regular expression that
+        whole names match; "all-linear"; None: q and v of every attention. seed: of A, uniform from -1 to 1 over the root of d_in.
+        A trained adapter may have dropout: `Trainer(lora_dropout=...)`. Raises InvalidValue, InvalidType naming the argument at fault.
+        """
+        lora.check_none(self)
+        rank, scale = lora.checked_scale(rank, alpha)
+        _check_seed(seed)
+        names = peft.layer_names(self.config)
+        lora.add_adapters(self, lora.chosen_layers(self.config, targets, names), rank, scale, int(seed))
+
+    def load_lora(self, folder: str | os.PathLike) -> None:
+        """Puts the adapters of a folder that PEFT or `save_lora` wrote beside the model's layers.
+
+        Raises FileProblem or InvalidValue naming the file, and every field and tensor at fault; the model is as it was then.
+        """
+        lora.check_none(self)
+        self.weights.update(peft.read_adapters(folder, self.config, self.dtype))
+
+    def save_lora(self, folder: str | os.PathLike) -> None:
+        """Writes the adapters, and nothing else of the model, as a folder that PEFT reads.
+
+        Raises InvalidValue where there are none, no published family has such models, or a memory has trained parameters in it.
+        """
+        save_adapters(folder, self)
+
+    def merge_lora(self) -> None:
+        """Adds the adapters to the weights beside them: W + alpha / r (B A)^T. The model computes what it did, bit for bit."""
+        lora.merge(self)
+
+
+def _check_seed(seed: Any) -> None:
+    if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or not 0 <= seed <= LARGEST:
+        raise InvalidValue(f"seed: expected an integer of at least 0 and at most 128 bits, got {shown(seed)}")
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ plain arrays, which anyone may read and write; a pass wraps them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -17,17 +17,53 @@ from .autodiff import is_traced, value_of
 Array: TypeAlias = Any  # an np.ndarray or a Var: NumPy's functions take both, its stubs know only the first
 
 
+LORA = "lora."  # the names of adapters: lora.<layer>.a (r, d_in), lora.<layer>.b (d_out, r)
+LORA_SCALE = LORA + "scale"  # (1,): alpha / r, of all adapters of a model; not trained
+
+
+class Adapter(NamedTuple):
+    """What low-rank adaptation (LoRA, arXiv 2106.09685, equation 3) adds to a product x W: scale (x A^T) B^T.
+
+    layer: its name. a: A (r, d_in), b: B (d_out, r), arrays or, while they are trained, Vars.
+    """
+
+    layer: str
+    a: Array
+    b: Array
+    scale: Any
+
+    @property
+    def is_trained(self) -> bool:
+        return is_traced(self.a, self.b)
+
+    def __call__(self, x: Array, dropped: Callable[[Array, str], Array] | None) -> Array:
+        """x (..., d_in) -> (..., d_out). dropped: x with dropout, at a place."""
+        x = x if dropped is None else dropped(x, self.layer)
+        return ops.linear(ops.linear(x, self.a, transposed=True) * self.scale, self.b, transposed=True)
+
+    def added_to(self, weight: Array) -> Array:
+        """W + scale A^T B^T (d_in, d_out), which lies in RAM as W does, and has the same bits either way."""
+        with ops.bfloat16_products(False):
+            if _lies_transposed(weight):
+                return weight + np.transpose(ops.linear(self.b, self.a) * self.scale)
+            return weight + ops.linear(np.transpose(self.a), self.b, transposed=True) * self.scale
+
+
+def _lies_transposed(value: Array) -> bool:
+    return isinstance(value, np.ndarray) and value.ndim == 2 and value.flags.f_contiguous and not value.flags.c_contiguous
+
+
 class Weight:
     """A matrix (d_in, d_out), a table (rows, d) or a vector (d,) of a model.
 
     kept: an array or a Var of it; None where there is only the packed form. packed: a PackedWeight, by which products with
-    plain arrays are computed.
+    plain arrays are computed. adapter: what is added to `kept`, None for nothing; a packed form has it in it.
     """
 
-    __slots__ = ("kept", "packed")
+    __slots__ = ("adapter", "kept", "packed")
 
-    def __init__(self, kept: Array | None, packed: Any = None):
-        self.kept, self.packed = kept, packed
+    def __init__(self, kept: Array | None, packed: Any = None, adapter: Adapter | None = None):
+        self.kept, self.packed, self.adapter = kept, packed, adapter
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -40,8 +76,9 @@ class Weight:
 
     @property
     def value(self) -> Array:
-        """An array, or the Var of it: what operations take. What is only packed is unpacked, which takes time."""
-        return self.packed.unpack() if self.kept is None else self.kept
+        """An array, or the Var of it: what operations take. What is only packed is unpacked, and an adapter is added, which takes time."""
+        value = self.packed.unpack() if self.kept is None else self.kept
+        return value if self.adapter is None else self.adapter.added_to(value)
 
     @property
     def array(self) -> np.ndarray:
@@ -57,10 +94,7 @@ class Weight:
 
         wanted: the matrix, or with `transposed` its transpose. A matrix that a file holds the other way round is never copied.
         """
-        value = self.value
-        if isinstance(value, np.ndarray) and value.ndim == 2 and value.flags.f_contiguous and not value.flags.c_contiguous:
-            return value.T, not transposed
-        return value, transposed
+        return _as_it_lies(self.value, transposed)
 
     def linear(
         self,
@@ -72,33 +106,52 @@ class Weight:
         gate: Weight | None = None,
         gate_bias: Array | None = None,
         transposed: bool = False,
+        dropped: Callable[[Array, str], Array] | None = None,
     ) -> Array:
         """residual + activation(x W + bias): x (..., d_in), bias (d_out,) -> (..., d_out), residual of the same shape.
 
-        gate: W_g, for residual + activation(x W_g + gate_bias) * (x W + bias). transposed: with W^T.
+        gate: W_g, for residual + activation(x W_g + gate_bias) * (x W + bias). transposed: with W^T. dropped: dropout of what an
+        adapter that is trained reads. Such a one is a product of its own; any other is added to W first, so that a model computes
+        the same bits before and after its adapters are merged.
         """
         if self.packed is not None and not is_traced(x) and self.packed.gated == (gate is not None) and not transposed:
             more = {} if gate is None else {"gate_bias": gate_bias}
             return _core.packed_linear(x, self.packed, bias, activation=activation, residual=residual, **more)
-        stored, is_transposed = self.stored(transposed)
-        y = ops.linear(x, stored, bias, transposed=is_transposed)
+        if self.adapter is not None and self.adapter.is_trained and not transposed:
+            stored, is_transposed = _as_it_lies(self.kept, False)
+            y = ops.linear(x, stored, bias, transposed=is_transposed) + self.adapter(x, dropped)
+        else:
+            stored, is_transposed = self.stored(transposed)
+            y = ops.linear(x, stored, bias, transposed=is_transposed)
         if gate is not None:
-            y = gate.linear(x, gate_bias, activation=activation) * y
+            y = gate.linear(x, gate_bias, activation=activation, dropped=dropped) * y
         elif activation is not None:
             y = ops.activation(y, activation)
         return y if residual is None else residual + y
 
 
+def _as_it_lies(value: Array, transposed: bool) -> tuple[Array, bool]:
+    """See `Weight.stored`."""
+    return (value.T, not transposed) if _lies_transposed(value) else (value, transposed)
+
+
 class Weights(dict[str, Weight]):
-    """The weights of a model by name, each wrapped when it is first asked for."""
+    """The weights of a model by name, each wrapped when it is first asked for, with the adapter beside it."""
 
     def __init__(self, kept: Mapping[str, Any]):
         super().__init__()
         self.kept = kept
 
     def __missing__(self, name: str) -> Weight:
-        weight = self[name] = Weight(self.kept[name])
+        weight = self[name] = Weight(self.kept[name], adapter=self.adapter(name))
         return weight
+
+    def adapter(self, name: str) -> Adapter | None:
+        """Of the layer whose weight has this name; None where there is none."""
+        layer = name.removesuffix(".weight")
+        if (a := self.kept.get(f"{LORA}{layer}.a")) is None:
+            return None
+        return Adapter(layer, a, self.kept[f"{LORA}{layer}.b"], value_of(self.kept[LORA_SCALE])[0])
 
     def pack(
         self,

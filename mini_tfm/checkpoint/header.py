@@ -12,10 +12,12 @@ from typing import Any
 
 from ..config import Config
 from ..errors import FileProblem, InvalidValue
+from ..lora import adapted_layers
 from ..model import weight_shapes
 from ..pooling import Pooling
 from ..text.gguf import tokenizer_of as gguf_tokenizer
 from ..text.tokenizers import Tokenizer, load_tokenizer
+from ..weights import LORA
 from . import gguf, hugging_face, sentences
 from .families import family_of, own, sources
 from .folder import CONFIG_FILE, TENSORS_FILE, OpenFolder
@@ -44,15 +46,16 @@ class Header:
     files: Mapping[str, int] = field(default_factory=dict)  # bytes by name
     tokenizer: Tokenizer | None = None
     memory_text: str | None = None
-    n_memory_parameters: int = 0
+    n_more_parameters: int = 0  # of a memory, of adapters
+    adapters: str | None = None  # in words
     pooling: Pooling | None = None
     faults: list[str] = field(default_factory=list)
 
     @property
     def n_parameters(self) -> int | None:
-        """Numbers in the weights that a load would make, with those of a memory."""
+        """Numbers in the weights that a load would make, with those of a memory and of adapters."""
         shapes = () if self.config is None else weight_shapes(self.config).values()
-        return None if self.config is None else sum(map(math.prod, shapes)) + self.n_memory_parameters
+        return None if self.config is None else sum(map(math.prod, shapes)) + self.n_more_parameters
 
 
 def read_header(name: str | os.PathLike) -> Header:
@@ -115,8 +118,10 @@ def _of_own(path: str) -> Header:
         with _told(found):
             found.config = own.config_of(about, os.path.join(path, CONFIG_FILE))
             found.memory_text = about.get("memory")
-            found.n_memory_parameters = sum(math.prod(entry.shape) for name, entry in entries.items() if name.startswith("memory."))
+            found.n_more_parameters = sum(math.prod(entry.shape) for name, entry in entries.items() if name.startswith(("memory.", LORA)))
             own.check_tensors(found.config, entries, os.path.join(path, TENSORS_FILE))
+            if layers := adapted_layers(entries):
+                found.adapters = f"LoRA of rank {entries[f'{LORA}{layers[0]}.a'].shape[0]} beside {len(layers)} layers"
             tensors = opened.read_tensors(TENSORS_FILE, mmap=True)
             found.pooling = sentences.own_pooling(about.get("pooling"), tensors, os.path.join(path, CONFIG_FILE))
     return found

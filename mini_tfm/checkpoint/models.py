@@ -15,11 +15,12 @@ from ..errors import FileProblem, InvalidValue
 from ..files.folders import write_folder
 from ..files.reading import read_bytes
 from ..files.strict_json import MAX_JSON_BYTES, parse_json_strict
+from ..lora import merged
 from ..pooling import Pooling
 from ..text.gguf import tokenizer_of as gguf_tokenizer
 from ..text.tokenizers import MAX_FILE_BYTES, Tokenizer, find_tokenizer, tokenizer_of
 from ..weights import Weight
-from . import gguf, hugging_face, sentences
+from . import gguf, hugging_face, peft, sentences
 from .families import family_of, own, sources
 from .folder import CONFIG_FILE, TENSORS_FILE, TOKENIZER_FILES, OpenFolder, save_folder
 from .names import resolve
@@ -74,18 +75,28 @@ def save_hugging_face(
 ) -> None:
     """Writes a model as Hugging Face has it, with `pooling` as Sentence Transformers has it, whose folders are written first.
 
-    Raises InvalidValue where no published family has such models.
+    Adapters are merged into what is written. Raises InvalidValue where no published family has such models.
     """
-    if extra := [name for name in model.weights if name.startswith("memory.")]:
-        raise InvalidValue(f"model: has a memory's parameters ({extra[0]}), for which this layout has no place; use save(folder)")
-    weights = {name: Weight(weight).array for name, weight in model.weights.items()}
-    files = hugging_face.files_of(model.config, weights, getattr(model, "generation", {}))
+    _check_no_memory(model)
+    files = hugging_face.files_of(model.config, merged(model.weights), getattr(model, "generation", {}))
     if pooling is not None:
         modules = sentences.files_of(pooling, model.config.d_model)
         files |= modules.pop("")
         for name, content in modules.items():
             write_folder(os.path.join(folder, name), content)
     write_folder(folder, {**(tokenizer.files() if tokenizer is not None else {}), **files})
+
+
+def save_adapters(folder: str | os.PathLike, model: HasWeights) -> None:
+    """Writes a model's adapters as PEFT has them. Raises InvalidValue where it has none, or no published family has such models."""
+    _check_no_memory(model)
+    write_folder(folder, peft.files_of(model.config, model.weights))
+
+
+def _check_no_memory(model: HasWeights) -> None:
+    """Raises InvalidValue where the model has a memory's parameters, for which only our own format has a place."""
+    if extra := [name for name in model.weights if name.startswith("memory.")]:
+        raise InvalidValue(f"model: has a memory's parameters ({extra[0]}), for which this layout has no place; use save(folder)")
 
 
 def read_model(folder: str | os.PathLike, dtype: str = "float32") -> Contents:

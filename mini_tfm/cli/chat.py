@@ -12,7 +12,7 @@ import click
 
 from ..generate.options import GenerationOptions
 from .options import options_of
-from .shared import memory_option, none_of, note, segment_option
+from .shared import lora_option, memory_option, none_of, note, segment_option
 
 if TYPE_CHECKING:
     from ..pipeline import Pipeline
@@ -26,8 +26,9 @@ HELP = "/reset forgets what was said, /exit (or Ctrl-D) ends, Ctrl-C ends an ans
 @click.option("--system", metavar="TEXT", help="What the model is told before the first question.")
 @memory_option
 @options_of(GenerationOptions, max_new_tokens={"default": 512})
+@lora_option
 @segment_option
-def chat(model: Path | None, system: str | None, memory: str, segment_length: int | None, **options: Any) -> None:
+def chat(model: Path | None, system: str | None, memory: str, lora: Path | None, segment_length: int | None, **options: Any) -> None:
     """Answers questions, one a line, typed or from standard input; what was said before is known. Lengths are in tokens.
 
     MODEL is a folder or a GGUF file whose tokenizer has a chat template, or a name on the Hub. Without it SmolLM2-135M-Instruct is
@@ -45,7 +46,7 @@ def chat(model: Path | None, system: str | None, memory: str, segment_length: in
     from ..pipeline import Pipeline
 
     GenerationOptions.of(options)  # report faults before anything is loaded
-    pipe = Pipeline.load(model or DEFAULT_MODEL, memory=none_of(memory), segment_length=segment_length)
+    pipe = Pipeline.load(model or DEFAULT_MODEL, memory=none_of(memory), segment_length=segment_length, lora=lora)
     beginning = [{"role": "system", "content": system}] if system is not None else []
     said = list(beginning)
     pipe.tokenizer.encode_chat([*said, {"role": "user", "content": "?"}])  # a model without a template is told at once

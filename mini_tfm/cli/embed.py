@@ -22,6 +22,7 @@ from .shared import (
     files_argument,
     folder_argument,
     json_option,
+    lora_option,
     note,
     pieces_of,
     print_json,
@@ -59,10 +60,18 @@ IN_FOLDERS = (".txt", ".md")
     metavar="NUMBERS",
     help="Keep only the first so many numbers, for models trained so (Matryoshka).",
 )
+@lora_option
 @segment_option
 @json_option
 def embed(
-    folder: Path, files: tuple[Path, ...], out: Path | None, overwrite: bool, segment_length: int | None, as_json: bool, **options: Any
+    folder: Path,
+    files: tuple[Path, ...],
+    out: Path | None,
+    overwrite: bool,
+    lora: Path | None,
+    segment_length: int | None,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Computes one vector per line of FILEs (- is standard input; of a folder all .txt and .md files) with the model in FOLDER.
 
@@ -86,7 +95,7 @@ def embed(
         _check_out(out, overwrite)
     files = tuple(_files(files))
     check_files(files)
-    pipe = Pipeline.load(folder, memory=None, segment_length=segment_length)
+    pipe = Pipeline.load(folder, memory=None, segment_length=segment_length, lora=lora)
     answer: dict[str, Any] = {"model": str(folder), "file": ", ".join(map(str, files))}
     with Reading("embedding", total_bytes(files)) as reading, contextlib.ExitStack() as stack:
         lines = Lines(files, reading)

@@ -20,6 +20,7 @@ from .shared import (
     count,
     folder_argument,
     json_option,
+    lora_option,
     memory_named,
     memory_option,
     none_of,
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     help="First read this text file into the memory; can be repeated.",
 )
 @options_of(GenerationOptions)
+@lora_option
 @segment_option
 @click.option("--no-stream", is_flag=True, help="Print the text only when it is complete.")
 @json_option
@@ -79,6 +81,7 @@ def generate(
     batch_tokens: int,
     memory: str,
     read_first: tuple[Path, ...],
+    lora: Path | None,
     segment_length: int | None,
     no_stream: bool,
     as_json: bool,
@@ -111,9 +114,9 @@ def generate(
         raise click.UsageError("--out needs --file: a prompt a line")
     check_files([*read_first, *([file] if file else [])])
     if file is not None and out is not None:
-        _generate_file(folder, file, out, batch_tokens, memory, read_first, segment_length, as_json, options)
+        _generate_file(folder, file, out, batch_tokens, memory, read_first, lora, segment_length, as_json, options)
         return
-    pipe = Pipeline.load(folder, memory=none_of(memory), segment_length=segment_length)
+    pipe = Pipeline.load(folder, memory=none_of(memory), segment_length=segment_length, lora=lora)
     warn_if_untrained(folder, pipe, memory)
     text = _prompt(prompt, file)
     n_read, clock = _read(pipe, read_first), Clock()
@@ -144,6 +147,7 @@ def _generate_file(
     batch_tokens: int,
     memory: str,
     read_first: tuple[Path, ...],
+    lora: Path | None,
     segment_length: int | None,
     as_json: bool,
     options: dict[str, Any],
@@ -156,7 +160,7 @@ def _generate_file(
     with ranks.together():
         if read_first and ranks.size > 1:
             raise click.UsageError("--read fills one memory: read first, with `mini-tfm read`, then start several processes")
-        pipe = Pipeline.load(folder, memory=none_of(memory), segment_length=segment_length)
+        pipe = Pipeline.load(folder, memory=none_of(memory), segment_length=segment_length, lora=lora)
         n_read = _read(pipe, read_first)
         about = {"memory": memory_named(pipe), "tokens_read": n_read, "segment_length": pipe.segment_length}
         done = generate_file(pipe, file, out, batch_tokens, options, {"model": pipe.model.fingerprint(), **about}, ranks)

@@ -87,6 +87,7 @@ def _model(name: Path) -> dict[str, Any]:
         "chat_template": tokenizer is not None and tokenizer.has_chat_template,
         "embeds": None if pooling is None else f"{' and '.join(pooling.modes)}{', length 1' if pooling.normalize else ''}",
         "memory": header.memory_text,
+        "adapters": header.adapters,
         "files": dict(header.files),
         "config": None if config is None else config.to_dict(),
         "problems": header.faults,

@@ -17,6 +17,7 @@ from .shared import (
     count,
     folder_argument,
     json_option,
+    lora_option,
     memory_named,
     memory_option,
     none_of,
@@ -40,10 +41,18 @@ if TYPE_CHECKING:
 @memory_option
 @click.option("--reset", metavar="DOCUMENT", help="First delete this document from the memory.")
 @click.option("--compact", is_flag=True, help="At the end, give back the space of deleted documents. FILEs may be left out.")
+@lora_option
 @segment_option
 @json_option
 def read(
-    folder: Path, files: tuple[Path, ...], memory: str, reset: str | None, compact: bool, segment_length: int | None, as_json: bool
+    folder: Path,
+    files: tuple[Path, ...],
+    memory: str,
+    reset: str | None,
+    compact: bool,
+    lora: Path | None,
+    segment_length: int | None,
+    as_json: bool,
 ) -> None:
     """Reads FILEs (- is standard input) of any length through the model in FOLDER into a memory on disk.
 
@@ -61,7 +70,7 @@ def read(
     if not files and not compact:
         raise click.MissingParameter(param_type="argument", param_hint="'FILE...'")
     check_files(files)
-    pipe = Pipeline.load(folder, memory=none_of(memory), segment_length=segment_length)
+    pipe = Pipeline.load(folder, memory=none_of(memory), segment_length=segment_length, lora=lora)
     on_disk = _durable(pipe.memory)
     warn_if_untrained(folder, pipe, memory)
     if reset is not None:
@@ -86,7 +95,8 @@ def read(
     _print(done, documents, before)
     if sizes is not None:
         click.echo(f"compacted from {size(sizes[0])} to {size(sizes[1])}")
-    note("\nTry next:\n  " + command_line("generate", folder, "In short,", "--memory", memory_named(pipe)))
+    adapted = ("--lora", lora) if lora is not None else ()
+    note("\nTry next:\n  " + command_line("generate", folder, "In short,", "--memory", memory_named(pipe), *adapted))
 
 
 def _read(pipe: Pipeline, files: tuple[Path, ...], done: list[dict[str, Any]]) -> None:

@@ -15,6 +15,7 @@ from .shared import (
     files_argument,
     folder_argument,
     json_option,
+    lora_option,
     memory_named,
     none_of,
     pieces_of,
@@ -41,9 +42,12 @@ if TYPE_CHECKING:
     show_default="what the model was trained with",
     help="The memory, as name:option=value,...; stack several with +; none: no memory. Repeat the option to compare memories.",
 )
+@lora_option
 @segment_option
 @json_option
-def score(folder: Path, files: tuple[Path, ...], memories: tuple[str, ...], segment_length: int | None, as_json: bool) -> None:
+def score(
+    folder: Path, files: tuple[Path, ...], memories: tuple[str, ...], lora: Path | None, segment_length: int | None, as_json: bool
+) -> None:
     """Measures how many bits the model in FOLDER needs per token and per byte of FILEs (- is standard input).
 
     Fewer is better; 8 bits per byte means no compression. Each file is read from its beginning, with the memory's contents;
@@ -63,7 +67,7 @@ def score(folder: Path, files: tuple[Path, ...], memories: tuple[str, ...], segm
     check_files(files)
     found = []
     for memory in memories:
-        pipe = Pipeline.load(folder, memory=none_of(memory), segment_length=segment_length)
+        pipe = Pipeline.load(folder, memory=none_of(memory), segment_length=segment_length, lora=lora)
         warn_if_untrained(folder, pipe, memory)
         found.append(_measured(pipe, files))
     if as_json:

@@ -35,6 +35,9 @@ memory_option = click.option(
     show_default="what the model was trained with",
     help="The memory, as name:option=value,...; stack several with +, as in window:size=512+store:path=notes.mdb; none: no memory.",
 )
+lora_option = click.option(
+    "--lora", metavar="DIR", type=click.Path(path_type=Path), help="Add the LoRA adapters in this folder, as PEFT has them, to the model."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document, and nothing else, on standard output.")
 segment_option = click.option(
     "--segment-length",

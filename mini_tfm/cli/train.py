@@ -62,6 +62,22 @@ _FREE_ON_RESUME = (
     type=click.Path(path_type=Path),
     help="Start from the model and the tokenizer in this folder, ours or Hugging Face's, or GGUF file, which stays as it is.",
 )
+@click.option(
+    "--lora-rank", type=click.IntRange(1), metavar="ROWS", help="With --from: train new LoRA adapters of this rank beside frozen weights."
+)
+@click.option(
+    "--lora-alpha",
+    type=click.FloatRange(0, min_open=True),
+    default=16,
+    show_default=True,
+    help="What an adapter adds counts for alpha / rank.",
+)
+@click.option(
+    "--lora-targets",
+    multiple=True,
+    metavar="NAME",
+    help="End of the names of layers that get an adapter, such as q_proj, or all-linear; can be repeated. Default: q and v of attention.",
+)
 @click.option("--resume", metavar="DIR", type=click.Path(path_type=Path), help="Continue the run in this folder.")
 @click.option("--accept-changes", is_flag=True, help="With --resume: continue even if the text or its batches have changed.")
 @click.option(
@@ -124,6 +140,7 @@ def train(context: click.Context, /, resume: Path | None, out: Path, as_json: bo
       mini-tfm train --text corpus.jsonl --field body --cache tokens --objective next-segment=0.8+denoise=0.2
       mini-tfm train --curriculum 0:1,500:2,1000:4 --memory recurrent --out model
       mini-tfm train --from published --text notes/*.txt --memory recurrent --trainable 'memory.*' --out model
+      mini-tfm train --from published --text notes/*.txt --lora-rank 8 --out model
       mini-tfm train --resume model --steps 4000
       mpirun -n 4 mini-tfm train --text notes/*.txt --out model
     """
@@ -165,6 +182,10 @@ def _check_usage(options: dict[str, Any], given: dict[str, str], resume: Path | 
         raise click.UsageError("--accept-changes needs --resume")
     if options["base"] is not None and (fixed := [name for name in given if name in (*SHAPE, "tokenizer", "vocab_size")]):
         raise click.UsageError(f"{given[fixed[0]]} comes from the model with --from; leave it out")
+    if options["lora_rank"] is not None and options["base"] is None:
+        raise click.UsageError("--lora-rank needs --from: adapters go beside the weights of a model that is there")
+    if options["lora_rank"] is None and (alone := [name for name in ("lora_alpha", "lora_targets") if name in given]):
+        raise click.UsageError(f"{given[alone[0]]} needs --lora-rank")
     if options["curriculum"] is not None and "n_segments" in given:
         raise click.UsageError("give --n-segments or --curriculum, not both")
     FitOptions.of({name: value for name, value in values_of(FitOptions, options).items() if value is not None})

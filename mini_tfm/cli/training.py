@@ -108,6 +108,11 @@ def run_from(out: Path, options: dict[str, Any], given: Collection[str], ranks: 
     if memory is not None or model.config.segment_length is not None:
         config = model.config.replace(segment_length=options["segment_length"])
         model = Transformer(config, weights=model.weights, generation=model.generation)
+    if options["lora_rank"] is not None:
+        targets = options["lora_targets"]
+        model.add_lora(
+            options["lora_rank"], options["lora_alpha"], "all-linear" if targets == ("all-linear",) else targets or None, options["seed"]
+        )
     piped = take_piped(options, out)
     about, objectives = describe_data(options)
     sources = Sources(about, piped)

@@ -135,7 +135,7 @@ def packed_weights(model: Model, n_ids: int) -> Weights:
         packed[model.output.PACKED] = weights.pack([model.output.name], transposed=model.output.is_tied, columns=n_ids)
         _packed[model] = state, packed
     for name, one in packed.items():
-        weights[name] = Weight(model.weights.get(name), one)
+        weights[name] = Weight(model.weights.get(name), one, weights.adapter(name))
     for name, linears, _ in products:
         if len(linears) > 1 and any(linear.bias for linear in linears):
             biases = [np.zeros(linear.d_out, model.dtype) if linear.bias is None else weights[linear.bias].array for linear in linears]

@@ -17,6 +17,7 @@ from ..data.batches import Batch
 from ..errors import InvalidType, InvalidValue
 from ..model import Model
 from ..tokens import check_tokens
+from ..weights import LORA, LORA_SCALE
 
 
 def checked_batch(
@@ -104,10 +105,14 @@ def _weights(weights: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarra
 
 
 def trained_names(patterns: tuple[str, ...] | None, names: Iterable[str]) -> list[str]:
-    """The weights that `patterns` choose, all of them for None. Raises InvalidValue naming every pattern that fits none."""
-    names = list(names)
+    """The weights that `patterns` choose. None: all of them or, beside a model with adapters, these and the memories' parameters.
+
+    Raises InvalidValue naming every pattern that fits none.
+    """
+    names = [name for name in names if name != LORA_SCALE]
     if patterns is None:
-        return names
+        adapted = any(name.startswith(LORA) for name in names)
+        return [name for name in names if name.startswith((LORA, "memory."))] if adapted else names
     if wrong := [pattern for pattern in patterns if not any(fnmatch.fnmatchcase(name, pattern) for name in names)]:
         some = [name for name in names if name.startswith("memory.")] + names[:3]
         raise InvalidValue(

@@ -17,7 +17,8 @@ from .run_folder import checkpoints
 def average_models(folders: Sequence[str | Path], out: str | Path) -> list[Path]:
     """Writes into `out` the model whose every weight is the mean of those in `folders`; returns the folders.
 
-    Sums in float64. All must have the same configuration, tokenizer and memory; `out` must not hold a model yet.
+    Sums in float64. All must have the same configuration, tokenizer and memory; `out` must not hold a model yet. Adapters are merged
+    first, since the mean of two products is not the product of the means: the new model has none.
     Raises InvalidValue naming the first folder that is of another kind, FileProblem for one that cannot be read.
     """
     if isinstance(folders, str | Path):
@@ -27,10 +28,10 @@ def average_models(folders: Sequence[str | Path], out: str | Path) -> list[Path]
         raise InvalidValue("folders: expected at least one")
     if any((Path(out) / name).exists() for name in ("config.json", "model.safetensors")):
         raise InvalidValue(f"out: {out} holds a model already; give another folder")
-    first = load_checkpoint(paths[0])
+    first = _without_adapters(paths[0])
     total = {name: weight.astype(np.float64) for name, weight in first.model.weights.items()}
     for path in paths[1:]:
-        other = load_checkpoint(path)
+        other = _without_adapters(path)
         if fault := _difference(first, other):
             raise InvalidValue(f"folders: {path} differs from {paths[0]}: {fault}")
         for name, weight in other.model.weights.items():
@@ -39,6 +40,12 @@ def average_models(folders: Sequence[str | Path], out: str | Path) -> list[Path]
         first.model.weights[name] = (total[name] / len(paths)).astype(weight.dtype)  # not into it: it may be a file, mapped
     save_model(out, first.model, tokenizer=first.tokenizer, memory_text=first.memory_text, new=True)
     return paths
+
+
+def _without_adapters(path: Path) -> Checkpoint:
+    checkpoint = load_checkpoint(path)
+    checkpoint.model.merge_lora()
+    return checkpoint
 
 
 def last_checkpoints(run: str | Path, n: int) -> list[Path]:

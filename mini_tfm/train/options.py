@@ -49,6 +49,7 @@ class TrainerOptions(Options):
     ff_dropout: float | None = option(
         None, "Dropout rate of the feed-forward hidden layer; default: dropout.", at_least=0, below=1, unit="RATE"
     )
+    lora_dropout: float = option(0.0, "Dropout rate of what LoRA adapters read.", at_least=0, below=1, unit="RATE")
     label_smoothing: float = option(
         0.0, "Share of the target probability spread over all tokens (arXiv 1706.03762, section 5.4).", at_least=0, below=1, unit="SHARE"
     )
@@ -84,7 +85,8 @@ class TrainerOptions(Options):
     )
     trainable: tuple[str, ...] | None = option(
         None,
-        "Train only the weights whose names match one of these patterns, such as memory.* or decoder.*.q.*; all others are frozen.",
+        "Train only the weights whose names match one of these patterns, such as memory.* or decoder.*.q.*; all others are frozen."
+        " Default: all, or beside LoRA adapters these and memories' parameters.",
         read=_patterns,
         expected="a name of a weight, a pattern such as memory.* or several",
         unit="PATTERN",

@@ -21,7 +21,7 @@ from ..options import takes
 from ..stream import Stream
 from ..text.tokenizers import Tokenizer
 from ..transformer import Transformer
-from ..weights import Weights
+from ..weights import LORA_SCALE, Weights
 from .arguments import checked_batch, trained_names
 from .backpropagation import SegmentLoss, backpropagate, counts_of
 from .interrupts import uninterrupted
@@ -67,7 +67,7 @@ class Trainer:
         self.communicator = communicator_of(communicator)
         model.add_memory_weights(memory, o.seed)
         params = memory_parameters(memory, model.config, model.dtype)
-        self._trainable = o.trainable
+        self._trainable, self._adapted = o.trainable, LORA_SCALE in model.weights
         trained = trained_names(o.trainable, model.weights)
         self.optimizer = AdamW(
             {name: model.weights[name] for name in trained}, params, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay
@@ -120,6 +120,8 @@ class Trainer:
             raise InvalidValue(
                 f"trainable: expected {self._trainable}, as when this Trainer was made, got {self.options.trainable}; make a new Trainer"
             )
+        if (LORA_SCALE in self.model.weights) != self._adapted:
+            raise InvalidValue("model: its adapters came, or were merged, after this Trainer was made; make a new Trainer")
         with ranks.together():
             self.optimizer.take(self.model.weights)
             batch = self._batch(source, target, source_lengths, target_lengths, weights, begins)
@@ -250,7 +252,7 @@ class Trainer:
         """The dropout of the next step, for a part of the batch that begins at `first_row`."""
         o = self.options
         attention, hidden = (o.dropout if rate is None else rate for rate in (o.attention_dropout, o.ff_dropout))
-        return Dropout(o.dropout, o.seed, attention, hidden, self.step_count, first_row)
+        return Dropout(o.dropout, o.seed, attention, hidden, o.lora_dropout, self.step_count, first_row)
 
     def _hidden(self, batch: Batch, rows: slice = slice(None)) -> np.ndarray | None:
         """(rows, n) bool: segments whose source is hidden from the decoder at the next step, drawn for the whole batch."""

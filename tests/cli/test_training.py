@@ -479,3 +479,85 @@ def test_train_from_refuses_what_the_model_decides(run, tmp_path, texts):
     (base / "tokenizer.json").unlink()
     wrong = run("train", "--from", base, "--text", texts[0], "--out", tmp_path / "m")
     assert wrong.code != 0 and "has no tokenizer" in wrong.err and not (tmp_path / "m" / "config.json").exists()
+
+
+# ------------------------------------------------------------------------- adapters beside a model that is there
+
+
+def test_adapters_are_trained_written_and_used(run, tmp_path):
+    """train --lora-rank, resume, convert to PEFT's layout; then --lora of every command that reads a model gives what the run has."""
+    base, pairs, text = published(tmp_path / "base"), tmp_path / "pairs.tsv", tmp_path / "text.txt"
+    pairs.write_text("a b\tb c\nb a\tc c\n" * 15)
+    text.write_text("a b c a b c b a\n")
+    words = ("--lora-rank", 2, "--lora-alpha", 4, "--lora-targets", "q", "--lora-targets", "DenseReluDense.wi", "--lora-dropout", 0.1)
+    words += ("--batch-size", 2, "--learning-rate", 0.3)
+    assert run("train", "--from", base, "--text", pairs, "--out", tmp_path / "m", "--steps", 3, *words).code == 0
+    assert run("train", "--resume", tmp_path / "m", "--steps", 5).code == 0
+    trained, first = load_checkpoint(tmp_path / "m").model, load_checkpoint(base).model
+    parts = {name.rpartition(".")[0].rpartition(".")[2] for name in trained.weights if name.startswith("lora.") and name != "lora.scale"}
+    assert parts == {"q", "in"} and trained.weights["lora.scale"] == 2
+    for name, weight in first.weights.items():
+        assert trained.weights[name].tobytes() == np.ascontiguousarray(weight).tobytes()
+    assert run("info", tmp_path / "m", "--json").json["model"]["adapters"] == "LoRA of rank 2 beside 5 layers"
+
+    assert run("convert", tmp_path / "m", tmp_path / "adapter", "--to", "peft").code == 0
+    assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert run("convert", base, tmp_path / "merged", "--lora", tmp_path / "adapter", "--to", "hugging-face").code == 0
+    for name, *rest in (
+        ("generate", "a b", "--max-new-tokens", 5, "--json"),
+        ("score", text, "--json"),
+        ("embed", text, "--json"),
+        ("chat", "--system", "a"),
+    ):
+        own, added, whole, without = (
+            run(name, *words, *rest, stdin="")
+            for words in ((tmp_path / "m",), (base, "--lora", tmp_path / "adapter"), (tmp_path / "merged",), (base,))
+        )
+        if name == "chat":
+            assert "chat template" in added.err  # it came as far as that
+            continue
+        told = [_numbers(answer.json) for answer in (own, added, whole)]
+        assert told[0] == told[1] == told[2], name
+        assert name == "generate" or told[0] != _numbers(without.json)
+
+
+def _numbers(answer):
+    """What a command found: no paths, no times."""
+    if "files" in answer:
+        return answer["all"]["bits"]
+    return answer.get("vectors", answer.get("text"))
+
+
+def test_reading_with_adapters_fills_the_memory_of_the_adapted_model(run, tmp_path):
+    base, text = published(tmp_path / "base"), tmp_path / "text.txt"
+    text.write_text("a b c a b c b a\n")
+    model = load_checkpoint(base).model
+    model.add_lora(2, targets="all-linear")
+    for name in [name for name in model.weights if name.endswith(".b")]:
+        model.weights[name] = model.weights[name] + np.float32(0.1)
+    model.save_lora(tmp_path / "adapter")
+    words = ("--memory", f"store:path={tmp_path / 'notes.mdb'}", "--segment-length", 3)
+    done = run("read", base, text, *words, "--lora", tmp_path / "adapter")
+    assert done.code == 0 and f"--lora {tmp_path / 'adapter'}" in done.err
+    assert run("score", base, text, *words, "--lora", tmp_path / "adapter").code == 0
+    assert run("score", base, text, *words).code != 0, "rows of other weights"
+
+
+def test_adapters_that_cannot_be_are_told_before_any_work(run, tmp_path, texts):
+    base, out = published(tmp_path / "base"), tmp_path / "m"
+    for words, fault in (
+        (("--lora-rank", 2), "--lora-rank needs --from"),
+        (("--from", base, "--lora-alpha", 2), "--lora-alpha needs --lora-rank"),
+        (("--from", base, "--lora-targets", "q"), "--lora-targets needs --lora-rank"),
+        (("--from", base, "--lora-rank", 2, "--lora-targets", "q_proj"), "targets: 'q_proj' fits no layer"),
+        (("--from", base, "--lora-rank", 0), "--lora-rank"),
+        (("--from", base, "--lora-rank", 2, "--lora-alpha", 0), "--lora-alpha"),
+        (("--resume", base, "--lora-rank", 2), "--lora-rank comes from the folder"),
+    ):
+        failed = run("train", *words, *([] if "--resume" in words else ["--text", texts[0], "--out", out]))
+        assert failed.code == 2 and fault in failed.err, words
+    assert not (out / "config.json").exists()
+    failed = run("generate", base, "a", "--lora", tmp_path / "none")
+    assert failed.code == 2 and "none/adapter_config.json: there is no such file" in failed.err
+    failed = run("convert", base, tmp_path / "adapter", "--to", "peft")
+    assert failed.code == 2 and "has no adapters to save" in failed.err

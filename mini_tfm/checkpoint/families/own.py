@@ -9,7 +9,9 @@ import numpy as np
 
 from ...config import Config
 from ...errors import InvalidValue, shown
+from ...lora import shape_faults
 from ...model import weight_shapes
+from ...weights import LORA
 from ..safetensors import Entry
 
 FORMAT = "mini_tfm"
@@ -50,8 +52,9 @@ def config_of(about: Mapping[str, Any], where: str) -> Config:
 def check_tensors(config: Config, entries: Mapping[str, Entry], where: str) -> None:
     shapes = weight_shapes(config)
     faults = [f"tensor {name!r} is missing" for name in shapes if name not in entries]
+    faults += shape_faults(config, {name: tensor.shape for name, tensor in entries.items()})
     for name, tensor in entries.items():
-        if name not in shapes and not name.startswith(("memory.", "pooling.")):
+        if name not in shapes and not name.startswith(("memory.", "pooling.", LORA)):
             faults.append(f"tensor {name!r} is not one of this architecture")
         elif name in shapes and tensor.shape != shapes[name]:
             faults.append(f"tensor {name!r}: expected shape {shapes[name]}, got {tensor.shape}")
