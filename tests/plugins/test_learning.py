@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from associative import CHANCE, learned
+from associative import CHANCE, learned, untrained
 
 LEARNED = [
     "window:size=8",
@@ -40,3 +40,12 @@ def test_what_was_said_two_segments_ago_is_known(text):
 def test_what_is_not_remembered_is_guessed(text):
     """The question cannot be answered from its own segment, from a window that has lost the pairs, or from trained rows."""
     assert learned(text, [400])[0] < CHANCE + 0.1
+
+
+@pytest.mark.long
+def test_rows_kept_by_their_score_serve_a_model_that_was_trained_with_all():
+    """5 of 8 rows: the newest have two of the four pairs."""
+    newest, *others = untrained(
+        ["window:size=5", "h2o:size=5,sinks=0,recent=0", "tova:size=5", "snapkv:size=5,recent=0,pool=3", "keydiff:size=5"]
+    )
+    assert newest < 0.65 and min(others) > newest + 0.1
