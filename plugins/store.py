@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping
 
 import numpy as np
 
@@ -91,7 +91,7 @@ class Store(RetrievalMemory):
         only = self.spec.layers if site != "cross" else None
         return {
             bank: dims.fingerprint() if dims.row_fingerprint is None else dims.row_fingerprint(site, layer)
-            for layer, bank in zip(layers, self.banks(dims), strict=True)
+            for layer, bank in zip(layers, super().banks(dims), strict=True)
             if only is None or layer in only or layer - len(layers) in only
         }
 
@@ -127,6 +127,15 @@ class Store(RetrievalMemory):
 
     def search(self, state: State, bank: str, queries: np.ndarray, k: int) -> View | None:
         best = BestRows(queries, k)
+        for hidden, positions, valid, key in self.shown(state, bank):
+            best.search(hidden, positions, valid, key=key)
+        return best.view()
+
+    def shown(self, state: State, bank: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None, Hashable]]:
+        """All rows of a bank, on disk and in RAM, in the order in which they came, as `BestRows.search` takes them.
+
+        Rows on disk may be looked at until the next ones are asked for.
+        """
         if "on_disk" in state and (stored := self._stored(state, bank)).any():
             assert self.disk is not None
             seen, ahead_at, offset = 0, state.get(bank + "ahead_at"), state["next_position"]
@@ -134,16 +143,11 @@ class Store(RetrievalMemory):
             with self.disk.reading(self.document, bank, int(stored.max()), self._claim(state, [bank])) as chunks:
                 for hidden, positions in chunks:
                     valid = _shown(len(hidden), seen, stored, ahead_at)
-                    best.search(
-                        hidden,
-                        positions - (offset[0] if (offset == offset[0]).all() else offset[:, None]),
-                        valid,
-                        key=(*name, seen, len(hidden)) if name[0] else None,
-                    )
+                    since = positions - (offset[0] if (offset == offset[0]).all() else offset[:, None])
+                    yield hidden, since, valid, (*name, seen, len(hidden)) if name[0] else None
                     seen += len(hidden)
         for hidden, positions, valid in self.held(state, bank):
-            best.search(hidden, positions, valid)
-        return best.view()
+            yield hidden, positions, valid, None
 
     def write_ahead(self, state: State, held: Evicted) -> None:
         if "on_disk" not in state:

@@ -190,7 +190,8 @@ class Query:
     hidden: gives the same queries in the space of hidden rows, (B, H, T, d), always a plain array: heads W_k^T, so that
     `hidden() . row` orders rows as their scores do (arXiv 2305.01625, section 2.3). positions: (B, T) tokens since the
     start of the stream. valid: (B, T) bool, which are no padding; None: all. segment: the one that they are of. While it is
-    decoded there are several calls with the same one: the first has the prompt, each other one the token before it.
+    decoded there are several calls with the same one: the first has the prompt, each other one the token before it; and decoding
+    is True: nothing of it will be written.
     """
 
     heads: Array
@@ -198,6 +199,7 @@ class Query:
     positions: np.ndarray
     valid: np.ndarray | None = None
     segment: Segment | None = None  # the library always tells it
+    decoding: bool = False
 
 
 @dataclass(frozen=True)
@@ -314,6 +316,6 @@ class Memory:
         """Forgets a document, also the rows of it that are still in a state: see `deleted`."""
 
 
-def bank_key(site: str, layer: int) -> str:
+def bank_key(site: str, layer: int | str) -> str:
     """The prefix of a bank's arrays in a state; the cross site has one bank for every layer."""
     return "cross." if site == "cross" else f"{site}.{layer}."

@@ -301,7 +301,7 @@ class MemoryRun:
                 found += shown
             if reads:
                 asked = query() if asked is None else asked
-                found += self._shown(i, "read", site, layer, n_queries, len(found), asked)
+                found += self._shown(i, "read", site, layer, n_queries, len(found), dataclasses.replace(asked, decoding=decoding))
         return found
 
     def _shown(
