@@ -20,14 +20,17 @@ class FastWeights(Memory):
     """A subclass says what the function is: `weights` at the start, `recall`, `learn`. The gradient flows through all segments.
 
     site: "encoder" or "decoder"; None is the encoder if there is one. At cross a row has keys of every layer, so there is none.
+    taps: in a stack every row goes on to the next memory, too; false: none does.
     Arrays of the state are named `bank_key(site, layer)` + a name, and have the streams and the key heads as their first axes.
     """
 
-    def __init__(self, *, site: str | None = None):
+    def __init__(self, *, site: str | None = None, taps: bool = False):
         if site not in (None, "encoder", "decoder"):
             raise InvalidValue(f"site: expected encoder or decoder (at cross a row has keys of every layer), got {shown(site)}")
+        if not isinstance(taps, bool):
+            raise InvalidValue(f"taps: expected true or false, got {shown(taps)}")
         sites = frozenset({"encoder", "decoder"} if site is None else {site})
-        self.site, self.spec = site, MemorySpec(sites=sites, needs=frozenset({"query"}), gradient="state")
+        self.site, self.spec = site, MemorySpec(sites=sites, needs=frozenset({"query"}), gradient="state", taps=taps)
 
     def weights(self, dims: Dims, layer: int) -> dict[str, np.ndarray]:
         """The arrays (Hkv, ...) of an empty function."""

@@ -25,8 +25,8 @@ CHUNK = 8  # tokens; with more, rounding errors in the inverse of I + N grow whe
 class GatedDelta(FastWeights):
     """Compressive memory: one matrix a head, which each token rewrites where its key points and otherwise lets fade."""
 
-    def __init__(self, *, site: str | None = None):
-        super().__init__(site=site)
+    def __init__(self, *, site: str | None = None, taps: bool = False):
+        super().__init__(site=site, taps=taps)
 
     def parameters(self, dims: Dims) -> dict[str, Param]:
         layers = dims.layers[self.place(dims)]

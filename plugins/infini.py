@@ -22,8 +22,8 @@ from mini_tfm_plugins.fast_weights import FastWeights
 class Infini(FastWeights):
     """Compressive memory: all keys and values in one matrix a head, mixed in by a trained gate; rule: linear or delta."""
 
-    def __init__(self, *, rule: str = "delta", site: str | None = None):
-        super().__init__(site=site)
+    def __init__(self, *, rule: str = "delta", site: str | None = None, taps: bool = False):
+        super().__init__(site=site, taps=taps)
         if rule not in ("linear", "delta"):
             raise InvalidValue(f"rule: expected linear or delta, got {shown(rule)}")
         self.rule = rule

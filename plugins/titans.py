@@ -33,8 +33,8 @@ class Titans(FastWeights):
     depth: 1 is a matrix, 2 a network with a hidden layer of twice the head's size. chunk: tokens whose gradients are taken together.
     """
 
-    def __init__(self, *, depth: int = 1, chunk: int = 8, site: str | None = None):
-        super().__init__(site=site)
+    def __init__(self, *, depth: int = 1, chunk: int = 8, site: str | None = None, taps: bool = False):
+        super().__init__(site=site, taps=taps)
         if depth not in (1, 2):
             raise InvalidValue(f"depth: expected 1 or 2, got {shown(depth)}")
         if not isinstance(chunk, int) or chunk < 1:

@@ -50,6 +50,7 @@ class MemorySpec:
         their own, mixed in by a gate. "add": a softmax of their own, added. "replace": instead of the segment.
     gradient: "none" detaches rows when they are written; "rows" and "state" let gradients flow through segments.
     capacity: most rows in any array of the state, None without limit. version: of the contract it was written for.
+    taps: in a stack, rows that it is offered go on to the next member as if it were not there; it drops none.
     """
 
     sites: frozenset[str] = frozenset(SITES)
@@ -59,6 +60,7 @@ class MemorySpec:
     gradient: Literal["none", "rows", "state"] = "none"
     capacity: int | None = None
     version: int = CONTRACT_VERSION
+    taps: bool = False
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from .validate import (
     check_evicted,
     check_log_probs,
     check_parameters,
+    check_passed_on,
     check_sites,
     check_spec,
     check_state,
@@ -128,14 +129,16 @@ class _Sites:
         self.begin: dict[str, list[int]] = {}
         self.show: dict[tuple[str, int], list[tuple[int, bool, bool]]] = {}
         self.take: dict[tuple[str, int], list[int]] = {}
+        self.held: set[tuple[str, int]] = set()  # where a member takes rows and does not pass all of them on
         self.used: set[str] = set()
         self.made: set[tuple[str, int]] = set()  # where what the states hold was computed
         self.fed: dict[int, int] = {}  # members that show rows and get them from others alone, and the nearest of those
         for i, member in enumerate(members):
             for site in sites[i]:
                 self._add(i, member, site, layers[site])
-        first = {takers[0] for takers in self.take.values()}
-        for takers in self.take.values():
+        holders = [[i for i in takers if not members[i].spec.taps] for takers in self.take.values()]
+        first = {takers[0] for takers in holders if takers}
+        for takers in holders:
             fed = ((before, i) for before, i in itertools.pairwise(takers) if i not in first)
             self.fed.update({i: before for before, i in fed if _has(members[i], "view") or _has(members[i], "read")})
 
@@ -152,9 +155,11 @@ class _Sites:
         if site == "decoder" and "hidden" in needs:
             banks = [*banks, n_layers]
         for layer in banks if takes else ():
-            # One that only absorbs takes nothing while no member before it writes.
-            if _has(member, "write") or (site, layer) in self.take:
+            # One that only absorbs takes nothing while no member before it writes and may drop rows.
+            if _has(member, "write") or (site, layer) in self.held:
                 self.take.setdefault((site, layer), []).append(i)
+                if not member.spec.taps:
+                    self.held.add((site, layer))
         if any(shows) or _has(member, "begin") or _has(member, "write"):
             self.used.add(site)
         self.made.update((site, layer) for layer in banks if takes)
@@ -362,6 +367,9 @@ class MemoryRun:
         targets = self._targets if site == "decoder" else None
         tokens = self._tokens.get("encoder" if site == "cross" else site)
         new = New(site, layer, hidden, valid, positions, tokens, mass, None, targets)
+        while self.members[first].spec.taps and others:
+            self._offer(first, "write", new, project)
+            first, *others = others
         self._hand_on(self._offer(first, "write", new, project), others, project)
 
     def finished(self, outputs: Array, valid: np.ndarray) -> None:
@@ -373,7 +381,8 @@ class MemoryRun:
         for i in takers:
             if dropped is None:
                 return
-            dropped = self._offer(i, "absorb", dropped, project)
+            left = self._offer(i, "absorb", dropped, project)
+            dropped = dropped if self.members[i].spec.taps else left
 
     def _offer(self, i: int, method: str, new: New, project: Project | None) -> New | None:
         """Member i writes or absorbs `new`."""
@@ -382,7 +391,7 @@ class MemoryRun:
         self._taken[place] = least + int(counts.min() if len(counts) else 0), most + int(counts.max(initial=0))
         offered = self._as_asked_for(i, new, project)
         arguments = (offered,) if method == "absorb" else (new.site, new.layer, offered)
-        check = partial(check_evicted, batch=self.batch, dims=self.dims[i])
+        check = check_passed_on if self.members[i].spec.taps else partial(check_evicted, batch=self.batch, dims=self.dims[i])
         return self._call(i, method, *arguments, site=new.site, layer=new.layer, check=check)
 
     def _as_asked_for(self, i: int, new: New, project: Project | None) -> New:

@@ -96,6 +96,8 @@ def check_spec(member: Memory) -> None:
     layers = spec.layers
     if layers is not None and not (isinstance(layers, tuple) and all(type(layer) is int for layer in layers)):
         raise PluginError(f"{who}: spec.layers: expected None or a tuple of layer numbers, got {shown(layers)}")
+    if not isinstance(spec.taps, bool):
+        raise PluginError(f"{who}: spec.taps: expected True or False, got {shown(spec.taps)}")
     if not spec.sites:
         raise PluginError(f"{who}: spec.sites: expected at least one of {', '.join(SITES)}, got none")
     if not isinstance(spec.version, int) or spec.version > CONTRACT_VERSION:
@@ -111,6 +113,11 @@ def check_sites(sites: Any, spec: MemorySpec) -> frozenset[str]:
     allowed = tuple(site for site in SITES if site in spec.sites)
     require(_is_set_of(sites, allowed), "sites: expected a set of those in spec.sites ({}), got {!r}", ", ".join(allowed), sites)
     return frozenset(sites)
+
+
+def check_passed_on(dropped: Any) -> None:
+    """The result of `write` or `absorb` of a member that taps."""
+    require(dropped is None, "expected None with spec.taps, which passes on all rows, got {}", type(dropped).__name__)
 
 
 def check_parameters(params: Any) -> Mapping[str, Param]:

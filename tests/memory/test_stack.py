@@ -10,11 +10,13 @@ import pytest
 
 import mini_tfm as mt
 from mini_tfm.autodiff import value_of
+from mini_tfm.config import Config
 from mini_tfm.context import Pass
 from mini_tfm.errors import PluginError
 from mini_tfm.memory import Memory, MemorySpec, RowMemory, Stack
 from mini_tfm.testing import CHECKS, check_memory
 from mini_tfm.testing.trial import LENGTH, Reader, Tap, random_segments, small_model
+from mini_tfm.transformer import Transformer
 from mini_tfm.weights import Weights
 from mini_tfm_plugins.eviction import HeavyHitters
 from mini_tfm_plugins.infini import Infini
@@ -301,3 +303,55 @@ def test_a_memory_that_waits_for_its_rows_is_not_told(spec, recwarn):
         reader.read(tokens)
     reader.run.drain()
     assert not recwarn.list
+
+
+class Seen(Memory):
+    """Counts the rows that it is offered."""
+
+    spec = MemorySpec(sites=frozenset({"decoder"}), taps=True)
+
+    def start(self, batch, dims):
+        return {"rows": np.zeros(batch, np.int64)}
+
+    def write(self, state, site, layer, new):
+        state["rows"] = state["rows"] + new.valid.sum(axis=1)
+
+
+def read_by(stack, model=MODEL):
+    reader = Reader(model, stack, 1)
+    for tokens in SEGMENTS:
+        reader.read(tokens)
+    return reader.run
+
+
+def test_a_member_that_taps_sees_rows_and_passes_them_on():
+    plain, n_layers = read_by(mt.memory("window:size=7+store:top_k=2,site=decoder")), 2
+    before = read_by(Stack([Seen(), mt.memory("window:size=7+store:top_k=2,site=decoder")]))
+    between = read_by(Stack([mt.memory("window", size=7), Seen(), mt.memory("store:top_k=2,site=decoder")]))
+    behind = read_by(Stack([mt.memory("window", size=7), Seen()]))
+    assert before.states[0]["rows"] == n_layers * SEGMENTS.size
+    assert between.states[1]["rows"] == behind.states[1]["rows"] == n_layers * (SEGMENTS.size - 7)
+    for run in (before.states[1:], [between.states[0], between.states[2]]):
+        for state, expected in zip(run, plain.states, strict=True):
+            assert state.keys() == expected.keys()
+            assert all(value.tobytes() == expected[name].tobytes() for name, value in state.items())
+
+
+def test_a_matrix_that_taps_learns_from_rows_that_a_window_still_has():
+    model = Transformer(Config(**{**MODEL.config.to_dict(), "n_decoder_layers": 1}), seed=0)
+    model.add_memory_weights(mt.memory("infini"))
+    alone, window = (read_by(mt.memory(text), model) for text in ("infini", "window:size=7"))
+    both = read_by(mt.memory("infini:taps=true+window:size=7"), model)
+    for state, expected in zip(both.states, (alone.states[0], window.states[0]), strict=True):
+        assert all(value.tobytes() == expected[name].tobytes() for name, value in state.items())  # one layer: what it reads is the text
+
+
+def test_a_member_that_taps_drops_nothing():
+    class Drops(Seen):
+        def write(self, state, site, layer, new):
+            return new
+
+    with pytest.raises(PluginError, match=r"expected None with spec\.taps, which passes on all rows, got New"):
+        read_by(Stack([Drops(), mt.memory("window", size=7)]))
+    with pytest.raises(PluginError, match=r"spec\.taps: expected True or False, got 1"):
+        read_by(type("Odd", (Seen,), {"spec": dataclasses.replace(Seen.spec, taps=1)})())
