@@ -16,6 +16,7 @@ NORMS = ("layer", "rms")
 NORM_POSITIONS = ("post", "pre", "sandwich", "output")
 POSITIONS = ("sinusoidal", "learned", "rotary", "relative", "none")
 SINUSOIDS = ("interleaved", "halves", "fairseq")
+DECODER_MIXERS = ("attention", "ssru")
 BIASED = ("q", "k", "v", "o", "in", "gate", "out")
 
 # Far above any real model, far below what makes an allocation hang: a config file is not trusted.
@@ -122,6 +123,8 @@ class Config:
     # What published models do otherwise. Feed-forward:
     gated: bool = False  # (activation(x W_gate) * x W_in) W_out (arXiv 2002.05202)
     decoder_d_ff: int | None = None  # where the decoder's differs
+    # How the decoder's tokens see those before them: by self-attention, or by a recurrence, SSRU (see `model.SSRU`):
+    decoder_mixer: str = "attention"
     # Norms:
     embedding_norm: bool = False  # of the sum of embeddings
     final_norm: bool | None = None  # at the end of a stack; default: unless norm_position is "post"
@@ -272,6 +275,7 @@ def _range_faults(config: Config) -> list[str]:
         ("norm_position", NORM_POSITIONS),
         ("positions", POSITIONS),
         ("sinusoids", SINUSOIDS),
+        ("decoder_mixer", DECODER_MIXERS),
     ):
         if getattr(config, name) not in allowed:
             faults.append(f"{name}: expected one of {', '.join(allowed)}, got {shown(getattr(config, name))}")
@@ -301,6 +305,11 @@ def _relation_faults(config: Config) -> list[str]:
     for name in ("local_layers", "local_rotary_base"):
         if getattr(config, name) is not None and config.window is None:
             faults.append(f"{name}: expected None without a window, got {getattr(config, name)!r}")
+    if config.decoder_mixer != "attention":
+        if not config.has_decoder:
+            faults.append(f"decoder_mixer: expected 'attention' without decoder layers, got {config.decoder_mixer!r}")
+        if config.window is not None:
+            faults.append(f"window: expected None with decoder_mixer={config.decoder_mixer!r}, which has no keys, got {config.window}")
     if config.positions == "relative" and (config.relative_buckets < 4 or config.relative_buckets % 4):
         faults.append(f"relative_buckets: expected a multiple of 4, got {config.relative_buckets}")
     if config.positions == "relative" and config.relative_max_distance <= config.relative_buckets // 2:

@@ -60,7 +60,7 @@ NO_DROPOUT = Dropout()
 
 
 class Cache(Protocol):
-    """Keys and values that a decoder keeps from step to step (generate/cache.py)."""
+    """Keys, values and states that a decoder keeps from step to step (generate/cache.py)."""
 
     n_front: int  # rows of memories in front of the text
     lengths: np.ndarray | None  # (B,) keys of each stream, where they differ
@@ -81,6 +81,12 @@ class Cache(Protocol):
 
     def cross(self, layer: int, project: Callable[[], tuple[Array, Array]]) -> tuple[np.ndarray, np.ndarray]:
         """The keys and values of the encoder's outputs, projected once."""
+
+    def state(self, layer: int) -> np.ndarray | None:
+        """What a recurrence in a layer has come to, (B, d); None where nothing was decoded."""
+
+    def keep_state(self, layer: int, state: Array) -> None:
+        """Takes what it has come to now."""
 
 
 @dataclass(frozen=True)

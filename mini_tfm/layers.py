@@ -36,10 +36,11 @@ class StepProduct(NamedTuple):
 
 
 class Linear:
-    """x W + b, W (d_in, d_out). The last part of its name says whether it has a b (see `Config.bias`)."""
+    """x W + b, W (d_in, d_out). bias: whether it has a b; None: the last part of its name says so (see `Config.bias`)."""
 
-    def __init__(self, config: Config, name: str, d_in: int, d_out: int):
-        self.weight, self.bias = name + ".weight", name + ".bias" if config.has_bias(name.rpartition(".")[2]) else None
+    def __init__(self, config: Config, name: str, d_in: int, d_out: int, *, bias: bool | None = None):
+        has_bias = config.has_bias(name.rpartition(".")[2]) if bias is None else bias
+        self.weight, self.bias = name + ".weight", name + ".bias" if has_bias else None
         self.d_in, self.d_out = d_in, d_out
 
     def shapes(self) -> Iterator[Shape]:

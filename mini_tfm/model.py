@@ -84,7 +84,10 @@ class EncoderLayer:
 class DecoderLayer:
     def __init__(self, config: Config, number: int):
         name = f"decoder.{number}."
-        self.attention = Sublayer(config, name + "attention", MultiHeadAttention(config, name + "attention", "decoder", number))
+        own: Any = SSRU(config, name + "ssru", number)
+        if config.decoder_mixer == "attention":
+            own = MultiHeadAttention(config, name + "attention", "decoder", number)
+        self.attention = Sublayer(config, own.name, own)  # or what stands in its place
         self.cross = (
             Sublayer(config, name + "cross", MultiHeadAttention(config, name + "cross", "cross", number)) if config.has_encoder else None
         )
@@ -104,13 +107,51 @@ class DecoderLayer:
         return self.feed_forward(x, p, self.feed_forward.f)
 
 
+class SSRU:
+    """A recurrence in the place of a decoder's self-attention: the "simpler simple recurrent unit" of Marian's fast models.
+
+        f_t = sigmoid(x_t W_f + b_f)    c_t = f_t * c_{t-1} + (1 - f_t) * (x_t W)    SSRU(x)_t = max(0, c_t)
+
+    c_0 = 0. From Kim et al., 2019 (ACL Anthology D19-5632), after SRU (arXiv 1709.02755). It has a state (B, d), not keys: a
+    decoding step costs the same whatever came before, and no memory can show rows here.
+    """
+
+    def __init__(self, config: Config, name: str, layer: int):
+        self.name, self.layer, self.both = name, layer, name + ".both"
+        self.input = Linear(config, name + ".in", config.d_model, config.d_model, bias=False)
+        self.forget = Linear(config, name + ".forget", config.d_model, config.d_model, bias=True)
+
+    def shapes(self) -> Iterator[Shape]:
+        yield from self.input.shapes()
+        yield from self.forget.shapes()
+
+    def step_products(self) -> Iterator[StepProduct]:
+        yield StepProduct(self.both, (self.input, self.forget))
+
+    def to_itself(self, x: Array, p: Pass, layout: Layout, skip: int = 0, residual: Array | None = None) -> Array:
+        """Of x (B, T, d), whose rows follow each other; residual is added to it. `skip` is 0: there are no rows of memories."""
+        if (both := p.weights.get(self.both)) is not None:
+            y = both.linear(x, p.value(self.both + ".bias"))
+            inputs, forget = y[..., : self.input.d_out], y[..., self.input.d_out :]
+        else:
+            inputs, forget = self.input(x, p), self.forget(x, p)
+        before = None if p.cache is None else p.cache.state(self.layer)
+        start = np.zeros((len(x), self.input.d_out), x.dtype) if before is None else before
+        c = ops.recurrence(inputs, ops.sigmoid(forget), start)
+        if p.cache is not None:
+            p.cache.keep_state(self.layer, c[:, -1])
+        h = ops.activation(c, "relu")
+        return h if residual is None else residual + h
+
+
 class Stack:
     """What an encoder and a decoder have in common: the embedding, the layers, and unless it is post-norm a norm at the end."""
 
     def __init__(self, config: Config, name: str, layers: Sequence[Any]):
         self.name, self.layers = name, layers
         self.embedding = Embedding(config, name)
-        self.relative = RelativeBias(config, name) if config.positions == "relative" else None
+        attends = name == "encoder" or config.decoder_mixer == "attention"
+        self.relative = RelativeBias(config, name) if config.positions == "relative" and attends else None
         self.norm = Norm(config, name + ".norm") if config.final_norm else None
 
     def shapes(self) -> Iterator[Shape]:

@@ -235,6 +235,31 @@ def rotary(x: Array, positions: np.ndarray, frequencies: np.ndarray) -> Array:
     return record(y, (x,), lambda dy: (_core.rotary(dy, positions, frequencies, inverse=True),), fresh=True) if is_traced(x) else y
 
 
+def recurrence(x: Array, keep: Array, start: np.ndarray) -> Array:
+    """c_t = keep_t * c_{t-1} + (1 - keep_t) * x_t over axis 1: x, keep (B, T, d), start (B, d), c before the first -> (B, T, d).
+
+    No gradient goes to `start`.
+    """
+    vx, vkeep = value_of(x), value_of(keep)
+    length = vx.shape[1]
+    c, last, kept = (1 - vkeep) * vx, start, np.empty_like(start)
+    for t in range(length):
+        np.multiply(vkeep[:, t], last, out=kept)
+        last = c[:, t]
+        last += kept
+    if not is_traced(x, keep):
+        return c
+
+    def vjp(dy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        dc = dy.copy()  # of all that comes after, too
+        for t in range(length - 1, 0, -1):
+            dc[:, t - 1] += vkeep[:, t] * dc[:, t]
+        before = np.concatenate([start[:, None], c[:, :-1]], axis=1)[:, :length]
+        return (1 - vkeep) * dc, (before - vx) * dc
+
+    return record(c, (x, keep), vjp, fresh=True)
+
+
 @dataclasses.dataclass(frozen=True)
 class DistanceBias:
     """A bias that depends on key - query alone: table (H, T + S - 1), entry [h, j - i + T - 1] for query i, key j.

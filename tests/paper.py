@@ -144,6 +144,15 @@ def attention(config, w, name, x, memory, site, causal):
     return linear(w, name + ".o", np.concatenate(heads, axis=1))
 
 
+def ssru(w, name, x):
+    """Kim et al., 2019 (ACL Anthology D19-5632): a gate of its own for each number, and what was there before fades."""
+    fresh, forget, state, rows = linear(w, name + ".in", x), linear(w, name + ".forget", x), np.zeros(x.shape[1]), []
+    for one, gate in zip(fresh, 1 / (1 + np.exp(-forget)), strict=True):
+        state = gate * state + (1 - gate) * one
+        rows.append([max(a, 0.0) for a in state])
+    return np.array(rows)
+
+
 def sublayer(config, w, name, x, f):
     """Section 5.4, LayerNorm(x + Sublayer(x)); or arXiv 2002.04745, x + Sublayer(LayerNorm(x))."""
     if config.norm_position == "post":
@@ -184,7 +193,10 @@ def logits(config: Config, w, source, target):
     x = embed(config, w, "decoder", [config.bos_id, *target[:-1]])
     for i in range(config.n_decoder_layers):
         name = f"decoder.{i}."
-        x = sublayer(config, w, name + "attention", x, lambda y, n=name: attention(config, w, n + "attention", y, y, "decoder", True))
+        if config.decoder_mixer == "ssru":
+            x = sublayer(config, w, name + "ssru", x, lambda y, n=name: ssru(w, n + "ssru", y))
+        else:
+            x = sublayer(config, w, name + "attention", x, lambda y, n=name: attention(config, w, n + "attention", y, y, "decoder", True))
         if memory is not None:
             x = sublayer(config, w, name + "cross", x, lambda y, n=name: attention(config, w, n + "cross", y, memory, "cross", False))
         x = sublayer(config, w, name + "feed_forward", x, lambda y, n=name: feed_forward(config, w, n + "feed_forward", y))

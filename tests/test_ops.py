@@ -59,6 +59,8 @@ CASES = {
         lambda table: ops.linear_cross_entropy(ops.embedding(table, np.array([1, 0, 4, 2])), table, TARGETS, transposed=True),
         [real(5, 4)],
     ),
+    "recurrence": (lambda x, keep: ops.recurrence(x, ops.sigmoid(keep), real(B, D, seed=2)), [real(B, 7, D), real(B, 7, D, seed=1)]),
+    "recurrence, one step": (lambda x, keep: ops.recurrence(x, keep, np.zeros((B, D))), [real(B, 1, D), real(B, 1, D, seed=1)]),
     "dropout": (lambda x: ops.dropout(x, 0.4, 7), [real(6, 7)]),
     "rotary": (lambda x: ops.rotary(x, np.array([3, 0, -2]), np.array([1.0, 0.1])), [real(B, H, T, D)]),
     "rotary, rows": (lambda x: ops.rotary(x, np.arange(B * T).reshape(B, T), np.array([1.0, 0.1])), [real(B, H, T, D)]),

@@ -65,6 +65,9 @@ VARIANTS: dict[str, dict] = {
         "output_bias": True,
     },
     "marian": {"norm_position": "post", "sinusoids": "halves", "activation": "silu", "output_bias": True, "output_scale": 0.4},
+    "ssru": {"decoder_mixer": "ssru", "norm_position": "post", "sinusoids": "fairseq", "output_bias": True},
+    "ssru, relative": {**RELATIVE, "decoder_mixer": "ssru", "bias": False},
+    "decoder only, ssru": {"n_encoder_layers": 0, "decoder_mixer": "ssru"},
     "m2m100": {"sinusoids": "fairseq", "position_offset": 2},
     "decoder only, qwen": {
         "n_encoder_layers": 0,

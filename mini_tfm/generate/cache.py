@@ -1,4 +1,4 @@
-"""The key/value cache of a decoder."""
+"""The cache of a decoder: keys and values, and the states of recurrences."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ class KVCache:
 
     Every stream's keys stand from the left on: rows of memories first, then its tokens. n_keys: the most that a stream has.
     lengths: (B,) how many each has, where they differ; None: all have n_keys. So a stream's bits are those it has alone.
+    A layer with a recurrence in place of self-attention has no keys, but a state (B, d).
     """
 
     def __init__(self) -> None:
@@ -25,6 +26,7 @@ class KVCache:
         self.positions = np.zeros(0, np.int64)
         self._kept: dict[int, list[np.ndarray]] = {}
         self._cross: dict[int, list[np.ndarray]] = {}
+        self._states: dict[int, np.ndarray] = {}
 
     @property
     def is_empty(self) -> bool:
@@ -74,11 +76,20 @@ class KVCache:
         k, v = self._cross[layer]
         return k, v
 
+    def state(self, layer: int) -> np.ndarray | None:
+        """What the recurrence of a layer has come to, (B, d); None where nothing was decoded."""
+        return self._states.get(layer)
+
+    def keep_state(self, layer: int, state: Array) -> None:
+        """Takes what the recurrence has come to now."""
+        self._states[layer] = value_of(state)
+
     # Rows of the batch
 
     def reorder(self, index: np.ndarray, *, same_sources: bool = False) -> None:
         """Row i becomes what row index[i] was. same_sources: the encoder has read the same for both."""
         self._kept = {layer: [x[index] for x in kept] for layer, kept in self._kept.items()}
+        self._states = {layer: state[index] for layer, state in self._states.items()}
         if not same_sources:
             self._cross = {layer: [x[index] for x in kept] for layer, kept in self._cross.items()}
         self.lengths = None if self.lengths is None else self.lengths[index]
@@ -91,6 +102,7 @@ class KVCache:
         ]
         self._kept = {layer: _stacked(zip(kept, other._kept[layer], strict=True)) for layer, kept in self._kept.items()}
         self._cross = {layer: _stacked(zip(kept, other._cross[layer], strict=True)) for layer, kept in self._cross.items()}
+        self._states = {layer: np.concatenate([state, other._states[layer]]) for layer, state in self._states.items()}
         self.lengths, self.n_keys = np.concatenate(lengths), max(self.n_keys, other.n_keys)
         if (self.lengths == self.n_keys).all():
             self.lengths = None

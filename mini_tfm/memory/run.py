@@ -95,7 +95,7 @@ def parameter_prefixes(memory: Memory | None) -> list[str]:
 def model_dims(config: Config, dtype: Any, **more: Any) -> Dims:
     layers = {
         "encoder": config.n_encoder_layers,
-        "decoder": config.n_decoder_layers,
+        "decoder": config.n_decoder_layers if config.decoder_mixer == "attention" else 0,
         "cross": config.n_decoder_layers if config.has_encoder else 0,
     }
     assert config.n_kv_heads and config.d_head  # filled in by Config
@@ -199,7 +199,7 @@ class MemoryRun:
             behind = frozenset[str]().union(*(member.spec.needs for member in self.members[i + 1 :]))
             more = {"training": training, "params": params, "fingerprint": fingerprint, "row_fingerprint": made_of}
             self.dims.append(model_dims(config, dtype, needs_behind=behind, **more))
-        sites = [_sites_in_model(member, dims) for member, dims in zip(self.members, self.dims, strict=True)]
+        sites = [_sites_in_model(member, dims, config) for member, dims in zip(self.members, self.dims, strict=True)]
         self._sites = _Sites(self.members, sites, self.dims[0].layers if self.dims else {})
         self.start = np.zeros(batch, np.int64)  # tokens of each stream before this segment
         self.decoded = np.zeros(batch, np.int64)  # of the decoder of an encoder-decoder, whose text may be longer or shorter
@@ -670,14 +670,15 @@ def _shows_rows(view: View | SideOutput | None) -> bool:
     return view is not None and (isinstance(view, SideOutput) or bool(view.valid.any()))
 
 
-def _sites_in_model(member: Memory, dims: Dims) -> frozenset[str]:
+def _sites_in_model(member: Memory, dims: Dims, config: Config) -> frozenset[str]:
     """The member's sites that the model has. Raises InvalidValue if there is none, or a layer is not there."""
     with attributed(member, "sites"):
         wanted = check_sites(member.sites(dims), member.spec)
     found = frozenset(site for site in wanted if dims.layers[site])
     if not found:
         has = [site for site, count in dims.layers.items() if count]
-        raise InvalidValue(f"memory {member.name!r}: works at {sorted(wanted)}, but this model has only {has}")
+        why = "" if config.decoder_mixer == "attention" else f" (a decoder with decoder_mixer={config.decoder_mixer!r} attends to no rows)"
+        raise InvalidValue(f"memory {member.name!r}: works at {sorted(wanted)}, but this model has only {has}{why}")
     most = max(dims.layers[site] for site in found)
     if wrong := [layer for layer in member.spec.layers or () if not -most <= layer < most]:
         raise InvalidValue(f"memory {member.name!r}: layer: expected {-most} to {most - 1} in this model, got {wrong[0]}")

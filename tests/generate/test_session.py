@@ -16,7 +16,8 @@ from mini_tfm.generate.cache import FIRST_CAPACITY
 from mini_tfm.stream import Stream
 
 VARIANTS_OF_OUTPUTS = ["pre norm", "untied", "bart", "marian", "decoder only, gemma"]
-VARIANTS = ["pre norm", "relative", "rotary", "decoder only"]
+VARIANTS = ["pre norm", "relative", "rotary", "decoder only", "ssru"]
+WITHOUT_MEMORIES = [*VARIANTS, "decoder only, ssru"]
 MEMORIES = [None, "window:size=9,sinks=2,site=all", "recurrent:tokens=2", "store:top_k=3", "window:size=4+store:top_k=3"]
 RNG = np.random.default_rng(5)
 TEXT = RNG.integers(3, 13, (5, 24))
@@ -44,7 +45,7 @@ def steps(session, tokens):
     return np.stack([session.scores(session.step(tokens[:, i : i + 1])) for i in range(tokens.shape[1])], axis=1)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", WITHOUT_MEMORIES)
 def test_decoding_past_every_growth_of_the_cache_is_full_decoding(variant):
     model = model_for(variant, dtype=np.float64)
     n = 4 * FIRST_CAPACITY + 3
@@ -71,7 +72,7 @@ def full_decoding(model, tokens, length=6):
     return np.stack(found)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", WITHOUT_MEMORIES)
 def test_beams_past_every_growth_of_the_cache_are_full_decoding(variant):
     """At every step a beam goes on from any of those before: streams dropped, repeated and sorted while the cache grows."""
     model, rng = model_for(variant, dtype=np.float64), np.random.default_rng(7)
@@ -89,7 +90,7 @@ def test_beams_past_every_growth_of_the_cache_are_full_decoding(variant):
         rows, decoded = rows[beams], decoded[beams]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", WITHOUT_MEMORIES)
 def test_joined_streams_past_every_growth_of_the_cache_are_full_decoding(variant):
     """Streams that have come differently far reach the end of the room at different steps."""
     model, rng = model_for(variant, dtype=np.float64), np.random.default_rng(8)
@@ -108,7 +109,7 @@ def test_joined_streams_past_every_growth_of_the_cache_are_full_decoding(variant
             np.testing.assert_allclose(scores, whole, rtol=0, atol=1e-10 * np.abs(whole).max())
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", WITHOUT_MEMORIES)
 def test_what_is_generated_past_every_growth_of_the_cache_is_the_argmax_without_one(variant):
     model = model_for(variant, dtype=np.float64)
     prompts, n = TEXT[:2, 12:18], PAST_GROWTHS
@@ -173,7 +174,7 @@ def test_streams_join_that_have_come_differently_far(variant, spec):
 
 
 def test_a_shorter_text_is_the_beginning_of_a_longer_one():
-    for variant in VARIANTS:
+    for variant in WITHOUT_MEMORIES:
         model = model_for(variant)
         made = [model.generate(TEXT[:, :7], max_new_tokens=n, stop_at_eos=False) for n in (3, 40)]
         assert [row[:3] for row in made[1]] == made[0]

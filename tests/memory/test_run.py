@@ -511,6 +511,10 @@ def test_select_streams_fills_the_shorter_with_zeros():
 def test_a_site_or_layer_that_the_model_does_not_have_is_told():
     with pytest.raises(InvalidValue, match=r"memory 'store': works at \['cross'\], but this model has only \['decoder'\]"):
         Stream(MODEL, mt.memory("store", site="cross"), 1)
+    for layers, has in ((0, r"\[\]"), (1, r"\['encoder', 'cross'\]")):
+        recurrent = mt.Transformer(mt.Config(vocab_size=9, n_encoder_layers=layers, n_decoder_layers=1, decoder_mixer="ssru"))
+        with pytest.raises(InvalidValue, match=rf"at \['decoder'\], but this model has only {has} \(a decoder with decoder_mixer='ssru'"):
+            Stream(recurrent, mt.memory("window", site="decoder"), 1)
     for text in ("window:site=encoder", "recurrent:site=encoder"):
         with pytest.raises(InvalidValue, match=r"works at \['encoder'\], but this model has only \['decoder'\]"):
             Reader(MODEL, mt.memory(text), 1)

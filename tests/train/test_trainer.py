@@ -157,7 +157,7 @@ def training_loss(trainer, batch, w, dropout=NO_DROPOUT):
 @pytest.mark.parametrize(
     ("variant", "text"),
     [(variant, text) for variant in ("pre norm", "decoder only") for text in MEMORIES]
-    + [(variant, text) for variant in ("rotary", "relative", "grouped") for text in (MEMORIES[1], "recurrent", MEMORIES[4])],
+    + [(variant, text) for variant in ("rotary", "relative", "grouped", "ssru") for text in (MEMORIES[1], "recurrent", MEMORIES[4])],
 )
 def test_gradients_through_three_segments_are_those_of_finite_differences(variant, text):
     model, memory = one_layer(variant), mt.memory(text)
