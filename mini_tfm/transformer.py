@@ -185,5 +185,8 @@ def load_checkpoint(folder: str | os.PathLike, dtype: str = "float32") -> Checkp
 
 
 def load(folder: str | os.PathLike, dtype: str = "float32") -> Transformer:
-    """The model of a folder, ours (see `Transformer.save`) or Hugging Face's, of a GGUF file, or of a name on the Hub. dtype: float32."""
+    """The model of a folder, ours (see `Transformer.save`), Hugging Face's or Marian's, of a GGUF file, or of a name on the Hub.
+
+    dtype: float32.
+    """
     return load_checkpoint(folder, dtype).model

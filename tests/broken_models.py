@@ -1,4 +1,5 @@
-"""Files as somebody hostile, or a broken download, might leave them: a GGUF writer that checks nothing, and seeded mutations."""
+"""Files as somebody hostile, or a broken download, might leave them: writers of GGUF and of Marian's files that check nothing, and seeded
+mutations."""
 
 from __future__ import annotations
 
@@ -80,6 +81,76 @@ def gguf(fields=None, shapes=None, *, version=3, counts=None, kinds=None, offset
         data += array.tobytes()
         data += b"\0" * (-len(data) % 32)
     return head + b"\0" * (-len(head) % 32) + data
+
+
+MARIAN_OPTIONS = {"type": "transformer", "dim-emb": 8, "dim-vocabs": [24, 24], "enc-depth": 1, "dec-depth": 1, "transformer-heads": 2,
+                  "transformer-dim-ffn": 12, "transformer-ffn-activation": "relu", "transformer-decoder-autoreg": "rnn", "dec-cell": "ssru",
+                  "tied-embeddings-all": True, "transformer-preprocess": "", "transformer-postprocess": "dan",
+                  "transformer-tied-layers": [], "version": "v1.9.0 0 2021-01-01 00:00:00 +0000"}  # fmt: skip
+
+
+def marian_shapes(options: dict) -> dict[str, tuple[int, ...]]:
+    """The tensors of such a model by Marian's names."""
+    d, v, ff = options["dim-emb"], options["dim-vocabs"][0], options["transformer-dim-ffn"]
+    shapes: dict[str, tuple[int, ...]] = {"Wemb": (v, d), "decoder_ff_logit_out_b": (1, v)}
+    for stack, n in (("encoder", options["enc-depth"]), ("decoder", options["dec-depth"])):
+        for layer in range(1, min(n, 100) + 1):
+            name, sites = f"{stack}_l{layer}_", ["self", *(["context"] if stack == "decoder" else [])]
+            norms = ["ffn_ffn", *(site + "_Wo" for site in sites)]
+            if stack == "decoder" and options["transformer-decoder-autoreg"] == "rnn":
+                sites, norms = ["context"], ["ffn_ffn", "context_Wo", "rnn_ffn"]
+                shapes |= {name + "rnn_W": (d, d), name + "rnn_Wf": (d, d), name + "rnn_bf": (1, d)}
+            for site in sites:
+                for part in "qkvo":
+                    shapes |= {f"{name}{site}_W{part}": (d, d), f"{name}{site}_b{part}": (1, d)}
+            shapes |= {f"{name}ffn_W1": (d, ff), f"{name}ffn_b1": (1, ff), f"{name}ffn_W2": (ff, d), f"{name}ffn_b2": (1, d)}
+            shapes |= {f"{name}{norm}_ln_{what}": (1, d) for norm in norms for what in ("scale", "bias")}
+    return shapes
+
+
+def marian_yaml(options: dict) -> str:
+    """Options as Marian's YAML library writes them."""
+    lines = []
+    for key, value in options.items():
+        if isinstance(value, list) and value:
+            lines += [f"{key}:", *(f"  - {each}" for each in value)]
+        else:
+            lines.append(f"{key}: {json.dumps(value) if not isinstance(value, str) or value == '' else value}")
+    return "\n".join(lines)
+
+
+def marian(
+    options=None, tensors=None, *, quantized=False, version=1, count=None, kinds=None, lengths=None, names=None, yaml=None, pad=0, end=b""
+) -> bytes:
+    """A file of Marian's. options, tensors: what differs from a good one, None leaves one out; quantized: matrices as int8, transposed,
+    with their scale; count: the items it claims to have; kinds, lengths, names: of items, by name; pad: bytes behind each item."""
+    options = {key: value for key, value in {**MARIAN_OPTIONS, **(options or {})}.items() if value is not None}
+    good = {name: tensor(name, shape) for name, shape in marian_shapes({**MARIAN_OPTIONS, **options}).items()} if yaml is None else {}
+    items: dict[str, tuple[int, tuple[int, ...], bytes]] = {}
+    for name, array in {**good, **(tensors or {})}.items():
+        if array is None:
+            continue
+        if quantized and "W" in name and "_ln_" not in name:
+            scale = np.float32(127 / np.abs(array).max())
+            numbers = np.rint((array if name == "Wemb" else array.T) * scale).astype(np.int8)
+            items[name] = (0x4101, array.shape, numbers.tobytes() + struct.pack("<f", scale))
+            items[name + "_QuantMultA"] = (0x404, (1, 1), struct.pack("<f", 30.0))
+        else:
+            items[name] = (0x404, array.shape, array.astype("<f4").tobytes())
+    text = (marian_yaml(options) if yaml is None else yaml).encode() + b"\0"
+    items["special:model.yml"] = (0x101, (len(text),), text)
+    head, shapes, data, written = struct.pack("<QQ", version, len(items) if count is None else count), b"", b"", b""
+    for name, (kind, shape, content) in items.items():
+        content += b"\0" * (pad if "special" not in name else 0)
+        told = (names or {}).get(name, name.encode() + b"\0")
+        length = (lengths or {}).get(name, len(content))
+        head += struct.pack("<QQQQ", len(told), (kinds or {}).get(name, kind), len(shape), length)
+        written += told
+        shapes += struct.pack(f"<{len(shape)}i", *shape)
+        data += content
+    head += written + shapes
+    padding = -(len(head) + 8) % 256
+    return head + struct.pack("<Q", padding) + b"\0" * padding + data + end
 
 
 def hugging_face(folder: Path, variant: str = "llama-tied", tensors=None, **changes) -> Path:

@@ -18,8 +18,8 @@ from ..pooling import Pooling
 from ..text.gguf import tokenizer_of as gguf_tokenizer
 from ..text.tokenizers import Tokenizer, load_tokenizer
 from ..weights import LORA
-from . import gguf, hugging_face, sentences
-from .families import family_of, own, sources
+from . import gguf, hugging_face, marian, sentences
+from .families import family_of, marian_binary, own, sources
 from .folder import CONFIG_FILE, TENSORS_FILE, OpenFolder
 from .models import peek
 from .names import resolve
@@ -34,8 +34,8 @@ GGUF_KINDS |= {23: "IQ4_XS", 28: "F64", 29: "IQ1_M", 30: "BF16", 34: "TQ1_0", 35
 class Header:
     """What is told of a model. config, tokenizer, pooling: None where there is none, or where `faults` says why.
 
-    layout: "mini_tfm", "Hugging Face" or "GGUF". family: as its file names it. stored: numbers in the file by how they are stored.
-    faults: all that keeps it from being loaded.
+    layout: "mini_tfm", "Hugging Face", "GGUF" or "Marian". family: as its file names it. stored: numbers in the file by how they
+    are stored. faults: all that keeps it from being loaded.
     """
 
     path: str
@@ -61,6 +61,8 @@ class Header:
 def read_header(name: str | os.PathLike) -> Header:
     """What a model is. Raises FileProblem, InvalidValue where nothing can be told; else all that is wrong is in its `faults`."""
     path = resolve(name)
+    if (file := marian.find(path)) is not None:
+        return _of_marian(file)
     if os.path.isfile(path):
         return _of_gguf(path)
     about = peek(path)
@@ -90,6 +92,19 @@ def _of_gguf(path: str) -> Header:
         sources.check_tensors(family_of(about, path), found.config, tensors.entries(), path)
     with _told(found):
         found.tokenizer = gguf_tokenizer(file.fields, path) if "tokenizer.ggml.model" in file.fields else None
+    return found
+
+
+def _of_marian(path: str) -> Header:
+    file = marian.Marian(path)
+    tensors = marian.Tensors(file)
+    found = Header(path, "Marian", str(file.options.get("type"))[:80], files={os.path.basename(path): os.path.getsize(path)})
+    found.stored = tensors.stored()
+    with _told(found):
+        found.config = marian_binary.config_of(file.options, path)
+        sources.check_tensors(marian_binary, found.config, tensors.entries(), path)
+    with _told(found):
+        found.tokenizer = marian.tokenizer_of(path)
     return found
 
 

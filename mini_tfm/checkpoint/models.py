@@ -18,10 +18,11 @@ from ..files.strict_json import MAX_JSON_BYTES, parse_json_strict
 from ..lora import merged
 from ..pooling import Pooling
 from ..text.gguf import tokenizer_of as gguf_tokenizer
+from ..text.shortlist import Shortlist
 from ..text.tokenizers import MAX_FILE_BYTES, Tokenizer, find_tokenizer, tokenizer_of
 from ..weights import Weight
-from . import gguf, hugging_face, peft, sentences
-from .families import family_of, own, sources
+from . import gguf, hugging_face, marian, peft, sentences
+from .families import family_of, marian_binary, own, sources
 from .folder import CONFIG_FILE, TENSORS_FILE, TOKENIZER_FILES, OpenFolder, save_folder
 from .names import resolve
 
@@ -64,10 +65,11 @@ def save_model(
     """
     files = {**(tokenizer.files() if tokenizer is not None else {}), **(extra_files or {})}
     weights = {name: Weight(weight).array for name, weight in model.weights.items()}
-    about = own.about_of(
-        model.config, memory_text, getattr(model, "generation", {}), None if pooling is None else sentences.own_about(pooling)
-    )
-    save_folder(folder, about, weights | sentences.own_tensors(pooling), files, new=new)
+    generation = dict(getattr(model, "generation", {}))
+    shortlist = generation.pop("shortlist", None)
+    about = own.about_of(model.config, memory_text, generation, None if pooling is None else sentences.own_about(pooling))
+    more = shortlist.arrays() if isinstance(shortlist, Shortlist) else {}
+    save_folder(folder, about, weights | sentences.own_tensors(pooling) | more, files, new=new)
 
 
 def save_hugging_face(
@@ -78,7 +80,8 @@ def save_hugging_face(
     Adapters are merged into what is written. Raises InvalidValue where no published family has such models.
     """
     _check_no_memory(model)
-    files = hugging_face.files_of(model.config, merged(model.weights), getattr(model, "generation", {}))
+    generation = {name: value for name, value in getattr(model, "generation", {}).items() if name != "shortlist"}
+    files = hugging_face.files_of(model.config, merged(model.weights), generation)
     if pooling is not None:
         modules = sentences.files_of(pooling, model.config.d_model)
         files |= modules.pop("")
@@ -100,7 +103,7 @@ def _check_no_memory(model: HasWeights) -> None:
 
 
 def read_model(folder: str | os.PathLike, dtype: str = "float32") -> Contents:
-    """Reads a model folder, ours or Hugging Face's, or a GGUF file; folder: a path, or a name for `names.resolve`.
+    """Reads a model folder, ours, Hugging Face's or Marian's, or a file, GGUF or Marian's; folder: a path, or a name for `names.resolve`.
 
     Raises FileProblem or InvalidValue naming the file, field or tensor at fault, all of them at once.
     """
@@ -109,6 +112,8 @@ def read_model(folder: str | os.PathLike, dtype: str = "float32") -> Contents:
     path = folder.path if isinstance(folder, OpenFolder) else resolve(folder)
     if isinstance(folder, OpenFolder):
         contents = _read_own(folder, path)
+    elif (file := marian.find(path)) is not None:
+        contents = _read_marian(file)
     elif os.path.isfile(path):
         contents = _read_gguf(path)
     else:
@@ -145,8 +150,10 @@ def _read_own(opened: OpenFolder, path: str) -> Contents:
     first, second = (opened.read_bytes(name, MAX_FILE_BYTES) for name in TOKENIZER_FILES)
     tokenizer = tokenizer_of(first, second, path) if first is not None or second is not None else None
     pooling = sentences.own_pooling(about.get("pooling"), tensors, config_path)
-    weights = {name: array for name, array in tensors.items() if not name.startswith("pooling.")}
-    return Contents(config, weights, tokenizer, about.get("memory"), about.get("generation") or {}, pooling)
+    weights = {name: array for name, array in tensors.items() if not name.startswith(("pooling.", "shortlist."))}
+    shortlist = Shortlist.of(tensors, tensors_path)
+    generation = {**(about.get("generation") or {}), **({} if shortlist is None else {"shortlist": shortlist})}
+    return Contents(config, weights, tokenizer, about.get("memory"), generation, pooling)
 
 
 def _read_gguf(path: str) -> Contents:
@@ -158,3 +165,13 @@ def _read_gguf(path: str) -> Contents:
     sources.check_tensors(family, config, tensors.entries(), path)
     tokenizer = gguf_tokenizer(file.fields, path) if "tokenizer.ggml.model" in file.fields else None
     return Contents(config, sources.weights_of(family, config, tensors), tokenizer, None, gguf.generation_of(file))
+
+
+def _read_marian(path: str) -> Contents:
+    file = marian.Marian(path)
+    tensors = marian.Tensors(file)
+    config = marian_binary.config_of(file.options, path)
+    sources.check_tensors(marian_binary, config, tensors.entries(), path)
+    shortlist = marian.shortlist_of(path)
+    generation = {} if shortlist is None else {"shortlist": shortlist}
+    return Contents(config, sources.weights_of(marian_binary, config, tensors), marian.tokenizer_of(path), None, generation)

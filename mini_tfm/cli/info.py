@@ -26,8 +26,8 @@ PACKAGES = ("numpy", "pluggy", "tokenizers", "lmdb", "click", "rich")
 def info(folder: Path | None, memory: str | None, as_json: bool) -> None:
     """Shows versions, kernels and threads; with FOLDER also a model; with --memory also a memory and its documents.
 
-    FOLDER is a model's folder, a GGUF file or a name on the Hub; only headers are read, no weights. What keeps a model from being
-    loaded is told, all of it, with exit code 2. RAM is that of the weights; in bfloat16 and int8 it is an estimate.
+    FOLDER is a model's folder, a file (GGUF or Marian's) or a name on the Hub; only headers are read, no weights. What keeps a model
+    from being loaded is told, all of it, with exit code 2. RAM is that of the weights; in bfloat16 and int8 it is an estimate.
 
     Sizes are in bytes, lengths in tokens, capacities in rows (the vectors that a memory keeps).
     """
@@ -96,7 +96,8 @@ def _model(name: Path) -> dict[str, Any]:
 
 def _in_words(config: Config) -> str:
     """The architecture as one would say it."""
-    stacks = [f"{n} {name} layers" for n, name in ((config.n_encoder_layers, "encoder"), (config.n_decoder_layers, "decoder")) if n]
+    decoder = "decoder" if config.decoder_mixer == "attention" else f"decoder ({config.decoder_mixer.upper()})"
+    stacks = [f"{n} {name} layers" for n, name in ((config.n_encoder_layers, "encoder"), (config.n_decoder_layers, decoder)) if n]
     heads = f"{config.n_heads} heads" + (f" ({config.n_kv_heads} of keys and values)" if config.n_kv_heads != config.n_heads else "")
     norm = {"layer": "layer norm", "rms": "RMS norm"}[config.norm]
     return (

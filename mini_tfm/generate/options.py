@@ -64,6 +64,10 @@ def _callable(value: Any) -> Callable[..., Any]:
     return value if callable(value) else _refused()
 
 
+def _callable_or_false(value: Any) -> Callable[..., Any] | bool:
+    return value if value is False else _callable(value)
+
+
 def _callables(value: Any) -> tuple[Callable[..., Any], ...]:
     return tuple(map(_callable, value if isinstance(value, tuple) else (value,)))
 
@@ -164,6 +168,14 @@ class GenerationOptions(Options):
         "A function of (number of the sequence, ids (n,)) that gives the token ids which may come next.",
         read=_callable,
         expected="a function",
+        cli=False,
+    )
+    shortlist: bool | Callable[..., Any] | None = option(  # noqa: RUF009
+        None,
+        "A function of (the source's ids (S,), n) that tells which of the first n ids may be generated, (n,) bool, as a"
+        " `mini_tfm.text.shortlist.Shortlist` is; False: all, though the model comes with one.",
+        read=_callable_or_false,
+        expected="a function or False",
         cli=False,
     )
     logits_processor: tuple[Callable[..., Any], ...] | None = option(

@@ -62,6 +62,25 @@ class NoRepeatNGram:
         return _banned(scores, row, windows[row, at, -1])
 
 
+class Shortlisted:
+    """No token that a shortlist does not have for what the encoder has read. sources: its ids, of each sequence."""
+
+    def __init__(self, shortlist: Callable[[np.ndarray, int], np.ndarray], sources: Sequence[np.ndarray]):
+        self.shortlist, self.sources = shortlist, sources
+        self._allowed: dict[int, np.ndarray] = {}
+
+    def __call__(self, ids: np.ndarray, scores: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        return np.where(np.stack([self._of(row, scores.shape[1]) for row in rows.tolist()]), scores, scores.dtype.type(-np.inf))
+
+    def _of(self, row: int, n: int) -> np.ndarray:
+        if row not in self._allowed:
+            allowed = np.asarray(self.shortlist(self.sources[row], n))
+            if allowed.shape != (n,) or allowed.dtype != np.bool_:
+                raise InvalidValue(f"generate: shortlist: expected bool of shape ({n},), got {allowed.dtype} of shape {allowed.shape}")
+            self._allowed[row] = allowed
+        return self._allowed[row]
+
+
 class EncoderNoRepeatNGram:
     """No sequence of n tokens of what the encoder has read. sources: its ids, of each sequence."""
 

@@ -22,6 +22,7 @@ from .penalties import (
     NoRepeatNGram,
     RepetitionPenalty,
     SequenceBias,
+    Shortlisted,
     Suppressed,
 )
 from .regex import Matching
@@ -125,6 +126,10 @@ def _penalties(
         if sources is None:
             raise InvalidValue("generate: encoder_no_repeat_ngram_size: needs a model with an encoder, and the source's token ids")
         yield EncoderNoRepeatNGram(options.encoder_no_repeat_ngram_size, sources)
+    if options.shortlist:
+        if sources is None:
+            raise InvalidValue("generate: shortlist: needs a model with an encoder, and the source's token ids; or shortlist=False")
+        yield Shortlisted(options.shortlist, sources)  # type: ignore[arg-type]
     if options.bad_words_ids:
         ends = {(int(token),) for token in eos}
         yield SequenceBias([(ids, -np.inf) for ids in options.bad_words_ids if ids not in ends])

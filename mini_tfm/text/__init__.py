@@ -4,6 +4,7 @@ files.py        text files, whole or as a stream
 documents.py    documents to train on, and a split into what is held out
 pieces.py       long text in pieces, tokenized one at a time
 limits.py       what a tokenizer.json may ask for; regexes.py: which regular expressions
+shortlist.py    the tokens that a translation may have
 tokenizers.py   text to token ids and back: bytes, or any tokenizer.json
 """
 

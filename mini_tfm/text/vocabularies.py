@@ -4,7 +4,8 @@
     vocab.txt                           WordPiece: BERT, DistilBERT
     spiece.model, tokenizer.model,      SentencePiece (arXiv 1808.06226): T5, Pegasus; Llama; XLM-R, CamemBERT, mBART
     sentencepiece.bpe.model
-    source.spm, vocab.json              SentencePiece with ids of its own: Marian
+    source.spm, vocab.json              SentencePiece with ids of its own: Marian, converted for Transformers
+    *.spm                               SentencePiece: Marian's own (see checkpoint/marian.py, which says when)
     none                                bytes: ByT5
 
 Which rules a vocabulary goes with says `tokenizer_class` in tokenizer_config.json, or else `model_type` in config.json.
@@ -52,7 +53,26 @@ def tokenizer_files(folder: str) -> tuple[bytes, bytes] | None:
     found = make(folder, given) if make is not None else None
     if found is None:
         return None
-    rules, roles = found
+    return _files(*found, given)
+
+
+def sentencepiece_files(folder: str, name: str) -> tuple[bytes, bytes]:
+    """The same of a SentencePiece model whose pieces are numbered as they are, and whose texts end with </s>: Marian's.
+
+    Raises FileProblem, InvalidValue naming the file.
+    """
+    model = _sentencepiece(folder, name)
+    if model is None:
+        raise FileProblem(f"{os.path.join(folder, name)}: there is no such file")
+    if model.kind != _UNIGRAM:
+        raise InvalidValue(f"{os.path.join(folder, name)}: expected a model of the kind unigram, got kind {model.kind}")
+    rules = _unigram(model, [(piece.text, piece.score) for piece in model.pieces], model.unknown)
+    roles = {"eos_token": "</s>", "unk_token": model.pieces[model.unknown].text}
+    return _files(_framed(os.path.join(folder, name), rules, [None, "</s>"]), roles, {})
+
+
+def _files(rules: Rules, roles: Mapping[str, str], given: Mapping[str, Any]) -> tuple[bytes, bytes]:
+    """The two files of rules; roles: the names of special tokens by their keys."""
     special = set(roles.values())
     known = {token["content"] for token in rules.get("added_tokens", [])}
     rules["added_tokens"] = rules.get("added_tokens", []) + [

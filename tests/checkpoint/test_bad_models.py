@@ -1,4 +1,4 @@
-"""Folders and GGUF files that somebody else wrote, broken or hostile: one clear error each, before a weight is allocated."""
+"""Folders and files, GGUF and Marian's, that somebody else wrote, broken or hostile: one clear error each, before a weight is allocated."""
 
 import json
 import os
@@ -9,8 +9,8 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from broken_models import GGUF_FIELDS, GGUF_SHAPES, gguf, hugging_face, mutated, mutated_json
-from published import GOLDENS
+from broken_models import GGUF_FIELDS, GGUF_SHAPES, MARIAN_OPTIONS, gguf, hugging_face, marian, marian_yaml, mutated, mutated_json
+from published import GOLDENS, tensor
 
 from mini_tfm.errors import FileProblem, InvalidValue, MiniTfmError
 from mini_tfm.text.chat import chat_text
@@ -192,6 +192,76 @@ def test_ids_that_a_model_cannot_say_are_left_out(tmp_path):
     assert load_checkpoint(tmp_path / "m").model.generation == {"eos_token_id": [5, 7], "bad_words_ids": [[3, 4]]}
 
 
+WF, YML, LARGEST = "decoder_l1_rnn_Wf", "special:model.yml", (1 << 31) - 1
+
+
+def said_in_yaml(**changes):
+    """A file without tensors, whose options are these."""
+    return marian(yaml=marian_yaml({**MARIAN_OPTIONS, **{key.replace("_", "-"): value for key, value in changes.items()}}))
+
+
+def scaled(scale):
+    """A file whose matrix WF has this scale."""
+    good = np.float32(127 / np.abs(tensor(WF, (8, 8))).max())
+    return marian(quantized=True).replace(struct.pack("<f", good), struct.pack("<f", scale))
+
+
+MARIANS = {
+    "nothing behind the version": (marian()[:8], ["ends too early"]),
+    "2^63 items": (marian(count=1 << 63), ["at most", str(1 << 63)]),
+    "fewer items than there are": (marian(count=3), ["model.bin", "damaged"]),
+    "more items than there are": (marian(count=60), ["model.bin", "damaged"]),
+    "a type that is not known": (marian(kinds={WF: 0x1801}), [WF, "0x1801", "float32"]),
+    "half the numbers": (marian(kinds={WF: 0x408}), [WF, "0x408"]),
+    "data shorter than the shape": (marian(lengths={WF: 255}), [WF, "(8, 8)", "256", "255"]),
+    "data longer than the shape and all padding": (marian(lengths={WF: 256 + 257}), [WF, "256", "513"]),
+    "data of 2^64 - 1 bytes": (marian(lengths={WF: (1 << 64) - 1}), [WF, str((1 << 64) - 1)]),
+    "a shape of more bytes than there are": (
+        marian(tensors={"decoder_l1_rnn_W": np.broadcast_to(np.float32(0), (1 << 14, 0))}), ["decoder_l1_rnn_W", "above 0"],
+    ),
+    "a dimension below 0": (marian().replace(struct.pack("<2i", 24, 8), struct.pack("<2i", -24, 8)), ["Wemb", "-24"]),
+    "dimensions whose product is beyond 2^64": (
+        marian().replace(struct.pack("<2i", 24, 8), struct.pack("<2i", LARGEST, LARGEST)), ["Wemb", str(LARGEST**2 * 4)],
+    ),
+    "five dimensions": (marian(tensors={"x": np.zeros((1, 1, 1, 1, 1), "f4")}), ["'x'", "4 dimensions", "5"]),
+    "no dimensions": (marian(tensors={"x": np.zeros((), "f4")}), ["'x'", "4 dimensions", "0"]),
+    "a name without an end": (marian(names={WF: b"decoder_l1_rnn_Wf!"}), ["NUL"]),
+    "a name with a NUL in it": (marian(names={WF: b"decoder\0_rnn_Wf\0"}), ["NUL"]),
+    "a name of nothing": (marian(names={WF: b"\0"}), ["names"]),
+    "a name that is not UTF-8": (marian(names={WF: b"\xff\xfe\0"}), ["utf-8"]),
+    "a name of 2,000 bytes": (marian(names={WF: b"a" * 2000 + b"\0"}), ["1 to 1023 bytes", "2000"]),
+    "a name twice": (marian(names={WF: b"decoder_l1_rnn_W\0"}), ["decoder_l1_rnn_W", "twice"]),
+    "more bytes than its items": (marian(end=b"more"), ["items end"]),
+    "a scale of nothing": (scaled(0.0), [WF, "positive scale", "0.0"]),
+    "a scale that is not a number": (scaled(float("nan")), [WF, "positive scale", "nan"]),
+    "no options": (marian(names={YML: b"special:model.yaml\0"}), [YML]),
+    "options that are numbers": (marian(kinds={YML: 0x404}), [YML]),
+    "options of 100,000 bytes": (marian(yaml="# no\n" * 20_000), [YML, "65536", "100001"]),
+    "options that are not UTF-8": (marian().replace(b"v1.9.0", b"v1.9.\xff"), ["utf-8"]),
+    "options that are nested": (marian(yaml="a:\n  b: 1"), [YML, "line 2", "key: value"]),
+    "an option twice": (marian(yaml="a: 1\na: 2"), [YML, "line 2", "once"]),
+    "another kind of model": (said_in_yaml(type="s2s"), ["type", "s2s", "transformer"]),
+    "another cell": (said_in_yaml(dec_cell="gru"), ["dec-cell", "gru", "ssru"]),
+    "an average in the place of attention": (
+        said_in_yaml(transformer_decoder_autoreg="average-attention"), ["transformer-decoder-autoreg", "average-attention"],
+    ),
+    "several options that are not supported": (
+        said_in_yaml(transformer_preprocess="n", transformer_postprocess="da", transformer_ffn_activation="gelu"),
+        ["transformer-preprocess", "transformer-postprocess", "'da'", "gelu"],
+    ),
+    "tied layers": (said_in_yaml(transformer_tied_layers=[1, 1]), ["transformer-tied-layers", "[1, 1]"]),
+    "two vocabularies": (said_in_yaml(dim_vocabs=[24, 25]), ["dim-vocabs", "[24, 25]"]),
+    "no vocabularies": (said_in_yaml(dim_vocabs="many"), ["dim-vocabs", "many"]),
+    "a vocabulary of 2^40": (said_in_yaml(dim_vocabs=[1 << 40, 1 << 40]), ["vocab_size", str((1 << 40) + 1)]),
+    "2^40 layers": (said_in_yaml(enc_depth=1 << 40), ["enc-depth", str(1 << 40)]),
+    "a width that is text": (said_in_yaml(dim_emb="wide"), ["dim-emb", "integer", "'wide'"]),
+    "a width that heads do not divide": (said_in_yaml(transformer_heads=3), ["n_heads = 3", "8"]),
+    "tensors missing, all of them named": (marian(tensors={WF: None, "Wemb": None}), [WF, "Wemb", "missing"]),
+    "tensors too many": (marian(tensors={"x": np.zeros((1, 1), "f4"), "y": np.zeros(1, "f4")}), ["'x'", "'y'", "not one of"]),
+    "a wrong shape": (marian(tensors={WF: np.zeros((8, 7), "f4")}), [WF, "(8, 8)", "(8, 7)"]),
+}  # fmt: skip
+
+
 def refused(path, said):
     tracemalloc.start()
     begin = time.monotonic()
@@ -222,18 +292,27 @@ def test_a_bad_gguf_file_is_refused(name, tmp_path):
     refused(tmp_path / "model.gguf", said)
 
 
+@pytest.mark.parametrize("name", MARIANS)
+def test_a_bad_file_of_marian_is_refused(name, tmp_path):
+    data, said = MARIANS[name]
+    (tmp_path / "model.bin").write_bytes(data)
+    refused(tmp_path / "model.bin", said)
+
+
 def test_the_files_that_the_bad_ones_are_made_of_are_good(tmp_path):
     (tmp_path / "model.gguf").write_bytes(gguf())
     assert load_checkpoint(tmp_path / "model.gguf").model.config.vocab_size == GGUF_SHAPES["token_embd.weight"][0]
+    (tmp_path / "model.bin").write_bytes(marian(quantized=True))
+    assert load_checkpoint(tmp_path / "model.bin").model.config.vocab_size == 25
     assert load_checkpoint(hugging_face(tmp_path / "model")).model.config.vocab_size == 79
 
 
-def test_no_prefix_of_a_gguf_file_is_a_model(tmp_path):
-    data = gguf()
+@pytest.mark.parametrize("data", [gguf(), marian(), marian(quantized=True)], ids=["gguf", "marian", "marian, int8"])
+def test_no_prefix_of_a_file_is_a_model(tmp_path, data):
     for length in range(0, len(data), 7):
-        (tmp_path / "model.gguf").write_bytes(data[:length])
+        (tmp_path / "model").write_bytes(data[:length])
         with pytest.raises(InvalidValue):
-            load_checkpoint(tmp_path / "model.gguf")
+            load_checkpoint(tmp_path / "model")
 
 
 TEMPLATES = {
@@ -276,13 +355,13 @@ def test_a_hostile_chat_template_is_refused(name):
 def test_mutated_files_are_refused_or_are_models(count, tmp_path):
     """No error but ours, whatever bytes and fields change."""
     told = json.loads(GOLDENS.read_text())
-    variants, whole = [name for name in told if name != "transformers"], gguf()
+    variants, whole = [name for name in told if name != "transformers"], (gguf(), marian(), marian(quantized=True))
     outcomes = {"refused": 0, "loaded": 0}
     for seed in range(count):
         draw = random.Random(seed)
         if seed % 2:
             path = tmp_path / "model.gguf"
-            path.write_bytes(mutated(whole, draw))
+            path.write_bytes(mutated(draw.choice(whole), draw))
         else:
             variant = draw.choice(variants)
             path = hugging_face(tmp_path / "model", variant)

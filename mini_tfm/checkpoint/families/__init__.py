@@ -2,6 +2,7 @@
 
     own.py                              our format
     t5.py bart.py bert.py gpt2.py llama.py   published models: `config_of`, a table of names, `about_of` for the way back
+    marian_binary.py                    Marian's own files, which are read and not written
       -> fields.py                      reads their fields; all that is wrong or unsupported is told at once
       -> sources.py                     reads and writes tensors by such a table
 

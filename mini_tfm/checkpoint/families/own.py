@@ -54,11 +54,11 @@ def check_tensors(config: Config, entries: Mapping[str, Entry], where: str) -> N
     faults = [f"tensor {name!r} is missing" for name in shapes if name not in entries]
     faults += shape_faults(config, {name: tensor.shape for name, tensor in entries.items()})
     for name, tensor in entries.items():
-        if name not in shapes and not name.startswith(("memory.", "pooling.", LORA)):
+        if name not in shapes and not name.startswith(("memory.", "pooling.", "shortlist.", LORA)):
             faults.append(f"tensor {name!r} is not one of this architecture")
         elif name in shapes and tensor.shape != shapes[name]:
             faults.append(f"tensor {name!r}: expected shape {shapes[name]}, got {tensor.shape}")
-        elif tensor.dtype not in (np.float32, np.float64):
+        elif not name.startswith("shortlist.") and tensor.dtype not in (np.float32, np.float64):
             faults.append(f"tensor {name!r}: expected float32, got {tensor.dtype}")
     if faults:
         raise InvalidValue(f"{where}: " + "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else ""))
