@@ -293,7 +293,10 @@ class BPETokenizer(Tokenizer):
                 token["special"] = True
             self._engine = self._build(rules)
         contents = {token["content"] for token in added if token["special"]} | set(names.values())
-        self._special_ids = {vocab[content] for content in contents if content in vocab}
+        # And their names.
+        self._special_ids: dict[int, str] = {vocab[name]: name for name in contents if name is not None and name in vocab}
+        if (nameless := _without_names(rules, self._special_ids)) != rules:
+            self._engine = self._build(nameless)
         decoders = _components(rules.get("decoder"))
         kinds = [decoder.get("type") for decoder in decoders]
         names_of_added = {token["content"] for token in added}
@@ -328,7 +331,7 @@ class BPETokenizer(Tokenizer):
         template = self._config.get("chat_template")
         if not isinstance(template, str):
             return super().encode_chat(messages)
-        special = sorted((self._engine.id_to_token(i) for i in self._special_ids), key=len, reverse=True)
+        special = sorted(self._special_ids.values(), key=len, reverse=True)
         told = "".join(str(message.get("content")) for message in messages if isinstance(message, Mapping))
         mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in told + template)
 
@@ -355,9 +358,9 @@ class BPETokenizer(Tokenizer):
                 return np.array(self._speaking.encode(text, add_special_tokens=False).ids, np.int64)
         # Somebody wrote the name of a special token: what is between the template's own is plain text.
         parts = re.split("(" + "|".join(map(re.escape, special)) + ")", text)
+        places = {name: i for i, name in self._special_ids.items()}
         ids = [
-            np.array([self._engine.token_to_id(part)], np.int64) if number % 2 else self.encode(part.replace(mark, ""))
-            for number, part in enumerate(parts)
+            np.array([places[part]], np.int64) if number % 2 else self.encode(part.replace(mark, "")) for number, part in enumerate(parts)
         ]
         return np.concatenate(ids)
 
@@ -509,6 +512,17 @@ def _without_prefix(rules: Any) -> Any:
         return rules | {key: _without_prefix(rules.get(key)) for key in ("normalizer", "pre_tokenizer")}
     inner = {key: _without_prefix(each) for key, each in rules.items()}
     return inner | _NO_PREFIX.get(str(rules.get("type")), {})
+
+
+def _without_names(rules: dict[str, Any], special: Mapping[int, str]) -> dict[str, Any]:
+    """The same rules, in whose Unigram vocabulary special tokens have no names: such a model would find them in a text."""
+    model = rules.get("model")
+    if not isinstance(model, dict) or model.get("type") != "Unigram":
+        return rules
+    # No text has a space and a NUL where a SentencePiece model sees it.
+    vocab = [[f" \0{i}", score] if i in special else [name, score] for i, (name, score) in enumerate(model["vocab"])]
+    added = [token for token in rules.get("added_tokens") or [] if token["id"] not in special or token["id"] >= len(vocab)]
+    return rules | {"model": {**model, "vocab": vocab}, "added_tokens": added}
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:

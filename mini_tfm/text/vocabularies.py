@@ -32,7 +32,7 @@ _MBART = (  # noqa: SIM905
     " si_LK tr_TR vi_VN zh_CN"
 ).split()
 _UNIGRAM, _BPE = 1, 2
-_CONTROL, _USER_DEFINED = 3, 4
+_CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6
 _LAST_RESORT = -1e6  # no sum of scores is as low
 
 Rules = dict[str, Any]
@@ -66,7 +66,13 @@ def sentencepiece_files(folder: str, name: str) -> tuple[bytes, bytes]:
         raise FileProblem(f"{os.path.join(folder, name)}: there is no such file")
     if model.kind != _UNIGRAM:
         raise InvalidValue(f"{os.path.join(folder, name)}: expected a model of the kind unigram, got kind {model.kind}")
-    rules = _unigram(model, [(piece.text, piece.score) for piece in model.pieces], model.unknown)
+    falls_back = any(piece.kind == _BYTE for piece in model.pieces)
+    # The name of a byte is no text that anybody has written.
+    pieces = [(piece.text, _LAST_RESORT if piece.kind == _BYTE else piece.score) for piece in model.pieces]
+    rules = _unigram(model, pieces, model.unknown)
+    if falls_back:
+        rules["model"]["byte_fallback"] = True
+        rules["decoder"] = {"type": "Sequence", "decoders": [rules["decoder"], {"type": "ByteFallback"}]}
     roles = {"eos_token": "</s>", "unk_token": model.pieces[model.unknown].text}
     return _files(_framed(os.path.join(folder, name), rules, [None, "</s>"]), roles, {})
 

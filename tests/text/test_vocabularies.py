@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from mini_tfm.errors import FileProblem, InvalidValue
-from mini_tfm.text.tokenizers import load_tokenizer, train_bpe
+from mini_tfm.text.tokenizers import BPETokenizer, load_tokenizer, train_bpe
+from mini_tfm.text.vocabularies import sentencepiece_files
 
 WORDS = "the a cat dog naïve café Straße 日本 語 привет мир 123 4567 don't it's e.g. x=y+1; 😀 👩‍👩‍👧 ½ ﬁ e\u0301 Ω NASA iPhone".split()  # noqa: SIM905
 SPACES = [" ", "  ", "\n", "\t", "   ", "\u00a0", "\u3000", ""]
@@ -147,6 +148,27 @@ def test_marian_has_numbers_of_its_own(tmp_path):
         expected = [vocab.get(piece, 1) for piece in processor.encode(text, out_type=str)]
         assert tokenizer.encode_alone(text, 10_000).tolist() == [*expected, 0], repr(text)
     assert tokenizer.decode([vocab["▁cible"], vocab[">>fra<<"], 0]) == "cible"
+
+
+@pytest.mark.parametrize("falls_back", [False, True], ids=["unknown", "bytes"])
+def test_marians_own_pieces_are_sentencepieces(falls_back, tmp_path):
+    (tmp_path / "m").mkdir()
+    ids = {"eos_id": 0, "unk_id": 1, "bos_id": -1, "pad_id": -1}
+    processor = train(tmp_path / "m", "vocab.spm", vocab_size=450 if falls_back else 150, byte_fallback=falls_back, **ids)
+    tokenizer = BPETokenizer(*sentencepiece_files(str(tmp_path / "m"), "vocab.spm"), "m")
+    assert (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.pad_id) == (processor.vocab_size(), 0, None)
+    for text in PLAIN:
+        if "\x00" in text:  # it is no text to their normalizer
+            continue
+        ids = processor.encode(text)
+        assert tokenizer.encode_alone(text, 10_000).tolist() == [*ids, 0], repr(text)
+        assert tokenizer.decode(ids) == (processor.decode(ids) if 1 not in ids else tokenizer.decode([i for i in ids if i != 1]))
+        stream = tokenizer.decode_stream()
+        assert "".join([*map(stream.push, ids), stream.finish()]) == tokenizer.decode(ids)
+    for text in ("</s>", "<unk>", "a</s>b", " </s> x <unk>"):  # text like any other, which ends nothing
+        assert tokenizer.encode(text).tolist() == processor.encode(text) and 0 not in tokenizer.encode(text)
+    with pytest.raises(FileProblem, match=r"other.spm: there is no such file"):
+        sentencepiece_files(str(tmp_path / "m"), "other.spm")
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "roberta", "bert", "t5", "byt5", "xlm-roberta"])
