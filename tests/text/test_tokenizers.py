@@ -166,6 +166,28 @@ def test_text_cannot_hold_a_special_token_even_if_the_file_calls_it_ordinary():
     assert tokenizer.decode(tokenizer.encode("a<eos>b")) == "a<eos>b"
 
 
+def test_text_cannot_hold_a_special_token_of_a_unigram_vocabulary():
+    """Such a model looks for all its pieces in a text; what ends a source there would cut it off."""
+    pieces = ["</s>", "<unk>", "▁", "<", "/", "s", ">", "a", "</", "s>"]
+    space = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+    special = [
+        {"id": i, "content": name, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        for i, name in enumerate(pieces[:2])
+    ]
+    one, other, last = {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}, {"id": "</s>", "type_id": 0}
+    end = {"type": "TemplateProcessing", "single": [one, {"SpecialToken": last}], "pair": [one, other],
+           "special_tokens": {"</s>": {"id": "</s>", "ids": [0], "tokens": ["</s>"]}}}  # fmt: skip
+    made = make({
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": special, "normalizer": None, "pre_tokenizer": space,
+        "post_processor": end, "decoder": space,
+        "model": {"type": "Unigram", "unk_id": 1, "vocab": [[name, 0.0 if i < 2 else -2.0 - i / 8] for i, name in enumerate(pieces)]},
+    })  # fmt: skip
+    assert (made.vocab_size, made.eos_id) == (10, 0)
+    for text, ids in (("</s>", [2, 8, 9]), ("a</s>a", [2, 7, 8, 9, 7]), ("<unk>", [2, 3, 1, 6]), ("</s", [2, 8, 5])):
+        assert made.encode_alone(text, 100).tolist() == [*ids, 0], text
+    assert made.decode([2, 8, 9, 0]) == "</s>"
+
+
 def test_padding_truncation_and_dropout_of_the_file_are_off():
     changed = rules()
     changed["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
