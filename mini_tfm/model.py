@@ -84,8 +84,10 @@ class EncoderLayer:
 class DecoderLayer:
     def __init__(self, config: Config, number: int):
         name = f"decoder.{number}."
-        own: Any = SSRU(config, name + "ssru", number)
-        if config.decoder_mixer == "attention":
+        own: MultiHeadAttention | SSRU
+        if config.decoder_mixer == "ssru":
+            own = SSRU(config, name + "ssru", number)
+        else:
             own = MultiHeadAttention(config, name + "attention", "decoder", number)
         self.attention = Sublayer(config, own.name, own)  # or what stands in its place
         self.cross = (

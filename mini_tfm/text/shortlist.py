@@ -1,4 +1,4 @@
-"""Lexical shortlists: the tokens that a translation may have, by those of its source (arXiv 1412.2007, section 3.2)."""
+"""Lexical shortlists: the tokens that a translation may have, by those of its source (arXiv 1412.2007 calls them candidate lists)."""
 
 from __future__ import annotations
 
