@@ -221,7 +221,9 @@ class Tensors(Mapping[str, np.ndarray]):
         self._names = [name for name in file.items if name != OPTIONS]
 
     def entries(self) -> dict[str, Entry]:
-        return {name: Entry(0, 0, name, np.dtype(np.float32), self._shape(name)) for name in self._names}
+        """What can be read of it; numbers without a scale are not weights."""
+        kinds = {name: np.dtype(np.int8 if self.file.items[name].kind == INT8 else np.float32) for name in self._names}
+        return {name: Entry(0, 0, name, kinds[name], self._shape(name)) for name in self._names}
 
     def stored(self) -> dict[str, int]:
         """Numbers in the file by how they are stored."""

@@ -212,6 +212,7 @@ MARIANS = {
     "fewer items than there are": (marian(count=3), ["model.bin", "damaged"]),
     "more items than there are": (marian(count=60), ["model.bin", "damaged"]),
     "a type that is not known": (marian(kinds={WF: 0x1801}), [WF, "0x1801", "float32"]),
+    "a matrix of int8 without a scale": (marian(quantized=True, kinds={WF: 0x101}), [WF, "float32", "int8"]),
     "half the numbers": (marian(kinds={WF: 0x408}), [WF, "0x408"]),
     "data shorter than the shape": (marian(lengths={WF: 255}), [WF, "(8, 8)", "256", "255"]),
     "data longer than the shape and all padding": (marian(lengths={WF: 256 + 257}), [WF, "256", "513"]),
