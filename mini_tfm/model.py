@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -182,11 +183,16 @@ class Encoder(Stack):
         x = np.concatenate([*front, x], axis=1) if front else x
         valid = np.concatenate([np.ones((len(tokens), n_front), bool), text], axis=1) if front else text
         layout = Layout(np.arange(-n_front, tokens.shape[1]), text, n_front, valid)
-        for layer in self.layers:
-            x = layer(x, p, layout)
-        x = self.last_norm(x, p)
         ends = [0, *itertools.accumulate(rows.shape[1] for rows in front)]
-        p.run.end("encoder", [x[:, start:stop] for start, stop in itertools.pairwise(ends)])
+
+        def of_rows(x: Array) -> list[Array]:
+            return [x[:, start:stop] for start, stop in itertools.pairwise(ends)]
+
+        for number, layer in enumerate(self.layers):
+            x = layer(p.run.enter("encoder", number, x), p, layout)
+            p.run.leave("encoder", number, partial(of_rows, x))
+        x = self.last_norm(x, p)
+        p.run.end("encoder", of_rows(x))
         return Encoded(x, valid, n_front)
 
 
@@ -208,15 +214,19 @@ class Decoder(Stack):
         x = self.embed(tokens, p)
         x = np.concatenate([*front, x, *back], axis=1) if front else x
         n_back = x.shape[1] - layout.of_text.stop
-        for layer in self.layers:
+
+        def of_rows(x: Array) -> list[Array]:
+            return _outputs_of_rows(x, rows, x.shape[1] - n_back)
+
+        for number, layer in enumerate(self.layers):
             # Rows that are written behind the text are read in front of it: of the last layer they are keys, nobody asks for outputs.
             unread = layer is self.layers[-1] and n_back == layout.n_front and not p.run.wants_mass()
-            x = layer(x, p, layout, encoded, layout.n_front if unread else 0)
+            x = layer(p.run.enter("decoder", number, x), p, layout, encoded, layout.n_front if unread else 0)
+            p.run.leave("decoder", number, partial(of_rows, x))
         x = self.last_norm(x, p)
-        first = x.shape[1] - n_back - tokens.shape[1]
         if rows:
-            p.run.end("decoder", _outputs_of_rows(x, rows, first + tokens.shape[1]))
-            x = x[:, first : first + tokens.shape[1]]
+            p.run.end("decoder", of_rows(x))
+            x = x[:, x.shape[1] - n_back - tokens.shape[1] : x.shape[1] - n_back]
         p.run.finished(x, layout.text)
         return x
 
@@ -235,8 +245,8 @@ class Decoder(Stack):
         x = np.concatenate([*front, x], axis=1) if front else x
         positions = cache.positions if not front else np.arange(-cache.n_front, tokens.shape[1])
         layout = Layout(positions, np.ones(tokens.shape, bool), cache.n_front, None, True, cache.lengths, cache.key_positions)
-        for layer in self.layers:
-            x = layer(x, p, layout, encoded, 0)
+        for number, layer in enumerate(self.layers):
+            x = layer(p.run.enter("decoder", number, x), p, layout, encoded, 0)
         return self.last_norm(x, p)[:, -tokens.shape[1] :]
 
 

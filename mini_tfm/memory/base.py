@@ -10,10 +10,12 @@ What happens in a segment, at each site ("encoder" self-attention, "decoder" sel
 
     begin(state, segment)              rows that join the sequence itself: memory tokens
       for each layer:
+        enter(state, site, layer, x)   what is added to the layer's inputs
         view(state, site, layer, ...)  rows chosen without the query
         read(state, site, layer, q)    rows chosen by the query; only if "query" is in spec.needs
         --- the library attends ---
         write(state, site, layer, new) what the segment computed; returns what is dropped
+        leave(state, site, layer, x)   the layer's outputs at the rows that begin() put in
     end(state, rows)                   outputs at the rows that begin() put in
     --- next segment ---
 
@@ -269,6 +271,12 @@ class Memory:
 
     def begin(self, state: State, segment: Segment) -> Rows | None:
         """Rows to put into the sequence at `segment.site`, "encoder" or "decoder"."""
+
+    def enter(self, state: State, site: str, layer: int, inputs: Array) -> Array | None:
+        """What is added to the inputs (B, n, d) of a layer, of the same shape: at the rows of `begin`, the text, and padding."""
+
+    def leave(self, state: State, site: str, layer: int, rows: Array) -> None:
+        """Takes a layer's outputs (B, m, d) at the rows that `begin` put in: in a decoder, those that are written. Not in generation."""
 
     def view(self, state: State, site: str, layer: int, segment: Segment) -> View | None:
         """Rows chosen without the query."""

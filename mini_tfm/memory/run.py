@@ -27,6 +27,7 @@ from .stack import Stack
 from .validate import (
     attributed,
     check_begin,
+    check_entering,
     check_evicted,
     check_log_probs,
     check_parameters,
@@ -120,13 +121,15 @@ def _has(member: Memory, method: str) -> bool:
 class _Sites:
     """Which members take part where: computed once, read for every layer and step.
 
-    begin: by site. show: by (site, layer), as (member, it has a view, it reads). take: by (site, layer), the members
-    that rows go through, the first of which has a `write`. The cross site has one bank, layer 0, and the decoder's
-    outputs are one layer more than it has.
+    begin: by site. enter, leave: by (site, layer). show: by (site, layer), as (member, it has a view, it reads). take: by (site,
+    layer), the members that rows go through, the first of which has a `write`. The cross site has one bank, layer 0, and the
+    decoder's outputs are one layer more than it has.
     """
 
     def __init__(self, members: list[Memory], sites: list[frozenset[str]], layers: Mapping[str, int]):
         self.begin: dict[str, list[int]] = {}
+        self.enter: dict[tuple[str, int], list[int]] = {}
+        self.leave: dict[tuple[str, int], list[int]] = {}
         self.show: dict[tuple[str, int], list[tuple[int, bool, bool]]] = {}
         self.take: dict[tuple[str, int], list[int]] = {}
         self.held: set[tuple[str, int]] = set()  # where a member takes rows and does not pass all of them on
@@ -149,6 +152,9 @@ class _Sites:
         shows = _has(member, "view"), "query" in needs and _has(member, "read")
         takes = _has(member, "write") or _has(member, "absorb")
         chosen = [layer for layer in range(n_layers) if only is None or layer in only or layer - n_layers in only]
+        for method, places in (("enter", self.enter), ("leave", self.leave)):
+            for layer in chosen if _has(member, method) else ():
+                places.setdefault((site, layer), []).append(i)
         for layer in chosen if any(shows) else ():
             self.show.setdefault((site, layer), []).append((i, *shows))
         banks = [0] if site == "cross" else chosen
@@ -160,7 +166,7 @@ class _Sites:
                 self.take.setdefault((site, layer), []).append(i)
                 if not member.spec.taps:
                     self.held.add((site, layer))
-        if any(shows) or _has(member, "begin") or _has(member, "write"):
+        if any(shows) or any(_has(member, method) for method in ("begin", "enter", "write")):
             self.used.add(site)
         self.made.update((site, layer) for layer in banks if takes)
         if _has(member, "end"):
@@ -287,6 +293,21 @@ class MemoryRun:
         """Outputs at the rows that `begin` gave, in its order."""
         for (i, _), output in zip(self._rows.get(site, ()), outputs, strict=True):
             self._call(i, "end", output, site=site)
+
+    def enter(self, site: str, layer: int, inputs: Array) -> Array:
+        """A layer's inputs (B, n, d), with what the members add to them."""
+        for i in self._sites.enter.get((site, layer), ()):
+            check = partial(check_entering, inputs=inputs, dims=self.dims[i])
+            added = self._call(i, "enter", site, layer, inputs, site=site, layer=layer, check=check)
+            inputs = inputs if added is None else inputs + added
+        return inputs
+
+    def leave(self, site: str, layer: int, outputs: Callable[[], list[Array]]) -> None:
+        """A layer's `outputs` at the rows that `begin` gave, in its order."""
+        if (members := self._sites.leave.get((site, layer))) is not None:
+            for (i, _), output in zip(self._rows.get(site, ()), outputs(), strict=True):
+                if i in members:
+                    self._call(i, "leave", site, layer, output, site=site, layer=layer)
 
     def views(
         self, site: str, layer: int, query: Callable[[], Query], n_queries: int, *, decoding: bool = False

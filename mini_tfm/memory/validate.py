@@ -213,6 +213,13 @@ def check_log_probs(changed: Any, before: np.ndarray) -> np.ndarray:
     return changed.astype(before.dtype, copy=False)
 
 
+def check_entering(added: Any, inputs: Any, dims: Dims) -> Any:
+    """The result of `enter`, checked."""
+    if added is not None:
+        check_array("the result", added, inputs.shape, "f", dims.dtype)
+    return added
+
+
 def check_view(
     view: Any, default_merge: str, shape: tuple[int, int], dims: Dims, known: tuple[Any, ...] | None = None
 ) -> View | SideOutput | None:

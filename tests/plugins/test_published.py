@@ -24,6 +24,7 @@ ALONE: dict[str, set[str]] = {
     "knn_lm:top_k=3": set(),
     "compressive:size=4,rate=2": set(),
     "exchange:size=7,top_k=2,promote=2,half_life=9": set(),
+    "armt:tokens=2,d_key=3": set(),
     "prefix:tokens=3": TRAINED,
     "product_keys:n=4,top_k=2": TRAINED,
 }
@@ -41,6 +42,7 @@ ELSEWHERE = {
     "exchange:size=9,top_k=3,promote=2,same=0.5,site=encoder": set(),
     "exchange:size=9,top_k=3,promote=2,site=decoder,gradient=none": set(),
     "compressive:size=4,rate=2,how=conv,site=decoder": set(),
+    "armt:tokens=2,d_key=3,site=decoder": set(),
     "prefix:tokens=3,site=all": TRAINED,
     "product_keys:n=3,top_k=3,layer=0,site=decoder": TRAINED,
     "product_keys:n=3,top_k=3,site=encoder": TRAINED,
@@ -56,6 +58,7 @@ STACKS = [
     "window:size=4+compressive:size=4,rate=2,how=conv",
     "window:size=4+exchange:size=6,top_k=2,promote=2+store:top_k=2",
     "prefix:tokens=2+window:size=4",
+    "armt:tokens=2,d_key=3+recurrent:tokens=2",
 ]
 
 
