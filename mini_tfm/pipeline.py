@@ -12,6 +12,7 @@ import numpy as np
 
 from .autodiff import value_of
 from .checkpoint.models import save_model
+from .chunks import Chunk, ending_full, streamed
 from .config import LIMITS
 from .errors import InvalidType, InvalidValue, shown
 from .generate import GenerationOptions
@@ -49,6 +50,7 @@ class Pipeline:
         memory: Memory | str | None = None,
         segment_length: int | None = None,
         pooling: Pooling | None = None,
+        overlap: float = 0.0,
     ):
         if not isinstance(model, Transformer):
             raise InvalidType(f"model: expected a Transformer, got {type(model).__name__}; Pipeline.load(folder) takes a folder")
@@ -77,6 +79,7 @@ class Pipeline:
         self.segment_length = int(segment_length)
         model.add_memory_weights(memory)
         self.reset()
+        self.overlap = self._checked_overlap(overlap)
 
     @classmethod
     def load(
@@ -86,6 +89,7 @@ class Pipeline:
         dtype: str = "float32",
         segment_length: int | None = None,
         lora: str | Path | None = None,
+        overlap: float = 0.0,
     ) -> Pipeline:
         """The pipeline of a model: a folder, ours, Hugging Face's or Marian's, a GGUF file, a name on the Hub (`org/name`), or of a model
         that a package carries: "smollm2", "minilm", "en-pt", "pt-en" (see docs/published-models.md).
@@ -99,7 +103,7 @@ class Pipeline:
         if lora is not None:
             saved.model.load_lora(lora)
             saved.model.merge_lora()
-        return cls(saved.model, saved.tokenizer, saved.memory() if memory == "saved" else memory, segment_length, saved.pooling)
+        return cls(saved.model, saved.tokenizer, saved.memory() if memory == "saved" else memory, segment_length, saved.pooling, overlap)
 
     def save(self, folder: str | Path) -> None:
         """Writes model, tokenizer, the text of the memory and the pooling into `folder`, all or nothing: `load` gives them back.
@@ -141,13 +145,13 @@ class Pipeline:
         if not isinstance(skip, int | np.integer) or isinstance(skip, bool) or not 0 <= skip <= LARGEST:
             raise InvalidValue(f"skip: expected a number of tokens of at least 0, got {shown(skip)}")
         count = 0
-        for number, segment in enumerate(self._segments(text)):
-            count += len(segment)
+        for number, chunk in enumerate(self._chunks(text, shared=self._shared)):
+            count += chunk.n_kept
             if count <= skip:
-                self._stream.last = segment[-1:].astype(np.int64)
+                self._stream.last = chunk.tokens[-1:].astype(np.int64)
                 continue
-            segment = self._stream.begin(segment[None])[0]
-            self._stream.read(segment[None], np.array([len(segment)]))
+            segment = self._stream.begin(chunk.tokens[None])
+            self._stream.read(segment, np.array([segment.shape[1]]), chunk.kept[None] if self._shared else None)
             if number % SEGMENTS_A_FLUSH == SEGMENTS_A_FLUSH - 1:
                 self._stream.run.flush()
                 durable(count)
@@ -214,8 +218,8 @@ class Pipeline:
         stream, tokens, bits = self._stream.copy(), 0, 0.0
         stream.begin_text()
         before = np.array([self.model.config.bos_id])
-        for segment in self._segments(text, count_bytes := [0]):
-            segment = stream.begin(segment[None])[0]
+        for chunk in self._chunks(text, count_bytes := [0]):
+            segment = stream.begin(chunk.tokens[None])[0]
             bits += self._score_segment(stream, before, segment)
             tokens += len(segment)
             before = segment
@@ -299,19 +303,29 @@ class Pipeline:
         stream.open(None, lengths)
         return value_of(stream.decode(after, lengths))
 
-    def _segments(self, text: str | Iterable[str], count_bytes: list[int] | None = None) -> Iterator[np.ndarray]:
+    @property
+    def _shared(self) -> int:
+        """Tokens that a segment has in common with the next."""
+        return int(self.overlap * self.segment_length)
+
+    def _checked_overlap(self, overlap: float) -> float:
+        """Raises InvalidValue for what is no share, and where nothing would make use of it."""
+        if not isinstance(overlap, int | float | np.number) or isinstance(overlap, bool) or not 0 <= overlap < 1:
+            raise InvalidValue(f"overlap: expected a share of a segment from 0 to below 1, got {shown(overlap)}")
+        uses = self._stream.run.uses
+        if overlap and (not uses("cross") or uses("encoder") or uses("decoder")):
+            raise InvalidValue(
+                f"overlap: expected 0 unless an encoder-decoder has a memory of the encoder's outputs alone, got {overlap}; give one, as"
+                " memory='store:site=cross,merge=replace', or leave overlap out"
+            )
+        return float(overlap)
+
+    def _chunks(self, text: str | Iterable[str], count_bytes: list[int] | None = None, shared: int = 0) -> Iterator[Chunk]:
         """Token ids of `text`, segment_length at a time; the last may be shorter. The same however it is cut in pieces."""
-        pending = np.zeros(0, np.int64)
         texts = [text] if isinstance(text, str) else text
         if count_bytes is not None and isinstance(texts, Iterable):
             texts = _counted(texts, count_bytes)
-        for ids in self.tokenizer.encode_pieces(texts):
-            pending = np.concatenate([pending, ids])
-            whole = len(pending) // self.segment_length * self.segment_length
-            yield from pending[:whole].reshape(-1, self.segment_length)
-            pending = pending[whole:]
-        if len(pending):
-            yield pending
+        return streamed(self.tokenizer.encode_pieces(texts), self.segment_length, shared)
 
     def _score_segment(self, stream: Stream, before: np.ndarray, segment: np.ndarray) -> float:
         """Bits of `segment`, given the one before it, which an encoder reads."""
@@ -363,11 +377,11 @@ class Pipeline:
             return options
         return options.replace(choices=[self._encode(each) if isinstance(each, str) else each for each in options.choices])
 
-    def _batches(self, parts: list[list[np.ndarray]], options: GenerationOptions, batch_tokens: int) -> Iterator[list[int]]:
+    def _batches(self, parts: list[list[Chunk]], options: GenerationOptions, batch_tokens: int) -> Iterator[list[int]]:
         """Numbers of texts that are computed together: of as many segments and of like length or, for decoders alone, of the same."""
         copies = max(options.num_beams, options.num_return_sequences)
         batch: list[int] = []
-        kinds = [(len(part), len(part[0]), len(part[-1])) for part in parts]
+        kinds = [(len(part), len(part[0].tokens), len(part[-1].tokens)) for part in parts]
         for row in sorted(range(len(parts)), key=lambda row: kinds[row]):
             fits = (len(batch) + 1) * (kinds[row][-1] + options.max_new_tokens) * copies <= batch_tokens
             if batch and not (fits and self._are_alike(kinds[row], kinds[batch[0]])):
@@ -381,7 +395,7 @@ class Pipeline:
         return one[0] == other[0] == 1 if self.model.config.has_encoder else one == other
 
     def _search(
-        self, parts: list[list[np.ndarray]], options: GenerationOptions, stream: Stream, numbers: np.ndarray, last: np.ndarray
+        self, parts: list[list[Chunk]], options: GenerationOptions, stream: Stream, numbers: np.ndarray, last: np.ndarray
     ) -> Search:
         """Reads all but the last segment of each text, and goes on from that.
 
@@ -390,28 +404,48 @@ class Pipeline:
         deadline = deadline_of(options)
         stream.reorder(np.zeros(len(parts), np.int64))
         stream.last = last
-        for segments in zip(*(part[:-1] for part in parts), strict=True):
-            stream.read(np.stack(segments), np.full(len(parts), len(segments[0])))
-        lengths = np.array([len(part[-1]) for part in parts])
+        for chunks in zip(*(part[:-1] for part in parts), strict=True):
+            kept = np.stack([chunk.kept for chunk in chunks]) if self._shared else None
+            stream.read(np.stack([chunk.tokens for chunk in chunks]), np.full(len(parts), len(chunks[0].tokens)), kept)
+        lengths = np.array([len(part[-1].tokens) for part in parts])
         source = np.full((len(parts), lengths.max()), self.model.config.pad_id)
-        for row, part in zip(source, parts, strict=True):
-            row[: len(part[-1])] = part[-1]
+        kept = np.zeros(source.shape, bool)
+        for n, part in enumerate(parts):
+            source[n, : lengths[n]], kept[n, : lengths[n]] = part[-1].tokens, part[-1].kept
         limit = segment_limit(self.model.config, self.segment_length)
-        return (yield from in_segments(stream, source, lengths, options, limit, rows=numbers, tokenizer=self.tokenizer, deadline=deadline))
+        return (
+            yield from in_segments(
+                stream,
+                source,
+                lengths,
+                options,
+                limit,
+                rows=numbers,
+                tokenizer=self.tokenizer,
+                deadline=deadline,
+                kept=kept if self._shared else None,
+            )
+        )
 
     def _texts(self, found: list[Hypothesis], options: GenerationOptions) -> list[str]:
         return ["".join(_before_stop([self.tokenizer.decode(one.ids)], options)) for one in found]
 
-    def _to_continue(self, tokens: np.ndarray) -> list[np.ndarray]:
+    def _to_continue(self, tokens: np.ndarray) -> list[Chunk]:
         """Whole segments, and what is continued: a segment that the encoder reads, or the beginning of the decoder's own."""
         config, length = self.model.config, self.segment_length
-        if not len(tokens):  # an encoder needs something to read; a decoder begins with bos anyway
-            return [np.array([config.bos_id] if config.has_encoder else [], np.int64)]
+        nothing = np.array([config.bos_id] if config.has_encoder else [], np.int64)  # a decoder begins with bos anyway
+        if not len(tokens):
+            return [_whole(nothing)]
         if config.segment_length is not None and not config.has_encoder:  # as `read` and `score` cut it
             whole = len(tokens) // length * length
-            return [*tokens[:whole].reshape(-1, length), tokens[whole:]]
-        head = (len(tokens) - 1) % length + 1  # backwards: the last segment is full if there is enough text
-        return [tokens[:head], *tokens[head:].reshape(-1, length)]
+            return [_whole(each) for each in (*tokens[:whole].reshape(-1, length), tokens[whole:])]
+        chunks = ending_full(tokens, length, self._shared)
+        # Where a memory stands in place of the last segment, that is read into it like all others.
+        return [*chunks, _whole(nothing)] if self._stream.run.replaces("cross") else chunks
+
+
+def _whole(tokens: np.ndarray) -> Chunk:
+    return Chunk(tokens, 0, len(tokens))
 
 
 def _windows(texts: Iterable[str]) -> Iterator[list[str]]:

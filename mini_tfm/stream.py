@@ -73,21 +73,35 @@ class Stream:
 
     # One segment
 
-    def open(self, source: np.ndarray | None, lengths: np.ndarray, target: np.ndarray | None = None, dropout: Dropout = NO_DROPOUT) -> None:
+    def open(
+        self,
+        source: np.ndarray | None,
+        lengths: np.ndarray,
+        target: np.ndarray | None = None,
+        dropout: Dropout = NO_DROPOUT,
+        kept: np.ndarray | None = None,
+    ) -> None:
         """Begins a segment, and has the encoder read it.
 
         source: (B, S) tokens, the first `lengths` (B,) of each row; None for a decoder-only model, where `lengths` counts
-        the target's. target: (B, T) what the decoder is to predict, where it is known.
+        the target's. target: (B, T) what the decoder is to predict, where it is known. kept: (B, S) bool, one run of each row, or
+        None for all: the outputs that are attended to, remembered and counted. The other tokens are context for the encoder alone:
+        they belong to the segment before or to the next one, which overlap with this.
         """
         if self.run.forget_deleted():
             self.begin_text()
         self.run.check_weights()
         self._pass = Pass(self.weights, self.run, dropout)
         self._target = None
-        self.run.open(lengths, target)
+        if kept is not None and source is not None:
+            kept = kept & (np.arange(source.shape[1]) < lengths[:, None])
+        self.run.open(lengths if kept is None else kept.sum(axis=1), target)
         self.encoded = None
         if self.model.encoder is not None and source is not None:
             self.encoded = self.model.encoder(source, lengths, self._pass)
+            if kept is not None:
+                rows = np.ones((len(kept), self.encoded.n_rows), bool)
+                self.encoded = dataclasses.replace(self.encoded, valid=np.concatenate([rows, kept], axis=1))
 
     def decode(self, target: np.ndarray, lengths: np.ndarray, hide_source: np.ndarray | None = None) -> Array:
         """The decoder's outputs (B, T, d) as it predicts target (B, T), whole.
@@ -116,11 +130,11 @@ class Stream:
         self.encoded = self._target = None
         self._pass = Pass(self.weights, self.run)  # the old one may hold on to a tape
 
-    def read(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """A whole segment (B, S) into the memory. The decoder runs only where a memory lives in it."""
+    def read(self, tokens: np.ndarray, lengths: np.ndarray, kept: np.ndarray | None = None) -> None:
+        """A whole segment (B, S) into the memory. The decoder runs only where a memory lives in it. kept: as of `open`."""
         has_encoder = self.model.encoder is not None
         try:
-            self.open(tokens if has_encoder else None, lengths, tokens)
+            self.open(tokens if has_encoder else None, lengths, tokens, kept=kept)
             if self.model.decoder is not None and (not has_encoder or self.run.uses("decoder")):
                 self.decode(tokens, lengths)
             self.finish()

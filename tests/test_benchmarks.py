@@ -550,3 +550,13 @@ def test_a_process_whose_memory_is_measured_may_not_fail_unseen(monkeypatch):
     with pytest.raises(RuntimeError, match="broken on purpose") as raised:
         MODULES["segments"].peak("recurrent:tokens=8", 2, True)
     assert raised.type is RuntimeError  # NotImplementedError, at which a benchmark is left out, is one of its kinds
+
+
+def test_long_inputs_are_asked_about(capsys, monkeypatch):
+    script = import_from(FOLDER / "long_input.py", "long_input")
+    monkeypatch.setattr(sys, "argv", ["long_input.py", "--seeds", "1", "--steps", "2", "--inputs", "2", "--lengths", "32", "70"])
+    script.main()
+    table = capsys.readouterr().out.splitlines()[1:]
+    assert table[0].count("|") == table[2].count("|") == 2 + len(script.WAYS) and len(table) == 4
+    text, answer = script.puzzle(np.random.default_rng(0), 70)
+    assert text.partition("@")[2][: script.ANSWER] == answer and len(answer) == script.ANSWER

@@ -105,17 +105,17 @@ TEXTS += [prose(40) + "w" * 400 + prose(40), "a\u2003b\x1cc\n" * 60]
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 def test_the_tokens_do_not_depend_on_the_cuts(text, tokenizer, small_pieces):
     p = pipe("window:size=4", tokenizer=tokenizer)
-    expected = [segment.tolist() for segment in p._segments(text)]
+    expected = [chunk.tokens.tolist() for chunk in p._chunks(text)]
     assert all(len(segment) == SEGMENT for segment in expected[:-1]) and 0 < len(expected[-1]) <= SEGMENT
     for cuts in (list(text), cut(text, 1), cut(text, 2), [text[:1], text[1:]], ["", text, ""]):
-        assert [segment.tolist() for segment in p._segments(cuts)] == expected
+        assert [chunk.tokens.tolist() for chunk in p._chunks(cuts)] == expected
     assert p.tokenizer.decode(np.concatenate(expected)) == text
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 def test_where_there_are_spaces_the_tokens_are_those_of_the_whole_text(tokenizer, small_pieces):
     text = prose(200)
-    found = np.concatenate(list(pipe("window:size=4", tokenizer=tokenizer)._segments(text)))
+    found = np.concatenate([chunk.tokens for chunk in pipe("window:size=4", tokenizer=tokenizer)._chunks(text)])
     np.testing.assert_array_equal(found, TOKENIZERS[tokenizer].encode(text))
 
 
@@ -631,6 +631,7 @@ BUILT_IN = [
     "recurrent:tokens=2,residual=true",
     "store:top_k=3",
     "store:top_k=3,merge=gate,layer=-1",
+    "store:top_k=3,merge=replace",
     "store:path={path},top_k=3",
     "window:size=8+store:path={path},top_k=3",
     *(

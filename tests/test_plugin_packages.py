@@ -106,7 +106,7 @@ def test_a_list_of_names_imports_nobody(site, tmp_path):
 
 def test_a_memory_is_found_by_the_name_of_its_entry_point(site):
     module = site("bundle", GOOD.format(name="hidden-one"))
-    with pytest.raises(InvalidValue, match=r"expected an installed strategy \(bundle, .*\), got 'hidden-one'"):
+    with pytest.raises(InvalidValue, match=r"expected an installed strategy \((.*, )?bundle, .*\), got 'hidden-one'"):
         mt.memory("hidden-one")
     assert module not in sys.modules
     with pytest.raises(PluginError, match="memory 'bundle': the plugin of that name offers only hidden-one; a memory is found by its name"):

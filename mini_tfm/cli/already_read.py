@@ -37,7 +37,8 @@ def read_once(pipe: Pipeline, path: Path, reading: Reading) -> tuple[int, int]:
 class AlreadyRead:
     """How much of one text a pipeline's memory has.
 
-    Known by the text's content, the memory, the model's weights and the segment length: other rows would come of others. It
+    Known by the text's content, the memory, the model's weights, the segment length and the overlap: other rows would come of
+    others. It
     counts for nothing when the document was deleted since, or the store made anew. A memory without rows on disk knows nothing.
     """
 
@@ -51,7 +52,8 @@ class AlreadyRead:
         self.tokens, self.is_whole = 0, False
         if self._member is None:
             return
-        known = [digest.hexdigest(), pipe.memory.text if pipe.memory else None, pipe.model.fingerprint(), pipe.segment_length]
+        cut = [pipe.segment_length, pipe.overlap] if pipe.overlap else [pipe.segment_length]  # the name that earlier versions gave
+        known = [digest.hexdigest(), pipe.memory.text if pipe.memory else None, pipe.model.fingerprint(), *cut]
         name = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:32]
         self.path = Path(f"{self._member.disk.given}.read") / f"{name}.json"
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):

@@ -25,6 +25,7 @@ from .shared import (
     memory_option,
     none_of,
     note,
+    overlap_option,
     print_json,
     segment_option,
     stdin_text,
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
 @options_of(GenerationOptions)
 @lora_option
 @segment_option
+@overlap_option
 @click.option("--no-stream", is_flag=True, help="Print the text only when it is complete.")
 @json_option
 def generate(
@@ -83,6 +85,7 @@ def generate(
     read_first: tuple[Path, ...],
     lora: Path | None,
     segment_length: int | None,
+    overlap: float,
     no_stream: bool,
     as_json: bool,
     **options: Any,
@@ -114,9 +117,10 @@ def generate(
         raise click.UsageError("--out needs --file: a prompt a line")
     check_files([*read_first, *([file] if file else [])])
     if file is not None and out is not None:
-        _generate_file(folder, file, out, batch_tokens, memory, read_first, lora, segment_length, as_json, options)
+        loading = {"segment_length": segment_length, "lora": lora, "overlap": overlap}
+        _generate_file(folder, file, out, batch_tokens, memory, read_first, loading, as_json, options)
         return
-    pipe = Pipeline.load(folder, memory=none_of(memory), segment_length=segment_length, lora=lora)
+    pipe = Pipeline.load(folder, memory=none_of(memory), segment_length=segment_length, lora=lora, overlap=overlap)
     warn_if_untrained(folder, pipe, memory)
     text = _prompt(prompt, file)
     n_read, clock = _read(pipe, read_first), Clock()
@@ -147,8 +151,7 @@ def _generate_file(
     batch_tokens: int,
     memory: str,
     read_first: tuple[Path, ...],
-    lora: Path | None,
-    segment_length: int | None,
+    loading: dict[str, Any],
     as_json: bool,
     options: dict[str, Any],
 ) -> None:
@@ -160,9 +163,9 @@ def _generate_file(
     with ranks.together():
         if read_first and ranks.size > 1:
             raise click.UsageError("--read fills one memory: read first, with `mini-tfm read`, then start several processes")
-        pipe = Pipeline.load(folder, memory=none_of(memory), segment_length=segment_length, lora=lora)
+        pipe = Pipeline.load(folder, memory=none_of(memory), **loading)
         n_read = _read(pipe, read_first)
-        about = {"memory": memory_named(pipe), "tokens_read": n_read, "segment_length": pipe.segment_length}
+        about = {"memory": memory_named(pipe), "tokens_read": n_read, "segment_length": pipe.segment_length, "overlap": pipe.overlap}
         done = generate_file(pipe, file, out, batch_tokens, options, {"model": pipe.model.fingerprint(), **about}, ranks)
         if as_json:
             print_json({"out": str(out), **done, **about, "options": options})

@@ -22,6 +22,7 @@ from .shared import (
     memory_option,
     none_of,
     note,
+    overlap_option,
     print_json,
     print_table,
     segment_option,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 @click.option("--compact", is_flag=True, help="At the end, give back the space of deleted documents. FILEs may be left out.")
 @lora_option
 @segment_option
+@overlap_option
 @json_option
 def read(
     folder: Path,
@@ -52,6 +54,7 @@ def read(
     compact: bool,
     lora: Path | None,
     segment_length: int | None,
+    overlap: float,
     as_json: bool,
 ) -> None:
     """Reads FILEs (- is standard input) of any length through the model in FOLDER into a memory on disk.
@@ -70,7 +73,7 @@ def read(
     if not files and not compact:
         raise click.MissingParameter(param_type="argument", param_hint="'FILE...'")
     check_files(files)
-    pipe = Pipeline.load(folder, memory=none_of(memory), segment_length=segment_length, lora=lora)
+    pipe = Pipeline.load(folder, memory=none_of(memory), segment_length=segment_length, lora=lora, overlap=overlap)
     on_disk = _durable(pipe.memory)
     warn_if_untrained(folder, pipe, memory)
     if reset is not None:

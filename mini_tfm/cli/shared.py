@@ -45,6 +45,14 @@ segment_option = click.option(
     metavar="TOKENS",
     help="Tokens per segment, processed at once; default: as in training.",
 )
+overlap_option = click.option(
+    "--overlap",
+    type=click.FloatRange(0, 1, max_open=True),
+    metavar="SHARE",
+    default=0.0,
+    show_default=True,
+    help="Share of a segment that the next one has in common with it, for an encoder-decoder and a memory of its encoder's outputs.",
+)
 folder_argument = click.argument("folder", type=click.Path(path_type=Path))
 files_argument = click.argument("files", nargs=-1, required=True, metavar="FILE...", type=click.Path(path_type=Path, allow_dash=True))
 

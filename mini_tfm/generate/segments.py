@@ -56,13 +56,14 @@ def in_segments(
     tokenizer: Tokenizer | None = None,
     deadline: float | None = None,
     encoded: Encoded | None = None,
+    kept: np.ndarray | None = None,
 ) -> Search:
     """A search (see search.py) for at most max_new_tokens tokens of each row, in as many segments as it takes.
 
     source: (B, n) what the encoder reads, of it the first `lengths` (B,); for a decoder-only model what its segment begins with,
     all n of each row. limit: tokens a segment may have, see `segment_limit`. rows: numbers of the rows, see `Rules`. tokenizer:
-    only its ids are chosen. encoded: what the encoder has made of the source already. Where nothing follows a full segment (see
-    `goes_on`) rows end with it.
+    only its ids are chosen. encoded: what the encoder has made of the source already. kept: see `Stream.open`. Where
+    nothing follows a full segment (see `goes_on`) rows end with it.
     """
     config, size = stream.model.config, len(source)
     n_ids = config.vocab_size if tokenizer is None else tokenizer.vocab_size
@@ -77,7 +78,7 @@ def in_segments(
         room = left if limit is None else max(0, min(left, limit - begun))
         if room > 0 or left == 0:
             has_ids = config.has_encoder and encoded is None
-            stream.open(source if has_ids else None, lengths)
+            stream.open(source if has_ids else None, lengths, kept=kept)
             stream.encoded = encoded or stream.encoded
             # The first inputs of a decoder are bos, or what came before, and then its own text.
             prompt = stream.shifted(np.pad(source[:, :begun], [(0, 0), (0, 1)]))
@@ -98,7 +99,7 @@ def in_segments(
             found = yield from _of_rows(search(session, prompt, rules, copies), row_of, copies, size)
         else:
             found = [[Hypothesis()] for _ in row_of]
-        left, number, encoded = left - room if goes_on(stream) else 0, number + 1, None
+        left, number, encoded, kept = left - room if goes_on(stream) else 0, number + 1, None, None
         index, going = [], []
         for i, (row, ones) in enumerate(zip(row_of.tolist(), found, strict=True)):
             for k, one in enumerate(ones):

@@ -361,6 +361,12 @@ class MemoryRun:
             return True  # attention to the rows of the cross site is the decoder's
         return site in self._sites.used
 
+    def replaces(self, site: str) -> bool:
+        """Whether at every layer of a site a member's rows, where it has some, stand in place of the segment's own."""
+        at_site = [shown for (at, _), shown in self._sites.show.items() if at == site]
+        replaced = [any(self.members[i].spec.merge == "replace" for i, *_ in shown) for shown in at_site]
+        return bool(replaced) and all(replaced) and len(replaced) == self.dims[0].layers[site]
+
     def merge(self, i: int, view: View | SideOutput) -> str:
         return view.merge or self.members[i].spec.merge
 
@@ -378,12 +384,16 @@ class MemoryRun:
         self._mass[key] = self._mass.get(key, 0) + mass
 
     def wrote(self, site: str, layer: int, hidden: Array, valid: np.ndarray, project: Project | None = None) -> None:
-        """Offers what a layer computed (B, S, d) to the first member that takes rows, and on what it drops."""
+        """Offers what a layer computed (B, S, d) to the first member that takes rows, and on what it drops.
+
+        The first valid row of a stream stands at the segment's beginning: rows before it are of the segment before.
+        """
         takers = self._sites.take.get((site, layer))
         if not takers:
             return
         first, *others = takers
-        positions = self.site_start(site)[:, None] + np.arange(valid.shape[1])
+        before = valid.argmax(axis=1) if valid.shape[1] else 0
+        positions = (self.site_start(site) - before)[:, None] + np.arange(valid.shape[1])
         mass = self._mass.get((site, layer, None))
         targets = self._targets if site == "decoder" else None
         tokens = self._tokens.get("encoder" if site == "cross" else site)

@@ -193,3 +193,27 @@ def write_page():
 
 if __name__ == "__main__":
     write_page()
+
+
+LIMITED = [name for name in VARIANTS if VARIANTS[name][1] != "encoder" and VARIANTS[name][0] not in ("t5", "mt5")]
+
+
+@pytest.mark.parametrize("variant", LIMITED)
+def test_a_text_that_is_longer_than_a_model_reads_is_refused(variant, tmp_path):
+    """By every family but T5's, whose distances have no limit; the error says how to go on."""
+    model = mt.load(folder_of(variant, tmp_path / "model"))
+    limit = model.config.max_positions if model.config.positions == "learned" else model.config.context_length
+    told = rf"text: has \d+ tokens, and the model reads at most {limit} at once; shorten it, or give a memory.*--memory window"
+    with pytest.raises(InvalidValue, match=told):
+        model.generate(np.full((1, limit + 2), 7), max_new_tokens=1)
+    model.generate(np.full((1, limit if model.config.has_encoder else limit - 1), 7), max_new_tokens=1)
+
+
+EMBEDDERS = [name for name in VARIANTS if VARIANTS[name][1] == "encoder"]
+
+
+@pytest.mark.parametrize("variant", EMBEDDERS)
+def test_an_encoder_refuses_what_its_table_does_not_hold(variant, tmp_path):
+    model = mt.load(folder_of(variant, tmp_path / "model"))
+    with pytest.raises(InvalidValue, match=rf"expected at most max_positions = {model.config.max_positions} positions"):
+        model.encode(np.full((1, model.config.max_positions + 1), 7))

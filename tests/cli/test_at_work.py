@@ -196,27 +196,29 @@ def test_generate_reads_a_file_into_a_memory_on_disk_once(run, model, texts, tmp
     assert first["tokens_read"] > 0 == again["tokens_read"]
 
 
+@pytest.mark.parametrize(("overlap", "rows"), [(0, 16), (0.5, 8)])
 @pytest.mark.parametrize("spec", ["store", "window:size=8+store"])
-def test_a_reading_that_was_interrupted_goes_on(run, model, monkeypatch, tmp_path, spec):
+def test_a_reading_that_was_interrupted_goes_on(run, model, monkeypatch, tmp_path, spec, overlap, rows):
     """The second command reads what the first did not, and the memory holds what one reading gives."""
     text = tmp_path / "long.txt"
     text.write_text("".join(f"{i} quick brown foxes jump over the lazy dog. " for i in range(40)))
     size, read, left = text.stat().st_size, Stream.read, [40]
 
-    def stopped(stream, tokens, lengths):
+    def stopped(stream, tokens, lengths, kept):
         left[0] -= 1
         if left[0] < 0:
             raise KeyboardInterrupt
-        return read(stream, tokens, lengths)
+        return read(stream, tokens, lengths, kept)
 
     whole, parts = (f"{spec}:path={tmp_path / name}.mdb" for name in ("whole", "parts"))
-    assert run("read", model, text, "--memory", whole).code == 0
+    assert run("read", model, text, "--memory", whole, "--overlap", overlap).code == 0
     monkeypatch.setattr(Stream, "read", stopped)
-    said = run("read", model, text, "--memory", parts)
+    said = run("read", model, text, "--memory", parts, "--overlap", overlap)
     assert said.code == 130 and "the same command goes on from there" in said.err
     monkeypatch.undo()
-    on = run("read", model, text, "--memory", parts, "--json").json
-    assert on["files"][0]["tokens_read_before"] == 32 * 16 and on["files"][0]["tokens"] == size - 32 * 16
+    on = run("read", model, text, "--memory", parts, "--overlap", overlap, "--json").json
+    before = 32 * rows + (4 if overlap else 0)  # the first chunk keeps its head as well
+    assert on["files"][0]["tokens_read_before"] == before and on["files"][0]["tokens"] == size - before
     assert on["documents"] == {"default": size}
     scores = [run("score", model, text, "--memory", memory, "--json").json["all"]["bits"] for memory in (whole, parts)]
     assert scores[0] == pytest.approx(scores[1], rel=1e-6)

@@ -184,7 +184,7 @@ def test_what_text_cannot_say_has_no_text():
         ("window:site=top", "memory 'window': site: expected encoder, decoder, cross or all, got 'top'"),
         ("recurrent:tokens=0", "memory 'recurrent': tokens: expected a number of rows of at least 1, got 0"),
         ("store:top_k=none", "memory 'store': top_k: expected a whole number, got 'none'"),
-        ("store:merge=add", "memory 'store': merge: expected joint or gate, got 'add'"),
+        ("store:merge=add", "memory 'store': merge: expected joint, gate or replace, got 'add'"),
         ("store:document=" + "x" * 201, "memory 'store': document: expected a name of 1 to 200 bytes"),
         ("three", "memory 'three': option 'size' is required, as in 'three:size=...'"),
         ("window+three", "memory 'three': option 'size' is required"),

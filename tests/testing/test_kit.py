@@ -29,6 +29,7 @@ OTHER_HONEST = [
     "recurrent:tokens=2,site=decoder,residual=true",
     "store:top_k=3",
     "store:top_k=3,layer=-1",
+    "store:top_k=3,merge=replace",
     "store:top_k=3,site=encoder",
     "store:top_k=3,site=decoder",
     "window:size=4+store:top_k=3",

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "memory"))
 from strategies import PUBLISHED
 
 BUILT_IN = ["window:size=5", "window:size=4,sinks=2,site=all", "recurrent:tokens=2", "recurrent:tokens=2,residual=true", "store:top_k=3",
-            "store:top_k=2,merge=gate", "window:size=5,gradient=none", "h2o:size=5,sinks=1",
+            "store:top_k=2,merge=gate", "store:top_k=2,merge=replace", "window:size=5,gradient=none", "h2o:size=5,sinks=1",
             "snapkv:size=5,recent=1,pool=3", "keydiff:size=5", "infini", "gated_delta", "titans:chunk=2", "knn:top_k=3",
             "window:size=3+store:top_k=2", "recurrent:tokens=2+window:size=3+store:top_k=2"]  # fmt: skip
 MEMORIES = {"none": lambda: None, **{text: (lambda text=text: mt.memory(text)) for text in BUILT_IN}, **PUBLISHED}

@@ -19,7 +19,8 @@ class RetrievalMemory(Memory):
     """Short way for long-term memories: keeps all rows, and shows each query the `top_k` that are found for it.
 
     A subclass may say how: `search`. Options: `top_k` rows, `site` (None: the model's reading site), `layer` (None: all),
-    `merge` ("joint": one softmax with the segment; "gate": mixed in by a trained gate a head), `gradient` ("none": their
+    `merge` ("joint": one softmax with the segment; "gate": mixed in by a trained gate a head; "replace": instead of the
+    segment, arXiv 2305.01625), `gradient` ("none": their
     scores carry it, the rows do not, as in the papers; "rows": it flows through those found into the segments that made
     them).
     """
@@ -37,8 +38,8 @@ class RetrievalMemory(Memory):
             raise InvalidValue(f"top_k: expected a number of rows of at least 1, got {shown(top_k)}")
         if site not in (None, *SITES):
             raise InvalidValue(f"site: expected one of {', '.join(SITES)}, got {shown(site)}")
-        if merge not in ("joint", "gate"):
-            raise InvalidValue(f"merge: expected joint or gate, got {shown(merge)}")
+        if merge not in ("joint", "gate", "replace"):
+            raise InvalidValue(f"merge: expected joint, gate or replace, got {shown(merge)}")
         if gradient not in ("none", "rows"):
             raise InvalidValue(f"gradient: expected none or rows, got {shown(gradient)}")
         self.top_k, self.site = top_k, site
@@ -81,9 +82,11 @@ class RetrievalMemory(Memory):
         return {"gate": gate} if self.spec.merge == "gate" else {}
 
     def write(self, state: State, site: str, layer: int, new: New) -> None:
-        if not new.valid.size:
+        filled = np.flatnonzero(new.valid.any(axis=0))
+        if not len(filled):
             return
-        bank, rows = bank_key(site, layer), {"hidden": new.hidden, "valid": new.valid, "positions": new.positions}
+        some = slice(filled[0], filled[-1] + 1)  # in between all are valid, but for streams that are shorter
+        bank, rows = bank_key(site, layer), {name: getattr(new, name)[:, some] for name in ("hidden", "valid", "positions")}
         last = sum(1 for _ in self.held(state, bank)) - 1
         if last >= 0 and state[f"{bank}{last}.valid"].shape[1] < CHUNK_ROWS:
             rows = {name: np.concatenate([state[f"{bank}{last}.{name}"], value], axis=1) for name, value in rows.items()}
