@@ -189,6 +189,8 @@ class MultiHeadAttention:
         """
         run, dropout, n_queries = p.run, p.dropout.weights, q.shape[2]
         if not run.members:
+            if p.record is not None:
+                p.record.attention(self.site, q, own, self.scale, self.cap)
             return ops.attention(q, [own], self.scale, cap=self.cap, **dropout(self.name))
         at = layout.last(n_queries)
         shown = [

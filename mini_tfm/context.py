@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from . import ops
+from ._core import Block
 from .memory.run import MemoryRun
 from .weights import Array, Weights
 
@@ -89,6 +90,16 @@ class Cache(Protocol):
         """Takes what it has come to now."""
 
 
+class Record(Protocol):
+    """Takes what is computed on the way, for those who want to look at it (inside.py). Passes with a memory have none."""
+
+    def hidden(self, stack: str, x: Array) -> None:
+        """What a layer of a stack is given or, last of all, what the stack gives."""
+
+    def attention(self, site: str, q: Array, block: Block, scale: float, cap: float | None) -> None:
+        """The queries of a layer, and the keys that they see."""
+
+
 @dataclass(frozen=True)
 class Pass:
     """One pass over a segment. The layers add where they are: their name, site and number."""
@@ -97,6 +108,7 @@ class Pass:
     run: MemoryRun
     dropout: Dropout = NO_DROPOUT
     cache: Cache | None = None
+    record: Record | None = None
 
     def value(self, name: str) -> Array:
         """A vector or table: an array, or the Var of it."""

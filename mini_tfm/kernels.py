@@ -94,7 +94,7 @@ def attention(
     block = _core.Block(k, v, bias=bias, causal=causal, window=window, lengths=lengths, offset=offset)
     try:
         out = _of_any_width(q, block, scale, cap)
-        return (out, _weights(q, block, scale, cap)) if return_weights else out
+        return (out, weights_of(q, block, scale, cap)) if return_weights else out
     except (InvalidValue, InvalidType) as error:
         # The core speaks of blocks; here there is one, and its fields are our arguments.
         raise type(error)(str(error).replace("blocks[0].", "")) from None
@@ -126,8 +126,8 @@ def _widened(x: np.ndarray, width: int) -> np.ndarray:
     return x if x.shape[3] == width else np.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - x.shape[3])))
 
 
-def _weights(q: np.ndarray, block: _core.Block, scale: float, cap: float | None) -> np.ndarray:
-    """(B, H, T, S): what attention makes of values of which each is 1 in a column of its own, some columns at a time."""
+def weights_of(q: np.ndarray, block: _core.Block, scale: float, cap: float | None) -> np.ndarray:
+    """The weights (B, H, T, S): what attention makes of values of which each is 1 in a column of its own, some columns at a time."""
     batch, kv_heads, source, _ = block.k.shape
     weights, some = np.zeros((*q.shape[:3], source), q.dtype), max(q.shape[3], 1)
     for at in range(0, source, some):

@@ -170,6 +170,10 @@ class Stack:
     def last_norm(self, x: Array, p: Pass) -> Array:
         return x if self.norm is None else self.norm(x, p)
 
+    def note(self, x: Array, p: Pass) -> None:
+        if p.record is not None:
+            p.record.hidden(self.name, x)
+
 
 class Encoder(Stack):
     def __init__(self, config: Config):
@@ -189,9 +193,12 @@ class Encoder(Stack):
             return [x[:, start:stop] for start, stop in itertools.pairwise(ends)]
 
         for number, layer in enumerate(self.layers):
-            x = layer(p.run.enter("encoder", number, x), p, layout)
+            x = p.run.enter("encoder", number, x)
+            self.note(x, p)
+            x = layer(x, p, layout)
             p.run.leave("encoder", number, partial(of_rows, x))
         x = self.last_norm(x, p)
+        self.note(x, p)
         p.run.end("encoder", of_rows(x))
         return Encoded(x, valid, n_front)
 
@@ -221,9 +228,12 @@ class Decoder(Stack):
         for number, layer in enumerate(self.layers):
             # Rows that are written behind the text are read in front of it: of the last layer they are keys, nobody asks for outputs.
             unread = layer is self.layers[-1] and n_back == layout.n_front and not p.run.wants_mass()
-            x = layer(p.run.enter("decoder", number, x), p, layout, encoded, layout.n_front if unread else 0)
+            x = p.run.enter("decoder", number, x)
+            self.note(x, p)
+            x = layer(x, p, layout, encoded, layout.n_front if unread else 0)
             p.run.leave("decoder", number, partial(of_rows, x))
         x = self.last_norm(x, p)
+        self.note(x, p)
         if rows:
             p.run.end("decoder", of_rows(x))
             x = x[:, x.shape[1] - n_back - tokens.shape[1] : x.shape[1] - n_back]

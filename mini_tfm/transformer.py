@@ -17,6 +17,7 @@ from .checkpoint.models import read_model, save_adapters, save_hugging_face, sav
 from .config import Config
 from .errors import InvalidType, InvalidValue, shown
 from .generate import GenerationOptions, generate
+from .inside import Inside, inside
 from .memory.base import Memory
 from .memory.registry import memory_of_file
 from .memory.run import memory_parameters
@@ -96,6 +97,30 @@ class Transformer(Model):
         target, lengths = check_tokens("target", target, self.config.vocab_size, target_lengths)
         found = np.take_along_axis(_core.log_softmax(logits), target[..., None], 2)[..., 0]
         return np.where(np.arange(target.shape[1]) < lengths[:, None], found, found.dtype.type(0))
+
+    def look_inside(self, source: Any = None, inputs: Any = None, source_lengths: Any = None, input_lengths: Any = None) -> Inside:
+        """The attention weights and the states between the layers of one pass, see `Inside`, to look at small examples.
+
+        source: (B, S) ids that the encoder reads; inputs: (B, T) ids that the decoder is fed, bos included, each row from its
+        beginning. None where the model has no such stack; of an encoder-decoder inputs may be left out.
+        """
+        config, encoder, decoder = self.config, self.config.has_encoder, self.config.has_decoder
+        if (source is None) == encoder or (inputs is not None and not decoder) or (inputs is None and not encoder):
+            wanted = " and ".join(name for name, has in (("source", encoder), ("inputs", decoder)) if has)
+            got = " and ".join(name for name, given in (("source", source), ("inputs", inputs)) if given is not None)
+            raise InvalidValue(f"source, inputs: expected {wanted} for this model, got {got or 'neither'}")
+        if source is not None:
+            source, source_lengths = check_tokens("source", source, config.vocab_size, source_lengths)
+        if inputs is not None:
+            inputs, input_lengths = check_tokens("inputs", inputs, config.vocab_size, input_lengths)
+            if source is not None and len(source) != len(inputs):
+                raise InvalidValue(f"inputs: expected {len(source)} sequences, as source has, got {len(inputs)}")
+            if config.segment_length is not None and inputs.shape[1] > config.segment_length:
+                raise InvalidValue(
+                    f"inputs: expected at most segment_length = {config.segment_length} tokens, for positions begin anew behind them, got"
+                    f" {inputs.shape[1]}"
+                )
+        return inside(self, source, source_lengths, inputs, input_lengths)
 
     @takes(GenerationOptions)
     def generate(self, source: Any = None, lengths: Any = None, *, encoder_outputs: Any = None, **options: Any) -> Any:

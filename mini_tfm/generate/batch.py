@@ -9,6 +9,7 @@ import numpy as np
 
 from ..attention import Encoded
 from ..errors import InvalidType, InvalidValue
+from ..inside import Inside, inside
 from ..model import Model
 from ..stream import Stream
 from ..tokens import check_tokens
@@ -16,7 +17,7 @@ from .options import GenerationOptions
 from .results import Generated, Hypothesis
 from .rules import deadline_of
 from .search import found_by
-from .segments import check_length, in_segments, segment_limit
+from .segments import check_length, goes_on, in_segments, segment_limit
 
 
 def generate(model: Model, source: Any = None, lengths: Any = None, *, encoder_outputs: Any = None, **options: Any) -> Any:
@@ -50,16 +51,38 @@ def generate(model: Model, source: Any = None, lengths: Any = None, *, encoder_o
         if not config.has_encoder:
             begun = stream.begin(begun[:, : lengths[rows[0]]])
         check_length(stream, begun.shape[1], limit)
-        part = _counting_new_tokens(chosen, 1 + (0 if config.has_encoder else begun.shape[1]))
+        prompt = stream.shifted(np.pad(begun[:, : 0 if config.has_encoder else None], [(0, 0), (0, 1)]))  # what the decoder is fed first
+        part = _counting_new_tokens(chosen, prompt.shape[1])
+        looks = part.output_attentions or part.output_hidden_states
+        if looks and limit is not None and goes_on(stream):
+            _check_is_one_segment(prompt.shape[1] - 1 + part.max_new_tokens, limit)
         while not config.has_encoder and limit is not None and begun.shape[1] >= limit:
             stream.read(begun[:, :limit], np.full(len(rows), limit))
             begun = begun[:, limit:]
         steps = in_segments(stream, begun, lengths[rows], part, limit, rows=rows, deadline=deadline, encoded=encoded)
-        for row, found in zip(rows, found_by(steps), strict=True):
+        for n, (row, found) in enumerate(zip(rows, found_by(steps), strict=True)):
             results[row] = found
+            for one in found if looks else ():
+                own = None if encoded is None else Encoded(encoded.hidden[[row], : lengths[row]], encoded.valid[[row], : lengths[row]], 0)
+                one.inside = _inside(model, one, source[row, : lengths[row]], prompt[n], own)
     if chosen.output_scores:
         return Generated.of(results, chosen)
     return [[one.ids for one in found] if chosen.num_return_sequences > 1 else found[0].ids for found in results]
+
+
+def _check_is_one_segment(n_tokens: int, limit: int) -> None:
+    if n_tokens > limit:
+        raise InvalidValue(
+            f"generate: output_attentions, output_hidden_states: expected a prompt and max_new_tokens of at most {limit} tokens together, a"
+            f" segment of this model, got {n_tokens}; what is longer is computed in several"
+        )
+
+
+def _inside(model: Model, one: Hypothesis, source: np.ndarray, prompt: np.ndarray, encoded: Encoded | None) -> Inside:
+    """Of what was generated, by a pass over what the decoder was fed: the prompt and all but the last token."""
+    fed = np.concatenate([prompt, np.array(one.ids, np.int64)])[: max(0, len(prompt) + one.length - 1)]
+    read = source[None] if model.config.has_encoder and encoded is None else None
+    return inside(model, read, np.array([len(source)]), fed[None], np.array([len(fed)]), encoded)
 
 
 def _counting_new_tokens(options: GenerationOptions, n_prompt: int) -> GenerationOptions:

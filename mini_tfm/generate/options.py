@@ -222,6 +222,8 @@ class GenerationOptions(Options):
 
     output_scores: bool = option(False, "Return a `Generated`, with scores, instead of token ids alone.", cli=False)
     top_logprobs: int = option(0, "So many of the best tokens of each step, in `Generated.top_logprobs`.", at_least=0, cli=False)
+    output_attentions: bool = option(False, "The attention weights of each sequence, in the `Generated`, by one more pass.", cli=False)
+    output_hidden_states: bool = option(False, "The states between the layers of each sequence, likewise.", cli=False)
 
     @classmethod
     def over(cls, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Self:
@@ -266,7 +268,7 @@ class GenerationOptions(Options):
         if self.stop_strings is None:
             yield from self._ignored(["include_stop_strings"], "stop_strings")
         if not self.output_scores:
-            yield from self._ignored(["top_logprobs"], "output_scores=True")
+            yield from self._ignored(["top_logprobs", "output_attentions", "output_hidden_states"], "output_scores=True")
         for name in ("forced_bos_token_id", "forced_eos_token_id"):
             forced = getattr(self, name)
             if forced is not None and {*_tokens(forced)} <= {*(self.suppress_tokens or ())}:
