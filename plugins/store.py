@@ -1,8 +1,9 @@
 """store: long-term memory. Every row ever read, searched exactly; with a `path` it outlives the process.
 
-Each query attends to the `top_k` rows of largest score (Memorizing Transformers, arXiv 2203.08913), found among
-hidden rows, so that one bank serves all layers and heads (Unlimiformer, arXiv 2305.01625, section 2.3). In training the
-gradient flows into the rows found, unlike theirs (`gradient=none`): what made them is otherwise not trained to be found.
+Each query attends to the `top_k` rows of largest score (Memorizing Transformers, arXiv 2203.08913), found among hidden
+rows, so that one bank serves all layers and heads (Unlimiformer, arXiv 2305.01625, section 2.3; with `merge=replace`
+they stand in place of the segment, as there). In training the gradient flows into the rows found, unlike theirs
+(`gradient=none`): what made them is otherwise not trained to be found.
 
 One path holds many documents, each under a name; a memory reads and writes the one it was given. Without a path,
 and while training, rows stay in RAM.

@@ -160,7 +160,8 @@ class Rows:
 class New:
     """What a segment computed at a site and layer: the rows offered to `write`.
 
-    hidden: (B, S, d) inputs of the layer's key and value projections. valid: (B, S) bool. positions: (B, S) tokens since
+    hidden: (B, S, d) inputs of the layer's key and value projections. valid: (B, S) bool, one run of each row: it may begin behind
+    rows of the segment before, and end in front of rows of the next, where they overlap. positions: (B, S) tokens since
     the start of the stream. With "tokens" in spec.needs, tokens: (B, S) the id each row was made from; targets: (B, S)
     the id each row of a decoder predicts, where known. With "mass", mass: (B, S) accumulated attention (arXiv
     2306.14048): the weights each row received, summed over heads and queries; view_mass: (B, M) the same for the rows
