@@ -80,9 +80,9 @@ def main():
     options = parser.parse_args()
     model = mt.Pipeline.load("smollm2", memory=None)
     text, facts = haystack(model.tokenizer, options.tokens, options.seed)
-    back = [f"{tokens:,}" for _, tokens in facts]
+    back = " / ".join(f"{tokens:,}" for _, tokens in facts)
     print(f"seed {options.seed}, {os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}")
-    print(f"| memory | right of {3 * len(facts)} | right of 3, asked so many tokens later: {' / '.join(back)} | read, tokens/s | an answer, s |")
+    print(f"| memory | right of {3 * len(facts)} | of 3, asked so many tokens later: {back} | read, tokens/s | an answer, s |")
     print("|---|---|---|---|---|")
     for name in options.memory or MEMORIES:
         pipe = mt.Pipeline(model.model, model.tokenizer, name, segment_length=SEGMENT)

@@ -1,13 +1,14 @@
 """blocks: long-term memory for questions. What was read is kept in blocks; a question looks up those that share its rarest words.
 
 The rows that a window drops are kept as InfLLM keeps them (arXiv 2402.04617): contiguous blocks of `block_size` tokens, of which a
-question sees the `top_k` best, at every layer and for the whole answer, laid one behind the other `reach` tokens before it. Put it
-behind a window: `window:size=512,sinks=4+blocks`.
+question sees the `top_k` best, at every layer and for the whole answer. Put it behind a window: `window:size=512,sinks=4+blocks`.
 
 Differences from the paper. A block is found by its tokens (Okapi BM25, k1 = 1.2, b = 0: all blocks are as long), and not by keys of a
 few of its tokens: in a small model a question's queries point at the right block in a third of the layers alone. The choice is made once
 for a prompt, by all its tokens, and kept for the answer. So nothing is looked up while text is read, scored or trained on, where
-a choice would have to be made for each token by those before it.
+a choice would have to be made for each token by those before it. The blocks are read right before the question, one behind the other
+in the order of the text (`reach=1`), at positions that the window's rows have too: at the window's edge, where the paper puts
+them, a small model finds half as much.
 
 With a `path` rows and tokens outlive the process, as those of `store` do.
 """
@@ -34,7 +35,7 @@ class Blocks(Store):
         path: str | None = None,
         block_size: int = 64,
         top_k: int = 8,
-        reach: int = 512,
+        reach: int = 1,
         document: str = "default",
         read_only: bool = False,
     ):

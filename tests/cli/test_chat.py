@@ -53,6 +53,19 @@ def test_a_line_is_a_question_and_what_was_said_is_known(run, talker):
     assert said.out != answers_of(talker, "one", **options) + answers_of(talker, "two", **options)
 
 
+def test_texts_are_read_first_and_a_reset_keeps_them(run, talker, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("some words, " * 40)
+    pipe = Pipeline.load(talker, memory="window:size=16+blocks:block_size=8", segment_length=32)
+    pipe.read(path.read_text())
+    answer = pipe.chat([{"role": "user", "content": "words"}], max_new_tokens=6) + "\n"
+    words = ["--max-new-tokens", 6, "--memory", "window:size=16+blocks:block_size=8", "--segment-length", 32]
+    said = run("chat", talker, "--read", path, *words, stdin="words\n/reset\nwords\n")
+    assert said.out == answer * 2
+    assert said.out != answers_of(talker, "words", max_new_tokens=6) * 2
+    assert "has none to read into" in run("chat", talker, "--read", path, stdin="words\n").err
+
+
 def test_commands_are_not_questions(run, talker):
     said = run("chat", talker, "--max-new-tokens", 6, stdin="one\n/reset\ntwo\n/exit\nthree\n")
     assert said.out == answers_of(talker, "one", max_new_tokens=6) + answers_of(talker, "two", max_new_tokens=6)
