@@ -3,7 +3,7 @@
 import pytest
 from helpers import in_a_process
 
-TIMES = 16  # of each work and thread count
+TIMES = 8  # of each work and thread count
 
 PROGRAM = """
 import os, random, signal, sys, threading

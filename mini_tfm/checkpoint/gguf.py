@@ -16,15 +16,13 @@ import math
 import os
 import struct
 from collections.abc import Iterator, Mapping
-from mmap import ACCESS_READ
-from mmap import mmap as map_file
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..config import RotaryScaling
 from ..errors import FileProblem, InvalidValue
-from ..files.reading import open_regular, reason
+from ..files.reading import mapped
 from ..positions import scaled_frequencies
 from .safetensors import BFLOAT16, MAX_TENSORS, Entry
 
@@ -53,13 +51,7 @@ class Gguf:
     """A GGUF file: `fields` by key, `stored` tensors by name. Raises FileProblem, InvalidValue naming the file and what is wrong."""
 
     def __init__(self, path: str | os.PathLike):
-        with open_regular(path) as file:
-            self.name = file.name
-            try:
-                size = os.fstat(file.fileno()).st_size
-                self._data = map_file(file.fileno(), 0, access=ACCESS_READ) if size else b""
-            except (OSError, ValueError) as error:
-                raise FileProblem(f"{file.name}: cannot be read: {reason(error)}") from error
+        self.name, self._data = mapped(path)
         try:
             self.fields, self.stored = _Reader(self._data).header()
         except FileProblem as error:

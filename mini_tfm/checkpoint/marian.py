@@ -19,14 +19,12 @@ import os
 import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from mmap import ACCESS_READ
-from mmap import mmap as map_file
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..errors import FileProblem, InvalidValue
-from ..files.reading import open_regular, read_bytes, reason
+from ..files.reading import mapped, open_regular, read_bytes
 from ..text.shortlist import Shortlist
 from ..text.tokenizers import MAX_FILE_BYTES, BPETokenizer, Tokenizer
 from ..text.vocabularies import sentencepiece_files
@@ -58,13 +56,7 @@ class Marian:
     """A file: `items` by name, `options` of the architecture. Raises FileProblem, InvalidValue naming the file and what is wrong."""
 
     def __init__(self, path: str | os.PathLike):
-        with open_regular(path) as file:
-            self.name = file.name
-            try:
-                size = os.fstat(file.fileno()).st_size
-                self._data = map_file(file.fileno(), 0, access=ACCESS_READ) if size else b""
-            except (OSError, ValueError) as error:
-                raise FileProblem(f"{file.name}: cannot be read: {reason(error)}") from error
+        self.name, self._data = mapped(path)
         try:
             self.items = _Reader(self._data).items()
             self.options = options_of(self._text())

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import mmap
 import os
 import re
 import stat
@@ -50,6 +51,16 @@ def open_regular(path: str | os.PathLike, name: str | None = None, folder_fd: in
         os.close(fd)
         raise FileProblem(f"{shown}: expected a regular file, found a folder, a device or a pipe")
     return NamedFile(fd, shown)
+
+
+def mapped(path: str | os.PathLike) -> tuple[str, mmap.mmap | bytes]:
+    """A regular file's name for errors, and its bytes, which are read when they are used. Raises FileProblem."""
+    with open_regular(path) as file:
+        try:
+            size = os.fstat(file.fileno()).st_size
+            return file.name, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+        except (OSError, ValueError) as error:
+            raise FileProblem(f"{file.name}: cannot be read: {reason(error)}") from error
 
 
 def _open_in_cache(folder: str, name: str, flags: int) -> int:
