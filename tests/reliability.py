@@ -51,6 +51,7 @@ EXAMPLES = Repeated("tests/conftest.py", r"int\((\d+) \* float")
 MORE = "tests/test_more_examples.py"
 STORE, FOLDERS, RESUME = "tests/plugins/test_store.py", "tests/files/test_folders.py", "tests/train/test_resume.py"
 FOLDER, MODELS, TENSORS = (f"tests/checkpoint/test_{name}.py" for name in ("folder", "models", "safetensors"))
+BAD = "tests/checkpoint/test_bad_models.py"
 THREADS, KERNELS, PACKAGES = "tests/core/test_threads.py", "tests/core/test_every_kernel.py", "tests/test_plugin_packages.py"
 SESSION, RUN, BEHAVIOUR = "tests/generate/test_session.py", "tests/memory/test_run.py", "tests/cli/test_behaviour.py"
 
@@ -65,8 +66,9 @@ PROMISES: dict[str, list[Row]] = {
                 f"{FOLDER}::test_bad_files_are_refused_without_asserts",
                 f"{MODELS}::test_the_config_must_hold_together",
                 f"{MODELS}::test_tensors_must_be_those_of_the_architecture",
+                *(f"{BAD}::test_a_bad_{kind}_is_refused" for kind in ("folder", "gguf_file", "file_of_marian")),
+                f"{BAD}::test_bad_models_are_refused_without_asserts",
             ),
-            lacking="under `python -O` bad tensors and bad JSON alone",
         ),
         Row(
             "Mutations of valid folders load, or are an error of ours",

@@ -6,10 +6,12 @@ import random
 import struct
 import time
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
 from broken_models import GGUF_FIELDS, GGUF_SHAPES, MARIAN_OPTIONS, gguf, hugging_face, marian, marian_yaml, mutated, mutated_json
+from helpers import in_a_process
 from published import GOLDENS, tensor
 
 from mini_tfm.errors import FileProblem, InvalidValue, MiniTfmError
@@ -298,6 +300,62 @@ def test_a_bad_file_of_marian_is_refused(name, tmp_path):
     data, said = MARIANS[name]
     (tmp_path / "model.bin").write_bytes(data)
     refused(tmp_path / "model.bin", said)
+
+
+WITHOUT_ASSERTS = """
+import sys
+from pathlib import Path
+
+work, *places = map(Path, sys.argv[1:])
+sys.path[:0] = map(str, places)
+import numpy as np
+import test_bad_models as bad
+import test_models as ours
+from variants import tiny_model
+from mini_tfm.checkpoint.models import save_model
+from mini_tfm.errors import FileProblem, InvalidValue
+from mini_tfm.text import ByteTokenizer
+from mini_tfm.transformer import load_checkpoint
+
+if __debug__:
+    raise SystemExit("asserts are on")
+seen = 0
+
+
+def refused(path, kind):
+    global seen
+    seen += 1
+    try:
+        load_checkpoint(path)
+    except (FileProblem, InvalidValue):
+        return
+    raise SystemExit(f"{kind} was taken")
+
+
+for kind, (make, _) in bad.FOLDERS.items():
+    (work / str(seen)).mkdir()
+    make(work / str(seen) / "model")
+    refused(work / str(seen) / "model", kind)
+for name, table in (("model.gguf", bad.GGUFS), ("model.bin", bad.MARIANS)):
+    for kind, (data, _) in table.items():
+        (work / str(seen)).mkdir()
+        (work / str(seen) / name).write_bytes(data)
+        refused(work / str(seen) / name, kind)
+for table, change in ((ours.CONFIGS, ours.change_config), (ours.TENSORS, ours.change_tensors)):
+    for kind, (what, _) in table.items():
+        folder = work / str(seen)
+        save_model(folder, tiny_model(dtype=np.float32, vocab_size=300), tokenizer=ByteTokenizer())
+        change(folder, what)
+        refused(folder, kind)
+print(seen)
+"""
+
+
+def test_bad_models_are_refused_without_asserts(tmp_path):
+    """Under `python -O`: no check of a file is an assert."""
+    places = Path(__file__).parent, Path(__file__).parents[1]
+    seen = in_a_process(WITHOUT_ASSERTS, tmp_path, *places, PYTHONOPTIMIZE="1", PYTHONWARNINGS="ignore").stdout.split()
+    assert int(seen[0]) > len(FOLDERS) + len(GGUFS) + len(MARIANS)
 
 
 def test_the_files_that_the_bad_ones_are_made_of_are_good(tmp_path):
