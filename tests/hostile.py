@@ -11,6 +11,7 @@ import resource
 import signal
 import struct
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from mini_tfm.transformer import load_checkpoint
 
 SECONDS = 60
 MOST_BYTES, MOST_BYTES_A_BYTE = 16 << 20, 20  # that a process may grow by: at all, and for each byte of the file
+CPU_SECONDS, CPU_SECONDS_A_BYTE = 1.0, 1e-6  # that it may take: most take a hundredth of that
 BYTES = 3 << 30  # of address space, of which a fresh process with NumPy takes some 0.5 GB
 
 LETTERS = {chr(97 + i): i for i in range(26)} | {"<unk>": 26}
@@ -250,9 +252,9 @@ def _ending_of(name: str, folder: Path) -> str:
 
 
 def main(folder: str) -> None:
-    """Each case in a child that has its own limits, so that whatever it does to itself is one line: its name, how it ended, by how
+    """Each case in a child that has its own limits, so that whatever it does to itself is one line: its name, how it ended, how many
 
-    many bytes the child grew, and how many it had to read.
+    seconds of CPU it took, by how many bytes the child grew, and how many it had to read.
     """
     BPETokenizer(json.dumps(rules()).encode()).encode("abc")  # imported once
     for number, name in enumerate(CASES):
@@ -263,19 +265,19 @@ def main(folder: str) -> None:
         if not pid:
             signal.alarm(SECONDS)
             resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            before, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
             ending = _ending_of(name, place)
-            grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
-            os.write(writer, f"{grown} {ending}".encode("utf-8", "backslashreplace")[:60_000])
+            seconds, grown = time.process_time() - begun, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
+            os.write(writer, f"{seconds:.3f} {grown} {ending}".encode("utf-8", "backslashreplace")[:60_000])
             os._exit(0)
         os.close(writer)
         with os.fdopen(reader, "rb") as pipe:
-            grown, _, ending = pipe.read().decode().partition(" ")
+            seconds, grown, ending = (pipe.read().decode() or "0 0 ").split(" ", 2)
         _, status = os.waitpid(pid, 0)
         if status:
-            grown, ending = 0, f"the process ended with {os.waitstatus_to_exitcode(status)}"
+            ending = f"the process ended with {os.waitstatus_to_exitcode(status)}"
         size = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
-        print(json.dumps([name, ending, int(grown), size]), flush=True)
+        print(json.dumps([name, ending, float(seconds), int(grown), size]), flush=True)
 
 
 if __name__ == "__main__":

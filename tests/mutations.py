@@ -23,6 +23,7 @@ from mini_tfm.text.tokenizers import ByteTokenizer, train_bpe
 from mini_tfm.transformer import load_checkpoint
 
 SECONDS, BYTES = 60, 3 << 30  # for each, and of address space: they tell a hang, not a slow machine
+CPU_SECONDS = 1.0  # for each; most take a hundredth of that
 MOST_BYTES = 64 << 20  # that the process may grow by for one, where Linux tells
 NASTY = [
     *(0, -1, 1, 2**31, 2**32 - 1, 2**63, -(2**63), 10**399, 1e308, 5e-324, 0.5, True, None, "", "x", "\0", "é" * 300, [], {}, [[]]),
@@ -139,6 +140,7 @@ def main(place: str, seed: int, count: int) -> int:
         path = rng.choice(sorted(work.iterdir()))
         path.write_bytes(mutated(path.read_bytes(), rng))
         signal.alarm(SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
         print(number, path.name, flush=True)
         forget_peak()
         before = resident("VmRSS")
@@ -153,6 +155,7 @@ def main(place: str, seed: int, count: int) -> int:
             traceback.print_exc()
             return 1
         signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         if (grown := resident("VmHWM") - before) > MOST_BYTES:
             print(f"mutation {number} of {folder.name}/{path.name} took {grown >> 20} MB", file=sys.stderr)
             return 1

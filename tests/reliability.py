@@ -77,15 +77,14 @@ PROMISES: dict[str, list[Row]] = {
             also=(Repeated("tests/files/test_mutations.py", r"check\(tmp_path, 0, ([\d_]+)"),),
             long=(Repeated("tests/files/test_mutations.py", r"check\(tmp_path, 1000, ([\d_]+)"),),
             cases_count=False,
-            lacking="each may take 64 MB of RAM, but a minute and not 1 s, which would tell a slow machine; 20,000 are tried in the long"
-            " tests alone, not a million",
+            lacking="each may take 1 s of CPU and 64 MB of RAM; 20,000 are tried in the long tests alone, not a million",
         ),
         Row(
             "Tiny files that ask for huge work are refused",
             40,
             ("tests/files/test_hostile.py::test_a_file_that_asks_for_too_much_is_refused",),
-            lacking="each may take 16 MB of RAM and 20 bytes for each byte of its file, some of which are not tiny; and a minute, not"
-            " 100 ms, which would tell a slow machine",
+            lacking="each may take 1 s of CPU and 16 MB of RAM, and for each byte of its file, for some are not tiny, a microsecond and 20"
+            " bytes; not 100 ms, which a busy machine would miss",
         ),
         Row(
             "Every prefix of a small file is refused",

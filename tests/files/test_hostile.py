@@ -18,9 +18,10 @@ def endings(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", hostile.CASES)
 def test_a_file_that_asks_for_too_much_is_refused(kind, endings):
-    ending, grown, size = endings[kind]
+    ending, seconds, grown, size = endings[kind]
     assert ending.startswith(("InvalidValue: ", "FileProblem: ")), ending
     assert len(ending) < 1200 and "\n" not in ending
     if not kind.startswith("option"):
         assert any(name in ending for name in (".json: ", ".safetensors: ", "/m: ")), "which file?"
+    assert seconds <= hostile.CPU_SECONDS + hostile.CPU_SECONDS_A_BYTE * size
     assert grown <= hostile.MOST_BYTES + hostile.MOST_BYTES_A_BYTE * size, f"{grown >> 20} MB for a file of {size >> 10} kB"
