@@ -94,10 +94,10 @@ def serial(session):
 
 
 def instruction_sets(session):
-    """All but the best one, which the tests run on anyway, and the NumPy twins."""
+    """All but the best one, which the tests run on anyway, and the NumPy twins; `-- tests` runs the whole fast suite on each."""
     install_package(session)
     for isa in from_core(session, "_core.show_config()['isas'][1:]"):
-        session.run(*PYTEST, *tests_of(isa), "tests/test_model.py", env={"MINI_TFM_ISA": isa})
+        session.run(*PYTEST, *(session.posargs or [*tests_of(isa), "tests/test_model.py"]), env={"MINI_TFM_ISA": isa})
     session.run(*PYTEST, *OF_REFERENCE, env={"MINI_TFM_ISA": "reference"})
 
 

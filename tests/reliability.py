@@ -221,8 +221,9 @@ PROMISES: dict[str, list[Row]] = {
         Row(
             "Each instruction set, a build without OpenMP, one with Cython's checks, and NumPy pass the tests",
             0,
-            command="nox -s core",
-            lacking="those of the core and of what calls it, not the whole suite; not counted here",
+            command="nox -s core; nox -s 'core(instruction-sets)' -- tests",
+            lacking="at each change those of the core and of what calls it, the whole suite by the second command, but for NumPy and the"
+            " builds; not counted here",
         ),
         Row(
             "AddressSanitizer and UndefinedBehaviorSanitizer report nothing",

@@ -72,7 +72,7 @@ def test_steps_of_training_are_pefts(variant, tmp_path, values):
     T5's scores are not scaled down, so rounding grows most there: the two differ by as much where both compute in float64, but for
     Transformers' norms and softmax, which are float32.
     """
-    of_losses, of_changes = (2e-5, 1e-2) if VARIANTS[variant][0] == "t5" else (1e-6, 3e-4)
+    of_losses, of_changes = (1e-4, 1e-2) if VARIANTS[variant][0] == "t5" else (1e-6, 3e-4)
     model = base(variant, tmp_path / "model")
     model.load_lora(adapter_of(variant, tmp_path / "adapter"))
     losses, changes = trained(model)
