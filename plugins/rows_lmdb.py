@@ -110,12 +110,12 @@ class LmdbRows:
             # born: tells this file from one that was here before it.
             meta: dict[str, Any] = {"format": FORMAT, "d_model": d_model, "models": models, "born": time.time_ns()}
             with self._write(create=True) as txn:
+                try:
+                    _sync_folder(os.path.dirname(self.path))  # before it is a store, so that who tries again does this again
+                except OSError as error:
+                    raise FileProblem(f"path: the name of the new store {self.given} cannot be made durable: {error}; try again") from error
                 if not txn.stat()["entries"]:
                     txn.put(b"meta", json.dumps(meta).encode())
-            try:
-                _sync_folder(os.path.dirname(self.path))
-            except OSError as error:
-                raise FileProblem(f"path: the name of the new store {self.given} cannot be made durable: {error}; try again") from error
         with self._read() as txn:
             new = self._settled(txn, d_model, models, former)
         if new is not None and self._may_write():

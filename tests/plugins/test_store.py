@@ -1,5 +1,6 @@
 """Long-term memory: exact, durable, shared by processes, and careful with files that are not its own."""
 
+import errno
 import gc
 import hashlib
 import json
@@ -1224,3 +1225,21 @@ def test_an_interrupt_between_segments_brings_nothing_back_into_ram(path, monkey
         with pytest.raises(KeyboardInterrupt):
             pipe.read("more")
     assert pipe.state_bytes() == size
+
+
+def test_a_name_that_could_not_be_made_durable_is_synced_again(tmp_path, monkeypatch):
+    """Only then is the file a store."""
+    synced = []
+
+    def sync(folder):
+        synced.append(folder)
+        if len(synced) == 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(rows_lmdb, "_sync_folder", sync)
+    with pytest.raises(FileProblem, match=r"cannot be made durable: .* try again"):
+        LmdbRows(str(tmp_path / "rows.mdb")).open(4, "model")
+    LmdbRows(str(tmp_path / "rows.mdb")).open(4, "model")
+    assert synced == [str(tmp_path)] * 2
+    LmdbRows(str(tmp_path / "rows.mdb")).open(4, "model")
+    assert len(synced) == 2
