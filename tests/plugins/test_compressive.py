@@ -8,7 +8,6 @@ import pytest
 
 import mini_tfm as mt
 from mini_tfm.autodiff import Var, backward
-from mini_tfm.errors import InvalidValue
 from mini_tfm.testing.trial import LENGTH, Reader, Trial, random_segments, small_model
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -73,16 +72,3 @@ def test_the_task_trains_the_convolution_through_the_rows():
         found[detach_at] = w["memory.compressive.decoder_conv"].grad
     assert np.abs(found[None]).max() > 1e-6
     assert not np.array_equal(found[None], found[3])
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("compressive:size=4,rate=5", "rate: expected a number of rows from 1 to size = 4, got 5"),
-        ("compressive:rate=0", "rate: expected a number of rows from 1 to size = 512, got 0"),
-        ("compressive:how=most", "how: expected mean, max or conv, got 'most'"),
-    ],
-)
-def test_what_makes_no_sense_is_refused(text, message):
-    with pytest.raises(InvalidValue, match=message):
-        mt.memory(text)

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 import mini_tfm as mt
-from mini_tfm.errors import InvalidValue
 from mini_tfm.memory import Stack
 from mini_tfm.testing.trial import LENGTH, Reader, Tap, random_segments, small_model
 
@@ -107,19 +106,3 @@ def test_a_row_goes_to_and_fro():
     assert len(exchange) == 6 and reader.run.states[1]["decoder.1.promoted"].sum() == 2
     reader.run.drain()
     assert sorted(position for _, layer, position, _ in tap.rows(0) if layer == 1) == list(range(6 * LENGTH))
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("exchange:size=0", "size: expected a number of rows of at least 1, got 0"),
-        ("exchange:promote=-1", "promote: expected a number of rows of at least 0, got -1"),
-        ("exchange:same=0.0", "same: expected a number above 0, got 0.0"),
-        ("exchange:half_life=-1.0", "half_life: expected a number above 0, got -1.0"),
-        ("exchange:site=all", "site: expected one of encoder, decoder, cross, got 'all'"),
-        ("exchange:gradient=all", "gradient: expected none or rows, got 'all'"),
-    ],
-)
-def test_what_makes_no_sense_is_refused(text, message):
-    with pytest.raises(InvalidValue, match=message):
-        mt.memory(text)

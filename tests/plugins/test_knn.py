@@ -133,23 +133,6 @@ def test_nothing_is_seen_before_something_was_read(name):
     np.testing.assert_array_equal(trial.reader(2).read(first), trial.reader(2, without=True).read(first))
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("knn:top_k=0", "top_k: expected a number of rows of at least 1, got 0"),
-        ("knn:size=0", "size: expected a number of rows of at least 1, got 0"),
-        ("knn:site=cross", "site: expected encoder or decoder"),
-        ("knn:gradient=all", "gradient: expected none or rows, got 'all'"),
-        ("knn_lm:top_k=0", "top_k: expected a number of rows of at least 1, got 0"),
-        ("knn_lm:share=1.0", "share: expected a number between 0 and 1, got 1.0"),
-        ("knn_lm:temperature=0.0", "temperature: expected a number above 0, got 0.0"),
-    ],
-)
-def test_what_makes_no_sense_is_refused(text, message):
-    with pytest.raises(InvalidValue, match=message):
-        mt.memory(text)
-
-
 def test_they_need_what_a_model_has():
     with pytest.raises(InvalidValue, match="layer: expected -2 to 1 in this model, got 5"):
         made = small_model("decoder-only")

@@ -3,6 +3,7 @@
 import pytest
 
 import mini_tfm as mt
+from mini_tfm.errors import InvalidValue
 from mini_tfm.testing import CHECKS, check_memory
 from mini_tfm.testing.trial import KINDS
 from mini_tfm.text.tokenizers import ByteTokenizer
@@ -105,3 +106,46 @@ def test_it_comes_back_with_the_model(text, tmp_path):
 @pytest.mark.parametrize("text", [STACKS[0], *(pytest.param(text, marks=pytest.mark.long) for text in STACKS[1:])])
 def test_it_stands_in_a_stack(text):
     check_memory(text, skip=TRAINED if "prefix" in text else ())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("h2o:size=8,recent=4,sinks=4", r"size: expected more than recent \+ sinks = 8 rows, or there is no choice, got 8"),
+        ("tova:recent=-1", "recent: expected a number of rows of at least 0, got -1"),
+        ("keydiff:sinks=-1", "sinks: expected a number of rows of at least 0, got -1"),
+        ("snapkv:pool=4", "pool: expected an odd number of rows, got 4"),
+        ("knorm:site=cross", "site: expected encoder or decoder"),
+        ("keydiff:site=all", "site: expected encoder or decoder"),
+        ("h2o:size=0", "size: expected a number of rows of at least 1, got 0"),
+        ("compressive:size=4,rate=5", "rate: expected a number of rows from 1 to size = 4, got 5"),
+        ("compressive:rate=0", "rate: expected a number of rows from 1 to size = 512, got 0"),
+        ("compressive:how=most", "how: expected mean, max or conv, got 'most'"),
+        ("knn:top_k=0", "top_k: expected a number of rows of at least 1, got 0"),
+        ("knn:size=0", "size: expected a number of rows of at least 1, got 0"),
+        ("knn:site=cross", "site: expected encoder or decoder"),
+        ("knn:gradient=all", "gradient: expected none or rows, got 'all'"),
+        ("knn_lm:top_k=0", "top_k: expected a number of rows of at least 1, got 0"),
+        ("knn_lm:share=1.0", "share: expected a number between 0 and 1, got 1.0"),
+        ("knn_lm:temperature=0.0", "temperature: expected a number above 0, got 0.0"),
+        ("exchange:size=0", "size: expected a number of rows of at least 1, got 0"),
+        ("exchange:promote=-1", "promote: expected a number of rows of at least 0, got -1"),
+        ("exchange:same=0.0", "same: expected a number above 0, got 0.0"),
+        ("exchange:half_life=-1.0", "half_life: expected a number above 0, got -1.0"),
+        ("exchange:site=all", "site: expected one of encoder, decoder, cross, got 'all'"),
+        ("exchange:gradient=all", "gradient: expected none or rows, got 'all'"),
+        ("infini:rule=sum", "rule: expected linear or delta, got 'sum'"),
+        ("infini:site=cross", "site: expected encoder or decoder"),
+        ("gated_delta:site=all", "site: expected encoder or decoder"),
+        ("titans:depth=3", "depth: expected 1 or 2, got 3"),
+        ("titans:chunk=0", "chunk: expected a number of tokens of at least 1, got 0"),
+        ("prefix:tokens=0", "tokens: expected a number of rows of at least 1, got 0"),
+        ("prefix:site=top", "site: expected encoder, decoder, cross or all, got 'top'"),
+        ("product_keys:n=0", "n: expected a number of at least 1, got 0"),
+        ("product_keys:n=4,top_k=5", "top_k: expected at most n = 4, got 5"),
+        ("product_keys:site=all", "site: expected one of encoder, decoder, cross, got 'all'"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(text, message):
+    with pytest.raises(InvalidValue, match=message):
+        mt.memory(text)

@@ -67,21 +67,6 @@ def test_the_best_products_of_half_keys_are_the_best_of_all(n, top_k):
         np.testing.assert_allclose(got, expected, atol=1e-10)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("prefix:tokens=0", "tokens: expected a number of rows of at least 1, got 0"),
-        ("prefix:site=top", "site: expected encoder, decoder, cross or all, got 'top'"),
-        ("product_keys:n=0", "n: expected a number of at least 1, got 0"),
-        ("product_keys:n=4,top_k=5", "top_k: expected at most n = 4, got 5"),
-        ("product_keys:site=all", "site: expected one of encoder, decoder, cross, got 'all'"),
-    ],
-)
-def test_what_makes_no_sense_is_refused(text, message):
-    with pytest.raises(InvalidValue, match=message):
-        mt.memory(text)
-
-
 def test_queries_are_cut_into_halves():
     made = mt.Transformer(mt.Config(vocab_size=24, d_model=6, n_heads=2, n_encoder_layers=0, n_decoder_layers=1, positions="none"))
     with pytest.raises(InvalidValue, match=r"memory 'product_keys'.*d_head: expected an even size.*, got 3"):
