@@ -65,18 +65,19 @@ def long_streams(trial: Trial) -> None:
 
 
 def every_place_counts(trial: Trial) -> None:
-    """What it shows at each site and layer changes the outputs; layers that it does not use are left out by `spec.layers`."""
+    """What it shows or adds at each site and layer changes the outputs; layers that it does not use are left out by `spec.layers`."""
     *before, tokens = trial.segments(1, 7)
     reader = trial.reader(1)
     for segment in before:
         reader.read(segment)
     whole = reader.copy().read(tokens)
-    for site, layer in reader.run._sites.show:
-        without = reader.copy()
-        without.run._sites = sites = copy.copy(reader.run._sites)
-        sites.show = {place: shown for place, shown in sites.show.items() if place != (site, layer)}
-        if np.max(np.abs(without.read(tokens) - whole)) < TOLERANCE:
-            raise CheckFailed(f"{site}, layer {layer}: expected other outputs than without what is shown there, got the same")
+    for kind in ("show", "enter"):
+        for site, layer in getattr(reader.run._sites, kind):
+            without = reader.copy()
+            without.run._sites = sites = copy.copy(reader.run._sites)
+            setattr(sites, kind, {place: members for place, members in getattr(sites, kind).items() if place != (site, layer)})
+            if np.max(np.abs(without.read(tokens) - whole)) < TOLERANCE:
+                raise CheckFailed(f"{site}, layer {layer}: expected other outputs than without what is shown or added there, got the same")
 
 
 # In a stack
@@ -223,7 +224,7 @@ def arguments_stay_as_they_are(trial: Trial) -> None:
     memory = trial.make()
     with contextlib.ExitStack() as watching:
         for member in members_of(memory):
-            for method in ("begin", "view", "read", "write", "absorb", "end", "logits"):
+            for method in ("begin", "enter", "view", "read", "write", "absorb", "leave", "end", "logits"):
                 if getattr(type(member), method) is not getattr(Memory, method):
                     watched = _watched(method, getattr(member, method), faults)
                     watching.enter_context(mock.patch.object(member, method, watched))

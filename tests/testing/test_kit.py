@@ -480,6 +480,18 @@ class ClearsHidden(Last):
         hidden[...] = 0
 
 
+class AddsToTheFirstAlone(Last):
+    """Takes part at every layer, and has a say at one."""
+
+    def enter(self, state, site, layer, inputs):
+        return inputs * (0.1 if layer == 0 else 0.0)
+
+
+class ClearsInputs(Last):
+    def enter(self, state, site, layer, inputs):
+        inputs[:, :1] = 0
+
+
 class SeedsNumPy(Last):
     def keep(self, scores, positions):
         np.random.seed(1)  # noqa: NPY002
@@ -530,6 +542,8 @@ MUTANTS = {
     DrawsInitialValues: "parameters_are_the_same_everywhere",
     EmptiesItsArguments: "arguments_stay_as_they_are",
     ClearsHidden: "arguments_stay_as_they_are",
+    AddsToTheFirstAlone: "every_place_counts",
+    ClearsInputs: "arguments_stay_as_they_are",
     SeedsNumPy: "leaves_the_process_alone",
     SetsThreads: "leaves_the_process_alone",
     Forks: "leaves_the_process_alone",
