@@ -109,6 +109,12 @@ class MultiHeadAttention:
         yield StepProduct(self.qkv, (self.q, self.k, self.v)) if self.site != "cross" else StepProduct(self.q.weight, (self.q,))
         yield StepProduct(self.o.weight, (self.o,))
 
+    def products(self) -> Iterator[StepProduct]:
+        """All that it multiplies with; keys of the encoder's outputs, too."""
+        yield from self.step_products()
+        if self.site == "cross":
+            yield from (StepProduct(one.weight, (one,)) for one in (self.k, self.v))
+
     def to_itself(self, x: Array, p: Pass, layout: Layout, skip: int = 0, residual: Array | None = None) -> Array:
         """Self-attention of all rows of x (B, T, d) but the first `skip`, which are keys alone; residual is added to it."""
         q, k, v = self._projected(x, p, skip)

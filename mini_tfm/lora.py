@@ -79,12 +79,19 @@ def checked_scale(rank: Any, alpha: Any) -> tuple[int, float]:
 
 
 def check_none(model: Model) -> None:
-    """Raises InvalidValue where the model has adapters already: it has one set of them."""
+    """Raises InvalidValue where the model has adapters already, for it has one set of them, or is packed."""
+    check_not_packed(model)
     if layers := adapted_layers(model.weights):
         raise InvalidValue(
             f"model: has adapters already, beside {len(layers)} layers; merge_lora() makes them part of the weights, and a model loaded"
             " again has none"
         )
+
+
+def check_not_packed(model: Model) -> None:
+    """Raises InvalidValue for a model whose matrices are packed: nothing can be added to them, or trained."""
+    if model.precision is not None:
+        raise InvalidValue(f"model: is packed in {model.precision}; load it in float32, merge or train what there is, and pack it then")
 
 
 def chosen_layers(config: Config, targets: Any, names: Mapping[str, str]) -> list[str]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,7 +31,7 @@ from .layers import Linear, Norm, Shape, StepProduct
 from .memory.base import Memory, Rows
 from .memory.run import memory_parameters
 from .positions import sinusoids
-from .weights import Array, Weight
+from .weights import Array, Pack, Part, Weight, Weights
 
 # Section 3.1: encoder and decoder stacks
 
@@ -72,10 +72,11 @@ class EncoderLayer:
         name = f"encoder.{number}."
         self.attention = Sublayer(config, name + "attention", MultiHeadAttention(config, name + "attention", "encoder", number))
         self.feed_forward = Sublayer(config, name + "feed_forward", FeedForward(config, name + "feed_forward", config.d_ff))
+        self.sublayers = [self.attention, self.feed_forward]
 
     def shapes(self) -> Iterator[Shape]:
-        yield from self.attention.shapes()
-        yield from self.feed_forward.shapes()
+        for sublayer in self.sublayers:
+            yield from sublayer.shapes()
 
     def __call__(self, x: Array, p: Pass, layout: Layout) -> Array:
         x = self.attention(x, p, self.attention.f.to_itself, layout)
@@ -95,12 +96,11 @@ class DecoderLayer:
             Sublayer(config, name + "cross", MultiHeadAttention(config, name + "cross", "cross", number)) if config.has_encoder else None
         )
         self.feed_forward = Sublayer(config, name + "feed_forward", FeedForward(config, name + "feed_forward", config.decoder_d_ff))
+        self.sublayers = [each for each in (self.attention, self.cross, self.feed_forward) if each is not None]
 
     def shapes(self) -> Iterator[Shape]:
-        yield from self.attention.shapes()
-        if self.cross is not None:
-            yield from self.cross.shapes()
-        yield from self.feed_forward.shapes()
+        for sublayer in self.sublayers:
+            yield from sublayer.shapes()
 
     def __call__(self, x: Array, p: Pass, layout: Layout, encoded: Encoded | None, skip: int) -> Array:
         """skip: rows in front that are keys alone here; their outputs are left out."""
@@ -128,8 +128,10 @@ class SSRU:
         yield from self.input.shapes()
         yield from self.forget.shapes()
 
-    def step_products(self) -> Iterator[StepProduct]:
+    def products(self) -> Iterator[StepProduct]:
         yield StepProduct(self.both, (self.input, self.forget))
+
+    step_products = products
 
     def to_itself(self, x: Array, p: Pass, layout: Layout, skip: int = 0, residual: Array | None = None) -> Array:
         """Of x (B, T, d), whose rows follow each other; residual is added to it. `skip` is 0: there are no rows of memories."""
@@ -163,6 +165,12 @@ class Stack:
         for part in (self.relative, *self.layers, self.norm):
             if part is not None:
                 yield from part.shapes()
+
+    def products(self) -> Iterator[StepProduct]:
+        """All that the layers multiply with."""
+        for layer in self.layers:
+            for sublayer in layer.sublayers:
+                yield from sublayer.f.products()
 
     def embed(self, tokens: np.ndarray, p: Pass, positions: np.ndarray | None = None) -> Array:
         return p.dropout(self.embedding(tokens, p, positions), self.name + ".embedding")
@@ -243,7 +251,7 @@ class Decoder(Stack):
     def step_products(self) -> Iterator[StepProduct]:
         """All that a decoding step multiplies with, but for the output layer."""
         for layer in self.layers:
-            for sublayer in filter(None, (layer.attention, layer.cross, layer.feed_forward)):
+            for sublayer in layer.sublayers:
                 yield from sublayer.f.step_products()
 
     def _next(self, tokens: np.ndarray, encoded: Encoded | None, p: Pass) -> Array:
@@ -306,9 +314,11 @@ class FeedForward:
         for linear in filter(None, (self.inner, self.gate, self.outer)):
             yield from linear.shapes()
 
-    def step_products(self) -> Iterator[StepProduct]:
+    def products(self) -> Iterator[StepProduct]:
         yield StepProduct(self.inner.weight, (self.inner,), self.gate)
         yield StepProduct(self.outer.weight, (self.outer,))
+
+    step_products = products
 
     def __call__(self, x: Array, p: Pass, residual: Array | None = None) -> Array:
         hidden = p.dropout.hidden(self.inner(x, p, activation=self.activation, gate=self.gate), self.name + ".hidden")
@@ -452,6 +462,49 @@ class Model:
         self.decoder = Decoder(config) if config.has_decoder else None
         self.output = Output(config)
 
+    @property
+    def precision(self) -> str | None:
+        """What the model is packed in, "bfloat16" or "int8"; None: its weights are arrays."""
+        values: Iterable[Any] = self.weights.values()
+        return next((value.pack.packed.dtype for value in values if isinstance(value, Part)), None)
+
+    def pack(self, dtype: str) -> None:
+        """Keeps all matrices in bfloat16 or int8, in place: half or a quarter of the RAM, and of the time that few rows take.
+
+        bfloat16: weights and what they multiply are rounded to it, sums are float32. int8: a scale for each column of a matrix and
+        256 of its rows, and as many for each row that it multiplies, which is quantised on the way. What a token looks up,
+        norms, biases and attention stay float32. Such a model cannot be trained. Raises InvalidValue where it is packed already, has
+        adapters, or a weight is not finite: the model is as it was.
+        """
+        if dtype not in PACKED:
+            raise InvalidValue(f"dtype: expected {' or '.join(map(repr, PACKED))}, got {dtype!r}")
+        if self.precision is not None:
+            raise InvalidValue(f"model: is packed in {self.precision} already; load it again")
+        if self.dtype != np.float32:
+            raise InvalidValue(f"model: expected weights in float32, to pack them, got {self.dtype}")
+        weights: Weights = Weights(self.weights)
+        parts: dict[str, Any] = {}
+        if any(weights.adapter(name) for name in self.weights):
+            raise InvalidValue("model: has adapters; merge_lora() makes them part of the weights, which can be packed then")
+        for name, linears, gate in (*(self.encoder.products() if self.encoder else ()), *(self.decoder.products() if self.decoder else ())):
+            names = [linear.weight for linear in linears]
+            for one in names if gate is None else (*names, gate.weight):
+                _check_finite(one, weights[one].array)
+            packed = weights.pack(names, gate=None if gate is None else gate.weight, dtype=dtype)
+            widths = [linear.d_out for linear in linears]
+            bias = weights.fused_bias([linear.bias for linear in linears], widths, self.dtype) if len(linears) > 1 else None
+            pack = Pack(name, packed, bias)
+            ends = list(itertools.accumulate(widths))
+            parts |= {one: Part(pack, end - n, end) for one, end, n in zip(names, ends, widths, strict=True)}
+            if gate is not None:
+                parts[gate.weight] = Part(pack, 0, gate.d_out, of_gate=True)
+        if self.decoder is not None:
+            _check_finite(self.output.name, weights[self.output.name].array)
+            packed = weights.pack([self.output.name], transposed=self.output.is_tied, dtype=dtype)
+            table = weights[self.output.name].array if self.output.is_tied else None
+            parts[self.output.name] = Part(Pack(self.output.PACKED, packed), 0, self.config.vocab_size, table=table)
+        self.weights.update(parts)
+
     def needs(self, stack: str) -> None:
         """Raises InvalidValue if the model has no such stack."""
         if not getattr(self.config, "has_" + stack):
@@ -489,6 +542,14 @@ class Model:
     def nbytes(self) -> int:
         """Bytes of weights in RAM."""
         return sum(Weight(w).nbytes for w in self.weights.values())
+
+
+PACKED = ("bfloat16", "int8")  # what a model's matrices can be kept in
+
+
+def _check_finite(name: str, array: np.ndarray) -> None:
+    if not np.isfinite(array).all():
+        raise InvalidValue(f"model.weights[{name!r}]: holds NaN or infinity; check the weights")
 
 
 def _shapes(config: Config) -> Iterator[Shape]:

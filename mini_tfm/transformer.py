@@ -21,7 +21,7 @@ from .inside import Inside, inside
 from .memory.base import Memory
 from .memory.registry import memory_of_file
 from .memory.run import memory_parameters
-from .model import Model, initial_weights
+from .model import PACKED, Model, initial_weights
 from .options import LARGEST, takes
 from .pooling import Pooling
 from .stream import Stream
@@ -204,14 +204,19 @@ class Checkpoint:
 
 def load_checkpoint(folder: str | os.PathLike, dtype: str = "float32") -> Checkpoint:
     """All that a model folder holds. Raises FileProblem or InvalidValue naming the file, field or tensor at fault."""
-    contents = read_model(folder, dtype)
-    model = Transformer(contents.config, dtype=dtype, weights=contents.weights, generation=contents.generation)
+    if dtype not in ("float32", "float64", *PACKED):
+        raise InvalidValue(f"dtype: expected 'float32', {', '.join(map(repr, PACKED))}, or 'float64' for checks, got {dtype!r}")
+    kept_in = "float32" if dtype in PACKED else dtype
+    contents = read_model(folder, kept_in)
+    model = Transformer(contents.config, dtype=kept_in, weights=contents.weights, generation=contents.generation)
+    if dtype in PACKED:
+        model.pack(dtype)
     return Checkpoint(model, contents.tokenizer, contents.memory_text, os.fspath(folder), contents.pooling)
 
 
 def load(folder: str | os.PathLike, dtype: str = "float32") -> Transformer:
     """The model of a folder, ours (see `Transformer.save`), Hugging Face's or Marian's, of a GGUF file, or of a name on the Hub.
 
-    dtype: float32.
+    dtype: "float32"; "bfloat16" or "int8", to answer in less RAM and time, see `Transformer.pack`.
     """
     return load_checkpoint(folder, dtype).model

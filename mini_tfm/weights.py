@@ -7,6 +7,7 @@ plain arrays, which anyone may read and write; a pass wraps them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -49,6 +50,63 @@ class Adapter(NamedTuple):
             return weight + ops.linear(np.transpose(self.a), self.b, transposed=True) * self.scale
 
 
+@dataclass(frozen=True, eq=False)
+class Pack:
+    """Matrices of a model side by side in one packed weight, with their biases: all that there is of them.
+
+    name: by which a pass finds it, see `StepProduct`. bias: (d_out,) of all of them together; None: a pass gives each its own.
+    """
+
+    name: str
+    packed: Any
+    bias: np.ndarray | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A matrix (d_in, d_out) that is kept in a pack, in the place of its array: columns [start, stop), perhaps of the gate.
+
+    table: the array itself, (d_out, d_in), where rows of it are looked up, too; else the pack is all that there is.
+    """
+
+    pack: Pack
+    start: int
+    stop: int
+    of_gate: bool = False
+    table: np.ndarray | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.pack.packed.shape[0], self.stop - self.start) if self.table is None else self.table.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the values; what they are kept in is `pack.packed.dtype`."""
+        return np.dtype(np.float32)
+
+    @property
+    def nbytes(self) -> int:
+        """Its share of the pack, and the table."""
+        packed = self.pack.packed
+        share = packed.nbytes * (self.stop - self.start) // (packed.shape[1] * (2 if packed.gated else 1))
+        return share + (0 if self.table is None else self.table.nbytes)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """The values that products are made with, or the table."""
+        if self.table is not None:
+            return self.table if dtype is None else self.table.astype(dtype, copy=False)
+        whole = self.pack.packed.unpack()
+        whole = whole[self.of_gate] if self.pack.packed.gated else whole
+        return np.ascontiguousarray(whole[:, self.start : self.stop], dtype)
+
+    def linear(self, x: np.ndarray, bias: np.ndarray | None) -> np.ndarray | None:
+        """x W + bias; None where the pack cannot give it alone."""
+        if self.pack.packed.gated or self.table is not None:
+            return None
+        y = _core.packed_linear(x, self.pack.packed)[..., self.start : self.stop]
+        return np.ascontiguousarray(y) if bias is None else y + bias
+
+
 def _lies_transposed(value: Array) -> bool:
     return isinstance(value, np.ndarray) and value.ndim == 2 and value.flags.f_contiguous and not value.flags.c_contiguous
 
@@ -56,8 +114,8 @@ def _lies_transposed(value: Array) -> bool:
 class Weight:
     """A matrix (d_in, d_out), a table (rows, d) or a vector (d,) of a model.
 
-    kept: an array or a Var of it; None where there is only the packed form. packed: a PackedWeight, by which products with
-    plain arrays are computed. adapter: what is added to `kept`, None for nothing; a packed form has it in it.
+    kept: an array or a Var of it, or the Part of a pack that it is. packed: a PackedWeight, by which products with plain arrays are
+    computed. kept is None where there is that alone. adapter: what is added to `kept`, None for nothing; a packed form has it in it.
     """
 
     __slots__ = ("adapter", "kept", "packed")
@@ -72,12 +130,14 @@ class Weight:
     @property
     def nbytes(self) -> int:
         """Bytes of RAM that it takes."""
+        if isinstance(self.kept, Part):
+            return self.kept.nbytes
         return (0 if self.kept is None else value_of(self.kept).nbytes) + (0 if self.packed is None else self.packed.nbytes)
 
     @property
     def value(self) -> Array:
         """An array, or the Var of it: what operations take. What is only packed is unpacked, and an adapter is added, which takes time."""
-        value = self.packed.unpack() if self.kept is None else self.kept
+        value = self.packed.unpack() if self.kept is None else np.asarray(self.kept) if isinstance(self.kept, Part) else self.kept
         return value if self.adapter is None else self.adapter.added_to(value)
 
     @property
@@ -86,7 +146,9 @@ class Weight:
         return value_of(self.value)
 
     def checksum(self) -> int:
-        """Of its numbers, in the time of reading them: tells whether it is what it was."""
+        """Of its numbers, in the time of reading them: tells whether it is what it was. What is packed does not change."""
+        if isinstance(self.kept, Part):
+            return id(self.kept)
         return _core.checksum(value_of(self.stored()[0]))
 
     def stored(self, transposed: bool = False) -> tuple[Array, bool]:
@@ -117,6 +179,9 @@ class Weight:
         if self.packed is not None and not is_traced(x) and self.packed.gated == (gate is not None) and not transposed:
             more = {} if gate is None else {"gate_bias": gate_bias}
             return _core.packed_linear(x, self.packed, bias, activation=activation, residual=residual, **more)
+        alone = isinstance(self.kept, Part) and activation is residual is gate is None and not is_traced(x) and not transposed
+        if alone and (y := self.kept.linear(x, bias)) is not None:
+            return y
         if self.adapter is not None and self.adapter.is_trained and not transposed:
             stored, is_transposed = _as_it_lies(self.kept, False)
             y = ops.linear(x, stored, bias, transposed=is_transposed) + self.adapter(x, dropped)
@@ -141,10 +206,21 @@ class Weights(dict[str, Weight]):
     def __init__(self, kept: Mapping[str, Any]):
         super().__init__()
         self.kept = kept
+        for pack in {value.pack for value in kept.values() if isinstance(value, Part)}:
+            self[pack.name] = Weight(kept.get(pack.name), pack.packed)
+            if pack.bias is not None:
+                self[pack.name + ".bias"] = Weight(pack.bias)
 
     def __missing__(self, name: str) -> Weight:
         weight = self[name] = Weight(self.kept[name], adapter=self.adapter(name))
         return weight
+
+    def fused_bias(self, biases: Sequence[str | None], widths: Sequence[int], dtype: Any) -> np.ndarray | None:
+        """Biases side by side, of matrices that are packed so: (sum of widths,); None where there are none."""
+        if not any(biases):
+            return None
+        each = zip(biases, widths, strict=True)
+        return np.concatenate([np.zeros(n, dtype) if name is None else self[name].array for name, n in each])
 
     def adapter(self, name: str) -> Adapter | None:
         """Of the layer whose weight has this name; None where there is none."""

@@ -105,10 +105,9 @@ def _check_no_memory(model: HasWeights) -> None:
 def read_model(folder: str | os.PathLike, dtype: str = "float32") -> Contents:
     """Reads a model folder, ours, Hugging Face's or Marian's, or a file, GGUF or Marian's; folder: a path, or a name for `names.resolve`.
 
+    dtype: of the weights, float32 or float64.
     Raises FileProblem or InvalidValue naming the file, field or tensor at fault, all of them at once.
     """
-    if dtype not in ("float32", "float64"):
-        raise InvalidValue(f"dtype: expected 'float32', or 'float64' for checks, got {dtype!r}")
     path = folder.path if isinstance(folder, OpenFolder) else resolve(folder)
     if isinstance(folder, OpenFolder):
         contents = _read_own(folder, path)

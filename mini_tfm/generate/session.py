@@ -120,6 +120,8 @@ def packed_weights(model: Model, n_ids: int) -> Weights:
     them once. Packing takes about as long as ten steps.
     """
     assert model.decoder is not None
+    if model.precision is not None:
+        return _of_packed_model(model, n_ids)
     weights, products = Weights(model.weights), list(model.decoder.step_products())
     names = [linear.weight for product in products for linear in (*product.linears, product.gate) if linear is not None]
     state = n_ids, [(name, weights[name].checksum()) for name in (*names, model.output.name)]
@@ -137,7 +139,21 @@ def packed_weights(model: Model, n_ids: int) -> Weights:
     for name, one in packed.items():
         weights[name] = Weight(model.weights.get(name), one, weights.adapter(name))
     for name, linears, _ in products:
-        if len(linears) > 1 and any(linear.bias for linear in linears):
-            biases = [np.zeros(linear.d_out, model.dtype) if linear.bias is None else weights[linear.bias].array for linear in linears]
-            weights[name + ".bias"] = Weight(np.concatenate(biases))
+        bias = weights.fused_bias([one.bias for one in linears], [one.d_out for one in linears], model.dtype) if len(linears) > 1 else None
+        if bias is not None:
+            weights[name + ".bias"] = Weight(bias)
+    return weights
+
+
+def _of_packed_model(model: Model, n_ids: int) -> Weights:
+    """The weights of a model that is packed already, which do not change; an output layer of more than n_ids columns is packed again."""
+    weights, name = Weights(model.weights), model.output.PACKED
+    whole = weights[name].packed
+    if whole.shape[1] != n_ids:
+        kept, again = _packed.get(model, (None, {}))
+        if kept != (n_ids, whole):
+            columns = np.ascontiguousarray(whole.unpack()[:, :n_ids])
+            again = {name: _core.pack(columns, dtype=whole.dtype)}
+            _packed[model] = (n_ids, whole), again
+        weights[name] = Weight(None, again[name])
     return weights

@@ -15,6 +15,7 @@ from ..data.batches import Batch, fields
 from ..data.checks import large, number
 from ..data.mixtures import Data, batches_of
 from ..errors import InvalidType, InvalidValue, PluginError, TrainingError, shown
+from ..lora import check_not_packed
 from ..memory.base import Memory
 from ..memory.run import memory_parameters
 from ..options import takes
@@ -59,6 +60,7 @@ class Trainer:
             raise InvalidType(f"memory: expected a Memory (mt.memory(...)) or None, got {type(memory).__name__}")
         if not model.config.has_decoder:
             raise InvalidValue("model: expected a decoder, because training predicts text; n_decoder_layers is 0")
+        check_not_packed(model)
         self.options = o = TrainerOptions.of(options)
         if o.bfloat16 and model.dtype != np.float32:
             raise InvalidValue(f"bfloat16: expected False, or a model in float32, got True and a model in {model.dtype}")
