@@ -141,8 +141,8 @@ class MultiHeadAttention:
         """Cross-attention of x (B, T, d) to the encoder's outputs; residual is added to it."""
         q = self._normed(self.q_norm, self._split(self.q(x, p)), p)
         project = lambda: self.keys_and_values(encoded.hidden, p)  # noqa: E731
-        k, v = p.cache.cross(self.layer, project) if p.cache is not None else project()
-        out = self._with_memory(p, q, q, Block(k, v, valid=encoded.valid), layout, slice(encoded.n_rows, None))
+        k, v, valid = p.cache.cross(self.layer, project, encoded.valid) if p.cache is not None else (*project(), encoded.valid)
+        out = self._with_memory(p, q, q, Block(k, v, valid=valid), layout, slice(encoded.n_rows, None))
         return self.o(_concatenated(out), p, residual=residual)
 
     # Heads and positions
@@ -180,6 +180,9 @@ class MultiHeadAttention:
             bias: Any = self.relative.between(p, layout.key_positions, layout.positions)
         elif layout.causal and layout.positions.ndim > 1:
             bias = self.relative.between(p, layout.positions, layout.positions[:, -n_queries:])
+        elif p.cache is not None and n_queries == 1:
+            relative = self.relative
+            bias = p.cache.bias_of_last(relative.name, lambda n: value_of(relative.by_distance(p, 1, n).table))
         else:
             bias = self.relative.by_distance(p, n_queries, n_keys)
         if not is_traced(p.value(self.relative.name)):

@@ -80,8 +80,14 @@ class Cache(Protocol):
     def append(self, layer: int, k: Array, v: Array) -> tuple[np.ndarray, np.ndarray]:
         """Adds k, v (B, H, T, D) to a layer; gives all its keys and values so far."""
 
-    def cross(self, layer: int, project: Callable[[], tuple[Array, Array]]) -> tuple[np.ndarray, np.ndarray]:
-        """The keys and values of the encoder's outputs, projected once."""
+    def step(self, layers: Callable[[Array], Array], x: Array) -> Array:
+        """layers(x) of one token of each stream, x (B, 1, d), which depend on x, positions and keys alone."""
+
+    def bias_of_last(self, name: str, table_of: Callable[[int], np.ndarray]) -> np.ndarray:
+        """What a bias by distance, of which table_of(n) gives (H, n), adds to the scores of the last query: (1, H, 1, keys)."""
+
+    def cross(self, layer: int, project: Callable[[], tuple[Array, Array]], valid: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The keys and values of the encoder's outputs, projected once, and which of them are valid (B, S)."""
 
     def state(self, layer: int) -> np.ndarray | None:
         """What a recurrence in a layer has come to, (B, d); None where nothing was decoded."""

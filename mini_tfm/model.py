@@ -263,9 +263,15 @@ class Decoder(Stack):
         x = np.concatenate([*front, x], axis=1) if front else x
         positions = cache.positions if not front else np.arange(-cache.n_front, tokens.shape[1])
         layout = Layout(positions, np.ones(tokens.shape, bool), cache.n_front, None, True, cache.lengths, cache.key_positions)
-        for number, layer in enumerate(self.layers):
-            x = layer(p.run.enter("decoder", number, x), p, layout, encoded, 0)
-        return self.last_norm(x, p)[:, -tokens.shape[1] :]
+
+        def layers(x: Array) -> Array:
+            for number, layer in enumerate(self.layers):
+                x = layer(p.run.enter("decoder", number, x), p, layout, encoded, 0)
+            return self.last_norm(x, p)
+
+        if x.shape[1] == 1 and not p.run.answers:
+            return cache.step(layers, x)
+        return layers(x)[:, -tokens.shape[1] :]
 
 
 def _within(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -179,8 +179,8 @@ class Weight:
         if self.packed is not None and not is_traced(x) and self.packed.gated == (gate is not None) and not transposed:
             more = {} if gate is None else {"gate_bias": gate_bias}
             return _core.packed_linear(x, self.packed, bias, activation=activation, residual=residual, **more)
-        alone = isinstance(self.kept, Part) and activation is residual is gate is None and not is_traced(x) and not transposed
-        if alone and (y := self.kept.linear(x, bias)) is not None:
+        part = self.kept if isinstance(self.kept, Part) and activation is residual is gate is None else None
+        if part is not None and not (is_traced(x) or transposed) and (y := part.linear(x, bias)) is not None:
             return y
         if self.adapter is not None and self.adapter.is_trained and not transposed:
             stored, is_transposed = _as_it_lies(self.kept, False)

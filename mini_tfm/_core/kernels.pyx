@@ -11,12 +11,13 @@ from libc.float cimport DBL_MAX
 from libc.stddef cimport ptrdiff_t
 from libc.stdint cimport INT32_MAX, INT64_MAX, INT64_MIN, int64_t, uint8_t, uint64_t
 from libc.stdlib cimport calloc, free, llabs
+from libc.string cimport memcpy
 
 import threading
 
 import numpy as np
 
-from mini_tfm.errors import InvalidType
+from mini_tfm.errors import InvalidType, InvalidValue
 from mini_tfm.reference import _checks
 from mini_tfm.reference import types as reference_types
 from mini_tfm.reference.types import Block, BlockGrad
@@ -25,6 +26,7 @@ cnp.import_array()
 
 include "plain.pxi"
 include "config.pxi"
+include "program.pxi"
 include "families/linear.pxi"
 include "families/packed.pxi"
 include "families/softmax.pxi"

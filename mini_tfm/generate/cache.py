@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 
+from .. import _core
 from ..autodiff import value_of
 from ..weights import Array
 
@@ -24,9 +26,16 @@ class KVCache:
         self.n_keys = self.n_front = 0
         self.lengths: np.ndarray | None = None
         self.positions = np.zeros(0, np.int64)
+        self._position = np.zeros(1, np.int64)  # of one token: a step that is run again finds it there
+        self._program: tuple[Any, Any] = (None, None)  # and the capacity it was noted for
         self._kept: dict[int, list[np.ndarray]] = {}
         self._cross: dict[int, list[np.ndarray]] = {}
         self._states: dict[int, np.ndarray] = {}
+        self._biases: dict[str, np.ndarray] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is noted to be run again stays here: it points into these arrays."""
+        return {**self.__dict__, "_program": (None, None)}
 
     @property
     def is_empty(self) -> bool:
@@ -41,7 +50,8 @@ class KVCache:
         self.n_front += n_front
         if self.lengths is None:
             done = self.n_keys + n_front - self.n_front
-            self.positions = np.arange(done, done + n_tokens)
+            self._position[0] = done
+            self.positions = self._position if n_tokens == 1 else np.arange(done, done + n_tokens)
         else:
             self.positions = (self.lengths - self.n_front)[:, None] + np.arange(n_tokens)
             self.lengths = self.lengths + n_tokens
@@ -52,7 +62,7 @@ class KVCache:
         kept = self._with_room(layer, value_of(k), value_of(v))
         for store, new in zip(kept, (value_of(k), value_of(v)), strict=True):
             if self.lengths is None:
-                store[:, :, self.n_keys - new.shape[2] : self.n_keys] = new
+                _core.keep_rows(store, self.n_keys - new.shape[2], new)
             else:
                 rows = np.arange(len(new))[:, None]
                 store[rows, :, self.positions + self.n_front] = new.swapaxes(1, 2)
@@ -69,12 +79,45 @@ class KVCache:
             self._kept[layer] = kept = grown
         return kept
 
-    def cross(self, layer: int, project: Callable[[], tuple[Array, Array]]) -> tuple[np.ndarray, np.ndarray]:
-        """The projected encoder outputs, computed once, and laid out head by head: every step reads them in that order."""
+    def bias_of_last(self, name: str, table_of: Callable[[int], np.ndarray]) -> np.ndarray:
+        """(1, H, 1, n_keys), what a bias by distance adds to the scores of the last query: the end of a table (H, n) that is made once.
+
+        name: of the weight it is made of.
+        """
+        table = self._biases.get(name)
+        if table is None or table.shape[1] < self.n_keys:
+            table = self._biases[name] = np.ascontiguousarray(table_of(self._capacity))
+        return table[None, :, None, table.shape[1] - self.n_keys :]
+
+    @property
+    def _capacity(self) -> int:
+        """Keys that there is room for."""
+        return max((kept[0].shape[2] for kept in self._kept.values()), default=0)
+
+    def step(self, layers: Callable[[Array], Array], x: Array) -> Array:
+        """layers(x) of one token of each stream, x (B, 1, d): run again without Python where it can be.
+
+        What the layers compute must depend on x, on positions and on keys alone.
+        """
+        capacity = self._capacity
+        if self.lengths is not None or self.n_keys > capacity:
+            return layers(x)
+        program, made_for = self._program
+        if made_for != capacity or (program.ready and len(x) > program.batch):
+            program = _core.Program()
+            self._program = program, capacity
+        return program.run(x, self.n_keys) if program.ready else program.note(layers, x)
+
+    def forget_step(self) -> None:
+        """What was noted of a step holds no longer."""
+        self._program = None, None
+
+    def cross(self, layer: int, project: Callable[[], tuple[Array, Array]], valid: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The projected encoder outputs, computed once, and laid out head by head: every step reads them in that order; and `valid`."""
         if layer not in self._cross:
-            self._cross[layer] = [np.ascontiguousarray(x) for x in project()]
-        k, v = self._cross[layer]
-        return k, v
+            self._cross[layer] = [*(np.ascontiguousarray(x) for x in project()), valid.copy()]
+        k, v, valid = self._cross[layer]
+        return k, v, valid
 
     def state(self, layer: int) -> np.ndarray | None:
         """What the recurrence of a layer has come to, (B, d); None where nothing was decoded."""
@@ -88,10 +131,10 @@ class KVCache:
 
     def reorder(self, index: np.ndarray, *, same_sources: bool = False) -> None:
         """Row i becomes what row index[i] was. same_sources: the encoder has read the same for both."""
-        self._kept = {layer: [x[index] for x in kept] for layer, kept in self._kept.items()}
+        self._kept = {layer: [_moved(x, index, self.n_keys) for x in kept] for layer, kept in self._kept.items()}
         self._states = {layer: state[index] for layer, state in self._states.items()}
         if not same_sources:
-            self._cross = {layer: [x[index] for x in kept] for layer, kept in self._cross.items()}
+            self._cross = {layer: [_moved(x, index) for x in kept] for layer, kept in self._cross.items()}
         self.lengths = None if self.lengths is None else self.lengths[index]
 
     def join(self, other: KVCache, sizes: tuple[int, int]) -> None:
@@ -101,11 +144,32 @@ class KVCache:
             for cache, size in zip((self, other), sizes, strict=True)
         ]
         self._kept = {layer: _stacked(zip(kept, other._kept[layer], strict=True)) for layer, kept in self._kept.items()}
-        self._cross = {layer: _stacked(zip(kept, other._cross[layer], strict=True)) for layer, kept in self._cross.items()}
+        self._cross = {
+            layer: [*_stacked(zip(kept[:2], other._cross[layer][:2], strict=True)), _masks(kept[2], other._cross[layer][2])]
+            for layer, kept in self._cross.items()
+        }
         self._states = {layer: np.concatenate([state, other._states[layer]]) for layer, state in self._states.items()}
         self.lengths, self.n_keys = np.concatenate(lengths), max(self.n_keys, other.n_keys)
         if (self.lengths == self.n_keys).all():
             self.lengths = None
+
+
+def _moved(x: np.ndarray, index: np.ndarray, n_keys: int | None = None) -> np.ndarray:
+    """x (B, ...), whose row i becomes what row index[i] was: in place, unless there are more rows. n_keys: the keys that count."""
+    if len(index) > len(x):
+        return x[index]
+    rows = np.flatnonzero(index != np.arange(len(index)))
+    if n_keys is None:
+        x[rows] = x[index[rows]]
+    else:
+        x[rows, :, :n_keys] = x[index[rows], :, :n_keys]
+    return x[: len(index)]
+
+
+def _masks(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Masks (B, S) behind each other; nothing is valid in what is filled up."""
+    most = max(a.shape[1], b.shape[1])
+    return np.concatenate([np.pad(x, [(0, 0), (0, most - x.shape[1])]) for x in (a, b)])
 
 
 def _stacked(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:

@@ -97,6 +97,8 @@ class Session:
         same_sources = np.array_equal(self.numbers[index], self.numbers)  # beams that have changed places
         self.stream.reorder(index, same_sources=same_sources)
         self.cache.reorder(index, same_sources=same_sources)
+        if self.stream.run.members:  # what they show is in other arrays now
+            self.cache.forget_step()
         self.numbers = self.numbers[index]
 
     def join(self, other: Session) -> None:
@@ -104,6 +106,7 @@ class Session:
         sizes = self.batch, other.batch
         self.stream.join(other.stream)
         self.cache.join(other.cache, sizes)
+        self.cache.forget_step()
         self.numbers = np.concatenate([self.numbers, other.numbers + self.numbers.max(initial=-1) + 1])
 
 

@@ -367,6 +367,12 @@ class MemoryRun:
         replaced = [any(self.members[i].spec.merge == "replace" for i, *_ in shown) for shown in at_site]
         return bool(replaced) and all(replaced) and len(replaced) == self.dims[0].layers[site]
 
+    @property
+    def answers(self) -> bool:
+        """Whether a member is asked at every token that is decoded: it reads, or adds to the inputs of a layer of the decoder."""
+        reads = (reads for (site, _), shown in self._sites.show.items() if site != "encoder" for *_, reads in shown)
+        return any(reads) or any(site == "decoder" for site, _ in self._sites.enter)
+
     def merge(self, i: int, view: View | SideOutput) -> str:
         return view.merge or self.members[i].spec.merge
 

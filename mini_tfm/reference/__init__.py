@@ -9,7 +9,7 @@ returns the dtype it was given. One file a family:
     norm         layer_norm, rms_norm, backward     optimizer   adamw, sum_of_squares
     elementwise  activations, dropout               search      exact top-k by inner product
     attention    attention and its backward         threads     the twins of the thread settings
-    checksum     whether an array has changed
+    checksum     whether an array has changed       program     a decoding step run again
     types        Block, BlockGrad, PackedWeight, which the compiled kernels share
 
 The `__all__` of these files together are the names behind the door `mini_tfm._core`, which fails to import without a compiled
@@ -27,6 +27,7 @@ from mini_tfm.reference.loss import *
 from mini_tfm.reference.norm import *
 from mini_tfm.reference.optimizer import *
 from mini_tfm.reference.packed import *
+from mini_tfm.reference.program import *
 from mini_tfm.reference.search import *
 from mini_tfm.reference.softmax import *
 from mini_tfm.reference.threads import *

@@ -394,6 +394,17 @@ def rotary(x, positions, frequencies, inverse):
     return x, positions, _contiguous(frequencies), flag("inverse", inverse)
 
 
+def keep_rows(store, at, rows):
+    """The store is written where it lies."""
+    _array("store", store, (FLOAT32, FLOAT64), None, 4, 0)
+    batch, heads, capacity, d = store.shape
+    rows = heads_real("rows", rows, like=store, shape=(batch, heads, None, d))
+    if heads_real("store", store) is not store or not store.flags.writeable:
+        got = "one that is read-only" if not store.flags.writeable else f"one with strides {store.strides}"
+        raise InvalidValue(f"store: expected an array that can be written, whose rows are whole, got {got}")
+    return store, integer("at", at, low=0, high=capacity - rows.shape[2]), rows
+
+
 def dropout(x, p, seed):
     return real("x", x), number("p", p, low=0.0, high=1.0, open_high=True), integer("seed", seed, low=0, high=2**64 - 1)
 

@@ -24,6 +24,7 @@ IN_PLACE = {
     "packed_linear": ("out",),
     "embedding_backward": ("dtable",),
     "adamw": ("param", "m", "v"),
+    "keep_rows": ("store",),
     **dict.fromkeys(WITH_OUT, ("out",)),
 }
 SETTINGS = {"set_num_threads", "get_num_threads", "show_config"}
@@ -82,6 +83,7 @@ def sample(name, dtype, layout="contiguous", big=False, seed=0):
         "embedding_backward": lambda: {"ids": values.integers(0, 50, 3, n), "dout": values.real(3, n, d), "dtable": plain.real(50, d)},
         "gemm": lambda: {"a": x, "b": dy, "trans_a": False, "trans_b": True, "out": plain.real(n, n), "accumulate": True, "bias": None,
                  "bfloat16": False},
+        "keep_rows": lambda: {"store": plain.real(batch, heads, length + 3, head), "at": 2, "rows": q},
         "layer_norm": lambda: {"x": x, "weight": weight, "bias": values.real(d), "eps": 1e-5, "out": out},
         "layer_norm_backward": lambda: {
             "dy": dy, "x": x, "weight": weight, "mean": doubles.real(n), "rstd": values.positive(n), "out": out
@@ -115,7 +117,7 @@ def sample(name, dtype, layout="contiguous", big=False, seed=0):
 NAMES = (
     "activation", "activation_backward", "adamw", "attention", "attention_backward", "attention_mass", "checksum", "cross_entropy",
     "cross_entropy_backward",
-    "dropout", "embedding", "embedding_backward", "gemm", "layer_norm", "layer_norm_backward", "linear_cross_entropy",
+    "dropout", "embedding", "embedding_backward", "gemm", "keep_rows", "layer_norm", "layer_norm_backward", "linear_cross_entropy",
     "linear_cross_entropy_backward", "linear_top_k", "log_softmax", "pack", "packed_linear", "rms_norm", "rms_norm_backward",
     "rotary",
     "search", "sinusoidal_positions", "softmax", "softmax_backward", "sum_of_squares",

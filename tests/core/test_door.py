@@ -16,7 +16,7 @@ FUNCTIONS = sorted(name for name, value in vars(reference).items() if inspect.is
 
 
 def test_every_name_behind_the_door_has_a_twin_and_the_reverse():
-    assert set(_core.__all__) == set(reference.__all__) == {*FUNCTIONS, "Block", "BlockGrad", "PackedWeight"}
+    assert set(_core.__all__) == set(reference.__all__) == {*FUNCTIONS, "Block", "BlockGrad", "PackedWeight", "Program"}
     assert all(hasattr(module, name) for module in (_core, reference) for name in module.__all__)
 
 
@@ -31,6 +31,12 @@ def test_a_kernel_has_its_twins_signature_and_a_docstring(name):
     kernel, twin = (inspect.signature(getattr(module, name)).parameters.values() for module in (_core, reference))
     assert [(p.name, p.kind, p.default) for p in kernel] == [(p.name, p.kind, p.default) for p in twin]
     assert getattr(_core, name).__doc__ and getattr(reference, name).__doc__
+
+
+def test_programs_have_their_twins_methods_and_docstrings():
+    for name in ("note", "run", "ready", "hopeless", "batch"):
+        assert hasattr(_core.Program, name) and hasattr(reference.Program, name)
+    assert _core.Program.__doc__ and reference.Program.__doc__
 
 
 def test_blocks_are_shared():

@@ -20,6 +20,7 @@ FREE = {
     ("embedding", "table"): (0, 1), ("embedding", "ids"): ...,
     ("embedding_backward", "dtable"): (0,), ("cross_entropy", "logits"): (1,), ("cross_entropy", "targets"): (),
     ("cross_entropy_backward", "logits"): (1,), ("rotary", "x"): (0, 1, 3), ("rotary", "frequencies"): (0,), ("search", "queries"): (1,),
+    ("keep_rows", "store"): (2,), ("keep_rows", "rows"): (2,),
 }  # fmt: skip
 LAST_AXIS_ALONE = {("layer_norm", "x"), ("rms_norm", "x"), ("linear_top_k", "x")}
 MAY_BE_NONE = {

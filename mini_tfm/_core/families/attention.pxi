@@ -2,27 +2,6 @@
 
 
 cdef extern from "core.h" nogil:
-    struct mt_block:
-        mt_rows k, v
-        ptrdiff_t kv_heads, source
-        const uint8_t *valid
-        const int64_t *lengths
-        const int64_t *index
-        ptrdiff_t width
-        const void *bias
-        ptrdiff_t[4] bias_stride
-        int64_t offset, window
-        int64_t prefix
-        int causal
-        mt_rows dk, dv
-        void *dbias
-        ptrdiff_t[4] dbias_stride
-
-    struct mt_attention_sizes:
-        ptrdiff_t batch, heads, length, d, n_blocks
-        double scale, cap, dropout
-        uint64_t seed
-
     int mt_attention(
         int is_double, const mt_rows *q, const mt_block *blocks, const mt_attention_sizes *sizes, const mt_rows *out,
         void *lse
@@ -203,6 +182,7 @@ def attention(q, blocks, scale, *, dropout=0.0, seed=0, cap=None):
     with nogil:
         failed = mt_attention(wide, &given.q, given.blocks, &given.sizes, &po, pl)
     raise_if(failed)
+    note_attention(&given.q, given.blocks, &given.sizes, wide, out, lse, given.kept)
     return out, lse
 
 

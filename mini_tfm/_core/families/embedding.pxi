@@ -111,4 +111,5 @@ def rotary(x, positions, frequencies, inverse=False):
     with nogil:
         failed = mt_rotary(wide, &px, pp, per_row, f, half, back, &py, batch, heads, length, d)
     raise_if(failed)
+    note_rotary(x, positions, frequencies, back, y)
     return y

@@ -41,6 +41,7 @@ def layer_norm(x, weight, bias, eps, *, out=None):
     cdef void *pr = ptr(rstd)
     with nogil:
         mt_layer_norm(wide, px, pw, pb, epsilon, py, pm, pr, n, d)
+    note_norm(MT_CALL_LAYER_NORM, x, weight, bias, epsilon, n, d, y, mean, rstd)
     return y, mean, rstd
 
 
@@ -93,6 +94,7 @@ def rms_norm(x, weight, eps, *, out=None):
     cdef void *pr = ptr(rstd)
     with nogil:
         mt_rms_norm(wide, px, pw, epsilon, py, pr, n, d)
+    note_norm(MT_CALL_RMS_NORM, x, weight, None, epsilon, n, d, y, None, rstd)
     return y, rstd
 
 

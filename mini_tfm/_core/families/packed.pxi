@@ -2,17 +2,6 @@
 
 
 cdef extern from "core.h" nogil:
-    struct mt_packed:
-        void *memory
-        ptrdiff_t d_in, d_out, group
-        int kind, gated
-
-    struct mt_epilogue:
-        const void *bias
-        const void *gate_bias
-        const void *residual
-        int activation
-
     size_t mt_packed_bytes(int is_double, const mt_packed *w)
     int mt_pack(int is_double, const mt_packed *w, const void *weight, const void *gate, int transposed)
     void mt_unpack(int is_double, const mt_packed *w, void *weight, void *gate)
@@ -162,6 +151,7 @@ def packed_linear(x, weight, bias=None, *, gate_bias=None, activation=None, resi
     with nogil:
         failed = mt_packed_linear(w.wide, px, &w.at, &then, po, n)
     raise_if(failed)
+    note_linear(x, w, &w.at, &then, n, out, [bias, gate_bias, residual])
     return out
 
 

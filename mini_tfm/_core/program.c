@@ -1,0 +1,64 @@
+/* See program.h. Each call opens a parallel region of its own: threads that have just finished one still spin, so that a region costs
+ * about a microsecond. */
+#include "program.h"
+
+#include <string.h>
+
+void mt_keep(int is_double, const struct mt_rows *from, const struct mt_rows *to, ptrdiff_t at, ptrdiff_t batch, ptrdiff_t heads,
+             ptrdiff_t n, ptrdiff_t d) {
+    const size_t element = is_double ? sizeof(double) : sizeof(float);
+    for (ptrdiff_t b = 0; b < batch; b++)
+        for (ptrdiff_t h = 0; h < heads; h++)
+            for (ptrdiff_t i = 0; i < n; i++) {
+                char *row = (char *)to->at + (b * to->stride[0] + h * to->stride[1] + (at + i) * to->stride[2]) * (ptrdiff_t)element;
+                const char *new = (const char *)from->at + (b * from->stride[0] + h * from->stride[1] + i * from->stride[2]) * (ptrdiff_t)element;
+                memmove(row, new, d * element);
+            }
+}
+
+/* Attention whose own block has grown since it was recorded. */
+static int attend(const struct mt_call *call, uint64_t grows, struct mt_now now) {
+    struct mt_attention_sizes sizes = call->sizes;
+    sizes.batch = now.batch;
+    const size_t element = call->is_double ? sizeof(double) : sizeof(float);
+    for (ptrdiff_t i = 0; i < sizes.n_blocks; i++) {
+        struct mt_block *block = &call->blocks[i]; /* brought to now in place: it says where it is */
+        ptrdiff_t more = now.keys - block->source;
+        if (!(grows >> i & 1) || !more) continue;
+        block->source = block->width = now.keys;
+        block->offset += more;
+        if (block->bias) block->bias = (const char *)block->bias - more * block->bias_stride[3] * (ptrdiff_t)element; /* the last key's stays */
+    }
+    return mt_attention(call->is_double, &call->from, call->blocks, &sizes, &call->to, call->lse);
+}
+
+static int run_call(const struct mt_call *call, uint64_t grows, struct mt_now now) {
+    const int wide = call->is_double;
+    const ptrdiff_t rows = call->n * now.batch;
+    switch (call->kind) {
+    case MT_CALL_LAYER_NORM:
+        mt_layer_norm(wide, call->x, call->weight, call->bias, call->eps, call->y, call->mean, call->rstd, rows, call->d);
+        return 0;
+    case MT_CALL_RMS_NORM:
+        mt_rms_norm(wide, call->x, call->weight, call->eps, call->y, call->rstd, rows, call->d);
+        return 0;
+    case MT_CALL_LINEAR:
+        return mt_packed_linear(wide, call->x, &call->packed, &call->then, call->y, rows);
+    case MT_CALL_ROTARY:
+        return mt_rotary(wide, &call->from, call->positions, 0, call->frequencies, call->half, 0, &call->to, now.batch, call->heads, call->n,
+                         call->d);
+    case MT_CALL_KEEP:
+        mt_keep(wide, &call->from, &call->to, now.keys - call->n, now.batch, call->heads, call->n, call->d);
+        return 0;
+    default:
+        return attend(call, grows, now);
+    }
+}
+
+int mt_run_calls(const struct mt_call *calls, const uint64_t *grows, ptrdiff_t n, struct mt_now now) {
+    for (ptrdiff_t i = 0; i < n; i++) {
+        int failed = run_call(&calls[i], grows[i], now);
+        if (failed) return failed;
+    }
+    return 0;
+}

@@ -1,0 +1,40 @@
+"""A decoding step that is run again without Python: what the compiled kernels can, and the twins leave to Python."""
+
+from collections.abc import Callable
+
+from mini_tfm.reference import _checks
+from mini_tfm.reference.types import Real
+
+__all__ = ["Program", "keep_rows"]
+
+
+class Program:
+    """A step of one token for each stream, noted twice and run again from then on.
+
+    What is noted is every call of a norm, a packed product, `rotary`, `keep_rows` and `attention`, with the arrays they were given.
+    Two steps must have called the same, each time with the arrays that calls before had given, or with those of the step before;
+    otherwise something was computed that no kernel knows of, and the step is never `ready`. Arrays that stay the same but for
+    what is in them (positions, masks, keys) are read anew. One program belongs to one caller. The twins never are ready: their
+    steps are Python.
+    """
+
+    ready = False
+    hopeless = True
+    batch = 0
+
+    def note(self, step: Callable[[Real], Real], x: Real) -> Real:
+        """step(x), noted. x (B, 1, d), contiguous; the step gives an array (B, 1, d) that a kernel has written."""
+        return step(x)
+
+    def run(self, x: Real, keys: int) -> Real:
+        """The step of x (B, 1, d), where each stream has so many keys of its own, the new ones included: (B, 1, d).
+
+        B: at most as many as were noted: the streams that are the first of their arrays.
+        """
+        raise NotImplementedError("a program of the twins is never ready")
+
+
+def keep_rows(store: Real, at: int, rows: Real) -> None:
+    """store (B, H, capacity, D), from row `at` on, becomes rows (B, H, n, D), in place."""
+    store, at, rows = _checks.keep_rows(store, at, rows)
+    store[:, :, at : at + rows.shape[2]] = rows

@@ -1,0 +1,238 @@
+"""Decoding steps that are noted and run again without Python: the same bits, whatever happens to the streams in between."""
+
+import numpy as np
+import pytest
+from helpers import assert_same_bits
+from variants import VARIANTS, tiny_model
+
+import mini_tfm as mt
+from mini_tfm import _core
+from mini_tfm.errors import InvalidValue
+from mini_tfm.generate import Session
+from mini_tfm.generate.cache import FIRST_CAPACITY
+from mini_tfm.stream import Stream
+
+RNG = np.random.default_rng(3)
+SOURCE = RNG.integers(3, 13, (5, 9))
+LENGTHS = np.array([9, 4, 7, 9, 5])
+TOKENS = RNG.integers(3, 13, (5, 3 * FIRST_CAPACITY))
+DECODERS = [name for name in VARIANTS if not name.startswith(("encoder", "bert"))]
+IN_PYTHON = ["ssru", "ssru, relative", "decoder only, ssru", "sandwich", "norms of outputs", "decoder only, qwen"]
+
+compiled = pytest.mark.skipif(_core.Program.__module__.startswith("mini_tfm.reference"), reason="the twins' steps are Python")
+
+
+def session_of(model, memory=None, rows=5):
+    stream = Stream(model, memory, rows)
+    if memory is not None:
+        stream.read(SOURCE[:rows, :6], np.full(rows, 6))
+    stream.open(SOURCE[:rows] if model.config.has_encoder else None, LENGTHS[:rows] if model.config.has_encoder else np.full(rows, 9))
+    return Session(stream)
+
+
+def program_of(session):
+    return session.cache._program[0]
+
+
+class InPython:
+    """A program that notes nothing."""
+
+    ready, hopeless, batch = False, True, 0
+
+    def note(self, step, x):
+        return step(x)
+
+
+def both(monkeypatch, work):
+    """What `work` gives with steps that are run again, and with all of them in Python."""
+    found = work()
+    with monkeypatch.context() as patch:
+        patch.setattr(_core, "Program", InPython)
+        expected = work()
+    return found, expected
+
+
+@compiled
+@pytest.mark.parametrize("packed", [None, "bfloat16", "int8"])
+@pytest.mark.parametrize("variant", DECODERS)
+def test_steps_have_the_bits_of_python(variant, packed, monkeypatch):
+    """Beyond two growths of the cache, with rows that leave on the way."""
+    ready = []
+
+    def work():
+        longer = {"max_positions": 100} if VARIANTS[variant].get("positions") == "learned" else {}
+        model = tiny_model(variant, seed=2, dtype=np.float32, **longer)
+        if packed:
+            model.pack(packed)
+        session, found, rows = session_of(model), [], np.arange(5)
+        for i in range(TOKENS.shape[1]):
+            if i in (10, 50):
+                stay = np.array([0, 2, 3] if i == 10 else [0, 2])
+                session.reorder(stay)
+                rows = rows[stay]
+            found.append(session.scores(session.step(TOKENS[rows, i : i + 1])))
+            ready.append(bool(getattr(program_of(session), "ready", False)))
+        return found
+
+    found, expected = both(monkeypatch, work)
+    for one, other in zip(found, expected, strict=True):
+        assert_same_bits(one, other)
+    n = TOKENS.shape[1]
+    assert any(ready[:n]) == (variant not in IN_PYTHON) and not any(ready[n:])
+
+
+@compiled
+@pytest.mark.parametrize("variant", ["pre norm", "t5", "decoder only, llama", "marian"])
+def test_beams_that_change_places_have_the_bits_of_python(variant, monkeypatch):
+    rng = np.random.default_rng(1)
+    moves = [rng.integers(0, 5, 5) for _ in range(40)]
+
+    def work():
+        session, found = session_of(tiny_model(variant, seed=2, dtype=np.float32)), []
+        for i, move in enumerate(moves):
+            found.append(session.step(TOKENS[:, i : i + 1]))
+            session.reorder(move)
+        return found
+
+    for one, other in zip(*both(monkeypatch, work), strict=True):
+        assert_same_bits(one, other)
+
+
+@compiled
+def test_streams_join_streams_whose_steps_are_run_again(monkeypatch):
+    def work():
+        model = tiny_model("rotary", seed=2, dtype=np.float32)
+        one, other = session_of(model, rows=2), session_of(model, rows=3)
+        for i in range(6):
+            one.step(TOKENS[:2, i : i + 1])
+        for i in range(4):
+            other.step(TOKENS[2:, i : i + 1])
+        one.join(other)
+        return [one.step(TOKENS[:, i : i + 1]) for i in range(6, 12)]
+
+    for one, other in zip(*both(monkeypatch, work), strict=True):
+        assert_same_bits(one, other)
+
+
+MEMORIES = {
+    "window:size=9,sinks=2,site=decoder": True,
+    "recurrent:tokens=2": True,
+    "store:top_k=3,site=decoder": False,
+    "window:size=9,site=decoder+store:top_k=3,site=decoder": False,
+    "infini": False,
+}
+
+
+@compiled
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_with_a_memory_steps_have_the_bits_of_python(memory, monkeypatch):
+    """Rows that stay while a segment is decoded are part of the step; a memory that is asked at every token stops that."""
+    ready = []
+
+    def work():
+        model, made = tiny_model("decoder only, llama", seed=2, dtype=np.float32), mt.memory(memory)
+        model.add_memory_weights(made, 1)
+        session, found = session_of(model, made), []
+        for i in range(12):
+            found.append(session.scores(session.step(TOKENS[:, i : i + 1])))
+            if i == 7:
+                session.reorder(np.array([1, 0, 3]))
+                session.reorder(np.array([0, 1, 2, 2, 1]))
+        ready.append(bool(getattr(program_of(session), "ready", False)))
+        return found
+
+    for one, other in zip(*both(monkeypatch, work), strict=True):
+        assert_same_bits(one, other)
+    assert ready == [MEMORIES[memory], False]
+
+
+@compiled
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 3}, {"do_sample": True, "seed": 4}, {"num_return_sequences": 2, "do_sample": True, "seed": 1}]
+)
+def test_generation_is_the_same(options, monkeypatch):
+    def work():
+        return tiny_model("t5", seed=2, dtype=np.float32).generate(SOURCE, LENGTHS, max_new_tokens=50, **options)
+
+    found, expected = both(monkeypatch, work)
+    assert found == expected
+
+
+@compiled
+def test_threads_that_decode_at_the_same_time_note_their_own_steps(monkeypatch):
+    from concurrent.futures import ThreadPoolExecutor
+
+    model = tiny_model("t5", seed=2, dtype=np.float32)
+    alone = [model.generate(SOURCE[i : i + 1], LENGTHS[i : i + 1], max_new_tokens=40) for i in range(5)]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(4):
+            assert list(pool.map(lambda i: model.generate(SOURCE[i : i + 1], LENGTHS[i : i + 1], max_new_tokens=40), range(5))) == alone
+
+
+# The program itself
+
+
+def linear(n=8):
+    return _core.pack(RNG.standard_normal((n, n)).astype(np.float32))
+
+
+def noted(step, times=2, batch=2):
+    program = _core.Program()
+    for _ in range(times):
+        program.note(step, RNG.standard_normal((batch, 1, 8)).astype(np.float32))
+    return program
+
+
+@compiled
+def test_a_step_with_something_that_no_kernel_has_computed_is_not_run_again():
+    w = linear()
+    plain = noted(lambda x: _core.packed_linear(x, w))
+    assert plain.ready and not plain.hopeless
+    for step in (
+        lambda x: _core.packed_linear(x * 2, w),
+        lambda x: _core.packed_linear(x, w) + 1,
+        lambda x: _core.packed_linear(x, w, RNG.standard_normal(8).astype(np.float32)),
+        lambda x: _core.packed_linear(_core.softmax(x), w),
+        lambda x: _core.packed_linear(x, linear()),
+        lambda x: x,
+    ):
+        program = noted(step)
+        assert program.hopeless and not program.ready
+        program.note(step, np.ones((2, 1, 8), np.float32))  # and is not noted again
+
+
+@compiled
+def test_what_a_program_is_given_is_checked():
+    w = linear()
+    program = noted(lambda x: _core.packed_linear(x, w))
+    x = np.ones((2, 1, 8), np.float32)
+    assert_same_bits(program.run(x, 1), _core.packed_linear(x, w))
+    assert_same_bits(program.run(x[:1], 1), _core.packed_linear(x[:1], w))
+    for bad, keys in ((np.ones((3, 1, 8), np.float32), 1), (np.ones((2, 1, 7), np.float32), 1), (x.astype(np.float64), 1), (x, 0)):
+        with pytest.raises(InvalidValue, match="x: expected"):
+            program.run(bad, keys)
+    with pytest.raises(InvalidValue, match="ready"):
+        _core.Program().run(x, 1)
+
+
+@compiled
+def test_what_raises_is_not_noted():
+    program = _core.Program()
+    with pytest.raises(ZeroDivisionError):
+        program.note(lambda x: 1 / 0, np.ones((2, 1, 8), np.float32))
+    w = linear()
+    for _ in range(2):
+        program.note(lambda x: _core.packed_linear(x, w), np.ones((2, 1, 8), np.float32))
+    assert program.ready
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_rows_are_kept_where_they_belong(dtype):
+    store, rows = np.zeros((2, 3, 8, 4), dtype), RNG.standard_normal((2, 2, 3, 4)).astype(dtype).swapaxes(1, 2)
+    expected = store.copy()
+    expected[:, :, 5:7] = rows
+    _core.keep_rows(store, 5, rows)
+    assert_same_bits(store, expected)
+    for arguments in ((store, 7, rows), (store, -1, rows), (store, 0, rows[:, :2]), (store[0], 0, rows)):
+        with pytest.raises(InvalidValue):
+            _core.keep_rows(*arguments)
