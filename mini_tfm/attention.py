@@ -142,6 +142,13 @@ class MultiHeadAttention:
         q = self._normed(self.q_norm, self._split(self.q(x, p)), p)
         project = lambda: self.keys_and_values(encoded.hidden, p)  # noqa: E731
         k, v, valid = p.cache.cross(self.layer, project, encoded.valid) if p.cache is not None else (*project(), encoded.valid)
+        if p.cache is not None and (m := p.cache.rows_per_source) > 1:
+            # Beams of one source are queries of one row: its keys are read once for all of them.
+            beams = q.reshape(len(q) // m, m, *q.shape[1::2]).swapaxes(1, 2) if q.shape[2] == 1 else None
+            if beams is not None:
+                out = _concatenated(ops.attention(beams, [Block(k, v, valid=valid)], self.scale, cap=self.cap))
+                return self.o(out.reshape(len(q), 1, -1), p, residual=residual)
+            k, v, valid = (np.repeat(x, m, axis=0) for x in (k, v, valid))
         out = self._with_memory(p, q, q, Block(k, v, valid=valid), layout, slice(encoded.n_rows, None))
         return self.o(_concatenated(out), p, residual=residual)
 

@@ -64,6 +64,7 @@ class Cache(Protocol):
     """Keys, values and states that a decoder keeps from step to step (generate/cache.py)."""
 
     n_front: int  # rows of memories in front of the text
+    rows_per_source: int  # rows of the batch that share what is kept of the encoder's outputs
     lengths: np.ndarray | None  # (B,) keys of each stream, where they differ
     positions: np.ndarray  # of the tokens announced last: (T,), or (B, T) where streams have come differently far
 
@@ -87,7 +88,7 @@ class Cache(Protocol):
         """What a bias by distance, of which table_of(n) gives (H, n), adds to the scores of the last query: (1, H, 1, keys)."""
 
     def cross(self, layer: int, project: Callable[[], tuple[Array, Array]], valid: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The keys and values of the encoder's outputs, projected once, and which of them are valid (B, S)."""
+        """The keys and values of the encoder's outputs of each source, projected once, and which of them are valid (sources, S)."""
 
     def state(self, layer: int) -> np.ndarray | None:
         """What a recurrence in a layer has come to, (B, d); None where nothing was decoded."""

@@ -19,7 +19,7 @@ void mt_keep(int is_double, const struct mt_rows *from, const struct mt_rows *to
 /* Attention whose own block has grown since it was recorded. */
 static int attend(const struct mt_call *call, uint64_t grows, struct mt_now now) {
     struct mt_attention_sizes sizes = call->sizes;
-    sizes.batch = now.batch;
+    sizes.batch = now.batch * call->n / sizes.length; /* beams may be queries of one row */
     const size_t element = call->is_double ? sizeof(double) : sizeof(float);
     for (ptrdiff_t i = 0; i < sizes.n_blocks; i++) {
         struct mt_block *block = &call->blocks[i]; /* brought to now in place: it says where it is */

@@ -20,10 +20,12 @@ class KVCache:
     Every stream's keys stand from the left on: rows of memories first, then its tokens. n_keys: the most that a stream has.
     lengths: (B,) how many each has, where they differ; None: all have n_keys. So a stream's bits are those it has alone.
     A layer with a recurrence in place of self-attention has no keys, but a state (B, d).
+    rows_per_source: streams that stand side by side and have the same source share what is kept of it.
     """
 
     def __init__(self) -> None:
         self.n_keys = self.n_front = 0
+        self.rows_per_source = 1
         self.lengths: np.ndarray | None = None
         self.positions = np.zeros(0, np.int64)
         self._position = np.zeros(1, np.int64)  # of one token: a step that is run again finds it there
@@ -113,7 +115,7 @@ class KVCache:
         self._program = None, None
 
     def cross(self, layer: int, project: Callable[[], tuple[Array, Array]], valid: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The projected encoder outputs, computed once, and laid out head by head: every step reads them in that order; and `valid`."""
+        """The projected encoder outputs of each source, computed once, and laid out head by head, as every step reads them; and `valid`."""
         if layer not in self._cross:
             self._cross[layer] = [*(np.ascontiguousarray(x) for x in project()), valid.copy()]
         k, v, valid = self._cross[layer]
@@ -129,16 +131,21 @@ class KVCache:
 
     # Rows of the batch
 
-    def reorder(self, index: np.ndarray, *, same_sources: bool = False) -> None:
-        """Row i becomes what row index[i] was. same_sources: the encoder has read the same for both."""
+    def reorder(self, index: np.ndarray, rows_per_source: int = 1) -> None:
+        """Row i becomes what row index[i] was. rows_per_source: so many rows, from the first on, now have one source together."""
         self._kept = {layer: [_moved(x, index, self.n_keys) for x in kept] for layer, kept in self._kept.items()}
         self._states = {layer: state[index] for layer, state in self._states.items()}
-        if not same_sources:
-            self._cross = {layer: [_moved(x, index) for x in kept] for layer, kept in self._cross.items()}
+        sources = index[::rows_per_source] // self.rows_per_source
+        self._cross = {layer: [_moved(x, sources) for x in kept] for layer, kept in self._cross.items()}
+        if rows_per_source != self.rows_per_source:
+            self.rows_per_source = rows_per_source
+            self.forget_step()
         self.lengths = None if self.lengths is None else self.lengths[index]
 
     def join(self, other: KVCache, sizes: tuple[int, int]) -> None:
         """Takes in the rows of `other`, behind its own; `sizes` are the numbers of rows of the two."""
+        for cache, size in zip((self, other), sizes, strict=True):
+            cache.reorder(np.arange(size))
         lengths = [
             np.full(size, cache.n_keys) if cache.lengths is None else cache.lengths
             for cache, size in zip((self, other), sizes, strict=True)

@@ -96,10 +96,12 @@ class Session:
             return
         same_sources = np.array_equal(self.numbers[index], self.numbers)  # beams that have changed places
         self.stream.reorder(index, same_sources=same_sources)
-        self.cache.reorder(index, same_sources=same_sources)
-        if self.stream.run.members:  # what they show is in other arrays now
-            self.cache.forget_step()
         self.numbers = self.numbers[index]
+        if self.stream.run.members:  # what they show is each row's own, and in other arrays now
+            self.cache.reorder(index)
+            self.cache.forget_step()
+        else:
+            self.cache.reorder(index, _side_by_side(self.numbers))
 
     def join(self, other: Session) -> None:
         """Takes in the rows of another session of the same model and memory, behind its own. The other is used up."""
@@ -108,6 +110,15 @@ class Session:
         self.cache.join(other.cache, sizes)
         self.cache.forget_step()
         self.numbers = np.concatenate([self.numbers, other.numbers + self.numbers.max(initial=-1) + 1])
+
+
+def _side_by_side(numbers: np.ndarray) -> int:
+    """How many rows of one number follow each other, where they do so everywhere; else 1."""
+    if not len(numbers):
+        return 1
+    starts = np.flatnonzero(np.diff(numbers, prepend=numbers[0] - 1))
+    lengths = np.diff(starts, append=len(numbers))
+    return int(lengths[0]) if (lengths == lengths[0]).all() else 1
 
 
 _NO_LENGTHS = np.zeros(0, np.int64)  # with a cache nothing is padding

@@ -230,3 +230,33 @@ def test_the_likeliest_are_those_of_all_scores(variant):
     np.testing.assert_array_equal(ids, order)
     np.testing.assert_allclose(found, np.take_along_axis(log_probs, order, 1), rtol=1e-5)
     np.testing.assert_array_equal(session.best(hidden), order[:, 0])
+
+
+@pytest.mark.parametrize(
+    "moves", [[[0, 0, 0, 1, 1, 1]], [[1, 1, 0, 0], [1, 0, 2, 3], [2, 3]], [[0, 0, 1], [0, 1, 2, 2]], [[0, 0, 1, 1], [0, 1, 2], [2, 0]]]
+)
+@pytest.mark.parametrize("variant", ["pre norm", "t5", "bart"])
+def test_rows_that_share_a_source_have_the_bits_they_have_alone(variant, moves):
+    """Whether they stand side by side, in equal numbers, or not; one of two sources is shorter."""
+    model = model_for(variant, dtype=np.float32)
+
+    def opened(rows):
+        stream = Stream(model, None, len(rows))
+        stream.open(TEXT[rows, :7], np.array([7, 5])[rows])
+        return Session(stream)
+
+    tokens = np.random.default_rng(2).integers(3, 13, (2, 9))
+    session, sources = opened([0, 1]), np.arange(2)
+    texts = [tokens[0, :1], tokens[1, :1]]
+    session.step(tokens[:, :1])
+    for at, move in enumerate(moves, 1):
+        session.reorder(np.array(move))
+        sources, texts = sources[move], [texts[row] for row in move]
+        for _ in range(3):
+            new = np.random.default_rng(at).integers(3, 13, len(move))
+            texts = [np.append(text, token) for text, token in zip(texts, new, strict=True)]
+            found = session.step(new[:, None])
+            for row, (source, text) in enumerate(zip(sources, texts, strict=True)):
+                single = opened([source])
+                single.step(text[None, :-1])
+                assert_same_bits(found[row : row + 1], single.step(text[None, -1:]))
