@@ -59,6 +59,11 @@ class KVCache:
             self.lengths = self.lengths + n_tokens
         self.n_keys += n_front + n_tokens
 
+    def drop(self, n: int) -> None:
+        """Forgets the last n keys of every stream; there must be no recurrence."""
+        self.n_keys -= n
+        self.lengths = None if self.lengths is None else self.lengths - n
+
     def append(self, layer: int, k: Array, v: Array) -> tuple[np.ndarray, np.ndarray]:
         """Adds k, v (B, H, T, D) of what was announced to a layer; gives all its keys and values, (B, H, n_keys, D)."""
         kept = self._with_room(layer, value_of(k), value_of(v))

@@ -107,6 +107,18 @@ class GenerationOptions(Options):
         cli=False,
     )
 
+    # Several tokens at a time
+
+    prompt_lookup_num_tokens: int = option(
+        0,
+        "Guess up to so many tokens at a time, by what followed the last few before, and check them in one step: the same tokens, sooner"
+        " where the output quotes its source. For one sequence, greedily; 0: none.",
+        at_least=0,
+        at_most=1 << 10,
+        unit="TOKENS",
+    )
+    max_matching_ngram_size: int = option(2, "The most tokens by which a guess is looked up.", at_least=1, at_most=64, unit="TOKENS")
+
     # Beams
 
     num_beams: int = option(1, "Number of beams.", at_least=1, at_most=1 << 10, unit="BEAMS")
@@ -265,6 +277,10 @@ class GenerationOptions(Options):
         if not self.stop_at_eos:
             names = ["eos_token_id", "min_new_tokens", "min_length", "choices", "regex"]
             yield from self._ignored(names, "an end, that is, no stop_at_eos=False")
+        if not self.prompt_lookup_num_tokens:
+            yield from self._ignored(["max_matching_ngram_size"], "prompt_lookup_num_tokens")
+        elif self.num_beams > 1 or self.do_sample or self.output_scores:
+            yield "prompt_lookup_num_tokens: expected 0 with beams, do_sample or output_scores: it is for greedy search"
         if self.stop_strings is None:
             yield from self._ignored(["include_stop_strings"], "stop_strings")
         if not self.output_scores:

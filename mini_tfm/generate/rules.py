@@ -32,7 +32,10 @@ from .stops import Criterion, Stop, StopStrings, no_tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """eos_ids: (n,) that end a sequence. stops: other ends. deadline: of `time.monotonic`, or None. numbers: of the sequences."""
+    """eos_ids: (n,) that end a sequence. stops: other ends. deadline: of `time.monotonic`, or None. numbers: of the sequences.
+
+    sources: what the encoder has read of each, or None.
+    """
 
     options: GenerationOptions
     eos_ids: np.ndarray
@@ -40,6 +43,7 @@ class Rules:
     stops: Sequence[Stop]
     deadline: float | None
     numbers: np.ndarray
+    sources: Sequence[np.ndarray] | None = None
 
     @classmethod
     def of(
@@ -70,7 +74,9 @@ class Rules:
             stops.append(StopStrings(_needed(tokenizer, "stop_strings"), options.stop_strings, n_prompt, before))
         allowed = list(_allowed(options, eos, n_prompt, numbers, tokenizer, before))
         processors = [*_penalties(options, eos, n_prompt, allowed, sources, goes_on), *cutoffs_of(options, len(eos))]
-        return cls(options, eos, processors, stops, deadline, numbers)
+        if processors and options.prompt_lookup_num_tokens:
+            raise InvalidValue("generate: prompt_lookup_num_tokens: expected 0 beside options that change scores: it is for greedy search")
+        return cls(options, eos, processors, stops, deadline, numbers, sources)
 
     @property
     def limit(self) -> int:

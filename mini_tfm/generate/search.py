@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from .beams import beams
+from .lookup import with_lookup
 from .results import Hypothesis, Search
 from .rules import Rules
 from .sampling import draw
@@ -25,6 +26,8 @@ def search(session: Session, prompt: np.ndarray, rules: Rules, copies: np.ndarra
     """
     if rules.limit == 0:
         return _nothing(len(prompt), 1 if rules.options.num_beams > 1 else rules.options.num_return_sequences)
+    if rules.options.prompt_lookup_num_tokens:
+        return with_lookup(session, prompt, rules)
     copies = np.zeros(len(prompt), np.int64) if copies is None else copies
     return (one_by_one if rules.options.num_beams == 1 else beams)(session, prompt, rules, copies)
 

@@ -42,10 +42,18 @@ class Session:
 
     def step(self, tokens: np.ndarray) -> np.ndarray:
         """Feeds the decoder (B, T) tokens; its outputs (B, d) at the last of them."""
+        return self.outputs(tokens, 1)[:, 0]
+
+    def outputs(self, tokens: np.ndarray, n: int) -> np.ndarray:
+        """Feeds the decoder (B, T) tokens; its outputs (B, n, d) at the last n of them."""
         decoder = self.stream.model.decoder
         assert decoder is not None
         self.n_steps += 1
-        return value_of(decoder(tokens, _NO_LENGTHS, self.stream.encoded, self._pass))[:, -1]
+        return value_of(decoder(tokens, _NO_LENGTHS, self.stream.encoded, self._pass))[:, -n:]
+
+    def forget(self, n: int) -> None:
+        """Takes back the last n tokens that were fed, of every stream, as if they had never been."""
+        self.cache.drop(n)
 
     def scores(self, hidden: np.ndarray) -> np.ndarray:
         """(B, n_ids) scores of the next token, log-probabilities where a memory has a say. Raises InvalidValue at NaN."""

@@ -274,9 +274,11 @@ static void packed_sums(const struct mt_packed *w, const struct packed_layout *a
                                 *(ivec_anywhere *)(chunk + v * VECTOR_BYTES) = widened((const int8_t *)from + v * VL * STEP);
                             from = chunk;
                         }
+                        /* The first strip fetches what comes next: the next panel's part, or the first's further down. */
+                        ptrdiff_t down = j + 1 < panels ? at->panel : steps * NR * STEP - j * at->panel;
                         for (ptrdiff_t strip = 0, i = 0; strip < strips; strip++) {
-                            ptrdiff_t here = height + (strip < taller);
-                            int8_strip(here, steps, q + i * rows->steps + s, rows->steps, from, c + (j * m + i) * NR, s > s0);
+                            ptrdiff_t here = height + (strip < taller), ahead = strip || WIDENS ? 0 : down;
+                            int8_strip(here, steps, q + i * rows->steps + s, rows->steps, from, ahead, c + (j * m + i) * NR, s > s0);
                             i += here;
                         }
                     }
