@@ -23,6 +23,7 @@ from .generate.segments import check_length, goes_on, in_segments, segment_limit
 from .generate.stops import BeforeStop
 from .memory.base import Memory
 from .memory.registry import memory as make_memory
+from .model import PACKED
 from .options import LARGEST, takes
 from .pooling import Pooling, normalized
 from .stream import Stream
@@ -95,14 +96,17 @@ class Pipeline:
         that a package carries: "smollm2", "minilm", "en-pt", "pt-en" (see docs/published-models.md).
 
         memory: text or a Memory, None for none, "saved" for what it was trained with. lora: a folder of LoRA adapters as PEFT has them,
-        merged into the weights.
+        merged into the weights. dtype: "float32"; "bfloat16" or "int8" take less RAM and time, and round: see `Transformer.pack`.
         """
-        saved = load_checkpoint(folder, dtype)
+        later = dtype if lora is not None and dtype in PACKED else None  # adapters are added to what is not rounded yet
+        saved = load_checkpoint(folder, dtype if later is None else "float32")
         if saved.tokenizer is None:
             raise InvalidValue(f"folder: {folder} has no tokenizer (tokenizer.json); use mt.load(folder) for the model alone")
         if lora is not None:
             saved.model.load_lora(lora)
             saved.model.merge_lora()
+        if later is not None:
+            saved.model.pack(later)
         return cls(saved.model, saved.tokenizer, saved.memory() if memory == "saved" else memory, segment_length, saved.pooling, overlap)
 
     def save(self, folder: str | Path) -> None:

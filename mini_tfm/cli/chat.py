@@ -12,7 +12,7 @@ import click
 
 from ..generate.options import GenerationOptions
 from .options import options_of
-from .shared import Reading, check_files, lora_option, memory_option, none_of, note, segment_option, total_bytes
+from .shared import Reading, check_files, dtype_option, lora_option, memory_option, none_of, note, segment_option, total_bytes
 
 if TYPE_CHECKING:
     from ..pipeline import Pipeline
@@ -35,6 +35,7 @@ HELP = "/reset forgets what was said, /exit (or Ctrl-D) ends, Ctrl-C ends an ans
 @memory_option
 @options_of(GenerationOptions, max_new_tokens={"default": 512})
 @lora_option
+@dtype_option
 @segment_option
 def chat(
     model: Path | None,
@@ -42,6 +43,7 @@ def chat(
     files: tuple[Path, ...],
     memory: str,
     lora: Path | None,
+    dtype: str,
     segment_length: int | None,
     **options: Any,
 ) -> None:
@@ -65,7 +67,7 @@ def chat(
 
     GenerationOptions.of(options)  # report faults before anything is loaded
     check_files(files)
-    pipe = Pipeline.load(model or DEFAULT_MODEL, memory=none_of(memory), segment_length=segment_length, lora=lora)
+    pipe = Pipeline.load(model or DEFAULT_MODEL, memory=none_of(memory), segment_length=segment_length, lora=lora, dtype=dtype)
     beginning = [{"role": "system", "content": system}] if system is not None else []
     said = list(beginning)
     pipe.tokenizer.encode_chat([*said, {"role": "user", "content": "?"}])  # a model without a template is told at once

@@ -19,6 +19,7 @@ from .shared import (
     check_files,
     check_out,
     count,
+    dtype_option,
     files_argument,
     folder_argument,
     json_option,
@@ -61,6 +62,7 @@ IN_FOLDERS = (".txt", ".md")
     help="Keep only the first so many numbers, for models trained so (Matryoshka).",
 )
 @lora_option
+@dtype_option
 @segment_option
 @json_option
 def embed(
@@ -69,6 +71,7 @@ def embed(
     out: Path | None,
     overwrite: bool,
     lora: Path | None,
+    dtype: str,
     segment_length: int | None,
     as_json: bool,
     **options: Any,
@@ -95,7 +98,7 @@ def embed(
         _check_out(out, overwrite)
     files = tuple(_files(files))
     check_files(files)
-    pipe = Pipeline.load(folder, memory=None, segment_length=segment_length, lora=lora)
+    pipe = Pipeline.load(folder, memory=None, segment_length=segment_length, lora=lora, dtype=dtype)
     answer: dict[str, Any] = {"model": str(folder), "file": ", ".join(map(str, files))}
     with Reading("embedding", total_bytes(files)) as reading, contextlib.ExitStack() as stack:
         lines = Lines(files, reading)

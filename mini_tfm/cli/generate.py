@@ -18,6 +18,7 @@ from .shared import (
     Reading,
     check_files,
     count,
+    dtype_option,
     folder_argument,
     json_option,
     lora_option,
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
 )
 @options_of(GenerationOptions)
 @lora_option
+@dtype_option
 @segment_option
 @overlap_option
 @click.option("--no-stream", is_flag=True, help="Print the text only when it is complete.")
@@ -84,6 +86,7 @@ def generate(
     memory: str,
     read_first: tuple[Path, ...],
     lora: Path | None,
+    dtype: str,
     segment_length: int | None,
     overlap: float,
     no_stream: bool,
@@ -117,10 +120,10 @@ def generate(
         raise click.UsageError("--out needs --file: a prompt a line")
     check_files([*read_first, *([file] if file else [])])
     if file is not None and out is not None:
-        loading = {"segment_length": segment_length, "lora": lora, "overlap": overlap}
+        loading = {"segment_length": segment_length, "lora": lora, "dtype": dtype, "overlap": overlap}
         _generate_file(folder, file, out, batch_tokens, memory, read_first, loading, as_json, options)
         return
-    pipe = Pipeline.load(folder, memory=none_of(memory), segment_length=segment_length, lora=lora, overlap=overlap)
+    pipe = Pipeline.load(folder, memory=none_of(memory), segment_length=segment_length, lora=lora, dtype=dtype, overlap=overlap)
     warn_if_untrained(folder, pipe, memory)
     text = _prompt(prompt, file)
     n_read, clock = _read(pipe, read_first), Clock()

@@ -15,6 +15,7 @@ from .shared import (
     check_files,
     command_line,
     count,
+    dtype_option,
     folder_argument,
     json_option,
     lora_option,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 @click.option("--reset", metavar="DOCUMENT", help="First delete this document from the memory.")
 @click.option("--compact", is_flag=True, help="At the end, give back the space of deleted documents. FILEs may be left out.")
 @lora_option
+@dtype_option
 @segment_option
 @overlap_option
 @json_option
@@ -53,6 +55,7 @@ def read(
     reset: str | None,
     compact: bool,
     lora: Path | None,
+    dtype: str,
     segment_length: int | None,
     overlap: float,
     as_json: bool,
@@ -73,7 +76,7 @@ def read(
     if not files and not compact:
         raise click.MissingParameter(param_type="argument", param_hint="'FILE...'")
     check_files(files)
-    pipe = Pipeline.load(folder, memory=none_of(memory), segment_length=segment_length, lora=lora, overlap=overlap)
+    pipe = Pipeline.load(folder, memory=none_of(memory), segment_length=segment_length, lora=lora, dtype=dtype, overlap=overlap)
     on_disk = _durable(pipe.memory)
     warn_if_untrained(folder, pipe, memory)
     if reset is not None:
@@ -98,8 +101,8 @@ def read(
     _print(done, documents, before)
     if sizes is not None:
         click.echo(f"compacted from {size(sizes[0])} to {size(sizes[1])}")
-    adapted = ("--lora", lora) if lora is not None else ()
-    note("\nTry next:\n  " + command_line("generate", folder, "In short,", "--memory", memory_named(pipe), *adapted))
+    same = (*(("--lora", lora) if lora is not None else ()), *(("--dtype", dtype) if dtype != "float32" else ()))
+    note("\nTry next:\n  " + command_line("generate", folder, "In short,", "--memory", memory_named(pipe), *same))
 
 
 def _read(pipe: Pipeline, files: tuple[Path, ...], done: list[dict[str, Any]]) -> None:

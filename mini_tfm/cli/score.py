@@ -12,6 +12,7 @@ from .shared import (
     Reading,
     check_files,
     count,
+    dtype_option,
     files_argument,
     folder_argument,
     json_option,
@@ -43,10 +44,17 @@ if TYPE_CHECKING:
     help="The memory, as name:option=value,...; stack several with +; none: no memory. Repeat the option to compare memories.",
 )
 @lora_option
+@dtype_option
 @segment_option
 @json_option
 def score(
-    folder: Path, files: tuple[Path, ...], memories: tuple[str, ...], lora: Path | None, segment_length: int | None, as_json: bool
+    folder: Path,
+    files: tuple[Path, ...],
+    memories: tuple[str, ...],
+    lora: Path | None,
+    dtype: str,
+    segment_length: int | None,
+    as_json: bool,
 ) -> None:
     """Measures how many bits the model in FOLDER needs per token and per byte of FILEs (- is standard input).
 
@@ -67,7 +75,7 @@ def score(
     check_files(files)
     found = []
     for memory in memories:
-        pipe = Pipeline.load(folder, memory=none_of(memory), segment_length=segment_length, lora=lora)
+        pipe = Pipeline.load(folder, memory=none_of(memory), segment_length=segment_length, lora=lora, dtype=dtype)
         warn_if_untrained(folder, pipe, memory)
         found.append(_measured(pipe, files))
     if as_json:

@@ -38,6 +38,13 @@ memory_option = click.option(
 lora_option = click.option(
     "--lora", metavar="DIR", type=click.Path(path_type=Path), help="Add the LoRA adapters in this folder, as PEFT has them, to the model."
 )
+dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "int8"]),
+    default="float32",
+    show_default=True,
+    help="What the model's matrices are kept in: bfloat16 or int8 take less RAM and time, and round.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document, and nothing else, on standard output.")
 segment_option = click.option(
     "--segment-length",

@@ -234,3 +234,27 @@ def test_several_processes_write_what_one_does(model, prompts, tmp_path):
     done = mpirun(*command("generate", model, "--file", prompts, "--out", out, *WORDS))
     assert done.returncode == 0, done.stderr
     assert out.read_text().split("\n") == [*expected(model), ""]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_every_command_that_answers_takes_a_dtype(run, model, tmp_path, dtype):
+    """What it says is what the pipeline of that dtype says, and not what float32 does."""
+    words, text = ["--dtype", dtype], tmp_path / "text.txt"
+    text.write_text(PROMPTS[3])
+    pipe, exact = Pipeline.load(model, dtype=dtype), Pipeline.load(model)
+    said = run("generate", model, "The fox", "--max-new-tokens", 9, *words)
+    assert said.out.removesuffix("\n").endswith(pipe.generate("The fox", max_new_tokens=9))
+    scored = json.loads(run("score", model, text, "--json", *words).out)
+    assert pipe.score(PROMPTS[3])["bits_per_byte"] in _numbers(scored)
+    assert exact.score(PROMPTS[3])["bits_per_byte"] not in _numbers(scored)
+    out = tmp_path / "out.txt"
+    assert run("generate", model, "--file", text, "--out", out, "--max-new-tokens", 5, *words).code == 0
+    assert out.read_text() == " ".join(pipe.generate(PROMPTS[3], max_new_tokens=5).splitlines()) + "\n"
+
+
+def _numbers(value):
+    if isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(each)
+    elif isinstance(value, float):
+        yield value
