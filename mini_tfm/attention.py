@@ -17,6 +17,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -134,7 +135,7 @@ class MultiHeadAttention:
         out = self._with_memory(p, queries, q, own, layout, None if p.cache else layout.of_text)
         if p.cache is None and p.run.members:
             text = x if x.shape[1] == layout.text.shape[1] else x[:, layout.of_text]
-            p.run.wrote(self.site, self.layer, text, layout.text, lambda rows: self.keys_and_values(rows, p))
+            p.run.wrote(self.site, self.layer, text, layout.text, partial(self.rows_projected, p))
         return self.o(_concatenated(out), p, residual=residual)
 
     def to_encoder(self, x: Array, p: Pass, layout: Layout, encoded: Encoded, residual: Array | None = None) -> Array:
@@ -170,6 +171,10 @@ class MultiHeadAttention:
     def keys_and_values(self, rows: Array, p: Pass) -> tuple[Array, Array]:
         """Of rows (B, M, d), each (B, Hkv, M, D), without position."""
         return self._normed(self.k_norm, self._split(self.k(rows, p)), p), self._split(self.v(rows, p))
+
+    def rows_projected(self, p: Pass, rows: Array, frozen: bool = False) -> tuple[Array, Array]:
+        """The same for a memory (`New.project`). frozen: the gradient goes into the rows alone."""
+        return self.keys_and_values(rows, p.frozen() if frozen else p)
 
     def _normed(self, norm: Norm | None, heads: Array, p: Pass) -> Array:
         return heads if norm is None else norm(heads, p)

@@ -12,6 +12,7 @@ import numpy as np
 
 from . import ops
 from ._core import Block
+from .autodiff import value_of
 from .memory.run import MemoryRun
 from .weights import Array, Weights
 
@@ -120,3 +121,7 @@ class Pass:
     def value(self, name: str) -> Array:
         """A vector or table: an array, or the Var of it."""
         return self.weights[name].value
+
+    def frozen(self) -> Pass:
+        """The same, with weights that get no gradient."""
+        return dataclasses.replace(self, weights=Weights({name: value_of(weight) for name, weight in self.weights.kept.items()}))

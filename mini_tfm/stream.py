@@ -118,17 +118,21 @@ class Stream:
         self._target = target, lengths
         return hidden
 
-    def finish(self) -> None:
-        """Ends the segment: the memory takes the encoder's outputs at the cross site, and streams move on."""
+    def finish(self) -> Array | None:
+        """Ends the segment: the memory takes the encoder's outputs at the cross site, and streams move on.
+
+        In training: what the memories add to the loss, a sum over streams; None where they add nothing.
+        """
         if self.encoded is not None and self.model.decoder is not None:
             self.run.wrote("cross", 0, self.encoded.text, self.encoded.valid[:, self.encoded.n_rows :])
-        self.run.close()
+        added = self.run.close()
         if self._target is not None:
             target, lengths = self._target
             ends = target[np.arange(len(target)), np.maximum(lengths - 1, 0)] if target.shape[1] else self.last
             self.last = np.where(lengths > 0, ends, self.last)
         self.encoded = self._target = None
         self._pass = Pass(self.weights, self.run)  # the old one may hold on to a tape
+        return added
 
     def read(self, tokens: np.ndarray, lengths: np.ndarray, kept: np.ndarray | None = None) -> None:
         """A whole segment (B, S) into the memory. The decoder runs only where a memory lives in it. kept: as of `open`."""
@@ -211,4 +215,4 @@ def _projection(model: Model, weights: Weights, site: str, layer: int) -> Projec
     if stack is None or layer >= len(stack.layers):
         return None
     attention, alone = stack.layers[layer].attention.f, Pass(weights, MemoryRun(None, model.config, weights.kept, 0))
-    return lambda rows: attention.keys_and_values(rows, alone)
+    return partial(attention.rows_projected, alone)

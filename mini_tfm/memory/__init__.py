@@ -18,7 +18,7 @@ A plugin imports from here and from `mini_tfm.errors`, and nothing else of the l
 import sys
 from types import ModuleType
 
-from .base import Dims, Evicted, Memory, MemorySpec, New, Param, Query, Rows, Segment, SideOutput, State, View, bank_key
+from .base import Array, Dims, Evicted, Memory, MemorySpec, New, Param, Query, Rows, Segment, SideOutput, State, View, bank_key
 from .hookspecs import hookimpl
 from .maths import sigmoid, silu, softmax, unit, value_of
 from .nearest import BestRows, search
@@ -30,6 +30,7 @@ from .stack import Stack
 Side = SideOutput  # its name in 0.1.0
 
 __all__ = [
+    "Array",
     "BestRows",
     "Claim",
     "Dims",

@@ -17,6 +17,7 @@ What happens in a segment, at each site ("encoder" self-attention, "decoder" sel
         write(state, site, layer, new) what the segment computed; returns what is dropped
         leave(state, site, layer, x)   the layer's outputs at the rows that begin() put in
     end(state, rows)                   outputs at the rows that begin() put in
+    loss(state)                        in training: what the strategy adds to the loss
     --- next segment ---
 
 A query never sees what its own segment writes. At "cross" the rows are the encoder's outputs: `write` is called once a
@@ -167,7 +168,7 @@ class New:
     2306.14048): the weights each row received, summed over heads and queries; view_mass: (B, M) the same for the rows
     of the strategy's own view since it was last told, if that is joint and has no index. project: rows (B, M, d) to the
     layer's own keys and values, each (B, Hkv, M, D), without position; None at "cross", where every layer has its own,
-    and of the decoder's outputs.
+    and of the decoder's outputs. `project(rows, frozen=True)` sends the gradient into the rows alone, not into the layer.
 
     As `Evicted`, tokens and targets are -1 where they are not known, and None, as mass is, where the memory that dropped
     the rows does not say.
@@ -182,7 +183,7 @@ class New:
     mass: np.ndarray | None = None
     view_mass: np.ndarray | None = None
     targets: np.ndarray | None = None
-    project: Callable[[Array], tuple[Array, Array]] | None = None
+    project: Callable[..., tuple[Array, Array]] | None = None
 
 
 Evicted = New  # the same fields: what one memory drops, the next is offered
@@ -294,6 +295,13 @@ class Memory:
 
     def end(self, state: State, rows: Array) -> None:
         """Takes the outputs (B, m, d) at the rows that `begin` put in."""
+
+    def loss(self, state: State) -> Array | None:
+        """What the strategy adds to the loss that is trained on, one number a stream, (B,). In training alone, as a segment ends.
+
+        Its mean over all streams and segments is added to the mean loss of the target tokens; scale it to weigh it. What `write` has
+        put under `State.OF_SEGMENT` is still there. Where it is to train nothing, take `value_of`.
+        """
 
     def logits(self, state: State, hidden: np.ndarray, log_probs: np.ndarray) -> np.ndarray | None:
         """The log-probabilities (B, T, V), changed, given the decoder's outputs (B, T, d). In generation and scoring."""

@@ -30,6 +30,7 @@ from .validate import (
     check_entering,
     check_evicted,
     check_log_probs,
+    check_loss,
     check_parameters,
     check_passed_on,
     check_sites,
@@ -41,7 +42,7 @@ from .validate import (
     same_arrays,
 )
 
-Project = Callable[[Array], tuple[Array, Array]]  # rows (B, M, d) to a layer's keys and values
+Project = Callable[..., tuple[Array, Array]]  # rows (B, M, d) to a layer's keys and values; `frozen`: its weights get no gradient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +117,11 @@ def memory_parameters(memory: Memory | None, config: Config, dtype: Any) -> dict
 def _has(member: Memory, method: str) -> bool:
     """Whether a strategy has a method of its own."""
     return getattr(type(member), method) is not getattr(Memory, method)
+
+
+def has_losses(memory: Memory | None) -> bool:
+    """Whether a member adds to the loss in training."""
+    return any(_has(member, "loss") for member in members_of(memory))
 
 
 class _Sites:
@@ -234,13 +240,17 @@ class MemoryRun:
         self._projected: dict[tuple[str, int, int], Projected] = {}
         self._is_open = bool(lengths.any())
 
-    def close(self) -> None:
-        """Ends the segment: streams advance, paused ones get their old state back."""
+    def close(self) -> Array | None:
+        """Ends the segment: streams advance, paused ones get their old state back.
+
+        In training: the sum of what the members add to the loss, over the streams; None where none does.
+        """
         active = self._lengths > 0
         if self._output is not None:
             outputs, valid = self._output
             self.wrote("decoder", self.config.n_decoder_layers, outputs, valid)
             self.decoded = self.decoded + np.where(active, valid.sum(axis=1), 0)
+        added = self._loss(active)
         if not active.all():
             for state, before in zip(self.states, self._before, strict=True):
                 for name in state:
@@ -253,6 +263,18 @@ class MemoryRun:
         self.has_read = self.has_read or bool(active.any())
         self._warn_of_idle()
         self.open(np.zeros(self.batch, np.int64))  # nothing of a segment is held between two
+        return added
+
+    def _loss(self, active: np.ndarray) -> Array | None:
+        """What the members add to the loss of the streams that are `active` (B,) in this segment."""
+        found = None
+        for i, member in enumerate(self.members):
+            if self.dims[i].training and _has(member, "loss"):
+                of_streams = self._call(i, "loss", check=partial(check_loss, batch=self.batch, dims=self.dims[i]))
+                if of_streams is not None:
+                    added = np.sum(of_streams * active.astype(self.dims[i].dtype))
+                    found = added if found is None else found + added
+        return found
 
     def _warn_of_idle(self) -> None:
         """Warns of a member that gets its rows from one before it, where that one keeps all of them."""
@@ -436,10 +458,10 @@ class MemoryRun:
         plain, needs = self.members[i].spec.gradient == "none", self._needs(i)
         shown = "tokens" in needs
 
-        def heads(rows: Array) -> tuple[Array, Array]:
+        def heads(rows: Array, frozen: bool = False) -> tuple[Array, Array]:
             assert project is not None
-            k, v = project(rows)
-            return (value_of(k), value_of(v)) if plain else (k, v)
+            k, v = project(rows, frozen=frozen)
+            return (value_of(k), value_of(v)) if plain and not frozen else (k, v)
 
         return dataclasses.replace(
             new,

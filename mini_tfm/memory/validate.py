@@ -213,6 +213,13 @@ def check_log_probs(changed: Any, before: np.ndarray) -> np.ndarray:
     return changed.astype(before.dtype, copy=False)
 
 
+def check_loss(loss: Any, batch: int, dims: Dims) -> Any:
+    """The result of `loss`, checked."""
+    if loss is not None:
+        check_array("the result", loss, (batch,), "f", dims.dtype)
+    return loss
+
+
 def check_entering(added: Any, inputs: Any, dims: Dims) -> Any:
     """The result of `enter`, checked."""
     if added is not None:

@@ -14,7 +14,7 @@ from ..config import Config
 from ..errors import MiniTfmError
 from ..generate import Session
 from ..memory.base import Memory
-from ..memory.run import MemoryRun, members_of
+from ..memory.run import MemoryRun, has_losses, members_of
 from ..memory.short import RetrievalMemory, RowMemory
 from ..memory.stack import Stack
 from ..stream import Stream
@@ -96,8 +96,11 @@ class Trial:
         return Reader(self.model, chosen, batch, w, training)
 
     def loss(self, segments: np.ndarray, w: Mapping[str, Any], state: Mapping | None = None, detach_at: int | None = None) -> Any:
-        """Sum over segments of the mean negative log-likelihood; from a dumped `state`, gradients cut before `detach_at`."""
-        reader = self.reader(segments.shape[1], w)
+        """Sum over segments of the mean negative log-likelihood and of what the strategy adds to it.
+
+        From a dumped `state`; gradients are cut before segment `detach_at`.
+        """
+        reader = self.reader(segments.shape[1], w, training=has_losses(self.make()))
         if state is not None:
             reader.run.load(state)
         total: Any = 0.0
@@ -108,6 +111,7 @@ class Trial:
             flat = np.reshape(hidden, (-1, self.model.config.d_model))
             logits = reader.stream.logits(flat)
             total = total + ops.cross_entropy(logits, np.roll(tokens, 1, axis=1).ravel())
+            total = total if reader.added is None else total + reader.added
         return total
 
 
@@ -116,6 +120,7 @@ class Reader:
 
     def __init__(self, model: Transformer, memory: Memory | None, batch: int, w: Mapping[str, Any] | None = None, training: bool = False):
         self.model, self.stream = model, Stream(model, memory, batch, weights=w, training=training)
+        self.added: Any = None  # to the loss of the last segment, by the memory
 
     @property
     def run(self) -> MemoryRun:
@@ -123,7 +128,7 @@ class Reader:
 
     def copy(self) -> Reader:
         twin = object.__new__(Reader)
-        twin.model, twin.stream = self.model, self.stream.copy()
+        twin.model, twin.stream, twin.added = self.model, self.stream.copy(), None
         return twin
 
     def read(self, tokens: np.ndarray, lengths: Any = None, source: np.ndarray | None = None) -> np.ndarray:
@@ -146,7 +151,7 @@ class Reader:
         if self.model.config.has_decoder:
             out = self.stream.decode(tokens, lengths)
         out = result(out)
-        self.stream.finish()
+        self.added = self.stream.finish()
         return out
 
     def token_by_token(self, tokens: np.ndarray) -> np.ndarray:

@@ -25,8 +25,8 @@ from ..files.reading import open_regular
 from .options import FitOptions
 
 # step; loss and validation_loss in nats a target token; learning_rate of the step; gradient_norm before clipping;
-# tokens seen and seconds trained, both since the run began.
-COLUMNS = ("step", "loss", "validation_loss", "learning_rate", "gradient_norm", "tokens", "seconds")
+# tokens seen and seconds trained, both since the run began; memory_loss, what the memory added to the loss, if it adds any.
+COLUMNS = ("step", "loss", "validation_loss", "learning_rate", "gradient_norm", "tokens", "seconds", "memory_loss")
 
 
 class Logs:
@@ -205,6 +205,7 @@ TAGS = {
     "gradient_norm": "train/gradient_norm",
     "tokens": "train/tokens",
     "seconds": "train/seconds",
+    "memory_loss": "loss/memory",
 }
 KINDS: dict[str, Any] = {"jsonl_log": JsonLines, "csv_log": Csv, "tensorboard_log": TensorBoard}
 

@@ -94,6 +94,7 @@ class Loop:
             "gradient_norm": trainer.gradient_norm,
             "tokens": trainer.tokens_seen,
             "seconds": trainer.seconds,
+            **({} if trainer.memory_loss is None else {"memory_loss": trainer.memory_loss}),
         }
         with uninterrupted():
             self.logs.write({**figures, "validation_loss": trainer.validations[-1][1]} if due else figures)

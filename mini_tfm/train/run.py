@@ -31,6 +31,7 @@ class Run(Protocol):
     tokens_seen: int
     seconds: float
     gradient_norm: float
+    memory_loss: float | None
     validations: list[list[Any]]
     best: list[Any] | None
     data_state: dict[str, Any] | None

@@ -17,14 +17,14 @@ from ..data.mixtures import Data, batches_of
 from ..errors import InvalidType, InvalidValue, PluginError, TrainingError, shown
 from ..lora import check_not_packed
 from ..memory.base import Memory
-from ..memory.run import memory_parameters
+from ..memory.run import has_losses, memory_parameters
 from ..options import takes
 from ..stream import Stream
 from ..text.tokenizers import Tokenizer
 from ..transformer import Transformer
 from ..weights import LORA_SCALE, Weights
 from .arguments import checked_batch, trained_names
-from .backpropagation import SegmentLoss, backpropagate, counts_of
+from .backpropagation import Part, SegmentLoss, backpropagate, counts_of, read_in
 from .interrupts import uninterrupted
 from .loop import Loop, check_data
 from .optimizer import AdamW, schedule_factor
@@ -80,6 +80,7 @@ class Trainer:
         self.tokens_seen = 0
         self.seconds = 0.0  # in `fit`, over all its calls
         self.gradient_norm = 0.0  # of the last step, before clipping
+        self.memory_loss: float | None = None  # what the memory added to the loss of the last step; None: it has none of its own
         self.validations: list[list[Any]] = []  # [step, mean loss]
         self.best: list[Any] | None = None  # [step, loss] that early stopping compares with
         self.data_state: dict[str, Any] | None = None  # of the data of the last `fit`, if it has one
@@ -112,6 +113,8 @@ class Trainer:
     ) -> float:
         """Takes one optimizer step; returns the loss before it, in nats per target token.
 
+        What a memory adds to the loss that is trained on (`Memory.loss`) is not in it, but in `memory_loss`.
+
         source: (B, S) token ids, or (B, n, S) for a stream of n segments; None for a decoder-only model.
         target: (B, T) or (B, n, T), predicted token by token. lengths: (B,) or (B, n). weights: of each target
         token in the loss. begins: (B, n) bool, where a new document begins (see `Batch`). Raises TrainingError, and changes nothing,
@@ -130,21 +133,22 @@ class Trainer:
             n_parts = min(self.options.gradient_accumulation_steps, max(1, len(batch.target)))  # the rest would be empty
             parts = shares(len(batch.target), n_parts * ranks.size)
             total = float(counts_of(batch, self.model.dtype).sum(dtype=np.float64)) or 1.0
-            losses = np.zeros(len(parts))  # each part's share of the loss; a rank fills in its own
+            losses = np.zeros((2, len(parts)))  # each part's share of the loss, and of what the memory adds; a rank fills in its own
             self.optimizer.zero_grad()
             for i in range(ranks.rank * n_parts, (ranks.rank + 1) * n_parts):
-                losses[i] = self._add_gradients(batch, parts[i], total)
+                losses[:, i] = self._add_gradients(batch, parts[i], total)
         ranks.sum(losses)
         ranks.sum(self.optimizer.grad)
-        value, norm = float(losses.sum()), self.optimizer.grad_norm()
-        if not np.isfinite(value) or not np.isfinite(norm):
-            raise TrainingError(self._diagnosis(batch, value, [parts[i] for i in np.flatnonzero(~np.isfinite(losses))]))
+        value, norm = float(losses[0].sum()), self.optimizer.grad_norm()
+        if not np.isfinite(losses).all() or not np.isfinite(norm):
+            raise TrainingError(self._diagnosis(batch, value, [parts[i] for i in np.flatnonzero(~np.isfinite(losses).all(axis=0))]))
         with uninterrupted():
             self.optimizer.step(self.learning_rate, self.options.clip, norm)
             self.step_count += 1
             self.tokens_seen += batch.n_tokens
             self.losses.append(value)
             self.gradient_norm, self.batch_digest = norm, None
+            self.memory_loss = float(losses[1].sum()) if has_losses(self.memory) else None
         return value
 
     def evaluate(self, batch: Batch) -> float:
@@ -224,28 +228,31 @@ class Trainer:
         """The arguments of `step` as checked (B, n, L) arrays."""
         return checked_batch(self.model, *given)
 
-    def _add_gradients(self, batch: Batch, rows: slice, total: float) -> float:
-        """Adds the gradient of some rows' share of the batch's loss to the arena; returns that share.
+    def _add_gradients(self, batch: Batch, rows: slice, total: float) -> Part:
+        """Adds the gradient of some rows' share of the batch's loss to the arena; returns that share, of the text and of the memory.
 
         total: weight of all target tokens of the batch, so that the shares of all rows add up to its mean loss. Each part
         has its own dropout masks, and hides the sources that are hidden in the whole batch.
         """
         if rows.start == rows.stop:
-            return 0.0
+            return Part(0.0, 0.0)
         part = batch if rows == slice(0, len(batch.target)) else _rows_of(batch, rows)
         try:
-            return self._backward(part, self._dropout(rows.start), self._hidden(batch, rows), total)
+            return self._backward(part, self._dropout(rows.start), self._hidden(batch, rows), total, read_in(batch))
         except PluginError:
             # NaN in a state is the strategy's fault, unless the model alone gives NaN.
             value = self._loss(part, with_memory=False)
             if np.isfinite(value):
                 raise
-            return value
+            return Part(value, 0.0)
 
-    def _backward(self, batch: Batch, dropout: Dropout, hidden: np.ndarray | None = None, total: float | None = None) -> float:
+    def _backward(
+        self, batch: Batch, dropout: Dropout, hidden: np.ndarray | None = None, total: float | None = None, n_read: int | None = None
+    ) -> Part:
         """The training loss through all segments of the batch; adds its gradient to the arena."""
         o, w = self.options, Weights({**self.model.weights, **self.optimizer.leaves})
-        options: dict[str, Any] = {"dropout": dropout, "hide_source": hidden, "label_smoothing": o.label_smoothing, "total": total}
+        options: dict[str, Any] = {"dropout": dropout, "hide_source": hidden, "label_smoothing": o.label_smoothing}
+        options |= {"total": total, "n_read": n_read}
         stream = Stream(self.model, self.memory, len(batch.target), weights=w, training=True)
         with ops.bfloat16_products(o.bfloat16):
             return backpropagate(SegmentLoss(self.model, batch, **options), stream, truncate=o.bptt_segments, recompute=o.recompute)

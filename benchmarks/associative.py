@@ -1,0 +1,106 @@
+"""What a model learns with each memory: associative retrieval of 1 to 4 pairs, two segments back. The table of docs/memories.md.
+
+A stream is three segments of 4 tokens: 1 to 4 pairs, each one token that says a key of 8 and a value of 8, among tokens that say
+nothing; 4 tokens that say nothing; and a key, whose value is to be said. Without a memory 1 in 8 is right. A decoder-only model reads
+the stream; the encoder of an encoder-decoder does, and its decoder is asked by the key and says the value. A pair's key and value share
+a token, so what is asked of a memory is to keep and to find, and nothing else.
+
+    python benchmarks/associative.py                 all of it, 3 seeds, on as many processes as there are cores
+    python benchmarks/associative.py --seeds 1 --steps 400 --memory window:size=8 --kind decoder-only
+"""
+
+import argparse
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor
+
+import numpy as np
+
+import mini_tfm as mt
+from mini_tfm.autodiff import value_of
+from mini_tfm.data.batches import Batch
+from mini_tfm.stream import Stream
+from mini_tfm.train.segments import read_batch
+
+N, LENGTH, MOST = 8, 4, 4
+KEY, VALUE, PAIR, NOISE = 3, 3 + N, 3 + 2 * N, 3 + 2 * N + N * N
+SIZES = {"vocab_size": NOISE + N, "d_model": 32, "n_heads": 2, "d_ff": 64, "segment_length": LENGTH}
+KINDS = {
+    "decoder-only": {"n_encoder_layers": 0, "n_decoder_layers": 1, "positions": "rotary"},
+    "encoder-decoder": {"n_encoder_layers": 1, "n_decoder_layers": 1, "positions": "relative"},
+}
+MEMORIES = ["none", "window:size=8", "recurrent:tokens=4", "infini:rule=linear", "infini", "armt:tokens=4", "titans", "store:top_k=4"]
+
+
+def streams(rng, size, n_pairs):
+    """What is said (B, 3, LENGTH), with n_pairs (B,) pairs in the first segment, and the key and value that are asked for, (B,) each."""
+    keys, values = rng.permuted(np.tile(np.arange(N), (size, 1)), axis=1)[:, :LENGTH], rng.integers(N, size=(size, LENGTH))
+    said = rng.integers(NOISE, NOISE + N, (size, 3, LENGTH))
+    are_pairs = np.argsort(rng.random((size, LENGTH)), axis=1) < n_pairs[:, None]
+    said[:, 0] = np.where(are_pairs, PAIR + keys * N + values, said[:, 0])
+    asked = np.argmax(are_pairs * rng.random((size, LENGTH)), axis=1)
+    row = np.arange(size)
+    return said, KEY + keys[row, asked], VALUE + values[row, asked]
+
+
+def batch(kind, rng, size, n_pairs):
+    """A batch, and where in the last target the value stands."""
+    said, key, value = streams(rng, size, n_pairs)
+    if kind == "decoder-only":
+        said[:, 2, 2], said[:, 2, 3] = key, value
+        weights = np.zeros(said.shape, np.float32)
+        weights[:, 2, 3] = 1
+        return Batch(None, said, None, np.full((size, 3), LENGTH), weights), 3
+    said[:, 2, 3] = key
+    target = np.zeros((size, 3, 2), np.int64)
+    target[:, 2, 0], target[:, 2, 1] = key, value
+    weights = np.zeros(target.shape, np.float32)
+    weights[:, 2, 1] = 1
+    return Batch(said, target, np.full((size, 3), LENGTH), np.tile([0, 0, 2], (size, 1)), weights), 1
+
+
+def share_right(kind, model, memory, n_pairs, size=512):
+    asked, at = batch(kind, np.random.default_rng([99, n_pairs]), size, np.full(size, n_pairs))
+    stream = Stream(model, memory, size)
+    for _, hidden in read_batch(stream, asked):
+        scores = value_of(stream.logits(value_of(hidden)[:, at]))
+    return float((scores.argmax(axis=-1) == asked.target[:, 2, at]).mean())
+
+
+def learned(kind, text, steps, seed):
+    """The share that is right by number of pairs, after training, and the seconds it took."""
+    mt.set_num_threads(1)
+    began, rng = time.perf_counter(), np.random.default_rng(seed)
+    model = mt.Transformer(mt.Config(**SIZES, **KINDS[kind]), seed=seed)
+    memory = mt.memory(text) if text != "none" else None
+    trainer = mt.Trainer(model, memory, learning_rate=3e-3, warmup_steps=50, total_steps=steps)
+    for _ in range(steps):
+        each, _ = batch(kind, rng, 32, rng.integers(1, MOST + 1, 32))
+        trainer.step(each.source, each.target, each.source_lengths, each.target_lengths, each.weights)
+    return [share_right(kind, model, memory, n) for n in range(1, MOST + 1)], time.perf_counter() - began
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--memory", action="append", help=f"default: {', '.join(MEMORIES)}")
+    parser.add_argument("--kind", action="append", choices=KINDS)
+    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
+    given = parser.parse_args()
+    began, texts, kinds = time.perf_counter(), given.memory or MEMORIES, given.kind or list(KINDS)
+    print("| memory | model | " + " | ".join(f"{n} pair{'s' * (n > 1)}" for n in range(1, MOST + 1)) + " | seconds |")
+    print("|---|---|" + "---|" * (MOST + 1), flush=True)
+    with ProcessPoolExecutor(given.processes) as pool:
+        cells = [(text, kind) for text in texts for kind in kinds]
+        found = {cell: [pool.submit(learned, cell[1], cell[0], given.steps, seed) for seed in range(given.seeds)] for cell in cells}
+        for (text, kind), futures in found.items():
+            shares = np.array([future.result()[0] for future in futures])
+            seconds = sum(future.result()[1] for future in futures) / len(futures)
+            columns = (f"{100 * of.mean():.0f} % ({100 * of.min():.0f} to {100 * of.max():.0f})" for of in shares.T)
+            print(f"| {text} | {kind} | " + " | ".join(columns) + f" | {seconds:.0f} |", flush=True)
+    print(f"\n{given.steps} steps, {given.seeds} seeds: {(time.perf_counter() - began) / 60:.1f} minutes on {given.processes} processes")
+
+
+if __name__ == "__main__":
+    main()
