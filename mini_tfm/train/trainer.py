@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from .. import ops
+from ..autodiff import Var
 from ..context import Dropout
 from ..data.batches import Batch, fields
 from ..data.checks import large, number
@@ -17,7 +18,9 @@ from ..data.mixtures import Data, batches_of
 from ..errors import InvalidType, InvalidValue, PluginError, TrainingError, shown
 from ..lora import check_not_packed
 from ..memory.base import Memory
-from ..memory.run import has_losses, memory_parameters
+from ..memory.run import has_losses, members_of, memory_parameters
+from ..memory.stack import Stack
+from ..memory.validate import owner
 from ..options import takes
 from ..stream import Stream
 from ..text.tokenizers import Tokenizer
@@ -289,9 +292,28 @@ class Trainer:
         worst = sorted(sizes, key=lambda name: (np.isfinite(sizes[name]), -np.nan_to_num(sizes[name], posinf=0)))[:3]
         largest = ", ".join(f"{name} {sizes[name]:.3g}" for name in worst)
         return (
-            f"step {self.step_count}: the loss is {loss}{place} or its gradient is not finite (largest gradients: {largest}); the weights"
-            " are those of the step before: lower learning_rate, add warmup_steps, or check the data"
+            f"step {self.step_count}: the loss is {loss}{place} or its gradient is not finite (largest gradients: {largest}){self._blame(batch)};"
+            " the weights are those of the step before: lower learning_rate, add warmup_steps, or check the data"
         )
+
+    def _blame(self, batch: Batch) -> str:
+        """In words, the members of the memory without any of which all would be finite."""
+        members = members_of(self.memory)
+        blamed = [
+            member for member in members if self._has_finite_gradient(batch, Stack([other for other in members if other is not member]))
+        ]
+        return "".join(f"; without memory {member.name!r} ({owner(member)}) both are finite" for member in blamed)
+
+    def _has_finite_gradient(self, batch: Batch, memory: Memory) -> bool:
+        """Whether the loss with another memory, and its gradient, are finite; changes nothing."""
+        leaves = {name: Var(weight) for name, weight in self.model.weights.items()}
+        stream = Stream(self.model, memory, len(batch.target), weights=leaves, training=True)
+        loss = SegmentLoss(self.model, batch, dropout=self._dropout(), hide_source=self._hidden(batch))
+        try:
+            found = backpropagate(loss, stream, truncate=self.options.bptt_segments, recompute=self.options.recompute)
+        except PluginError:
+            return False
+        return bool(np.isfinite(found).all()) and all(np.isfinite(leaf.grad).all() for leaf in leaves.values() if leaf.grad is not None)
 
     def _is_finite(self, batch: Batch) -> bool:
         """Whether the model, without dropout, gives a number for these rows."""

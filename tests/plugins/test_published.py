@@ -57,6 +57,7 @@ STACKS = [
     "window:size=4,site=decoder+knn:top_k=3,site=decoder",
     "window:size=4+knn_lm:top_k=3",
     "window:size=4+compressive:size=4,rate=2,how=conv",
+    "window:size=4+compressive:size=4,rate=2,how=conv,loss=attention",
     "window:size=4+exchange:size=6,top_k=2,promote=2+store:top_k=2",
     "prefix:tokens=2+window:size=4",
     "armt:tokens=2,d_key=3+recurrent:tokens=2",
@@ -105,7 +106,7 @@ def test_it_comes_back_with_the_model(text, tmp_path):
 
 @pytest.mark.parametrize("text", [STACKS[0], *(pytest.param(text, marks=pytest.mark.long) for text in STACKS[1:])])
 def test_it_stands_in_a_stack(text):
-    check_memory(text, skip=TRAINED if "prefix" in text else ())
+    check_memory(text, skip=TRAINED if "prefix" in text else ["gradients_are_right"] if "loss=" in text else ())  # which it stops on purpose
 
 
 @pytest.mark.parametrize(

@@ -451,6 +451,31 @@ class ForgetsAThirdOfASmallGradient(Last):
         return changed(view, bank=("hidden", view.bank[1] + partly * 1e-5)) if view else None
 
 
+class PullsRowsTogether(Last):
+    """Adds to the loss: its rows are to be alike, once moved by a trained vector."""
+
+    def __init__(self):
+        super().__init__()
+        self.spec = MemorySpec(sites=frozenset({"decoder"}), capacity=8, gradient="rows")
+
+    def parameters(self, dims):
+        return {"shift": Param((dims.d_model,), init=0.1)}
+
+    def view(self, state, site, layer, segment):
+        view = super().view(state, site, layer, segment)
+        return changed(view, bank=("hidden", view.bank[1] + state.params["shift"])) if view else None
+
+    def loss(self, state):
+        shifted = state["decoder.0.hidden"] * state["decoder.0.valid"][..., None] + state.params["shift"]
+        return np.sum(shifted * shifted, axis=(1, 2))
+
+
+class PullsWrongly(PullsRowsTogether):
+    def loss(self, state):
+        added = super().loss(state)
+        return None if added is None else added * 1.01 - value_of(added) * 0.01
+
+
 class InitialValuesOfItsOwn(Last):
     """Drawn anew in every process."""
 
@@ -539,6 +564,7 @@ MUTANTS = {
     RemembersATrainedMean: "training_leaves_nothing_else",
     HoldsTapes: "tapes_are_let_go",
     ForgetsAThirdOfASmallGradient: "gradients_are_right",
+    PullsWrongly: "gradients_are_right",
     DrawsInitialValues: "parameters_are_the_same_everywhere",
     EmptiesItsArguments: "arguments_stay_as_they_are",
     ClearsHidden: "arguments_stay_as_they_are",
@@ -695,7 +721,7 @@ class CurvesWrongly(Curves):
         return changed(view, bank=("hidden", view.bank[1] * wrong))
 
 
-@pytest.mark.parametrize("strategy", [Renumbers, Curves])
+@pytest.mark.parametrize("strategy", [Renumbers, Curves, PullsRowsTogether])
 def test_an_odd_but_honest_strategy_passes(strategy, only_decoders):
     check_memory(strategy)
 
