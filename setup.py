@@ -74,7 +74,7 @@ directives = {"language_level": 3, "embedsignature": True} | dict.fromkeys(["bou
 setup(
     packages=[*find_packages(".", include=["mini_tfm", "mini_tfm.*"]), "mini_tfm_plugins"],
     package_dir={"mini_tfm": "mini_tfm", "mini_tfm_plugins": "plugins"},
-    package_data={"mini_tfm": ["py.typed"], "mini_tfm_plugins": ["py.typed", "template/**/*"]},
+    package_data={"mini_tfm": ["py.typed", "testing/models/*/*"], "mini_tfm_plugins": ["py.typed", "template/**/*"]},
     ext_modules=cythonize([kernels], compiler_directives=directives, build_dir="build/cython"),
     cmdclass={"build_ext": BuildWithOpenMP},
 )

@@ -53,7 +53,7 @@ class Layout:
 
     positions: of the queries, (T,), or (B, T) where streams differ; the text's first token is at 0. text: (B, tokens) bool, what
     is no padding. valid: (B, keys) bool, or None: all keys are there. causal: a query sees no key behind its own, other than
-    the rows in front. lengths, key_positions: (B,) keys of each stream and (B, keys) where they stand, where streams differ.
+    the rows in front but the last `n_causal` of them, which are text. lengths, key_positions: (B,) keys of each stream and (B, keys) where they stand, where streams differ.
     """
 
     positions: np.ndarray
@@ -63,6 +63,7 @@ class Layout:
     causal: bool = False
     lengths: np.ndarray | None = None
     key_positions: np.ndarray | None = None
+    n_causal: int = 0
     shared: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # what all layers need, made by the first
 
     @property
@@ -129,7 +130,7 @@ class MultiHeadAttention:
             lengths=layout.lengths,
             bias=self._bias(p, layout, queries.shape[2], keys.shape[2]),
             causal=layout.causal,
-            prefix=layout.n_front if layout.causal and self.window is None else 0,
+            prefix=layout.n_front - layout.n_causal if layout.causal and self.window is None else 0,
             window=self.window,
         )
         out = self._with_memory(p, queries, q, own, layout, None if p.cache else layout.of_text)
@@ -230,6 +231,10 @@ class MultiHeadAttention:
         if text is not None and run.wants_mass():
             counted = layout.counted(q.shape[0], n_queries)
             self._report_attention(p, own, text, joint, lambda block: ops.attention_mass(q, block, lse, self.scale, counted, cap=self.cap))
+        if text is not None and self.site != "cross":
+            first = layout.n_front + n_queries - own.k.shape[2]  # of the queries, that of the text's first token
+            asking = slice(first, first + layout.text.shape[1])
+            run.attended(self.site, self.layer, partial(self._weights, q, own, joint, lse, text, asking))
         for n, (_, view, merge) in enumerate(shown):
             if isinstance(view, SideOutput):
                 has = np.ones(1, bool) if view.valid is None else view.valid
@@ -247,9 +252,18 @@ class MultiHeadAttention:
         run.received(self.site, self.layer, None, received(own)[:, text])
         seen: set[int] = set()  # of a member that shows two views, the first is reported
         for i, view, block in joint:
-            if run.wants_mass(i) and view.index is None and i not in seen:
+            if run.wants_mass(i) and i not in seen and not self._are_copied(view):
                 seen.add(i)
-                run.received(self.site, self.layer, i, received(block))
+                run.received(self.site, self.layer, i, _of_bank(view, received(block)))
+
+    def _weights(
+        self, q: Array, own: Block, joint: list[tuple[int, View, Block]], lse: np.ndarray, text: slice, asking: slice, member: int
+    ) -> np.ndarray:
+        """The attention (B, H, S, M + S) of the queries `asking` to a member's own rows and to the text (see `New.attention`)."""
+        mine = [(view, block) for i, view, block in joint if i == member and not self._are_copied(view)][:1]
+        weights = partial(ops.attention_weights, q, lse=lse, scale=self.scale, cap=self.cap)
+        parts = [*(_of_bank(view, weights(block)) for view, block in mine), weights(own)[..., text]]
+        return np.concatenate(parts, axis=3)[:, :, asking]
 
     def _block_of(self, p: Pass, view: View, at: np.ndarray, number: int) -> Block:
         """A view as keys and values: projected by this layer, and given the positions it has. number: among the layer's views."""
@@ -386,6 +400,16 @@ def _with_chosen_rows(view: View, n_heads: int, n_queries: int) -> View:
         positions = view.positions[rows, pick]
     valid = view.valid[rows, pick] & (index >= 0)
     return dataclasses.replace(view, valid=valid, index=None, positions=positions, bias=bias, places=None)
+
+
+def _of_bank(view: View, of_shown: np.ndarray) -> np.ndarray:
+    """Numbers (B, ..., K) of the rows that a view's index (B, K) names, as those of all rows of its bank; others as they are."""
+    if view.index is None or view.index.ndim != 2:
+        return of_shown
+    found, pick = np.zeros((*of_shown.shape[:-1], view.valid.shape[1]), of_shown.dtype), np.maximum(view.index, 0)
+    pick = np.broadcast_to(pick.reshape(len(pick), *[1] * (of_shown.ndim - 2), -1), of_shown.shape)
+    np.add.at(found, (*np.indices(of_shown.shape, sparse=True)[:-1], pick), of_shown)
+    return found
 
 
 def _index_of_copies(index: np.ndarray, valid: np.ndarray, n_kv_heads: int) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -76,8 +76,12 @@ class Cache(Protocol):
     def key_positions(self) -> np.ndarray | None:
         """(B, keys), where streams have come differently far."""
 
-    def extend(self, n_front: int, n_tokens: int) -> None:
-        """Announces new keys."""
+    @property
+    def valid(self) -> np.ndarray | None:
+        """(B, keys) bool, the keys that are there; None: all."""
+
+    def extend(self, front: Sequence[np.ndarray], n_tokens: int) -> None:
+        """Announces new keys; front: (B, m) bool for each memory that puts rows in front, which of them are there."""
 
     def append(self, layer: int, k: Array, v: Array) -> tuple[np.ndarray, np.ndarray]:
         """Adds k, v (B, H, T, D) to a layer; gives all its keys and values so far."""

@@ -172,8 +172,15 @@ class Stack:
             for sublayer in layer.sublayers:
                 yield from sublayer.f.products()
 
-    def embed(self, tokens: np.ndarray, p: Pass, positions: np.ndarray | None = None) -> Array:
-        return p.dropout(self.embedding(tokens, p, positions), self.name + ".embedding")
+    def embed(self, tokens: np.ndarray, p: Pass, positions: np.ndarray | None = None, place: str = "") -> Array:
+        """place: where the tokens stand, if not in the text."""
+        return p.dropout(self.embedding(tokens, p, positions), self.name + ".embedding" + place)
+
+    def in_front(self, rows: Sequence[Rows], p: Pass) -> list[Array]:
+        """The rows of memories in front of the text, (B, m, d) each."""
+        return [
+            self.embed(each.tokens, p, place=f".front.{i}") if each.tokens is not None else each.values for i, each in enumerate(rows)
+        ]
 
     def last_norm(self, x: Array, p: Pass) -> Array:
         return x if self.norm is None else self.norm(x, p)
@@ -190,12 +197,13 @@ class Encoder(Stack):
     def __call__(self, tokens: np.ndarray, lengths: np.ndarray, p: Pass) -> Encoded:
         """(B, S) tokens, the first `lengths` (B,) of each row, with the memory of the pass."""
         x = self.embed(tokens, p)
-        front = [rows.values for rows in p.run.begin("encoder", tokens)]
-        n_front, text = sum(rows.shape[1] for rows in front), _within(tokens, lengths)
+        rows = p.run.begin("encoder", tokens)
+        front, text = self.in_front(rows, p), _within(tokens, lengths)
+        n_front = sum(each.shape[1] for each in front)
         x = np.concatenate([*front, x], axis=1) if front else x
-        valid = np.concatenate([np.ones((len(tokens), n_front), bool), text], axis=1) if front else text
+        valid = np.concatenate([*(each.there for each in rows), text], axis=1) if front else text
         layout = Layout(np.arange(-n_front, tokens.shape[1]), text, n_front, valid)
-        ends = [0, *itertools.accumulate(rows.shape[1] for rows in front)]
+        ends = [0, *itertools.accumulate(each.shape[1] for each in front)]
 
         def of_rows(x: Array) -> list[Array]:
             return [x[:, start:stop] for start, stop in itertools.pairwise(ends)]
@@ -223,9 +231,9 @@ class Decoder(Stack):
         if p.cache is not None:
             return self._next(tokens, encoded, p)
         rows = p.run.begin("decoder", tokens)
-        front = [r.values for r in rows]
+        front = self.in_front(rows, p)
         back = [r.values for r in rows if r.where == "around"]
-        layout = _decoder_layout(tokens, lengths, sum(r.shape[1] for r in front), sum(r.shape[1] for r in back))
+        layout = _decoder_layout(tokens, lengths, rows)
         x = self.embed(tokens, p)
         x = np.concatenate([*front, x, *back], axis=1) if front else x
         n_back = x.shape[1] - layout.of_text.stop
@@ -257,12 +265,14 @@ class Decoder(Stack):
     def _next(self, tokens: np.ndarray, encoded: Encoded | None, p: Pass) -> Array:
         cache = p.cache
         assert cache is not None
-        front = [r.values for r in p.run.begin("decoder", tokens)] if cache.is_empty else []
-        cache.extend(sum(r.shape[1] for r in front), tokens.shape[1])
+        rows = p.run.begin("decoder", tokens) if cache.is_empty else []
+        front = self.in_front(rows, p)
+        cache.extend([each.there for each in rows], tokens.shape[1])
         x = self.embed(tokens, p, cache.positions)
         x = np.concatenate([*front, x], axis=1) if front else x
         positions = cache.positions if not front else np.arange(-cache.n_front, tokens.shape[1])
-        layout = Layout(positions, np.ones(tokens.shape, bool), cache.n_front, None, True, cache.lengths, cache.key_positions)
+        text = np.ones(tokens.shape, bool)
+        layout = Layout(positions, text, cache.n_front, cache.valid, True, cache.lengths, cache.key_positions, _n_causal(rows))
 
         def layers(x: Array) -> Array:
             for number, layer in enumerate(self.layers):
@@ -279,21 +289,28 @@ def _within(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.arange(tokens.shape[1]) < lengths[:, None]
 
 
-def _decoder_layout(tokens: np.ndarray, lengths: np.ndarray, n_front: int, n_back: int) -> Layout:
+def _n_causal(rows: Sequence[Rows]) -> int:
+    """How many of the rows in front are text, the last of them."""
+    return sum(each.shape[1] for each in rows if each.tokens is not None)
+
+
+def _decoder_layout(tokens: np.ndarray, lengths: np.ndarray, rows: Sequence[Rows]) -> Layout:
+    n_front, n_back = sum(each.shape[1] for each in rows), sum(each.shape[1] for each in rows if each.where == "around")
     positions, text = np.arange(-n_front, tokens.shape[1] + n_back), _within(tokens, lengths)
     if n_back and (lengths < tokens.shape[1]).any():  # rows behind the text stand right behind it, whatever the batch's length
         positions = np.tile(positions, (len(tokens), 1))
         positions[:, -n_back:] += (lengths - tokens.shape[1])[:, None]
-    always = [np.ones((len(tokens), n), bool) for n in (n_front, n_back)]
-    valid = np.concatenate([always[0], text, always[1]], axis=1) if n_front else text
-    return Layout(positions, text, n_front, valid, causal=True)
+    there = [each.there for each in rows]
+    back = [each.there for each in rows if each.where == "around"]
+    valid = np.concatenate([*there, text, *back], axis=1) if n_front else text
+    return Layout(positions, text, n_front, valid, causal=True, n_causal=_n_causal(rows))
 
 
 def _outputs_of_rows(x: Array, given: Sequence[Rows], end_of_text: int) -> list[Array]:
     """Outputs at each member's rows: behind the text where it wrote there, else in front."""
     front, back, outputs = 0, end_of_text, []
     for rows in given:
-        m = rows.values.shape[1]
+        m = rows.shape[1]
         start = back if rows.where == "around" else front
         outputs.append(x[:, start : start + m])
         front, back = front + m, back + (m if rows.where == "around" else 0)

@@ -355,3 +355,20 @@ def attention_mass(q: Array, block: Block, lse: np.ndarray, scale: float, asking
     bias = block.bias
     plain = _plain(block, value_of(bias.table if isinstance(bias, DistanceBias) else bias))
     return _core.attention_mass(value_of(q), plain, lse, scale, asking, cap=cap)
+
+
+def attention_weights(q: Array, block: Block, lse: np.ndarray, scale: float, *, cap: float | None = None) -> np.ndarray:
+    """The weight exp(score - lse) of each row of `block` for each query, (B, H, T, S): `attention_mass`, not summed. No gradient.
+
+    Attention to values that are 1 in a column of their own, some columns at a time, gives the weights among the block's rows alone.
+    """
+    bias, queries = block.bias, value_of(q)
+    plain = _plain(block, value_of(bias.table if isinstance(bias, DistanceBias) else bias))
+    (batch, heads, rows, width), nowhere = plain.k.shape, lse == -np.inf
+    weights = np.zeros((*queries.shape[:3], rows), queries.dtype)
+    for at in range(0, rows, width):
+        one = np.broadcast_to(np.eye(rows, width, -at, dtype=queries.dtype), (batch, heads, rows, width))
+        part, own = _core.attention(queries, [dataclasses.replace(plain, v=one)], scale, cap=cap)
+        share = np.exp(np.where(nowhere, -np.inf, own - np.where(nowhere, 0, lse))).astype(queries.dtype)
+        weights[..., at : at + width] = part[..., : rows - at] * share[..., None]
+    return weights

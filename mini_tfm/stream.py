@@ -100,7 +100,7 @@ class Stream:
         if self.model.encoder is not None and source is not None:
             self.encoded = self.model.encoder(source, lengths, self._pass)
             if kept is not None:
-                rows = np.ones((len(kept), self.encoded.n_rows), bool)
+                rows = self.encoded.valid[:, : self.encoded.n_rows]
                 self.encoded = dataclasses.replace(self.encoded, valid=np.concatenate([rows, kept], axis=1))
 
     def decode(self, target: np.ndarray, lengths: np.ndarray, hide_source: np.ndarray | None = None) -> Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ class KVCache:
     def __init__(self) -> None:
         self.n_keys = self.n_front = 0
         self.rows_per_source = 1
+        self._front: np.ndarray | None = None  # (B, n_front) bool, the rows of memories that are there; None: all
         self.lengths: np.ndarray | None = None
         self.positions = np.zeros(0, np.int64)
         self._position = np.zeros(1, np.int64)  # of one token: a step that is run again finds it there
@@ -47,8 +48,21 @@ class KVCache:
     def key_positions(self) -> np.ndarray | None:
         return None if self.lengths is None else np.broadcast_to(np.arange(self.n_keys) - self.n_front, (len(self.lengths), self.n_keys))
 
-    def extend(self, n_front: int, n_tokens: int) -> None:
-        """Announces new keys: `n_front` rows of memories, which come first of all, and `n_tokens` tokens behind what there is."""
+    @property
+    def valid(self) -> np.ndarray | None:
+        """(B, n_keys) bool, the keys that are there; None: all."""
+        if self._front is None:
+            return None
+        return np.pad(self._front, [(0, 0), (0, self.n_keys - self.n_front)], constant_values=True)
+
+    def extend(self, front: Sequence[np.ndarray], n_tokens: int) -> None:
+        """Announces new keys: rows of memories, which come first of all, and `n_tokens` tokens behind what there is.
+
+        front: (B, m) bool of each memory, which of its rows are there.
+        """
+        n_front = sum(rows.shape[1] for rows in front)
+        if not all(rows.all() for rows in front):
+            self._front = np.concatenate(front, axis=1)
         self.n_front += n_front
         if self.lengths is None:
             done = self.n_keys + n_front - self.n_front
@@ -107,7 +121,7 @@ class KVCache:
         What the layers compute must depend on x, on positions and on keys alone.
         """
         capacity = self._capacity
-        if self.lengths is not None or self.n_keys > capacity:
+        if self.lengths is not None or self._front is not None or self.n_keys > capacity:
             return layers(x)
         program, made_for = self._program
         if made_for != capacity or (program.ready and len(x) > program.batch):
@@ -146,6 +160,7 @@ class KVCache:
             self.rows_per_source = rows_per_source
             self.forget_step()
         self.lengths = None if self.lengths is None else self.lengths[index]
+        self._front = None if self._front is None else self._front[index]
 
     def join(self, other: KVCache, sizes: tuple[int, int]) -> None:
         """Takes in the rows of `other`, behind its own; `sizes` are the numbers of rows of the two."""
@@ -155,6 +170,9 @@ class KVCache:
             np.full(size, cache.n_keys) if cache.lengths is None else cache.lengths
             for cache, size in zip((self, other), sizes, strict=True)
         ]
+        if self._front is not None or other._front is not None:
+            pair = zip((self, other), sizes, strict=True)
+            self._front = np.concatenate([np.ones((n, each.n_front), bool) if each._front is None else each._front for each, n in pair])
         self._kept = {layer: _stacked(zip(kept, other._kept[layer], strict=True)) for layer, kept in self._kept.items()}
         self._cross = {
             layer: [*_stacked(zip(kept[:2], other._cross[layer][:2], strict=True)), _masks(kept[2], other._cross[layer][2])]

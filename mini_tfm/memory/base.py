@@ -48,7 +48,7 @@ class MemorySpec:
     layers: which layers there, counted from 0, or from the top if negative; None for all.
     needs: "query" calls `read`. "mass" measures the attention that rows receive. "tokens" gives token ids in `Segment`
         and `New`. "hidden" calls `write` once more with the decoder's outputs, as one layer more: `layer` is the number
-        of layers, and `logits` is later asked with such outputs. "text" is reserved.
+        of layers, and `logits` is later asked with such outputs. "text" means nothing: whoever has tokens may give text (`Rows.tokens`).
     merge: how rows join the segment, unless a View says otherwise. "joint": one softmax with it. "gate": a softmax of
         their own, mixed in by a gate. "add": a softmax of their own, added. "replace": instead of the segment.
     gradient: "none" detaches rows when they are written; "rows" and "state" let gradients flow through segments.
@@ -86,6 +86,7 @@ class Dims:
     fingerprint: Callable[[], str] = lambda: ""  # names all weights; rows of other weights mean nothing here
     row_fingerprint: Callable[[str, int], str] | None = None  # names what the rows at a site and layer are made of, and nothing else
     needs_behind: frozenset[str] = frozenset()
+    vocab_size: int = 0  # token ids are below it
 
     @property
     def reading_site(self) -> str:
@@ -147,14 +148,28 @@ class Segment:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows that join the sequence: values (B, m, d).
+    """Rows that join the sequence: values (B, m, d), or tokens (B, m), which the library embeds as the model's own text.
 
     where: "front" of the text; or "around" it, in a decoder: the same rows before the text, to be read, and behind it,
-    to be written. `end` gets the outputs at the latter.
+    to be written. `end` gets the outputs at the latter. Tokens stand in front, right before the text and as if they were a part of
+    it: in a decoder each sees those before it, where rows of values see each other.
+    valid: (B, m) bool, which rows are there; None: all. Give as many rows in every segment, with `valid`, rather than other numbers.
     """
 
-    values: Array
+    values: Array | None = None
     where: Literal["front", "around"] = "front"
+    tokens: np.ndarray | None = None
+    valid: np.ndarray | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, m)."""
+        return (self.tokens if self.values is None else self.values).shape[:2]
+
+    @property
+    def there(self) -> np.ndarray:
+        """valid, as (B, m) bool."""
+        return np.ones(self.shape, bool) if self.valid is None else self.valid
 
 
 @dataclass(frozen=True)
@@ -166,7 +181,8 @@ class New:
     the start of the stream. With "tokens" in spec.needs, tokens: (B, S) the id each row was made from; targets: (B, S)
     the id each row of a decoder predicts, where known. With "mass", mass: (B, S) accumulated attention (arXiv
     2306.14048): the weights each row received, summed over heads and queries; view_mass: (B, M) the same for the rows
-    of the strategy's own view since it was last told, if that is joint and has no index. project: rows (B, M, d) to the
+    of the bank of the strategy's own joint view since it was last told. attention: computes the weights, by head and query,
+    (B, H, S, M + S), of the segment's own queries: M rows of that bank, then the segment's; None at "cross" and in `absorb`. project: rows (B, M, d) to the
     layer's own keys and values, each (B, Hkv, M, D), without position; None at "cross", where every layer has its own,
     and of the decoder's outputs. `project(rows, frozen=True)` sends the gradient into the rows alone, not into the layer.
 
@@ -184,6 +200,7 @@ class New:
     view_mass: np.ndarray | None = None
     targets: np.ndarray | None = None
     project: Callable[..., tuple[Array, Array]] | None = None
+    attention: Callable[[], np.ndarray] | None = None
 
 
 Evicted = New  # the same fields: what one memory drops, the next is offered

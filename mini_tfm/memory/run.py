@@ -101,7 +101,8 @@ def model_dims(config: Config, dtype: Any, **more: Any) -> Dims:
         "cross": config.n_decoder_layers if config.has_encoder else 0,
     }
     assert config.n_kv_heads and config.d_head  # filled in by Config
-    return Dims(config.d_model, config.n_heads, config.n_kv_heads, config.d_head, layers, np.dtype(dtype), config.segment_length, **more)
+    sizes = config.d_model, config.n_heads, config.n_kv_heads, config.d_head
+    return Dims(*sizes, layers, np.dtype(dtype), config.segment_length, vocab_size=config.vocab_size, **more)
 
 
 def memory_parameters(memory: Memory | None, config: Config, dtype: Any) -> dict[str, Param]:
@@ -235,6 +236,7 @@ class MemoryRun:
         self._before = [dict(state) for state in self.states]
         self._rows: dict[str, list[tuple[int, Rows]]] = {}
         self._mass: dict[tuple[str, int, int | None], np.ndarray] = {}
+        self._attention: dict[tuple[str, int], Callable[[int], np.ndarray]] = {}
         # While a segment is decoded: what `view` gave, by member, site and layer; rows, by site, layer and number among its views.
         self._views: dict[tuple[int, str, int], list[tuple[int, View | SideOutput]]] = {}
         self._projected: dict[tuple[str, int, int], Projected] = {}
@@ -299,7 +301,7 @@ class MemoryRun:
         self.open(np.zeros(self.batch, np.int64))
 
     def begin(self, site: str, tokens: np.ndarray | None = None) -> list[Rows]:
-        """Rows that join the sequence at `site`, where the stack reads (B, S) `tokens`, in the order of the members."""
+        """Rows that join the sequence at `site`, where the stack reads (B, S) `tokens`: in the order of the members, text the last."""
         if tokens is not None:
             self._tokens[site] = tokens
         found = []
@@ -308,6 +310,7 @@ class MemoryRun:
             rows = self._call(i, "begin", self._segment(i, site), site=site, check=check)
             if rows is not None:
                 found.append((i, rows))
+        found.sort(key=lambda each: each[1].tokens is not None)  # text stands right before the segment's
         self._rows[site] = found
         return [rows for _, rows in found]
 
@@ -411,12 +414,16 @@ class MemoryRun:
         key = (site, 0 if site == "cross" else layer, i)
         self._mass[key] = self._mass.get(key, 0) + mass
 
+    def attended(self, site: str, layer: int, weights: Callable[[int], np.ndarray]) -> None:
+        """Tells how to compute the attention of a layer for a member, until its rows are written."""
+        self._attention[site, layer] = weights
+
     def wrote(self, site: str, layer: int, hidden: Array, valid: np.ndarray, project: Project | None = None) -> None:
         """Offers what a layer computed (B, S, d) to the first member that takes rows, and on what it drops.
 
         The first valid row of a stream stands at the segment's beginning: rows before it are of the segment before.
         """
-        takers = self._sites.take.get((site, layer))
+        takers, attention = self._sites.take.get((site, layer)), self._attention.pop((site, layer), None)
         if not takers:
             return
         first, *others = takers
@@ -427,9 +434,9 @@ class MemoryRun:
         tokens = self._tokens.get("encoder" if site == "cross" else site)
         new = New(site, layer, hidden, valid, positions, tokens, mass, None, targets)
         while self.members[first].spec.taps and others:
-            self._offer(first, "write", new, project)
+            self._offer(first, "write", new, project, attention)
             first, *others = others
-        self._hand_on(self._offer(first, "write", new, project), others, project)
+        self._hand_on(self._offer(first, "write", new, project, attention), others, project)
 
     def finished(self, outputs: Array, valid: np.ndarray) -> None:
         """The decoder's outputs (B, T, d). They are offered when the segment closes: `logits` is asked before that."""
@@ -443,17 +450,21 @@ class MemoryRun:
             left = self._offer(i, "absorb", dropped, project)
             dropped = dropped if self.members[i].spec.taps else left
 
-    def _offer(self, i: int, method: str, new: New, project: Project | None) -> New | None:
+    def _offer(
+        self, i: int, method: str, new: New, project: Project | None, attention: Callable[[int], np.ndarray] | None = None
+    ) -> New | None:
         """Member i writes or absorbs `new`."""
         place = i, new.site, new.layer
         (least, most), counts = self._taken.get(place, (0, 0)), new.valid.sum(axis=1)
         self._taken[place] = least + int(counts.min() if len(counts) else 0), most + int(counts.max(initial=0))
-        offered = self._as_asked_for(i, new, project)
+        offered = self._as_asked_for(i, new, project, attention)
         arguments = (offered,) if method == "absorb" else (new.site, new.layer, offered)
         check = check_passed_on if self.members[i].spec.taps else partial(check_evicted, batch=self.batch, dims=self.dims[i])
         return self._call(i, method, *arguments, site=new.site, layer=new.layer, check=check)
 
-    def _as_asked_for(self, i: int, new: New, project: Project | None) -> New:
+    def _as_asked_for(
+        self, i: int, new: New, project: Project | None, attention: Callable[[int], np.ndarray] | None = None
+    ) -> New:
         """`new` with what member i and those behind it ask for, and without a gradient if it wants none."""
         plain, needs = self.members[i].spec.gradient == "none", self._needs(i)
         shown = "tokens" in needs
@@ -471,6 +482,7 @@ class MemoryRun:
             mass=new.mass if "mass" in needs else None,
             view_mass=self._mass.pop((new.site, new.layer, i), None),  # of the rows it has shown, which may now change
             project=heads if project is not None else None,
+            attention=None if attention is None else partial(attention, i),
         )
 
     @property
@@ -645,6 +657,7 @@ class MemoryRun:
         twin._before = [dict(before) for before in self._before]
         twin._taken = dict(self._taken)
         twin._tokens, twin._rows, twin._mass = dict(self._tokens), dict(self._rows), dict(self._mass)
+        twin._attention = dict(self._attention)
         twin._views, twin._projected = dict(self._views), dict(self._projected)
         return twin
 

@@ -179,8 +179,16 @@ def check_begin(rows: Any, site: str, batch: int, dims: Dims) -> Rows | None:
     if rows is None:
         return None
     require(isinstance(rows, Rows), "expected Rows or None, got {}", type(rows).__name__)
-    check_array("values", rows.values, (batch, ANY, dims.d_model), "f", dims.dtype)
-    places = ("front", "around") if site == "decoder" else ("front",)
+    require((rows.values is None) != (rows.tokens is None), "expected values or tokens, got {}", "none" if rows.values is None else "both")
+    if rows.tokens is None:
+        check_array("values", rows.values, (batch, ANY, dims.d_model), "f", dims.dtype)
+    else:
+        check_array("tokens", rows.tokens, (batch, ANY), "i")
+        least, most = rows.tokens.min(initial=0), rows.tokens.max(initial=0)
+        require(0 <= least and most < dims.vocab_size, "tokens: expected 0 to {}, got {} to {}", dims.vocab_size - 1, least, most)
+    if rows.valid is not None:
+        check_array("valid", rows.valid, rows.shape, "b")
+    places = ("front", "around") if site == "decoder" and rows.tokens is None else ("front",)
     require(rows.where in places, "where: {!r} is not possible here", rows.where)
     return rows
 

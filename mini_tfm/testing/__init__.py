@@ -10,6 +10,7 @@
     gradients.py   of training with it
     habits.py      of what shows late, at other sizes, or not in the outputs
     apart.py       the same in a process of its own, for a strategy that nobody knows yet
+    topics.py      whether it helps, on small models that were trained
     trial.py       the tiny models they run on, and a reader that goes through them segment by segment
 
 Give small options: a window of 512 rows is never full in a check of thirty tokens.

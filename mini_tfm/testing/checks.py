@@ -12,7 +12,7 @@ from ..memory.base import Memory
 from ..memory.registry import memory as make_memory
 from ..memory.run import members_of
 from ..memory.validate import check_spec
-from . import gradients, habits, outputs
+from . import gradients, habits, outputs, topics
 from .trial import CheckFailed, Trial, kinds_for
 
 
@@ -104,5 +104,6 @@ CHECKS: dict[str, Callable[[Trial], None]] = {
         gradients.training_resumes,
         habits.training_leaves_nothing_else,
         habits.tapes_are_let_go,
+        topics.helps,
     )
 }

@@ -1,0 +1,109 @@
+"""What a memory is told of the attention its rows and the segment's received: by head and query, and summed."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import mini_tfm as mt
+from mini_tfm.memory import Memory, MemorySpec, Rows, Stack, View
+from mini_tfm.testing.trial import Found, Newest, Reader, small_model
+
+TOKENS = np.random.default_rng(2).integers(3, 24, (3, 2, 5))
+
+
+class Listens(Memory):
+    """Keeps rows of all segments, and shows them whole or by an index; notes what it is told."""
+
+    name = "listens"
+
+    def __init__(self, index=None, front=0):
+        needs = {"mass", "query"} if index == 4 else {"mass"}
+        self.spec = MemorySpec(sites=frozenset({"decoder"}), needs=frozenset(needs))
+        self.index, self.front, self.told = index, front, []
+
+    def begin(self, state, segment):
+        return Rows(np.ones((len(segment.length), self.front, 8)), "around") if self.front else None
+
+    def start(self, batch, dims):
+        return {f"{layer}.{name}": np.zeros((batch, 0, *more), kind) for layer in range(2) for name, more, kind in
+                (("hidden", (8,), float), ("valid", (), bool), ("positions", (), int))}  # fmt: skip
+
+    def shown(self, state, layer):
+        hidden, valid, positions = (state[f"{layer}.{name}"] for name in ("hidden", "valid", "positions"))
+        return View(("hidden", hidden), valid, positions=positions) if valid.shape[1] else None
+
+    def view(self, state, site, layer, segment):
+        view = self.shown(state, layer)
+        if view is None or self.index == 4:
+            return None
+        return view if self.index is None else dataclasses.replace(view, index=np.array([[3, 0, 1], [2, -1, 4]]))
+
+    def read(self, state, site, layer, query):
+        view = self.shown(state, layer)
+        if view is None:
+            return None
+        shape = (*query.heads.shape[:3], 2)
+        return dataclasses.replace(view, index=np.random.default_rng(1).integers(-1, view.valid.shape[1], shape))
+
+    def write(self, state, site, layer, new):
+        self.told.append((layer, new.attention(), new.mass, new.view_mass, new.valid))
+        for name in ("hidden", "valid", "positions"):
+            state[f"{layer}.{name}"] = np.concatenate([state[f"{layer}.{name}"], getattr(new, name)], axis=1)
+
+
+@pytest.mark.parametrize("positions", ["relative", "rotary"])
+@pytest.mark.parametrize(("index", "front"), [(None, 0), (None, 2), (2, 0), (4, 0)])
+def test_by_head_and_query_it_adds_up(index, front, positions):
+    """A row of weights adds up to 1, less what other rows got; over heads and queries they are the masses."""
+    memory = Listens(index, front)
+    reader = Reader(small_model("decoder-only", positions=positions), memory, 2)
+    for tokens in TOKENS:
+        reader.read(tokens, [5, 3])
+    assert len(memory.told) == 6
+    for number, (_, weights, mass, view_mass, valid) in enumerate(memory.told):
+        held = 5 * (number // 2)
+        assert weights.shape == (2, 2, 5, held + 5) and (weights >= 0).all()
+        at = np.tril(np.ones((5, 5), bool)) & valid[:, None, None]
+        assert not weights[..., held:][~np.broadcast_to(at, weights[..., held:].shape)].any()
+        queries = weights * valid[:, None, :, None]
+        if front:
+            assert (weights.sum(axis=3)[valid[:, None].repeat(2, 1)] < 1).all()  # memory tokens got the rest
+        else:
+            np.testing.assert_allclose(weights.sum(axis=3)[valid[:, None].repeat(2, 1)], 1, rtol=1e-12)
+            np.testing.assert_allclose(queries[..., held:].sum(axis=(1, 2)), mass, atol=1e-12)
+            if held:
+                np.testing.assert_allclose(queries[..., :held].sum(axis=(1, 2)), view_mass, atol=1e-12)
+    last = memory.told[-1][1][..., :10]
+    if index == 2:
+        assert (last[0].sum(axis=(0, 1)) > 0).tolist() == [True, True, False, True] + [False] * 6
+
+
+def test_it_is_what_the_kernel_computes_with():
+    """A segment's attention without a memory is what `look_inside` shows."""
+    memory = Listens()
+    reader = Reader(model := small_model("decoder-only"), memory, 2)
+    reader.read(TOKENS[0])
+    inside = model.look_inside(inputs=np.concatenate([np.ones((2, 1), int), TOKENS[0][:, :-1]], axis=1))
+    for (_, weights, *_), expected in zip(memory.told, inside.decoder_attentions, strict=True):
+        np.testing.assert_allclose(weights, expected, atol=1e-12)
+
+
+def test_who_absorbs_is_told_none():
+    class Absorbs(Found):
+        told = []
+
+        def absorb(self, state, evicted):
+            self.told.append(evicted.attention)
+            return super().absorb(state, evicted)
+
+    reader = Reader(small_model("decoder-only"), Stack([Newest("decoder"), Absorbs("decoder")]), 2)
+    for tokens in TOKENS:
+        reader.read(tokens)
+    assert Absorbs.told and set(Absorbs.told) == {None}
+
+
+def test_in_training_it_is_plain():
+    memory = Listens()
+    mt.Trainer(small_model("decoder-only"), memory).step(None, TOKENS.swapaxes(0, 1))
+    assert memory.told and all(type(weights) is np.ndarray for _, weights, *_ in memory.told)
