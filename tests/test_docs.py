@@ -5,6 +5,7 @@ docs/write-a-memory.md is followed from its first line to its last by test_plugi
 made of the commands' own help: `python tests/test_docs.py` writes it again.
 """
 
+import dataclasses
 import importlib.util
 import inspect
 import itertools
@@ -21,7 +22,7 @@ import reliability
 
 import mini_tfm as mt
 from mini_tfm.cli import COMMANDS, main
-from mini_tfm.memory import Memory, describe_memory
+from mini_tfm.memory import Dims, Memory, MemorySpec, New, Param, Query, Rows, Segment, SideOutput, View, describe_memory
 from mini_tfm.text import python_topics
 
 ROOT = Path(__file__).parent.parent
@@ -59,6 +60,23 @@ def text_of(*pages):
 def is_in(name, text):
     """As a word: `read` is not in `already`, `--out` not in `--outer`."""
     return re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text) is not None
+
+
+# Names
+
+
+def test_each_field_of_the_contracts_types_is_explained():
+    """In a row of the table of docs/memory-examples.md, under the name of its type."""
+    rows, kind = {}, ""
+    for line in (DOCS / "memory-examples.md").read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("| ") and len(cells) == 3:
+            kind = cells[0] or kind
+            rows.setdefault(kind, set()).update(re.findall(r"`(\w+)`", cells[1]))
+    for made in (MemorySpec, Dims, Param, Segment, Rows, New, Query, View, SideOutput):
+        fields = {field.name for field in dataclasses.fields(made)}
+        named = next(names for kind, names in rows.items() if f"`{made.__name__}`" in kind)
+        assert fields - named == set(), f"{made.__name__}: no word of {sorted(fields - named)}"
 
 
 # The code
