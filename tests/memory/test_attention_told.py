@@ -107,3 +107,55 @@ def test_in_training_it_is_plain():
     memory = Listens()
     mt.Trainer(small_model("decoder-only"), memory).step(None, TOKENS.swapaxes(0, 1))
     assert memory.told and all(type(weights) is np.ndarray for _, weights, *_ in memory.told)
+
+
+class TovaByHead(Memory):
+    """Each head keeps the 3 rows that its last query attends to most (arXiv 2401.06104), of rows that some head keeps."""
+
+    name, spec = "by_head", MemorySpec(sites=frozenset({"decoder"}))
+    SIZE = 3
+
+    def start(self, batch, dims):
+        kinds = {"hidden": ((dims.d_model,), dims.dtype), "valid": ((), bool), "positions": ((), int), "kept": ((dims.n_heads,), bool)}
+        return {f"{i}.{name}": np.zeros((batch, 0, *more), kind) for i in range(dims.layers["decoder"]) for name, (more, kind) in kinds.items()}
+
+    def view(self, state, site, layer, segment):
+        hidden, valid, positions, kept = (state[f"{layer}.{name}"] for name in ("hidden", "valid", "positions", "kept"))
+        if not valid.shape[1]:
+            return None
+        hides = np.where(kept, 0, -np.inf).astype(state.dims.dtype).transpose(0, 2, 1)[:, :, None]
+        return View(("hidden", hidden), valid, positions=positions, bias=hides)
+
+    def write(self, state, site, layer, new):
+        weights, stream = new.attention(), np.arange(len(new.valid))
+        asked = weights[stream, :, np.maximum(new.valid.sum(axis=1) - 1, 0)].transpose(0, 2, 1)  # (B, M + S, H)
+        mine = {"kept": np.repeat(new.valid[:, :, None], state.dims.n_heads, axis=2)}
+        names = ("hidden", "valid", "positions", "kept")
+        rows = {n: np.concatenate([state[f"{layer}.{n}"], mine.get(n, getattr(new, n, None))], axis=1) for n in names}
+        scores = np.where(rows["kept"] & rows["valid"][..., None], asked, -1)
+        best = np.argsort(-scores, axis=1, kind="stable")[:, : self.SIZE]
+        kept = np.zeros_like(rows["kept"])
+        np.put_along_axis(kept, best, True, 1)
+        rows["kept"] = kept & (scores >= 0)
+        rows["valid"] = rows["kept"].any(axis=2)
+        order = np.argsort(~rows["valid"], axis=1, kind="stable")[:, : rows["valid"].sum(axis=1).max()]
+        state.update({f"{layer}.{n}": x[stream[:, None], order] for n, x in rows.items()})
+
+
+def test_each_head_can_evict_rows_of_its_own():
+    """What a head has dropped gets no weight from it, and still does from others."""
+    memory, told = TovaByHead(), []
+    write = memory.write
+    memory.write = lambda state, site, layer, new: told.append((layer, new.attention(), dict(state))) or write(state, site, layer, new)
+    reader = Reader(small_model("decoder-only"), memory, 2)
+    for tokens in np.concatenate([TOKENS, TOKENS]):
+        reader.read(tokens, [5, 3])
+    differ = 0
+    for layer, weights, state in told[2:]:
+        kept = state[f"{layer}.kept"].transpose(0, 2, 1)
+        assert (kept.sum(axis=2) == 3).all()
+        among_old = weights[..., : kept.shape[2]]
+        assert not among_old[np.broadcast_to(~kept[:, :, None], among_old.shape)].any()
+        assert (among_old[np.broadcast_to(kept[:, :, None], among_old.shape)] > 0).all()
+        differ += (kept[:, 0] != kept[:, 1]).any()
+    assert differ

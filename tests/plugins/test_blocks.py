@@ -45,7 +45,7 @@ def chosen(session):
     return session.stream.run.states[1][State.OF_SEGMENT + "rows"]
 
 
-EFFECTS = ["has_effect", "generation_equals_reading", "every_place_counts", "other_models", "takes_what_is_dropped"]
+EFFECTS = ["has_effect", "generation_equals_reading", "every_place_counts", "other_models", "takes_what_is_dropped", "helps"]
 
 
 def test_the_kit_passes_but_for_what_only_questions_show():

@@ -23,6 +23,7 @@ ALONE: dict[str, set[str]] = {
     "titans:depth=2,chunk=3": set(),
     "knn:top_k=3": set(),
     "knn_lm:top_k=3": set(),
+    "passages:size=3,query=4": set(),
     "compressive:size=4,rate=2": set(),
     "exchange:size=7,top_k=2,promote=2,half_life=9": set(),
     "armt:tokens=2,d_key=3": set(),
@@ -106,7 +107,8 @@ def test_it_comes_back_with_the_model(text, tmp_path):
 
 @pytest.mark.parametrize("text", [STACKS[0], *(pytest.param(text, marks=pytest.mark.long) for text in STACKS[1:])])
 def test_it_stands_in_a_stack(text):
-    check_memory(text, skip=TRAINED if "prefix" in text else ["gradients_are_right"] if "loss=" in text else ())  # which it stops on purpose
+    stopped = ["gradients_are_right"] if "loss=attention" in text else ()  # by the paper's loss, on purpose
+    check_memory(text, skip=TRAINED if "prefix" in text else stopped)
 
 
 @pytest.mark.parametrize(

@@ -364,6 +364,17 @@ class NaNAfterSixty(Last):
         return changed(view, bias=np.full((1, 1, 1, 1), 1e300 if far else 0.0, state.dims.dtype)) if view else None
 
 
+class SaysNothing(Last):
+    """Shows rows that depend on where they stood alone: nothing of what was read comes back, before and after training."""
+
+    def view(self, state, site, layer, segment):
+        view = super().view(state, site, layer, segment)
+        if view is None:
+            return None
+        rows = np.cos(view.positions[..., None] * np.arange(1, state.dims.d_model + 1)).astype(state.dims.dtype)
+        return changed(view, bank=("hidden", rows))
+
+
 class RarelyFlips(Last):
     """One time in a hundred it shows no row."""
 
@@ -555,6 +566,7 @@ MUTANTS = {
     AsksByEights: "other_models",
     NaNAfterSixty: "long_streams",
     RarelyFlips: "long_streams",
+    SaysNothing: "helps",
     DropsWhatItIsOffered: "takes_what_is_dropped",
     KeepsAndDrops: "dropped_rows_were_held",
     DrainNeverThere: "streams_end",
