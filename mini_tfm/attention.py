@@ -53,7 +53,8 @@ class Layout:
 
     positions: of the queries, (T,), or (B, T) where streams differ; the text's first token is at 0. text: (B, tokens) bool, what
     is no padding. valid: (B, keys) bool, or None: all keys are there. causal: a query sees no key behind its own, other than
-    the rows in front but the last `n_causal` of them, which are text. lengths, key_positions: (B,) keys of each stream and (B, keys) where they stand, where streams differ.
+    the rows in front, without the last `n_causal` of them, which are text. lengths, key_positions: (B,) keys of each stream and
+    (B, keys) where they stand, where streams differ.
     """
 
     positions: np.ndarray

@@ -178,9 +178,7 @@ class Stack:
 
     def in_front(self, rows: Sequence[Rows], p: Pass) -> list[Array]:
         """The rows of memories in front of the text, (B, m, d) each."""
-        return [
-            self.embed(each.tokens, p, place=f".front.{i}") if each.tokens is not None else each.values for i, each in enumerate(rows)
-        ]
+        return [self.embed(each.tokens, p, place=f".front.{i}") if each.tokens is not None else each.values for i, each in enumerate(rows)]
 
     def last_norm(self, x: Array, p: Pass) -> Array:
         return x if self.norm is None else self.norm(x, p)

@@ -55,7 +55,9 @@ class Compressive(RowMemory):
         if loss not in ("task", "attention") or (loss == "attention" and how != "conv"):
             raise InvalidValue(f"loss: expected task, or attention with how=conv, which it trains, got {shown(loss)} with how={how}")
         if loss == "attention" and site not in (None, "encoder", "decoder"):
-            raise InvalidValue(f"site: expected encoder or decoder with loss=attention (at cross every layer has its own), got {shown(site)}")
+            raise InvalidValue(
+                f"site: expected encoder or decoder with loss=attention (at cross every layer has its own), got {shown(site)}"
+            )
         self.rate, self.how, self.by_attention = rate, how, loss == "attention"
         if self.by_attention:
             sites = frozenset({"encoder", "decoder"} if site is None else {site})

@@ -180,11 +180,12 @@ class New:
     rows of the segment before, and end in front of rows of the next, where they overlap. positions: (B, S) tokens since
     the start of the stream. With "tokens" in spec.needs, tokens: (B, S) the id each row was made from; targets: (B, S)
     the id each row of a decoder predicts, where known. With "mass", mass: (B, S) accumulated attention (arXiv
-    2306.14048): the weights each row received, summed over heads and queries; view_mass: (B, M) the same for the rows
-    of the bank of the strategy's own joint view since it was last told. attention: computes the weights, by head and query,
-    (B, H, S, M + S), of the segment's own queries: M rows of that bank, then the segment's; None at "cross" and in `absorb`. project: rows (B, M, d) to the
-    layer's own keys and values, each (B, Hkv, M, D), without position; None at "cross", where every layer has its own,
-    and of the decoder's outputs. `project(rows, frozen=True)` sends the gradient into the rows alone, not into the layer.
+    2306.14048): the weights each row received, summed over heads and queries; view_mass: (B, M) the same for the rows of the
+    bank of the strategy's own joint view since it was last told. attention: computes the weights by head and query,
+    (B, H, S, M + S), of the segment's own queries: to the M rows of that bank, then to the segment's; None at "cross" and in
+    `absorb`. project: rows (B, M, d) to the layer's own keys and values, each (B, Hkv, M, D), without position; None at "cross",
+    where every layer has its own, and of the decoder's outputs. `project(rows, frozen=True)` sends the gradient into the rows
+    alone, not into the layer.
 
     As `Evicted`, tokens and targets are -1 where they are not known, and None, as mass is, where the memory that dropped
     the rows does not say.

@@ -462,9 +462,7 @@ class MemoryRun:
         check = check_passed_on if self.members[i].spec.taps else partial(check_evicted, batch=self.batch, dims=self.dims[i])
         return self._call(i, method, *arguments, site=new.site, layer=new.layer, check=check)
 
-    def _as_asked_for(
-        self, i: int, new: New, project: Project | None, attention: Callable[[int], np.ndarray] | None = None
-    ) -> New:
+    def _as_asked_for(self, i: int, new: New, project: Project | None, attention: Callable[[int], np.ndarray] | None = None) -> New:
         """`new` with what member i and those behind it ask for, and without a gradient if it wants none."""
         plain, needs = self.members[i].spec.gradient == "none", self._needs(i)
         shown = "tokens" in needs

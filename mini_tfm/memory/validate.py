@@ -185,7 +185,7 @@ def check_begin(rows: Any, site: str, batch: int, dims: Dims) -> Rows | None:
     else:
         check_array("tokens", rows.tokens, (batch, ANY), "i")
         least, most = rows.tokens.min(initial=0), rows.tokens.max(initial=0)
-        require(0 <= least and most < dims.vocab_size, "tokens: expected 0 to {}, got {} to {}", dims.vocab_size - 1, least, most)
+        require(least >= 0 and most < dims.vocab_size, "tokens: expected 0 to {}, got {} to {}", dims.vocab_size - 1, least, most)
     if rows.valid is not None:
         check_array("valid", rows.valid, rows.shape, "b")
     places = ("front", "around") if site == "decoder" and rows.tokens is None else ("front",)

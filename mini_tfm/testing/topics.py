@@ -81,8 +81,8 @@ def helps(trial: Trial) -> None:
     after = loss_of(model, trial.make(), streams)
     if not after < without - GAIN:
         raise CheckFailed(
-            f"expected a loss of a trained model below {without - GAIN:.3f} nats a token, got {at_once:.3f}, and after {STEPS} steps with it"
-            f" {after:.3f}; without a memory it is {without:.3f}"
+            f"expected a loss of a trained model below {without - GAIN:.3f} nats a token, got {at_once:.3f}, and {after:.3f} after {STEPS}"
+            f" steps with it; without a memory it is {without:.3f}"
         )
 
 

@@ -292,8 +292,9 @@ class Trainer:
         worst = sorted(sizes, key=lambda name: (np.isfinite(sizes[name]), -np.nan_to_num(sizes[name], posinf=0)))[:3]
         largest = ", ".join(f"{name} {sizes[name]:.3g}" for name in worst)
         return (
-            f"step {self.step_count}: the loss is {loss}{place} or its gradient is not finite (largest gradients: {largest}){self._blame(batch)};"
-            " the weights are those of the step before: lower learning_rate, add warmup_steps, or check the data"
+            f"step {self.step_count}: the loss is {loss}{place} or its gradient is not finite (largest gradients:"
+            f" {largest}){self._blame(batch)}; the weights are those of the step before: lower learning_rate, add warmup_steps, or check"
+            " the data"
         )
 
     def _blame(self, batch: Batch) -> str:
