@@ -83,10 +83,8 @@ def main():
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     given = parser.parse_args()
     memories = given.memory or MEMORIES
-    print(
     print("| memory | state, bytes | bits per byte, tenths | CPU us a token, first and last | MB resident, first and last |")
     print("|---|---|---|---|---|", flush=True)
-    )
     with ProcessPoolExecutor(given.processes, max_tasks_per_child=1) as pool:
         results = pool.map(measured, memories, itertools.repeat(given.steps), itertools.repeat(given.tokens))
         for text, (rows, n_bytes) in zip(memories, results, strict=True):
