@@ -164,7 +164,8 @@ class Rows:
     @property
     def shape(self) -> tuple[int, int]:
         """(B, m)."""
-        return (self.tokens if self.values is None else self.values).shape[:2]
+        rows: Any = self.tokens if self.values is None else self.values
+        return rows.shape[:2]
 
     @property
     def there(self) -> np.ndarray:
