@@ -75,7 +75,7 @@ def helps(trial: Trial) -> None:
     at_once = loss_of(model, memory, streams)
     if at_once < without - GAIN:
         return
-    trainer, rng = Trainer(model, memory, learning_rate=5e-3, warmup_steps=20, total_steps=STEPS), np.random.default_rng(2)
+    trainer, rng = Trainer(model, memory, learning_rate=3e-3, warmup_steps=20, total_steps=STEPS), np.random.default_rng(2)
     for _ in range(STEPS):
         trainer.step(*fields(batch(trial.kind, rng, 16)))
     after = loss_of(model, trial.make(), streams)

@@ -9,6 +9,7 @@ from mini_tfm.testing.trial import KINDS
 from mini_tfm.text.tokenizers import ByteTokenizer
 
 TRAINED = {"empty_is_nothing"}  # rows that are there before anything was read
+GROWS = {"helps"}  # what armt recalls grows from segment to segment in a model that was not trained with it from the start
 
 # Text -> the checks that do not apply.
 ALONE: dict[str, set[str]] = {
@@ -23,10 +24,10 @@ ALONE: dict[str, set[str]] = {
     "titans:depth=2,chunk=3": set(),
     "knn:top_k=3": set(),
     "knn_lm:top_k=3": set(),
-    "passages:size=3,query=4": set(),
+    "passages:size=5,top_k=2,query=5": set(),
     "compressive:size=4,rate=2": set(),
     "exchange:size=7,top_k=2,promote=2,half_life=9": set(),
-    "armt:tokens=2,d_key=3": set(),
+    "armt:tokens=2,d_key=3": GROWS,
     "prefix:tokens=3": TRAINED,
     "product_keys:n=4,top_k=2": TRAINED,
 }
@@ -44,7 +45,7 @@ ELSEWHERE = {
     "exchange:size=9,top_k=3,promote=2,same=0.5,site=encoder": set(),
     "exchange:size=9,top_k=3,promote=2,site=decoder,gradient=none": set(),
     "compressive:size=4,rate=2,how=conv,site=decoder": set(),
-    "armt:tokens=2,d_key=3,site=decoder": set(),
+    "armt:tokens=2,d_key=3,site=decoder": GROWS,
     "prefix:tokens=3,site=all": TRAINED,
     "product_keys:n=3,top_k=3,layer=0,site=decoder": TRAINED,
     "product_keys:n=3,top_k=3,site=encoder": TRAINED,
@@ -107,8 +108,8 @@ def test_it_comes_back_with_the_model(text, tmp_path):
 
 @pytest.mark.parametrize("text", [STACKS[0], *(pytest.param(text, marks=pytest.mark.long) for text in STACKS[1:])])
 def test_it_stands_in_a_stack(text):
-    stopped = ["gradients_are_right"] if "loss=attention" in text else ()  # by the paper's loss, on purpose
-    check_memory(text, skip=TRAINED if "prefix" in text else stopped)
+    stopped = {"gradients_are_right"} if "loss=attention" in text else set()  # by the paper's loss, on purpose
+    check_memory(text, skip=stopped | (TRAINED if "prefix" in text else GROWS if "armt" in text else set()))
 
 
 @pytest.mark.parametrize(
