@@ -6,7 +6,7 @@ into a memory that replaces what cross-attention sees, with and without overlap 
 from its first to its last letter. Last, each model is trained on, with the memory, on inputs of up to 4 segments (the paper's section
 3.3, with rows that are found): what it is asked for is in none of the segments that the decoder is given.
 
-    python benchmarks/long_input.py                  about 5 minutes on two cores
+    python benchmarks/long_input.py                  about 7 minutes on two cores
     python benchmarks/long_input.py --seeds 1 --steps 50 --more-steps 5 --inputs 4 --lengths 32 64
 """
 
