@@ -554,9 +554,39 @@ def test_a_process_whose_memory_is_measured_may_not_fail_unseen(monkeypatch):
 
 def test_long_inputs_are_asked_about(capsys, monkeypatch):
     script = import_from(FOLDER / "long_input.py", "long_input")
-    monkeypatch.setattr(sys, "argv", ["long_input.py", "--seeds", "1", "--steps", "2", "--inputs", "2", "--lengths", "32", "70"])
+    monkeypatch.setattr(sys, "argv", [*"long_input.py --seeds 1 --steps 2 --more-steps 2 --inputs 2 --lengths 32 70".split()])
     script.main()
-    table = capsys.readouterr().out.splitlines()[1:]
+    table = capsys.readouterr().out.splitlines()[2:]
     assert table[0].count("|") == table[2].count("|") == 2 + len(script.WAYS) and len(table) == 4
     text, answer = script.puzzle(np.random.default_rng(0), 70)
     assert text.partition("@")[2][: script.ANSWER] == answer and len(answer) == script.ANSWER
+
+
+@pytest.fixture
+def same_threads():
+    """As many threads as before, after a script that sets them."""
+    threads = mt.get_num_threads()
+    yield
+    mt.set_num_threads(threads)
+
+
+def test_pairs_are_asked_about_as_they_were_said(same_threads):
+    """The answer is the value that stands with the key, in one of the given number of pairs."""
+    script = import_from(FOLDER / "associative.py", "associative")
+    n_pairs = np.array([1, 2, 3, 4] * 8)
+    said, key, value = script.streams(np.random.default_rng(0), 32, n_pairs)
+    pairs = (said[:, 0] >= script.PAIR) & (said[:, 0] < script.NOISE)
+    assert (pairs.sum(axis=1) == n_pairs).all()
+    wanted = script.PAIR + (key - script.KEY) * script.N + value - script.VALUE
+    assert (said[:, 0] == wanted[:, None]).any(axis=1).all()
+    for kind in script.KINDS:
+        shares, _ = script.learned(kind, "window:size=8", 2, 0)
+        assert len(shares) == 4 and all(0 <= share < 0.5 for share in shares)
+
+
+def test_a_stream_is_measured_by_tenths(same_threads):
+    script = import_from(FOLDER / "endless.py", "endless")
+    rows, n_bytes = script.measured("window:size=8,sinks=2", 1, 2560)
+    bits, times, sizes = zip(*rows, strict=True)
+    assert len(rows) == 10 and n_bytes > 0 and min(times) > 0 and min(sizes) > 1
+    np.testing.assert_allclose(bits[1:], bits[-1], rtol=0.05)
