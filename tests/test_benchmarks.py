@@ -554,7 +554,8 @@ def test_a_process_whose_memory_is_measured_may_not_fail_unseen(monkeypatch):
 
 def test_long_inputs_are_asked_about(capsys, monkeypatch):
     script = import_from(FOLDER / "long_input.py", "long_input")
-    monkeypatch.setattr(sys, "argv", [*["long_input.py", "--seeds", "1", "--steps", "2", "--more-steps", "2", "--inputs", "2", "--lengths", "32", "70"]])
+    options = "--seeds 1 --steps 2 --more-steps 2 --inputs 2 --lengths 32 70"
+    monkeypatch.setattr(sys, "argv", ["long_input.py", *options.split()])
     script.main()
     table = capsys.readouterr().out.splitlines()[2:]
     assert table[0].count("|") == table[2].count("|") == 2 + len(script.WAYS) and len(table) == 4
