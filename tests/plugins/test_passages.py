@@ -99,6 +99,7 @@ def test_streams_have_passages_of_their_own():
 def test_streams_change_places_while_they_are_decoded():
     """Beams are dropped, repeated and sorted, and sessions joined; each row goes on as alone, with the passages that it has."""
     tokens = RNG.integers(3, 9, (5, 2, 5))
+    tokens[3, 1] = np.arange(15, 20)  # asks for what was never said
     text = "passages:size=3,top_k=2,query=4"
     model = small_model("decoder-only")
 
@@ -117,14 +118,25 @@ def test_streams_change_places_while_they_are_decoded():
     steps(together, [0, 1], 4)
     for b in range(2):
         steps(alone[b], [b], 4)
+    assert together.cache.valid[:, :6].any(axis=1).tolist() == [True, False]
     together.reorder(np.array([1, 1, 0]))
     joined, other = session([1], 1), session([1], 1)
     steps(joined, [1], 1), steps(other, [1], 1)
-    assert not joined.cache.valid[:, :6].any() and together.cache.valid is None  # one has found none, the other all that it asks for
     together.join(joined)
     out = together.step(np.array([[7], [7], [7], [7]]))
     expected = [alone[1].step(np.array([[7]])), alone[0].step(np.array([[7]])), other.step(np.array([[7]]))]
     np.testing.assert_allclose(out, np.concatenate([expected[0], expected[0], expected[1], expected[2]]), atol=1e-12)
+
+
+def test_they_stand_next_to_the_text():
+    """Behind the rows of every other memory, whatever the order of the stack."""
+    outs = []
+    for text in ("passages:size=4,query=3+recurrent:tokens=2", "recurrent:tokens=2+passages:size=4,query=3"):
+        made, memory = small_model("decoder-only"), mt.memory(text)
+        made.add_memory_weights(memory, seed=1)
+        reader = Reader(made, memory, 1)
+        outs.append([reader.read(tokens[None]) for tokens in np.random.default_rng(3).integers(3, 9, (5, 5))])
+    np.testing.assert_allclose(outs[0], outs[1], atol=1e-12)
 
 
 def test_an_embedding_learns_from_a_passage():
