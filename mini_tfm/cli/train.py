@@ -15,8 +15,10 @@ from ..train.options import FitOptions, TrainerOptions
 from .options import options_of, values_of
 from .shared import json_option
 from .training import SAVE_EVERY, WARMUP_STEPS, fit, new_run, ranks_of_command, resumed_run, run_from
+from .training_data import MOST_SEGMENTS, PAIRS_A_STEP, SEGMENTS_A_STEP
 
 SHAPE = ("d_model", "n_heads", "n_encoder_layers", "n_decoder_layers", "d_ff", "positions")
+POSITIONS = "rotary"  # unlike the paper's, they tell how far back the rows of a memory stand
 EARLY_STOPPING = ("early_stopping_patience", "early_stopping_threshold")
 # A resumed run takes everything else from its folder; giving it with --resume is an error.
 _FREE_ON_RESUME = (
@@ -93,10 +95,10 @@ _FREE_ON_RESUME = (
 @click.option("--segment-length", default=64, show_default=True, metavar="TOKENS", help="Tokens per segment, processed at once.")
 @click.option(
     "--n-segments",
-    default=4,
-    show_default=True,
+    type=click.IntRange(1),
     metavar="SEGMENTS",
-    help="Segments per stream: how far gradients flow through a memory.",
+    help=f"Segments per stream: how far a memory reaches, and gradients flow, in training. Default: 1 without a memory;"
+    f" else enough to fill it, at most {MOST_SEGMENTS}, and fewer in the first two thirds of the steps.",
 )
 @click.option(
     "--curriculum",
@@ -108,10 +110,15 @@ _FREE_ON_RESUME = (
     metavar="NAME[=SHARE]+...",
     help="next-segment, lm (decoder-only), denoise or pairs; or a mixture: next-segment=0.7+denoise=0.3. Default: depends on the files.",
 )
-@click.option("--batch-size", default=16, show_default=True, metavar="STREAMS", help="Streams per batch.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    metavar="STREAMS",
+    help=f"Streams per batch. Default: so many that a batch has {SEGMENTS_A_STEP} segments; {PAIRS_A_STEP} pairs.",
+)
 @click.option("--tokenizer", default="bpe", show_default=True, type=click.Choice(["bytes", "bpe"]), help="bpe is trained on the text.")
 @click.option("--vocab-size", default=1024, show_default=True, metavar="TOKENS", help="Vocabulary size of bpe.")
-@options_of(Config, SHAPE)
+@options_of(Config, SHAPE, positions={"default": POSITIONS})
 @click.option("--seed", default=0, show_default=True, help="Seed of weights, batches, dropout and the held-out split.")
 @options_of(
     TrainerOptions,
@@ -135,7 +142,7 @@ def train(context: click.Context, /, resume: Path | None, out: Path, as_json: bo
     \b
     Examples:
       mini-tfm train --text notes/*.txt --out model --steps 2000
-      mini-tfm train --memory window:size=256+store --n-segments 6 --out model
+      mini-tfm train --memory window:size=256+store --out model
       mini-tfm train --text pairs.tsv --n-encoder-layers 2 --out translator
       mini-tfm train --text corpus.jsonl --field body --cache tokens --objective next-segment=0.8+denoise=0.2
       mini-tfm train --curriculum 0:1,500:2,1000:4 --memory recurrent --out model

@@ -18,6 +18,7 @@ from .options import values_of
 from .shared import Clock, check_out, command_line, count, duration, interrupt_between_steps, none_of, note, print_json, print_table
 from .training_data import (
     DATA_FILE,
+    PAIRS_A_STEP,
     Sources,
     TrainingData,
     describe_data,
@@ -74,10 +75,17 @@ def new_run(out: Path, options: dict[str, Any], shape: dict[str, Any], ranks: Al
     shape = {**shape, "segment_length": options["segment_length"]}
     has_encoder = Config(vocab_size=ByteTokenizer.vocab_size, **shape).has_encoder
     trainer_options = _trainer_options(options)
+    if memory is not None and shape["positions"] in ("sinusoidal", "learned"):
+        note(
+            f"--positions: {shape['positions']} ones begin anew in each segment, so nothing tells how far back the rows of a memory"
+            " stand; rotary or relative ones do"
+        )
     piped = take_piped(options, out)
-    about, objectives = describe_data(options)
+    about, objectives = describe_data(options, memory)
     sources = Sources(about, piped)
     about["objective"] = resolve_objective(objectives, sources.kinds, has_encoder)
+    if "pairs" in about["objective"] and options["batch_size"] is None:
+        about["batch_size"] = PAIRS_A_STEP
     about["fingerprint"] = sources.fingerprint()
     tokenizer = ByteTokenizer() if options["tokenizer"] == "bytes" else sources.train_tokenizer(options["vocab_size"])
     vocab_size = tokenizer.vocab_size + n_sentinels(about["objective"], options["segment_length"])
@@ -114,9 +122,11 @@ def run_from(out: Path, options: dict[str, Any], given: Collection[str], ranks: 
             options["lora_rank"], options["lora_alpha"], "all-linear" if targets == ("all-linear",) else targets or None, options["seed"]
         )
     piped = take_piped(options, out)
-    about, objectives = describe_data(options)
+    about, objectives = describe_data(options, memory, new_model=False)
     sources = Sources(about, piped)
     about["objective"] = resolve_objective(objectives, sources.kinds, model.config.has_encoder)
+    if "pairs" in about["objective"] and options["batch_size"] is None:
+        about["batch_size"] = PAIRS_A_STEP
     needed = tokenizer.vocab_size + n_sentinels(about["objective"], options["segment_length"])
     if needed > model.config.vocab_size:
         raise InvalidValue(
@@ -337,7 +347,7 @@ def _print_result(result: dict[str, Any], trainer: Trainer, data: TrainingData) 
         "time": duration(result["seconds"]),
     }
     print_table([(name, "left" if name in ("model", "memory") else "right") for name in columns], [tuple(columns.values())])
-    note("Try next:\n  " + command_line("generate", out, "The", "--do-sample", "--top-p", "0.9"))
+    note("Try next:\n  " + command_line("generate", out, data.prompt, "--do-sample", "--top-p", "0.9"))
     if texts := [path for path in data.about["files"] if not has_lines(path)]:
         note("  " + command_line("score", out, texts[0]))
     note("  " + command_line("train", "--resume", out, "--steps", str(2 * trainer.step_count)))

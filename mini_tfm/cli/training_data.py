@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import FileProblem, InvalidValue
-from .shared import count, is_piped, note, piped_text, read_documents
+from .shared import OPENING, count, is_piped, note, piped_text, prompt_from, read_documents
 
 if TYPE_CHECKING:
     from ..config import Config
     from ..data import Batch, Corpus, TextFiles
+    from ..memory import Memory
     from ..text.tokenizers import Tokenizer
     from ..train import Trainer
     from ..train.parallel import Alone
@@ -25,6 +26,9 @@ PIPED = "text"  # text-1.txt: what came through a pipe
 HELD_OUT = 0.1  # of the text
 VALIDATION_BATCHES = 4  # of each objective
 TOKENIZER_CHARACTERS = 1 << 26  # enough to train a tokenizer; files that are read whole are used completely
+# How streams are cut where nobody says: so that a memory is full before they end, and a batch has as many segments with any memory.
+MOST_SEGMENTS, SEGMENTS_A_STEP, PAIRS_A_STEP = 16, 64, 16
+SEGMENTS_WITHOUT_LIMIT = 8  # for a memory that is never full, behind those that are
 OBJECTIVES = {"next-segment": "texts", "lm": "texts", "denoise": "texts", "pairs": "pairs"}  # name -> the kind of corpus it needs
 
 # The fields of DATA_FILE, and their types.
@@ -77,18 +81,48 @@ def parse_curriculum(text: str | None) -> list[list[int]] | None:
     return stages
 
 
-def describe_data(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, float] | None]:
+def segments_to_fill(memory: Memory | None, segment_length: int) -> int:
+    """Segments after which a memory is full and has been read so once: shorter streams never teach it how far it reaches."""
+    from ..memory.run import members_of
+
+    capacities = [member.spec.capacity for member in members_of(memory)]
+    if not capacities:
+        return 1
+    rows = sum(capacity for capacity in capacities if capacity is not None)
+    return -(-rows // segment_length) + (SEGMENTS_WITHOUT_LIMIT if None in capacities else 2)
+
+
+def plan_streams(options: Mapping[str, Any], memory: Memory | None, new_model: bool) -> dict[str, Any]:
+    """n_segments, batch_size and curriculum of a run, where they are not given: what makes a memory pay (docs/own-text.md).
+
+    Streams are so long that the memory gets full. A new model learns on single segments first, each from another place of the text,
+    and then on longer and longer streams (arXiv 2207.06881, section 4). All batches have about as many tokens.
+    """
+    stages, needed = parse_curriculum(options["curriculum"]), segments_to_fill(memory, options["segment_length"])
+    n_segments = stages[-1][1] if stages else options["n_segments"] or min(needed, MOST_SEGMENTS)
+    if memory is not None and n_segments < needed:
+        tokens = count(n_segments * options["segment_length"])
+        note(
+            f"--n-segments: streams of {n_segments} segments, {tokens} tokens, never fill {memory.text or memory.name}; the model learns"
+            f" to use no more of it than that; {needed} segments would fill it, or take a smaller one"
+        )
+    if not stages and options["n_segments"] is None and new_model and n_segments > 1 and options["steps"] >= 3:
+        lengths = sorted({1, -(-n_segments // 2), n_segments})
+        stages = [[options["steps"] * i // len(lengths), n] for i, n in enumerate(lengths)]
+    streams = lambda n: options["batch_size"] or max(1, SEGMENTS_A_STEP // n)  # noqa: E731
+    curriculum = [[first, n, streams(n)] for first, n in stages] if stages else None
+    return {"n_segments": n_segments, "batch_size": streams(n_segments), "curriculum": curriculum}
+
+
+def describe_data(options: dict[str, Any], memory: Memory | None, new_model: bool = True) -> tuple[dict[str, Any], dict[str, float] | None]:
     """The description of a new run's data, made before its files are opened; and the objectives of --objective, if given."""
-    objectives, stages = parse_objective(options["objective"]), parse_curriculum(options["curriculum"])
-    about = {name: options[name] for name in ("documents", "segment_length", "n_segments", "batch_size", "seed")}
+    objectives = parse_objective(options["objective"])
+    about = {name: options[name] for name in ("documents", "segment_length", "seed")} | plan_streams(options, memory, new_model)
     about |= {
         "files": [str(path.resolve()) for path in (*options["files"], *options["more_files"])],
         "fields": options["field"].split(",") if options["field"] else None,
         "cache": str(options["cache"].resolve()) if options["cache"] else None,
-        "curriculum": stages,
     }
-    if stages:
-        about["n_segments"] = stages[-1][1]
     return about, objectives
 
 
@@ -212,10 +246,12 @@ class TrainingData:
                 f"text: {sources.name}: {count(len(train))} {'documents' if kind == 'texts' else kind}, {count(train.n_tokens)} tokens;"
                 f" held out: {count(len(held_out))}, {count(held_out.n_tokens)} tokens"
             )
+        first = next(iter(corpora.values()))[1].document(0, 0, OPENING)  # of what is held out
+        self.prompt = prompt_from(tokenizer.decode(first.tolist()))
         shares = self.about["objective"]
         parts = {name: (self._objective(name, corpora[OBJECTIVES[name]][0]), share) for name, share in shares.items()}
         self.data: Any = Mixture(parts, seed=self.about["seed"]) if len(parts) > 1 else next(iter(parts.values()))[0]
-        if self.about["curriculum"] is not None:
+        if self.about["curriculum"] is not None and set(shares) != {"pairs"}:  # of pairs, the sources say how many segments there are
             self.data = Curriculum(self.data, self.about["curriculum"])
         self.held_out: list[Batch] = []
         for name in shares:

@@ -59,11 +59,11 @@ class Mixture:
         parts = {name: {"weight": weight, **_state(data)} for name, (data, weight) in self.parts.items()}
         return {"objective": "mixture", "seed": self.seed, "parts": parts}
 
-    def with_segments(self, n_segments: int) -> Mixture:
-        """The same mixture with `n_segments` segments per row in every part."""
+    def with_segments(self, n_segments: int, batch_size: int | None = None) -> Mixture:
+        """The same mixture with `n_segments` segments per row, and `batch_size` rows if given, in every part."""
         if lacking := [name for name, (data, _) in self.parts.items() if not hasattr(data, "with_segments")]:
             raise InvalidType(f"parts[{lacking[0]!r}]: expected data with a method with_segments, for a curriculum")
-        parts = {name: (data.with_segments(n_segments), weight) for name, (data, weight) in self.parts.items()}
+        parts = {name: (data.with_segments(n_segments, batch_size), weight) for name, (data, weight) in self.parts.items()}
         return Mixture(parts, seed=self.seed)
 
     def choice(self, step: int) -> tuple[str, int]:
@@ -86,26 +86,27 @@ class Mixture:
 class Curriculum:
     """`data` with a growing number of segments (arXiv 2207.06881, section 4).
 
-    stages: (first step, segments per row), the first at step 0. Each stage starts `data` from its first batch. Raises
-    InvalidType, InvalidValue.
+    stages: (first step, segments per row), the first at step 0, or (first step, segments per row, rows per batch), so that all
+    batches have about as many tokens. Each stage starts `data` from its first batch. Raises InvalidType, InvalidValue.
     """
 
-    def __init__(self, data: Any, stages: Sequence[tuple[int, int]]):
+    def __init__(self, data: Any, stages: Sequence[tuple[int, ...]]):
         if not isinstance(data, Data) or not hasattr(data, "with_segments"):
             raise InvalidType(f"data: expected data with methods batch and with_segments, got {type(data).__name__}")
         stages = list(stages) if isinstance(stages, Sequence) and not isinstance(stages, str) else []
         good = all(
-            isinstance(stage, tuple | list) and len(stage) == 2 and all(isinstance(number(n), int) and n <= MOST for n in stage)
+            isinstance(stage, tuple | list) and len(stage) in (2, 3) and all(isinstance(number(n), int) and n <= MOST for n in stage)
             for stage in stages
         )
         firsts = [stage[0] for stage in stages] if good else []
-        if not firsts or firsts[0] != 0 or sorted(set(firsts)) != firsts or any(stage[1] < 1 for stage in stages):
+        if not firsts or firsts[0] != 0 or sorted(set(firsts)) != firsts or any(min(stage[1:]) < 1 for stage in stages):
             raise InvalidValue(
-                f"stages: expected (first step, segments), the first at step 0, steps going up, segments of at least 1; got {shown(stages)}"
+                f"stages: expected (first step, segments), the first at step 0, steps going up, segments of at least 1, and rows in the"
+                f" same way, if given; got {shown(stages)}"
             )
         self.data = data
-        self.stages = [(int(first), int(n)) for first, n in stages]
-        self._of_stage = [data.with_segments(n) for _, n in self.stages]
+        self.stages = [tuple(map(int, stage)) for stage in stages]
+        self._of_stage = [data.with_segments(*shape) for _, *shape in self.stages]
 
     @property
     def state(self) -> dict[str, Any]:
@@ -113,7 +114,7 @@ class Curriculum:
 
     def stage(self, step: int) -> int:
         """The number of the stage that a step is in."""
-        return int(np.searchsorted([first for first, _ in self.stages], step, side="right")) - 1
+        return int(np.searchsorted([first for first, *_ in self.stages], step, side="right")) - 1
 
     def batch(self, step: int) -> Batch:
         [step] = large(step=step)

@@ -69,10 +69,10 @@ class Packed:
         names = ("segment_length", "n_segments", "batch_size", "seed", "bos_id", "eos_id", "has_encoder")
         return {"objective": self.name, "corpus": self.corpus.fingerprint, **{name: getattr(self, name) for name in names}}
 
-    def with_segments(self: A, n_segments: int) -> A:
-        """The same with `n_segments` segments per row; the corpus is shared."""
+    def with_segments(self: A, n_segments: int, batch_size: int | None = None) -> A:
+        """The same with `n_segments` segments per row, and `batch_size` rows if given; the corpus is shared."""
         other = copy.copy(self)
-        [other.n_segments] = integers(n_segments=n_segments)
+        other.n_segments, other.batch_size = integers(n_segments=n_segments, batch_size=batch_size or self.batch_size)
         return other
 
     def batch(self, step: int) -> Batch:
@@ -272,7 +272,7 @@ class Pairs:
         own |= {"frame": [ids.tolist() for ids in self.frame]} if any(map(len, self.frame)) else {}
         return {"objective": self.name, "corpus": self.corpus.fingerprint, **own}
 
-    def with_segments(self, n_segments: int) -> Pairs:
+    def with_segments(self, n_segments: int, batch_size: int | None = None) -> Pairs:
         """The same object: sources determine the number of segments."""
         return self
 

@@ -68,10 +68,10 @@ class TextStreams:
         names = ("segment_length", "n_segments", "batch_size", "bos_id", "pad_id", "seed", "has_encoder")
         return {"objective": "text-streams", "corpus": self._fingerprint, **{name: getattr(self, name) for name in names}}
 
-    def with_segments(self, n_segments: int) -> TextStreams:
-        """The same with `n_segments` segments per stream; the documents are shared."""
+    def with_segments(self, n_segments: int, batch_size: int | None = None) -> TextStreams:
+        """The same with `n_segments` segments per stream, and `batch_size` streams if given; the documents are shared."""
         other = copy.copy(self)
-        [other.n_segments] = integers(n_segments=n_segments)
+        other.n_segments, other.batch_size = integers(n_segments=n_segments, batch_size=batch_size or self.batch_size)
         return other
 
     def batch(self, step: int, n_segments: int | None = None) -> Batch:

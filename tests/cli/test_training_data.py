@@ -5,7 +5,8 @@ import json
 import pytest
 from commands import TINY_OPTIONS
 
-from mini_tfm.cli.training_data import parse_curriculum, parse_objective
+import mini_tfm as mt
+from mini_tfm.cli.training_data import parse_curriculum, parse_objective, plan_streams
 from mini_tfm.data import open_token_cache
 from mini_tfm.errors import InvalidValue
 from mini_tfm.transformer import load_checkpoint
@@ -120,6 +121,41 @@ def test_other_batches_of_the_same_text_are_refused_unless_asked(train, run, dat
     assert run("train", "--resume", data / "m", "--steps", 6, "--accept-changes", "--json").json["steps"] == 6
     assert about(data) == now
     assert run("train", "--resume", data / "m", "--steps", 7).code == 0
+
+
+def planned(memory=None, new_model=True, **given):
+    options = {"segment_length": 32, "n_segments": None, "batch_size": None, "curriculum": None, "steps": 300, **given}
+    return tuple(plan_streams(options, memory and mt.memory(memory), new_model).values())
+
+
+def test_streams_are_so_long_that_they_fill_the_memory(capsys):
+    assert planned() == (1, 64, None)
+    assert planned("window:size=128") == (6, 10, [[0, 1, 64], [100, 3, 21], [200, 6, 10]])
+    assert planned("recurrent:tokens=4") == (3, 21, [[0, 1, 64], [100, 2, 32], [200, 3, 21]])
+    assert planned("store") == (8, 8, [[0, 1, 64], [100, 4, 16], [200, 8, 8]])  # which is never full
+    assert planned("window:size=128+store")[:2] == (12, 5)
+    assert planned("window:size=128", new_model=False) == planned("window:size=128", n_segments=6) == (6, 10, None)
+    assert planned("window:size=128", batch_size=5) == (6, 5, [[0, 1, 5], [100, 3, 5], [200, 6, 5]])
+    assert planned("window:size=128", curriculum="0:2,9:6") == (6, 10, [[0, 2, 32], [9, 6, 10]])
+    assert capsys.readouterr().err == ""
+
+
+def test_streams_that_never_fill_the_memory_are_told(capsys):
+    assert planned("window:size=4096")[0] == 16
+    told = "streams of 16 segments, 512 tokens, never fill window:size=4096"
+    assert told in capsys.readouterr().err
+    assert planned("window:size=128", n_segments=5)[0] == 5
+    assert "6 segments would fill it" in capsys.readouterr().err
+
+
+def test_a_run_with_a_memory_grows_its_streams(run, data):
+    words = ("--d-model", 8, "--n-heads", 2, "--tokenizer", "bytes", "--segment-length", 8, "--memory", "window:size=16", "--steps", 3)
+    assert run("train", "--text", data / "text.txt", "--out", data / "m", *words).code == 0
+    assert about(data)["curriculum"] == [[0, 1, 64], [1, 2, 32], [2, 4, 16]] and about(data)["n_segments"] == 4
+    assert load_checkpoint(data / "m").model.config.positions == "rotary"
+    assert run("train", "--resume", data / "m", "--steps", 4).code == 0
+    said = run("train", "--text", data / "text.txt", "--out", data / "n", *words, "--positions", "sinusoidal")
+    assert said.code == 0 and "nothing tells how far back the rows of a memory stand" in said.err
 
 
 def test_a_cache_of_other_text_is_not_written_over(train, data):

@@ -111,6 +111,15 @@ def test_the_number_of_segments_grows_at_its_steps():
     assert [streams.batch(step).target.shape[1] for step in (3, 4)] == [1, 2]
 
 
+def test_a_stage_may_have_its_own_number_of_rows():
+    stages = [(0, 1, 6), (2, 3, 2)]
+    for data in (NextSegment(TEXTS, **SHAPE), TextStreams(TEXTS, **SHAPE), Mixture({"a": (NextSegment(TEXTS, **SHAPE), 1)})):
+        shapes = [Curriculum(data, stages).batch(step).target.shape[:2] for step in (0, 1, 2, 9)]
+        assert shapes == [(6, 1), (6, 1), (2, 3), (2, 3)]
+    with pytest.raises(InvalidValue, match="stages: expected"):
+        Curriculum(NextSegment(TEXTS, **SHAPE), [(0, 1, 0)])
+
+
 def test_a_curriculum_holds_for_every_part_of_a_mixture():
     data = everything()
     shapes = {step: data.batch(step).target.shape[1] for step in range(100)}
