@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import shlex
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,6 +99,7 @@ class Pipeline:
 
         memory: text or a Memory, None for none, "saved" for what it was trained with. lora: a folder of LoRA adapters as PEFT has them,
         merged into the weights. dtype: "float32"; "bfloat16" or "int8" take less RAM and time, and round: see `Transformer.pack`.
+        Warns where the model lacks the memory's parameters, which are random then.
         """
         later = dtype if lora is not None and dtype in PACKED else None  # adapters are added to what is not rounded yet
         saved = load_checkpoint(folder, dtype if later is None else "float32")
@@ -107,7 +110,16 @@ class Pipeline:
             saved.model.merge_lora()
         if later is not None:
             saved.model.pack(later)
-        return cls(saved.model, saved.tokenizer, saved.memory() if memory == "saved" else memory, segment_length, saved.pooling, overlap)
+        known = set(saved.model.weights)
+        pipe = cls(saved.model, saved.tokenizer, saved.memory() if memory == "saved" else memory, segment_length, saved.pooling, overlap)
+        if pipe.memory is not None and (new := sorted(set(pipe.model.weights) - known)):
+            text = pipe.memory.text or pipe.memory.name
+            warnings.warn(
+                f"memory: {folder} was not trained with {text}, and its parameters ({new[0]}) are random here; mini-tfm train --memory"
+                f" {shlex.quote(text)} --out NEW trains one",
+                stacklevel=2,
+            )
+        return pipe
 
     def save(self, folder: str | Path) -> None:
         """Writes model, tokenizer, the text of the memory and the pooling into `folder`, all or nothing: `load` gives them back.

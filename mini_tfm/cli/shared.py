@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import FileProblem, InvalidValue
+from ..errors import FileProblem, InvalidValue, MiniTfmError
 
 if TYPE_CHECKING:
+    from ..memory import Memory
     from ..pipeline import Pipeline
 
 WIDTH = 110  # columns when the output is not a terminal
@@ -75,21 +76,36 @@ def memory_named(pipe: Pipeline) -> str:
 
 
 def warn_if_untrained(folder: Path, pipe: Pipeline, memory: str) -> None:
-    """Warns where the model has never met such a memory as --memory gives it, with the command that trains one."""
+    """Warns where the model has never met such a memory as --memory gives it, with the command that trains one.
+
+    Of a memory whose parameters it lacks, `Pipeline.load` has warned.
+    """
     if memory in ("saved", "none"):
         return
-    from ..memory.run import memory_parameters
+    from ..memory.run import members_of, model_dims
     from ..transformer import load_checkpoint
 
     saved = load_checkpoint(folder)
-    if new := sorted(set(memory_parameters(pipe.memory, pipe.model.config, pipe.model.dtype)) - set(saved.model.weights)):
-        told = f"its parameters ({new[0]}) are random here"
-    elif other := sorted(_names(memory) - _names(saved.memory_text)):
+    trained = None
+    with contextlib.suppress(MiniTfmError):  # a memory of another package is not imported because a file names it
+        trained = saved.memory()
+    lacks = {each.name for each in members_of(pipe.memory) if each.parameters(model_dims(pipe.model.config, pipe.model.dtype))}
+    if other := sorted(_names(memory) - _names(saved.memory_text) - lacks):
         told = f"it has not learned to use {' and '.join(other)}"
+    elif larger := _larger(pipe.memory, trained):
+        told = f"it has never met rows as far back as {' and '.join(larger)} shows"
     else:
         return
     again = command_line("train", "--memory", memory, "--out", "NEW")
     warnings.warn(f"--memory: {folder} was trained with {saved.memory_text or 'none'}, and {told}; {again} trains one", stacklevel=2)
+
+
+def _larger(memory: Memory | None, trained: Memory | None) -> list[str]:
+    """The members, as text, that hold more rows than the one of the same name that a model was trained with."""
+    from ..memory.run import members_of
+
+    known = {member.name: member.spec.capacity for member in members_of(trained)}
+    return [each.text or each.name for each in members_of(memory) if (each.spec.capacity or 0) > (known.get(each.name) or math.inf)]
 
 
 def _names(memory: str | None) -> set[str]:
@@ -312,6 +328,18 @@ def read_documents(files: Sequence[Path], parts: bool = True, piped: Mapping[str
             f"--text: {name} is too short ({len(texts[name])} characters): it needs a held-out part and a part longer than a segment"
         )
     return name, cut
+
+
+PROMPT_WORDS, PROMPT_CHARACTERS = 4, 24
+OPENING = 2000  # characters of a text, among which a prompt is looked for
+
+
+def prompt_from(text: str) -> str:
+    """A few words of `text` to go on from: a prompt in its own language. Of a language without spaces, as many characters."""
+    words = [word for word in text[:OPENING].split() if any(c.isalnum() for c in word)][:PROMPT_WORDS]
+    while len(words) > 1 and len(" ".join(words)) > PROMPT_CHARACTERS:
+        words.pop()
+    return " ".join(words)[:PROMPT_CHARACTERS] or "PROMPT"
 
 
 # Folders out

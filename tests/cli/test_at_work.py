@@ -104,6 +104,8 @@ def test_a_memory_that_the_model_never_met_is_told(run, model, texts, tmp_path, 
         assert random.code == 0 and "are random here" in random.err
         for known in ("none", "saved", "window:size=4"):
             assert "warning" not in run(*words, "--memory", known).err
+        larger = run(*words, "--memory", "window:size=9")
+        assert "it has never met rows as far back as window:size=9 shows; mini-tfm train --memory window:size=9" in larger.err
 
 
 def test_embed_gives_a_row_a_line(run, model, tmp_path):
