@@ -43,4 +43,4 @@ def average(folders: tuple[Path, ...], last: int | None, out: Path, as_json: boo
         print_json({"folder": str(out), "models": [str(path) for path in paths]})
         return
     click.echo(f"{out}: the mean of {len(paths)} models: " + ", ".join(map(str, paths)))
-    note("Try next:\n  " + command_line("generate", out, "The", "--do-sample", "--top-p", "0.9"))
+    note("Try next:\n  " + command_line("generate", out, "PROMPT", "--do-sample", "--top-p", "0.9"))

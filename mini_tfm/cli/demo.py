@@ -25,7 +25,7 @@ from .results import (
     text_words,
     write_results,
 )
-from .shared import command_line, count, duration, json_option, none_of, note, print_json, print_table, read_documents
+from .shared import command_line, count, duration, json_option, none_of, note, print_json, print_table, prompt_from, read_documents
 
 if TYPE_CHECKING:
     from ..compare.experiment import Experiment
@@ -95,7 +95,7 @@ def demo(
     else:
         _print(experiment)
     note(f"report: {out / REPORT}   numbers: {out / RESULTS}\n\nTry next:")
-    for line in try_next(out, experiment):
+    for line in try_next(out, experiment, prompt_from(documents[experiment.held_out_names[0]])):
         note("  " + line)
     context.exit(1 if experiment.failed else 0)
 
@@ -134,10 +134,10 @@ def _print(experiment: Experiment) -> None:
     tell_what_went_wrong(experiment)
 
 
-def try_next(out: Path, experiment: Experiment) -> list[str]:
+def try_next(out: Path, experiment: Experiment, prompt: str) -> list[str]:
     """Commands to try on the saved models: generation, and reading into a memory on disk."""
     worked = [row for row in experiment.rows if row.folder is not None]
-    prompt, sampled = "The import statement", ("--do-sample", "--top-p", "0.9")
+    sampled = ("--do-sample", "--top-p", "0.9")
     lines: list[str] = []
     if worked:
         best = max(worked, key=lambda row: (row.recall_far == row.recall_far, row.recall_far))

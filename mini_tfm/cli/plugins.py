@@ -160,7 +160,7 @@ def new(folder: Path, name: str) -> None:
         written.append(target)
     for target in sorted(written):
         click.echo(target)
-    note(f"\nTry next:\n  pip install -e {shlex.quote(str(folder))}\n  " + command_line("plugins", "check", name))
+    note(f"\nTry next:\n  pip install -e {shlex.quote(str(folder))}\n  " + command_line("plugins", "check", f"{name}:size=8"))
 
 
 def _files(folder: Any, place: str) -> Iterator[tuple[Any, str]]:

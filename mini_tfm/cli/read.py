@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from .shared import (
     count,
     dtype_option,
     folder_argument,
+    is_piped,
     json_option,
     lora_option,
     memory_named,
@@ -24,8 +26,10 @@ from .shared import (
     none_of,
     note,
     overlap_option,
+    pieces_of,
     print_json,
     print_table,
+    prompt_from,
     segment_option,
     size,
     total_bytes,
@@ -102,7 +106,7 @@ def read(
     if sizes is not None:
         click.echo(f"compacted from {size(sizes[0])} to {size(sizes[1])}")
     same = (*(("--lora", lora) if lora is not None else ()), *(("--dtype", dtype) if dtype != "float32" else ()))
-    note("\nTry next:\n  " + command_line("generate", folder, "In short,", "--memory", memory_named(pipe), *same))
+    note("\nTry next:\n  " + command_line("generate", folder, _prompt(files), "--memory", memory_named(pipe), *same))
 
 
 def _read(pipe: Pipeline, files: tuple[Path, ...], done: list[dict[str, Any]]) -> None:
@@ -156,6 +160,12 @@ def _durable(memory: Memory | None) -> Stack:
             " on disk, for example --memory store:path=notes.mdb"
         )
     return stack
+
+
+def _prompt(files: tuple[Path, ...]) -> str:
+    """From the last file that can be read again."""
+    named = [path for path in files if not is_piped(path)]
+    return prompt_from("".join(itertools.islice(pieces_of(named[-1]), 1)) if named else "")
 
 
 def _contents(memory: Any) -> str:

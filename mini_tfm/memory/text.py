@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 import re
 import types
 import typing
@@ -49,6 +50,20 @@ def options_of(name: str, text: str, signature: inspect.Signature) -> dict[str, 
         except ValueError as error:
             raise InvalidValue(f"memory {name!r}: {option}: expected {error}, got {shown(value)}") from None
     return options
+
+
+def with_files_in(folder: str, text: str) -> str:
+    """The same memories, but each option `path` names a file in `folder`: what they do leaves the user's own files alone."""
+    members = []
+    for number, member in enumerate(members_of(text)):
+        name, colon, options = member.partition(":")
+        parts = _split(options, ",")
+        for at, part in enumerate(parts):
+            option, _, value = part.partition("=")
+            if option.strip() == "path":
+                parts[at] = "path=" + repr(os.path.join(folder, f"{number}-{os.path.basename(_value(value, {str}))}"))
+        members.append(name + colon + ",".join(parts))
+    return "+".join(members)
 
 
 def check_bools(name: str, options: Mapping[str, Any], signature: inspect.Signature) -> None:

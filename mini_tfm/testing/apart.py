@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from typing import IO, Any, NamedTuple
 
 from ..errors import InvalidValue, MiniTfmError, shown
+from ..memory.text import with_files_in
 
 
 class Result(NamedTuple):
@@ -36,21 +37,23 @@ MOST_BYTES = 4 << 30  # of address space that the child may take beyond what it 
 def check_apart(memory: str, checks: Sequence[str], *, limit: float) -> Iterator[Result]:
     """The result of each of the `checks` (see CHECKS) on a strategy, given as text, as it comes; `limit`: seconds for each.
 
-    Where the check `runs` fails it is the last. Raises InvalidValue if the strategy cannot be made from its text.
+    A file that its option `path` names is neither read nor written: the checks have one of their own. Where the check `runs` fails it
+    is the last. Raises InvalidValue if the strategy cannot be made from its text.
     """
     left = list(checks)
     program = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import _main; _main()"
     while left:
-        command = [sys.executable, "-P", "-c", program, memory, *left]
-        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, bufsize=0) as child:
-            try:
-                for result in _results(child, list(left), limit):
-                    left.remove(result.check)
-                    yield result
-                    if result.check == "runs" and result.failures:
-                        return
-            finally:
-                child.kill()
+        with tempfile.TemporaryDirectory() as files:
+            command = [sys.executable, "-P", "-c", program, with_files_in(files, memory), *left]
+            with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, bufsize=0) as child:
+                try:
+                    for result in _results(child, list(left), limit):
+                        left.remove(result.check)
+                        yield result
+                        if result.check == "runs" and result.failures:
+                            return
+                finally:
+                    child.kill()
 
 
 def _results(child: subprocess.Popen, checks: Sequence[str], limit: float) -> Iterator[Result]:

@@ -14,6 +14,7 @@ import pytest
 from commands import ENVIRONMENT, TINY_OPTIONS, command, run_process, write_plugin
 
 from mini_tfm import cli
+from mini_tfm.cli.shared import prompt_from
 from mini_tfm.pipeline import Pipeline
 from mini_tfm.testing import CHECKS
 from mini_tfm.transformer import load_checkpoint
@@ -109,7 +110,6 @@ ERRORS = [
     ("train --resume {folder}/nothing --save-every 0", "save_every"),
     ([*TRAIN, "--schedule", "lunar"], "schedule"),
     ([*TRAIN, "--positions", "lunar"], "positions"),
-    ([*TRAIN, "--batch-size", "0"], "batch_size"),
     ([*TRAIN, "--n-decoder-layers", "0"], "decoder"),
     ([*TRAIN, "--tokenizer", "bpe", "--vocab-size", "100"], "vocab_size"),
     ([*TRAIN, "--jsonl-log", "{tmp}/missing/log"], "log"),
@@ -122,7 +122,8 @@ ERRORS = [
 ]
 USAGE = ["", "nothing", "--nothing", "generate", "score x", "embed x", "embed {folder}/model {folder}/a.txt", "compare",
          "train --steps 0",
-         "train --steps x", "demo --quick --steps 3", "demo --seconds 0", "generate {folder}/model x --file y",
+         "train --steps x", "train --batch-size 0", "train --n-segments 0", "demo --quick --steps 3", "demo --seconds 0",
+         "generate {folder}/model x --file y",
          "generate {folder}/model x --seed 3",
          "train --resume x --d-model 3",
          "train --tokenizer words", "compare {folder}/model {folder}/model {folder} --memory none", "compare {folder}/a.txt --memory none",
@@ -393,6 +394,27 @@ def test_a_warning_is_a_line(run, monkeypatch, model):
 def test_plugins_check(run):
     passed = run("plugins", "check", "window:size=8", "--json").json
     assert passed["passed"] and len(passed["checks"]) > 10 and all(check["about"] for check in passed["checks"])
+
+
+def test_plugins_check_leaves_the_files_of_a_memory_alone(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.mdb").write_bytes(b"mine")
+    for path in ("notes.mdb", tmp_path / "notes.mdb", "'new, and old.mdb'"):
+        assert run("plugins", "check", f"store:top_k=4,path={path}", "--only", "runs", "--only", "is_deterministic").code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.mdb"] and (tmp_path / "notes.mdb").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt"),
+    [
+        ("The import statement has two forms, and", "The import statement has"),
+        ("* \n -- Internationalization of applications", "Internationalization of"),
+        ("列出当前目录下的文件。如果没有指定排序选项，则按字母顺序排列条目。", "列出当前目录下的文件。如果没有指定排序选项，则按"),
+        ("\n ... \n", "PROMPT"),
+    ],
+)
+def test_a_prompt_is_in_the_language_of_the_text(text, prompt):
+    assert prompt_from(text) == prompt
 
 
 BAD = """

@@ -64,7 +64,7 @@ def test_train_tells_what_to_try_and_it_works(run, train, tmp_path):
     tried = [line.strip() for line in said.err.splitlines() if line.startswith("  mini-tfm ")]
     assert len(tried) == 3
     for line in tried:
-        assert run(*line.split()[1:]).code == 0, line
+        assert run(*shlex.split(line)[1:]).code == 0, line
 
 
 def test_a_run_stopped_and_resumed_is_the_run_that_was_not(run, train, tmp_path, monkeypatch):
