@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy
@@ -40,9 +41,22 @@ class BuildWithOpenMP(build_ext):
         print(f"mini_tfm: building {f'without OpenMP ({problem})' if problem else 'with OpenMP (-fopenmp)'}")
         openmp = [] if problem else ["-fopenmp"]
         self.extensions[0].extra_link_args += openmp
-        compile = self.compiler._compile  # each instance has flags of its own, and there is no public way to that
-        self.compiler._compile = lambda obj, src, ext, cc, post, pp: compile(obj, src, ext, cc, post + openmp + FLAGS.get(src, []), pp)
-        super().build_extensions()
+        compile_one, compile_all = self.compiler._compile, self.compiler.compile
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) as pool:
+            begun = []
+
+            def together(*arguments, **options):
+                objects = compile_all(*arguments, **options)
+                for each in begun:
+                    each.result()  # raises what the compiler said
+                return objects
+
+            # Each instance has flags of its own, and there is no public way to that; nor to compile several files at once.
+            self.compiler._compile = lambda obj, src, ext, cc, post, pp: begun.append(
+                pool.submit(compile_one, obj, src, ext, cc, post + openmp + FLAGS.get(src, []), pp)
+            )
+            self.compiler.compile = together
+            super().build_extensions()
 
     def trial(self, program, flags):
         """Compiles, links and runs the program: None, or what went wrong. Only running tells that the library is there."""
