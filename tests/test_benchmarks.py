@@ -552,6 +552,55 @@ def test_a_process_whose_memory_is_measured_may_not_fail_unseen(monkeypatch):
     assert raised.type is RuntimeError  # NotImplementedError, at which a benchmark is left out, is one of its kinds
 
 
+def test_pages_of_results_open_without_a_network(monkeypatch, tmp_path):
+    pages = import_from(FOLDER / "pages.py", "pages")
+    columns = ["result", "params", "version"]
+    for number, figure in enumerate((0.5, 0.25)):
+        told = {
+            "commit_hash": f"{number}" * 40,
+            "date": 1_700_000_000_000 + number,
+            "result_columns": columns,
+            "results": {"a.B.time_c": [[figure, None], [["'<x>'", "2"]], "v"], "a.B.track_d": [[7], [], "v"], "e.track_f": [None, [], "v"]},
+        }
+        (tmp_path / "host").mkdir(exist_ok=True)
+        (tmp_path / "host" / f"{number}.json").write_text(json.dumps(told))
+    (tmp_path / "benchmarks.json").write_text(json.dumps({"a.B.time_c": {"unit": "seconds"}, "version": 2}))
+    monkeypatch.setattr(pages, "RESULTS", tmp_path)
+    out = tmp_path / "pages"
+    pages.main(["--only", "by-commit", "--measured", "--out", str(out)])
+    text = (out / "by-commit.html").read_text()
+    assert re.findall(r"<td[^>]*>([^<]*)</td>", text)[1:4] == ["seconds", "0.5", "0.25"] and "&lt;x&gt;" in text and "<x>" not in text
+    for page in out.glob("*.html"):
+        assert not re.search(r"https?://|src=|url\(|<script", page.read_text()), page.name
+    assert 'href="by-commit.html"' in (out / "index.html").read_text()
+
+
+def test_the_quick_suite_names_benchmarks_that_there_are():
+    pages = import_from(FOLDER / "pages.py", "pages")
+    names = [f"{module}.{name}." for module, found in MODULES.items() for name in vars(found)]
+    for part in re.findall(r"[a-z]+\\.\w*", pages.QUICK):
+        assert [name for name in names if name.startswith(part.replace("\\", ""))], part
+
+
+def test_a_memory_is_compared_with_none_on_ones_own_text(capsys, monkeypatch, tmp_path):
+    script = import_from(FOLDER / "own_text.py", "own_text")
+    texts = [tmp_path / f"{number}.txt" for number in range(4)]
+    for path in texts:
+        path.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    called, run = [], script.subprocess.run
+    monkeypatch.setattr(script.subprocess, "run", lambda words, **more: called.append(words) or run(words, **more))
+    words = ["--text", "foxes", *texts, "--steps", 3, "--seeds", 1, "--kinds", "decoder-only", "--memory", "window:size=32"]
+    monkeypatch.setattr(sys, "argv", ["own_text.py", *map(str, words), "--work", str(tmp_path / "work")])
+    script.main()
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == 3 and table[2].count("|") == table[0].count("|") and "| foxes | decoder-only | `window:size=32` | " in table[2]
+    trained = [words for words in called if "train" in words]
+    assert len(called) == 4 and [words[words.index("--memory") + 1] for words in trained] == ["none", "window:size=32"]
+    assert not {word for words in trained for word in words if "held-out" in word}
+    script.main()  # what is known is not measured again
+    assert capsys.readouterr().out.splitlines() == table and len(called) == 4
+
+
 def test_long_inputs_are_asked_about(capsys, monkeypatch):
     script = import_from(FOLDER / "long_input.py", "long_input")
     options = "--seeds 1 --steps 2 --more-steps 2 --inputs 2 --lengths 32 70"
