@@ -2,7 +2,7 @@
 tree is the tree there is.
 
 docs/write-a-memory.md is followed from its first line to its last by test_plugin_packages.py. docs/command-line.md is
-made of the commands' own help: `python tests/test_docs.py` writes it again.
+made of the commands' own help and docs/api.md of the docstrings: `python tests/test_docs.py` writes both again.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import api
 import click
 import pytest
 import reliability
@@ -244,6 +245,10 @@ def test_every_command_and_option_is_documented():
     assert page.read_text(encoding="utf-8") == command_line_page(), f"{page.name} is out of date: python tests/test_docs.py"
 
 
+def test_every_public_name_is_in_the_reference():
+    assert api.PAGE.read_text(encoding="utf-8") == api.page(), f"{api.PAGE.name} is out of date: python tests/test_docs.py"
+
+
 @pytest.mark.parametrize("words, command", [pytest.param(*each, id="-".join(each[0])) for each in commands()])
 def test_a_command_says_what_it_does(words, command):
     assert is_in("mini-tfm " + " ".join(words), text_of(*PAGES))
@@ -318,3 +323,4 @@ def test_the_tree_names_every_module():
 
 if __name__ == "__main__":
     (DOCS / "command-line.md").write_text(command_line_page(), encoding="utf-8")
+    api.PAGE.write_text(api.page(), encoding="utf-8")
