@@ -37,7 +37,7 @@ dt { font-weight: 600; } dd { margin: 0 0 .5rem 0; } .warn { font-weight: 600; c
 .facts td { white-space: normal; overflow-wrap: anywhere; text-align: left; vertical-align: top; }
 .facts td:first-child { min-width: 6rem; }
 @media (max-width: 48rem) {
-  body { margin: 1rem auto; padding: 0 .8rem; } pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+  body { margin: 1rem auto; padding: 0 .8rem; } svg { min-width: 40rem; } pre { white-space: pre-wrap; overflow-wrap: anywhere; }
   .rows, .rows tbody, .rows tr, .rows td { display: block; } .rows tr:first-child { display: none; }
   .rows tr { padding: .6rem 0; border-bottom: 1px solid var(--line); }
   .rows td { display: flex; justify-content: space-between; white-space: normal; overflow-wrap: anywhere; border: 0; padding: .1rem .3rem; }
@@ -63,11 +63,15 @@ def html_report(experiment: Experiment, command: str) -> str:
 <h2>Is a fact still recalled some segments later?</h2>
 <p class="dim">Share of correct answers, by the number of segments between the fact and the question. 0: both are visible, no
 memory needed. Dashed: guessing, {chance:.0f} %.</p>
+<div class="wide">
 {line_chart(recall, Axis("segments between fact and question", ticks=experiment.distances), Axis("% recalled", (0, 100)), level=chance)}
+</div>
 <h2>How they learned</h2>
 <p class="dim">Training loss, in nats per token, smoothed. Grey, dashed: the common start, one model without a memory, on an easier
 task of its own; then each memory on longer and longer streams, with parts of the text hidden.</p>
+<div class="wide">
 {line_chart(_curves(experiment, colours), Axis("optimizer step"), Axis("loss (nats/token)"), dashed=("common start",), marks=False)}
+</div>
 <h2>What the columns mean</h2>
 <dl><dt>bits per byte</dt><dd>Bits the model needs per byte of held-out documents. Fewer is better; plain text takes 8. Compare the
 memories with each other.</dd>
