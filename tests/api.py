@@ -84,6 +84,8 @@ def _parameter(parameter: inspect.Parameter) -> str:
     if parameter.default is parameter.empty:
         return stars + parameter.name + typed
     default = repr(parameter.default)
+    if isinstance(parameter.default, frozenset) and parameter.default:  # whose order is another in each process
+        default = f"frozenset({{{', '.join(sorted(map(repr, parameter.default)))}}})"
     default = "..." if default.startswith("<") else default  # a function, an object without a text of its own
     return parameter.name + (f"{typed} = {default}" if typed else f"={default}")
 
