@@ -29,6 +29,7 @@ from .model import PACKED
 from .options import LARGEST, takes
 from .pooling import Pooling, normalized
 from .stream import Stream
+from .text.languages import in_languages
 from .text.tokenizers import StreamDecoder, Tokenizer
 from .transformer import Transformer, load_checkpoint
 
@@ -211,7 +212,9 @@ class Pipeline:
             raise InvalidValue(f"batch_tokens: expected an integer of at least 1, got {shown(batch_tokens)}")
         chosen = self._options(options, False)
         self.model.needs("decoder")
-        begun = [self._begun(self._encode(text)) for text in texts]
+        spoken = [self._in_languages(self._encode(text), chosen) for text in texts]
+        chosen = spoken[0][1] if spoken else chosen
+        begun = [self._begun(tokens) for tokens, _ in spoken]
         parts = [self._to_continue(tokens) for _, tokens in begun]
         results: list[Any] = [None] * len(parts)
         own = np.arange(len(parts)) if numbers is None else np.asarray(numbers)
@@ -362,12 +365,21 @@ class Pipeline:
     def _generate(self, tokens: np.ndarray, stream: bool, given: Mapping[str, Any]) -> str | list[str] | Iterator[str]:
         chosen = self._options(given, stream)
         self.model.needs("decoder")
+        tokens, chosen = self._in_languages(tokens, chosen)
         last, tokens = self._begun(tokens)
         steps = self._search([self._to_continue(tokens)], chosen, self._stream.copy(), np.zeros(1, np.int64), last)
         if chosen.num_return_sequences > 1:
             return self._texts(found_by(steps)[0], chosen)
         pieces = _before_stop(_decoded(steps, self.tokenizer.decode_stream()), chosen)
         return pieces if stream else "".join(pieces)
+
+    def _in_languages(self, tokens: np.ndarray, options: GenerationOptions) -> tuple[np.ndarray, GenerationOptions]:
+        """A text's tokens with the languages of the options in them, and the options without languages."""
+        if options.src_lang is None and options.tgt_lang is None:
+            return tokens, options
+        tokens, first = in_languages(tokens, self.tokenizer.special_tokens, options.src_lang, options.tgt_lang)
+        forced = {} if first is None else {"forced_bos_token_id": first}
+        return tokens, options.replace(src_lang=None, tgt_lang=None, **forced)
 
     def _begun(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What the stream ended with (1,), and what is to be read of a text: see `Stream.begin`."""

@@ -166,6 +166,12 @@ class GenerationOptions(Options):
         None, "Tokens that must not come first.", read=_tokens, expected="token ids", unit="ID"
     )
     forced_bos_token_id: int | None = option(None, "The first token, where the decoder has only bos before.", at_least=0, unit="ID")
+    src_lang: str | None = option(
+        None, "Language of the text, as the model's tokenizer has it, such as en or eng_Latn; default: the tokenizer's.", unit="CODE"
+    )
+    tgt_lang: str | None = option(
+        None, "Language to translate into: sets forced_bos_token_id or, for Marian, the token before the text.", unit="CODE"
+    )
     forced_eos_token_id: tuple[int, ...] | None = option(
         None, "The last token, where the maximum length is reached.", read=_tokens, expected="a token id or several", unit="ID"
     )
@@ -243,6 +249,8 @@ class GenerationOptions(Options):
         kept = {name: value for name, value in defaults.items() if given.get(name) is None}
         if given.get("stop_at_eos") is False:
             kept.pop("eos_token_id", None)
+        if given.get("tgt_lang") is not None:
+            kept.pop("forced_bos_token_id", None)
         return cls.of({**given, **kept})
 
     def __post_init__(self) -> None:
@@ -285,6 +293,8 @@ class GenerationOptions(Options):
             yield from self._ignored(["include_stop_strings"], "stop_strings")
         if not self.output_scores:
             yield from self._ignored(["top_logprobs", "output_attentions", "output_hidden_states"], "output_scores=True")
+        if self.tgt_lang is not None and self.forced_bos_token_id is not None:
+            yield f"forced_bos_token_id: expected None beside tgt_lang, got {self.forced_bos_token_id}; give one of them"
         for name in ("forced_bos_token_id", "forced_eos_token_id"):
             forced = getattr(self, name)
             if forced is not None and {*_tokens(forced)} <= {*(self.suppress_tokens or ())}:

@@ -67,6 +67,9 @@ class Rules:
         without an end of its own.
         """
         options.check_ids(n_ids)
+        for name in ("src_lang", "tgt_lang"):
+            if getattr(options, name) is not None:  # a pipeline has made tokens of them
+                raise no_tokenizer(name)
         eos = np.array(eos_ids_of(options, config), np.int64)
         before = [[] for _ in numbers] if before is None else before
         stops: list[Stop] = [Criterion(function) for function in options.stopping_criteria or ()]

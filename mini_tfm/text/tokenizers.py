@@ -111,6 +111,11 @@ class Tokenizer(ABC):
         """Whether `encode_chat` can lay out messages."""
         return False
 
+    @property
+    def special_tokens(self) -> Mapping[int, str]:
+        """The names of the tokens that are no text, by id."""
+        return {}
+
     @abstractmethod
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """(T,) ids -> text, without special tokens; bytes that are not UTF-8 become U+FFFD.
@@ -367,6 +372,10 @@ class BPETokenizer(Tokenizer):
     @property
     def has_chat_template(self) -> bool:
         return isinstance(self._config.get("chat_template"), str)
+
+    @property
+    def special_tokens(self) -> Mapping[int, str]:
+        return self._special_ids
 
     def _name(self, key: str) -> str | None:
         """The name of a special token in the file's configuration."""

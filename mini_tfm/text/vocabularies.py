@@ -2,9 +2,10 @@
 
     vocab.json, merges.txt              byte-level BPE: GPT-2, RoBERTa, BART
     vocab.txt                           WordPiece: BERT, DistilBERT
-    spiece.model, tokenizer.model,      SentencePiece (arXiv 1808.06226): T5, Pegasus; Llama; XLM-R, CamemBERT, mBART
+    spiece.model, tokenizer.model,      SentencePiece (arXiv 1808.06226): T5, Pegasus; Llama; XLM-R, mBART, NLLB
     sentencepiece.bpe.model
     source.spm, vocab.json              SentencePiece with ids of its own: Marian, converted for Transformers
+    sentencepiece.bpe.model, vocab.json the same: M2M100
     *.spm                               SentencePiece: Marian's own (see checkpoint/marian.py, which says when)
     none                                bytes: ByT5
 
@@ -14,6 +15,7 @@ Which rules a vocabulary goes with says `tokenizer_class` in tokenizer_config.js
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import os
 import struct
@@ -24,15 +26,12 @@ from mini_tfm.errors import FileProblem, InvalidValue
 from mini_tfm.files.reading import read_bytes
 from mini_tfm.files.strict_json import MAX_JSON_BYTES, parse_json_strict
 
+from . import languages
+
 MAX_FILE_BYTES = 1 << 27
 MAX_PIECES = 1 << 22
-# In the order of their ids.
-_MBART = (  # noqa: SIM905
-    "ar_AR cs_CZ de_DE en_XX es_XX et_EE fi_FI fr_XX gu_IN hi_IN it_IT ja_XX kk_KZ ko_KR lt_LT lv_LV my_MM ne_NP nl_XX ro_RO ru_RU"
-    " si_LK tr_TR vi_VN zh_CN"
-).split()
 _UNIGRAM, _BPE = 1, 2
-_CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6
+_NORMAL, _CONTROL, _USER_DEFINED, _BYTE = 1, 3, 4, 6
 _LAST_RESORT = -1e6  # no sum of scores is as low
 
 Rules = dict[str, Any]
@@ -68,8 +67,10 @@ def sentencepiece_files(folder: str, name: str) -> tuple[bytes, bytes]:
         raise InvalidValue(f"{os.path.join(folder, name)}: expected a model of the kind unigram, got kind {model.kind}")
     falls_back = any(piece.kind == _BYTE for piece in model.pieces)
     # The name of a byte is no text that anybody has written.
-    pieces = [(piece.text, _LAST_RESORT if piece.kind == _BYTE else piece.score) for piece in model.pieces]
-    rules = _unigram(model, pieces, model.unknown)
+    pieces = [
+        (text, _LAST_RESORT if piece.kind == _BYTE else score) for (text, score), piece in zip(model.scored(), model.pieces, strict=True)
+    ]
+    rules = _of_pieces(model, pieces, model.unknown)
     if falls_back:
         rules["model"]["byte_fallback"] = True
         rules["decoder"] = {"type": "Sequence", "decoders": [rules["decoder"], {"type": "ByteFallback"}]}
@@ -143,28 +144,59 @@ def _t5(folder: str, given: Mapping[str, Any]) -> tuple[Rules, dict[str, str]] |
     n = given.get("extra_ids", 100)
     if type(n) is not int or not 0 <= n <= 10_000:
         raise InvalidValue(f"{os.path.join(folder, 'tokenizer_config.json')}: field 'extra_ids': expected 0 to 10000, got {n!r:.40}")
-    pieces = [(piece.text, piece.score) for piece in model.pieces] + [(f"<extra_id_{i}>", 0.0) for i in reversed(range(n))]
+    pieces = model.scored() + [(f"<extra_id_{i}>", 0.0) for i in reversed(range(n))]
     added = [_added(text, place) for place, (text, _) in enumerate(pieces) if place >= len(model.pieces)]
-    rules = _unigram(model, pieces, model.unknown) | {"added_tokens": added}
+    rules = _of_pieces(model, pieces, model.unknown) | {"added_tokens": added}
     return _framed(folder, rules, [None, "</s>"]), {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 
 
+def _pegasus(folder: str, given: Mapping[str, Any]) -> tuple[Rules, dict[str, str]] | None:
+    """Two masks and names that training alone uses stand before the pieces, of which the first two are left out."""
+    model = _sentencepiece(folder, "spiece.model")
+    if model is None:
+        return None
+    offset = given.get("offset", 103)
+    if type(offset) is not int or not 2 <= offset <= 10_000:
+        raise InvalidValue(f"{os.path.join(folder, 'tokenizer_config.json')}: field 'offset': expected 2 to 10000, got {offset!r:.40}")
+    own = ["<pad>", "</s>", "<mask_1>", "<mask_2>", *(f"<unk_{i}>" for i in range(2, offset))]
+    pieces = [(token, 0.0) for token in own] + model.scored()[2:]
+    rules = _of_pieces(model, pieces, model.unknown + offset) | {"added_tokens": [_added(token, i) for i, token in enumerate(own)]}
+    roles = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "mask_token": "<mask_2>"}
+    return _framed(folder, rules, [None, "</s>"]), roles
+
+
 def _fairseq(folder: str, given: Mapping[str, Any], kind: str) -> tuple[Rules, dict[str, str]] | None:
-    """Fairseq's numbers: four tokens of its own before the pieces, of which the first three are left out."""
+    """Fairseq's numbers: four tokens of its own before the pieces, of which the first three are left out, and languages behind them."""
     model = _sentencepiece(folder, "sentencepiece.bpe.model")
     if model is None:
         return None
-    pieces = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)] + [(piece.text, piece.score) for piece in model.pieces[3:]]
+    pieces = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *model.scored()[3:]]
+    n_own = len(pieces)
     frame: list[str | None] = ["<s>", None, "</s>"]
-    if kind == "mbart":
-        source = given.get("src_lang") or "en_XX"
-        frame = [None, "</s>", source]
-        pieces += [(code, 0.0) for code in _MBART]
+    if kind in languages.CODES:
+        source = given.get("src_lang") or languages.ENGLISH[kind]
+        is_last = kind == "mbart" or (kind == "nllb" and given.get("legacy_behaviour") is True)
+        frame = [None, "</s>", source] if is_last else [source, None, "</s>"]
+        pieces += [(code, 0.0) for code in languages.CODES[kind]]
     pieces.append(("<mask>", 0.0))
-    own = 4 + max(len(model.pieces) - 3, 0)
-    rules = _unigram(model, pieces, 3) | {"added_tokens": [_added(text, i) for i, (text, _) in enumerate(pieces) if i >= own]}
-    roles = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "mask_token": "<mask>"}
-    return _framed(folder, rules, frame), roles
+    rules = _of_pieces(model, pieces, 3) | {"added_tokens": [_added(text, i) for i, (text, _) in enumerate(pieces) if i >= n_own]}
+    return _framed(folder, rules, frame), {**_FAIRSEQ, "mask_token": "<mask>"}
+
+
+def _m2m100(folder: str, given: Mapping[str, Any]) -> tuple[Rules, dict[str, str]] | None:
+    """Pieces of sentencepiece.bpe.model with the numbers of vocab.json, and languages behind them."""
+    if (found := _renumbered(folder, "sentencepiece.bpe.model")) is None:
+        return None
+    model, vocab, pieces = found
+    kind = given.get("language_codes", "m2m100")
+    if kind not in ("m2m100", "wmt21"):
+        where = os.path.join(folder, "tokenizer_config.json")
+        raise InvalidValue(f"{where}: field 'language_codes': expected 'm2m100' or 'wmt21', got {kind!r:.40}")
+    codes = [f"__{code}__" for code in languages.CODES[kind]]
+    rules = _of_pieces(model, [*pieces, *((code, 0.0) for code in codes)], vocab["<unk>"])
+    rules["added_tokens"] = [_added(code, len(vocab) + i) for i, code in enumerate(codes)]
+    source = f"__{given.get('src_lang') or languages.ENGLISH[kind]}__"
+    return _framed(folder, rules, [source, None, "</s>"]), _FAIRSEQ
 
 
 def _llama(folder: str, given: Mapping[str, Any]) -> tuple[Rules, dict[str, str]] | None:
@@ -173,22 +205,8 @@ def _llama(folder: str, given: Mapping[str, Any]) -> tuple[Rules, dict[str, str]
         return None
     if model.kind != _BPE:
         raise InvalidValue(f"{os.path.join(folder, 'tokenizer.model')}: expected a model of the kind BPE, got {model.kind}")
-    places = {piece.text: i for i, piece in enumerate(model.pieces)}
-    normal = {piece.text for piece in model.pieces if piece.kind == 1}
-    # Pairs in the order of what they make: the better piece first, of equal ones the earlier pair.
-    pairs = sorted(
-        (-model.pieces[places[text]].score, places[text[:at]], places[text[at:]], text[:at], text[at:])
-        for text in normal
-        if len(text) <= 64
-        for at in range(1, len(text))
-        if text[:at] in places and text[at:] in places
-    )
     rules = {
-        "model": {
-            "type": "BPE", "dropout": None, "unk_token": model.pieces[model.unknown].text, "continuing_subword_prefix": None,
-            "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True, "ignore_merges": False, "vocab": places,
-            "merges": [list(pair[3:]) for pair in pairs],
-        },
+        "model": _bpe(model, {piece.text: i for i, piece in enumerate(model.pieces)}, model.unknown) | {"byte_fallback": True},
         "normalizer": {
             "type": "Sequence",
             "normalizers": [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}],
@@ -209,18 +227,27 @@ def _llama(folder: str, given: Mapping[str, Any]) -> tuple[Rules, dict[str, str]
 
 
 def _marian(folder: str, given: Mapping[str, Any]) -> tuple[Rules, dict[str, str]] | None:
-    """Pieces of source.spm with the numbers of vocab.json. What it has beside them is a last resort, before the unknown token."""
-    if not _has(folder, "source.spm", "vocab.json"):
+    if (found := _renumbered(folder, "source.spm")) is None:
         return None
-    model, vocab = _sentencepiece(folder, "source.spm"), _ids(folder, "vocab.json")
+    model, vocab, pieces = found
+    rules = _of_pieces(model, pieces, vocab["<unk>"])
+    rules["added_tokens"] = [_added(token, vocab[token]) for token in vocab if token.startswith(">>") and token.endswith("<<")]
+    return _framed(folder, rules, [None, "</s>"]), {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+
+
+def _renumbered(folder: str, name: str) -> tuple[_Model, dict[str, int], list[tuple[str, float]]] | None:
+    """A SentencePiece model, the ids of vocab.json, and by them the pieces. What it has beside them is a last resort, before the
+    unknown token; a piece that it does not have is not used."""
+    if not _has(folder, name, "vocab.json"):
+        return None
+    model, vocab = _sentencepiece(folder, name), _ids(folder, "vocab.json")
     assert model is not None
     if sorted(vocab.values()) != list(range(len(vocab))) or "<unk>" not in vocab:
         raise InvalidValue(f"{os.path.join(folder, 'vocab.json')}: expected the ids 0 to {len(vocab) - 1} and the token '<unk>'")
-    scores = {piece.text: piece.score for piece in model.pieces if piece.kind == 1}
-    pieces = [(token, scores.get(token, _LAST_RESORT)) for token in sorted(vocab, key=vocab.__getitem__)]
-    rules = _unigram(model, pieces, vocab["<unk>"])
-    rules["added_tokens"] = [_added(token, vocab[token]) for token in vocab if token.startswith(">>") and token.endswith("<<")]
-    return _framed(folder, rules, [None, "</s>"]), {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    scores = {
+        text: score for (text, score), piece in zip(model.scored(), model.pieces, strict=True) if piece.kind in (_NORMAL, _USER_DEFINED)
+    }
+    return model, vocab, [(token, scores.get(token, _LAST_RESORT)) for token in sorted(vocab, key=vocab.__getitem__)]
 
 
 def _byt5(folder: str, given: Mapping[str, Any]) -> tuple[Rules, dict[str, str]]:
@@ -245,6 +272,7 @@ def _byt5(folder: str, given: Mapping[str, Any]) -> tuple[Rules, dict[str, str]]
 
 _GPT2 = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
 _ROBERTA = {"bos_token": "<s>", "eos_token": "</s>", "cls_token": "<s>", "sep_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+_FAIRSEQ = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 _KINDS: dict[str, Callable[[str, Mapping[str, Any]], tuple[Rules, dict[str, str]] | None]] = {
     "gpt2": lambda folder, given: _byte_level(folder, given, _GPT2, False),
     "roberta": lambda folder, given: _byte_level(folder, given, {**_ROBERTA, "mask_token": "<mask>"}, True),
@@ -253,10 +281,11 @@ _KINDS: dict[str, Callable[[str, Mapping[str, Any]], tuple[Rules, dict[str, str]
     "distilbert": _word_piece,
     "t5": _t5,
     "mt5": _t5,
-    "xlmroberta": lambda folder, given: _fairseq(folder, given, "xlmroberta"),
-    "mbart": lambda folder, given: _fairseq(folder, given, "mbart"),
+    "pegasus": _pegasus,
+    **{kind: functools.partial(_fairseq, kind=kind) for kind in ("xlmroberta", "mbart", "mbart50", "nllb")},
     "llama": _llama,
     "marian": _marian,
+    "m2m100": _m2m100,
     "byt5": _byt5,
 }
 
@@ -286,6 +315,11 @@ class _Model(NamedTuple):
     charsmap: bytes
     is_prefixed: bool
     is_trimmed: bool
+
+    def scored(self) -> list[tuple[str, float]]:
+        """The pieces with their scores; those of a user's own with one by which they are always taken, as SentencePiece has it."""
+        best = max((piece.score for piece in self.pieces if piece.kind == _NORMAL), default=0.0)
+        return [(one.text, len(one.text) * best - 0.1 if one.kind == _USER_DEFINED else one.score) for one in self.pieces]
 
 
 def _sentencepiece(folder: str, name: str) -> _Model | None:
@@ -354,7 +388,8 @@ def _number(value: Any) -> int:
     return value
 
 
-def _unigram(model: _Model, pieces: list[tuple[str, float]], unknown: int) -> Rules:
+def _of_pieces(model: _Model, pieces: list[tuple[str, float]], unknown: int) -> Rules:
+    """The rules of a SentencePiece model whose pieces have these ids."""
     steps: list[Rules] = []
     if model.charsmap:
         steps.append({"type": "Precompiled", "precompiled_charsmap": base64.b64encode(model.charsmap).decode()})
@@ -364,12 +399,31 @@ def _unigram(model: _Model, pieces: list[tuple[str, float]], unknown: int) -> Ru
             for pattern, content in ((r"\A +| +\z", ""), (" {2,}", " "))
         ]
     space = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always" if model.is_prefixed else "never", "split": False}
+    unigram = {"type": "Unigram", "unk_id": unknown, "vocab": [list(piece) for piece in pieces], "byte_fallback": False}
     return {
-        "model": {"type": "Unigram", "unk_id": unknown, "vocab": [list(piece) for piece in pieces], "byte_fallback": False},
+        "model": _bpe(model, {text: i for i, (text, _) in enumerate(pieces)}, unknown) if model.kind == _BPE else unigram,
         "normalizer": {"type": "Sequence", "normalizers": steps} if steps else None,
         "pre_tokenizer": space,
         "decoder": space,
     }
+
+
+def _bpe(model: _Model, places: dict[str, int], unknown: int) -> Rules:
+    """The pieces of a model of the kind BPE, by their ids, and the pairs that make them."""
+    scores = {piece.text: piece.score for piece in model.pieces if piece.kind == _NORMAL and piece.text in places}
+    # Pairs in the order of what they make: the better piece first, of equal ones the earlier pair.
+    pairs = sorted(
+        (-score, places[text[:at]], places[text[at:]], text[:at], text[at:])
+        for text, score in scores.items()
+        if len(text) <= 64
+        for at in range(1, len(text))
+        if text[:at] in places and text[at:] in places
+    )
+    return {
+        "type": "BPE", "dropout": None, "unk_token": next(text for text, i in places.items() if i == unknown),
+        "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": False, "ignore_merges": False,
+        "vocab": places, "merges": [list(pair[3:]) for pair in pairs],
+    }  # fmt: skip
 
 
 # What the rules have in common

@@ -1,40 +1,19 @@
 """Folders without a tokenizer.json: their ids are those of Transformers' tokenizers and of SentencePiece itself."""
 
+import base64
 import contextlib
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
+from vocabularies import CORPUS, KINDS, PLAIN, TIDY, model_of, texts, theirs_of, train, write
 
 from mini_tfm.errors import FileProblem, InvalidValue
+from mini_tfm.text.languages import languages_of
 from mini_tfm.text.tokenizers import BPETokenizer, load_tokenizer, train_bpe
 from mini_tfm.text.vocabularies import sentencepiece_files
-
-WORDS = "the a cat dog naïve café Straße 日本 語 привет мир 123 4567 don't it's e.g. x=y+1; 😀 👩‍👩‍👧 ½ ﬁ e\u0301 Ω NASA iPhone".split()  # noqa: SIM905
-SPACES = [" ", "  ", "\n", "\t", "   ", "\u00a0", "\u3000", ""]
-
-
-def texts(n=300):
-    """Words and spaces of every kind, and what is no word at all."""
-    draw = random.Random(5)
-    made = ["", " ", "   ", "a", " a", "a ", "\n", "▁", "▁▁ a", "</s>", "<s> x", "[CLS] y", "<extra_id_0>", "\x00", "\ufffd", "a" * 200]
-    for _ in range(n - len(made)):
-        made.append("".join(draw.choice(WORDS) + draw.choice(SPACES) for _ in range(draw.randint(1, 12))))
-    return made
-
-
-CORPUS = [text for text in texts(600) if text.strip()] + ["The quick brown fox jumps over the lazy dog."] * 3
-# No names of special tokens; and no "aaaa", whose cuts have the same probability but for rounding.
-PLAIN = [text for text in texts() if not any(name in text for name in ("<", "[CLS]", "aaaa"))]
-
-
-def write(folder, about, **files):
-    folder.mkdir(exist_ok=True)
-    (folder / "tokenizer_config.json").write_text(json.dumps(about))
-    for name, content in files.items():
-        (folder / name.replace("__", ".")).write_text(content, newline="")
-    return folder
 
 
 def byte_level(folder, kind, special):
@@ -52,21 +31,6 @@ def word_piece(folder, **options):
     vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "cafe", "naive", "##s", *letters]
     vocab += [f"##{letter}" for letter in letters if letter.isalnum()]
     return write(folder, {"tokenizer_class": "BertTokenizer", **options}, vocab__txt="\n".join(dict.fromkeys(vocab)) + "\n")
-
-
-def train(folder, name, **options):
-    """A small SentencePiece model, saved as `name`, and its processor."""
-    sentencepiece = pytest.importorskip("sentencepiece")
-    (folder / "corpus.txt").write_text("\n".join(text.replace("\n", " ") for text in CORPUS))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "corpus.txt"),
-        model_prefix=str(folder / "m"),
-        hard_vocab_limit=False,
-        minloglevel=2,
-        **{"vocab_size": 150, **options},
-    )
-    (folder / "m.model").rename(folder / name)
-    return sentencepiece.SentencePieceProcessor(model_file=str(folder / name))
 
 
 def t5(folder):
@@ -136,6 +100,38 @@ def test_llamas_pieces_are_sentencepieces(tmp_path):
             assert tokenizer.decode(tokenizer.encode(text)) == text.replace("▁", " ")
 
 
+VOCABULARIES = json.loads(Path(__file__).with_name("vocabularies.json").read_text())
+
+
+def of_golden(folder, name):
+    """A folder with the files of a golden, and what is expected of it."""
+    golden = VOCABULARIES[name]
+    write(folder, golden["about"])
+    for file, content in golden["files"].items():
+        (folder / file).write_bytes(base64.b64decode(content))
+    return load_tokenizer(folder), golden
+
+
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_models_of_many_languages_and_pegasus_have_the_ids_of_the_golden(name, tmp_path):
+    """M2M100's numbers are those of vocab.json; NLLB's and mBART-50's are fairseq's; Pegasus' begin behind its masks."""
+    tokenizer, golden = of_golden(tmp_path / "m", name)
+    assert tokenizer.vocab_size == golden["size"]
+    known = languages_of(tokenizer.special_tokens)
+    assert {code: known[code] for code in golden["languages"]} == golden["languages"]
+    for text, expected in golden["texts"].items():
+        ids = tokenizer.encode_alone(text, 10_000)
+        assert ids.tolist() == expected, repr(text)
+        if not np.isin(tokenizer.encode(text), list(tokenizer.special_tokens)).any() and "  " not in text:
+            assert tokenizer.decode(ids) == text.strip(" ")
+
+
+def test_a_character_that_only_vocab_json_knows_has_its_id(tmp_path):
+    tokenizer, golden = of_golden(tmp_path / "m", "m2m100-unigram")
+    vocab = json.loads(base64.b64decode(golden["files"]["vocab.json"]))
+    assert tokenizer.encode("Ж").tolist()[-1] == vocab["Ж"]
+
+
 def test_marian_has_numbers_of_its_own(tmp_path):
     folder = write(tmp_path / "m", {"tokenizer_class": "MarianTokenizer"})
     processor = train(folder, "source.spm")
@@ -171,6 +167,24 @@ def test_marians_own_pieces_are_sentencepieces(falls_back, tmp_path):
         sentencepiece_files(str(tmp_path / "m"), "other.spm")
 
 
+@pytest.mark.parametrize("normal_form", ["identity", "nmt_nfkc"])
+@pytest.mark.parametrize("name", KINDS)
+def test_transformers_has_the_ids_of_many_languages_and_pegasus(name, normal_form, tmp_path):
+    pytest.importorskip("transformers")
+    pytest.importorskip("google.protobuf")
+    processor = model_of(name, tmp_path / "m", normal_form)
+    theirs = theirs_of(tmp_path / "m", name)
+    ours = load_tokenizer(tmp_path / "m")
+    texts = PLAIN if name.startswith(("m2m100", "wmt21")) else TIDY
+    for text in texts:
+        if "▁" not in text:
+            assert ours.encode_alone(text, 10_000).tolist() == theirs(text)["input_ids"], repr(text)
+    for text in PLAIN:
+        if "▁" not in text:
+            expected = theirs.convert_tokens_to_ids(processor.encode(text, out_type=str))
+            assert ours.encode(text).tolist() == expected, repr(text)
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "roberta", "bert", "t5", "byt5", "xlm-roberta"])
 def test_transformers_has_the_same_ids(kind, tmp_path):
     transformers = pytest.importorskip("transformers")
@@ -202,6 +216,7 @@ def test_transformers_has_the_same_ids(kind, tmp_path):
             assert ours.encode_alone(text, 10_000).tolist() == theirs(text)["input_ids"], repr(text)
 
 
+_UNKNOWN = b"\x0a\x09\x0a\x05<unk>\x18\x02"  # a model of one piece
 BAD = {
     "merges of three": ({"tokenizer_class": "GPT2Tokenizer"}, {"vocab.json": b'{"a": 0}', "merges.txt": b"a b c\n"}, "merges.txt"),
     "ids that are text": ({"tokenizer_class": "GPT2Tokenizer"}, {"vocab.json": b'{"a": "0"}', "merges.txt": b""}, "vocab.json"),
@@ -212,9 +227,16 @@ BAD = {
     "a model of noise": ({"tokenizer_class": "T5Tokenizer"}, {"spiece.model": b"\x0a\xff\xff\xff\xff\x0fabc"}, "spiece.model"),
     "a model of nothing": ({"tokenizer_class": "T5Tokenizer"}, {"spiece.model": b""}, "spiece.model"),
     "a pointer of Git LFS": ({"tokenizer_class": "LlamaTokenizer"}, {"tokenizer.model": b"version https://git-lfs\n"}, "tokenizer.model"),
+    "an offset that is text": ({"tokenizer_class": "PegasusTokenizer", "offset": "103"}, {"spiece.model": _UNKNOWN}, "offset"),
+    "no such language": ({"tokenizer_class": "NllbTokenizer", "src_lang": "eng"}, {"sentencepiece.bpe.model": _UNKNOWN}, "'eng'"),
+    "no such languages": (
+        {"tokenizer_class": "M2M100Tokenizer", "language_codes": "x"},
+        {"sentencepiece.bpe.model": _UNKNOWN, "vocab.json": b'{"<unk>": 0}'},
+        "language_codes",
+    ),
     "ids with a hole": (
         {"tokenizer_class": "MarianTokenizer"},
-        {"source.spm": b"\x0a\x09\x0a\x05<unk>\x18\x02", "vocab.json": b'{"<unk>": 5}'},
+        {"source.spm": _UNKNOWN, "vocab.json": b'{"<unk>": 5}'},
         "vocab.json",
     ),
 }  # fmt: skip
