@@ -85,10 +85,9 @@ class MultiHeadAttention:
     """Section 3.2.2, at one site ("encoder", "decoder" or "cross") and layer. Its rows in a memory are those of that place."""
 
     def __init__(self, config: Config, name: str, site: str, layer: int):
-        assert config.d_head and config.n_kv_heads  # filled in by Config
         self.config, self.name, self.site, self.layer = config, name, site, layer
-        self.scale, self.d_head, self.n_kv_heads = config.attention_scale or 1.0, config.d_head, config.n_kv_heads
-        d, heads, kv_heads = config.d_model, config.n_heads * config.d_head, config.n_kv_heads * config.d_head
+        self.n_heads, self.n_kv_heads, self.d_head, self.scale = config.heads(site)
+        d, heads, kv_heads = config.d_model, self.n_heads * self.d_head, self.n_kv_heads * self.d_head
         self.q, self.k, self.v = (
             Linear(config, f"{name}.{part}", d, n) for part, n in zip("qkv", (heads, kv_heads, kv_heads), strict=True)
         )
@@ -270,7 +269,7 @@ class MultiHeadAttention:
         """A view as keys and values: projected by this layer, and given the positions it has. number: among the layer's views."""
         project = lambda: self._at_their_places(p, view)  # noqa: E731
         k, v = project() if p.cache is None else p.run.projected(self.site, self.layer, number, view, project)
-        view = _with_chosen_rows(view, self.config.n_heads, at.shape[-1])
+        view = _with_chosen_rows(view, self.n_heads, at.shape[-1])
         index, valid, bias = view.index, view.valid, view.bias
         if self.relative is not None and (stand_at := self._from_start(p, view)) is not None:
             if index is not None and view.places is None:
@@ -330,9 +329,10 @@ class RelativeBias:
 
     def __init__(self, config: Config, stack: str):
         self.config, self.name, self.bidirectional = config, stack + ".relative_bias.weight", stack == "encoder"
+        self.n_heads = config.heads(stack).n_heads
 
     def shapes(self) -> Iterator[Shape]:
-        yield Shape(self.name, (self.config.relative_buckets, self.config.n_heads), std=0.02)
+        yield Shape(self.name, (self.config.relative_buckets, self.n_heads), std=0.02)
 
     def by_distance(self, p: Pass, n_queries: int, n_keys: int) -> ops.DistanceBias:
         """Of keys that stand one behind the other, the last key at the last query."""

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from .errors import SHOWN_CHARACTERS, InvalidValue, shown
 from .options import option, plain
@@ -34,6 +34,9 @@ LIMITS = {
     "relative_buckets": 1 << 12,
     "relative_max_distance": 1 << 20,
     "decoder_d_ff": 1 << 20,
+    "decoder_n_heads": 1 << 10,
+    "decoder_n_kv_heads": 1 << 10,
+    "decoder_d_head": 1 << 12,
     "rotary_dims": 1 << 12,
     "position_offset": 1 << 12,
     "token_types": 1 << 12,
@@ -43,6 +46,15 @@ LIMITS = {
 _MAY_BE_0 = ("n_encoder_layers", "n_decoder_layers", "position_offset", "token_types")
 MAX_WEIGHT_COUNT = 1 << 36
 SHOWN_FAULTS = 8  # of unknown fields in an error
+
+
+class Heads(NamedTuple):
+    """The heads of attention at a site."""
+
+    n_heads: int
+    n_kv_heads: int
+    d_head: int
+    attention_scale: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +135,11 @@ class Config:
     # What published models do otherwise. Feed-forward:
     gated: bool = False  # (activation(x W_gate) * x W_in) W_out (arXiv 2002.05202)
     decoder_d_ff: int | None = None  # where the decoder's differs
+    # Heads of the decoder, to itself and to the encoder, where they differ from the encoder's; `heads(site)` has those of a site:
+    decoder_n_heads: int | None = None
+    decoder_n_kv_heads: int | None = None
+    decoder_d_head: int | None = None
+    decoder_attention_scale: float | None = None
     # How the decoder's tokens see those before them: by self-attention, or by a recurrence, SSRU (see `model.SSRU`):
     decoder_mixer: str = "attention"
     # Norms:
@@ -156,10 +173,16 @@ class Config:
         if not faults:
             if self.d_head is None and self.d_model % self.n_heads:
                 faults.append(f"d_model: expected a multiple of n_heads = {self.n_heads} (or a given d_head), got {self.d_model}")
+            n = self.decoder_n_heads
+            if n is not None and self.decoder_d_head is None and self.d_model % n:
+                faults.append(f"d_model: expected a multiple of decoder_n_heads = {n} (or a given decoder_d_head), got {self.d_model}")
             self._fill("n_kv_heads", self.n_heads)
             self._fill("d_head", self.d_model // self.n_heads)
             self._fill("d_ff", 4 * self.d_model)
             self._fill("attention_scale", float(self.d_head or 1) ** -0.5)
+            for name, usual in self._usual_decoder_heads().items():
+                if getattr(self, name) == usual:  # so that models with the same heads are equal
+                    object.__setattr__(self, name, None)
             self._fill("decoder_d_ff", self.d_ff)
             self._fill("final_norm", self.norm_position != "post")
             self._fill("rotary_dims", self.d_head)
@@ -170,6 +193,15 @@ class Config:
     def _fill(self, name: str, value: Any) -> None:
         if getattr(self, name) is None:
             object.__setattr__(self, name, value)
+
+    def _usual_decoder_heads(self) -> dict[str, Any]:
+        """What the decoder's fields mean where they are None: the encoder's heads or, of another number, as many as d_model holds."""
+        n, d_head = self.decoder_n_heads or self.n_heads, self.d_head
+        usual = {"decoder_n_heads": self.n_heads, "decoder_n_kv_heads": self.n_kv_heads, "decoder_d_head": d_head}
+        if n != self.n_heads:
+            usual |= {"decoder_n_kv_heads": n, "decoder_d_head": self.d_model // n}
+        own = self.decoder_d_head or usual["decoder_d_head"]
+        return {**usual, "decoder_attention_scale": self.attention_scale if own == d_head else float(own or 1) ** -0.5}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Config:
@@ -220,6 +252,13 @@ class Config:
     def has_bias(self, part: str) -> bool:
         """Whether linear layers called `part` (one of q, k, v, o, in, gate, out) have a bias."""
         return self.bias if isinstance(self.bias, bool) else part in self.bias
+
+    def heads(self, site: str) -> Heads:
+        """The heads at a site, "encoder", "decoder" or "cross"."""
+        if site == "encoder":
+            return Heads(self.n_heads, self.n_kv_heads, self.d_head, self.attention_scale)  # type: ignore[arg-type]
+        usual = self._usual_decoder_heads()
+        return Heads(*(usual[name] if getattr(self, name) is None else getattr(self, name) for name in usual))
 
     def is_local(self, layer: int) -> bool:
         """Whether a decoder layer's queries see `window` keys only."""
@@ -279,7 +318,8 @@ def _range_faults(config: Config) -> list[str]:
     ):
         if getattr(config, name) not in allowed:
             faults.append(f"{name}: expected one of {', '.join(allowed)}, got {shown(getattr(config, name))}")
-    for name in ("norm_eps", "rotary_base", "attention_scale", "local_rotary_base", "attention_cap", "output_scale", "output_cap"):
+    scales = ("attention_scale", "decoder_attention_scale", "output_scale")
+    for name in (*scales, "norm_eps", "rotary_base", "local_rotary_base", "attention_cap", "output_cap"):
         value = getattr(config, name)
         if value is not None and not value > 0:
             faults.append(f"{name}: expected a positive number, got {value}")
@@ -294,6 +334,11 @@ def _relation_faults(config: Config) -> list[str]:
         faults.append("n_encoder_layers, n_decoder_layers: expected at least one of them above 0")
     if config.n_heads % config.n_kv_heads:  # type: ignore[operator]
         faults.append(f"n_kv_heads: expected a divisor of n_heads = {config.n_heads}, got {config.n_kv_heads}")
+    decoder = config.heads("decoder")
+    if decoder.n_heads % decoder.n_kv_heads:
+        faults.append(f"decoder_n_kv_heads: expected a divisor of decoder_n_heads = {decoder.n_heads}, got {decoder.n_kv_heads}")
+    if config.positions == "rotary" and decoder.d_head != config.d_head:
+        faults.append(f"decoder_d_head: expected d_head = {config.d_head} with rotary positions, got {decoder.d_head}")
     if config.positions == "rotary" and config.d_head % 2 and config.rotary_dims == config.d_head:  # type: ignore[operator]
         faults.append(f"d_head: expected an even number with rotary positions, got {config.d_head}")
     elif (config.rotary_dims % 2 and config.positions == "rotary") or config.rotary_dims > config.d_head:  # type: ignore[operator]
@@ -321,7 +366,8 @@ def _relation_faults(config: Config) -> list[str]:
         if not 0 <= getattr(config, name) < config.vocab_size:
             faults.append(f"{name}: expected 0 to vocab_size - 1 = {config.vocab_size - 1}, got {shown(getattr(config, name))}")
     d_ff = max(config.d_ff, config.decoder_d_ff)  # type: ignore[type-var]
-    layer = config.d_model * (4 * config.n_heads * config.d_head + (3 if config.gated else 2) * d_ff)  # type: ignore[operator]
+    heads = max(n * d_head for n, _, d_head, _ in map(config.heads, ("encoder", "decoder")))
+    layer = config.d_model * (4 * heads + (3 if config.gated else 2) * d_ff)  # type: ignore[operator]
     tables = config.vocab_size * (1 if config.tie_embeddings else 2) + config.token_types
     tables += 2 * (config.max_positions + config.position_offset) if config.positions == "learned" else 0
     count = tables * config.d_model + layer * (config.n_encoder_layers + 2 * config.n_decoder_layers)

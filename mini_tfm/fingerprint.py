@@ -24,6 +24,7 @@ _OF_THE_STACK = ("norm", "norm_position", "norm_eps", "positions", "embedding_sc
 _OF_LAYERS = ("n_heads", "n_kv_heads", "d_head", "attention_scale", "activation")
 _LATER_OF_THE_STACK = ("sinusoids", "position_offset")
 _LATER_OF_LAYERS = ("rotary_dims", "rotary_scaling", "window", "local_layers", "local_rotary_base", "attention_cap")
+_OF_DECODER_LAYERS = ("decoder_n_heads", "decoder_n_kv_heads", "decoder_d_head", "decoder_attention_scale")
 _OF_POSITIONS = {"rotary": ("rotary_base",), "relative": ("relative_buckets", "relative_max_distance")}
 
 
@@ -78,7 +79,8 @@ def _settings(config: Config, site: str, layer: int) -> Iterator[tuple[str, obje
     for name in names:
         yield name, getattr(config, name)
     told = config.later()  # so that a model without these has the name that it always had
-    for name in _LATER_OF_THE_STACK + (_LATER_OF_LAYERS if len(names) > len(_OF_THE_STACK) else ()):
+    names = _LATER_OF_THE_STACK + (_LATER_OF_LAYERS if len(names) > len(_OF_THE_STACK) else ())
+    for name in names + (_OF_DECODER_LAYERS if site == "decoder" and layer > 0 else ()):
         if name in told:
             yield name, getattr(config, name)
 

@@ -42,7 +42,7 @@ class Prefix(Memory):
         found = {}
         for site in sorted(self.sites(dims)):
             if layers := dims.layers[site]:
-                shape = (layers, dims.n_kv_heads, self.tokens, dims.d_head)
+                shape = (layers, dims.at(site).n_kv_heads, self.tokens, dims.at(site).d_head)
                 found[f"{site}_keys"] = Param(shape, init=1.0, weight_decay=False)
                 found[f"{site}_values"] = Param(shape, init=0.02, weight_decay=False)
         return found

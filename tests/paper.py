@@ -117,12 +117,12 @@ def bucket(config, distance, bidirectional):
 
 def attention(config, w, name, x, memory, site, causal):
     """Eq. 1 and section 3.2.2: queries from x (T, d), keys and values from memory (S, d)."""
-    size, layer = config.d_head, int(name.split(".")[1])
+    (n_heads, n_kv_heads, size, scale), layer = config.heads(site), int(name.split(".")[1])
     is_local = site == "decoder" and config.window is not None and (config.local_layers is None or layer in config.local_layers)
     q, k, v = linear(w, name + ".q", x), linear(w, name + ".k", memory), linear(w, name + ".v", memory)
     heads = []
-    for h in range(config.n_heads):
-        kv = h * config.n_kv_heads // config.n_heads
+    for h in range(n_heads):
+        kv = h * n_kv_heads // n_heads
         one_q = q[:, h * size : (h + 1) * size]
         one_k, one_v = (y[:, kv * size : (kv + 1) * size] for y in (k, v))
         if config.qk_norm:
@@ -132,7 +132,7 @@ def attention(config, w, name, x, memory, site, causal):
         rows = []
         for i in range(len(x)):
             seen = i + 1 if causal else len(memory)
-            scores = [one_q[i] @ one_k[j] * config.attention_scale for j in range(seen)]
+            scores = [one_q[i] @ one_k[j] * scale for j in range(seen)]
             if config.attention_cap:
                 scores = [config.attention_cap * math.tanh(s / config.attention_cap) for s in scores]
             if config.positions == "relative" and site != "cross":

@@ -20,7 +20,7 @@ TEXT = "".join(f"{i} quick brown foxes jump over {i * i} lazy dogs. " for i in r
 SEGMENT = 24
 REPLACE = "store:top_k=100000,site=cross,merge=replace"
 JOINT = ["store:top_k=100000,site=cross", "window:size=100000,site=cross"]
-FAMILIES = ["paper", "t5", "bart", "marian", "m2m100", "grouped", "rotary"]
+FAMILIES = ["paper", "t5", "bart", "marian", "m2m100", "grouped", "unequal", "rotary"]
 PROMPT = np.array([[70, 71, 72, 73, 74]])
 
 

@@ -22,6 +22,7 @@ VARIANTS: dict[str, dict] = {
     "gelu_tanh": {"activation": "gelu_tanh"},
     "silu": {"activation": "silu"},
     "grouped": {"n_heads": 4, "n_kv_heads": 2, "d_head": 3},
+    "unequal": {**RELATIVE, "n_heads": 4, "decoder_n_heads": 2, "decoder_n_kv_heads": 1, "decoder_d_head": 3, "attention_scale": 0.7},
     "untied": {"tie_embeddings": False},
     "no bias": {"bias": False},
     "t5": {**RELATIVE, "norm": "rms", "bias": False, "embedding_scale": False, "attention_scale": 1.0, "tie_embeddings": False},

@@ -98,7 +98,9 @@ def _in_words(config: Config) -> str:
     """The architecture as one would say it."""
     decoder = "decoder" if config.decoder_mixer == "attention" else f"decoder ({config.decoder_mixer.upper()})"
     stacks = [f"{n} {name} layers" for n, name in ((config.n_encoder_layers, "encoder"), (config.n_decoder_layers, decoder)) if n]
-    heads = f"{config.n_heads} heads" + (f" ({config.n_kv_heads} of keys and values)" if config.n_kv_heads != config.n_heads else "")
+    of_stacks = [config.heads(name) for name in ("encoder", "decoder") if getattr(config, f"has_{name}")]
+    told = [f"{n} heads" + (f" ({kv} of keys and values)" if kv != n else "") for n, kv, *_ in of_stacks]
+    heads = " and ".join(dict.fromkeys(told))
     norm = {"layer": "layer norm", "rms": "RMS norm"}[config.norm]
     return (
         f"{' and '.join(stacks)} of {config.d_model} numbers, {heads},"

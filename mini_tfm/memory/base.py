@@ -26,11 +26,14 @@ segment, with layer 0, after the decoder is done; `view` and `read` are called o
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
+
+from ..config import Heads
 
 Array: TypeAlias = Any  # an np.ndarray or a Var: NumPy's functions take both, its stubs know only the first
 Site = Literal["encoder", "decoder", "cross"]
@@ -70,6 +73,9 @@ class MemorySpec:
 class Dims:
     """The model that a memory works in. `layers` counts the attention layers of each site.
 
+    n_heads, n_kv_heads, d_head: of the memory's sites. Where an encoder has other heads than its decoder and a memory works in both,
+    `at(site)` has those of each.
+
     needs_behind: what the memories behind it in a stack need of rows (`MemorySpec.needs`). It is given that too, with
     `New`, and the rows that it drops should have it.
     """
@@ -87,6 +93,14 @@ class Dims:
     row_fingerprint: Callable[[str, int], str] | None = None  # names what the rows at a site and layer are made of, and nothing else
     needs_behind: frozenset[str] = frozenset()
     vocab_size: int = 0  # token ids are below it
+    heads: Mapping[str, Heads] = field(default_factory=dict)  # by site; none: the same at all
+
+    def at(self, site: str) -> Dims:
+        """With the heads of a site."""
+        heads = self.heads.get(site)
+        if heads is None or (heads.n_heads, heads.n_kv_heads, heads.d_head) == (self.n_heads, self.n_kv_heads, self.d_head):
+            return self
+        return dataclasses.replace(self, n_heads=heads.n_heads, n_kv_heads=heads.n_kv_heads, d_head=heads.d_head)
 
     @property
     def reading_site(self) -> str:

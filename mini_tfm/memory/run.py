@@ -13,7 +13,7 @@ import itertools
 import math
 import operator
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Any, Protocol
 
@@ -22,7 +22,7 @@ import numpy as np
 from ..autodiff import Var, value_of
 from ..config import Config
 from ..errors import InvalidValue
-from .base import Array, Dims, Memory, New, Param, Query, Rows, Segment, SideOutput, State, View
+from .base import SITES, Array, Dims, Memory, New, Param, Query, Rows, Segment, SideOutput, State, View
 from .stack import Stack
 from .validate import (
     attributed,
@@ -100,17 +100,29 @@ def model_dims(config: Config, dtype: Any, **more: Any) -> Dims:
         "decoder": config.n_decoder_layers if config.decoder_mixer == "attention" else 0,
         "cross": config.n_decoder_layers if config.has_encoder else 0,
     }
-    assert config.n_kv_heads and config.d_head  # filled in by Config
-    sizes = config.d_model, config.n_heads, config.n_kv_heads, config.d_head
-    return Dims(*sizes, layers, np.dtype(dtype), config.segment_length, vocab_size=config.vocab_size, **more)
+    heads = {site: config.heads(site) for site in SITES}
+    sizes = config.d_model, *heads["decoder"][:3]
+    told = {"vocab_size": config.vocab_size, "heads": heads, **more}
+    dims = Dims(*sizes, layers, np.dtype(dtype), config.segment_length, **told)
+    return dims.at(dims.reading_site)
+
+
+def _with_own_heads(dims: Dims, sites: Iterable[str]) -> Dims:
+    """With the heads of a memory's sites, where all have the same."""
+    one, *others = sorted(sites)
+    own = dims.at(one)
+    return own if all(own.at(site) is own for site in others) else dims
 
 
 def memory_parameters(memory: Memory | None, config: Config, dtype: Any) -> dict[str, Param]:
     """All trainable parameters of a memory, by their full names."""
     found: dict[str, Param] = {}
     for member, prefix in zip(members_of(memory), parameter_prefixes(memory), strict=True):
+        dims = model_dims(config, dtype)
+        if config.heads("encoder") != config.heads("decoder"):
+            dims = _with_own_heads(dims, _sites_in_model(member, dims, config))
         with attributed(member, "parameters"):
-            params = check_parameters(member.parameters(model_dims(config, dtype)))
+            params = check_parameters(member.parameters(dims))
         found.update({prefix + name: param for name, param in params.items()})
     return found
 
@@ -213,6 +225,7 @@ class MemoryRun:
             more = {"training": training, "params": params, "fingerprint": fingerprint, "row_fingerprint": made_of}
             self.dims.append(model_dims(config, dtype, needs_behind=behind, **more))
         sites = [_sites_in_model(member, dims, config) for member, dims in zip(self.members, self.dims, strict=True)]
+        self.dims = [_with_own_heads(dims, own) for dims, own in zip(self.dims, sites, strict=True)]
         self._sites = _Sites(self.members, sites, self.dims[0].layers if self.dims else {})
         self.start = np.zeros(batch, np.int64)  # tokens of each stream before this segment
         self.decoded = np.zeros(batch, np.int64)  # of the decoder of an encoder-decoder, whose text may be longer or shorter
@@ -362,7 +375,7 @@ class MemoryRun:
         kept = self._projected.get((site, layer, number))
         known = None if kept is None else kept.view.bank
         merge, shape = self.members[i].spec.merge, (self.batch, n_queries)
-        check = partial(check_view, default_merge=merge, shape=shape, dims=self.dims[i], known=known)
+        check = partial(check_view, default_merge=merge, shape=shape, dims=self.dims[i].at(site), known=known)
         segment = self._segment(i, site)
         argument = segment if query is None else dataclasses.replace(query, segment=segment)
         view = self._call(i, method, site, layer, argument, site=site, layer=layer, check=check)

@@ -31,17 +31,18 @@ from ..train import Trainer
 from .outputs import future_is_not_seen, generation_equals_reading, rows_are_independent, runs
 from .trial import TOLERANCE, CheckFailed, Found, Newest, Reader, Trial, same
 
-# Heads that share keys, of a size of their own, and longer segments; and the kinds of positions that a trial's model has not.
+# Heads that share keys, of a size of their own, and longer segments; a decoder with other heads than the encoder; and the kinds of
+# positions that a trial's model has not.
 OTHER_MODELS: list[dict[str, Any]] = [
     {"n_heads": 4, "n_kv_heads": 2, "d_head": 6, "segment_length": 16},
-    {"positions": "learned", "max_positions": 32, "segment_length": 16},
+    {"decoder_n_heads": 4, "positions": "learned", "max_positions": 32, "segment_length": 16},
     {"positions": "none", "segment_length": 16},
 ]
 MANY_SEGMENTS = 200
 
 
 def other_models(trial: Trial) -> None:
-    """It works with grouped heads of another size, longer segments and other kinds of positions."""
+    """It works with grouped heads of another size, other heads in the decoder, longer segments and other kinds of positions."""
     for fields in OTHER_MODELS:
         other = trial.like(**fields)
         for check in (runs, future_is_not_seen, generation_equals_reading, rows_are_independent):

@@ -112,7 +112,7 @@ FOLDERS = {
     "a pattern of 0 layers": (folder("gemma3", layer_types=None, sliding_window_pattern=0), ["sliding_window_pattern", "0"]),
     "positions that depend on keys": (folder("bert", position_embedding_type="relative_key"), ["position_embedding_type", "relative_key"]),
     "two vocabularies": (folder("marian", share_encoder_decoder_embeddings=False), ["share_encoder_decoder_embeddings", "False"]),
-    "heads that differ": (folder("bart", decoder_attention_heads=2), ["encoder_attention_heads", "decoder_attention_heads"]),
+    "heads of the decoder that do not divide": (folder("bart", decoder_attention_heads=3), ["config.json", "decoder_n_heads = 3"]),
     "a feed-forward that is not known": (folder("t5", feed_forward_proj="gated-mish"), ["feed_forward_proj", "gated-mish"]),
     "tensors missing, all of them named": (
         missing(LONG, "model.norm.weight"), ["layers.0.self_attn.q_proj.weight", "norm.weight", "missing"],

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from published import VARIANTS, outputs, relative_error
+from published import VARIANTS, outputs, relative_error, samples
 
 import mini_tfm as mt
+from mini_tfm.stream import Stream
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Transformers' and PyTorch's own
 
@@ -37,6 +38,27 @@ def test_either_reads_what_the_other_saves(peers, variant, tmp_path):
             np.testing.assert_array_equal(again[name], expected[name])
         else:
             assert relative_error(again[name], expected[name]) < 1e-6, name
+
+
+@pytest.mark.parametrize("memory", ["window:size=100,site=cross", "store:top_k=100,site=cross"])
+@pytest.mark.parametrize("variant", ["bart-heads", "m2m100-heads", "t5"])
+def test_a_memory_of_the_encoders_outputs_is_as_more_of_them(peers, variant, memory, tmp_path):
+    """A decoder that sees a segment and remembers another is Transformers' decoder beside the encoder's outputs of both."""
+    import torch
+
+    theirs = peers.make(variant, tmp_path / "theirs")
+    source, _, target = samples(theirs.config.vocab_size)
+    parts = [source[:, :5], source[:, 5:]]
+    start = torch.full((len(target), 1), theirs.config.decoder_start_token_id)
+    with torch.no_grad():
+        states = torch.cat([theirs.get_encoder()(input_ids=torch.from_numpy(part)).last_hidden_state for part in parts], 1)
+        inputs = torch.cat([start, torch.from_numpy(target[:, :-1])], 1)
+        expected = theirs(encoder_outputs=(states,), decoder_input_ids=inputs).logits.numpy()
+    stream = Stream(mt.load(tmp_path / "theirs"), mt.memory(memory), len(target))
+    stream.read(parts[0], np.full(len(target), parts[0].shape[1]))
+    stream.open(parts[1], np.full(len(target), parts[1].shape[1]), target)
+    found = stream.logits(stream.decode(target, np.full(len(target), target.shape[1])))
+    assert relative_error(found, expected) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

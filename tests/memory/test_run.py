@@ -557,6 +557,39 @@ def test_a_strategy_is_called_at_its_sites_alone(chosen):
     assert {site for site in ("encoder", "decoder", "cross") if reader.run.uses(site)} == memory.called
 
 
+UNEQUAL = {"d_model": 16, "n_heads": 2, "decoder_n_heads": 4, "decoder_n_kv_heads": 2}
+
+
+@pytest.mark.parametrize(
+    "text, site",
+    [(text, site) for text in ("infini", "gated_delta", "knn") for site in ("encoder", "decoder")]
+    + [(text, site) for text in ("product_keys", "prefix", "store:merge=gate", "window") for site in ("encoder", "decoder", "cross")],
+)
+def test_a_memory_is_told_the_heads_of_its_site(text, site):
+    """And its parameters, what it keeps and what it shows have them: the library checks each shape."""
+    where = f"{text}{',' if ':' in text else ':'}site={site}"
+    memory = mt.memory(where)
+    model = small_model("encoder-decoder", np.float32, **UNEQUAL)
+    model.add_memory_weights(memory)
+    reader = Reader(model, memory, 2)
+    heads = {"encoder": (2, 2, 8), "decoder": (4, 2, 4), "cross": (4, 2, 4)}[site]
+    (dims,) = reader.run.dims
+    assert (dims.n_heads, dims.n_kv_heads, dims.d_head) == heads
+    for tokens in SEGMENTS:
+        assert np.isfinite(reader.read(tokens)).all()
+
+
+def test_a_memory_at_sites_with_other_heads_asks_for_those_of_each():
+    memory = mt.memory("prefix:tokens=3,site=all")
+    model = small_model("encoder-decoder", np.float32, **UNEQUAL)
+    model.add_memory_weights(memory)
+    shapes = {name.rpartition(".")[2]: weight.shape for name, weight in model.weights.items() if name.startswith("memory.prefix.")}
+    assert shapes["encoder_keys"][1:] == (2, 3, 8) and shapes["decoder_keys"][1:] == shapes["cross_values"][1:] == (2, 3, 4)
+    reader = Reader(model, memory, 2)
+    assert reader.run.dims[0].n_heads == 4, "where it reads earlier text by default"
+    assert np.isfinite(reader.read(SEGMENTS[0])).all()
+
+
 def test_rows_go_directly_to_a_member_at_a_site_of_its_own():
     """A window at the cross site does not stand between the encoder and a store there."""
     run = Reader(small_model("encoder-decoder"), mt.memory("window:size=8+store:site=encoder,top_k=2"), 2)

@@ -41,8 +41,6 @@ def recognises(about: Mapping[str, Any]) -> bool:
 def config_of(about: Mapping[str, Any], where: str, names: Collection[str]) -> Config:
     f = Fields(about, where)
     kind = TYPES[about["model_type"]]
-    heads = f.integer("encoder_attention_heads", 16)
-    f.equal("encoder_attention_heads", "decoder_attention_heads")
     f.only("share_encoder_decoder_embeddings", True, why="one table of embeddings")
     f.only("tie_word_embeddings", True, why="the output layer is the embedding")
     f.only("normalize_embedding", bool(kind.get("embedding_norm")))
@@ -53,7 +51,8 @@ def config_of(about: Mapping[str, Any], where: str, names: Collection[str]) -> C
         lambda: Config(
             vocab_size=f.integer("vocab_size"),
             d_model=f.integer("d_model", 1024),
-            n_heads=heads,
+            n_heads=f.integer("encoder_attention_heads", 16),
+            decoder_n_heads=f.integer("decoder_attention_heads", 16),
             n_encoder_layers=f.layers("encoder_layers", 12),
             n_decoder_layers=f.layers("decoder_layers", 12),
             d_ff=f.integer("encoder_ffn_dim", 4096),
@@ -114,7 +113,7 @@ def about_of(config: Config) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         "d_model": config.d_model,
         "encoder_attention_heads": config.n_heads,
-        "decoder_attention_heads": config.n_heads,
+        "decoder_attention_heads": config.heads("decoder").n_heads,
         "encoder_layers": config.n_encoder_layers,
         "decoder_layers": config.n_decoder_layers,
         "encoder_ffn_dim": config.d_ff,

@@ -73,12 +73,6 @@ class Fields:
             shown = " or ".join(map(repr, allowed)) or "none"
             self.faults.append(f"field {name!r}: {value!r:.80} is not supported, only {shown}" + (f" ({why})" if why else ""))
 
-    def equal(self, one: str, other: str) -> None:
-        if one in self and other in self and self.about[one] != self.about[other]:
-            self.faults.append(
-                f"fields {one!r} and {other!r}: two values are not supported, {self.about[one]!r:.40} and {self.about[other]!r:.40}"
-            )
-
     def config(self, make: Callable[[], Config]) -> Config:
         """The Config that `make` makes of these fields. Raises InvalidValue with every fault."""
         made = None
