@@ -49,13 +49,17 @@ def test_a_name_on_the_hub(hub, tmp_path, monkeypatch):
     ((repository, options),) = hub.asked
     assert repository == "some-org/some.model" and "model*.safetensors" in options["allow_patterns"]
     assert not [pattern for pattern in options["allow_patterns"] if pattern.endswith((".bin", ".py", ".pt"))]
+    assert names.resolve("org/model@v1.0") == str(hub.answer) and hub.asked.pop()[1]["revision"] == "v1.0"
     assert names.resolve("org/model/weights.Q8_0.gguf") == str(hub.answer) and hub.asked[1][:2] == ("org/model", "weights.Q8_0.gguf")
 
 
 def test_a_hub_that_gives_nothing(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     hub.answer = RuntimeError("no route to host\nand more")
-    with pytest.raises(FileProblem, match=r"org/model: there is no such file or folder here.*RuntimeError: no route to host\)"):
+    with pytest.raises(
+        FileProblem,
+        match=r"org/model: there is no such file.*did not give it: check.*\(RuntimeError: no route to host\)$",
+    ):
         names.resolve("org/model")
 
 
