@@ -17,6 +17,7 @@ from .checkpoint.models import read_model, save_adapters, save_hugging_face, sav
 from .config import Config
 from .errors import InvalidType, InvalidValue, shown
 from .generate import GenerationOptions, generate
+from .generate.segments import segment_limit, too_long
 from .inside import Inside, inside
 from .memory.base import Memory
 from .memory.registry import memory_of_file
@@ -56,7 +57,7 @@ class Transformer(Model):
     def encode(self, tokens: Any, lengths: Any = None) -> np.ndarray:
         """(B, S) token ids, the first `lengths` (B,) of each row -> the encoder's outputs (B, S, d); 0 past the length."""
         self.needs("encoder")
-        tokens, lengths = check_tokens("tokens", tokens, self.config.vocab_size, lengths)
+        tokens, lengths = self._checked("tokens", tokens, lengths)
         stream = Stream(self, None, len(tokens))
         stream.open(tokens, lengths)
         assert stream.encoded is not None
@@ -70,10 +71,10 @@ class Transformer(Model):
         as `Pipeline.score` and `generate` do: from the last token of the one before, and its positions anew.
         """
         self.needs("decoder")
-        target, target_lengths = check_tokens("target", target, self.config.vocab_size, target_lengths)
+        target, target_lengths = self._checked("target", target, target_lengths)
         lengths = target_lengths
         if self.config.has_encoder:
-            source, lengths = check_tokens("source", source, self.config.vocab_size, source_lengths)
+            source, lengths = self._checked("source", source, source_lengths)
             if len(source) != len(target):
                 raise InvalidValue(f"target: expected {len(source)} sequences, as source has, got {len(target)}")
         elif source is not None:
@@ -87,6 +88,14 @@ class Transformer(Model):
             found.append(value_of(stream.logits(stream.decode(segment, here))))
             stream.finish()
         return np.concatenate(found, axis=1)
+
+    def _checked(self, name: str, tokens: Any, lengths: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids and their lengths. Raises InvalidValue, InvalidType for what is none, and for more than the model reads at once."""
+        array, lengths = check_tokens(name, tokens, self.config.vocab_size, lengths)
+        limit = segment_limit(self.config, None)
+        if limit is not None and array.shape[1] > limit:
+            raise too_long(name, array.shape[1], limit, self.config)
+        return array, lengths
 
     def score_targets(self, source: Any, target: Any, source_lengths: Any = None, target_lengths: Any = None) -> np.ndarray:
         """Log-probabilities (B, T) of given targets (B, T), each token given the source and those before it; 0 past the length.
@@ -110,9 +119,9 @@ class Transformer(Model):
             got = " and ".join(name for name, given in (("source", source), ("inputs", inputs)) if given is not None)
             raise InvalidValue(f"source, inputs: expected {wanted} for this model, got {got or 'neither'}")
         if source is not None:
-            source, source_lengths = check_tokens("source", source, config.vocab_size, source_lengths)
+            source, source_lengths = self._checked("source", source, source_lengths)
         if inputs is not None:
-            inputs, input_lengths = check_tokens("inputs", inputs, config.vocab_size, input_lengths)
+            inputs, input_lengths = self._checked("inputs", inputs, input_lengths)
             if source is not None and len(source) != len(inputs):
                 raise InvalidValue(f"inputs: expected {len(source)} sequences, as source has, got {len(inputs)}")
             if config.segment_length is not None and inputs.shape[1] > config.segment_length:

@@ -412,9 +412,13 @@ CALLS = {
     "past the learned positions": (
         lambda: tiny_model("learned").encode(np.full((1, 41), 4)),
         InvalidValue,
-        "tokens: expected at most max_positions = 40 positions, got 41",
+        "tokens: has 41 tokens, and the model reads at most 40 at once; shorten it, or give a memory",
     ),
-    "a target past the learned positions": (lambda: tiny_model("learned").logits(GOOD, np.full((2, 41), 4)), InvalidValue, "max_positions"),
+    "a target past the learned positions": (
+        lambda: tiny_model("learned").logits(GOOD, np.full((2, 41), 4)),
+        InvalidValue,
+        "target: has 41",
+    ),
     "a dict for a config": (lambda: Transformer({"vocab_size": 5}), InvalidType, "config: expected a Config, got dict"),
     "float16": (lambda: Transformer(Config(**SIZES), dtype=np.float16), InvalidType, "dtype: expected float32 or float64"),
     "no dtype": (lambda: Transformer(Config(**SIZES), dtype="float3"), InvalidType, "dtype: expected float32 or float64"),

@@ -39,10 +39,12 @@ def goes_on(stream: Stream) -> bool:
 def check_length(stream: Stream, n_tokens: int, limit: int | None) -> None:
     """Raises InvalidValue if a model that reads a text at once gets more than it can."""
     if limit is not None and n_tokens > limit and not goes_on(stream):
-        raise InvalidValue(
-            f"text: has {n_tokens} tokens, and the model reads at most {limit} at once; shorten it, or give a memory, which reads text"
-            " of any length: memory='window', --memory window"
-        )
+        raise too_long("text", n_tokens, limit, stream.model.config)
+
+
+def too_long(name: str, n_tokens: int, limit: int, config: Config) -> InvalidValue:
+    way = "give a memory, which reads text of any length: memory='window', --memory window" if config.has_decoder else "cut it into parts"
+    return InvalidValue(f"{name}: has {n_tokens} tokens, and the model reads at most {limit} at once; shorten it, or {way}")
 
 
 def in_segments(

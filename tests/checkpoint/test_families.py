@@ -207,6 +207,16 @@ def test_a_text_that_is_longer_than_a_model_reads_is_refused(variant, tmp_path):
     with pytest.raises(InvalidValue, match=told):
         model.generate(np.full((1, limit + 2), 7), max_new_tokens=1)
     model.generate(np.full((1, limit if model.config.has_encoder else limit - 1), 7), max_new_tokens=1)
+    fits, longer = np.full((1, limit), 7), np.full((1, limit + 1), 7)
+    other = fits if model.config.has_encoder else None
+    calls = [(lambda: model.logits(other, longer), "target"), (lambda: model.score_targets(other, longer), "target"),
+             (lambda: model.look_inside(other, longer), "inputs")]  # fmt: skip
+    if model.config.has_encoder:
+        calls += [(lambda: model.logits(longer, fits), "source"), (lambda: model.encode(longer), "tokens")]
+    for call, name in calls:
+        with pytest.raises(InvalidValue, match=told.replace("text", name, 1)):
+            call()
+    assert model.logits(other, fits).shape[1] == limit
 
 
 EMBEDDERS = [name for name in VARIANTS if VARIANTS[name][1] == "encoder"]
@@ -215,5 +225,7 @@ EMBEDDERS = [name for name in VARIANTS if VARIANTS[name][1] == "encoder"]
 @pytest.mark.parametrize("variant", EMBEDDERS)
 def test_an_encoder_refuses_what_its_table_does_not_hold(variant, tmp_path):
     model = mt.load(folder_of(variant, tmp_path / "model"))
-    with pytest.raises(InvalidValue, match=rf"expected at most max_positions = {model.config.max_positions} positions"):
+    with pytest.raises(
+        InvalidValue, match=rf"the model reads at most {model.config.max_positions} at once; shorten it, or cut it into parts"
+    ):
         model.encode(np.full((1, model.config.max_positions + 1), 7))
