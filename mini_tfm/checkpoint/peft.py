@@ -2,6 +2,9 @@
 
 A folder is read after all of it was compared with the model: PEFT's fields that change what an adapter computes are read or refused by
 name, and the file's header must declare what `target_modules` ask for. `lora_dropout` belongs to training, and is not read.
+
+GPT-2 has q, k and v in one layer, `c_attn`, and so one adapter, B A, beside it. Here each of the three has its own: A, and its part of B.
+Trained, their A differ. Then the file has them one under the other, and B beside each other on its diagonal: a larger rank, the same sum.
 """
 
 from __future__ import annotations
@@ -54,7 +57,8 @@ def files_of(config: Config, weights: Mapping[str, np.ndarray]) -> dict[str, byt
     names, layers = _Names(config), adapted_layers(weights)
     if not layers:
         raise InvalidValue("model: has no adapters to save; add_lora() or load_lora(folder) puts some beside its layers")
-    rank = len(weights[f"{LORA}{layers[0]}.a"])
+    tensors = names.fused({f"{layer}.{part}": np.asarray(weights[f"{LORA}{layer}.{part}"]) for layer in layers for part in "ab"})
+    rank = max(len(tensor) for name, tensor in tensors.items() if ".lora_A." in name)
     alpha = float(weights[LORA_SCALE][0]) * rank
     about = {
         "peft_type": "LORA",
@@ -65,12 +69,12 @@ def files_of(config: Config, weights: Mapping[str, np.ndarray]) -> dict[str, byt
         "lora_dropout": 0.0,
         "target_modules": names.targets(layers),
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": names.is_conv,
         "use_rslora": False,
         "init_lora_weights": True,
         "inference_mode": True,
     }
-    tensors = {names.tensor(layer, part): np.asarray(weights[f"{LORA}{layer}.{part}"]) for layer in layers for part in "ab"}
+    tensors = {name: _of_rank(rank, tensor, ".lora_A." in name) for name, tensor in tensors.items()}
     return {CONFIG: encode_json(about), WEIGHTS: encode_safetensors(tensors, {"format": "pt"})}
 
 
@@ -88,28 +92,27 @@ def read_adapters(folder: str | os.PathLike, config: Config, dtype: Any) -> dict
         places = _checked_places(read_entries(file), file.name, names, rank, wanted)
         file.seek(0)
         tensors = read_tensors(file, mmap=False)
-    found = {ours: sources.Source(theirs).read(tensors[theirs]).astype(dtype, copy=False) for ours, theirs in places.items()}
+    found = {ours: names.part_of(ours, sources.Source(theirs).read(tensors[theirs])).astype(dtype) for ours, theirs in places.items()}
     return {LORA_SCALE: np.full(1, scale, dtype), **found}
 
 
 class _Names:
     """What a model's family calls the layers that adapters are for. Raises InvalidValue where no published family has such a model.
 
-    layers: their names, without the prefix, by ours.
+    layers: their names, without the prefix, by ours. parts: of layers that are a part of theirs, which of its outputs they have. is_conv:
+    whether theirs lie the other way round, as Transformers' Conv1D.
     """
 
     def __init__(self, config: Config):
         self.config, self.family = config, family_for(config)
         self.prefix, table = self.family.PREFIXES[0], self.family.sources(config)
-        self.layers: dict[str, str] = {}
-        for layer in linear_layers(config):
-            source = table[layer + ".weight"]
-            if not source.transposed or source.part is not None:
-                raise InvalidValue(
-                    "model: PEFT's layout is for layers like PyTorch's Linear, and this family (GPT-2) has q, k and v in one matrix that"
-                    " lies the other way round; save(folder) keeps adapters in our own format, merge_lora() makes them part of the weights"
-                )
-            self.layers[layer] = source.name.removesuffix(".weight")
+        found = {layer: table[layer + ".weight"] for layer in linear_layers(config)}
+        self.layers = {layer: source.name.removesuffix(".weight") for layer, source in found.items()}
+        self.parts = {layer: source.part for layer, source in found.items() if source.part is not None}
+        self.is_conv = not all(source.transposed for source in found.values())
+        self.beside: dict[str, list[str]] = {}  # ours, in their order, by theirs
+        for layer, theirs in self.layers.items():
+            self.beside.setdefault(theirs, []).append(layer)
         # Weights of their models that an encoder does without, such as BERT's pooler: adapters beside these may be there. A decoder's
         # tables call its output layer unused where it is tied; an adapter beside that one would count.
         unused = "|".join(f"(?:{pattern})" for pattern in self.family.UNUSED) if not config.has_decoder else r"(?!)"
@@ -119,13 +122,40 @@ class _Names:
         """The tensor of a layer's "a" or "b"."""
         return f"base_model.model.{self.prefix}{self.layers[layer]}.lora_{part.upper()}.weight"
 
+    def part_of(self, name: str, tensor: np.ndarray) -> np.ndarray:
+        """Of a tensor of theirs, the adapter's weight of ours with this name."""
+        part = self.parts.get(name.removeprefix(LORA)[:-2])
+        return tensor if part is None or name.endswith(".a") else tensor[slice(*part)]
+
+    def whole(self, layer: str, d_out: int) -> int:
+        """d_out of the layer of theirs that has ours."""
+        return max((self.parts[one][1] for one in self.beside[self.layers[layer]] if one in self.parts), default=d_out)
+
+    def fused(self, adapters: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Their tensors of our adapters' weights, `<layer>.a` and `<layer>.b`."""
+        found: dict[str, np.ndarray] = {}
+        for layers in self.beside.values():
+            there = [layer for layer in layers if f"{layer}.a" in adapters]
+            if not there:
+                continue
+            a, b = ([adapters[f"{layer}.{part}"] for layer in there] for part in "ab")
+            if len(layers) > 1:
+                is_shared = all(np.array_equal(a[0], one) for one in a)
+                rank, whole = len(a[0]), np.zeros((self.whole(there[0], 0), len(a[0]) * (1 if is_shared else len(a))), b[0].dtype)
+                for n, (layer, one) in enumerate(zip(there, b, strict=True)):
+                    first = 0 if is_shared else n * rank
+                    whole[slice(*self.parts[layer]), first : first + rank] = one
+                a, b = [a[0] if is_shared else np.concatenate(a)], [whole]
+            found |= {self.tensor(there[0], "a"): a[0], self.tensor(there[0], "b"): b[0]}
+        return found
+
     def places(self, given: Iterable[str]) -> dict[str, str]:
         """See `places_of`."""
         matches = {name: match for name in given if (match := _TENSOR.fullmatch(name))}
         short = sources.prefixed(self.family, [match[1] for match in matches.values()])
-        ours = {theirs: layer for layer, theirs in self.layers.items()}
-        found = {name: (ours.get(short[match[1]]), match[2].lower()) for name, match in matches.items()}
-        return {f"{LORA}{layer}.{part}": name for name, (layer, part) in found.items() if layer is not None}
+        return {
+            f"{LORA}{layer}.{match[2].lower()}": name for name, match in matches.items() for layer in self.beside.get(short[match[1]], ())
+        }
 
     def is_unused(self, name: str) -> bool:
         """Whether a tensor is of an adapter beside a weight that the model does without."""
@@ -145,9 +175,16 @@ class _Names:
 
         The last part alone may mean layers that we do not have: `dense` is BERT's pooler as well.
         """
+        layers = {one for layer in layers for one in self.beside[self.layers[layer]]}
         ends = sorted({re.sub(r".*\.\d+\.", "", self.layers[layer]) for layer in layers})
         meant = {layer for layer, name in self.layers.items() if any(_ends_with(name, end) for end in ends)}
-        return ends if meant == set(layers) else sorted(self.layers[layer] for layer in layers)
+        return ends if meant == layers else sorted({self.layers[layer] for layer in layers})
+
+
+def _of_rank(rank: int, tensor: np.ndarray, is_a: bool) -> np.ndarray:
+    """An adapter's A (r, d_in) or B (d_out, r), with zeros up to a larger rank: PEFT has one for all."""
+    missing = rank - tensor.shape[0 if is_a else 1]
+    return np.pad(tensor, [(0, missing), (0, 0)] if is_a else [(0, 0), (0, missing)]) if missing else tensor
 
 
 def _ends_with(name: str, target: str) -> bool:
@@ -168,7 +205,7 @@ def _read_config(about: Mapping[str, Any], where: str, names: _Names) -> tuple[i
     rank, alpha = f.integer("r", least=1, most=MAX_RANK), f.positive("lora_alpha", 1.0)
     scale = alpha / (math.sqrt(rank) if f.flag("use_rslora", False) else rank)  # arXiv 2312.03732
     f.only("bias", "none")
-    f.only("fan_in_fan_out", False, why="layers like PyTorch's Linear")
+    f.only("fan_in_fan_out", False, names.is_conv, why="layers like PyTorch's Linear")
     f.only("init_lora_weights", True, False, "gaussian", "orthogonal", why="others may change the weights beside the adapter")
     for name, value in about.items():
         if name not in (*_READ, *_IGNORED) and value not in (None, False, 0, "", [], {}):
@@ -199,6 +236,8 @@ def _checked_places(entries: Mapping[str, Entry], where: str, names: _Names, ran
     expected = adapter_shapes({layer: shape for layer, shape in layers.items() if layer in present}, rank)
     del expected[LORA_SCALE]
     for ours, shape in expected.items():
+        if ours.endswith(".b"):
+            shape = (names.whole(ours.removeprefix(LORA)[:-2], shape[0]), rank)
         entry = entries.get(places.get(ours, ""))
         if entry is None:
             faults.append(f"tensor {names.tensor(ours.removeprefix(LORA)[:-2], ours[-1])!r} is missing")

@@ -323,12 +323,58 @@ def test_what_this_layout_has_no_place_for_is_not_saved(tmp_path):
     assert not (tmp_path / "adapter").exists()
 
 
-def test_gpt2s_fused_layers_are_refused_and_merge_all_the_same(tmp_path):
+def gpt2_adapter(folder):
+    """As PEFT has one of GPT-2: one B A beside q, k and v together, and one beside `mlp.c_proj`; what they add to Transformers' weights."""
+    tensors, added = {}, {}
+    for layer, d_in, d_out in (("h.0.attn.c_attn", 36, 108), ("h.1.attn.c_attn", 36, 108), ("h.1.mlp.c_proj", 144, 36)):
+        a, b = (tensor(f"{layer}.lora_{part}.weight", shape) for part, shape in (("A", (2, d_in)), ("B", (d_out, 2))))
+        tensors |= {f"base_model.model.transformer.{layer}.lora_{part}.weight": x for part, x in (("A", a), ("B", b))}
+        added[f"transformer.{layer}.weight"] = 1.5 * (b @ a).T
+    about = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": ["c_attn", "h.1.mlp.c_proj"], "fan_in_fan_out": True}
+    write_adapter(folder, about, tensors)
+    return tensors, added
+
+
+def test_gpt2s_adapter_is_one_for_q_k_and_v(tmp_path):
     model = base("gpt2", tmp_path / "model")
-    model.add_lora(2, targets="all-linear")
-    for call in (model.save_lora, base("gpt2", tmp_path / "model").load_lora):
-        with pytest.raises(InvalidValue, match=r"model: PEFT's layout is for layers like PyTorch's Linear, .*GPT-2"):
-            call(adapter_of("llama", tmp_path / "adapter"))
-    before = outputs(model, 4)
+    written, added = gpt2_adapter(tmp_path / "adapter")
+    whole = read_safetensors(tmp_path / "model" / "model.safetensors")
+    added = {name: whole[name] + more for name, more in added.items()}
+    write_folder(tmp_path / "sums", json.loads((tmp_path / "model" / "config.json").read_text()), {**whole, **added})
+    model.load_lora(tmp_path / "adapter")
+    expected = outputs(mt.load(tmp_path / "sums"), 4)["logits"]
+    assert relative_error(outputs(model, 4)["logits"], expected) < 1e-5
+    model.save_lora(tmp_path / "ours")
+    again = read_safetensors(tmp_path / "ours" / "adapter_model.safetensors")
+    assert again.keys() == written.keys()
+    assert_same_bits([again[name] for name in sorted(again)], [written[name] for name in sorted(written)])
+    about = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert (about["r"], about["lora_alpha"], about["fan_in_fan_out"]) == (2, 3, True)
     model.save_hugging_face(tmp_path / "merged")
-    assert_same_bits(outputs(mt.load(tmp_path / "merged"), 4)["logits"], before["logits"])
+    assert relative_error(outputs(mt.load(tmp_path / "merged"), 4)["logits"], expected) < 1e-5
+
+
+@pytest.mark.parametrize("targets, rank", [("all-linear", 6), (("attention.q",), 2), (("c_attn",), 6), (("c_fc",), 2)])
+def test_gpt2s_adapters_that_differ_are_written_as_one_of_a_larger_rank(targets, rank, tmp_path):
+    model = base("gpt2", tmp_path / "model")
+    model.add_lora(2, 3, targets)
+    for name in model.weights:
+        if name.startswith("lora.") and name.endswith(".b"):
+            model.weights[name] = tensor(name, model.weights[name].shape)
+    model.save_lora(tmp_path / "adapter")
+    about = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (about["r"], about["lora_alpha"]) == (rank, 1.5 * rank)
+    again = base("gpt2", tmp_path / "again")
+    again.load_lora(tmp_path / "adapter")
+    assert relative_error(outputs(again, 4)["logits"], outputs(model, 4)["logits"]) < 1e-5
+    assert relative_error(outputs(base("gpt2", tmp_path / "plain"), 4)["logits"], outputs(model, 4)["logits"]) > 1e-3
+
+
+def test_a_gpt2_adapter_of_other_shapes_is_refused(tmp_path):
+    model = base("gpt2", tmp_path / "model")
+    tensors, _ = gpt2_adapter(tmp_path / "adapter")
+    name = "base_model.model.transformer.h.0.attn.c_attn.lora_B.weight"
+    about = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    write_adapter(tmp_path / "adapter", about, {**tensors, name: tensors[name][:36]})
+    with pytest.raises(InvalidValue, match=r"h.0.attn.c_attn.lora_B.weight': expected shape \(108, 2\), got \(36, 2\)"):
+        model.load_lora(tmp_path / "adapter")

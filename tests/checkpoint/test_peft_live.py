@@ -21,7 +21,9 @@ def peers():
     return peer_adapters
 
 
-@pytest.mark.parametrize("variant", [*ADAPTED, "mbart", "pegasus", "m2m100", "roberta", "distilbert", "mt5", "qwen3", "mistral", "gemma2"])
+@pytest.mark.parametrize(
+    "variant", [*ADAPTED, "mbart", "pegasus", "m2m100", "roberta", "distilbert", "mt5", "qwen3", "mistral", "gemma2", "gpt2"]
+)
 def test_either_reads_what_the_other_saves(peers, variant, tmp_path, monkeypatch):
     monkeypatch.setitem(ADAPTED, variant, ADAPTED.get(variant, {"r": 2, "lora_alpha": 3, "target_modules": "all-linear"}))
     expected = peers.outputs(variant, peers.make(variant, tmp_path))
@@ -46,11 +48,12 @@ def merged(path, model, adapter):
     return ours
 
 
-@pytest.mark.parametrize("variant", [name for name in ADAPTED if VARIANTS[name][1] != "encoder"])
-def test_what_we_have_trained_peft_reads(peers, variant, tmp_path):
+@pytest.mark.parametrize("variant", [*(name for name in ADAPTED if VARIANTS[name][1] != "encoder"), "gpt2"])
+def test_what_we_have_trained_peft_reads(peers, variant, tmp_path, monkeypatch):
     """New adapters of ours, trained by us, saved, read by PEFT: our outputs."""
     from adapters import trained
 
+    monkeypatch.setitem(ADAPTED, variant, ADAPTED.get(variant, {"r": 2, "lora_alpha": 3, "target_modules": "all-linear"}))
     peers.make(variant, tmp_path)
     model = mt.load(tmp_path / "model")
     model.add_lora(3, 5, "all-linear")
