@@ -43,7 +43,9 @@ def import_benchmarks():
 
 MODULES = import_benchmarks()
 common, machine, kernels, attention = (MODULES[name] for name in ("common", "machine", "kernels", "attention"))
-performance = import_from(FOLDER / "performance.py", "performance_page")
+performance = sys.modules["performance"] = import_from(FOLDER / "performance.py", "performance_page")
+inference, files, accuracy = (MODULES[name] for name in ("inference", "files", "accuracy"))
+inference_page = import_from(FOLDER / "inference.py", "inference_page")
 
 # Instead of a class's sizes; a class that is not here has small ones.
 TINY = {
@@ -71,6 +73,7 @@ TINY = {
     "Reading": 8192,
     "Copying": 8192,
     "WeakScaling": (2, 8),
+    "Decoding": ("tiny T5", 2, 5, 1),
 }
 
 
@@ -88,7 +91,7 @@ class InThisProcess:
 
 
 @pytest.fixture
-def tiny(monkeypatch):
+def tiny(monkeypatch, tmp_path_factory):
     """Everything in this process, two pairs, hardly a repetition, and small limits to compare with."""
     monkeypatch.setattr(common.Workers, "start", InThisProcess)
     monkeypatch.setattr(common, "PAIRS", 2)
@@ -100,6 +103,8 @@ def tiny(monkeypatch):
     monkeypatch.setattr(MODULES["training"].StepAgainstTorch, "pairs", 1)
     monkeypatch.setattr(MODULES["training"], "COMPILE", False)
     monkeypatch.setattr(MODULES["characters"], "STEPS", 2)
+    monkeypatch.setattr(accuracy, "TRAINED_FOR", 2)
+    monkeypatch.setattr(files, "FOLDER", tmp_path_factory.getbasetemp() / "files")
     monkeypatch.setattr(MODULES["segments"].Recomputed, "pairs", 1)
     monkeypatch.setattr(MODULES["tape"], "REPEATS", 1)
     for name in ("BATCH", "SEGMENT"):
@@ -193,7 +198,7 @@ def test_a_peer_is_a_parameter_and_has_a_ratio():
 
 def test_beside_each_time_stands_an_error():
     elsewhere = {"Asking": "Reading"}  # whose error is measured by another
-    for module in ("kernels", "attention", "model", "memory"):
+    for module in ("kernels", "attention", "model", "memory", "inference"):
         for cls in vars(MODULES[module]).values():
             if inspect.isclass(cls) and cls.__module__ == f"benchmarks.{module}" and not cls.__name__.startswith("_"):
                 timed = any(name.startswith("time_") for name in dir(cls))
@@ -640,3 +645,136 @@ def test_a_stream_is_measured_by_tenths(same_threads):
     bits, times, sizes = zip(*rows, strict=True)
     assert len(rows) == 10 and n_bytes > 0 and min(times) > 0 and min(sizes) > 1
     np.testing.assert_allclose(bits[1:], bits[-1], rtol=0.05)
+
+
+# The page of whole models
+
+
+def sided(clock, results=None, **durations):
+    """A task of sides: {"mini_tfm_float32": seconds or an error}; each result is 1.0 unless `results` has another."""
+
+    class Sided(inference._Sided):
+        params = ([1], [name.replace("_f", " f").replace("_i", " i") for name in durations])
+
+        def work(self, size):
+            return 12
+
+        def ways(self, size, side):
+            taken = durations[side.replace(" ", "_")]
+            if isinstance(taken, Exception):
+                raise taken
+            call, answer = clock.taking(taken), np.array([(results or {}).get(side, 1.0)])
+            return {"": lambda: (call(), answer)[1]}
+
+    return Sided
+
+
+@pytest.fixture
+def no_files(monkeypatch):
+    monkeypatch.setattr(inference, "make_files", lambda *_: None)
+
+
+def page_case(task, wanted, section="t5", label="a"):
+    pairs = tuple((f"mini_tfm {side.split()[1]}", side) for side in task.params[1] if not side.startswith("mini_tfm"))
+    return inference_page.Case(section, label, task, 1, pairs, wanted)
+
+
+SIDES = {"mini_tfm_float32": 0.2, "mini_tfm_int8": 0.1, "ctranslate2_float32": 0.3, "transformers_float32": 0.5, "ctranslate2_int8": 0.19}
+
+
+def test_of_several_peers_the_best_counts(clock, here, no_files):
+    case = page_case(sided(clock, **SIDES), {"mini_tfm float32": 1.4, "mini_tfm int8": 2.0})
+    with common.Workers() as workers:
+        result = inference_page.measured(case, 1, workers, "native", **inference_page.QUICK)
+    assert {len(times) for times in result["times"].values()} == {3}
+    ratio, peer = inference_page.best(inference_page.ratios(result, case.pairs), "mini_tfm float32")
+    assert peer == "ctranslate2 float32" and ratio.median == pytest.approx(1.5)
+    assert inference_page.got(case, "mini_tfm float32", result, "native") == "1.50"
+    assert inference_page.got(case, "mini_tfm int8", result, "native") == "1.90 **missed**"
+
+
+def test_a_peer_that_is_not_there_is_told(clock, here, no_files):
+    task = sided(clock, **SIDES | {"ctranslate2_int8": NotImplementedError("ctranslate2 is not installed")})
+    case = page_case(task, {"mini_tfm int8": 2.0})
+    with common.Workers() as workers:
+        result = inference_page.measured(case, 1, workers, "native", **inference_page.QUICK)
+    assert result["left_out"] == {"ctranslate2 int8": "ctranslate2 is not installed"}
+    assert inference_page.got(case, "mini_tfm int8", result, "native") == "-"
+    assert any("left out" in line and "ctranslate2 is not installed" in line for line in inference_page.case_rows(case, result, "native"))
+
+
+def test_what_cannot_be_held_to_avx2_is_left_out():
+    for case in inference_page.cases():
+        peers = {pair[1] for pair in inference_page.kept(case, "avx2")}
+        assert not [peer for peer in peers if "AVX512" in peer or peer.startswith(("onnxruntime", "llama_cpp"))]
+        assert inference_page.kept(case, "native") == list(case.pairs)
+
+
+def test_the_page_of_models_keeps_what_was_measured(clock, here, no_files, monkeypatch, tmp_path):
+    task = sided(clock, {"ctranslate2 int8": 2.0, "transformers float32": 3.0}, **SIDES)
+    cases = [page_case(task, {"mini_tfm float32": 1.4, "mini_tfm int8": 2.0}, "encoder")]
+    monkeypatch.setattr(inference_page, "cases", lambda: cases)
+    monkeypatch.setattr(inference_page, "about", lambda n: {"machine": {"processor": "one"}, "libraries": ["ours 1"]})
+    arguments = ["--quick", "--threads", "1", "--only", "encoder", "--json", str(tmp_path / "all.json"), "--out", str(tmp_path / "page.md")]
+    inference_page.main(arguments)
+    page = (tmp_path / "page.md").read_text(encoding="utf-8")
+    assert "| An encoder of long texts | a | float32 | >= 1.40 | 1.50 |" in page
+    assert "| An encoder of long texts | a | int8 | >= 2.00 | 1.90 **missed** |" in page
+    assert "| a | float32 | ctranslate2 float32 | 60.0 | 40.0 | 1.50 | 1.50 to 1.50 (3) | 100 % |" in page
+    assert "| a | float32 | transformers float32 | 60.0 | 24.0 | 2.50 | 2.50 to 2.50 (3) | 0 % |" in page
+    assert "| processor | one |" in page and "- ours 1" in page
+
+    monkeypatch.setattr(inference_page, "measured", lambda *_, **__: pytest.fail("it is in the JSON"))
+    inference_page.main(arguments)
+    assert (tmp_path / "page.md").read_text(encoding="utf-8") == page
+    with pytest.raises(pytest.fail.Exception, match="it is in the JSON"):
+        inference_page.main([*arguments, "--again"])
+
+
+def test_every_figure_of_the_page_of_models_has_a_peer():
+    cases = list(inference_page.cases())
+    assert len({(case.section, case.label) for case in cases}) == len(cases)
+    assert {case.section for case in cases} == set(inference_page.SECTIONS)
+    for case in cases:
+        peers = {ours: {peer for side, peer in case.pairs if side == ours and not peer.startswith("mini_tfm")} for ours in case.wanted}
+        assert case.wanted and all(peers.values()), case.label
+        assert case.task().work(case.size) > 0
+
+
+def test_an_unknown_section_of_models_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        inference_page.main(["--only", "t5,speed"])
+    assert "got speed" in capsys.readouterr().err
+
+
+def test_a_step_reads_the_decoders_weights_and_the_caches():
+    def of(source, dtype):
+        return inference_page.step_bytes(("T5-small", 1, source, 1), dtype)
+
+    assert (of(32, "float32") - of(32, "int8")) / 3 == 6 * 512 * (6 * 512 + 2 * 2048) + 32128 * 512  # cross keys and values are made once
+    assert of(512, "int8") - of(32, "int8") == 6 * 2 * 480 * 512 * 4
+    reading = {"1": 1.0, str(2**40): 40.0}
+    share = inference_page.share_of_floor(("T5-small", 1, 32, 1), "int8", 64 * 2e-3, reading)
+    assert share == pytest.approx(100 * of(32, "int8") / 40e9 / 2e-3)
+
+
+def test_the_surprise_of_a_token_is_its_negative_log_probability():
+    scores = np.random.default_rng(0).standard_normal((2, 3, 5)).astype(np.float32)
+    target = np.array([[0, 1, 2], [4, 3, 2]])
+    probabilities = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    np.testing.assert_allclose(
+        accuracy.surprise(scores, target), -np.log(np.take_along_axis(probabilities, target[..., None], -1)[..., 0]), rtol=1e-5
+    )
+
+
+def test_a_file_that_another_process_made_first_stays(tmp_path):
+    path = tmp_path / "made"
+    with files.made(path) as part:
+        part.mkdir()
+        path.mkdir()
+        (path / "theirs").touch()
+    assert [each.name for each in tmp_path.iterdir()] == ["made"] and (path / "theirs").exists()
+
+
+def test_least_cosine():
+    assert inference.least_cosine(np.array([[1.0, 0], [0, 2]]), np.array([[3.0, 0], [1, 1]])) == pytest.approx(0.5**0.5)

@@ -37,10 +37,14 @@ def new_model(vocabulary, seed=0):
     return mt.Transformer(config, seed=seed)
 
 
-def mini_tfm(vocabulary, steps):
+def trainer(vocabulary, steps):
     options = {"learning_rate": RATE, "schedule": "cosine", "warmup_steps": min(WARM_UP, steps), "total_steps": steps}
-    trainer = mt.Trainer(new_model(vocabulary), betas=BETAS, eps=EPS, weight_decay=DECAY, clip=CLIP, **options)
-    return lambda target: trainer.step(None, target), lambda target: trainer.evaluate(Batch(None, target))
+    return mt.Trainer(new_model(vocabulary), betas=BETAS, eps=EPS, weight_decay=DECAY, clip=CLIP, **options)
+
+
+def mini_tfm(vocabulary, steps):
+    ours = trainer(vocabulary, steps)
+    return lambda target: ours.step(None, target), lambda target: ours.evaluate(Batch(None, target))
 
 
 def torch(vocabulary, steps):

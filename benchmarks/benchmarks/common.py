@@ -68,7 +68,9 @@ def library(name):
         module = importlib.import_module(name)
     except ImportError:
         raise NotImplementedError(f"{name} is not installed") from None
-    if name == "torch":
+    if name in ("transformers", "sentence_transformers"):
+        library("torch")  # which computes for them
+    elif name == "torch":
         module.set_num_threads(thread_count())
     elif name == "faiss":
         module.omp_set_num_threads(thread_count())

@@ -197,7 +197,7 @@ class Others:
 def describe(name):
     """A library in this process: its version and settings. For a worker."""
     module = library(name)
-    told = [f"{name} {getattr(module, '__version__', None) or metadata.version('mini_tfm')}"]
+    told = [f"{name} {getattr(module, '__version__', None) or metadata.version(name)}"]
     if name == "mini_tfm":
         told += [f"{key} {value}" for key, value in module.show_config().items() if key != "num_threads"]
     elif name == "torch":
@@ -205,7 +205,7 @@ def describe(name):
         told += [line.strip(" -") for line in build if any(word in line for word in ("Math Kernel", "MKL-DNN", "capability"))]
     elif name == "faiss":
         told.append(module.get_compile_options().strip())
-    else:
+    elif name == "numpy":
         import scipy.linalg.blas
 
         told.append(f"scipy {scipy.__version__}")
