@@ -26,7 +26,7 @@ from .attention import Encoded, Layout, MultiHeadAttention, RelativeBias
 from .config import Config
 from .context import Pass
 from .errors import InvalidValue
-from .files.reading import ram_bytes
+from .files.reading import forget_pages, ram_bytes
 from .layers import Linear, Norm, Shape, StepProduct
 from .memory.base import Memory, Rows
 from .memory.run import memory_parameters
@@ -524,6 +524,8 @@ class Model:
             packed = weights.pack([self.output.name], transposed=self.output.is_tied, dtype=dtype)
             table = weights[self.output.name].array if self.output.is_tied else None
             parts[self.output.name] = Part(Pack(self.output.PACKED, packed), 0, self.config.vocab_size, table=table)
+        for name in parts:
+            forget_pages(self.weights[name])
         self.weights.update(parts)
 
     def needs(self, stack: str) -> None:

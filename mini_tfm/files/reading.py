@@ -6,6 +6,9 @@ import mmap
 import os
 import re
 import stat
+from typing import Any
+
+import numpy as np
 
 from mini_tfm.errors import FileProblem, InvalidType, InvalidValue
 
@@ -61,6 +64,15 @@ def mapped(path: str | os.PathLike) -> tuple[str, mmap.mmap | bytes]:
             return file.name, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
         except (OSError, ValueError) as error:
             raise FileProblem(f"{file.name}: cannot be read: {reason(error)}") from error
+
+
+def forget_pages(array: np.ndarray) -> None:
+    """Gives back the RAM of the mapped file in which an array lies, if it does; what is used again is read again."""
+    base: Any = array
+    while isinstance(base, np.ndarray | memoryview):
+        base = base.obj if isinstance(base, memoryview) else base.base
+    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED)
 
 
 def _open_in_cache(folder: str, name: str, flags: int) -> int:
