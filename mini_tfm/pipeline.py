@@ -7,6 +7,7 @@ import math
 import shlex
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,21 @@ DEFAULT_SEGMENT_TOKENS = 256
 TEXTS_AT_ONCE = 1024  # texts that `embed` sorts by length
 EMBED_TOKENS = 4096  # that it reads at once
 SEGMENTS_A_FLUSH = 16  # how often reading makes a long-term memory durable
+
+
+@dataclass(frozen=True)
+class Recalled:
+    """A passage that a prompt recalls: its text, and where that stands.
+
+    position: of its first token, counted from the beginning of what was read. document: where it is kept outside the process, or None.
+    n_tokens, rows: how long it is, and how many rows of memory that makes, over all layers.
+    """
+
+    text: str
+    position: int
+    document: str | None
+    n_tokens: int
+    rows: int
 
 
 class Pipeline:
@@ -195,6 +211,21 @@ class Pipeline:
         the tokenizer carries. Options and `stream`: as in `generate`, but for max_new_tokens, which is 512 by default.
         """
         return self._generate(self.tokenizer.encode_chat(messages), stream, {"max_new_tokens": 512, **options})
+
+    def recall(self, prompt: str | Sequence[Mapping[str, str]]) -> list[Recalled]:
+        """What of the text that was read `generate` (for a str) or `chat` (for messages) would look up, in the order of the text.
+
+        Only memories that look up passages have any, such as `blocks`. Of a prompt longer than a segment it is the last segment that asks.
+        """
+        tokens = self._encode(prompt) if isinstance(prompt, str) else self.tokenizer.encode_chat(prompt)
+        stream = self._stream.copy()
+        stream.last, tokens = self._begun(tokens)
+        last = self._to_continue(tokens)[-1].tokens
+        asked = stream.shifted(np.pad(last[None], [(0, 0), (0, 1)]))
+        return [
+            Recalled(self.tokenizer.decode(one.tokens), one.position, one.document, len(one.tokens), len(one.tokens) * one.layers)
+            for one in stream.run.recall(asked)[0]
+        ]
 
     @takes(GenerationOptions)
     def generate_many(

@@ -139,6 +139,21 @@ def test_nothing_read_changes_nothing():
     assert_same_bits(state(p), before)
 
 
+def test_what_a_prompt_recalls_is_text_that_was_read():
+    text = prose(200).encode("ascii", "ignore").decode()
+    p = pipe("window:size=12+blocks:block_size=16,margin=2", "decoder only")
+    assert p.recall("quick") == []
+    p.read(text + " zzz " + text + "@")  # the last token is asked for as well: it comes before the prompt
+    before = state(p)
+    (one,) = p.recall("#" * SEGMENT + "zz")  # the last segment asks
+    assert "zz" in one.text and one.text in text + " zzz " + text and one.document is None
+    assert one.n_tokens == len(p.tokenizer.encode(one.text)) and one.rows == one.n_tokens * p.model.config.n_decoder_layers
+    whole = p.tokenizer.encode(text + " zzz " + text)
+    assert p.tokenizer.decode(whole[one.position - 1 :][: one.n_tokens]) == one.text  # a row's token is the one before
+    assert p.recall("###") == [] and pipe("window:size=12", "decoder only").recall("quick") == []
+    assert_same_bits(state(p)[1], before[1])
+
+
 def test_reset_forgets():
     p, text = pipe("recurrent:tokens=2+window:size=20"), prose(20)
     before = state(p)

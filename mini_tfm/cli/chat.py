@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +34,7 @@ HELP = "/reset forgets what was said, /exit (or Ctrl-D) ends, Ctrl-C ends an ans
     type=click.Path(path_type=Path),
     help="First read this text into the memory; repeatable.",
 )
+@click.option("--show-recalled", is_flag=True, help="Show what each question recalls of what was read, where that stands, and the cost.")
 @memory_option
 @options_of(GenerationOptions, max_new_tokens={"default": 512})
 @lora_option
@@ -41,6 +44,7 @@ def chat(
     model: Path | None,
     system: str | None,
     files: tuple[Path, ...],
+    show_recalled: bool,
     memory: str,
     lora: Path | None,
     dtype: str,
@@ -85,6 +89,8 @@ def chat(
             said.append({"role": "user", "content": line})
             said = _fitting(pipe, said, len(beginning), options["max_new_tokens"])
             try:
+                if show_recalled:
+                    _show_recalled(pipe, said)
                 said.append({"role": "assistant", "content": _answer(pipe, said, options)})
             except MiniTfmError as error:
                 if not sys.stdin.isatty():
@@ -106,6 +112,18 @@ def _answer(pipe: Pipeline, said: list[dict[str, str]], options: dict[str, Any])
             raise
     click.echo()
     return "".join(pieces)
+
+
+def _show_recalled(pipe: Pipeline, said: list[dict[str, str]]) -> None:
+    """Tells, on standard error, what of the text the last question recalls."""
+    start = time.perf_counter()
+    passages = pipe.recall(said)
+    took = (time.perf_counter() - start) * 1000
+    note(f"recalled: {len(passages)} passages, {sum(one.rows for one in passages):,} rows, found in {took:.0f} ms")
+    for one in passages:
+        where = "" if one.document is None else f" of the document {one.document}"
+        note(f"  tokens {one.position:,} to {one.position + one.n_tokens - 1:,}{where}:")
+        note(textwrap.indent(one.text, "    | ", lambda line: True))
 
 
 def _fitting(pipe: Pipeline, said: list[dict[str, str]], n_kept: int, max_new_tokens: int) -> list[dict[str, str]]:

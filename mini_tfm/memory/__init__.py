@@ -18,7 +18,7 @@ A plugin imports from here and from `mini_tfm.errors`, and nothing else of the l
 import sys
 from types import ModuleType
 
-from .base import Array, Dims, Evicted, Memory, MemorySpec, New, Param, Query, Rows, Segment, SideOutput, State, View, bank_key
+from .base import Array, Dims, Evicted, Memory, MemorySpec, New, Param, Passage, Query, Rows, Segment, SideOutput, State, View, bank_key
 from .hookspecs import hookimpl
 from .maths import sigmoid, silu, softmax, unit, value_of
 from .nearest import BestRows, search
@@ -39,6 +39,7 @@ __all__ = [
     "MemorySpec",
     "New",
     "Param",
+    "Passage",
     "Query",
     "RecurrentMemory",
     "RetrievalMemory",

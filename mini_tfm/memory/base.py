@@ -57,6 +57,8 @@ class MemorySpec:
     gradient: "none" detaches rows when they are written; "rows" and "state" let gradients flow through segments.
     capacity: most rows in any array of the state, None without limit. version: of the contract it was written for.
     taps: in a stack, rows that it is offered go on to the next member as if it were not there; it drops none.
+    early: it is offered every new row by `write`, also where a member before it takes them, and drops none of them there. `absorb`
+        then tells of the rows that no member before it holds any more: only these may be shown.
     """
 
     sites: frozenset[str] = frozenset(SITES)
@@ -67,6 +69,7 @@ class MemorySpec:
     capacity: int | None = None
     version: int = CONTRACT_VERSION
     taps: bool = False
+    early: bool = False
 
 
 @dataclass(frozen=True)
@@ -266,6 +269,19 @@ class View:
 
 
 @dataclass(frozen=True)
+class Passage:
+    """A piece of what was read that is recalled: its tokens (n,), and the position of the first, counted from the text's beginning.
+
+    document: where it is kept outside the process, None where it is not. layers: how many hold a row of each token.
+    """
+
+    tokens: np.ndarray
+    position: int
+    document: str | None = None
+    layers: int = 1
+
+
+@dataclass(frozen=True)
 class SideOutput:
     """A side output: the result (B, H, T, D) of a strategy's own maths instead of rows. NumPy code is differentiated.
 
@@ -338,6 +354,10 @@ class Memory:
 
     def logits(self, state: State, hidden: np.ndarray, log_probs: np.ndarray) -> np.ndarray | None:
         """The log-probabilities (B, T, V), changed, given the decoder's outputs (B, T, d). In generation and scoring."""
+
+    def recall(self, state: State, tokens: np.ndarray) -> list[list[Passage]]:
+        """For people: what a prompt of tokens (B, T) would see of what was read, the passages of each stream in their order."""
+        return [[] for _ in tokens]
 
     def drain(self, state: State) -> Iterable[Evicted]:
         """Called when the streams end: gives up the rows that the memory behind it in a stack should have."""

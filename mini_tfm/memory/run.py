@@ -22,7 +22,7 @@ import numpy as np
 from ..autodiff import Var, value_of
 from ..config import Config
 from ..errors import InvalidValue
-from .base import SITES, Array, Dims, Memory, New, Param, Query, Rows, Segment, SideOutput, State, View
+from .base import SITES, Array, Dims, Memory, New, Param, Passage, Query, Rows, Segment, SideOutput, State, View
 from .stack import Stack
 from .validate import (
     attributed,
@@ -32,6 +32,7 @@ from .validate import (
     check_log_probs,
     check_loss,
     check_parameters,
+    check_passages,
     check_passed_on,
     check_sites,
     check_spec,
@@ -432,47 +433,58 @@ class MemoryRun:
         self._attention[site, layer] = weights
 
     def wrote(self, site: str, layer: int, hidden: Array, valid: np.ndarray, project: Project | None = None) -> None:
-        """Offers what a layer computed (B, S, d) to the first member that takes rows, and on what it drops.
+        """Offers what a layer computed (B, S, d) to those who are early, and to the first other member that takes rows; on what it drops.
 
         The first valid row of a stream stands at the segment's beginning: rows before it are of the segment before.
         """
         takers, attention = self._sites.take.get((site, layer)), self._attention.pop((site, layer), None)
         if not takers:
             return
-        first, *others = takers
         before = valid.argmax(axis=1) if valid.shape[1] else 0
         positions = (self.site_start(site) - before)[:, None] + np.arange(valid.shape[1])
         mass = self._mass.get((site, layer, None))
         targets = self._targets if site == "decoder" else None
         tokens = self._tokens.get("encoder" if site == "cross" else site)
         new = New(site, layer, hidden, valid, positions, tokens, mass, None, targets)
-        while self.members[first].spec.taps and others:
-            self._offer(first, "write", new, project, attention)
-            first, *others = others
-        self._hand_on(self._offer(first, "write", new, project, attention), others, project)
+        for i in takers:
+            if self.members[i].spec.early:
+                self._offer(i, "write", new, project, attention)
+        self._hand_on(new, takers, project, "write", attention)
 
     def finished(self, outputs: Array, valid: np.ndarray) -> None:
         """The decoder's outputs (B, T, d). They are offered when the segment closes: `logits` is asked before that."""
         self._output = outputs, valid
 
-    def _hand_on(self, dropped: New | None, takers: list[int], project: Project | None) -> None:
-        """What one member dropped goes to the next, and what that drops for it to the one after."""
+    def _hand_on(
+        self,
+        rows: New | None,
+        takers: list[int],
+        project: Project | None,
+        method: str = "absorb",
+        attention: Callable[[int], np.ndarray] | None = None,
+    ) -> None:
+        """Rows go to the first of the members, and what that drops for them to the next. method: by which they take new ones."""
         for i in takers:
-            if dropped is None:
+            if rows is None:
                 return
-            left = self._offer(i, "absorb", dropped, project)
-            dropped = dropped if self.members[i].spec.taps else left
+            spec = self.members[i].spec
+            by = "absorb" if spec.early else method
+            left = self._offer(i, by, rows, project, attention if by == "write" else None)
+            if not spec.taps:
+                rows, method = left, "absorb"
 
     def _offer(
         self, i: int, method: str, new: New, project: Project | None, attention: Callable[[int], np.ndarray] | None = None
     ) -> New | None:
         """Member i writes or absorbs `new`."""
-        place = i, new.site, new.layer
+        place, spec = (i, new.site, new.layer), self.members[i].spec
+        comes_again = spec.early and method == "write"
         (least, most), counts = self._taken.get(place, (0, 0)), new.valid.sum(axis=1)
-        self._taken[place] = least + int(counts.min() if len(counts) else 0), most + int(counts.max(initial=0))
+        if not comes_again:
+            self._taken[place] = least + int(counts.min() if len(counts) else 0), most + int(counts.max(initial=0))
         offered = self._as_asked_for(i, new, project, attention)
         arguments = (offered,) if method == "absorb" else (new.site, new.layer, offered)
-        check = check_passed_on if self.members[i].spec.taps else partial(check_evicted, batch=self.batch, dims=self.dims[i])
+        check = check_passed_on if spec.taps or comes_again else partial(check_evicted, batch=self.batch, dims=self.dims[i])
         return self._call(i, method, *arguments, site=new.site, layer=new.layer, check=check)
 
     def _as_asked_for(self, i: int, new: New, project: Project | None, attention: Callable[[int], np.ndarray] | None = None) -> New:
@@ -507,6 +519,16 @@ class MemoryRun:
             if _has(member, "logits"):
                 log_probs = self._call(i, "logits", hidden, log_probs, check=partial(check_log_probs, before=log_probs))
         return log_probs
+
+    def recall(self, tokens: np.ndarray) -> list[list[Passage]]:
+        """What a prompt of tokens (B, T) would see of what was read, by stream: of the first member, then of the next."""
+        self.forget_deleted()
+        found: list[list[Passage]] = [[] for _ in range(self.batch)]
+        for i, member in enumerate(self.members):
+            if _has(member, "recall"):
+                parts = self._call(i, "recall", tokens, check=partial(check_passages, batch=self.batch))
+                found = [before + part for before, part in zip(found, parts, strict=True)]
+        return found
 
     def drain(self) -> None:
         """The streams end: what a working memory holds goes to the memories behind it, all of it or nothing."""
@@ -593,6 +615,8 @@ class MemoryRun:
 
     def reorder(self, index: np.ndarray) -> None:
         """Stream i becomes what stream index[i] was: beams, shuffled or shrinking batches. Within a segment, too."""
+        if np.array_equal(index, np.arange(self.batch)):  # a long memory need not be copied
+            return
         moved: dict[int, Array] = {}  # by the id of what was there: states share arrays, and what is projected names them
         held = [*self.states, *self._before, self._tokens, self._mass]
         was = [value for arrays in held for value in arrays.values()]  # so that no id is given again

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..autodiff import value_of
 from ..errors import InvalidValue, MiniTfmError, PluginError, shown
-from .base import CONTRACT_VERSION, MERGES, NEEDS, SITES, Dims, Memory, MemorySpec, New, Param, Rows, SideOutput, View
+from .base import CONTRACT_VERSION, MERGES, NEEDS, SITES, Dims, Memory, MemorySpec, New, Param, Passage, Rows, SideOutput, View
 
 GRADIENTS: tuple[str, ...] = ("none", "rows", "state")
 KINDS = {"f": "floating point", "b": "bool", "i": "integer"}
@@ -96,8 +96,9 @@ def check_spec(member: Memory) -> None:
     layers = spec.layers
     if layers is not None and not (isinstance(layers, tuple) and all(type(layer) is int for layer in layers)):
         raise PluginError(f"{who}: spec.layers: expected None or a tuple of layer numbers, got {shown(layers)}")
-    if not isinstance(spec.taps, bool):
-        raise PluginError(f"{who}: spec.taps: expected True or False, got {shown(spec.taps)}")
+    for field in ("taps", "early"):
+        if not isinstance(value := getattr(spec, field), bool):
+            raise PluginError(f"{who}: spec.{field}: expected True or False, got {shown(value)}")
     if not spec.sites:
         raise PluginError(f"{who}: spec.sites: expected at least one of {', '.join(SITES)}, got none")
     if not isinstance(spec.version, int) or spec.version > CONTRACT_VERSION:
@@ -116,8 +117,8 @@ def check_sites(sites: Any, spec: MemorySpec) -> frozenset[str]:
 
 
 def check_passed_on(dropped: Any) -> None:
-    """The result of `write` or `absorb` of a member that taps."""
-    require(dropped is None, "expected None with spec.taps, which passes on all rows, got {}", type(dropped).__name__)
+    """The result of `write` or `absorb` of a member that taps, or of `write` of one that is early."""
+    require(dropped is None, "expected None with spec.taps or spec.early, where others get all rows, got {}", type(dropped).__name__)
 
 
 def check_parameters(params: Any) -> Mapping[str, Param]:
@@ -207,6 +208,16 @@ def check_evicted(evicted: Any, batch: int, dims: Dims) -> New | None:
         if need in dims.needs_behind and (value := getattr(evicted, name)) is not None:
             check_array(name, value, shape, kind)
     return evicted
+
+
+def check_passages(found: Any, batch: int) -> list[list[Passage]]:
+    """The result of `recall`, checked."""
+    whole = isinstance(found, list) and len(found) == batch and all(isinstance(part, list) for part in found)
+    require(whole, "expected a list of {} lists, one a stream, got {}", batch, shown(found))
+    for passage in (passage for part in found for passage in part):
+        require(isinstance(passage, Passage), "expected Passages, got {}", type(passage).__name__)
+        check_array("tokens", passage.tokens, (ANY,), "i")
+    return found
 
 
 def check_log_probs(changed: Any, before: np.ndarray) -> np.ndarray:

@@ -66,6 +66,23 @@ def test_texts_are_read_first_and_a_reset_keeps_them(run, talker, tmp_path):
     assert "has none to read into" in run("chat", talker, "--read", path, stdin="words\n").err
 
 
+def test_what_is_recalled_is_shown(run, talker, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("some words, " * 40)
+    stack = f"window:size=16+blocks:block_size=8,margin=0,document=book,path={tmp_path / 'rows'}"
+    words = ["--max-new-tokens", 6, "--memory", stack, "--segment-length", 32, "--show-recalled"]
+    said = run("chat", talker, "--read", path, *words, stdin="words\n")
+    pipe = Pipeline.load(talker, memory="window:size=16+blocks:block_size=8,margin=0", segment_length=32)
+    pipe.read(path.read_text())
+    (one,) = pipe.recall([{"role": "user", "content": "words"}])
+    assert one.text in path.read_text() and one.rows == one.n_tokens == 8 and one.document is None
+    first, where, text = said.err.splitlines()
+    assert first.startswith("recalled: 1 passages, 8 rows, found in ") and first.endswith(" ms")
+    assert where == f"  tokens {one.position} to {one.position + 7} of the document book:"
+    assert text == "    | " + one.text
+    assert said.out == run("chat", talker, *words[:-1], "--read", path, stdin="words\n").out
+
+
 def test_commands_are_not_questions(run, talker):
     said = run("chat", talker, "--max-new-tokens", 6, stdin="one\n/reset\ntwo\n/exit\nthree\n")
     assert said.out == answers_of(talker, "one", max_new_tokens=6) + answers_of(talker, "two", max_new_tokens=6)

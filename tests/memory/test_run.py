@@ -851,3 +851,15 @@ def test_documents_of_two_members_are_counted_together():
             return {"a": 2, "b": 1}
 
     assert Stack([Two(), Two()]).documents() == {"a": 4, "b": 2}
+
+
+def test_streams_that_keep_their_places_are_not_copied():
+    """An answer begins with such a step, and a memory may be long."""
+    reader = Reader(MODEL, mt.memory("store:top_k=2,site=decoder"), 2)
+    reader.read(SEGMENTS[0])
+    run = reader.run.copy()
+    before = dict(run.states[0])
+    run.reorder(np.arange(2))
+    assert all(run.states[0][name] is before[name] for name in before)
+    run.reorder(np.array([1, 0]))
+    assert not any(run.states[0][name] is before[name] for name in before)

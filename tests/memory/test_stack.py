@@ -351,7 +351,58 @@ def test_a_member_that_taps_drops_nothing():
         def write(self, state, site, layer, new):
             return new
 
-    with pytest.raises(PluginError, match=r"expected None with spec\.taps, which passes on all rows, got New"):
+    with pytest.raises(PluginError, match=r"expected None with spec\.taps or spec\.early, where others get all rows, got New"):
         read_by(Stack([Drops(), mt.memory("window", size=7)]))
     with pytest.raises(PluginError, match=r"spec\.taps: expected True or False, got 1"):
         read_by(type("Odd", (Seen,), {"spec": dataclasses.replace(Seen.spec, taps=1)})())
+
+
+class Early(Memory):
+    """Counts what it is offered early, and what it is told that nobody holds."""
+
+    spec = MemorySpec(sites=frozenset({"decoder"}), early=True)
+
+    def start(self, batch, dims):
+        return {"new": np.zeros(batch, np.int64), "free": np.zeros(batch, np.int64), "last": np.full(batch, -1)}
+
+    def write(self, state, site, layer, new):
+        state["new"] = state["new"] + new.valid.sum(axis=1)
+
+    def absorb(self, state, evicted):
+        state["free"] = state["free"] + evicted.valid.sum(axis=1)
+        state["last"] = np.where(evicted.valid, evicted.positions, -1).max(axis=1, initial=-1)
+
+
+def test_a_member_that_is_early_gets_rows_before_those_before_it_drop_them():
+    rows = 2 * SEGMENTS.size  # of two layers
+    alone = read_by(Early()).states[0]
+    assert (alone["new"], alone["free"]) == (rows, rows)
+    run = read_by(Stack([mt.memory("window", size=7), Early(), Seen()]))
+    assert (run.states[1]["new"], run.states[1]["free"]) == (rows, rows - 14)
+    assert run.states[1]["last"] == SEGMENTS.size - 8
+    assert run.states[2]["rows"] == 0  # what nobody holds stays with it
+    run.drain()
+    assert (run.states[1]["new"], run.states[1]["free"]) == (rows, rows)
+    behind = read_by(Stack([Seen(), Early()])).states
+    assert behind[0]["rows"] == behind[1]["free"] == rows
+
+
+def test_a_member_that_is_early_drops_nothing_that_it_is_offered_early():
+    class Drops(Early):
+        def write(self, state, site, layer, new):
+            return new
+
+    with pytest.raises(PluginError, match=r"expected None with spec\.taps or spec\.early"):
+        read_by(Stack([mt.memory("window", size=7), Drops()]))
+    with pytest.raises(PluginError, match=r"spec\.early: expected True or False, got 1"):
+        read_by(type("Odd", (Early,), {"spec": dataclasses.replace(Early.spec, early=1)})())
+
+
+def test_a_member_that_is_early_and_never_gets_a_row_for_itself_is_told():
+    with pytest.warns(UserWarning, match="gets no row"):
+
+        class Shows(Early):
+            def view(self, state, site, layer, segment):
+                return None
+
+        read_by(Stack([mt.memory("store:top_k=2,site=decoder"), Shows()]))

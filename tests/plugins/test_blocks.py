@@ -6,13 +6,13 @@ import pytest
 import mini_tfm as mt
 from mini_tfm.errors import InvalidValue
 from mini_tfm.generate import Session
-from mini_tfm.memory import State
+from mini_tfm.memory import bank_key
 from mini_tfm.stream import Stream
 from mini_tfm.testing import check_memory
 from mini_tfm.testing.trial import small_model
-from mini_tfm_plugins.blocks import best_blocks
+from mini_tfm_plugins.blocks import CHOICE, best_of, scores_of
 
-TEXT = "window:size=4+blocks:block_size=4,top_k=2,reach=4"
+TEXT = "window:size=4+blocks:block_size=4,margin=0,top_k=2,reach=4"
 
 
 def texts(batch=2, n=40):
@@ -31,7 +31,7 @@ def stream_with(text=TEXT, batch=2, tokens=None, length=5):
     return stream
 
 
-def asked(stream, prompt=((3, 20),), n=3):
+def asked(stream, prompt=((20,),), n=3):
     """The session that was asked, and its outputs at each of n steps."""
     stream = stream.copy()
     stream.open(None, np.full(stream.run.batch, len(prompt[0]) + n))
@@ -41,8 +41,8 @@ def asked(stream, prompt=((3, 20),), n=3):
     return session, np.stack(outputs, axis=1)
 
 
-def chosen(session):
-    return session.stream.run.states[1][State.OF_SEGMENT + "rows"]
+def chosen(session, name="rows"):
+    return session.stream.run.states[1][CHOICE + name]
 
 
 EFFECTS = ["has_effect", "generation_equals_reading", "every_place_counts", "other_models", "takes_what_is_dropped", "helps"]
@@ -50,16 +50,51 @@ EFFECTS = ["has_effect", "generation_equals_reading", "every_place_counts", "oth
 
 def test_the_kit_passes_but_for_what_only_questions_show():
     """Nothing is looked up while text is read, and a question looks up by all its tokens."""
-    check_memory("blocks:block_size=2,top_k=2,reach=4", skip=EFFECTS)
+    check_memory("blocks:block_size=2,margin=1,top_k=2,reach=4", skip=EFFECTS)
 
 
-def test_blocks_with_the_rarest_words_are_found():
-    tokens = np.array([5, 6, 7, 5, 6, 8, 5, 6, 6, 5, 9, 9, 9, 6])
-    assert best_blocks(np.array([8]), tokens, 3, 2).tolist() == [1]
-    assert best_blocks(np.array([6, 8, 30]), tokens, 3, 2).tolist() == [1, 2]  # 6 is in each: twice in block 2
-    assert best_blocks(np.array([9]), tokens, 3, 1).tolist() == [3]  # twice beats once
-    assert best_blocks(np.array([30, -1]), tokens, 3, 2).tolist() == []
-    assert best_blocks(np.array([3]), np.zeros(0, np.int64), 3, 2).tolist() == []
+def test_the_kit_passes_where_text_looks_up_by_what_was_before_it():
+    """Generation equals reading, too, and nothing of a segment's own tokens is used."""
+    check_memory("blocks:block_size=2,margin=0,top_k=2,by=text", skip=["every_place_counts", "other_models", "takes_what_is_dropped"])
+
+
+def test_text_looks_up_by_the_tokens_before_its_segment():
+    tokens = texts(1)
+    tokens[0, 30:35] = 20
+    stream = stream_with(f"{TEXT},by=text", 1, tokens[:, :35])
+    assert stream.run.states[1]["recent"][0, -35:].tolist() == [1, *tokens[0, :34]]
+    stream.run.states[1]["recent"] = np.full((1, 512), 20)
+    for prompt in ((20,), (5,)):
+        assert 10 in chosen(asked(stream, (prompt,))[0])[0]
+    stream.run.states[1]["recent"] = np.full((1, 512), -1)
+    assert (chosen(asked(stream)[0]) == -1).all()
+
+
+def scores_by_hand(asked, tokens, size, step):
+    """BM25 as its formula is written, block by block."""
+    blocks = [tokens[begin : begin + size].tolist() for begin in range(0, max(1, len(tokens) - size + step), step)]
+    scores = np.zeros(len(blocks))
+    for token in set(asked.tolist()) - {-1}:
+        d = sum(token in block for block in blocks)
+        idf = np.log(1 + (len(blocks) - d + 0.5) / (d + 0.5))
+        scores += [idf * block.count(token) * (1.2 + 1) / (block.count(token) + 1.2) for block in blocks]
+    return scores
+
+
+@pytest.mark.parametrize(("size", "step"), [(3, 1), (4, 1), (8, 2), (16, 4)])
+@pytest.mark.parametrize("n", [1, 15, 16, 40])
+def test_scores_are_those_of_the_formula(size, step, n):
+    rng = np.random.default_rng(n)
+    tokens, asked = rng.integers(0, 12, n), np.array([3, 5, 5, 30, -1])
+    np.testing.assert_allclose(scores_of(asked, tokens, size), scores_by_hand(asked, tokens, size, step), atol=1e-12)
+
+
+def test_the_best_blocks_do_not_overlap_and_have_text_on_either_side():
+    assert best_of(np.array([0, 0, 1, 1, 1, 1, 0, 0, 0.5, 0]), 4, 2).tolist() == [3, 8]  # 2 to 5 are alike, of 4 tokens each
+    assert best_of(np.array([0, 2, 1, 1, 1, 1.5]), 4, 2).tolist() == [1, 5]
+    assert best_of(np.array([0, 2, 1, 1, 1, 1.5]), 16, 2).tolist() == [4, 20]
+    assert best_of(np.array([0, 2, 1, 1, 0, 0]), 4, 2).tolist() == [1]
+    assert best_of(np.zeros(3), 4, 2).tolist() == []
 
 
 def test_each_stream_sees_the_blocks_that_hold_what_it_is_asked_for():
@@ -67,16 +102,57 @@ def test_each_stream_sees_the_blocks_that_hold_what_it_is_asked_for():
     session, _ = asked(stream)
     for b, place in enumerate((10, 23)):  # a row's token is the one before: the first is bos
         rows = chosen(session)[b]
-        assert place in rows and np.array_equal(rows, np.sort(rows))
-    hidden = np.concatenate([stream.run.states[1][f"decoder.1.{n}.hidden"] for n in (0,)], axis=1)
-    gathered = session.stream.run.states[1][State.OF_SEGMENT + "decoder.1.hidden"]
-    np.testing.assert_array_equal(gathered, np.take_along_axis(hidden, chosen(session)[..., None], 1))
+        assert rows[:4].tolist() == [place - 2, place - 1, place, place + 1] and (rows[4:] == -1).all()
+    hidden = stream.run.states[1]["decoder.1.0.hidden"]
+    gathered = chosen(session, "decoder.1.")
+    np.testing.assert_array_equal(gathered[:, :4], np.take_along_axis(hidden, chosen(session)[:, :4, None], 1))
+
+
+def test_a_margin_is_read_with_a_block():
+    session, _ = asked(stream_with(TEXT.replace("margin=0", "margin=3")))
+    for b, place in enumerate((10, 23)):
+        assert chosen(session)[b, :10].tolist() == list(range(place - 5, place + 5))
+    assert chosen(asked(stream_with(TEXT.replace("margin=0", "margin=30")), ((20,),))[0])[0, :36].tolist() == list(
+        range(36)
+    )  # the window has 4
+
+
+def test_what_shares_most_is_emphasized():
+    session, outputs = asked(stream_with(TEXT.replace("block_size=4", "block_size=8,emphasis=1.5")))
+    bias = chosen(session, "bias")
+    assert bias.shape == (2, 1, 1, 16)
+    for b, place in enumerate((10, 23)):  # the quarter with the token, 2 rows, and one on either side
+        marked = chosen(session)[b][bias[b, 0, 0] == 1.5]
+        assert place in marked and len(marked) == 4
+        assert ((bias[b] == 1.5) | (bias[b] == 0)).all()
+    plain = asked(stream_with(TEXT.replace("block_size=4", "block_size=8,emphasis=0")))[1]
+    assert np.abs(outputs - plain).max() > 1e-3
+
+
+def test_the_rows_that_a_window_keeps_for_good_are_part_of_the_text():
+    tokens = texts(1)
+    tokens[0, 1] = 21
+    session, _ = asked(stream_with(TEXT.replace("size=4+", "size=8,sinks=4+"), 1, tokens), ((21,),))
+    assert chosen(session)[0, :4].tolist() == [1, 2, 3, 4]  # the token at place 1 is row 2's, and 4 rows are sinks
+
+
+def test_what_the_window_still_holds_is_not_seen_twice():
+    tokens = texts(1)
+    tokens[0, 38] = 21
+    stream = stream_with(batch=1, tokens=tokens)
+    session, outputs = asked(stream, ((21,),))
+    assert (chosen(session) == -1).all()  # and no other block in its place
+    np.testing.assert_array_equal(outputs, asked(stream_with("window:size=4", 1, tokens), ((21,),))[1])
+    assert stream.run.states[1]["free"] == 36
+    stream.run.drain()
+    assert stream.run.states[1]["free"] == 40
 
 
 def test_what_was_found_stands_before_the_segment():
-    session, _ = asked(stream_with())
-    positions = session.stream.run.states[1][State.OF_SEGMENT + "decoder.0.positions"]
-    np.testing.assert_array_equal(positions, np.tile(40 - 4 - np.arange(7, -1, -1), (2, 1)))
+    session, _ = asked(stream_with(TEXT.replace("margin=0", "margin=2")))
+    expected = 40 - 4 - np.arange(7, -1, -1)
+    for b in range(2):
+        np.testing.assert_array_equal(chosen(session, "positions")[b, :8], expected)
 
 
 def test_an_answer_keeps_what_the_question_found():
@@ -85,7 +161,7 @@ def test_an_answer_keeps_what_the_question_found():
     after = session.stream.run.states[1]
     assert all(after[name] is before[name] for name in after)
     session.reorder(np.array([1, 1, 0]))
-    np.testing.assert_array_equal(chosen(session), before[State.OF_SEGMENT + "rows"][[1, 1, 0]])
+    np.testing.assert_array_equal(chosen(session), before[CHOICE + "rows"][[1, 1, 0]])
     assert np.isfinite(step).all()
 
 
@@ -103,6 +179,19 @@ def test_a_stream_is_answered_as_if_it_were_alone():
         np.testing.assert_allclose(alone[0], together[b], atol=1e-10)
 
 
+def test_a_pause_leaves_no_gap_in_a_stream():
+    """Streams of a batch read at their own pace; rows of the others are no part of a block."""
+    tokens = texts()
+    stream = Stream(small_model("decoder-only"), mt.memory(TEXT), 2)
+    for start in range(0, 40, 5):
+        stream.read(tokens[:, start : start + 5], np.array([5, 5]))
+        stream.read(tokens[:, start : start + 3], np.array([3, 0]))
+    alone = stream_with(batch=1, tokens=tokens[1:])
+    np.testing.assert_allclose(asked(stream)[1][1], asked(alone)[1][0], atol=1e-10)
+    ours, theirs = stream.run.recall(np.array([[20], [20]]))[1], alone.run.recall(np.array([[20]]))[0]
+    assert [(one.position, one.tokens.tolist()) for one in ours] == [(one.position, one.tokens.tolist()) for one in theirs]
+
+
 def test_rows_on_disk_are_found_by_another_stream(tmp_path):
     """As by another process: nothing is known but the file."""
     path = f"{TEXT},path={tmp_path / 'rows'}"
@@ -111,25 +200,69 @@ def test_rows_on_disk_are_found_by_another_stream(tmp_path):
     in_ram = asked(stream_with(batch=1, tokens=tokens))
     np.testing.assert_array_equal(chosen(asked(stream)[0]), chosen(in_ram[0]))
     stream.run.flush()
+    assert mt.memory(path).documents() == {"default": 40 * 3}  # with what the window holds
     on_disk = asked(stream)
     np.testing.assert_array_equal(chosen(on_disk[0]), chosen(in_ram[0]))
     np.testing.assert_allclose(on_disk[1], in_ram[1], atol=1e-5)  # rows on disk are float32
+    again = Stream(small_model("decoder-only"), mt.memory(path + ",resume=0"), 1)
+    session, _ = asked(again)
+    np.testing.assert_array_equal(chosen(session), chosen(in_ram[0]))
+    np.testing.assert_allclose(chosen(session, "decoder.1."), chosen(on_disk[0], "decoder.1."), atol=1e-6)
     stream.run.drain()
     stream.run.flush()
-    again = Stream(small_model("decoder-only"), mt.memory(path), 1)
-    session, _ = asked(again)
-    assert 10 in chosen(session)
-    wanted = State.OF_SEGMENT + "decoder.1.hidden"
-    np.testing.assert_allclose(
-        session.stream.run.states[1][wanted][0, :8],
-        on_disk[0].stream.run.states[1][wanted][0, :8],
-        atol=1e-6,
-    )
     assert mt.memory(path).documents() == {"default": 40 * 3}
 
 
-@pytest.mark.parametrize("name", ["block_size", "top_k", "reach"])
-@pytest.mark.parametrize("value", ["0", "1.5", "true"])
-def test_sizes_are_checked(name, value):
-    with pytest.raises(InvalidValue, match=name):
-        mt.memory(f"blocks:{name}={value}")
+@pytest.mark.parametrize("place", [1, 9, 36])
+def test_another_process_answers_as_the_one_that_has_read(tmp_path, place):
+    """The fact among the sinks, between them and the window, and in the window: the same rows at the same distances."""
+    tokens = texts(1)
+    tokens[0, [9, place]] = 3, 20
+    path = f"window:size=12,sinks=4+blocks:block_size=4,margin=1,resume=12,path={tmp_path / 'rows'}"
+    stream = stream_with(path, 1, tokens)
+    stream.run.flush()
+    again = Stream(small_model("decoder-only"), mt.memory(path), 1)
+    np.testing.assert_allclose(asked(again)[1], asked(stream)[1], atol=1e-5)
+    ours, theirs = (each.run.recall(np.array([[20]]))[0] for each in (again, stream))
+    assert [(one.position, one.tokens.tolist()) for one in ours] == [(one.position, one.tokens.tolist()) for one in theirs]
+    assert np.abs(asked(again)[1] - asked(stream_with("window:size=12", 1, tokens[:, :0]))[1]).max() > 1e-3
+    again.read(tokens[:, :5], np.array([5]))
+    session = asked(again, ((23,),))[0]
+    assert (chosen(session) == -1).all()  # a window of its own by now
+
+
+def test_what_is_recalled_is_told(tmp_path):
+    tokens = texts(2)
+    for text, document in ((TEXT, None), (f"{TEXT},document=book,path={tmp_path / 'rows'}", "book")):
+        stream = stream_with(text, 1, tokens[:1])
+        stream.run.flush()
+        ((passage,),) = stream.run.recall(np.array([[3 + 30, 20]]))
+        assert (passage.document, passage.position, passage.layers) == (document, 8, 2)
+        np.testing.assert_array_equal(passage.tokens, tokens[0, 7:11])
+    found = stream_with(tokens=tokens).run.recall(np.array([[20], [20]]))
+    assert [[one.position for one in part] for part in found] == [[8], [21]]
+    assert stream_with().run.recall(np.array([[23], [23]])) == [[], []]
+    assert Stream(small_model("decoder-only"), mt.memory(TEXT), 2).run.recall(np.array([[20], [20]])) == [[], []]
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("block_size", ["0", "1.5", "true"]),
+        ("margin", ["-1", "1.5", "true"]),
+        ("resume", ["-1", "1.5", "true"]),
+        ("reach", ["1.5", "true"]),
+        ("top_k", ["0", "1.5", "true"]),
+        ("by", ["1", "none"]),
+        ("emphasis", ["-1", "101", "true", "much"]),
+    ],
+)
+def test_options_are_checked(name, values):
+    for value in values:
+        with pytest.raises(InvalidValue, match=name):
+            mt.memory(f"blocks:{name}={value}")
+
+
+def test_tokens_are_a_bank_of_their_own():
+    memory = mt.memory("blocks")
+    assert memory.banks(Stream(small_model("decoder-only"), memory, 1).run.dims[0])[-1] == bank_key("decoder", "tokens")
