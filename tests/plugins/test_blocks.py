@@ -10,7 +10,7 @@ from mini_tfm.memory import bank_key
 from mini_tfm.stream import Stream
 from mini_tfm.testing import check_memory
 from mini_tfm.testing.trial import small_model
-from mini_tfm_plugins.blocks import CHOICE, best_of, scores_of
+from mini_tfm_plugins.blocks import CHOICE, FOCUS, best_of, scores_of
 
 TEXT = "window:size=4+blocks:block_size=4,margin=0,top_k=2,reach=4"
 
@@ -117,15 +117,17 @@ def test_a_margin_is_read_with_a_block():
     )  # the window has 4
 
 
-def test_what_shares_most_is_emphasized():
-    session, outputs = asked(stream_with(TEXT.replace("block_size=4", "block_size=8,emphasis=1.5")))
-    bias = chosen(session, "bias")
-    assert bias.shape == (2, 1, 1, 16)
-    for b, place in enumerate((10, 23)):  # the quarter with the token, 2 rows, and one on either side
-        marked = chosen(session)[b][bias[b, 0, 0] == 1.5]
-        assert place in marked and len(marked) == 4
-        assert ((bias[b] == 1.5) | (bias[b] == 0)).all()
-    plain = asked(stream_with(TEXT.replace("block_size=4", "block_size=8,emphasis=0")))[1]
+def test_where_rare_tokens_stand_together_is_emphasized():
+    tokens = texts()
+    tokens[:, 30] = 21  # one more that is asked for, away from the first in stream 0, and near it in stream 1
+    text = TEXT.replace("block_size=4,margin=0,top_k=2", "block_size=36,top_k=1,margin=0,emphasis=1.5")
+    session, outputs = asked(stream_with(text, tokens=tokens), ((20, 21, 22),))
+    bias, rows = chosen(session, "bias"), chosen(session)
+    assert bias.shape == (2, 1, 1, 36) and (rows[:, 0] == 0).all()
+    for b, place in enumerate((10, 23)):
+        near = np.array([sum(max(0, 1 - abs(i - at) / FOCUS) for at in (place, 31)) for i in range(36)])
+        np.testing.assert_allclose(bias[b, 0, 0], 1.5 * near / near.max(), atol=1e-12)
+    plain = asked(stream_with(text.replace("emphasis=1.5", "emphasis=0"), tokens=tokens), ((20, 21, 22),))[1]
     assert np.abs(outputs - plain).max() > 1e-3
 
 
