@@ -20,6 +20,7 @@ import ast
 import json
 import os
 import random
+import resource
 import sysconfig
 import time
 from pathlib import Path
@@ -286,6 +287,7 @@ def main():
         tell(name, measured(pipe, facts), n_read / (time.perf_counter() - start))
         if options.as_text:
             tell(f"none, with what {name} recalls as text", measured(pipe, facts, as_text=model))
+    report["peak_rss_kb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if options.json:
         Path(options.json).write_text(json.dumps(report, indent=1))
 

@@ -109,7 +109,9 @@ class Blocks(Store):
             return None
         if CHOICE + "rows" not in state:
             resumed, (numbers, bias) = self._resumed(state), self.look_up(state, segment.tokens if self.by == "prompt" else state["recent"])
-            positions = [_up_to(segment.start - 1, resumed >= 0), _up_to(segment.start - self.reach, numbers >= 0)]
+            # No further into a prompt than to its middle: what asks stands behind what it reads.
+            reach = max(self.reach, -(segment.tokens.shape[1] // 2)) if self.by == "prompt" and segment.tokens is not None else self.reach
+            positions = [_up_to(segment.start - 1, resumed >= 0), _up_to(segment.start - reach, numbers >= 0)]
             state[CHOICE + "rows"] = np.concatenate([resumed, numbers], axis=1)
             state[CHOICE + "positions"] = np.concatenate(positions, axis=1)
             state[CHOICE + "bias"] = np.concatenate([np.zeros(resumed.shape, bias.dtype), bias], axis=1)[:, None, None]

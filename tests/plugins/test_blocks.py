@@ -157,6 +157,12 @@ def test_what_was_found_stands_before_the_segment():
         np.testing.assert_array_equal(chosen(session, "positions")[b, :8], expected)
 
 
+@pytest.mark.parametrize(("prompt", "last"), [((20,), 40), ((20, 23, 23, 23), 42), ((20,) + (23,) * 30, 43)])
+def test_what_was_found_is_read_no_further_than_the_middle_of_a_prompt(prompt, last):
+    session, _ = asked(stream_with(TEXT.replace("reach=4", "reach=-3")), (prompt,))
+    assert (chosen(session, "positions")[:, 3] == last).all()  # of 4 rows
+
+
 def test_an_answer_keeps_what_the_question_found():
     session, _ = asked(stream_with())
     before, step = dict(session.stream.run.states[1]), session.step(np.full((2, 1), 20))
