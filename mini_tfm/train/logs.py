@@ -27,6 +27,7 @@ from .options import FitOptions
 # step; loss and validation_loss in nats a target token; learning_rate of the step; gradient_norm before clipping;
 # tokens seen and seconds trained, both since the run began; memory_loss, what the memory added to the loss, if it adds any.
 COLUMNS = ("step", "loss", "validation_loss", "learning_rate", "gradient_norm", "tokens", "seconds", "memory_loss")
+OLD_COLUMNS = COLUMNS[:-1]  # of logs that 0.1.0 began
 
 
 class Logs:
@@ -138,16 +139,22 @@ class JsonLines(_Lines):
 
 
 class Csv(_Lines):
-    """COLUMNS, separated by commas; a figure that was not measured is empty."""
+    """COLUMNS, separated by commas; a figure that was not measured is empty. A log that has the old ones keeps them."""
 
-    header = ",".join(COLUMNS) + "\n"
+    def __init__(self, path: str, losses: Sequence[float]):
+        old, self.columns = ",".join(OLD_COLUMNS) + "\n", COLUMNS
+        if os.path.exists(path):
+            with open_regular(path) as file:
+                self.columns = OLD_COLUMNS if file.read(len(old)) == old.encode() else COLUMNS
+        self.header = ",".join(self.columns) + "\n"
+        super().__init__(path, losses)
 
     def read(self, line: str) -> tuple[int, float]:
         (row,) = csv.DictReader(io.StringIO(self.header + line))
         return int(row["step"]), float(row["loss"])
 
     def write(self, record: Mapping[str, Any]) -> None:
-        self._append(",".join(repr(record[name]) if name in record else "" for name in COLUMNS) + "\n")
+        self._append(",".join(repr(record[name]) if name in record else "" for name in self.columns) + "\n")
 
 
 class TensorBoard:

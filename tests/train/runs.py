@@ -1,6 +1,7 @@
 """A small run with all there is to keep, for the tests that stop it and go on with it."""
 
 import hashlib
+import csv
 import json
 
 import numpy as np
@@ -58,5 +59,6 @@ def state(trainer):
 def log_lines(folder):
     """Of both logs of a run, without the seconds, which differ from run to run."""
     lines = [json.loads(line) for line in (folder.parent / f"{folder.name}.jsonl").read_text().splitlines()]
-    rows = [line.rsplit(",", 1)[0] for line in (folder.parent / f"{folder.name}.csv").read_text().splitlines()]
+    with (folder.parent / f"{folder.name}.csv").open(newline="") as file:
+        rows = [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
     return [{name: value for name, value in line.items() if name != "seconds"} for line in lines], rows

@@ -114,7 +114,7 @@ def test_cut_between_segments_it_is_the_gradient_of_one_tape(name, variant, begi
         if way == "cut":
             backpropagate(loss, run)
         else:
-            backward(sum(part for part in [loss.segment(run, t) for t in range(4)] if part is not None))
+            backward(sum(value for part in [loss.segment(run, t) for t in range(4)] for value in part if value is not None))
         found.append({weight: leaf.grad for weight, leaf in leaves.items()})
     for weight, g in found[1].items():
         np.testing.assert_allclose(found[0][weight], g, rtol=1e-9, atol=1e-12 * max(1, np.abs(g).max()), err_msg=weight)
@@ -317,7 +317,7 @@ def test_the_masks_of_a_step_are_its_own():
     assert trainer._backward(batch, trainer._dropout(), trainer._hidden(batch)) == first
     trainer.step_count += 1
     assert trainer._backward(batch, trainer._dropout(), trainer._hidden(batch)) != first
-    assert trainer._backward(batch, NO_DROPOUT, trainer._hidden(batch)) == pytest.approx(trainer.evaluate(batch), rel=1e-6)
+    assert trainer._backward(batch, NO_DROPOUT, trainer._hidden(batch)) == (pytest.approx(trainer.evaluate(batch), rel=1e-6), 0)
 
 
 @pytest.mark.parametrize("option", ["attention_dropout", "ff_dropout"])

@@ -255,6 +255,17 @@ def test_logs_tell_what_there_was(tmp_path):
         assert {name: float(value) for name, value in row.items() if value} == line
 
 
+def test_a_log_that_an_older_version_began_keeps_its_columns(tmp_path):
+    fit(make_trainer(), tmp_path / "run", steps=3)
+    path = tmp_path / "run.csv"
+    lines = path.read_text().splitlines()
+    path.write_text("".join(line.rpartition(",")[0] + "\n" for line in lines))  # as it was without memory_loss
+    fit(Trainer.resume(tmp_path / "run"), tmp_path / "run", steps=5)
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    assert list(rows[0]) == list(COLUMNS[:-1]) and [row["step"] for row in rows] == ["1", "2", "3", "4", "5"]
+    assert all(row["seconds"] and None not in row for row in rows)
+
+
 @pytest.mark.parametrize("name", ["run.jsonl", "run.csv"])
 def test_a_log_that_is_not_this_runs_is_left_alone(name, tmp_path):
     other = tmp_path / "other"
