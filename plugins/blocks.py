@@ -51,7 +51,7 @@ class Blocks(Store):
         block_size: int = 128,
         margin: int = 32,
         top_k: int = 1,
-        reach: int = -10,
+        reach: int = -4,
         emphasis: float = 2.0,
         resume: int = 512,
         by: str = "prompt",

@@ -1,7 +1,7 @@
 """A small run with all there is to keep, for the tests that stop it and go on with it."""
 
-import hashlib
 import csv
+import hashlib
 import json
 
 import numpy as np
