@@ -142,8 +142,9 @@ class Csv(_Lines):
     """COLUMNS, separated by commas; a figure that was not measured is empty. A log that has the old ones keeps them."""
 
     def __init__(self, path: str, losses: Sequence[float]):
-        old, self.columns = ",".join(OLD_COLUMNS) + "\n", COLUMNS
+        self.columns: Sequence[str] = COLUMNS
         if os.path.exists(path):
+            old = ",".join(OLD_COLUMNS) + "\n"
             with open_regular(path) as file:
                 self.columns = OLD_COLUMNS if file.read(len(old)) == old.encode() else COLUMNS
         self.header = ",".join(self.columns) + "\n"
