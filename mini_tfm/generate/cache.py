@@ -152,13 +152,13 @@ class KVCache:
 
     def reorder(self, index: np.ndarray, rows_per_source: int = 1) -> None:
         """Row i becomes what row index[i] was. rows_per_source: so many rows, from the first on, now have one source together."""
+        if rows_per_source != self.rows_per_source or any(len(index) > len(kept[0]) for kept in self._kept.values()):
+            self.forget_step()  # which has the sources' rows in its calls; and more rows than there were are in other arrays
         self._kept = {layer: [_moved(x, index, self.n_keys) for x in kept] for layer, kept in self._kept.items()}
         self._states = {layer: state[index] for layer, state in self._states.items()}
         sources = index[::rows_per_source] // self.rows_per_source
         self._cross = {layer: [_moved(x, sources) for x in kept] for layer, kept in self._cross.items()}
-        if rows_per_source != self.rows_per_source:
-            self.rows_per_source = rows_per_source
-            self.forget_step()
+        self.rows_per_source = rows_per_source
         self.lengths = None if self.lengths is None else self.lengths[index]
         self._front = None if self._front is None else self._front[index]
 

@@ -99,6 +99,25 @@ def test_beams_that_change_places_have_the_bits_of_python(variant, monkeypatch):
 
 
 @compiled
+@pytest.mark.parametrize("variant", ["decoder only, llama", "t5"])
+def test_streams_that_become_fewer_and_more_again_have_the_bits_of_python(variant, monkeypatch):
+    """More rows are in other arrays, also where they are no more than were noted; sources keep having unequal numbers of rows."""
+
+    def work():
+        session, found = session_of(tiny_model(variant, seed=2, dtype=np.float32), rows=2), []
+        moves = {0: [0, 0, 0, 0, 1, 1, 1], 4: [0, 1, 4, 5, 6], 7: [0, 1, 2, 3, 4, 4], 10: [5, 1, 2, 3]}
+        for i in range(14):
+            rows = len(session.numbers)
+            found.append(session.step(TOKENS[np.arange(rows) % 5, i : i + 1]))
+            if i in moves:
+                session.reorder(np.array(moves[i]))
+        return found
+
+    for one, other in zip(*both(monkeypatch, work), strict=True):
+        assert_same_bits(one, other)
+
+
+@compiled
 def test_streams_join_streams_whose_steps_are_run_again(monkeypatch):
     def work():
         model = tiny_model("rotary", seed=2, dtype=np.float32)
