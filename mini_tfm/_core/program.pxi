@@ -337,7 +337,7 @@ cdef class Program:
         cdef Calls calls = self.second
         cdef cnp.ndarray input
         if self.grows == NULL:
-            raise InvalidValue("x: expected a program that is ready")
+            raise InvalidValue("run: expected a program that is ready, for which two equal steps were noted, got one that is not; ask `ready` first")
         input = calls.input
         if not (plain(x) and cnp.PyArray_NDIM(x) == 3 and cnp.PyArray_TYPE(x) == cnp.PyArray_TYPE(input)):
             raise InvalidValue("x: expected a contiguous array (B, 1, d) of the dtype that was noted")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from mini_tfm.errors import InvalidValue
 from mini_tfm.reference import _checks
 from mini_tfm.reference.types import Real
 
@@ -31,7 +32,9 @@ class Program:
 
         B: at most as many as were noted: the streams that are the first of their arrays.
         """
-        raise NotImplementedError("a program of the twins is never ready")
+        raise InvalidValue(
+            "run: expected a program that is ready, for which two equal steps were noted, got one that is not; ask `ready` first"
+        )
 
 
 def keep_rows(store: Real, at: int, rows: Real) -> None:
