@@ -121,12 +121,14 @@ class MultiHeadAttention:
         """Self-attention of all rows of x (B, T, d) but the first `skip`, which are keys alone; residual is added to it."""
         q, k, v = self._projected(x, p, skip)
         queries, keys = self._rotate(q, layout.positions[..., skip:]), self._rotate(k, layout.positions)
+        owners = None
         if p.cache is not None:
-            keys, v = p.cache.append(self.layer, keys, v)
+            keys, v, owners = p.cache.append(self.layer, keys, v)
         own = Block(
             keys,
             v,
             valid=layout.valid,
+            owners=owners,
             lengths=layout.lengths,
             bias=self._bias(p, layout, queries.shape[2], keys.shape[2]),
             causal=layout.causal,

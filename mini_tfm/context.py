@@ -83,8 +83,8 @@ class Cache(Protocol):
     def extend(self, front: Sequence[np.ndarray], n_tokens: int) -> None:
         """Announces new keys; front: (B, m) bool for each memory that puts rows in front, which of them are there."""
 
-    def append(self, layer: int, k: Array, v: Array) -> tuple[np.ndarray, np.ndarray]:
-        """Adds k, v (B, H, T, D) to a layer; gives all its keys and values so far."""
+    def append(self, layer: int, k: Array, v: Array) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Adds keys and values of what was announced; gives all, (rows, H, S, D), and the owners (B, S) of each stream's, or None."""
 
     def step(self, layers: Callable[[Array], Array], x: Array) -> Array:
         """layers(x) of one token of each stream, x (B, 1, d), which depend on x, positions and keys alone."""

@@ -23,9 +23,12 @@ struct mt_rows {
 
 /* One block of keys and values, reference/attention.py's Block flattened. */
 struct mt_block {
-    struct mt_rows k, v;      /* (B, Hkv, S, D) */
+    struct mt_rows k, v;      /* (B, Hkv, S, D), or of as many rows as owners name */
+    int bfloat16;             /* whether k and v are that, in two bytes; forward, without an index, in the table for float */
     ptrdiff_t kv_heads;       /* Hkv, divides H */
     ptrdiff_t source;         /* S */
+    const int64_t *owners;    /* (B, S) through owners_ld, or NULL: which row of k and v has the key; forward, without an index */
+    ptrdiff_t owners_ld;
     const uint8_t *valid;     /* (B, S) or NULL: all */
     const int64_t *lengths;   /* (B,) or NULL: all */
     const int64_t *index;     /* (B, H, T, width) or NULL; -1 = none */

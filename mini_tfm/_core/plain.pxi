@@ -104,11 +104,15 @@ cdef inline bint plain_integers(x) noexcept:
 
 cdef inline bint all_within(cnp.ndarray x, int64_t low, int64_t high) noexcept:
     """Whether plain integers are all from low to high - 1."""
-    cdef const int64_t *at = <const int64_t *>ptr(x)
+    return within(<const int64_t *>ptr(x), cnp.PyArray_SIZE(x), low, high)
+
+
+cdef inline bint within(const int64_t *at, ptrdiff_t n, int64_t low, int64_t high) noexcept:
+    """The same of n numbers in a row."""
     cdef uint64_t width = <uint64_t>high - <uint64_t>low
     cdef ptrdiff_t i
     cdef bint outside = False
-    for i in range(cnp.PyArray_SIZE(x)):
+    for i in range(n):
         outside |= <uint64_t>at[i] - <uint64_t>low >= width
     return not outside
 
@@ -125,11 +129,11 @@ cdef inline bint plain_mask(x, ptrdiff_t n, ptrdiff_t m) noexcept:
     )
 
 
-cdef inline bint plain_heads(x) noexcept:
-    """A plain, aligned array (B, H, N, D) of float32 or float64 whose rows of D may lie anywhere. Aligned: strides are whole."""
+cdef inline bint plain_heads_of(x, int dtype) noexcept:
+    """A plain, aligned array (B, H, N, D) of a dtype whose rows of D may lie anywhere. Aligned: strides are whole."""
     return (
         cnp.PyArray_CheckExact(x)
-        and (cnp.PyArray_TYPE(<cnp.ndarray>x) == cnp.NPY_FLOAT32 or cnp.PyArray_TYPE(<cnp.ndarray>x) == cnp.NPY_FLOAT64)
+        and cnp.PyArray_TYPE(<cnp.ndarray>x) == dtype
         and cnp.PyArray_ISBEHAVED_RO(<cnp.ndarray>x)
         and cnp.PyArray_NDIM(<cnp.ndarray>x) == 4
         and (
@@ -138,6 +142,17 @@ cdef inline bint plain_heads(x) noexcept:
             or cnp.PyArray_SIZE(x) == 0
         )
     )
+
+
+cdef inline bint plain_heads(x) noexcept:
+    """The same of float32 or float64."""
+    return plain_heads_of(x, cnp.NPY_FLOAT32) or plain_heads_of(x, cnp.NPY_FLOAT64)
+
+
+cdef inline bint plain_kept(x, cnp.ndarray like) noexcept:
+    """The same of the dtype of `like`, or, where that is float32, of uint16: bfloat16."""
+    cdef int dtype = cnp.PyArray_TYPE(like)
+    return plain_heads_of(x, dtype) or (dtype == cnp.NPY_FLOAT32 and plain_heads_of(x, cnp.NPY_UINT16))
 
 
 cdef inline bint plain_heads_like(y, cnp.ndarray x) noexcept:

@@ -4,15 +4,29 @@
 
 #include <string.h>
 
-void mt_keep(int is_double, const struct mt_rows *from, const struct mt_rows *to, ptrdiff_t at, ptrdiff_t batch, ptrdiff_t heads,
+/* To the nearest, ties to even; NaN stays one. As families/bfloat16.c. */
+static void round_to_bfloat16(const float *from, ptrdiff_t d, uint16_t *to) {
+    for (ptrdiff_t c = 0; c < d; c++) {
+        uint32_t bits;
+        memcpy(&bits, from + c, sizeof bits);
+        uint32_t rounded = bits + 0x7FFF + (bits >> 16 & 1);
+        to[c] = (uint16_t)((from[c] == from[c] ? rounded : bits | 0x400000) >> 16);
+    }
+}
+
+void mt_keep(enum mt_kept kept, const struct mt_rows *from, const struct mt_rows *to, ptrdiff_t at, ptrdiff_t batch, ptrdiff_t heads,
              ptrdiff_t n, ptrdiff_t d) {
-    const size_t element = is_double ? sizeof(double) : sizeof(float);
+    const ptrdiff_t old = kept == MT_KEPT_DOUBLE ? sizeof(double) : sizeof(float);
+    const ptrdiff_t new = kept == MT_KEPT_BFLOAT16 ? (ptrdiff_t)sizeof(uint16_t) : old;
     for (ptrdiff_t b = 0; b < batch; b++)
         for (ptrdiff_t h = 0; h < heads; h++)
             for (ptrdiff_t i = 0; i < n; i++) {
-                char *row = (char *)to->at + (b * to->stride[0] + h * to->stride[1] + (at + i) * to->stride[2]) * (ptrdiff_t)element;
-                const char *new = (const char *)from->at + (b * from->stride[0] + h * from->stride[1] + i * from->stride[2]) * (ptrdiff_t)element;
-                memmove(row, new, d * element);
+                char *row = (char *)to->at + (b * to->stride[0] + h * to->stride[1] + (at + i) * to->stride[2]) * new;
+                const char *given = (const char *)from->at + (b * from->stride[0] + h * from->stride[1] + i * from->stride[2]) * old;
+                if (kept == MT_KEPT_BFLOAT16)
+                    round_to_bfloat16((const float *)given, d, (uint16_t *)row);
+                else
+                    memmove(row, given, d * old);
             }
 }
 
@@ -48,7 +62,7 @@ static int run_call(const struct mt_call *call, uint64_t grows, struct mt_now no
         return mt_rotary(wide, &call->from, call->positions, 0, call->frequencies, call->half, 0, &call->to, now.batch, call->heads, call->n,
                          call->d);
     case MT_CALL_KEEP:
-        mt_keep(wide, &call->from, &call->to, now.keys - call->n, now.batch, call->heads, call->n, call->d);
+        mt_keep(call->kept, &call->from, &call->to, now.keys - call->n, now.batch, call->heads, call->n, call->d);
         return 0;
     default:
         return attend(call, grows, now);

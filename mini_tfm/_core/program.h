@@ -5,6 +5,9 @@
 
 #include "core.h"
 
+/* What keys and values are kept in: as they are, or float as bfloat16. */
+enum mt_kept { MT_KEPT_FLOAT, MT_KEPT_DOUBLE, MT_KEPT_BFLOAT16 };
+
 enum mt_call_kind { MT_CALL_LAYER_NORM, MT_CALL_RMS_NORM, MT_CALL_LINEAR, MT_CALL_ROTARY, MT_CALL_KEEP, MT_CALL_ATTENTION };
 
 /* One call. What has no place in a kind is zero. */
@@ -22,6 +25,7 @@ struct mt_call {
     const int64_t *positions; /* (n,), of rotary */
     const double *frequencies;
     ptrdiff_t half, heads;
+    enum mt_kept kept;
     struct mt_block *blocks; /* (sizes.n_blocks,) of attention */
     struct mt_attention_sizes sizes;
     void *lse;
@@ -37,7 +41,7 @@ struct mt_now {
 int mt_run_calls(const struct mt_call *calls, const uint64_t *grows, ptrdiff_t n, struct mt_now now);
 
 /* to (B, H, n, D) at row `at` becomes `from` (B, H, n, D). */
-void mt_keep(int is_double, const struct mt_rows *from, const struct mt_rows *to, ptrdiff_t at, ptrdiff_t batch, ptrdiff_t heads,
+void mt_keep(enum mt_kept kept, const struct mt_rows *from, const struct mt_rows *to, ptrdiff_t at, ptrdiff_t batch, ptrdiff_t heads,
              ptrdiff_t n, ptrdiff_t d);
 
 #endif

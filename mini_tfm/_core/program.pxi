@@ -15,7 +15,10 @@ cdef extern from "core.h" nogil:
 
     struct mt_block:
         mt_rows k, v
+        int bfloat16
         ptrdiff_t kv_heads, source
+        const int64_t *owners
+        ptrdiff_t owners_ld
         const uint8_t *valid
         const int64_t *lengths
         const int64_t *index
@@ -36,6 +39,11 @@ cdef extern from "core.h" nogil:
 
 
 cdef extern from "program.h" nogil:
+    enum mt_kept:
+        MT_KEPT_FLOAT
+        MT_KEPT_DOUBLE
+        MT_KEPT_BFLOAT16
+
     enum:
         MT_CALL_LAYER_NORM
         MT_CALL_RMS_NORM
@@ -61,6 +69,7 @@ cdef extern from "program.h" nogil:
         const int64_t *positions
         const double *frequencies
         ptrdiff_t half, heads
+        mt_kept kept
         mt_block *blocks
         mt_attention_sizes sizes
         void *lse
@@ -70,7 +79,7 @@ cdef extern from "program.h" nogil:
 
     int mt_run_calls(const mt_call *calls, const uint64_t *grows, ptrdiff_t n, mt_now now)
     void mt_keep(
-        int is_double, const mt_rows *from_, const mt_rows *to, ptrdiff_t at, ptrdiff_t batch, ptrdiff_t heads, ptrdiff_t n, ptrdiff_t d
+        mt_kept kept, const mt_rows *from_, const mt_rows *to, ptrdiff_t at, ptrdiff_t batch, ptrdiff_t heads, ptrdiff_t n, ptrdiff_t d
     )
 
 
@@ -290,7 +299,7 @@ cdef class Program:
         if x.kind != y.kind or x.is_double != y.is_double or x.n != y.n or x.d != y.d or x.heads != y.heads or x.half != y.half:
             return False
         if x.kind == MT_CALL_KEEP:
-            return same_place(a.of(x.from_.at), b.of(y.from_.at)) and x.to.at == y.to.at
+            return same_place(a.of(x.from_.at), b.of(y.from_.at)) and x.to.at == y.to.at and x.kept == y.kept
         if x.kind == MT_CALL_ATTENTION:
             return same_place(a.of(x.from_.at), b.of(y.from_.at)) and self.same_blocks(a, b, x, y, grows)
         return (
@@ -315,7 +324,7 @@ cdef class Program:
         for i in range(x.sizes.n_blocks):
             p, q = &x.blocks[i], &y.blocks[i]
             more = q.source - p.source
-            if p.index != NULL or q.index != NULL or p.lengths != q.lengths or p.valid != q.valid or (more and q.valid != NULL):
+            if p.index != NULL or q.index != NULL or p.lengths != q.lengths or p.valid != q.valid or p.owners != q.owners or (more and q.valid != NULL):
                 return False
             if p.causal != q.causal or p.window != q.window or p.prefix != q.prefix or p.kv_heads != q.kv_heads:
                 return False
@@ -352,15 +361,16 @@ cdef class Program:
 
 
 def keep_rows(store, at, rows):
-    """store (B, H, capacity, D), from row `at` on, becomes rows (B, H, n, D), in place."""
+    """store (B, H, capacity, D), from row `at` on, becomes rows (B, H, n, D), in place. A store of uint16 has them in bfloat16."""
     cdef int64_t first
     if not (
-        plain_heads(store) and plain_heads(rows) and cnp.PyArray_TYPE(store) == cnp.PyArray_TYPE(rows)
+        plain_heads(rows) and plain_kept(store, rows)
         and cnp.PyArray_ISWRITEABLE(<cnp.ndarray>store) and same_leading(store, rows, 2) and last_axis(store) == last_axis(rows)
         and plain_integer(at, 0, cnp.PyArray_DIM(store, 2) - cnp.PyArray_DIM(rows, 2), &first)
     ):
         store, first, rows = _checks.keep_rows(store, at, rows)
-    cdef bint wide = is_double(store)
+    cdef bint wide = is_double(rows)
+    cdef mt_kept kept = MT_KEPT_BFLOAT16 if cnp.PyArray_TYPE(store) == cnp.NPY_UINT16 else MT_KEPT_DOUBLE if wide else MT_KEPT_FLOAT
     cdef mt_rows to = rows_of(store)
     cdef mt_rows new = rows_of(rows)
     cdef ptrdiff_t batch = cnp.PyArray_DIM(rows, 0)
@@ -368,10 +378,10 @@ def keep_rows(store, at, rows):
     cdef ptrdiff_t n = cnp.PyArray_DIM(rows, 2)
     cdef ptrdiff_t d = cnp.PyArray_DIM(rows, 3)
     with nogil:
-        mt_keep(wide, &new, &to, first, batch, heads, n, d)
+        mt_keep(kept, &new, &to, first, batch, heads, n, d)
     cdef Calls into = recorder()
     if into is None:
         return
     cdef mt_call *call = into.new(MT_CALL_KEEP, wide, batch * n, d, None, [store, rows])
     if call != NULL:
-        call.from_, call.to, call.heads = new, to, heads
+        call.from_, call.to, call.heads, call.kept = new, to, heads, kept

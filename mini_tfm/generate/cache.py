@@ -19,15 +19,19 @@ class KVCache:
 
     Every stream's keys stand from the left on: rows of memories first, then its tokens. n_keys: the most that a stream has.
     lengths: (B,) how many each has, where they differ; None: all have n_keys. So a stream's bits are those it has alone.
+    Where all have as many, streams change places in a table, `owners`, and no key is moved: beams share what they have in common.
     A layer with a recurrence in place of self-attention has no keys, but a state (B, d).
     rows_per_source: streams that stand side by side and have the same source share what is kept of it.
+    bfloat16: keys and values are kept in it, in half the room of float32.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, bfloat16: bool = False) -> None:
         self.n_keys = self.n_front = 0
+        self.bfloat16 = bfloat16
         self.rows_per_source = 1
         self._front: np.ndarray | None = None  # (B, n_front) bool, the rows of memories that are there; None: all
         self.lengths: np.ndarray | None = None
+        self._owners: np.ndarray | None = None  # (rows, capacity): in which row a stream's key stands; None: each in its own
         self.positions = np.zeros(0, np.int64)
         self._position = np.zeros(1, np.int64)  # of one token: a step that is run again finds it there
         self._program: tuple[Any, Any] = (None, None)  # and the capacity it was noted for
@@ -72,33 +76,56 @@ class KVCache:
             self.positions = (self.lengths - self.n_front)[:, None] + np.arange(n_tokens)
             self.lengths = self.lengths + n_tokens
         self.n_keys += n_front + n_tokens
+        if 0 < self._capacity < self.n_keys:
+            self._grow(max(2 * self._capacity, self.n_keys))
+        if self._owners is not None:
+            self._owners[:, self.n_keys - n_front - n_tokens : self.n_keys] = np.arange(len(self._owners))[:, None]
 
     def drop(self, n: int) -> None:
         """Forgets the last n keys of every stream; there must be no recurrence."""
         self.n_keys -= n
         self.lengths = None if self.lengths is None else self.lengths - n
 
-    def append(self, layer: int, k: Array, v: Array) -> tuple[np.ndarray, np.ndarray]:
-        """Adds k, v (B, H, T, D) of what was announced to a layer; gives all its keys and values, (B, H, n_keys, D)."""
-        kept = self._with_room(layer, value_of(k), value_of(v))
-        for store, new in zip(kept, (value_of(k), value_of(v)), strict=True):
-            if self.lengths is None:
-                _core.keep_rows(store, self.n_keys - new.shape[2], new)
-            else:
-                rows = np.arange(len(new))[:, None]
-                store[rows, :, self.positions + self.n_front] = new.swapaxes(1, 2)
-        return kept[0][:, :, : self.n_keys], kept[1][:, :, : self.n_keys]
+    def append(self, layer: int, k: Array, v: Array) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Adds k, v (B, H, T, D) of what was announced to a layer.
 
-    def _with_room(self, layer: int, *news: np.ndarray) -> list[np.ndarray]:
-        kept = self._kept.get(layer)
-        if kept is None or self.n_keys > kept[0].shape[2]:
-            b, h, _, d = news[0].shape
-            capacity = max(2 * kept[0].shape[2] if kept else FIRST_CAPACITY, self.n_keys)
-            grown = [np.zeros((b, h, capacity, d), new.dtype) for new in news]
-            for wide, old in zip(grown, kept or (), strict=False):
-                wide[:, :, : old.shape[2]] = old
-            self._kept[layer] = kept = grown
+        Gives all its keys and values (rows, H, n_keys, D), and the owners (B, n_keys) of each stream's (see `Block`), or None.
+        """
+        news = value_of(k), value_of(v)
+        batch, h, _, d = news[0].shape
+        if layer not in self._kept:
+            capacity = max(FIRST_CAPACITY, self.n_keys)
+            self._kept[layer] = [np.zeros((batch, h, capacity, d), self._dtype(new)) for new in news]
+        for store, new in zip(self._kept[layer], news, strict=True):
+            if self.lengths is None:
+                _core.keep_rows(store[:batch], self.n_keys - new.shape[2], new)
+            else:
+                store[np.arange(batch)[:, None], :, self.positions + self.n_front] = self._narrowed(new).swapaxes(1, 2)
+        rows = batch if self._owners is None else len(self._owners)
+        owners = None if self._owners is None else self._owners[:batch, : self.n_keys]
+        keys, values = (store[:rows, :, : self.n_keys] for store in self._kept[layer])
+        return keys, values, owners
+
+    def _dtype(self, x: np.ndarray) -> Any:
+        return np.uint16 if self.bfloat16 else x.dtype
+
+    def _narrowed(self, x: np.ndarray) -> np.ndarray:
+        """x (B, H, T, D) as it is kept, head by head."""
+        kept = np.empty(x.shape, self._dtype(x))
+        _core.keep_rows(kept, 0, x)
         return kept
+
+    def _grow(self, capacity: int, n_rows: int | None = None) -> None:
+        """Makes room for `capacity` keys of each of `n_rows` streams (None: of those there are)."""
+        for kept in self._kept.values():
+            for i, old in enumerate(kept):
+                kept[i] = np.zeros((n_rows or len(old), old.shape[1], capacity, old.shape[3]), old.dtype)
+                kept[i][: len(old), :, : old.shape[2]] = old
+        if self._owners is not None:
+            rows, before = self._owners.shape
+            grown = np.repeat(np.arange(n_rows or rows)[:, None], capacity, axis=1)
+            grown[:rows, :before] = self._owners
+            self._owners = grown
 
     def bias_of_last(self, name: str, table_of: Callable[[int], np.ndarray]) -> np.ndarray:
         """(1, H, 1, n_keys), what a bias by distance adds to the scores of the last query: the end of a table (H, n) that is made once.
@@ -136,7 +163,7 @@ class KVCache:
     def cross(self, layer: int, project: Callable[[], tuple[Array, Array]], valid: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The projected encoder outputs of each source, computed once, and laid out head by head, as every step reads them; and `valid`."""
         if layer not in self._cross:
-            self._cross[layer] = [*(np.ascontiguousarray(x) for x in project()), valid.copy()]
+            self._cross[layer] = [*(self._narrowed(value_of(x)) for x in project()), valid.copy()]
         k, v, valid = self._cross[layer]
         return k, v, valid
 
@@ -152,20 +179,46 @@ class KVCache:
 
     def reorder(self, index: np.ndarray, rows_per_source: int = 1) -> None:
         """Row i becomes what row index[i] was. rows_per_source: so many rows, from the first on, now have one source together."""
-        if rows_per_source != self.rows_per_source or any(len(index) > len(kept[0]) for kept in self._kept.values()):
-            self.forget_step()  # which has the sources' rows in its calls; and more rows than there were are in other arrays
-        self._kept = {layer: [_moved(x, index, self.n_keys) for x in kept] for layer, kept in self._kept.items()}
-        self._states = {layer: state[index] for layer, state in self._states.items()}
         sources = index[::rows_per_source] // self.rows_per_source
+        if rows_per_source != self.rows_per_source or any(len(sources) > len(kept[0]) for kept in self._cross.values()):
+            self.forget_step()  # which has the sources' rows in its calls; and more rows than there were are in other arrays
+        if self.lengths is None:
+            self._change_owners(index)
+        else:
+            self._kept = {layer: [_moved(x, index, self.n_keys) for x in kept] for layer, kept in self._kept.items()}
+        self._states = {layer: state[index] for layer, state in self._states.items()}
         self._cross = {layer: [_moved(x, sources) for x in kept] for layer, kept in self._cross.items()}
         self.rows_per_source = rows_per_source
         self.lengths = None if self.lengths is None else self.lengths[index]
         self._front = None if self._front is None else self._front[index]
 
+    def _change_owners(self, index: np.ndarray) -> None:
+        if not self._kept:
+            return
+        n_rows = len(next(iter(self._kept.values()))[0])
+        if self._owners is None or len(index) > n_rows:
+            self.forget_step()  # it has the keys' place, and their owners'
+            self._owners = np.repeat(np.arange(n_rows)[:, None], self._capacity, axis=1) if self._owners is None else self._owners
+            if len(index) > n_rows:
+                self._grow(self._capacity, len(index))
+        self._owners[: len(index), : self.n_keys] = self._owners[index, : self.n_keys]
+
+    def _settle(self, n_streams: int) -> None:
+        """Every stream's keys stand in its own row from now on, and there are no other rows."""
+        self.reorder(np.arange(n_streams))
+        if self.lengths is None and self._owners is not None:
+            rows, places = self._owners[:n_streams, : self.n_keys], np.arange(self.n_keys)
+            for kept in self._kept.values():
+                for i, old in enumerate(kept):
+                    kept[i] = np.zeros((n_streams, *old.shape[1:]), old.dtype)
+                    kept[i][:, :, : self.n_keys] = old[rows, :, places].swapaxes(1, 2)
+            self._owners = None
+        self.forget_step()
+
     def join(self, other: KVCache, sizes: tuple[int, int]) -> None:
         """Takes in the rows of `other`, behind its own; `sizes` are the numbers of rows of the two."""
         for cache, size in zip((self, other), sizes, strict=True):
-            cache.reorder(np.arange(size))
+            cache._settle(size)
         lengths = [
             np.full(size, cache.n_keys) if cache.lengths is None else cache.lengths
             for cache, size in zip((self, other), sizes, strict=True)

@@ -119,6 +119,15 @@ class GenerationOptions(Options):
     )
     max_matching_ngram_size: int = option(2, "The most tokens by which a guess is looked up.", at_least=1, at_most=64, unit="TOKENS")
 
+    # The cache
+
+    cache_dtype: str | None = option(
+        None,
+        "Keep the keys and values of what was decoded, and of the source, in float32, or in bfloat16, in half the room; default: bfloat16"
+        " for a model that was loaded in bfloat16 or int8.",
+        choices=("float32", "bfloat16"),
+    )
+
     # Beams
 
     num_beams: int = option(1, "Number of beams.", at_least=1, at_most=1 << 10, unit="BEAMS")

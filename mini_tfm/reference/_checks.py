@@ -17,7 +17,7 @@ from mini_tfm.errors import InvalidType, InvalidValue, shown
 from mini_tfm.reference.types import Block, PackedWeight
 
 FLOAT32, FLOAT64, INT64, BOOL = np.dtype("float32"), np.dtype("float64"), np.dtype("int64"), np.dtype("bool")
-FLOAT16, INT8, UINT8 = np.dtype("float16"), np.dtype("int8"), np.dtype("uint8")
+FLOAT16, INT8, UINT8, UINT16 = np.dtype("float16"), np.dtype("int8"), np.dtype("uint8"), np.dtype("uint16")
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 
 
@@ -58,9 +58,13 @@ def double(name, x, *, shape):
     return _contiguous(x)
 
 
-def heads_real(name, x, *, like=None, shape=None):
-    """A real array (B, H, N, D) whose rows of D may lie anywhere; where they are not whole it is copied to contiguous."""
-    _array(name, x, (FLOAT32, FLOAT64) if like is None else (like.dtype,), shape, 4, 0)
+def heads_real(name, x, *, like=None, shape=None, or_bfloat16=False):
+    """A real array (B, H, N, D) whose rows of D may lie anywhere; where they are not whole it is copied to contiguous.
+
+    or_bfloat16: where `like` is of float32, one of uint16 may stand for it.
+    """
+    dtypes = (FLOAT32, FLOAT64) if like is None else (like.dtype,)
+    _array(name, x, (*dtypes, UINT16) if or_bfloat16 and dtypes == (FLOAT32,) else dtypes, shape, 4, 0)
     whole = x.shape[3] <= 1 or x.strides[3] == x.itemsize
     kept = type(x) is np.ndarray and x.flags.aligned and whole and not any(stride % x.itemsize for stride in x.strides)
     return x if kept else _contiguous(x)
@@ -396,10 +400,11 @@ def rotary(x, positions, frequencies, inverse):
 
 def keep_rows(store, at, rows):
     """The store is written where it lies."""
-    _array("store", store, (FLOAT32, FLOAT64), None, 4, 0)
+    rows = heads_real("rows", rows)
+    whole = heads_real("store", store, like=rows, or_bfloat16=True) is store
     batch, heads, capacity, d = store.shape
-    rows = heads_real("rows", rows, like=store, shape=(batch, heads, None, d))
-    if heads_real("store", store) is not store or not store.flags.writeable:
+    _array("rows", rows, (rows.dtype,), (batch, heads, None, d), None, 0)
+    if not whole or not store.flags.writeable:
         got = "one that is read-only" if not store.flags.writeable else f"one with strides {store.strides}"
         raise InvalidValue(f"store: expected an array that can be written, whose rows are whole, got {got}")
     return store, integer("at", at, low=0, high=capacity - rows.shape[2]), rows
@@ -442,18 +447,29 @@ def encode_rows(bank):
     return np.asarray(bank)
 
 
-def attention_block(block, at, q):
-    """One checked copy of `block` for queries of q's shape (B, H, T, D); `at` names it in messages."""
+def attention_block(block, at, q, forward=False):
+    """One checked copy of `block` for queries of q's shape (B, H, T, D); `at` names it in messages.
+
+    forward: of a call that gives the output alone, whose keys may be in bfloat16 and have owners.
+    """
     if not isinstance(block, Block):
         raise InvalidType(f"{at}: expected a Block, got {type(block).__name__}")
     batch, heads, length, d = q.shape
-    k = heads_real(f"{at}.k", block.k, like=q)
+    is_plain = not forward or block.index is not None
+    k = heads_real(f"{at}.k", block.k, like=q, or_bfloat16=not is_plain)
     kv_heads, source = k.shape[1], k.shape[2]
-    if k.shape[0] != batch or k.shape[3] != d or (kv_heads == 0) != (heads == 0) or (kv_heads and heads % kv_heads):
+    owners = block.owners
+    if owners is not None:
+        if is_plain:
+            raise InvalidValue(f"{at}.owners: expected None beside an index, for a gradient and for sums of weights, got an array")
+        owners = integers(f"{at}.owners", owners, shape=(batch, source), low=0, high=len(k))
+    if (owners is None and k.shape[0] != batch) or k.shape[3] != d or (kv_heads == 0) != (heads == 0) or (kv_heads and heads % kv_heads):
         raise InvalidValue(
             f"{at}.k: expected shape ({batch}, Hkv, S, {d}) with Hkv dividing {heads} to match q of shape {q.shape}, got {k.shape}"
         )
-    v = heads_real(f"{at}.v", block.v, like=q, shape=k.shape)
+    v = heads_real(f"{at}.v", block.v, like=q, shape=k.shape, or_bfloat16=k.dtype == UINT16)
+    if v.dtype != k.dtype:
+        raise InvalidType(f"{at}.v: expected dtype {k.dtype} to match k, got {v.dtype}")
     valid = None if block.valid is None else mask(f"{at}.valid", block.valid, shape=(batch, source))
     lengths = None
     if block.lengths is not None:
@@ -484,7 +500,7 @@ def attention_block(block, at, q):
             raise InvalidValue(f"{at}.dbias: expected a writeable array, got a read-only one")
         _broadcast(f"{at}.dbias", dbias, scores)
         needs_dbias = True
-    return Block(k, v, valid=valid, lengths=lengths, index=index, bias=bias, dbias=dbias, needs_dbias=needs_dbias,
+    return Block(k, v, valid=valid, owners=owners, lengths=lengths, index=index, bias=bias, dbias=dbias, needs_dbias=needs_dbias,
                  causal=causal, prefix=prefix, offset=offset, window=window)  # fmt: skip
 
 
@@ -502,18 +518,18 @@ def cap_of_scores(cap):
     return None if cap is None else number("cap", cap, low=CAPS[0], high=CAPS[1])
 
 
-def attention(q, blocks, scale, dropout, seed, cap):
+def attention(q, blocks, scale, dropout, seed, cap, forward=True):
     q = heads_real("q", q)
     if not isinstance(blocks, (list, tuple)):
         raise InvalidType(f"blocks: expected a list of Block, got {type(blocks).__name__}")
     scale = number("scale", scale)
     dropout, seed = number("dropout", dropout, low=0.0, high=1.0, open_high=True), integer("seed", seed, low=0, high=2**64 - 1)
     cap = cap_of_scores(cap)
-    return q, [attention_block(block, f"blocks[{i}]", q) for i, block in enumerate(blocks)], scale, dropout, seed, cap
+    return q, [attention_block(block, f"blocks[{i}]", q, forward) for i, block in enumerate(blocks)], scale, dropout, seed, cap
 
 
 def attention_backward(dout, out, lse, q, blocks, scale, needs, dropout, seed, cap):
-    q, checked, scale, dropout, seed, cap = attention(q, blocks, scale, dropout, seed, cap)
+    q, checked, scale, dropout, seed, cap = attention(q, blocks, scale, dropout, seed, cap, forward=False)
     dout = heads_real("dout", dout, like=q, shape=q.shape)
     out = heads_real("out", out, like=q, shape=q.shape)
     lse = double("lse", lse, shape=q.shape[:3])

@@ -12,6 +12,7 @@ import numpy as np
 
 from mini_tfm.reference import _checks
 from mini_tfm.reference.elementwise import _drawn, _mix64
+from mini_tfm.reference.linear import from_bfloat16
 from mini_tfm.reference.types import Block, BlockGrad, Mask, Real
 
 __all__ = ["attention", "attention_backward", "attention_mass"]
@@ -41,7 +42,9 @@ def _visible(block, b, h, length):
 
 def _rows(bank, block, b, h, heads):
     """The bank's rows in double: (S, D), or (T, K, D) where an index picks them (anything where it is -1)."""
-    rows = bank[b, h // (heads // bank.shape[1])].astype(np.float64)
+    kv = h // (heads // bank.shape[1])
+    rows = bank[b, kv] if block.owners is None else bank[block.owners[b], kv, np.arange(bank.shape[2])]
+    rows = (from_bfloat16(rows) if rows.dtype == np.uint16 else rows).astype(np.float64)
     if block.index is None:
         return rows
     index = block.index[b, h]

@@ -8,6 +8,16 @@ from mini_tfm.reference.types import Real
 __all__ = ["gemm"]
 
 
+def to_bfloat16(x):
+    """The nearest bfloat16, ties to even, in uint16."""
+    return (in_bfloat16(x).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def from_bfloat16(bits):
+    """bfloat16 in uint16, as float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
 def in_bfloat16(x):
     """To the nearest bfloat16, ties to even, as float32; NaN stays one."""
     bits = np.ascontiguousarray(x).view(np.uint32)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from mini_tfm.errors import InvalidValue
 from mini_tfm.reference import _checks
+from mini_tfm.reference.linear import to_bfloat16
 from mini_tfm.reference.types import Real
 
 __all__ = ["Program", "keep_rows"]
@@ -38,6 +39,6 @@ class Program:
 
 
 def keep_rows(store: Real, at: int, rows: Real) -> None:
-    """store (B, H, capacity, D), from row `at` on, becomes rows (B, H, n, D), in place."""
+    """store (B, H, capacity, D), from row `at` on, becomes rows (B, H, n, D), in place. A store of uint16 has them in bfloat16."""
     store, at, rows = _checks.keep_rows(store, at, rows)
-    store[:, :, at : at + rows.shape[2]] = rows
+    store[:, :, at : at + rows.shape[2]] = rows if store.dtype == rows.dtype else to_bfloat16(rows)

@@ -35,7 +35,8 @@ class Config(TypedDict):
 class Block:
     """Keys and values that queries (B, H, T, D) attend to, and who sees what.
 
-    k, v         (B, Hkv, S, D); Hkv divides H, head h reads kv head h // (H // Hkv).
+    k, v         (B, Hkv, S, D); Hkv divides H, head h reads kv head h // (H // Hkv). Of queries of float32 they may be bfloat16, in
+                 uint16, where neither a gradient nor `attention_mass` is asked for.
     valid        (B, S) bool, or None: all rows.
     lengths      (B,) int64, rows at and after it are hidden; or None.
     index        (B, H, T, K) int64, each query's own rows of this bank, -1 = none; or None: every row.
@@ -48,6 +49,8 @@ class Block:
     prefix       with causal, and no window: all queries see keys j < prefix, too (prefix LM, arXiv 1910.10683, figure 3).
     offset       None: S - T, the last query sees the last key.
     window       w >= 1 or None: only j > i + offset - w, and if not causal also only j < i + offset + w.
+    owners       (B, S) int64, or None: key j of stream b is that of row owners[b, j] of k and v, which then have any number of rows
+                 (beams that share what they have in common). Under the same terms, and not with an index.
     """
 
     k: Any
@@ -62,6 +65,7 @@ class Block:
     prefix: int = 0
     offset: int | None = None
     window: int | None = None
+    owners: Any = None
 
 
 class BlockGrad(NamedTuple):

@@ -14,16 +14,17 @@ struct piece_room {
     lane *shown_j;     /* (KEYS,) */
     struct few_room *few;
     real *few_q_d, *few_o_d; /* (d_room,) */
+    real *gathered;    /* (KEYS, D) keys, then values, that are not packed from where they lie, if there are any */
 };
 
 /* In reals, a multiple of a cache line. room NULL: only counted. */
-static size_t piece_room_at(real *work, ptrdiff_t queries, ptrdiff_t d, struct piece_room *room) {
+static size_t piece_room_at(real *work, ptrdiff_t queries, ptrdiff_t d, int gathering, struct piece_room *room) {
     ptrdiff_t d_room = round_up(d, VL), d_panels = round_up(d, NR), rows = round_up(queries, ROWS);
-    ptrdiff_t sizes[] = {KEYS * d, KEYS * d_panels, rows * d + VL, ROWS * SCORES_LD, rows * d_room + VL, rows, rows, KEYS, FEW_ROOM, d_room, d_room};
+    ptrdiff_t sizes[] = {KEYS * d, KEYS * d_panels, rows * d + VL, ROWS * SCORES_LD, rows * d_room + VL, rows, rows, KEYS, FEW_ROOM, d_room, d_room, gathering ? KEYS * d : 0};
     real *at[sizeof sizes / sizeof sizes[0]];
     size_t total = share_out(work, sizes, sizeof sizes / sizeof sizes[0], at);
     if (room)
-        *room = (struct piece_room){at[0], at[1], at[2], at[3], at[4], at[5], at[6], (lane *)at[7], (struct few_room *)at[8], at[9], at[10]};
+        *room = (struct piece_room){at[0], at[1], at[2], at[3], at[4], at[5], at[6], (lane *)at[7], (struct few_room *)at[8], at[9], at[10], at[11]};
     return total;
 }
 
@@ -107,6 +108,8 @@ static void rows_with_tile(const struct head *head, const struct tile *tile, con
                                                                   grow_i, room->o_id + from * d_room + c, d_room);
 }
 
+static int gathers(const struct mt_block *block) { return block->bfloat16 || block->owners; }
+
 /* Queries [i0, i1) of head h in batch row b. */
 static void attention_piece(const struct mt_rows *q, const struct mt_block *blocks, const struct mt_attention_sizes *sizes,
                             const struct mt_rows *out, double *lse_bht, ptrdiff_t b, ptrdiff_t h, ptrdiff_t i0, ptrdiff_t i1, struct piece_room *room,
@@ -142,8 +145,15 @@ static void attention_piece(const struct mt_rows *q, const struct mt_block *bloc
         for (ptrdiff_t at = first_seen(&head, i0) / KEYS * KEYS; at < end && !mt_stopped(stop); at += KEYS) {
             ptrdiff_t n = min_size(KEYS, end - at);
             struct tile tile = {.at = at, .n = n, .k_t = room->k_t, .v = room->v, .shown_j = fill_shown(&head, at, n, room->shown_j)};
-            pack_keys(head.k_sd + at * head.k_ld, head.k_ld, n, d, room->k_t);
-            tile.v_is_finite = pack_values(head.v_sd + at * head.v_ld, head.v_ld, n, d, room->v, KEYS);
+            if (gathers(head.block)) {
+                gather_rows(&head, &head.block->k, at, n, d, room->gathered);
+                pack_keys(room->gathered, d, n, d, room->k_t);
+                gather_rows(&head, &head.block->v, at, n, d, room->gathered);
+                tile.v_is_finite = pack_values(room->gathered, d, n, d, room->v, KEYS);
+            } else {
+                pack_keys(head.k_sd + at * head.k_ld, head.k_ld, n, d, room->k_t);
+                tile.v_is_finite = pack_values(head.v_sd + at * head.v_ld, head.v_ld, n, d, room->v, KEYS);
+            }
             for (ptrdiff_t from = 0; from < rows; from += ROWS)
                 rows_with_tile(&head, &tile, sizes, at_block, i0, from, min_size(ROWS, rows - from), row0, room);
         }
@@ -164,8 +174,9 @@ static int attention_many(const struct mt_rows *q, const struct mt_block *blocks
     ptrdiff_t queries = round_up(min_size(max_size(div_up(length, wanted), QUERIES_LEAST), most), ROWS);
     ptrdiff_t runs = div_up(length, queries), pieces = rows * runs;
     queries = min_size(queries, round_up(length, MR));
-    int team = mt_team(pieces, work);
-    size_t room = piece_room_at(NULL, queries, sizes->d, NULL);
+    int team = mt_team(pieces, work), gathering = 0;
+    for (ptrdiff_t at = 0; at < sizes->n_blocks; at++) gathering |= gathers(&blocks[at]);
+    size_t room = piece_room_at(NULL, queries, sizes->d, gathering, NULL);
     real *workspace = new_reals(room * team);
     if (!workspace) return -1;
     int stop = 0;
@@ -173,7 +184,7 @@ static int attention_many(const struct mt_rows *q, const struct mt_block *blocks
     for (ptrdiff_t piece = 0; piece < pieces; piece++) {
         if (mt_stopped(&stop)) continue;
         struct piece_room mine;
-        piece_room_at(workspace + room * mt_thread_id(), queries, sizes->d, &mine);
+        piece_room_at(workspace + room * mt_thread_id(), queries, sizes->d, gathering, &mine);
         ptrdiff_t row = piece / runs, i0 = (runs - 1 - piece % runs) * queries; /* causal: the longest first */
         attention_piece(q, blocks, sizes, out, lse, row / sizes->heads, row % sizes->heads, i0, min_size(length, i0 + queries), &mine, &stop);
     }

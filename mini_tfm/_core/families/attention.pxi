@@ -25,13 +25,16 @@ CAP_LEAST, CAP_MOST = _checks.CAPS
 
 
 cdef bint take_rows(mt_block *c, block, cnp.ndarray q, list kept) except -1:
-    k, v, valid, lengths = block.k, block.v, block.valid, block.lengths
-    if not (plain_heads(k) and cnp.PyArray_TYPE(k) == cnp.PyArray_TYPE(q) and plain_heads_like(v, k)):
+    k, v, valid, lengths, owners = block.k, block.v, block.valid, block.lengths, block.owners
+    if not (plain_kept(k, q) and plain_heads_of(v, cnp.PyArray_TYPE(k)) and cnp.PyArray_SAMESHAPE(v, k)):
         return False
     cdef ptrdiff_t batch = cnp.PyArray_DIM(q, 0)
     cdef ptrdiff_t heads = cnp.PyArray_DIM(q, 1)
     c.kv_heads, c.source = cnp.PyArray_DIM(k, 1), cnp.PyArray_DIM(k, 2)
-    if cnp.PyArray_DIM(k, 0) != batch or cnp.PyArray_DIM(k, 3) != cnp.PyArray_DIM(q, 3) or (c.kv_heads == 0) != (heads == 0):
+    c.bfloat16 = cnp.PyArray_TYPE(k) == cnp.NPY_UINT16
+    if owners is not None and not take_owners(c, owners, batch, cnp.PyArray_DIM(k, 0), kept):
+        return False
+    if (owners is None and cnp.PyArray_DIM(k, 0) != batch) or cnp.PyArray_DIM(k, 3) != cnp.PyArray_DIM(q, 3) or (c.kv_heads == 0) != (heads == 0):
         return False
     if c.kv_heads and heads % c.kv_heads:
         return False
@@ -53,6 +56,23 @@ cdef bint take_rows(mt_block *c, block, cnp.ndarray q, list kept) except -1:
     return True
 
 
+cdef bint take_owners(mt_block *c, owners, ptrdiff_t batch, ptrdiff_t rows, list kept) except -1:
+    cdef ptrdiff_t i
+    if not (
+        cnp.PyArray_CheckExact(owners) and cnp.PyArray_TYPE(<cnp.ndarray>owners) == cnp.NPY_INT64
+        and cnp.PyArray_ISBEHAVED_RO(<cnp.ndarray>owners) and cnp.PyArray_NDIM(<cnp.ndarray>owners) == 2
+        and cnp.PyArray_DIM(<cnp.ndarray>owners, 0) == batch and cnp.PyArray_DIM(<cnp.ndarray>owners, 1) == c.source
+        and (c.source <= 1 or cnp.PyArray_STRIDE(<cnp.ndarray>owners, 1) == sizeof(int64_t))
+    ):
+        return False
+    c.owners, c.owners_ld = <const int64_t *>ptr(owners), cnp.PyArray_STRIDE(<cnp.ndarray>owners, 0) // <ptrdiff_t>sizeof(int64_t)
+    for i in range(batch):
+        if not within(c.owners + i * c.owners_ld, c.source, 0, rows):
+            return False
+    kept.append(owners)
+    return True
+
+
 cdef bint take_order(mt_block *c, block, ptrdiff_t length) except -1:
     causal, window, offset = block.causal, block.window, block.offset
     if not (plain_bool(causal) and plain_integer(block.prefix, 0, c.source, &c.prefix)):
@@ -69,7 +89,7 @@ cdef bint take_index(mt_block *c, index, cnp.ndarray q, list kept) except -1:
     c.width = c.source
     if index is None:
         return True
-    if c.causal or c.window or not (plain_integers(index) and cnp.PyArray_NDIM(index) == 4 and same_leading(index, q, 3)):
+    if c.causal or c.window or c.bfloat16 or c.owners != NULL or not (plain_integers(index) and cnp.PyArray_NDIM(index) == 4 and same_leading(index, q, 3)):
         return False
     if not all_within(index, -1, c.source):
         return False
@@ -134,8 +154,8 @@ cdef class AttentionCall:
     def __dealloc__(self):
         free(self.blocks)
 
-    cdef bint take(self, q, blocks, scale, dropout, seed, cap) except -1:
-        """Whether all is plain; if so it is filled in."""
+    cdef bint take(self, q, blocks, scale, dropout, seed, cap, bint forward=False) except -1:
+        """Whether all is plain; if so it is filled in. forward: of a call that gives the output alone."""
         cdef ptrdiff_t i, n
         if not (plain_heads(q) and (type(blocks) is list or type(blocks) is tuple)):
             return False
@@ -156,6 +176,8 @@ cdef class AttentionCall:
         for i in range(n):
             if not self.take_block(&self.blocks[i], blocks[i], q):
                 return False
+            if not forward and (self.blocks[i].bfloat16 or self.blocks[i].owners != NULL):
+                return False
         return True
 
     cdef bint take_block(self, mt_block *c, block, cnp.ndarray q) except -1:
@@ -172,9 +194,9 @@ def attention(q, blocks, scale, *, dropout=0.0, seed=0, cap=None):
     """out (B, H, T, D), lse (B, H, T) of queries q (B, H, T, D) over all blocks in one softmax; a share of the weights dropped."""
     cdef int failed
     cdef AttentionCall given = AttentionCall()
-    if not given.take(q, blocks, scale, dropout, seed, cap):
+    if not given.take(q, blocks, scale, dropout, seed, cap, True):
         q, blocks, scale, dropout, seed, cap = _checks.attention(q, blocks, scale, dropout, seed, cap)
-        checked_if(given.take(q, blocks, scale, dropout, seed, cap))
+        checked_if(given.take(q, blocks, scale, dropout, seed, cap, True))
     out, lse = rows_like(q), new_leading(q, cnp.NPY_FLOAT64)
     cdef bint wide = is_double(q)
     cdef mt_rows po = rows_of(out)

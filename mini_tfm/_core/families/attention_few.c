@@ -6,67 +6,93 @@ enum { FEW = 4, FEW_MOST = 24 }; /* queries at once; more than FEW_MOST go the o
 enum { VALUES_AHEAD = 16 }; /* Rows fetched ahead, and a block of keys: 1.05 to 1.2 times as fast from L3 and memory, for the
  * processor foresees neither keys that are taken VL rows at a time nor what lies beyond a page. */
 
-/* s_ij (nq, KEYS) = q k^T for keys at k_j (n,), pointers to rows of D, readable to a multiple of groups * VL. q_id (nq, D). nq and
- * groups are constants wherever this is inlined, at least 4 chains together: one waits for its own last step. */
-INLINE void few_scores(const int nq, const int groups, const real *const *k_j, ptrdiff_t n, ptrdiff_t d, const real *q_id, real *s_ij) {
-    for (ptrdiff_t j = 0; j < n; j += groups * VL) {
-        const int more = j + groups * VL < n;
-        vec sum[FEW][4];
-        for (int i = 0; i < nq; i++)
-            for (int g = 0; g < groups; g++) sum[i][g] = all(0);
-        ptrdiff_t p = 0;
-        for (; p + VL <= d; p += VL)
-            for (int g = 0; g < groups; g++) {
-                vec x[VL];
-                for (ptrdiff_t l = 0; l < VL && more && p % LINE == 0; l++) __builtin_prefetch(k_j[j + (groups + g) * VL + l] + p);
-                for (ptrdiff_t l = 0; l < VL; l++) x[l] = load(k_j[j + g * VL + l] + p);
-                transpose_vectors(x);
-                for (ptrdiff_t l = 0; l < VL; l++)
-                    for (int i = 0; i < nq; i++) sum[i][g] += q_id[i * d + p + l] * x[l];
-            }
-        for (; p < d; p++)
-            for (int g = 0; g < groups; g++) {
-                real x[VL];
-                for (ptrdiff_t l = 0; l < VL; l++) x[l] = k_j[j + g * VL + l][p];
-                for (int i = 0; i < nq; i++) sum[i][g] += q_id[i * d + p] * load(x);
-            }
-        for (int i = 0; i < nq; i++)
-            for (int g = 0; g < groups; g++) store(s_ij + i * KEYS + j + g * VL, sum[i][g]);
-    }
+/* A row of keys or values: of reals, or of bfloat16. */
+typedef const void *kept_row;
+
+/* VL numbers of a row. */
+INLINE vec load_row(const int half, kept_row x, ptrdiff_t p) { return half ? load_bfloat16((const uint16_t *)x + p) : load((const real *)x + p); }
+
+INLINE real number_of(const int half, kept_row x, ptrdiff_t p) { return half ? from_bfloat16(((const uint16_t *)x)[p]) : ((const real *)x)[p]; }
+
+/* s_j (groups * VL) of each of nq queries = q k^T for keys at k_j, rows of D; q_id (nq, D). next: how many rows behind them to fetch.
+ * A square of keys is transposed in registers; a lane of bfloat16 has two numbers, so that half as many are. nq, groups and half
+ * are constants wherever this is inlined. */
+INLINE void few_scores_of(const int nq, const int groups, const int half, const kept_row *k_j, ptrdiff_t next, ptrdiff_t d, const real *q_id, real *s_ij) {
+    const ptrdiff_t step = half ? 2 * VL : VL, line = half ? 2 * LINE : LINE;
+    vec sum[FEW][4];
+    for (int i = 0; i < nq; i++)
+        for (int g = 0; g < groups; g++) sum[i][g] = all(0);
+    ptrdiff_t p = 0;
+    for (; p + step <= d; p += step)
+        for (int g = 0; g < groups; g++) {
+            vec x[VL];
+            const size_t at = p * (half ? sizeof(uint16_t) : sizeof(real));
+            for (ptrdiff_t l = 0; l < VL && g * VL + l < next && p % line == 0; l++) __builtin_prefetch((const char *)k_j[(groups + g) * VL + l] + at);
+            for (ptrdiff_t l = 0; l < VL; l++) x[l] = load((const real *)((const char *)k_j[g * VL + l] + at));
+            transpose_vectors(x);
+            for (ptrdiff_t l = 0; l < VL; l++)
+                for (int i = 0; i < nq; i++) {
+                    const real *q = q_id + i * d + p;
+                    if (half) {
+                        sum[i][g] += q[2 * l] * (vec)((uvec)x[l] << 16);
+                        sum[i][g] += q[2 * l + 1] * (vec)((uvec)x[l] & (ulane)0xFFFF0000);
+                    } else
+                        sum[i][g] += q[l] * x[l];
+                }
+        }
+    for (; p < d; p++)
+        for (int g = 0; g < groups; g++) {
+            real x[VL];
+            for (ptrdiff_t l = 0; l < VL; l++) x[l] = number_of(half, k_j[g * VL + l], p);
+            for (int i = 0; i < nq; i++) sum[i][g] += q_id[i * d + p] * load(x);
+        }
+    for (int i = 0; i < nq; i++)
+        for (int g = 0; g < groups; g++) store(s_ij + i * KEYS + g * VL, sum[i][g]);
+}
+
+/* The same for n keys, readable to a multiple of VL: `groups` squares at once, at least 4 chains together, for one waits for its own
+ * last step; then what is left. */
+INLINE void few_scores(const int nq, const int groups, const int half, const kept_row *k_j, ptrdiff_t n, ptrdiff_t d, const real *q_id, real *s_ij) {
+    ptrdiff_t j = 0, room = round_up(n, VL);
+    for (; j + groups * VL <= room; j += groups * VL)
+        few_scores_of(nq, groups, half, k_j + j, min_size(groups * VL, room - j - groups * VL), d, q_id, s_ij + j);
+    for (; j < room; j += VL) few_scores_of(nq, 1, half, k_j + j, 0, d, q_id, s_ij + j);
 }
 
 /* o_id (nq, ld) columns [c, c + vectors * VL) = p v for values at v_j (n,). A weight of zero takes no part: 0 * NaN of something
  * hidden is not to get in. */
-INLINE void few_values_columns(const int nq, const int vectors, const real *const *v_j, ptrdiff_t n, const real *p_ij, ptrdiff_t c, real *o_id,
-                               ptrdiff_t ld) {
+INLINE void few_values_columns(const int nq, const int vectors, const int half, const kept_row *v_j, ptrdiff_t n, const real *p_ij, ptrdiff_t c,
+                               real *o_id, ptrdiff_t ld) {
+    const size_t size = half ? sizeof(uint16_t) : sizeof(real);
     vec sum[FEW][8];
     for (int i = 0; i < nq; i++)
         for (int l = 0; l < vectors; l++) sum[i][l] = all(0);
     for (ptrdiff_t j = 0; j < n; j++) {
-        for (int l = 0; l < vectors * VL && j + VALUES_AHEAD < n; l += LINE) __builtin_prefetch(v_j[j + VALUES_AHEAD] + c + l);
+        for (size_t l = 0; l < vectors * VL * size && j + VALUES_AHEAD < n; l += 64)
+            __builtin_prefetch((const char *)v_j[j + VALUES_AHEAD] + c * size + l);
         for (int i = 0; i < nq; i++) {
             real p = p_ij[i * KEYS + j];
             if (p == 0) continue;
-            for (int l = 0; l < vectors; l++) sum[i][l] += p * load(v_j[j] + c + l * VL);
+            for (int l = 0; l < vectors; l++) sum[i][l] += p * load_row(half, v_j[j], c + l * VL);
         }
     }
     for (int i = 0; i < nq; i++)
         for (int l = 0; l < vectors; l++) store(o_id + i * ld + c + l * VL, sum[i][l]);
 }
 
-INLINE void few_values(const int nq, const real *const *v_j, ptrdiff_t n, ptrdiff_t d, const real *p_ij, real *o_id, ptrdiff_t ld) {
+INLINE void few_values(const int nq, const int half, const kept_row *v_j, ptrdiff_t n, ptrdiff_t d, const real *p_ij, real *o_id, ptrdiff_t ld) {
     const int most = N_REGISTERS / 2 / nq; /* vectors of each query that are summed at once */
     ptrdiff_t c = 0;
-    for (; most >= 8 && c + 8 * VL <= d; c += 8 * VL) few_values_columns(nq, 8, v_j, n, p_ij, c, o_id, ld);
-    for (; most >= 4 && c + 4 * VL <= d; c += 4 * VL) few_values_columns(nq, 4, v_j, n, p_ij, c, o_id, ld);
-    for (; c + 2 * VL <= d; c += 2 * VL) few_values_columns(nq, 2, v_j, n, p_ij, c, o_id, ld);
-    for (; c + VL <= d; c += VL) few_values_columns(nq, 1, v_j, n, p_ij, c, o_id, ld);
+    for (; most >= 8 && c + 8 * VL <= d; c += 8 * VL) few_values_columns(nq, 8, half, v_j, n, p_ij, c, o_id, ld);
+    for (; most >= 4 && c + 4 * VL <= d; c += 4 * VL) few_values_columns(nq, 4, half, v_j, n, p_ij, c, o_id, ld);
+    for (; c + 2 * VL <= d; c += 2 * VL) few_values_columns(nq, 2, half, v_j, n, p_ij, c, o_id, ld);
+    for (; c + VL <= d; c += VL) few_values_columns(nq, 1, half, v_j, n, p_ij, c, o_id, ld);
     for (; c < d; c++)
         for (int i = 0; i < nq; i++) {
             real sum = 0;
             for (ptrdiff_t j = 0; j < n; j++) {
                 real p = p_ij[i * KEYS + j];
-                if (p != 0) sum += p * v_j[j][c];
+                if (p != 0) sum += p * number_of(half, v_j[j], c);
             }
             o_id[i * ld + c] = sum;
         }
@@ -96,7 +122,7 @@ INLINE void merge_part(struct part *so_far, real top, real total, const real *o_
 
 /* Workspace for few queries at one tile. */
 struct few_room {
-    const real *k_j[KEYS], *v_j[KEYS];
+    kept_row k_j[KEYS], v_j[KEYS];
     lane shown_j[KEYS];
     real s_ij[FEW * KEYS];
 };
@@ -106,10 +132,11 @@ struct few_room {
 static struct tile few_tile(const struct head *head, ptrdiff_t i, ptrdiff_t at, ptrdiff_t n, struct few_room *room) {
     struct tile tile = {.at = at, .n = n};
     if (!head->index_tk) {
-        for (ptrdiff_t j = 0; j < round_up(n, 4 * VL); j++) {
-            ptrdiff_t row = at + min_size(j, n - 1);
-            room->k_j[j] = head->k_sd + row * head->k_ld;
-            room->v_j[j] = head->v_sd + row * head->v_ld;
+        const struct mt_block *block = head->block;
+        const size_t size = block->bfloat16 ? sizeof(uint16_t) : sizeof(real);
+        for (ptrdiff_t j = 0; j < round_up(n, VL); j++) {
+            room->k_j[j] = row_of(head, &block->k, at + min_size(j, n - 1), size);
+            room->v_j[j] = row_of(head, &block->v, at + min_size(j, n - 1), size);
         }
         tile.shown_j = fill_shown(head, at, n, room->shown_j);
         return tile;
@@ -136,12 +163,16 @@ static struct tile few_tile(const struct head *head, ptrdiff_t i, ptrdiff_t at, 
 static void few_parts(const struct mt_attention_sizes *sizes, const struct asking *asking, int nq, ptrdiff_t at_block, const struct tile *tile,
                       const real *q_id, struct few_room *room, struct part *parts, ptrdiff_t ld) {
     ptrdiff_t d = sizes->d, n = tile->n;
+#define SCORES(nq_, groups_)                                                                \
+    (half ? few_scores(nq_, groups_, 1, room->k_j, n, d, q_id, room->s_ij) : few_scores(nq_, groups_, 0, room->k_j, n, d, q_id, room->s_ij))
+    const int half = !REAL_IS_DOUBLE && asking[0].head.block->bfloat16;
     switch (nq) {
-    case 1: few_scores(1, 4, room->k_j, n, d, q_id, room->s_ij); break;
-    case 2: few_scores(2, 2, room->k_j, n, d, q_id, room->s_ij); break;
-    case 3: few_scores(3, 1, room->k_j, n, d, q_id, room->s_ij); break;
-    default: few_scores(4, 1, room->k_j, n, d, q_id, room->s_ij);
+    case 1: SCORES(1, 4); break;
+    case 2: SCORES(2, 2); break;
+    case 3: SCORES(3, 1); break;
+    default: SCORES(4, 1);
     }
+#undef SCORES
     for (int i = 0; i < nq; i++) {
         real *s_j = room->s_ij + i * KEYS;
         parts[i].top = finish_scores(&asking[i].head, tile, asking[i].i, 0, n, s_j);
@@ -149,12 +180,15 @@ static void few_parts(const struct mt_attention_sizes *sizes, const struct askin
         parts[i].top = ceil(parts[i].top);
         if (sizes->dropout > 0) row_drop(draw_of_row(sizes, at_block, asking[i].row), tile->at, 0, n, s_j);
     }
+#define VALUES(nq_)                                                                         \
+    (half ? few_values(nq_, 1, room->v_j, n, d, room->s_ij, parts[0].o_d, ld) : few_values(nq_, 0, room->v_j, n, d, room->s_ij, parts[0].o_d, ld))
     switch (nq) {
-    case 1: few_values(1, room->v_j, n, d, room->s_ij, parts[0].o_d, ld); break;
-    case 2: few_values(2, room->v_j, n, d, room->s_ij, parts[0].o_d, ld); break;
-    case 3: few_values(3, room->v_j, n, d, room->s_ij, parts[0].o_d, ld); break;
-    default: few_values(4, room->v_j, n, d, room->s_ij, parts[0].o_d, ld);
+    case 1: VALUES(1); break;
+    case 2: VALUES(2); break;
+    case 3: VALUES(3); break;
+    default: VALUES(4);
     }
+#undef VALUES
 }
 
 enum { FEW_ROOM = (sizeof(struct few_room) + sizeof(real) - 1) / sizeof(real) };

@@ -23,7 +23,8 @@ _Static_assert(ROWS % MR == 0 && ROWS % VL == 0 && KEYS % (4 * VL) == 0, "ROWS a
 /* One head of one batch row reading one block. */
 struct head {
     const struct mt_block *block;
-    const real *k_sd, *v_sd; /* (S, D), rows k_ld and v_ld apart */
+    const real *k_sd, *v_sd; /* (S, D), rows k_ld and v_ld apart, unless they are to be gathered */
+    const int64_t *owners_s; /* (S,) or NULL */
     const uint8_t *valid_s;  /* (S,) or NULL */
     const int64_t *index_tk; /* (T, K) or NULL */
     const real *bias;        /* of query 0 and key 0, or NULL; strides in block->bias_stride */
@@ -40,6 +41,7 @@ static struct head head_of(const struct mt_block *block, const struct mt_attenti
         .v_sd = head_rows(&block->v, b, kv),
         .k_ld = block->k.stride[2],
         .v_ld = block->v.stride[2],
+        .owners_s = block->owners ? block->owners + b * block->owners_ld : NULL,
         .valid_s = block->valid ? block->valid + b * block->source : NULL,
         .index_tk = block->index ? block->index + (b * sizes->heads + h) * sizes->length * block->width : NULL,
         .bias = block->bias ? (const real *)block->bias + b * block->bias_stride[0] + h * block->bias_stride[1] : NULL,
@@ -59,6 +61,21 @@ INLINE ptrdiff_t last_seen(const struct head *head, ptrdiff_t i) {
     const struct mt_block *block = head->block;
     if (block->causal) return min_size(head->end, max_size(block->prefix, i + block->offset + 1));
     return block->window ? min_size(head->end, i + block->offset + block->window) : head->end;
+}
+
+/* Row j of a head's keys or values, of `size` bytes an element. */
+INLINE const void *row_of(const struct head *head, const struct mt_rows *x, ptrdiff_t j, size_t size) {
+    ptrdiff_t b = head->owners_s ? head->owners_s[j] : head->b;
+    return (const char *)x->at + (b * x->stride[0] + head->kv * x->stride[1] + j * x->stride[2]) * (ptrdiff_t)size;
+}
+
+/* to (n, D) = rows [at, at + n) of a head's keys or values as reals, from wherever they lie. */
+static void gather_rows(const struct head *head, const struct mt_rows *x, ptrdiff_t at, ptrdiff_t n, ptrdiff_t d, real *to) {
+    for (ptrdiff_t j = at; j < at + n; j++, to += d)
+        if (head->block->bfloat16)
+            widen_bfloat16(row_of(head, x, j, sizeof(uint16_t)), d, to);
+        else
+            memcpy(to, row_of(head, x, j, sizeof(real)), d * sizeof(real));
 }
 
 /* Scores that exist, at most; for judging the work. */

@@ -20,6 +20,26 @@ INLINE real from_bfloat16(uint32_t bits) {
     return u.x;
 }
 
+typedef uint16_t half_vec __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
+
+/* VL of them as reals. */
+INLINE vec load_bfloat16(const uint16_t *from) {
+#if ISA_AVX512 && !MINI_TFM_EMULATE
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16);
+#elif ISA_AVX2
+    return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from)), 16);
+#else
+    return (vec)(__builtin_convertvector(*(const half_vec *)from, uvec) << 16);
+#endif
+}
+
+/* to (d,) = from (d,) bfloat16. */
+INLINE void widen_bfloat16(const uint16_t *from, ptrdiff_t d, real *to) {
+    ptrdiff_t p = 0;
+    for (; p + VL <= d; p += VL) store(to + p, load_bfloat16(from + p));
+    for (; p < d; p++) to[p] = from_bfloat16(from[p]);
+}
+
 /* to (d up to a whole vector) = from (d,) in bfloat16, as reals. */
 INLINE void round_row(const real *from, ptrdiff_t d, real *to) {
     for (ptrdiff_t p = 0; p < d; p += VL) {
@@ -76,6 +96,9 @@ INLINE vec add_pairs(vec sum, ivec x, ivec b) {
 
 #else
 /* Kernels in double have no such products; what is never called is there to be compiled. */
+INLINE real from_bfloat16(uint32_t bits) { return bits; }
+INLINE vec load_bfloat16(const uint16_t *from) { return (void)from, all(0); }
+INLINE void widen_bfloat16(const uint16_t *from, ptrdiff_t d, real *to) { (void)from, (void)d, (void)to; }
 INLINE vec to_pairs(vec first, vec second) { return first + second; }
 INLINE void pair_row(const real *from, ptrdiff_t k, ptrdiff_t steps, real *to) { (void)from, (void)k, (void)steps, (void)to; }
 INLINE vec add_pairs(vec sum, ivec x, ivec b) { return (void)x, (void)b, sum; }

@@ -1,0 +1,109 @@
+"""How a cache keeps keys and values: in bfloat16, and without moving those of streams that change places."""
+
+import numpy as np
+import pytest
+from helpers import assert_same_bits
+from variants import tiny_model
+
+from mini_tfm.errors import InvalidValue
+from mini_tfm.generate import Session
+from mini_tfm.generate.cache import FIRST_CAPACITY
+from mini_tfm.stream import Stream
+
+RNG = np.random.default_rng(5)
+SOURCE, TOKENS = RNG.integers(3, 13, (3, 7)), RNG.integers(3, 13, (12, 3 * FIRST_CAPACITY))
+VARIANTS = ["t5", "marian", "rotary", "decoder only, llama"]
+
+
+def session_of(variant, rows=2, dtype="float32", **options):
+    model = tiny_model(variant, seed=3, dtype=np.dtype(dtype))
+    stream = Stream(model, None, rows)
+    stream.open(SOURCE[:rows] if model.config.has_encoder else None, np.full(rows, 7))
+    return Session(stream, **options)
+
+
+def fed(session, start, stop):
+    rows = session.numbers % len(TOKENS)
+    return [session.step(TOKENS[rows, i : i + 1]) for i in range(start, stop)]
+
+
+def kept(session):
+    return [x for kept in (session.cache._kept, session.cache._cross) for arrays in kept.values() for x in arrays[:2]]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_streams_change_places_without_their_keys(variant):
+    session = session_of(variant)
+    fed(session, 0, 3)
+    session.reorder(np.array([0, 0, 0, 1, 1, 1]))
+    before = [x.copy() for x, _ in session.cache._kept.values()]
+    for index in ([2, 0, 0, 3, 3, 5], [1, 1, 0, 5, 4, 3], [0, 1, 5]):
+        session.reorder(np.array(index))
+    for (x, _), old in zip(session.cache._kept.values(), before, strict=True):
+        assert_same_bits(x, old)
+
+
+@pytest.mark.parametrize("cache_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_whatever_streams_have_been_through_they_are_as_alone(variant, cache_dtype):
+    """Repeated, sorted, dropped, past a growth of the cache, and joined by others."""
+    session = session_of(variant, cache_dtype=cache_dtype)
+    lineage = [[i] for i in (0, 1)]  # of each stream: which row of TOKENS it was fed at each step
+    fed(session, 0, 1)
+    n, moves = 1, iter([[0, 0, 1, 1], [1, 0, 0, 3], [3, 2, 2, 1], [0, 2, 3], [2, 1]])
+    for move in moves:
+        session.reorder(np.array(move))
+        lineage = [list(lineage[i]) for i in move]
+        for _ in range(FIRST_CAPACITY // 2):
+            rows = RNG.integers(0, len(TOKENS), len(lineage))
+            for rows_of, row in zip(lineage, rows, strict=True):
+                rows_of.append(int(row))
+            last, n = session.step(TOKENS[rows, n : n + 1]), n + 1
+    assert n > 2 * FIRST_CAPACITY
+    numbers = session.numbers.copy()
+    other = session_of(variant, rows=3, cache_dtype=cache_dtype)
+    fed(other, 0, 4)
+    session.join(other)
+    joined = session.step(TOKENS[:5, n : n + 1])
+    for i, (number, rows) in enumerate(zip(numbers, lineage, strict=True)):
+        alone = session_of(variant, rows=2, cache_dtype=cache_dtype)
+        alone.reorder(np.array([number]))
+        found = [alone.step(TOKENS[row : row + 1, at : at + 1]) for at, row in enumerate(rows)]
+        assert_same_bits(found[-1][0], last[i])
+        assert_same_bits(alone.step(TOKENS[i : i + 1, n : n + 1])[0], joined[i])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_bfloat16_takes_half_the_room_and_rounds(variant):
+    exact, short = session_of(variant), session_of(variant, cache_dtype="bfloat16")
+    for a, b in zip(fed(exact, 0, 40), fed(short, 0, 40), strict=True):
+        np.testing.assert_allclose(b, a, rtol=0, atol=2e-2 * np.abs(a).max())
+        assert not np.array_equal(a, b)
+    for a, b in zip(kept(exact), kept(short), strict=True):
+        assert a.shape == b.shape and a.nbytes == 2 * b.nbytes
+
+
+@pytest.mark.parametrize("dtype, expected", [(None, np.float32), ("bfloat16", np.uint16), ("int8", np.uint16)])
+def test_the_default_is_bfloat16_for_a_packed_model(dtype, expected):
+    model = tiny_model("t5", seed=3, dtype=np.float32)
+    if dtype is not None:
+        model.pack(dtype)
+    for chosen, found in ((None, expected), ("float32", np.float32), ("bfloat16", np.uint16)):
+        stream = Stream(model, None, 1)
+        stream.open(SOURCE[:1], np.full(1, 7))
+        session = Session(stream, cache_dtype=chosen)
+        fed(session, 0, 2)
+        assert {x.dtype for x in kept(session)} == {np.dtype(found)}
+
+
+def test_generate_takes_it():
+    model = tiny_model("decoder only, llama", seed=3, dtype=np.float32)
+    exact = model.generate(SOURCE, max_new_tokens=20, output_scores=True)
+    assert model.generate(SOURCE, max_new_tokens=20, output_scores=True, cache_dtype="float32") == exact
+    short = model.generate(SOURCE, max_new_tokens=20, output_scores=True, cache_dtype="bfloat16")
+    assert short != exact
+    assert short == model.generate(SOURCE, max_new_tokens=20, output_scores=True, cache_dtype="bfloat16")
+    with pytest.raises(InvalidValue, match="cache_dtype: expected one of float32, bfloat16 or None, got 'int4'"):
+        model.generate(SOURCE, cache_dtype="int4")
+    with pytest.raises(InvalidValue, match="cache_dtype: expected None for a model of float64, got 'bfloat16'"):
+        tiny_model("t5", dtype=np.float64).generate(SOURCE, cache_dtype="bfloat16")
