@@ -524,12 +524,21 @@ def _without_prefix(rules: Any) -> Any:
 
 
 def _without_names(rules: dict[str, Any], special: Mapping[int, str]) -> dict[str, Any]:
-    """The same rules, in whose Unigram vocabulary special tokens have no names: such a model would find them in a text."""
+    """The same rules, in whose vocabulary special tokens have no names, where the model would find them in a text.
+
+    A Unigram model looks for every token; one of BPE that ignores merges looks up whole words.
+    """
     model = rules.get("model")
-    if not isinstance(model, dict) or model.get("type") != "Unigram":
+    if not isinstance(model, dict):
         return rules
-    # No text has a space and a NUL where a SentencePiece model sees it.
-    vocab = [[f" \0{i}", score] if i in special else [name, score] for i, (name, score) in enumerate(model["vocab"])]
+    vocab: Any  # no text has a space and a NUL where a SentencePiece model sees it
+    if model.get("type") == "Unigram":
+        vocab = [[f" \0{i}", score] if i in special else [name, score] for i, (name, score) in enumerate(model["vocab"])]
+    elif model.get("type") == "BPE" and model.get("ignore_merges"):
+        kept = model.get("unk_token")  # which the model asks for by its name
+        vocab = {f" \0{i}" if i in special and name != kept else name: i for name, i in model["vocab"].items()}
+    else:
+        return rules
     added = [token for token in rules.get("added_tokens") or [] if token["id"] not in special or token["id"] >= len(vocab)]
     return rules | {"model": {**model, "vocab": vocab}, "added_tokens": added}
 

@@ -18,6 +18,7 @@ import base64
 import functools
 import json
 import os
+import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -205,7 +206,7 @@ def _llama(folder: str, given: Mapping[str, Any]) -> tuple[Rules, dict[str, str]
         return None
     if model.kind != _BPE:
         raise InvalidValue(f"{os.path.join(folder, 'tokenizer.model')}: expected a model of the kind BPE, got {model.kind}")
-    rules = {
+    rules: Rules = {
         "model": _bpe(model, {piece.text: i for i, piece in enumerate(model.pieces)}, model.unknown) | {"byte_fallback": True},
         "normalizer": {
             "type": "Sequence",
@@ -219,8 +220,13 @@ def _llama(folder: str, given: Mapping[str, Any]) -> tuple[Rules, dict[str, str]
                 {"type": "Strip", "content": " ", "start": 1, "stop": 0},
             ],
         },
-        "added_tokens": [_added(piece.text, i) for i, piece in enumerate(model.pieces) if piece.kind in (_CONTROL, _USER_DEFINED)],
+        "added_tokens": [_added(piece.text, i) for i, piece in enumerate(model.pieces) if piece.kind == _CONTROL],
     }  # fmt: skip
+    if own := sorted((piece.text for piece in model.pieces if piece.kind == _USER_DEFINED), key=len, reverse=True):
+        # Text, which is cut out before pieces are merged: the longest that begins at a place. No merge makes it.
+        pattern = "|".join(map(re.escape, own))
+        rules["pre_tokenizer"] = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        rules["model"]["ignore_merges"] = True
     frame = [*(["<s>"] if given.get("add_bos_token", True) is not False else []), None]
     frame += ["</s>"] if given.get("add_eos_token") is True else []
     return _framed(folder, rules, frame), {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}

@@ -4,6 +4,7 @@ import base64
 import contextlib
 import json
 import random
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -87,17 +88,35 @@ def test_fairseqs_numbers(kind, frame, tmp_path):
         assert tokenizer.encode_alone(text, 10_000).tolist() == [*frame[0], *expected, *frame[1]], repr(text)
 
 
-def test_llamas_pieces_are_sentencepieces(tmp_path):
+@pytest.mark.parametrize("own", [[], ["<turn>", "cat d", "cat", "▁▁", "a.b"]], ids=["pieces", "pieces of a user's own"])
+def test_llamas_pieces_are_sentencepieces(own, tmp_path):
     folder = write(tmp_path / "m", {"tokenizer_class": "LlamaTokenizer"})
     processor = train(
         folder, "tokenizer.model", vocab_size=600, model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
+        remove_extra_whitespaces=False, user_defined_symbols=own,
     )  # fmt: skip
     tokenizer = load_tokenizer(folder)
-    for text in PLAIN:
+    for text in [*PLAIN, "<turn>a b <turn>", "a<turn></s><turn>b", "the cat don't, the cat did", "<turn>  <turn>", "a.b axb"]:
         if "\x00" not in text and text:
             assert tokenizer.encode_alone(text, 10_000).tolist() == [1, *processor.encode(text)], repr(text)
             assert tokenizer.decode(tokenizer.encode(text)) == text.replace("▁", " ")
+
+
+def of_pieces(kind, *pieces):
+    """A SentencePiece model: its kind, and (text, score, kind) of each piece."""
+    made = [b"\x0a" + bytes([len(text)]) + text + b"\x15" + struct.pack("<f", score) + b"\x18" + bytes([of]) for text, score, of in pieces]
+    return b"".join(b"\x0a" + bytes([len(piece)]) + piece for piece in made) + b"\x12\x02\x18" + bytes([kind])
+
+
+def test_pieces_of_a_users_own_are_text_and_are_cut_out_first(tmp_path):
+    own = [(b"<unk>", 0, 2), (b"<s>", 0, 3), (b"</s>", 0, 3), (b"<t>", 0, 4), (b"ab", -1, 1), ("▁a".encode(), -2, 1)]
+    letters = [(letter.encode(), -9, 1) for letter in "▁ab<>t/s"]
+    folder = write(tmp_path / "m", {"tokenizer_class": "LlamaTokenizer"})
+    (folder / "tokenizer.model").write_bytes(of_pieces(2, *own, *letters))
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.special_tokens == {0: "<unk>", 1: "<s>", 2: "</s>"}
+    for text, ids in (("a<t>ab", [5, 3, 4]), ("<t>", [6, 3]), ("<t></s><t>", [6, 3, 9, 12, 13, 10, 3]), ("<t", [6, 9, 11])):
+        assert (tokenizer.encode(text).tolist(), tokenizer.decode(ids)) == (ids, text)
 
 
 VOCABULARIES = json.loads(Path(__file__).with_name("vocabularies.json").read_text())
@@ -254,9 +273,8 @@ def test_a_bad_vocabulary_is_refused_by_name(name, tmp_path):
 
 def test_mutated_models_are_refused_or_are_tokenizers(tmp_path):
     folder = write(tmp_path / "m", {"tokenizer_class": "T5Tokenizer"})
-    pieces = [b"\x0a" + bytes([len(text)]) + text + b"\x15\0\0\x80\xbf\x18" + bytes([kind])
-              for text, kind in ((b"<pad>", 3), (b"</s>", 3), (b"<unk>", 2), ("▁".encode(), 1), (b"a", 1), (b"b", 1))]  # fmt: skip
-    good = b"".join(b"\x0a" + bytes([len(piece)]) + piece for piece in pieces)
+    kinds = ((b"<pad>", 3), (b"</s>", 3), (b"<unk>", 2), ("▁".encode(), 1), (b"a", 1), (b"b", 1))
+    good = of_pieces(1, *((text, -1, kind) for text, kind in kinds))
     (folder / "spiece.model").write_bytes(good)
     assert load_tokenizer(folder).encode("ab a").tolist() == [3, 4, 5, 3, 4]
     for seed in range(500):
