@@ -434,7 +434,7 @@ class Pipeline:
             raise InvalidValue(f"generate: num_return_sequences: expected 1 with stream=True, got {options.num_return_sequences}")
         if options.choices is None:
             return options
-        return options.replace(choices=[self._encode(each) if isinstance(each, str) else each for each in options.choices])
+        return options.replace(choices=[self.tokenizer.encode(each) if isinstance(each, str) else each for each in options.choices])
 
     def _batches(self, parts: list[list[Chunk]], options: GenerationOptions, batch_tokens: int) -> Iterator[list[int]]:
         """Numbers of texts that are computed together: of as many segments and of like length or, for decoders alone, of the same."""

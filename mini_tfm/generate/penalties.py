@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -157,21 +158,36 @@ class Allowed:
         return np.where(has_some[:, None], left, mask)
 
 
-class Choices:
-    """One of some sequences of tokens, and then an eos: what may follow, by a tree of them. before, n_prompt: see `StopStrings`."""
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """What a sequence has said so far. n_prompt, before: see `StopStrings`; bos_id: what is forced at the start, and is not said."""
 
-    def __init__(self, choices: Iterable[Sequence[int]], eos_ids: Sequence[int], n_prompt: int, before: Sequence[list[int]]):
-        self.eos_ids, self.n_prompt, self.before = list(eos_ids), n_prompt, before
+    n_prompt: int
+    before: Sequence[list[int]]
+    bos_id: int | None
+
+    def __call__(self, row: int, ids: np.ndarray) -> list[int]:
+        return self.without_bos(self.before[row] + ids[self.n_prompt :].tolist())
+
+    def without_bos(self, ids: Iterable[int]) -> list[int]:
+        return [int(token) for token in ids if token != self.bos_id]
+
+
+class Choices:
+    """One of some sequences of tokens, and then an eos: what may follow, by a tree of them."""
+
+    def __init__(self, choices: Iterable[Sequence[int]], eos_ids: Sequence[int], made: Made):
+        self.eos_ids, self.made = list(eos_ids), made
         self.tree: dict[int | None, Any] = {}
         for choice in choices:
             at = self.tree
-            for token in choice:
-                at = at.setdefault(int(token), {})
+            for token in made.without_bos(choice):
+                at = at.setdefault(token, {})
             at[None] = {}  # a choice ends here
 
     def __call__(self, row: int, ids: np.ndarray) -> list[int]:
         at = self.tree
-        for token in self.before[row] + ids[self.n_prompt :].tolist():
+        for token in self.made(row, ids):
             at = at[token]
         return [each for token in at for each in (self.eos_ids if token is None else [token])]
 

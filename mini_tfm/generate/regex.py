@@ -10,18 +10,19 @@ import numpy as np
 
 from ..errors import InvalidValue
 from ..text.tokenizers import Tokenizer
+from .penalties import Made
 
 
 class Matching:
-    """What may follow so that all that is generated matches a pattern, and then an eos. before, n_prompt: see `StopStrings`."""
+    """What may follow so that all that is generated matches a pattern, and then an eos."""
 
-    def __init__(self, pattern: str, tokenizer: Tokenizer, eos_ids: Sequence[int], n_prompt: int, before: Sequence[list[int]]):
-        self.eos_ids, self.n_prompt, self.before = list(eos_ids), n_prompt, before
+    def __init__(self, pattern: str, tokenizer: Tokenizer, eos_ids: Sequence[int], made: Made):
+        self.eos_ids, self.made = list(eos_ids), made
         self.index = _index(pattern, tokenizer, self.eos_ids[0])
 
     def __call__(self, row: int, ids: np.ndarray) -> list[int]:
         state = self.index.get_initial_state()
-        for token in self.before[row] + ids[self.n_prompt :].tolist():
+        for token in self.made(row, ids):
             state = self.index.get_next_state(state, token)
         tokens = [token for token in self.index.get_allowed_tokens(state) if token != self.eos_ids[0]]
         return tokens + (self.eos_ids if self.index.is_final_state(state) else [])

@@ -19,6 +19,7 @@ from .penalties import (
     EncoderNoRepeatNGram,
     Forced,
     Given,
+    Made,
     NoRepeatNGram,
     RepetitionPenalty,
     SequenceBias,
@@ -165,12 +166,13 @@ def _allowed(
     tokenizer: Tokenizer | None,
     before: Sequence[list[int]],
 ) -> Iterator[Allowed]:
+    made = Made(n_prompt, before, options.forced_bos_token_id)
     if options.choices:
         if any(isinstance(choice, str) for choice in options.choices):
             raise no_tokenizer("choices")
-        yield Allowed(Choices(options.choices, eos.tolist(), n_prompt, before), "choices")  # type: ignore[arg-type]
+        yield Allowed(Choices(options.choices, eos.tolist(), made), "choices")  # type: ignore[arg-type]
     if options.regex is not None:
-        yield Allowed(Matching(options.regex, _needed(tokenizer, "regex"), eos.tolist(), n_prompt, before), "regex")
+        yield Allowed(Matching(options.regex, _needed(tokenizer, "regex"), eos.tolist(), made), "regex")
     if (function := options.prefix_allowed_tokens_fn) is not None:
         yield Allowed(lambda row, ids: function(int(numbers[row]), ids), "prefix_allowed_tokens_fn")
 
@@ -184,6 +186,7 @@ def _needed(tokenizer: Tokenizer | None, name: str) -> Tokenizer:
 def check_choices(options: GenerationOptions) -> None:
     """Raises InvalidValue where max_new_tokens would cut a choice off."""
     longest = max((len(choice) for choice in options.choices or () if not isinstance(choice, str)), default=0) + 1
+    longest += options.forced_bos_token_id is not None
     if options.choices and longest > options.max_new_tokens:
         raise InvalidValue(
             f"generate: max_new_tokens: expected at least {longest}, the tokens of the longest choice and its end, got"

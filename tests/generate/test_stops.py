@@ -167,6 +167,17 @@ def test_a_regular_expression_is_kept_to(tokenizer, fields, pattern):
     assert all(re.fullmatch(pattern, text) for text in ended), made
 
 
+@pytest.mark.parametrize("fields", [{}, {"segment_length": 4}], ids=str)
+def test_a_token_that_is_forced_first_is_no_part_of_a_choice_or_a_match(fields):
+    pytest.importorskip("outlines_core")
+    p = pipe(**fields)
+    for how in ({"regex": "(yes|no|yesterday)"}, {"choices": ["yes", "no", "yesterday"]}):
+        made = {p.generate("the fox", forced_bos_token_id=1, do_sample=True, temperature=3.0, seed=seed, **how) for seed in range(20)}
+        assert len(made) > 1 and made <= {"yes", "no", "yesterday"}
+    with pytest.raises(InvalidValue, match="max_new_tokens: expected at least 5"):
+        p.generate("the fox", forced_bos_token_id=1, choices=["yes"], max_new_tokens=4)
+
+
 def test_a_regular_expression_that_cannot_be_kept_to_is_told():
     pytest.importorskip("outlines_core")
     for pattern in ("(", "a(?=b)"):

@@ -55,6 +55,18 @@ def test_a_text_is_in_its_language_and_its_translation_begins_with_the_other(nam
     assert len({*others, pipe.generate("the cat", **told)}) == 3, "each of the languages matters"
 
 
+@pytest.mark.parametrize("name, language", [("nllb", "fra_Latn"), ("mbart50", None), ("pegasus", None)])
+def test_choices_have_no_frame_but_the_language_that_comes_first(name, language, tmp_path):
+    pipe, texts = pipe_of(name, tmp_path / "m"), ["cat", "cat dog", "dog"]
+    first = [] if language is None else [languages_of(pipe.tokenizer.special_tokens)[language]]
+    said = {"tgt_lang": language, "num_beams": 6, "num_return_sequences": 3, "length_penalty": 0.0}
+    source = pipe.tokenizer.encode_alone("a text", 100)[None]
+    score = lambda text: pipe.model.score_targets(source, [[*first, *pipe.tokenizer.encode(text), 2]]).sum()  # noqa: E731
+    assert pipe.generate("a text", choices=texts, **said) == sorted(texts, key=score, reverse=True)
+    ids = [[*first, *pipe.tokenizer.encode(text).tolist()] for text in texts]
+    assert pipe.generate("a text", choices=ids, **said) == sorted(texts, key=score, reverse=True)
+
+
 def test_a_marian_models_language_stands_before_the_source():
     special = {0: "</s>", 7: ">>fra<<", 8: ">>cmn_Hans<<", 9: ">>zle<<"}
     ids, first = in_languages(np.array([3, 4, 0]), special, None, "cmn_Hans")
