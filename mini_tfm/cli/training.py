@@ -348,6 +348,6 @@ def _print_result(result: dict[str, Any], trainer: Trainer, data: TrainingData) 
     }
     print_table([(name, "left" if name in ("model", "memory") else "right") for name in columns], [tuple(columns.values())])
     note("Try next:\n  " + command_line("generate", out, data.prompt, "--do-sample", "--top-p", "0.9"))
-    if texts := [path for path in data.about["files"] if not has_lines(path)]:
+    if texts := [path for path in data.files_to_score if not has_lines(path)]:
         note("  " + command_line("score", out, texts[0]))
     note("  " + command_line("train", "--resume", out, "--steps", str(2 * trainer.step_count)))

@@ -152,6 +152,7 @@ class Sources:
         self.about, self.piped = about, dict(piped or {})
         paths = [Path(path) for path in about["files"]]
         self.texts: dict[str, str] | None = None
+        self.held_out: list[str] = []  # names of `texts`, once they are split
         self.files: dict[str, TextFiles] = {}
         plain = about["cache"] is None and about["documents"] == "file" and not any(has_lines(path) for path in paths)
         if plain:
@@ -206,9 +207,11 @@ class Sources:
         from ..text.documents import split_documents
 
         if self.texts is not None:
+            split = split_documents(self.texts, HELD_OUT, self.about["seed"])
+            self.held_out = list(split[1])
             parts = [
                 Corpus.of(map(tokenizer.encode, track(part.values(), "encoding", len(part), "documents")), vocab_size=tokenizer.vocab_size)
-                for part in split_documents(self.texts, HELD_OUT, self.about["seed"])
+                for part in split
             ]
             return {"texts": (parts[0], parts[1])}
         found = {}
@@ -246,6 +249,7 @@ class TrainingData:
                 f"text: {sources.name}: {count(len(train))} {'documents' if kind == 'texts' else kind}, {count(train.n_tokens)} tokens;"
                 f" held out: {count(len(held_out))}, {count(held_out.n_tokens)} tokens"
             )
+        self.files_to_score = [name for name in sources.held_out if name in self.about["files"]] or self.about["files"]
         first = next(iter(corpora.values()))[1].document(0, 0, OPENING)  # of what is held out
         self.prompt = prompt_from(tokenizer.decode(first.tolist()))
         shares = self.about["objective"]

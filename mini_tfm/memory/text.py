@@ -53,16 +53,30 @@ def options_of(name: str, text: str, signature: inspect.Signature) -> dict[str, 
 
 
 def with_files_in(folder: str, text: str) -> str:
-    """The same memories, but each option `path` names a file in `folder`: what they do leaves the user's own files alone."""
-    members = []
+    """The same memories, but each option `path` names a file in `folder`: what they do leaves the user's own files alone.
+
+    Raises InvalidValue for a memory with `read_only=true`: a new file has nothing to read.
+    """
+    members, writing, is_read_only = [], [], False
     for number, member in enumerate(members_of(text)):
         name, colon, options = member.partition(":")
-        parts = _split(options, ",")
-        for at, part in enumerate(parts):
+        kept, replaced = [], []
+        for part in _split(options, ","):
             option, _, value = part.partition("=")
+            if option.strip() == "read_only" and value.strip().lower() == "true":
+                is_read_only = True
+                continue
+            kept.append(part)
             if option.strip() == "path":
-                parts[at] = "path=" + repr(os.path.join(folder, f"{number}-{os.path.basename(_value(value, {str}))}"))
-        members.append(name + colon + ",".join(parts))
+                part = "path=" + repr(os.path.join(folder, f"{number}-{os.path.basename(_value(value, {str}))}"))
+            replaced.append(part)
+        writing.append(name + (colon if kept else "") + ",".join(kept))
+        members.append(name + colon + ",".join(replaced))
+    if is_read_only:
+        raise InvalidValue(
+            f"memory: {shown(text)} never writes, and the checks read back what they have written to a new file; check the same memory"
+            f" without read_only: {'+'.join(writing)}"
+        )
     return "+".join(members)
 
 

@@ -404,6 +404,14 @@ def test_plugins_check_leaves_the_files_of_a_memory_alone(run, tmp_path, monkeyp
     assert [path.name for path in tmp_path.iterdir()] == ["notes.mdb"] and (tmp_path / "notes.mdb").read_bytes() == b"mine"
 
 
+def test_plugins_check_of_a_memory_that_never_writes_says_what_to_check(run, tmp_path):
+    path = tmp_path / "notes.mdb"
+    said = run("plugins", "check", f"window:size=8+store:path={path},read_only=true")
+    assert said.code == 2 and "never writes" in said.err and f"without read_only: window:size=8+store:path={path}\n" in said.err
+    assert run("plugins", "check", f"store:read_only=false,path={path}", "--only", "runs").code == 0
+    assert not path.exists()
+
+
 @pytest.mark.parametrize(
     ("text", "prompt"),
     [

@@ -27,6 +27,7 @@ from mini_tfm.compare import experiment as experiment_module
 from mini_tfm.compare.experiment import failed
 from mini_tfm.config import Config
 from mini_tfm.errors import FileProblem
+from mini_tfm.text import split_documents
 from mini_tfm.train import Trainer
 from mini_tfm.transformer import Transformer, load_checkpoint
 
@@ -39,6 +40,17 @@ def weights(folder):
 def train(run, texts):
     files = [word for path in texts for word in ("--text", path)]
     return lambda out, *words: run("train", *files, "--out", out, *TINY_OPTIONS, *words)
+
+
+def test_train_proposes_to_score_a_file_that_was_held_out(run, tmp_path):
+    words = "one two three four five six seven eight nine ten eleven twelve".split()
+    files = [tmp_path / f"{word}.txt" for word in words]
+    for number, path in enumerate(files):
+        path.write_text(f"{words[number]} {' '.join(words)}\n" * 8)
+    said = run("train", "--text", *files, "--out", tmp_path / "m", *TINY_OPTIONS, "--steps", 1).err
+    [proposed] = re.findall(r"mini-tfm score \S+ (\S+)", said)
+    held_out = split_documents({str(path): path.read_text() for path in files}, 0.1, 0)[1]
+    assert proposed in held_out and proposed != str(files[0])
 
 
 def test_train_saves_a_model_that_works(run, train, texts, tmp_path):
