@@ -17,7 +17,7 @@ CODE = ["mini_tfm", "plugins", "tests", "benchmarks", "setup.py", "noxfile.py", 
 PYTEST = ["pytest", "-q", "-n", "auto", "-p", "no:cacheprovider"]
 CORE_AND_CALLERS = ["tests/core", "tests/test_model.py", "tests/train/test_trainer.py", "tests/memory/test_run.py"]
 # An instruction set that replaces only some kernels of another one is tested by the tests of those kernels.
-PARTIAL = ("avx512bf16", "avx512vnni", "neondot")
+PARTIAL = ("avx512amx", "avx512bf16", "avx512vnni", "neondot")
 OF_PARTIAL = ("every_kernel", "linear", "bfloat16", "packed", "loss", "special_values", "threads")
 OF_REFERENCE = ["tests/core/test_every_kernel.py", "tests/core/test_public_kernels.py", "tests/test_model.py", "tests/test_pipeline.py"]
 

@@ -7,6 +7,11 @@
 #if HAS_NEONDOT && defined(__linux__)
 #include <sys/auxv.h>
 #endif
+#if HAS_AVX512 && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 /* The compiler's own checks, for they know what the operating system must do too: save the larger registers. What is emulated
  * is made of AVX2. */
@@ -26,6 +31,20 @@ static int has_avx512(void) {
 static int has_avx512vnni(void) { return has_avx512() && (MINI_TFM_EMULATE || __builtin_cpu_supports("avx512vnni")); }
 
 static int has_avx512bf16(void) { return has_avx512vnni() && (MINI_TFM_EMULATE || __builtin_cpu_supports("avx512bf16")); }
+
+/* Tiles are a process's for the asking. The compiler does not know them yet. */
+static int has_avx512amx(void) {
+#if MINI_TFM_EMULATE
+    return has_avx512bf16();
+#elif defined(__linux__) && defined(__x86_64__)
+    enum { TILES_AND_INT8 = 3 << 24, ASK = 0x1023 /* ARCH_REQ_XCOMP_PERM */, TILE_DATA = 18 };
+    unsigned a, b, c, d;
+    if (!has_avx512bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & TILES_AND_INT8) != TILES_AND_INT8) return 0;
+    return syscall(SYS_arch_prctl, ASK, TILE_DATA) == 0;
+#else
+    return 0;
+#endif
+}
 #endif
 
 #if HAS_NEONDOT
@@ -46,7 +65,9 @@ static int always(void) { return 1; }
 DECLARE(avx512);
 void mt_refine_avx512vnni(struct mt_kernels *kernels);
 void mt_refine_avx512bf16(struct mt_kernels *kernels);
-#define AVX512 {"avx512bf16", KERNELS(avx512), mt_refine_avx512bf16, has_avx512bf16}, \
+void mt_refine_avx512amx(struct mt_kernels *kernels);
+#define AVX512 {"avx512amx", KERNELS(avx512), mt_refine_avx512amx, has_avx512amx}, \
+    {"avx512bf16", KERNELS(avx512), mt_refine_avx512bf16, has_avx512bf16}, \
     {"avx512vnni", KERNELS(avx512), mt_refine_avx512vnni, has_avx512vnni}, {"avx512", KERNELS(avx512), NULL, has_avx512},
 #else
 #define AVX512
@@ -92,7 +113,7 @@ static struct mt_kernels in_use[2]; /* float, double */
 
 int mt_choose_isa(const char *name) {
     for (int i = 0; i < N_INSTANCES; i++)
-        if (INSTANCES[i].runs_here() && (!name || !strcmp(name, INSTANCES[i].name))) {
+        if ((!name || !strcmp(name, INSTANCES[i].name)) && INSTANCES[i].runs_here()) {
             for (int real = 0; real < 2; real++) {
                 in_use[real] = *INSTANCES[i].kernels[real];
                 in_use[real].isa = INSTANCES[i].name;

@@ -55,7 +55,7 @@ def test_what_is_built_is_what_the_flags_name():
         assert set(CONFIG["isas_built"]) in machines
     files = {path.stem for path in (SOURCE / "instances").glob("*.c")}
     named = {isa for machine in ("x86_64", "aarch64", "other") for isa in FLAGS[machine]}
-    refined = {"avx512vnni", "avx512bf16", "neondot"}  # other tables, with better kernels for float here and there
+    refined = {"avx512vnni", "avx512bf16", "avx512amx", "neondot"}  # other tables, with better kernels for float here and there
     assert files == {f"{isa}_{real}" for isa in named for real in ("f32", "f64") if real == "f32" or isa not in refined}
 
 

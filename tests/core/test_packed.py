@@ -137,6 +137,18 @@ def test_agrees_with_the_twin(kind, group, gated, shape):
 
 
 @compiled_alone
+@pytest.mark.parametrize("d_in, group", [(64, None), (192, 64), (256, None), (576, None), (1024, 1024), (320, 128), (90, None)])
+def test_int8_rows_of_every_number_are_as_alone(d_in, group):
+    """Past every edge of a tile of 16 rows and 64 columns, where some instruction sets have one."""
+    values = Values(d_in, "float32")
+    weight = _core.pack(values.real(d_in, 70), dtype="int8", group=group)
+    x = values.real(100, d_in)
+    alone = np.concatenate([_core.packed_linear(x[i : i + 1], weight) for i in range(100)])
+    for n in (2, 4, 5, 7, 15, 16, 17, 31, 32, 33, 47, 48, 63, 64, 65, 95, 96, 97, 100):
+        assert_same_bits(_core.packed_linear(x[:n], weight), alone[:n])
+
+
+@compiled_alone
 @every_kind
 def test_a_row_has_the_same_bits_alone_and_at_any_number_of_threads(threads, kind, group):
     values = Values(0, real_of(kind))

@@ -255,6 +255,8 @@ static void packed_sums(const struct mt_packed *w, const struct packed_layout *a
             ptrdiff_t s0 = g * w->group / STEP, s1 = div_up(min_size(w->d_in, (g + 1) * w->group), STEP);
             if (rows->halves == 2) {
                 int8_fewest(m, panels, s1 - s0, q + 2 * s0, 2 * rows->steps, b + s0 * NR * STEP, at->panel, c);
+            } else if (m >= FEWEST_TILED && (s1 - s0) % TILE == 0) {
+                int8_tiled(m, panels, s1 - s0, q + s0, rows->steps, b + s0 * NR * STEP, at->panel, c);
             } else if (m <= MR) {
                 int8_few(m, panels, s1 - s0, q + s0, rows->steps, b + s0 * NR * STEP, at->panel, c);
             } else if (m <= 2 * MR) {

@@ -241,6 +241,78 @@ static void int8_few(ptrdiff_t rows, ptrdiff_t panels, ptrdiff_t steps, const in
     }
 }
 
+#if ISA_AMX
+enum { TILE = 16, FEWEST_TILED = 5 }; /* rows, and steps, of a tile; rows of x from which they pay */
+
+/* What is in the tiles: sums of `upper` rows and VL columns in 0, of the next VL in 1, of `lower` rows in 2 and 3, x in 4 and 5,
+ * weights in 6 and 7. */
+static void use_tiles(ptrdiff_t upper, ptrdiff_t lower) {
+    struct {
+        uint8_t palette, start, zero[14];
+        uint16_t bytes[16];
+        uint8_t rows[16];
+    } tiles = {.palette = 1};
+    const ptrdiff_t rows[8] = {upper, upper, lower, lower, upper, lower, TILE, TILE};
+    for (int i = 0; i < 8; i++) tiles.rows[i] = (uint8_t)rows[i], tiles.bytes[i] = rows[i] ? 64 : 0;
+    _tile_loadconfig(&tiles);
+}
+
+/* sums (upper + lower, NR) of one panel; ahead: as in int8_tile. */
+INLINE void int8_square(const int has_lower, ptrdiff_t steps, const int32_t *x, ptrdiff_t x_row, const char *b, ptrdiff_t ahead, int32_t *c) {
+    const ptrdiff_t line = NR * STEP;
+    _tile_zero(0);
+    _tile_zero(1);
+    if (has_lower) {
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (ptrdiff_t s = 0; s < steps; s += TILE, x += TILE, b += TILE * line) {
+        for (ptrdiff_t at = 0; ahead && at < TILE * line; at += 64) __builtin_prefetch(b + ahead + at);
+        _tile_loadd(6, b, line);
+        _tile_loadd(4, x, x_row * 4);
+        _tile_dpbusd(0, 4, 6);
+        _tile_loadd(7, b + 64, line);
+        _tile_dpbusd(1, 4, 7);
+        if (has_lower) {
+            _tile_loadd(5, x + TILE * x_row, x_row * 4);
+            _tile_dpbusd(2, 5, 6);
+            _tile_dpbusd(3, 5, 7);
+        }
+    }
+    _tile_stored(0, c, NR * 4);
+    _tile_stored(1, c + VL, NR * 4);
+    if (has_lower) {
+        _tile_stored(2, c + TILE * NR, NR * 4);
+        _tile_stored(3, c + TILE * NR + VL, NR * 4);
+    }
+}
+
+/* c (panels, m, NR) = x (m, steps) . panels, steps a multiple of TILE. The panel that follows is fetched meanwhile. */
+static void int8_tiled(ptrdiff_t m, ptrdiff_t panels, ptrdiff_t steps, const int32_t *x, ptrdiff_t x_row, const char *b, ptrdiff_t b_panel,
+                       int32_t *c) {
+    const ptrdiff_t whole = m / (2 * TILE) * (2 * TILE), rest = m - whole, upper = min_size(rest, TILE), lower = rest - upper;
+    if (whole) use_tiles(TILE, TILE);
+    for (ptrdiff_t j = 0; whole && j < panels; j++)
+        for (ptrdiff_t i = 0; i < whole; i += 2 * TILE)
+            int8_square(1, steps, x + i * x_row, x_row, b + j * b_panel, i == 0 && j + 1 < panels ? b_panel : 0, c + (j * m + i) * NR);
+    if (rest) use_tiles(upper, lower);
+    for (ptrdiff_t j = 0; rest && j < panels; j++) {
+        const ptrdiff_t ahead = !whole && j + 1 < panels ? b_panel : 0;
+        if (lower)
+            int8_square(1, steps, x + whole * x_row, x_row, b + j * b_panel, ahead, c + (j * m + whole) * NR);
+        else
+            int8_square(0, steps, x + whole * x_row, x_row, b + j * b_panel, ahead, c + (j * m + whole) * NR);
+    }
+    _tile_release();
+}
+#else
+enum { TILE = 1, FEWEST_TILED = MAX_GROUP }; /* none */
+INLINE void int8_tiled(ptrdiff_t m, ptrdiff_t panels, ptrdiff_t steps, const int32_t *x, ptrdiff_t x_row, const char *b, ptrdiff_t b_panel,
+                       int32_t *c) {
+    (void)m, (void)panels, (void)steps, (void)x, (void)x_row, (void)b, (void)b_panel, (void)c;
+}
+#endif
+
 /* sums (m, NR) = or += the integers of one group, scaled. */
 INLINE void dequantise(const int32_t *c, ptrdiff_t m, const real *x_scale, const int32_t *x_zero, ptrdiff_t groups, const real *scale,
                        const int32_t *column_sums, real *sums, int add) {

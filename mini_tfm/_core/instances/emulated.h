@@ -161,8 +161,55 @@ EMULATED(__m512, dpbf16_ps, __m512 sum, __m512i a, __m512i b) {
     return sum;
 }
 
+/* Tiles of at most 16 rows of 64 bytes, of each thread; sums of quadruples as above. */
+static __thread struct {
+    uint8_t rows[8];
+    uint16_t bytes[8];
+    char data[8][16][64];
+} emulated_tiles;
+
+EMULATED(void, tile_loadconfig, const void *p) {
+    memset(&emulated_tiles, 0, sizeof emulated_tiles);
+    memcpy(emulated_tiles.bytes, (const char *)p + 16, sizeof emulated_tiles.bytes);
+    memcpy(emulated_tiles.rows, (const char *)p + 48, sizeof emulated_tiles.rows);
+}
+
+EMULATED(void, tile_zero, int tile) { memset(emulated_tiles.data[tile], 0, sizeof emulated_tiles.data[tile]); }
+
+EMULATED(void, tile_loadd, int tile, const void *p, ptrdiff_t stride) {
+    EACH(emulated_tiles.rows[tile]) memcpy(emulated_tiles.data[tile][i], (const char *)p + i * stride, emulated_tiles.bytes[tile]);
+}
+
+EMULATED(void, tile_stored, int tile, void *p, ptrdiff_t stride) {
+    EACH(emulated_tiles.rows[tile]) memcpy((char *)p + i * stride, emulated_tiles.data[tile][i], emulated_tiles.bytes[tile]);
+}
+
+EMULATED(void, tile_dpbusd, int to, int from, int with) {
+    EACH(emulated_tiles.rows[to]) for (int k = 0; k < emulated_tiles.bytes[from] / 4; k++) {
+        __m512i sums, x, w;
+        memcpy(&sums, emulated_tiles.data[to][i], sizeof sums), memcpy(&w, emulated_tiles.data[with][k], sizeof w);
+        for (int lane = 0; lane < 16; lane++) memcpy((char *)&x + 4 * lane, emulated_tiles.data[from][i] + 4 * k, 4);
+        sums = emulated_dpbusd_epi32(sums, x, w);
+        memcpy(emulated_tiles.data[to][i], &sums, sizeof sums);
+    }
+}
+
+EMULATED(void, tile_release, void) {}
+
 EMULATED(__m512i, loadu_si512, const void *p) { __m512i x; memcpy(&x, p, sizeof x); return x; }
 
+#undef _tile_loadconfig
+#undef _tile_zero
+#undef _tile_loadd
+#undef _tile_stored
+#undef _tile_dpbusd
+#undef _tile_release
+#define _tile_loadconfig emulated_tile_loadconfig
+#define _tile_zero emulated_tile_zero
+#define _tile_loadd emulated_tile_loadd
+#define _tile_stored emulated_tile_stored
+#define _tile_dpbusd emulated_tile_dpbusd
+#define _tile_release emulated_tile_release
 #define __m512bh __m512i
 #define _mm512_cvtne2ps_pbh emulated_cvtne2ps_pbh
 #define _mm512_permutexvar_epi16 emulated_permutexvar_epi16
