@@ -43,7 +43,7 @@ def train(run, texts):
 
 
 def test_train_proposes_to_score_a_file_that_was_held_out(run, tmp_path):
-    words = "one two three four five six seven eight nine ten eleven twelve".split()
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
     files = [tmp_path / f"{word}.txt" for word in words]
     for number, path in enumerate(files):
         path.write_text(f"{words[number]} {' '.join(words)}\n" * 8)
