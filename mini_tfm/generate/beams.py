@@ -150,21 +150,18 @@ class _Step:
         if self.rules.stops and len(ids):
             stops |= self.rules.ends(ids, np.full(len(ids), sequence))
         ends = stops | (self.n == self.rules.limit)
-        made = [
-            Beam(
-                pool.beams[parent].row,
-                float(scores[place]),
-                row,
-                *self._noted(pool.beams[parent], at[parent], float(log_probs[parent, place % log_probs.shape[1]])),
-            )
-            for parent, place, row in zip(parents, chosen, ids, strict=True)
-        ]
-        for rank in np.flatnonzero(ends[: pool.width]):
-            beam, eos = made[rank], bool(is_eos[rank])
+
+        def made(rank: int) -> Beam:
+            parent, place = parents[rank], chosen[rank]
+            noted = self._noted(pool.beams[parent], at[parent], float(log_probs[parent, place % log_probs.shape[1]]))
+            return Beam(pool.beams[parent].row, float(scores[place]), ids[rank], *noted)
+
+        for rank in np.flatnonzero(ends[: pool.width]).tolist():
+            beam, eos = made(rank), bool(is_eos[rank])
             said = beam.ids[len(beam.ids) - self.n :].tolist()
             pool.add(Hypothesis(said[:-1] if eos else said, beam.score, self.n, list(beam.log_probs), list(beam.top), bool(stops[rank])))
         taken.update(tokens[~is_eos][: pool.width].tolist())
-        pool.beams = [beam for beam, end in zip(made, ends, strict=True) if not end][: pool.width]
+        pool.beams = [made(rank) for rank in np.flatnonzero(~ends)[: pool.width].tolist()]
 
     def _noted(self, beam: Beam, at: int, log_prob: float) -> tuple[tuple[float, ...], tuple[Any, ...]]:
         options = self.rules.options

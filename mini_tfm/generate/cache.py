@@ -11,7 +11,7 @@ from .. import _core
 from ..autodiff import value_of
 from ..weights import Array
 
-FIRST_CAPACITY = 32  # keys
+FIRST_CAPACITY, MOST_ROOM = 32, 256  # keys
 
 
 class KVCache:
@@ -22,12 +22,12 @@ class KVCache:
     Where all have as many, streams change places in a table, `owners`, and no key is moved: beams share what they have in common.
     A layer with a recurrence in place of self-attention has no keys, but a state (B, d).
     rows_per_source: streams that stand side by side and have the same source share what is kept of it.
-    bfloat16: keys and values are kept in it, in half the room of float32.
+    bfloat16: keys and values are kept in it, in half the room of float32. room: so many tokens are expected after the first ones.
     """
 
-    def __init__(self, bfloat16: bool = False) -> None:
+    def __init__(self, bfloat16: bool = False, room: int = 0) -> None:
         self.n_keys = self.n_front = 0
-        self.bfloat16 = bfloat16
+        self.bfloat16, self.room = bfloat16, min(room, MOST_ROOM)
         self.rows_per_source = 1
         self._front: np.ndarray | None = None  # (B, n_front) bool, the rows of memories that are there; None: all
         self.lengths: np.ndarray | None = None
@@ -94,7 +94,7 @@ class KVCache:
         news = value_of(k), value_of(v)
         batch, h, _, d = news[0].shape
         if layer not in self._kept:
-            capacity = max(FIRST_CAPACITY, self.n_keys)
+            capacity = max(FIRST_CAPACITY, self.n_keys + self.room)
             self._kept[layer] = [np.zeros((batch, h, capacity, d), self._dtype(new)) for new in news]
         for store, new in zip(self._kept[layer], news, strict=True):
             if self.lengths is None:
@@ -187,7 +187,8 @@ class KVCache:
         else:
             self._kept = {layer: [_moved(x, index, self.n_keys) for x in kept] for layer, kept in self._kept.items()}
         self._states = {layer: state[index] for layer, state in self._states.items()}
-        self._cross = {layer: [_moved(x, sources) for x in kept] for layer, kept in self._cross.items()}
+        if any(len(kept[0]) != len(sources) for kept in self._cross.values()) or (sources != np.arange(len(sources))).any():
+            self._cross = {layer: [_moved(x, sources) for x in kept] for layer, kept in self._cross.items()}
         self.rows_per_source = rows_per_source
         self.lengths = None if self.lengths is None else self.lengths[index]
         self._front = None if self._front is None else self._front[index]

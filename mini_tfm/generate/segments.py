@@ -97,7 +97,7 @@ def in_segments(
                 deadline=deadline,
                 goes_on=room < left,
             )
-            session = Session(stream.copy(), n_ids=n_ids, cache_dtype=options.cache_dtype)  # the stream keeps its rows
+            session = Session(stream.copy(), n_ids=n_ids, cache_dtype=options.cache_dtype, room=room)  # the stream keeps its rows
             found = yield from _of_rows(search(session, prompt, rules, copies), row_of, copies, size)
         else:
             found = [[Hypothesis()] for _ in row_of]

@@ -26,15 +26,15 @@ class Session:
     """Goes on from the segment that is open in `stream`.
 
     n_ids: only ids below it are scored, where the model has more than its tokenizer can say. cache_dtype: of keys and values; None:
-    bfloat16 for a packed model, else the model's.
+    bfloat16 for a packed model, else the model's. room: so many tokens are expected after the first ones.
     """
 
-    def __init__(self, stream: Stream, *, n_ids: int | None = None, cache_dtype: str | None = None):
+    def __init__(self, stream: Stream, *, n_ids: int | None = None, cache_dtype: str | None = None, room: int = 0):
         model = stream.model
         if cache_dtype is not None and model.dtype != np.float32:
             raise InvalidValue(f"generate: cache_dtype: expected None for a model of {model.dtype}, got {cache_dtype!r}")
         self.stream = stream
-        self.cache = KVCache(bfloat16=cache_dtype == "bfloat16" or (cache_dtype is None and model.precision is not None))
+        self.cache = KVCache(cache_dtype == "bfloat16" or (cache_dtype is None and model.precision is not None), room)
         self.n_ids = stream.model.config.vocab_size if n_ids is None else n_ids
         self.n_steps = 0
         self.numbers = np.arange(stream.run.batch)  # of the sequences, as they came in

@@ -107,3 +107,19 @@ def test_generate_takes_it():
         model.generate(SOURCE, cache_dtype="int4")
     with pytest.raises(InvalidValue, match="cache_dtype: expected None for a model of float64, got 'bfloat16'"):
         tiny_model("t5", dtype=np.float64).generate(SOURCE, cache_dtype="bfloat16")
+
+
+def test_room_that_is_expected_is_made_at_once():
+    session = session_of("t5", room=3 * FIRST_CAPACITY)
+    fed(session, 0, 1)
+    before = kept(session)
+    fed(session, 1, 3 * FIRST_CAPACITY)
+    for x, y in zip(before, kept(session), strict=True):
+        assert x is y
+    assert kept(session_fed_once("t5", room=10**9))[0].shape[2] < 1000  # a limit is not a promise
+
+
+def session_fed_once(variant, **options):
+    session = session_of(variant, **options)
+    fed(session, 0, 1)
+    return session
