@@ -25,6 +25,7 @@ enum { FETCHED_FAR = 16384 }; /* bytes: how far ahead of few rows panels are fet
 enum { MAX_GROUP = 65536 }; /* 255 * 127 times that stays within 32 bits */
 enum { STEPS = 256 };       /* in a chunk: of widened panel, 16 KB, with its strips in L1 */
 
+typedef factor factors __attribute__((vector_size(VL * sizeof(factor)), aligned(1), may_alias));
 typedef ivec ivec_anywhere __attribute__((aligned(4), may_alias));
 typedef int8_t few_bytes __attribute__((vector_size(VECTOR_BYTES / 4), aligned(1), may_alias)); /* one for each lane */
 
@@ -107,7 +108,7 @@ static void quantise_row(const real *x, ptrdiff_t d, ptrdiff_t group, factor *q,
             k &= ~(k < 0);
             k = (((k > 255) & 255) | (~(k > 255) & k)) - SHIFT; /* rounding may go one too far */
             if (i < whole)
-                for (ptrdiff_t lane = 0; lane < VL; lane++) q[at + i + lane] = (factor)k[lane];
+                *(factors *)(q + at + i) = __builtin_convertvector(k, factors);
             else
                 for (ptrdiff_t lane = 0; lane < n - i; lane++) q[at + i + lane] = (factor)k[lane];
         }
