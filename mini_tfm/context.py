@@ -95,11 +95,8 @@ class Cache(Protocol):
     def cross(self, layer: int, project: Callable[[], tuple[Array, Array]], valid: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The keys and values of the encoder's outputs of each source, projected once, and which of them are valid (sources, S)."""
 
-    def state(self, layer: int) -> np.ndarray | None:
-        """What a recurrence in a layer has come to, (B, d); None where nothing was decoded."""
-
-    def keep_state(self, layer: int, state: Array) -> None:
-        """Takes what it has come to now."""
+    def state(self, layer: int, nothing: np.ndarray) -> np.ndarray:
+        """What a recurrence in a layer has come to, (B, d), which it changes in place; `nothing` where nothing was decoded."""
 
 
 class Record(Protocol):

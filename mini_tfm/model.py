@@ -61,7 +61,7 @@ class Sublayer:
         if p.dropout.p or self.of_output is not None:
             x = call(x, p, *given)
             x = x if self.of_output is None else self.of_output(x, p)
-            x = residual + p.dropout(x, self.name)
+            x = ops.add(residual, p.dropout(x, self.name))
         else:
             x = call(x, p, *given, residual=residual)
         return x if self.of_sum is None else self.of_sum(x, p)
@@ -140,13 +140,10 @@ class SSRU:
             inputs, forget = y[..., : self.input.d_out], y[..., self.input.d_out :]
         else:
             inputs, forget = self.input(x, p), self.forget(x, p)
-        before = None if p.cache is None else p.cache.state(self.layer)
-        start = np.zeros((len(x), self.input.d_out), x.dtype) if before is None else before
-        c = ops.recurrence(inputs, ops.sigmoid(forget), start)
-        if p.cache is not None:
-            p.cache.keep_state(self.layer, c[:, -1])
+        nothing = np.zeros((len(x), self.input.d_out), x.dtype)
+        c = ops.recurrence(inputs, forget, nothing if p.cache is None else p.cache.state(self.layer, nothing))
         h = ops.activation(c, "relu")
-        return h if residual is None else residual + h
+        return h if residual is None else ops.add(residual, h)
 
 
 class Stack:

@@ -123,6 +123,11 @@ def activation(x: Array, kind: str) -> Array:
     return record(y, (x,), lambda dy: (_core.activation_backward(vx, dy, kind),), fresh=True) if is_traced(x) else y
 
 
+def add(x: Array, y: Array) -> Array:
+    """x + y, of one shape: a kernel, so that decoding steps may note it."""
+    return x + y if is_traced(x, y) else _core.add(x, y)
+
+
 def embedding(table: Array, ids: np.ndarray) -> Array:
     """Rows of table (V, d) for ids (...) -> (..., d)."""
     vt = value_of(table)
@@ -235,29 +240,25 @@ def rotary(x: Array, positions: np.ndarray, frequencies: np.ndarray) -> Array:
     return record(y, (x,), lambda dy: (_core.rotary(dy, positions, frequencies, inverse=True),), fresh=True) if is_traced(x) else y
 
 
-def recurrence(x: Array, keep: Array, start: np.ndarray) -> Array:
-    """c_t = keep_t * c_{t-1} + (1 - keep_t) * x_t over axis 1: x, keep (B, T, d), start (B, d), c before the first -> (B, T, d).
+def recurrence(x: Array, forget: Array, state: np.ndarray) -> Array:
+    """c_t = f_t * c_{t-1} + (1 - f_t) * x_t over axis 1, f = sigmoid(forget): x, forget (B, T, d) -> (B, T, d).
 
-    No gradient goes to `start`.
+    state (B, d): c before the first, becomes the last, in place. No gradient goes to it.
     """
-    vx, vkeep = value_of(x), value_of(keep)
-    length = vx.shape[1]
-    c, last, kept = (1 - vkeep) * vx, start, np.empty_like(start)
-    for t in range(length):
-        np.multiply(vkeep[:, t], last, out=kept)
-        last = c[:, t]
-        last += kept
-    if not is_traced(x, keep):
-        return c
+    vx, vf = value_of(x), value_of(forget)
+    if not is_traced(x, forget):
+        return _core.recurrence(vx, vf, state)
+    start = state.copy()
+    c = _core.recurrence(vx, vf, state)
 
     def vjp(dy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        dc = dy.copy()  # of all that comes after, too
-        for t in range(length - 1, 0, -1):
-            dc[:, t - 1] += vkeep[:, t] * dc[:, t]
-        before = np.concatenate([start[:, None], c[:, :-1]], axis=1)[:, :length]
-        return (1 - vkeep) * dc, (before - vx) * dc
+        keep, dc = sigmoid(vf), dy.copy()  # dc: of all that comes after, too
+        for t in range(c.shape[1] - 1, 0, -1):
+            dc[:, t - 1] += keep[:, t] * dc[:, t]
+        before = np.concatenate([start[:, None], c[:, :-1]], axis=1)[:, : c.shape[1]]
+        return (1 - keep) * dc, (before - vx) * dc * keep * (1 - keep)
 
-    return record(c, (x, keep), vjp, fresh=True)
+    return record(c, (x, forget), vjp, fresh=True)
 
 
 @dataclasses.dataclass(frozen=True)

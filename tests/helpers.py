@@ -30,6 +30,7 @@ C = {
     "log_softmax": 1.5,
     "lse": 1.5,
     "packed_linear": 6.0,
+    "recurrence": 4.0,
     "rms_norm": 2.5,
     "rms_norm_backward": 0.8,
     "rotary": 3.5,

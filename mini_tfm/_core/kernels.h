@@ -50,9 +50,17 @@ KERNEL(void, rms_norm, (const void *x, const void *weight, double eps, void *y, 
 KERNEL(int, rms_norm_backward,
        (const void *dy, const void *x, const void *weight, const void *rstd, void *dx, void *dweight, ptrdiff_t n, ptrdiff_t d),
        (dy, x, weight, rstd, dx, dweight, n, d))
+KERNEL(void, rms_norm_heads,
+       (const struct mt_rows *x, const void *weight, double eps, const struct mt_rows *y, void *rstd, ptrdiff_t batch, ptrdiff_t heads,
+        ptrdiff_t n, ptrdiff_t d),
+       (x, weight, eps, y, rstd, batch, heads, n, d))
 
 KERNEL(void, activation, (const void *x, void *y, ptrdiff_t n, int kind), (x, y, n, kind))
 KERNEL(void, activation_backward, (const void *x, const void *dy, void *dx, ptrdiff_t n, int kind), (x, dy, dx, n, kind))
+KERNEL(void, add, (const void *x, const void *y, void *out, ptrdiff_t n), (x, y, out, n))
+KERNEL(void, recurrence,
+       (const struct mt_rows *x, const struct mt_rows *forget, void *state, void *out, ptrdiff_t batch, ptrdiff_t length, ptrdiff_t d),
+       (x, forget, state, out, batch, length, d))
 KERNEL(void, dropout, (const void *x, void *y, ptrdiff_t n, double p, uint64_t seed), (x, y, n, p, seed))
 
 KERNEL(void, embedding, (const void *table, const int64_t *ids, void *out, ptrdiff_t n, ptrdiff_t d), (table, ids, out, n, d))

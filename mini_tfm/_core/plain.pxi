@@ -155,6 +155,17 @@ cdef inline bint plain_kept(x, cnp.ndarray like) noexcept:
     return plain_heads_of(x, dtype) or (dtype == cnp.NPY_FLOAT32 and plain_heads_of(x, cnp.NPY_UINT16))
 
 
+cdef inline bint plain_sequence(x) noexcept:
+    """As `plain_heads`, of three axes (B, N, D)."""
+    return (
+        cnp.PyArray_CheckExact(x)
+        and (cnp.PyArray_TYPE(<cnp.ndarray>x) == cnp.NPY_FLOAT32 or cnp.PyArray_TYPE(<cnp.ndarray>x) == cnp.NPY_FLOAT64)
+        and cnp.PyArray_ISBEHAVED_RO(<cnp.ndarray>x)
+        and cnp.PyArray_NDIM(<cnp.ndarray>x) == 3
+        and (cnp.PyArray_DIM(<cnp.ndarray>x, 2) <= 1 or cnp.PyArray_STRIDE(<cnp.ndarray>x, 2) == cnp.PyArray_ITEMSIZE(<cnp.ndarray>x))
+    )
+
+
 cdef inline bint plain_heads_like(y, cnp.ndarray x) noexcept:
     """As `plain_heads`, with x's dtype and shape."""
     return plain_heads(y) and cnp.PyArray_TYPE(<cnp.ndarray>y) == cnp.PyArray_TYPE(x) and cnp.PyArray_SAMESHAPE(<cnp.ndarray>y, x)
@@ -167,8 +178,17 @@ cdef inline bint written_apart(cnp.ndarray out, x) noexcept:
     if x is None:
         return True
     cdef char *at = <char *>cnp.PyArray_DATA(out)
-    cdef char *other = <char *>cnp.PyArray_DATA(<cnp.ndarray>x)
-    return at + cnp.PyArray_NBYTES(out) <= other or other + cnp.PyArray_NBYTES(<cnp.ndarray>x) <= at
+    cdef char *first = <char *>cnp.PyArray_DATA(<cnp.ndarray>x)
+    cdef char *end = first + cnp.PyArray_ITEMSIZE(<cnp.ndarray>x)
+    cdef ptrdiff_t reach
+    cdef int axis
+    for axis in range(cnp.PyArray_NDIM(<cnp.ndarray>x)):
+        reach = (cnp.PyArray_DIM(<cnp.ndarray>x, axis) - 1) * cnp.PyArray_STRIDE(<cnp.ndarray>x, axis)
+        if reach < 0:
+            first += reach
+        else:
+            end += reach
+    return at + cnp.PyArray_NBYTES(out) <= first or end <= at
 
 
 # Numbers
@@ -291,6 +311,15 @@ cdef inline mt_rows rows_of(cnp.ndarray x) noexcept:
     rows.at = cnp.PyArray_DATA(x)
     for axis in range(3):
         rows.stride[axis] = cnp.PyArray_STRIDE(x, axis) // cnp.PyArray_ITEMSIZE(x)
+    return rows
+
+
+cdef inline mt_rows rows_of_sequence(cnp.ndarray x) noexcept:
+    """The rows of a checked array (B, N, D), as those of one head."""
+    cdef mt_rows rows
+    cdef ptrdiff_t item = cnp.PyArray_ITEMSIZE(x)
+    rows.at = cnp.PyArray_DATA(x)
+    rows.stride[0], rows.stride[1], rows.stride[2] = cnp.PyArray_STRIDE(x, 0) // item, 0, cnp.PyArray_STRIDE(x, 1) // item
     return rows
 
 

@@ -56,8 +56,20 @@ static int run_call(const struct mt_call *call, uint64_t grows, struct mt_now no
     case MT_CALL_RMS_NORM:
         mt_rms_norm(wide, call->x, call->weight, call->eps, call->y, call->rstd, rows, call->d);
         return 0;
+    case MT_CALL_HEADS_NORM:
+        mt_rms_norm_heads(wide, &call->from, call->weight, call->eps, &call->to, call->rstd, now.batch, call->heads, call->n, call->d);
+        return 0;
     case MT_CALL_LINEAR:
         return mt_packed_linear(wide, call->x, &call->packed, &call->then, call->y, rows);
+    case MT_CALL_ACTIVATION:
+        mt_activation(wide, call->x, call->y, rows * call->d, call->then.activation);
+        return 0;
+    case MT_CALL_ADD:
+        mt_add(wide, call->x, call->then.residual, call->y, rows * call->d);
+        return 0;
+    case MT_CALL_RECURRENCE:
+        mt_recurrence(wide, &call->from, &call->to, call->state, call->y, now.batch, call->n, call->d);
+        return 0;
     case MT_CALL_ROTARY:
         return mt_rotary(wide, &call->from, call->positions, 0, call->frequencies, call->half, 0, &call->to, now.batch, call->heads, call->n,
                          call->d);

@@ -8,20 +8,32 @@
 /* What keys and values are kept in: as they are, or float as bfloat16. */
 enum mt_kept { MT_KEPT_FLOAT, MT_KEPT_DOUBLE, MT_KEPT_BFLOAT16 };
 
-enum mt_call_kind { MT_CALL_LAYER_NORM, MT_CALL_RMS_NORM, MT_CALL_LINEAR, MT_CALL_ROTARY, MT_CALL_KEEP, MT_CALL_ATTENTION };
+enum mt_call_kind {
+    MT_CALL_LAYER_NORM,
+    MT_CALL_RMS_NORM,
+    MT_CALL_HEADS_NORM,
+    MT_CALL_LINEAR,
+    MT_CALL_ACTIVATION,
+    MT_CALL_ADD,
+    MT_CALL_RECURRENCE,
+    MT_CALL_ROTARY,
+    MT_CALL_KEEP,
+    MT_CALL_ATTENTION
+};
 
 /* One call. What has no place in a kind is zero. */
 struct mt_call {
     int kind, is_double;
     ptrdiff_t n, d;      /* rows of a stream, numbers of a row */
-    const void *x;       /* of norms and products, read */
+    const void *x;       /* read */
     void *y;             /* written */
+    void *state;         /* of a recurrence */
     const void *weight, *bias; /* of norms */
     double eps;
     void *mean, *rstd;   /* of norms, written */
     struct mt_packed packed;
-    struct mt_epilogue then;
-    struct mt_rows from, to; /* of rotary, keep, attention: queries, outputs */
+    struct mt_epilogue then; /* of products; its activation, and as its residual what is added */
+    struct mt_rows from, to; /* of heads' norms, rotary, keep, attention: queries, outputs; of a recurrence: its inputs, what forgets */
     const int64_t *positions; /* (n,), of rotary */
     const double *frequencies;
     ptrdiff_t half, heads;

@@ -47,7 +47,11 @@ cdef extern from "program.h" nogil:
     enum:
         MT_CALL_LAYER_NORM
         MT_CALL_RMS_NORM
+        MT_CALL_HEADS_NORM
         MT_CALL_LINEAR
+        MT_CALL_ACTIVATION
+        MT_CALL_ADD
+        MT_CALL_RECURRENCE
         MT_CALL_ROTARY
         MT_CALL_KEEP
         MT_CALL_ATTENTION
@@ -57,6 +61,7 @@ cdef extern from "program.h" nogil:
         ptrdiff_t n, d
         const void *x
         void *y
+        void *state
         const void *weight
         const void *bias
         double eps
@@ -189,6 +194,36 @@ cdef int note_norm(int kind, x, weight, bias, double eps, ptrdiff_t n, ptrdiff_t
     return 0
 
 
+cdef int note_heads_norm(Calls into, x, weight, double eps, y, rstd) except -1:
+    cdef ptrdiff_t rows = cnp.PyArray_DIM(x, 0) * cnp.PyArray_DIM(x, 2)
+    cdef mt_call *call = into.new(MT_CALL_HEADS_NORM, is_double(x), rows, last_axis(x), y, [x, weight, rstd])
+    if call != NULL:
+        call.from_, call.to, call.heads = rows_of(x), rows_of(y), cnp.PyArray_DIM(x, 1)
+        call.weight, call.eps, call.rstd = ptr(weight), eps, ptr(rstd)
+    return 0
+
+
+cdef int note_elements(int kind, x, other, int activation, y) except -1:
+    cdef Calls into = recorder()
+    if into is None:
+        return 0
+    cdef ptrdiff_t d = last_axis(x) if cnp.PyArray_NDIM(x) else 1
+    cdef mt_call *call = into.new(kind, is_double(x), n_rows(x), d, y, [x, other])
+    if call != NULL:
+        call.x, call.y, call.then.residual, call.then.activation = ptr(x), ptr(y), ptr_or_null(other), activation
+    return 0
+
+
+cdef int note_recurrence(x, forget, state, out) except -1:
+    cdef Calls into = recorder()
+    if into is None:
+        return 0
+    cdef mt_call *call = into.new(MT_CALL_RECURRENCE, is_double(x), n_rows(x), last_axis(x), out, [x, forget, state])
+    if call != NULL:
+        call.from_, call.to, call.state, call.y = rows_of_sequence(x), rows_of_sequence(forget), ptr(state), ptr(out)
+    return 0
+
+
 cdef int note_rotary(x, positions, frequencies, bint inverse, y) except -1:
     cdef Calls into = recorder()
     if into is None:
@@ -228,7 +263,8 @@ cdef bint same_place(place a, place b) noexcept:
 cdef class Program:
     """A step of one token for each stream, noted twice and run again from then on.
 
-    What is noted is every call of a norm, a packed product, `rotary`, `keep_rows` and `attention`, with the arrays they were given.
+    What is noted is every call of a norm, a packed product, `activation`, `add`, `recurrence`, `rotary`, `keep_rows` and `attention`, with
+    the arrays they were given.
     Two steps must have called the same, each time with the arrays that calls before had given, or with those of the step before;
     otherwise something was computed that no kernel knows of, and the step is never `ready`. Arrays that stay the same but for
     what is in them (positions, masks, keys) are read anew. One program belongs to one caller.
@@ -296,15 +332,16 @@ cdef class Program:
     cdef bint same_call(self, Calls a, Calls b, ptrdiff_t i, uint64_t *grows) noexcept:
         cdef mt_call *x = &a.calls[i]
         cdef mt_call *y = &b.calls[i]
-        if x.kind != y.kind or x.is_double != y.is_double or x.n != y.n or x.d != y.d or x.heads != y.heads or x.half != y.half:
+        if x.kind != y.kind or x.is_double != y.is_double or x.kept != y.kept:
             return False
-        if x.kind == MT_CALL_KEEP:
-            return same_place(a.of(x.from_.at), b.of(y.from_.at)) and x.to.at == y.to.at and x.kept == y.kept
+        if x.n != y.n or x.d != y.d or x.heads != y.heads or x.half != y.half:
+            return False
         if x.kind == MT_CALL_ATTENTION:
             return same_place(a.of(x.from_.at), b.of(y.from_.at)) and self.same_blocks(a, b, x, y, grows)
         return (
             same_place(a.of(x.x), b.of(y.x))
-            and same_place(a.of(x.from_.at), b.of(y.from_.at))
+            and same_place(a.of(x.from_.at), b.of(y.from_.at)) and same_place(a.of(x.to.at), b.of(y.to.at))
+            and same_place(a.of(x.state), b.of(y.state))
             and same_place(a.of(x.weight), b.of(y.weight)) and same_place(a.of(x.bias), b.of(y.bias))
             and same_place(a.of(x.then.bias), b.of(y.then.bias)) and same_place(a.of(x.then.gate_bias), b.of(y.then.gate_bias))
             and same_place(a.of(x.then.residual), b.of(y.then.residual)) and x.then.activation == y.then.activation

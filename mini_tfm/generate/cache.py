@@ -12,6 +12,7 @@ from ..autodiff import value_of
 from ..weights import Array
 
 FIRST_CAPACITY, MOST_ROOM = 32, 256  # keys
+ANY_NUMBER = np.iinfo(np.int64).max
 
 
 class KVCache:
@@ -139,8 +140,8 @@ class KVCache:
 
     @property
     def _capacity(self) -> int:
-        """Keys that there is room for."""
-        return max((kept[0].shape[2] for kept in self._kept.values()), default=0)
+        """Keys that there is room for; where there are recurrences, for any number."""
+        return max((kept[0].shape[2] for kept in self._kept.values()), default=ANY_NUMBER if self._states else 0)
 
     def step(self, layers: Callable[[Array], Array], x: Array) -> Array:
         """layers(x) of one token of each stream, x (B, 1, d): run again without Python where it can be.
@@ -167,26 +168,23 @@ class KVCache:
         k, v, valid = self._cross[layer]
         return k, v, valid
 
-    def state(self, layer: int) -> np.ndarray | None:
-        """What the recurrence of a layer has come to, (B, d); None where nothing was decoded."""
-        return self._states.get(layer)
-
-    def keep_state(self, layer: int, state: Array) -> None:
-        """Takes what the recurrence has come to now."""
-        self._states[layer] = value_of(state)
+    def state(self, layer: int, nothing: np.ndarray) -> np.ndarray:
+        """What the recurrence of a layer has come to, (B, d), which it changes in place; `nothing` where nothing was decoded."""
+        return self._states.setdefault(layer, nothing)
 
     # Rows of the batch
 
     def reorder(self, index: np.ndarray, rows_per_source: int = 1) -> None:
         """Row i becomes what row index[i] was. rows_per_source: so many rows, from the first on, now have one source together."""
         sources = index[::rows_per_source] // self.rows_per_source
-        if rows_per_source != self.rows_per_source or any(len(sources) > len(kept[0]) for kept in self._cross.values()):
+        more = any(len(sources) > len(kept[0]) for kept in self._cross.values()) or any(len(index) > len(x) for x in self._states.values())
+        if more or rows_per_source != self.rows_per_source:
             self.forget_step()  # which has the sources' rows in its calls; and more rows than there were are in other arrays
         if self.lengths is None:
             self._change_owners(index)
         else:
             self._kept = {layer: [_moved(x, index, self.n_keys) for x in kept] for layer, kept in self._kept.items()}
-        self._states = {layer: state[index] for layer, state in self._states.items()}
+        self._states = {layer: _moved(state, index) for layer, state in self._states.items()}
         if any(len(kept[0]) != len(sources) for kept in self._cross.values()) or (sources != np.arange(len(sources))).any():
             self._cross = {layer: [_moved(x, sources) for x in kept] for layer, kept in self._cross.items()}
         self.rows_per_source = rows_per_source

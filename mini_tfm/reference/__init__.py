@@ -7,7 +7,7 @@ returns the dtype it was given. One file a family:
     packed       packed weights, products with them
     softmax      softmax, log_softmax, backward     loss        cross entropy, forward and backward
     norm         layer_norm, rms_norm, backward     optimizer   adamw, sum_of_squares
-    elementwise  activations, dropout               search      exact top-k by inner product
+    elementwise  activations, sums, dropout         search      exact top-k by inner product
     attention    attention and its backward         threads     the twins of the thread settings
     checksum     whether an array has changed       program     a decoding step run again
     types        Block, BlockGrad, PackedWeight, which the compiled kernels share

@@ -58,14 +58,14 @@ def double(name, x, *, shape):
     return _contiguous(x)
 
 
-def heads_real(name, x, *, like=None, shape=None, or_bfloat16=False):
+def heads_real(name, x, *, like=None, shape=None, ndim=4, or_bfloat16=False):
     """A real array (B, H, N, D) whose rows of D may lie anywhere; where they are not whole it is copied to contiguous.
 
     or_bfloat16: where `like` is of float32, one of uint16 may stand for it.
     """
     dtypes = (FLOAT32, FLOAT64) if like is None else (like.dtype,)
-    _array(name, x, (*dtypes, UINT16) if or_bfloat16 and dtypes == (FLOAT32,) else dtypes, shape, 4, 0)
-    whole = x.shape[3] <= 1 or x.strides[3] == x.itemsize
+    _array(name, x, (*dtypes, UINT16) if or_bfloat16 and dtypes == (FLOAT32,) else dtypes, shape, ndim, 0)
+    whole = x.shape[-1] <= 1 or x.strides[-1] == x.itemsize
     kept = type(x) is np.ndarray and x.flags.aligned and whole and not any(stride % x.itemsize for stride in x.strides)
     return x if kept else _contiguous(x)
 
@@ -408,6 +408,14 @@ def keep_rows(store, at, rows):
         got = "one that is read-only" if not store.flags.writeable else f"one with strides {store.strides}"
         raise InvalidValue(f"store: expected an array that can be written, whose rows are whole, got {got}")
     return store, integer("at", at, low=0, high=capacity - rows.shape[2]), rows
+
+
+def recurrence(x, forget, state):
+    """x, forget; the state is changed where it lies."""
+    x = heads_real("x", x, ndim=3)
+    forget = heads_real("forget", forget, like=x, shape=x.shape)
+    output("state", state, like=x, shape=(x.shape[0], x.shape[2]), apart_from=(("x", x), ("forget", forget)))
+    return x, forget
 
 
 def dropout(x, p, seed):

@@ -1,4 +1,4 @@
-"""Activations and dropout."""
+"""Activations, sums, recurrences and dropout."""
 
 import math
 
@@ -7,7 +7,7 @@ import numpy as np
 from mini_tfm.reference import _checks
 from mini_tfm.reference.types import Real
 
-__all__ = ["activation", "activation_backward", "dropout"]
+__all__ = ["activation", "activation_backward", "add", "dropout", "recurrence"]
 
 
 def _sigmoid(x):
@@ -66,6 +66,28 @@ def activation_backward(x: Real, dy: Real, kind: str, *, out: Real | None = None
             s = _sigmoid(x64)
             slope = s + x64 * s * _sigmoid(-x64)  # 1 - s would cancel
         return _checks.into(out, (dy64 * slope).astype(x.dtype))
+
+
+def add(x: Real, y: Real) -> Real:
+    """x + y, of one shape."""
+    x = _checks.real("x", x)
+    y = _checks.real("y", y, like=x, shape=x.shape)
+    with np.errstate(invalid="ignore", over="ignore"):
+        return x + y
+
+
+def recurrence(x: Real, forget: Real, state: Real) -> Real:
+    """c (B, T, d): c_t = f_t * c_{t-1} + (1 - f_t) * x_t, f = sigmoid(forget); state (B, d), c before the first, becomes the last.
+
+    x, forget (B, T, d). The recurrence of SRU (arXiv 1709.02755, equation 2) without its output. c is rounded at every step.
+    """
+    x, forget = _checks.recurrence(x, forget, state)
+    c = np.empty_like(x)
+    with np.errstate(invalid="ignore", over="ignore"):
+        f = _sigmoid(forget.astype(np.float64))
+        for t in range(x.shape[1]):
+            c[:, t] = state[...] = f[:, t] * state + (1.0 - f[:, t]) * x[:, t]
+    return c
 
 
 def _drawn(x, low, high):

@@ -13,7 +13,8 @@ __all__ = ["Program", "keep_rows"]
 class Program:
     """A step of one token for each stream, noted twice and run again from then on.
 
-    What is noted is every call of a norm, a packed product, `rotary`, `keep_rows` and `attention`, with the arrays they were given.
+    What is noted is every call of a norm, a packed product, `activation`, `add`, `recurrence`, `rotary`, `keep_rows` and `attention`, with
+    the arrays they were given.
     Two steps must have called the same, each time with the arrays that calls before had given, or with those of the step before;
     otherwise something was computed that no kernel knows of, and the step is never `ready`. Arrays that stay the same but for
     what is in them (positions, masks, keys) are read anew. One program belongs to one caller. The twins never are ready: their

@@ -177,6 +177,15 @@ def sinusoidal_positions(n, d_model):
     return table
 
 
+def recurrence(x, forget, state):
+    """c, and the last of them."""
+    c, last = np.zeros(x.shape), state.astype(np.float64)
+    for b, t, i in np.ndindex(x.shape):
+        f = 1.0 / (1.0 + math.exp(-float(forget[b, t, i])))
+        last[b, i] = c[b, t, i] = f * last[b, i] + (1.0 - f) * float(x[b, t, i])
+    return c, last
+
+
 def rotary(x, positions, frequencies, inverse):
     batch, _, length, _ = x.shape
     y, n = x.astype(np.float64), len(frequencies)

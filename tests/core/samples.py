@@ -25,6 +25,7 @@ IN_PLACE = {
     "embedding_backward": ("dtable",),
     "adamw": ("param", "m", "v"),
     "keep_rows": ("store",),
+    "recurrence": ("state",),
     **dict.fromkeys(WITH_OUT, ("out",)),
 }
 SETTINGS = {"set_num_threads", "get_num_threads", "show_config"}
@@ -63,6 +64,7 @@ def sample(name, dtype, layout="contiguous", big=False, seed=0):
         "adamw": lambda: {
             "param": plain.real(flat), "grad": values.real(flat), "m": plain.real(flat), "v": plain.positive(flat), **adam
         },
+        "add": lambda: {"x": x, "y": dy},
         "attention": lambda: {"q": q, "blocks": case.blocks, "scale": 0.3, "dropout": 0.2, "seed": 5, "cap": 9.0},
         "attention_mass": lambda: {
             "q": q, "block": case.blocks[0], "lse": doubles.real(batch, heads, length) + 5, "scale": 0.3,
@@ -95,6 +97,9 @@ def sample(name, dtype, layout="contiguous", big=False, seed=0):
             "x": x, "weight": packed(plain, dtype, d, gated=True), "bias": values.real(D_OUT), "gate_bias": values.real(D_OUT),
             "activation": "silu", "residual": values.real(n, D_OUT), "out": plain.real(n, D_OUT)
         },
+        "recurrence": lambda: {
+            "x": values.real(batch, length, d), "forget": values.real(batch, length, d), "state": plain.real(batch, d)
+        },
         "rms_norm": lambda: {"x": x, "weight": weight, "eps": 1e-6, "out": out},
         "rms_norm_backward": lambda: {"dy": dy, "x": x, "weight": weight, "rstd": values.positive(n), "out": out},
         "rotary": lambda: {
@@ -115,11 +120,11 @@ def sample(name, dtype, layout="contiguous", big=False, seed=0):
 
 
 NAMES = (
-    "activation", "activation_backward", "adamw", "attention", "attention_backward", "attention_mass", "checksum", "cross_entropy",
+    "activation", "activation_backward", "adamw", "add", "attention", "attention_backward", "attention_mass", "checksum", "cross_entropy",
     "cross_entropy_backward",
     "dropout", "embedding", "embedding_backward", "gemm", "keep_rows", "layer_norm", "layer_norm_backward", "linear_cross_entropy",
-    "linear_cross_entropy_backward", "linear_top_k", "log_softmax", "pack", "packed_linear", "rms_norm", "rms_norm_backward",
-    "rotary",
+    "linear_cross_entropy_backward", "linear_top_k", "log_softmax", "pack", "packed_linear", "recurrence", "rms_norm",
+    "rms_norm_backward", "rotary",
     "search", "sinusoidal_positions", "softmax", "softmax_backward", "sum_of_squares",
 )  # fmt: skip
 

@@ -72,6 +72,13 @@ def test_rotary_of_any_layout(dtype, layout):
     assert_same_bits(_core.rotary(layout(x), np.arange(5), turns), _core.rotary(x, np.arange(5), turns))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rms_norm_of_heads_of_any_layout(core, dtype, layout):
+    values = Values(1, dtype)
+    x, weight = values.real(2, 3, 5, 37), values.real(37)
+    assert_same_bits(core.rms_norm(layout(x), weight, 1e-6), core.rms_norm(x, weight, 1e-6))
+
+
 @compiled_alone
 def test_results_lie_as_the_queries_do(dtype):
     """So that projections before and after need no copies."""

@@ -1,4 +1,4 @@
-"""Activations against the formulas in Python floats; what dropout promises about its mask."""
+"""Activations, sums and recurrences against the formulas in Python floats; what dropout promises about its mask."""
 
 import numpy as np
 import pytest
@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mini_tfm import reference
+from mini_tfm.errors import InvalidValue
 
 KINDS = tuple(naive.ACTIVATIONS)
 
@@ -42,6 +43,45 @@ def test_activation_backward_is_the_slope(core, kind):
     x, dy = values.real(5, 4), values.real(5, 4)
     expected = naive.gradient(lambda x: core.activation(x, kind), x, dy)
     np.testing.assert_allclose(core.activation_backward(x, dy, kind), expected, atol=1e-8)
+
+
+@given(seed=seeds, rows=leading, d=sizes, layout=layouts)
+def test_add(core, dtype, seed, rows, d, layout):
+    values = Values(seed, dtype, layout)
+    x, y = values.real(*rows, d), values.real(*rows, d)
+    assert_same_bits(core.add(x, y), np.ascontiguousarray(x + y))
+
+
+@given(seed=seeds, batch=st.integers(1, 3), length=st.integers(1, 6), d=sizes, layout=layouts)
+def test_recurrence(core, dtype, seed, batch, length, d, layout):
+    values = Values(seed, dtype, layout)
+    x, forget, state = values.real(batch, length, d), values.real(batch, length, d, scale=3), Values(seed, dtype).real(batch, d)
+    expected, last = naive.recurrence(x, forget, state)
+    largest = max(np.abs(x).max(), np.abs(state).max())
+    c = core.recurrence(x, forget, state)
+    assert_close(c, expected, "recurrence", k=length, terms=largest, dtype=dtype)
+    assert_close(state, last, "recurrence", k=length, terms=largest, dtype=dtype)
+
+
+def test_a_recurrence_goes_on_from_its_state(core, dtype):
+    """Step by step, of columns of a wider product, it has the bits of the whole."""
+    values = Values(0, dtype)
+    both = values.real(2, 7, 2 * 37)
+    x, forget, state = both[..., :37], both[..., 37:], values.real(2, 37)
+    whole, stepped = state.copy(), state.copy()
+    expected = core.recurrence(x.copy(), forget.copy(), whole)
+    found = [core.recurrence(x[:, t : t + 1], forget[:, t : t + 1], stepped) for t in range(7)]
+    assert_same_bits(np.concatenate(found, axis=1), expected)
+    assert_same_bits(stepped, whole)
+
+
+@pytest.mark.parametrize("other", ["x", "forget"])
+def test_a_state_within_what_a_recurrence_reads_is_refused(core, dtype, other):
+    """Behind the first rows, which have as many bytes as the whole."""
+    wide = np.zeros((2, 9, 3), dtype)
+    given = {"x": np.ones((2, 2, 3), dtype), "forget": np.ones((2, 2, 3), dtype), other: wide[:, ::8]}
+    with pytest.raises(InvalidValue, match=f"state: .*overlaps {other}"):
+        core.recurrence(**given, state=wide[1, 2:4])
 
 
 ps = st.floats(0.0, 0.99)

@@ -70,13 +70,14 @@ def test_a_big_call_agrees_with_the_twin(dtype, name):
 
 # kernel, axis of the rows, the arguments that have them, and how many results do.
 ROWS = {
-    "activation": (0, ("x", "out"), 1), "activation_backward": (0, ("x", "dy", "out"), 1), "cross_entropy": (0, ("logits", "targets"), 2),
+    "activation": (0, ("x", "out"), 1), "activation_backward": (0, ("x", "dy", "out"), 1), "add": (0, ("x", "y"), 1),
+    "cross_entropy": (0, ("logits", "targets"), 2),
     "cross_entropy_backward": (0, ("logits", "targets", "lse", "dlosses"), 1), "embedding": (1, ("ids",), 1), "gemm": (0, ("a", "out"), 1),
     "linear_cross_entropy": (0, ("x", "targets"), 2), "linear_cross_entropy_backward": (0, ("x", "targets", "lse", "dlosses"), 1),
     "linear_top_k": (0, ("x",), 3), "packed_linear": (0, ("x", "residual", "out"), 1),
     "layer_norm": (0, ("x", "out"), 3), "layer_norm_backward": (0, ("dy", "x", "mean", "rstd", "out"), 1),
     "log_softmax": (0, ("x", "out"), 1), "rms_norm": (0, ("x", "out"), 2), "rms_norm_backward": (0, ("dy", "x", "rstd", "out"), 1),
-    "rotary": (0, ("x",), 1),
+    "recurrence": (0, ("x", "forget", "state"), 2), "rotary": (0, ("x",), 1),
     "search": (1, ("queries",), 2), "softmax": (0, ("x", "out"), 1),
     "softmax_backward": (0, ("y", "dy", "out"), 1),
 }  # fmt: skip
@@ -216,6 +217,11 @@ EMPTY = [
     ("rms_norm_backward", {"dy": real(0, 3), "x": real(0, 3), "weight": real(3), "rstd": real(0)}, [((0, 3), 0), ((3,), 0)]),
     ("activation", {"x": real(0), "kind": "gelu"}, [((0,), 0)]),
     ("activation_backward", {"x": real(2, 0), "dy": real(2, 0), "kind": "silu"}, [((2, 0), 0)]),
+    ("add", {"x": real(2, 0), "y": real(2, 0)}, [((2, 0), 0)]),
+    ("recurrence", {"x": real(2, 0, 3), "forget": real(2, 0, 3), "state": real(2, 3)}, [((2, 0, 3), 0), ((2, 3), 1)]),
+    ("recurrence", {"x": real(2, 4, 0), "forget": real(2, 4, 0), "state": real(2, 0)}, [((2, 4, 0), 0), ((2, 0), 0)]),
+    ("rms_norm", {"x": lambda dtype: np.ones((2, 0, 3, 4), dtype).swapaxes(1, 2), "weight": real(4), "eps": 1e-5},
+     [((2, 3, 0, 4), 0), ((0,), 0)]),
     ("dropout", {"x": real(0, 4), "p": 0.5, "seed": 1}, [((0, 4), 0)]),
     ("embedding", {"table": real(3, 2), "ids": whole(0)}, [((0, 2), 0)]),
     ("embedding", {"table": real(0, 2), "ids": whole(4, 0)}, [((4, 0, 2), 0)]),

@@ -1,4 +1,4 @@
-/* Activations and dropout: element by element, so any cut into pieces gives the same bits. */
+/* Activations, sums, recurrences and dropout: element by element, so any cut into pieces gives the same bits. */
 
 enum { ELEMENTS = 16384 }; /* in a piece: 64 KB of float */
 
@@ -226,6 +226,54 @@ static void activation_backward(const void *x_, const void *dy_, void *dx_, ptrd
             }
         }
         past_end(past);
+    }
+}
+
+/* x, y (n,) read, out (n,) written. */
+static void add(const void *x_, const void *y_, void *out_, ptrdiff_t n) {
+    const real *x = x_, *y = y_;
+    real *out = out_;
+    ptrdiff_t pieces = div_up(n, ELEMENTS);
+#pragma omp parallel for num_threads(mt_team(pieces, 1.0 * n)) schedule(static)
+    for (ptrdiff_t piece = 0; piece < pieces; piece++) {
+        ptrdiff_t at = piece * ELEMENTS, m = min_size(ELEMENTS, n - at);
+        const real *restrict a = x + at, *restrict b = y + at;
+        real *restrict to = out + at;
+        for (ptrdiff_t i = 0; i < m; i++) to[i] = a[i] + b[i];
+    }
+}
+
+enum { COLUMNS_OF_STATE = 64 }; /* in a piece: a multiple of VL */
+
+/* x, forget (B, T, d), rows that lie anywhere, read; state (B, d) read, and last of all written; out (B, T, d) written:
+ * c_t = f_t c_{t-1} + (1 - f_t) x_t, f = sigmoid(forget). */
+static void recurrence(const struct mt_rows *x, const struct mt_rows *forget, void *state_, void *out_, ptrdiff_t batch, ptrdiff_t length,
+                       ptrdiff_t d) {
+    real *state_bd = state_, *out_btd = out_;
+    ptrdiff_t across = div_up(d, COLUMNS_OF_STATE), pieces = batch * across;
+#pragma omp parallel for num_threads(mt_team(pieces, 5.0 * batch * length * d)) schedule(static)
+    for (ptrdiff_t piece = 0; piece < pieces; piece++) {
+        ptrdiff_t b = piece / across, first = piece % across * COLUMNS_OF_STATE, end = min_size(d, first + COLUMNS_OF_STATE);
+        for (ptrdiff_t i = first; i < end; i += VL) {
+            ptrdiff_t some = end - i;
+            const int whole = some >= VL;
+            real *state = state_bd + b * d + i;
+            vec c = whole ? load(state) : load_some(state, some, 0);
+            for (ptrdiff_t t = 0; t < length; t++) {
+                const real *x_d = head_rows(x, b, 0) + t * x->stride[2] + i, *forget_d = head_rows(forget, b, 0) + t * forget->stride[2] + i;
+                real *out = out_btd + (b * length + t) * d + i;
+                vec f = sigmoid(whole ? load(forget_d) : load_some(forget_d, some, 0));
+                c = f * c + (1 - f) * (whole ? load(x_d) : load_some(x_d, some, 0));
+                if (whole)
+                    store(out, c);
+                else
+                    store_some(out, c, some);
+            }
+            if (whole)
+                store(state, c);
+            else
+                store_some(state, c, some);
+        }
     }
 }
 

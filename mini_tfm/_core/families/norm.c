@@ -88,6 +88,10 @@ INLINE struct moments row_moments(const real *x_d, ptrdiff_t d, const int centre
     }
 }
 
+/* A call, never inlined: a compiler that sees how the variance was made may fuse its last product with the sum in one norm and not in
+ * another, and a row must have the same bits in all. */
+static __attribute__((noinline)) real rstd_of(double variance, double eps) { return (real)(1 / sqrt(variance + eps)); }
+
 /* y = (x - mean) rstd weight + bias over a row; bias_d NULL: none. */
 INLINE void row_normed(const real *x_d, const real *weight_d, const real *bias_d, struct two_parts mean, real rstd, real *y_d, ptrdiff_t d,
                        struct stream *stream) {
@@ -126,7 +130,7 @@ INLINE void norm_forward(const real *x_nd, const real *weight_d, const real *bia
                 /* The row after the next one, or memory would rest in all passes but the last. */
                 for (ptrdiff_t i = 0; past && i < d; i += LINE) __builtin_prefetch(x_d + 2 * d + i, 0, 2);
                 struct moments of = row_moments(x_d, d, mean_n != NULL);
-                real rstd = (real)(1 / sqrt(of.variance + eps));
+                real rstd = rstd_of(of.variance, eps);
                 real *y_d = past ? stream.chunk + (row - first) * d : y_nd + row * d;
                 row_normed(x_d, weight_d, bias_d, in_two_parts(of.mean), rstd, y_d, d, past ? &stream : NULL);
                 stream.ready = (row - first + 1) * d;
@@ -146,6 +150,20 @@ static void layer_norm(const void *x, const void *weight, const void *bias, doub
 
 static void rms_norm(const void *x, const void *weight, double eps, void *y, void *rstd, ptrdiff_t n, ptrdiff_t d) {
     norm_forward(x, weight, NULL, eps, y, NULL, rstd, n, d);
+}
+
+/* The same of x (B, H, N, d) into y, rows that lie anywhere; rstd (B H N,) written. */
+static void rms_norm_heads(const struct mt_rows *x, const void *weight, double eps, const struct mt_rows *y, void *rstd_, ptrdiff_t batch,
+                           ptrdiff_t heads, ptrdiff_t n, ptrdiff_t d) {
+    real *rstd_n = rstd_;
+    ptrdiff_t rows = batch * heads * n;
+#pragma omp parallel for num_threads(mt_team(rows, 2.0 * rows * d)) schedule(static)
+    for (ptrdiff_t row = 0; row < rows; row++) {
+        ptrdiff_t b = row / (heads * n), h = row / n % heads, i = row % n;
+        const real *x_d = head_rows(x, b, h) + i * x->stride[2];
+        rstd_n[row] = rstd_of(row_moments(x_d, d, 0).variance, eps);
+        row_normed(x_d, weight, NULL, in_two_parts(0), rstd_n[row], head_rows(y, b, h) + i * y->stride[2], d, NULL);
+    }
 }
 
 /* A piece of a backward is a run of rows whose sums for dweight and dbias are kept apart and added in the order of the

@@ -15,6 +15,10 @@ cdef extern from "core.h" nogil:
         int is_double, const void *dy, const void *x, const void *weight, const void *rstd, void *dx, void *dweight,
         ptrdiff_t n, ptrdiff_t d
     )
+    void mt_rms_norm_heads(
+        int is_double, const mt_rows *x, const void *weight, double eps, const mt_rows *y, void *rstd, ptrdiff_t batch,
+        ptrdiff_t heads, ptrdiff_t n, ptrdiff_t d
+    )
 
 
 def layer_norm(x, weight, bias, eps, *, out=None):
@@ -78,7 +82,9 @@ def layer_norm_backward(dy, x, weight, mean, rstd, *, out=None):
 
 
 def rms_norm(x, weight, eps, *, out=None):
-    """y, rstd (N,); y = x * rstd * weight."""
+    """y, rstd (N,); y = x * rstd * weight. Of x (B, H, N, d), rows that lie anywhere, y's heads lie as x's do."""
+    if out is None and not plain(x) and plain_heads(x) and plain_vector(weight, x, last_axis(x)) and plain_number(eps, 0.0):
+        return rms_norm_heads(x, weight, eps)
     if not (plain_rows(x) and plain_vector(weight, x, last_axis(x)) and plain_number(eps, 0.0)):
         x, weight, eps = _checks.rms_norm(x, weight, eps)
     cdef double epsilon = eps
@@ -95,6 +101,25 @@ def rms_norm(x, weight, eps, *, out=None):
     with nogil:
         mt_rms_norm(wide, px, pw, epsilon, py, pr, n, d)
     note_norm(MT_CALL_RMS_NORM, x, weight, None, epsilon, n, d, y, None, rstd)
+    return y, rstd
+
+
+cdef tuple rms_norm_heads(x, weight, double eps):
+    y, rstd = rows_like(x), new_vector(n_rows(x), cnp.PyArray_TYPE(x))
+    cdef bint wide = is_double(x)
+    cdef mt_rows px = rows_of(x)
+    cdef mt_rows py = rows_of(y)
+    cdef void *pw = ptr(weight)
+    cdef void *pr = ptr(rstd)
+    cdef ptrdiff_t batch = cnp.PyArray_DIM(x, 0)
+    cdef ptrdiff_t heads = cnp.PyArray_DIM(x, 1)
+    cdef ptrdiff_t n = cnp.PyArray_DIM(x, 2)
+    cdef ptrdiff_t d = cnp.PyArray_DIM(x, 3)
+    with nogil:
+        mt_rms_norm_heads(wide, &px, pw, eps, &py, pr, batch, heads, n, d)
+    cdef Calls into = recorder()
+    if into is not None:
+        note_heads_norm(into, x, weight, eps, y, rstd)
     return y, rstd
 
 
