@@ -423,6 +423,14 @@ class Output:
             logits = weights[self.name].linear(hidden, self._bias(weights), transposed=self.is_tied)
         return logits if self.cap is None else self.cap * np.tanh(logits / self.cap)
 
+    def narrow(self, weights: Weights, ids: np.ndarray) -> None:
+        """Leaves of a session's packed layer the columns of `ids` (n,) alone, with the bits that they have."""
+        weights[self.PACKED] = Weight(
+            None, weights.pack([self.name], transposed=self.is_tied, columns=ids, dtype=self.packed(weights).dtype)
+        )
+        if self.bias is not None:
+            weights[self.bias] = Weight(weights[self.bias].array[ids])
+
     def packed(self, weights: Mapping[str, Weight]) -> Any:
         """The PackedWeight of the layer's matrix (d, V), if a session has made one."""
         weight = weights.get(self.PACKED)

@@ -236,18 +236,20 @@ class Weights(dict[str, Weight]):
         gate: str | None = None,
         dtype: str | None = None,
         transposed: bool = False,
-        columns: int | None = None,
+        columns: int | np.ndarray | None = None,
     ) -> Any:
         """A PackedWeight of matrices side by side: dtype "float32", "bfloat16" or "int8" (None: their own).
 
-        gate: the name of a second matrix. transposed: of W^T. columns: only the first so many of what a product gives.
+        gate: the name of a second matrix. transposed: of W^T. columns: only the first so many of what a product gives, or those of
+        these numbers (n,).
         """
         (array, is_transposed), *more = (self[name].stored(transposed) for name in names)
         if more:
             arrays = [array, *(one if flag == is_transposed else one.T for one, flag in more)]
             array = np.concatenate(arrays, axis=0 if is_transposed else 1)
         if columns is not None:
-            array = array[:columns] if is_transposed else array[:, :columns]
+            chosen = columns if isinstance(columns, np.ndarray) else slice(columns)
+            array = array[chosen] if is_transposed else array[:, chosen]
         beside = None
         if gate is not None:
             beside, flag = self[gate].stored(transposed)

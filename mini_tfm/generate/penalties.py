@@ -71,9 +71,10 @@ class Shortlisted:
         self._allowed: dict[int, np.ndarray] = {}
 
     def __call__(self, ids: np.ndarray, scores: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        return np.where(np.stack([self._of(row, scores.shape[1]) for row in rows.tolist()]), scores, scores.dtype.type(-np.inf))
+        return np.where(np.stack([self.allowed(row, scores.shape[1]) for row in rows.tolist()]), scores, scores.dtype.type(-np.inf))
 
-    def _of(self, row: int, n: int) -> np.ndarray:
+    def allowed(self, row: int, n: int) -> np.ndarray:
+        """(n,) bool: which of the first n ids it has for a sequence."""
         if row not in self._allowed:
             allowed = np.asarray(self.shortlist(self.sources[row], n))
             if allowed.shape != (n,) or allowed.dtype != np.bool_:

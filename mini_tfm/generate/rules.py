@@ -35,7 +35,7 @@ from .stops import Criterion, Stop, StopStrings, no_tokenizer
 class Rules:
     """eos_ids: (n,) that end a sequence. stops: other ends. deadline: of `time.monotonic`, or None. numbers: of the sequences.
 
-    sources: what the encoder has read of each, or None.
+    sources: what the encoder has read of each, or None. among: (n,) the ids that the one sequence there is may have, ascending; None: all.
     """
 
     options: GenerationOptions
@@ -45,6 +45,7 @@ class Rules:
     deadline: float | None
     numbers: np.ndarray
     sources: Sequence[np.ndarray] | None = None
+    among: np.ndarray | None = None
 
     @classmethod
     def of(
@@ -77,10 +78,14 @@ class Rules:
         if options.stop_strings is not None:
             stops.append(StopStrings(_needed(tokenizer, "stop_strings"), options.stop_strings, n_prompt, before))
         allowed = list(_allowed(options, eos, n_prompt, numbers, tokenizer, before))
-        processors = [*_penalties(options, eos, n_prompt, allowed, sources, goes_on), *cutoffs_of(options, len(eos))]
-        if processors and options.prompt_lookup_num_tokens:
+        shortlisted, among = _shortlisted(options, sources), None
+        if shortlisted is not None and len(numbers) == options.num_beams == 1:  # a beam's log-probabilities are those among all ids
+            ids = np.flatnonzero(shortlisted.allowed(0, n_ids))
+            among, shortlisted = (ids, None) if len(ids) else (None, shortlisted)
+        processors = [*_penalties(options, eos, n_prompt, allowed, sources, shortlisted, goes_on), *cutoffs_of(options, len(eos))]
+        if (processors or among is not None) and options.prompt_lookup_num_tokens:
             raise InvalidValue("generate: prompt_lookup_num_tokens: expected 0 beside options that change scores: it is for greedy search")
-        return cls(options, eos, processors, stops, deadline, numbers, sources)
+        return cls(options, eos, processors, stops, deadline, numbers, sources, among)
 
     @property
     def limit(self) -> int:
@@ -116,12 +121,21 @@ def deadline_of(options: GenerationOptions) -> float | None:
     return None if options.max_time is None else time.monotonic() + options.max_time
 
 
+def _shortlisted(options: GenerationOptions, sources: Sequence[np.ndarray] | None) -> Shortlisted | None:
+    if not options.shortlist:
+        return None
+    if sources is None:
+        raise InvalidValue("generate: shortlist: needs a model with an encoder, and the source's token ids; or shortlist=False")
+    return Shortlisted(options.shortlist, sources)  # type: ignore[arg-type]
+
+
 def _penalties(
     options: GenerationOptions,
     eos: np.ndarray,
     n_prompt: int,
     allowed: Sequence[Allowed],
     sources: Sequence[np.ndarray] | None,
+    shortlisted: Shortlisted | None,
     goes_on: bool,
 ) -> Iterator[Processor]:
     if options.sequence_bias:
@@ -136,10 +150,8 @@ def _penalties(
         if sources is None:
             raise InvalidValue("generate: encoder_no_repeat_ngram_size: needs a model with an encoder, and the source's token ids")
         yield EncoderNoRepeatNGram(options.encoder_no_repeat_ngram_size, sources)
-    if options.shortlist:
-        if sources is None:
-            raise InvalidValue("generate: shortlist: needs a model with an encoder, and the source's token ids; or shortlist=False")
-        yield Shortlisted(options.shortlist, sources)  # type: ignore[arg-type]
+    if shortlisted is not None:
+        yield shortlisted
     if options.bad_words_ids:
         ends = {(int(token),) for token in eos}
         yield SequenceBias([(ids, -np.inf) for ids in options.bad_words_ids if ids not in ends])

@@ -97,7 +97,8 @@ def in_segments(
                 deadline=deadline,
                 goes_on=room < left,
             )
-            session = Session(stream.copy(), n_ids=n_ids, cache_dtype=options.cache_dtype, room=room)  # the stream keeps its rows
+            # The stream keeps its rows.
+            session = Session(stream.copy(), n_ids=n_ids, cache_dtype=options.cache_dtype, room=room, among=rules.among)
             found = yield from _of_rows(search(session, prompt, rules, copies), row_of, copies, size)
         else:
             found = [[Hypothesis()] for _ in row_of]

@@ -26,19 +26,30 @@ class Session:
     """Goes on from the segment that is open in `stream`.
 
     n_ids: only ids below it are scored, where the model has more than its tokenizer can say. cache_dtype: of keys and values; None:
-    bfloat16 for a packed model, else the model's. room: so many tokens are expected after the first ones.
+    bfloat16 for a packed model, else the model's. room: so many tokens are expected after the first ones. among: (n,) the ids, ascending,
+    that may be said; None: all. Of the output layer these columns alone are computed, all other scores are -inf.
     """
 
-    def __init__(self, stream: Stream, *, n_ids: int | None = None, cache_dtype: str | None = None, room: int = 0):
+    def __init__(
+        self,
+        stream: Stream,
+        *,
+        n_ids: int | None = None,
+        cache_dtype: str | None = None,
+        room: int = 0,
+        among: np.ndarray | None = None,
+    ):
         model = stream.model
         if cache_dtype is not None and model.dtype != np.float32:
             raise InvalidValue(f"generate: cache_dtype: expected None for a model of {model.dtype}, got {cache_dtype!r}")
-        self.stream = stream
+        self.stream, self.among = stream, among
         self.cache = KVCache(cache_dtype == "bfloat16" or (cache_dtype is None and model.precision is not None), room)
         self.n_ids = stream.model.config.vocab_size if n_ids is None else n_ids
         self.n_steps = 0
         self.numbers = np.arange(stream.run.batch)  # of the sequences, as they came in
         self.weights = packed_weights(stream.model, self.n_ids)
+        if among is not None:
+            stream.model.output.narrow(self.weights, among)
         self._pass = Pass(self.weights, stream.run, cache=self.cache)
 
     @property
@@ -69,7 +80,11 @@ class Session:
         else:
             scores = value_of(output(hidden, self.weights))[:, : self.n_ids]
         self._check(scores.max(axis=1))
-        return scores
+        if self.among is None:
+            return scores
+        every = np.full((len(scores), self.n_ids), -np.inf, scores.dtype)
+        every[:, self.among] = scores[:, self.among] if run.changes_output else scores
+        return every
 
     def best(self, hidden: np.ndarray) -> np.ndarray:
         """(B,) the id of the best score; of equal ones the lowest. Raises InvalidValue at NaN."""
@@ -77,7 +92,7 @@ class Session:
             return np.argmax(self.scores(hidden), axis=1)
         scores, ids = self.stream.model.output.best(hidden, self.weights)
         self._check(scores)
-        return ids
+        return ids if self.among is None else self.among[ids]
 
     def likeliest(self, hidden: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """(B, k) the best log-probabilities and their ids, best first; of equal ones the lower id first.
@@ -89,8 +104,9 @@ class Session:
             log_probs = _core.log_softmax(self.scores(hidden))
             ids = np.argsort(-log_probs, axis=1, kind="stable")[:, :k]
             return np.take_along_axis(log_probs, ids, 1), ids
-        self._check(found[0][:, 0])
-        return found
+        log_probs, ids = found
+        self._check(log_probs[:, 0])
+        return log_probs, ids if self.among is None else np.where(ids < 0, -1, self.among[ids])
 
     def _check(self, best: np.ndarray) -> None:
         if not np.isfinite(best).all():

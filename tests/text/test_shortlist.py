@@ -2,9 +2,13 @@
 
 import numpy as np
 import pytest
+from helpers import assert_same_bits
 from variants import tiny_model
 
 from mini_tfm.errors import InvalidValue
+from mini_tfm.generate import Session
+from mini_tfm.model import PACKED
+from mini_tfm.stream import Stream
 from mini_tfm.text.shortlist import Shortlist
 from mini_tfm.transformer import load
 
@@ -30,6 +34,48 @@ def test_nothing_else_is_generated(options):
     for source, n, row in zip(SOURCE, lengths, model.generate(SOURCE, lengths, shortlist=shortlist, **options), strict=True):
         assert shortlist(source[:n], 13)[np.unique(row)].all()
     assert not shortlist(SOURCE[0], 13)[free].all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"num_beams": 4, "num_return_sequences": 3}, {"repetition_penalty": 1.3, "min_new_tokens": 5, "stop_at_eos": True},
+        {"do_sample": True, "seed": 0, "num_return_sequences": 2},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_source_alone_has_the_answers_that_it_has_beside_others(options):
+    """Alone, the columns of its shortlist are all that is computed of the output layer."""
+    model = tiny_model("ssru", dtype=np.float32)
+    options = {"max_new_tokens": 20, "stop_at_eos": False, "shortlist": Shortlist(ALWAYS, OFFSETS, TOKENS), **options}
+    assert model.generate(SOURCE[:1], **options)[0] == model.generate(SOURCE, **options)[0]
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("variant", ["ssru", "untied", "decoder only, gemma"])
+def test_the_scores_of_some_ids_have_the_bits_that_they_have_among_all(variant, dtype):
+    model = tiny_model(variant, dtype=dtype if dtype == "float64" else "float32", vocab_size=301, d_model=36)
+    if dtype in PACKED:
+        model.pack(dtype)
+    stream = Stream(model, None, 2)
+    stream.open(SOURCE if model.config.has_encoder else None, np.full(2, 4))
+    ids = np.sort(np.random.default_rng(0).choice(290, 77, replace=False))
+    whole, some = Session(stream.copy(), n_ids=290), Session(stream.copy(), n_ids=290, among=ids)
+    hidden = whole.step(SOURCE[:, :1])
+    expected, found = whole.scores(hidden), some.scores(hidden)
+    assert_same_bits(found[:, ids], expected[:, ids])
+    assert (np.delete(found, ids, axis=1) == -np.inf).all()
+    assert np.array_equal(some.best(hidden), ids[expected[:, ids].argmax(axis=1)])
+    log_probs, chosen = some.likeliest(hidden, 80)
+    assert (chosen[:, 77:] == -1).all() or variant == "decoder only, gemma"
+    assert np.array_equal(chosen[:, :77], ids[np.argsort(-expected[:, ids], axis=1, kind="stable")])
+    assert np.allclose(np.exp(log_probs[:, :77]).sum(axis=1), 1)
+
+
+def test_a_source_without_any_allowed_id_is_told_as_beside_others():
+    nothing = lambda source, n: np.zeros(n, bool)  # noqa: E731
+    with pytest.raises(InvalidValue, match="rule out every token at token 1 of sequence 0"):
+        tiny_model("ssru", dtype=np.float32).generate(SOURCE[:1], shortlist=nothing)
 
 
 def test_a_models_own_is_kept_with_it_and_can_be_left_out(tmp_path):
