@@ -26,6 +26,11 @@ PACKED_KERNEL(size_t, packed_bytes, (const struct mt_packed *w), (w))
 PACKED_KERNEL(int, pack, (const struct mt_packed *w, const void *weight, const void *gate, int transposed),
               (w, weight, gate, transposed))
 PACKED_KERNEL(void, unpack, (const struct mt_packed *w, void *weight, void *gate), (w, weight, gate))
+PACKED_KERNEL(int, repack,
+              (const struct mt_packed *w, const void *values, const void *scales, const void *gate, const void *gate_scales),
+              (w, values, scales, gate, gate_scales))
+PACKED_KERNEL(void, unpack_kept, (const struct mt_packed *w, void *values, void *scales, void *gate, void *gate_scales),
+              (w, values, scales, gate, gate_scales))
 PACKED_KERNEL(int, packed_linear,
               (const void *x, const struct mt_packed *w, const struct mt_epilogue *then, void *out, ptrdiff_t n),
               (x, w, then, out, n))

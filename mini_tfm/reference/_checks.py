@@ -196,6 +196,9 @@ def bfloat16(bfloat16, name, x):
 
 PACKED_DTYPES = ("float32", "float64", "bfloat16", "int8")
 GROUP = 256  # rows that share a scale by default: more and the error of normal values goes over 1 %
+# What values are kept in, as arrays: of bfloat16, the bits.
+KEPT_AS = {INT8: "int8", np.dtype("uint16"): "bfloat16", FLOAT32: "float32", FLOAT64: "float64"}
+MOST_SCALE = float(np.finfo(np.float32).max) / 127
 MAX_GROUP = 65536  # 255 * 127 times that stays within the 32 bits of an int8 product's sum
 
 
@@ -224,6 +227,32 @@ def pack(weight, dtype, transposed, gate, group):
             if x is not None and not np.isfinite(x).all():
                 raise InvalidValue(f"{name}: expected finite values to quantise, got {x[~np.isfinite(x)][0]}")
     return weight, dtype, transposed, gate, group
+
+
+def repack(values, scales, gate, gate_scales, group):
+    """What it is kept in, then values, scales, gate, gate_scales and group as `pack` has them."""
+    _array("values", values, tuple(KEPT_AS), None, 2, 0)
+    dtype = KEPT_AS[values.dtype]
+    if group is not None:
+        group = integer("group", group, low=4, high=MAX_GROUP)
+        if dtype != "int8" or group % 4:
+            raise InvalidValue(f"group: expected a multiple of 4 with int8 values, or None, got {group} with {values.dtype}")
+    if dtype == "int8":
+        group = GROUP if group is None else group
+    d_out, d_in = values.shape
+    if gate is not None:
+        _array("gate", gate, (values.dtype,), values.shape, None, 0)
+    for name, x, given in (("", values, scales), ("gate_", gate, gate_scales)):
+        if (dtype != "int8" or x is None) and given is not None:
+            raise InvalidValue(f"{name}scales: expected None beside {'no gate' if x is None else x.dtype}, got {type(given).__name__}")
+        if dtype == "int8" and x is not None:
+            _array(f"{name}scales", given, (FLOAT32,), (d_out, -(-d_in // group)), None, 0)
+            if given.size and not (given.min() >= 0 and given.max() <= MOST_SCALE):  # NaN fails it
+                raise InvalidValue(f"{name}scales: expected finite values from 0 to {MOST_SCALE}, got {given.min()} to {given.max()}")
+            if x.size and x.min() < -127:
+                raise InvalidValue(f"{'gate' if name else 'values'}: expected -127 to 127, got {x.min()}")
+    kept = [None if x is None else _contiguous(x) for x in (values, scales, gate, gate_scales)]
+    return dtype, *kept, group
 
 
 def packed_weight(weight):

@@ -9,29 +9,39 @@ from mini_tfm.reference.elementwise import activation as activated
 from mini_tfm.reference.linear import in_bfloat16
 from mini_tfm.reference.types import PackedWeight, Real
 
-__all__ = ["linear_top_k", "pack", "packed_linear"]
+__all__ = ["linear_top_k", "pack", "packed_linear", "repack"]
 
 
 class _Weights(PackedWeight):
-    def __init__(self, weights, dtype, group):
-        self._weights, self.dtype, self.group = weights, dtype, group
-        self.shape, self.gated = weights[0].shape, len(weights) == 2
-        self.nbytes = sum(weight.nbytes for weight in weights)
+    def __init__(self, numbers, dtype, group):
+        self._numbers, self.dtype, self.group = numbers, dtype, group
+        self.shape, self.gated = numbers[0][0].shape[::-1], len(numbers) == 2
+        self.nbytes = sum(values.nbytes + (0 if scales is None else scales.nbytes) for values, scales in numbers)
+
+    def kept(self):
+        return [(values.copy(), None if scales is None else scales.copy()) for values, scales in self._numbers]
 
     def unpack(self):
-        return tuple(weight.copy() for weight in self._weights) if self.gated else self._weights[0].copy()
+        weights = [np.ascontiguousarray(self._value(*each).T) for each in self._numbers]
+        return tuple(weights) if self.gated else weights[0]
+
+    def _value(self, values, scales):
+        if self.dtype == "int8":
+            return values.astype(np.float32) * np.repeat(scales, self.group, 1)[:, : values.shape[1]]
+        return (values.astype(np.uint32) << np.uint32(16)).view(np.float32) if self.dtype == "bfloat16" else values
 
 
 def _in_int8(weight, group):
-    """scale * q, q in [-127, 127] to the nearest, scale = max|w| / 127 of `group` rows of a column: all in float32."""
-    result = np.empty_like(weight)
-    for at in range(0, len(weight), group):
-        part = weight[at : at + group]
-        scale = np.abs(part).max(0, initial=0) / np.float32(127)
+    """weight (d_out, d_in) as int8 q in [-127, 127] to the nearest, and scales (d_out, groups): max|w| / 127 of `group` columns."""
+    starts = range(0, weight.shape[1], group)
+    q, scales = np.empty(weight.shape, np.int8), np.empty((len(weight), len(starts)), np.float32)
+    for i, at in enumerate(starts):
+        part = weight[:, at : at + group]
+        scale = np.abs(part).max(1, keepdims=True, initial=0) / np.float32(127)
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            q = np.clip(np.where(scale > 0, np.rint(part / scale), 0), -127, 127)
-        result[at : at + group] = q.astype(np.float32) * scale
-    return result
+            q[:, at : at + group] = np.clip(np.where(scale > 0, np.rint(part / scale), 0), -127, 127)
+        scales[:, i] = scale[:, 0]
+    return q, scales
 
 
 def pack(
@@ -48,13 +58,29 @@ def pack(
     weight, dtype, transposed, gate, group = _checks.pack(weight, dtype, transposed, gate, group)
     weights = []
     for given in (weight,) if gate is None else (weight, gate):
-        kept = np.array(given.T if transposed else given, order="C")
-        if dtype == "bfloat16":
-            kept = in_bfloat16(kept)
-        elif dtype == "int8":
-            kept = _in_int8(kept, group)
-        weights.append(kept)
+        kept = np.array(given if transposed else given.T, order="C")
+        if dtype == "int8":
+            weights.append(_in_int8(kept, group))
+        else:
+            weights.append(((in_bfloat16(kept).view(np.uint32) >> np.uint32(16)).astype(np.uint16) if dtype == "bfloat16" else kept, None))
     return _Weights(weights, dtype, group)
+
+
+def repack(
+    values: np.ndarray,
+    scales: np.ndarray | None = None,
+    *,
+    gate: np.ndarray | None = None,
+    gate_scales: np.ndarray | None = None,
+    group: int | None = None,
+) -> PackedWeight:
+    """The PackedWeight whose `kept` gave values and scales, and those of a gate, with the bits that it had; group: its own.
+
+    values (d_out, d_in), scales (d_out, groups), see `PackedWeight.kept`; values say by their dtype what they are.
+    """
+    dtype, values, scales, gate, gate_scales, group = _checks.repack(values, scales, gate, gate_scales, group)
+    given = [(values, scales)] if gate is None else [(values, scales), (gate, gate_scales)]
+    return _Weights([(v.copy(), None if s is None else s.copy()) for v, s in given], dtype, group)
 
 
 def _quantised(x, group):

@@ -92,3 +92,11 @@ class PackedWeight(ABC):  # the compiled one is registered as a kind of it
     @abstractmethod
     def unpack(self) -> Any:
         """The weight (d_in, d_out) that products are made with, or (weight, gate), in float32 (float64 if it is that)."""
+
+    @abstractmethod
+    def kept(self) -> list[tuple[np.ndarray, np.ndarray | None]]:
+        """The numbers that are kept of the weight, and of its gate, the same for every instruction set: `repack` takes them.
+
+        (values, scales) of each. values (d_out, d_in): int8; uint16, the bits of bfloat16; or the reals. scales (d_out, groups)
+        float32 of int8: row i, column j of it is values * scales[i, j // group]. None of other kinds.
+        """

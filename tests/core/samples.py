@@ -100,6 +100,7 @@ def sample(name, dtype, layout="contiguous", big=False, seed=0):
         "recurrence": lambda: {
             "x": values.real(batch, length, d), "forget": values.real(batch, length, d), "state": plain.real(batch, d)
         },
+        "repack": lambda: {"values": x, "scales": None, "gate": dy, "gate_scales": None, "group": None},
         "rms_norm": lambda: {"x": x, "weight": weight, "eps": 1e-6, "out": out},
         "rms_norm_backward": lambda: {"dy": dy, "x": x, "weight": weight, "rstd": values.positive(n), "out": out},
         "rotary": lambda: {
@@ -123,7 +124,7 @@ NAMES = (
     "activation", "activation_backward", "adamw", "add", "attention", "attention_backward", "attention_mass", "checksum", "cross_entropy",
     "cross_entropy_backward",
     "dropout", "embedding", "embedding_backward", "gemm", "keep_rows", "layer_norm", "layer_norm_backward", "linear_cross_entropy",
-    "linear_cross_entropy_backward", "linear_top_k", "log_softmax", "pack", "packed_linear", "recurrence", "rms_norm",
+    "linear_cross_entropy_backward", "linear_top_k", "log_softmax", "pack", "packed_linear", "recurrence", "repack", "rms_norm",
     "rms_norm_backward", "rotary",
     "search", "sinusoidal_positions", "softmax", "softmax_backward", "sum_of_squares",
 )  # fmt: skip

@@ -56,6 +56,54 @@ def test_unpack_gives_what_was_packed(core, kind, group, seed, d_in, d_out, layo
             np.testing.assert_array_equal(found, bfloat16(weight) if kind == "bfloat16" else weight)
 
 
+@every_kind
+@given(seed=seeds, d_in=sizes_or_none, d_out=sizes_or_none, layout=layouts, gated=st.booleans())
+def test_what_is_kept_makes_the_same_weight_again(core, kind, group, seed, d_in, d_out, layout, gated):
+    values = Values(seed, real_of(kind))
+    gate = values.real(d_in, d_out) if gated else None
+    packed = core.pack(values.real(d_in, d_out), dtype=kind, group=group, gate=gate)
+    kept, *of_gate = packed.kept()
+    assert len(of_gate) == gated and kept[0].shape == (d_out, d_in) and (kept[1] is None) == (kind != "int8")
+    given_as = [None if x is None else laid_out(x, layout) for x in (*kept, *(of_gate[0] if gated else (None, None)))]
+    again = core.repack(*given_as[:2], gate=given_as[2], gate_scales=given_as[3], group=group)
+    assert (again.shape, again.dtype, again.gated, again.group, again.nbytes) == (
+        packed.shape, packed.dtype, packed.gated, packed.group, packed.nbytes
+    )  # fmt: skip
+    assert_same_bits(again.unpack(), packed.unpack())
+    x = values.real(3, d_in)
+    assert_same_bits(core.packed_linear(x, again), core.packed_linear(x, packed))
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+def test_what_is_kept_is_the_same_in_numpy(kind):
+    """So that a file of it is for every instruction set."""
+    weight = Values(0, "float32").real(300, 70)
+    for kept, twin in zip(_core.pack(weight, dtype=kind).kept()[0], reference.pack(weight, dtype=kind).kept()[0], strict=True):
+        assert (kept is None) == (twin is None)
+        if kept is not None:
+            np.testing.assert_array_equal(kept, twin)
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"scales": None}, "scales: expected a NumPy array"),
+        ({"scales": np.ones((3, 1), np.float32)}, r"scales: expected shape \(3, 2\)"),
+        ({"scales": np.full((3, 2), np.nan, np.float32)}, "scales: expected finite values"),
+        ({"scales": np.full((3, 2), -1, np.float32)}, "scales: expected finite values from 0"),
+        ({"scales": np.full((3, 2), 3e38, np.float32)}, "scales: expected finite values from 0 to 2.6"),
+        ({"values": np.full((3, 300), -128, np.int8)}, "values: expected -127 to 127, got -128"),
+        ({"gate": np.full((3, 300), -128, np.int8), "gate_scales": np.ones((3, 2), np.float32)}, "gate: expected -127"),
+        ({"gate_scales": np.ones((3, 2), np.float32)}, "gate_scales: expected None beside no gate"),
+        ({"values": np.ones((3, 300), np.uint16)}, "scales: expected None beside uint16"),
+    ],
+)
+def test_numbers_that_no_packed_weight_has_are_refused(core, change, says):
+    given_as = {"values": np.ones((3, 300), np.int8), "scales": np.ones((3, 2), np.float32)} | change
+    with pytest.raises((InvalidValue, InvalidType), match=says):
+        core.repack(**given_as)
+
+
 @pytest.mark.parametrize("kind, share", [("float32", 1), ("bfloat16", 0.5), ("int8", 0.25)])
 def test_the_memory_it_takes(kind, share):
     """A weight of whole panels, and at most a thirtieth for scales."""

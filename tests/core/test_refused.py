@@ -25,7 +25,7 @@ FREE = {
 LAST_AXIS_ALONE = {("layer_norm", "x"), ("rms_norm", "x"), ("linear_top_k", "x")}
 MAY_BE_NONE = {
     *("bias", "valid", "lengths", "index", "dbias", "window", "offset", "needs", "gate", "gate_bias", "group", "activation", "residual"),
-    *("scales", "codes", "dweight", "cap"),
+    *("scales", "gate_scales", "codes", "dweight", "cap"),
 }
 OPTIONAL_OUT = {("gemm", "out"), ("packed_linear", "out"), *((name, "out") for name in WITH_OUT)}
 

@@ -15,7 +15,7 @@ from mini_tfm.errors import InvalidType, InvalidValue
 from mini_tfm.reference import Block, _checks
 
 pytestmark = compiled_alone
-MADE_ONCE = {"pack", "sinusoidal_positions"}  # not called in a loop: these have no short way
+MADE_ONCE = {"pack", "repack", "sinusoidal_positions"}  # not called in a loop: these have no short way
 OFTEN = [name for name in NAMES if name not in MADE_ONCE]
 
 

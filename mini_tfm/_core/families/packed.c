@@ -134,6 +134,80 @@ static void unpack(const struct mt_packed *w, void *weight, void *gate) {
     }
 }
 
+/* One panel from the numbers of its columns as `unpack_kept` gives them, (columns, d_in) and scales (columns, groups). */
+#if !REAL_IS_DOUBLE
+static void repack_bfloat16(const struct mt_packed *w, const uint16_t *from, ptrdiff_t columns, uint16_t *to) {
+    for (ptrdiff_t p = 0; p < w->d_in; p++)
+        for (ptrdiff_t j = 0; j < columns; j++) to[bfloat16_at(p, j)] = from[j * w->d_in + p];
+}
+
+static void repack_int8(const struct mt_packed *w, ptrdiff_t groups, const int8_t *from, const real *scales_from, ptrdiff_t columns,
+                        int8_t *to, real *scales, int32_t *column_sums) {
+    const ptrdiff_t whole = w->d_in / STEP * STEP;
+    for (ptrdiff_t p = 0; p < whole; p += STEP)
+        for (ptrdiff_t j = 0; j < columns; j++) memcpy(to + int8_at(p, j), from + j * w->d_in + p, STEP);
+    for (ptrdiff_t j = 0; j < columns; j++) {
+        for (ptrdiff_t p = whole; p < w->d_in; p++) to[int8_at(p, j)] = from[j * w->d_in + p];
+        for (ptrdiff_t g = 0; g < groups; g++) {
+            int32_t sum = 0;
+            for (ptrdiff_t p = g * w->group; p < min_size(w->d_in, (g + 1) * w->group); p++) sum += from[j * w->d_in + p];
+            column_sums[g * NR + j] = sum;
+            scales[g * NR + j] = scales_from[j * groups + g];
+        }
+    }
+}
+#endif
+
+/* values, gate (d_out, d_in) of the weight's kind, of int8 with scales, gate_scales (d_out, groups), read; w->memory written, with the
+ * bits that `pack` leaves there. -1: no workspace. */
+static int repack(const struct mt_packed *w, const void *values, const void *scales, const void *gate, const void *gate_scales) {
+    if (w->kind == MT_REAL) return pack(w, values, gate, 1);
+#if !REAL_IS_DOUBLE
+    struct packed_layout at = packed_layout(w);
+    memset(w->memory, 0, at.bytes);
+#pragma omp parallel for num_threads(mt_team(at.panels, 4.0 * w->d_in * w->d_out)) schedule(static)
+    for (ptrdiff_t panel = 0; panel < at.panels; panel++) {
+        const int of_gate = w->gated && panel % 2;
+        ptrdiff_t first = panel / (w->gated + 1) * NR, columns = min_size(NR, w->d_out - first), place = panel * at.groups * NR;
+        char *to = (char *)w->memory + panel * at.panel;
+        const void *from = of_gate ? gate : values;
+        if (w->kind == MT_BFLOAT16)
+            repack_bfloat16(w, (const uint16_t *)from + first * w->d_in, columns, (uint16_t *)to);
+        else
+            repack_int8(w, at.groups, (const int8_t *)from + first * w->d_in, (const real *)(of_gate ? gate_scales : scales) + first * at.groups,
+                        columns, (int8_t *)to, (real *)((char *)w->memory + at.scales) + place,
+                        (int32_t *)((char *)w->memory + at.column_sums) + place);
+    }
+#endif
+    (void)scales, (void)gate_scales;
+    return 0;
+}
+
+/* What `repack` takes, written: not for reals, which `unpack` gives. */
+static void unpack_kept(const struct mt_packed *w, void *values, void *scales, void *gate, void *gate_scales) {
+#if !REAL_IS_DOUBLE
+    struct packed_layout at = packed_layout(w);
+    for (ptrdiff_t panel = 0; panel < at.panels; panel++) {
+        const int of_gate = w->gated && panel % 2;
+        ptrdiff_t first = panel / (w->gated + 1) * NR, columns = min_size(NR, w->d_out - first);
+        const char *from = (const char *)w->memory + panel * at.panel;
+        const real *scale = (const real *)((const char *)w->memory + at.scales) + panel * at.groups * NR;
+        void *to = of_gate ? gate : values;
+        real *scales_to = of_gate ? gate_scales : scales;
+        for (ptrdiff_t j = 0; j < columns; j++) {
+            for (ptrdiff_t p = 0, place = (first + j) * w->d_in; p < w->d_in; p++, place++) {
+                if (w->kind == MT_BFLOAT16)
+                    ((uint16_t *)to)[place] = ((const uint16_t *)from)[bfloat16_at(p, j)];
+                else
+                    ((int8_t *)to)[place] = ((const int8_t *)from)[int8_at(p, j)];
+            }
+            for (ptrdiff_t g = 0; g < at.groups; g++) scales_to[(first + j) * at.groups + g] = scale[g * NR + j];
+        }
+    }
+#endif
+    (void)w, (void)values, (void)scales, (void)gate, (void)gate_scales;
+}
+
 /* Two vectors of a panel's row, or of two rows where they are paired, and the bytes of one. */
 INLINE ptrdiff_t row_bytes(const int kind) { return (kind == MT_BFLOAT16 && !PAIRED ? 1 : 2) * VECTOR_BYTES; }
 

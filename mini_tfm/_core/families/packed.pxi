@@ -5,6 +5,8 @@ cdef extern from "core.h" nogil:
     size_t mt_packed_bytes(int is_double, const mt_packed *w)
     int mt_pack(int is_double, const mt_packed *w, const void *weight, const void *gate, int transposed)
     void mt_unpack(int is_double, const mt_packed *w, void *weight, void *gate)
+    int mt_repack(int is_double, const mt_packed *w, const void *values, const void *scales, const void *gate, const void *gate_scales)
+    void mt_unpack_kept(int is_double, const mt_packed *w, void *values, void *scales, void *gate, void *gate_scales)
     int mt_packed_linear(int is_double, const void *x, const mt_packed *w, const mt_epilogue *then, void *out, ptrdiff_t n)
     int mt_linear_top_k(
         int is_double, const void *x, const mt_packed *w, const void *bias, void *scores, int64_t *ids, void *lse, ptrdiff_t n,
@@ -68,6 +70,24 @@ cdef class PackedWeight:
             mt_unpack(self.wide, &self.at, pw, pg)
         return weight if gate is None else (weight, gate)
 
+    def kept(self):
+        """[(values, scales)] of the weight and its gate, as `repack` takes them."""
+        if self.at.kind == 0:
+            reals = self.unpack()
+            return [(np.ascontiguousarray(one.T), None) for one in (reals if self.at.gated else [reals])]
+        cdef ptrdiff_t n_groups = (self.at.d_in + self.at.group - 1) // self.at.group
+        found = []
+        for _ in range(1 + self.at.gated):
+            scales = None if self.at.kind == 1 else np.empty((self.at.d_out, n_groups), self.real)
+            found.append((np.empty((self.at.d_out, self.at.d_in), "u2" if self.at.kind == 1 else "i1"), scales))
+        cdef void *pv = ptr(found[0][0])
+        cdef void *ps = ptr_or_null(found[0][1])
+        cdef void *pg = ptr(found[1][0]) if self.at.gated else NULL
+        cdef void *pt = ptr_or_null(found[1][1]) if self.at.gated else NULL
+        with nogil:
+            mt_unpack_kept(self.wide, &self.at, pv, ps, pg, pt)
+        return found
+
 
 reference_types.PackedWeight.register(PackedWeight)
 
@@ -79,23 +99,45 @@ cdef PackedWeight own_weight(weight):
     return weight
 
 
-def pack(weight, *, dtype="float32", transposed=False, gate=None, group=None):
-    """A PackedWeight of weight (d_in, d_out), or (d_out, d_in) when transposed; gate: a second one, for gated feed-forwards."""
-    cdef int t, failed
-    weight, dtype, t, gate, group = _checks.pack(weight, dtype, transposed, gate, group)
+cdef PackedWeight room_for(str dtype, group, bint gated, tuple shape):
+    """A PackedWeight of shape (d_in, d_out) whose memory nothing is in yet."""
     cdef PackedWeight w = PackedWeight.__new__(PackedWeight)
-    w.kind, w.real, w.grouped, w.wide = dtype, weight.dtype, group, dtype == "float64"
-    w.at.d_in, w.at.d_out = weight.shape[::-1] if t else weight.shape
-    w.at.group, w.at.gated = group or 1, gate is not None
+    w.kind, w.grouped, w.wide = dtype, group, dtype == "float64"
+    w.real = np.dtype("float64" if w.wide else "float32")
+    w.at.d_in, w.at.d_out = shape
+    w.at.group, w.at.gated = group or 1, gated
     w.at.kind = {"float32": 0, "float64": 0, "bfloat16": 1, "int8": 2}[dtype]
     w.n_bytes = mt_packed_bytes(w.wide, &w.at)
     w.at.memory = aligned_alloc(64, w.n_bytes + 64)
     if w.at.memory == NULL:
         raise MemoryError("mini_tfm: no memory for a packed weight")
+    return w
+
+
+def pack(weight, *, dtype="float32", transposed=False, gate=None, group=None):
+    """A PackedWeight of weight (d_in, d_out), or (d_out, d_in) when transposed; gate: a second one, for gated feed-forwards."""
+    cdef int t, failed
+    weight, dtype, t, gate, group = _checks.pack(weight, dtype, transposed, gate, group)
+    cdef PackedWeight w = room_for(dtype, group, gate is not None, weight.shape[::-1] if t else weight.shape)
     cdef void *pw = ptr(weight)
     cdef void *pg = ptr_or_null(gate)
     with nogil:
         failed = mt_pack(w.wide, &w.at, pw, pg, t)
+    raise_if(failed)
+    return w
+
+
+def repack(values, scales=None, *, gate=None, gate_scales=None, group=None):
+    """The PackedWeight whose `kept` gave values and scales, and those of a gate; group: its own, None: 256 in int8."""
+    cdef int failed
+    dtype, values, scales, gate, gate_scales, group = _checks.repack(values, scales, gate, gate_scales, group)
+    cdef PackedWeight w = room_for(dtype, group, gate is not None, values.shape[::-1])
+    cdef void *pv = ptr(values)
+    cdef void *ps = ptr_or_null(scales)
+    cdef void *pg = ptr_or_null(gate)
+    cdef void *pt = ptr_or_null(gate_scales)
+    with nogil:
+        failed = mt_repack(w.wide, &w.at, pv, ps, pg, pt)
     raise_if(failed)
     return w
 
