@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,7 @@ class Fingerprint:
         self.config, self.weights = config, weights
         self._names: dict[tuple[str, int], str] = {}
         self._digests: dict[str, bytes] = {}
-        self._seen: dict[str, int] = {}
+        self._seen: dict[str, Hashable] = {}
 
     def __call__(self, site: str, layer: int) -> str:
         if (site, layer) not in self._names:
@@ -59,7 +59,7 @@ class Fingerprint:
     def changed(self, places: Collection[tuple[str, int]]) -> bool:
         """Whether a weight that rows at `places`, sites with a layer, are made of is not what it was when it was last named or asked for.
 
-        A checksum tells, in the time of reading them once.
+        A checksum tells, in the time of reading them once; not of weights that nobody can write to.
         """
         now = {name: self._checksum(name) for name in {name for place in places for name in _weights_below(self.config, *place)}}
         return any(self._seen.setdefault(name, total) != total for name, total in now.items())
@@ -68,7 +68,7 @@ class Fingerprint:
         """From here on the weights are what they are now."""
         self._names, self._digests, self._seen = {}, {}, {}
 
-    def _checksum(self, name: str) -> int:
+    def _checksum(self, name: str) -> Hashable:
         return Weights(self.weights)[name].checksum()  # wrapped anew: a caller may have put another array in its place
 
 

@@ -91,7 +91,9 @@ def check_none(model: Model) -> None:
 def check_not_packed(model: Model) -> None:
     """Raises InvalidValue for a model whose matrices are packed: nothing can be added to them, or trained."""
     if model.precision is not None:
-        raise InvalidValue(f"model: is packed in {model.precision}; load it in float32, merge or train what there is, and pack it then")
+        raise InvalidValue(
+            f"model: is packed in {model.precision}; load what it was packed from in float32, merge or train that, and pack it then"
+        )
 
 
 def chosen_layers(config: Config, targets: Any, names: Mapping[str, str]) -> list[str]:

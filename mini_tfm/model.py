@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,12 +26,12 @@ from .attention import Encoded, Layout, MultiHeadAttention, RelativeBias
 from .config import Config
 from .context import Pass
 from .errors import InvalidValue
-from .files.reading import forget_pages, ram_bytes
+from .files.reading import ram_bytes
 from .layers import Linear, Norm, Shape, StepProduct
 from .memory.base import Memory, Rows
 from .memory.run import memory_parameters
 from .positions import sinusoids
-from .weights import Array, Pack, Part, Weight, Weights
+from .weights import Array, Kept, Pack, Part, Weight, Weights, precision_of
 
 # Section 3.1: encoder and decoder stacks
 
@@ -346,6 +346,7 @@ class FeedForward:
 # Sections 3.4 and 3.5: embeddings and softmax, positional encoding
 
 TOKENS = "embedding.weight"  # (V, d), of both stacks and, where it is tied, of the output layer
+OUTPUT = "output.weight"  # (d, V), of an output layer that is not tied; and of any that is kept packed
 
 
 class Embedding:
@@ -404,7 +405,7 @@ class Output:
     PACKED = "output.packed"  # where a session keeps it
 
     def __init__(self, config: Config):
-        self.is_tied, self.name = config.tie_embeddings, TOKENS if config.tie_embeddings else "output.weight"
+        self.is_tied, self.name = config.tie_embeddings, TOKENS if config.tie_embeddings else OUTPUT
         self.bias = "output.bias" if config.output_bias else None
         self.d, self.vocab_size, self.scale, self.cap = config.d_model, config.vocab_size, config.output_scale, config.output_cap
 
@@ -491,8 +492,7 @@ class Model:
     @property
     def precision(self) -> str | None:
         """What the model is packed in, "bfloat16" or "int8"; None: its weights are arrays."""
-        values: Iterable[Any] = self.weights.values()
-        return next((value.pack.packed.dtype for value in values if isinstance(value, Part)), None)
+        return precision_of(self.weights)
 
     def pack(self, dtype: str) -> None:
         """Keeps all matrices in bfloat16 or int8, in place: half or a quarter of the RAM, and of the time that few rows take.
@@ -509,15 +509,38 @@ class Model:
         if self.dtype != np.float32:
             raise InvalidValue(f"model: expected weights in float32, to pack them, got {self.dtype}")
         weights: Weights = Weights(self.weights)
-        parts: dict[str, Any] = {}
         if any(weights.adapter(name) for name in self.weights):
             raise InvalidValue("model: has adapters; merge_lora() makes them part of the weights, which can be packed then")
-        for name, linears, gate in (*(self.encoder.products() if self.encoder else ()), *(self.decoder.products() if self.decoder else ())):
-            names = [linear.weight for linear in linears]
-            for one in names if gate is None else (*names, gate.weight):
-                _check_finite(one, weights[one].array)
-            packed = weights.pack(names, gate=None if gate is None else gate.weight, dtype=dtype)
-            widths = [linear.d_out for linear in linears]
+
+        def packed(names: Sequence[str], gate: str | None) -> Any:
+            for name in names if gate is None else (*names, gate):
+                _check_finite(name, weights[name].array)
+            return weights.pack(names, gate=gate, dtype=dtype, transposed=names == [TOKENS])
+
+        self._keep(packed, self.output.name)
+
+    def restore(self, kept: Mapping[str, Kept]) -> None:
+        """Keeps the matrices that `kept_matrices` gave of a model that is packed; all other weights are there already.
+
+        Raises InvalidValue naming a matrix that holds what no packed one does.
+        """
+
+        def packed(names: Sequence[str], gate: str | None) -> Any:
+            whole, beside = Kept.side_by_side([kept[name] for name in names]), None if gate is None else kept[gate]
+            try:
+                return whole.packed(beside)
+            except InvalidValue as error:
+                raise InvalidValue(f"{', '.join(names if gate is None else (*names, gate))}: {error}") from error
+
+        self._keep(packed, OUTPUT)
+
+    def _keep(self, packed_of: Callable[[Sequence[str], str | None], Any], output: str) -> None:
+        """Puts packed matrices in the place of arrays. packed_of: makes one of names side by side, and of a gate's."""
+        weights = Weights(self.weights)
+        parts: dict[str, Any] = {}
+        for name, linears, gate in _products(self.encoder, self.decoder):
+            names, widths = [linear.weight for linear in linears], [linear.d_out for linear in linears]
+            packed = packed_of(names, None if gate is None else gate.weight)
             bias = weights.fused_bias([linear.bias for linear in linears], widths, self.dtype) if len(linears) > 1 else None
             pack = Pack(name, packed, bias)
             ends = list(itertools.accumulate(widths))
@@ -525,12 +548,9 @@ class Model:
             if gate is not None:
                 parts[gate.weight] = Part(pack, 0, gate.d_out, of_gate=True)
         if self.decoder is not None:
-            _check_finite(self.output.name, weights[self.output.name].array)
-            packed = weights.pack([self.output.name], transposed=self.output.is_tied, dtype=dtype)
+            packed = packed_of([output], None)
             table = weights[self.output.name].array if self.output.is_tied else None
             parts[self.output.name] = Part(Pack(self.output.PACKED, packed), 0, self.config.vocab_size, table=table)
-        for name in parts:
-            forget_pages(self.weights[name])
         self.weights.update(parts)
 
     def needs(self, stack: str) -> None:
@@ -578,6 +598,24 @@ PACKED = ("bfloat16", "int8")  # what a model's matrices can be kept in
 def _check_finite(name: str, array: np.ndarray) -> None:
     if not np.isfinite(array).all():
         raise InvalidValue(f"model.weights[{name!r}]: holds NaN or infinity; check the weights")
+
+
+def _products(encoder: Encoder | None, decoder: Decoder | None) -> Iterator[StepProduct]:
+    """All that packing concerns, but for the output layer."""
+    for stack in filter(None, (encoder, decoder)):
+        yield from stack.products()
+
+
+def packed_shapes(config: Config) -> dict[str, tuple[int, int]]:
+    """Names and shapes (d_in, d_out) of the matrices that a packed model keeps so, its output layer's among them, tied or not."""
+    products = _products(Encoder(config) if config.has_encoder else None, Decoder(config) if config.has_decoder else None)
+    shapes = {one.weight: (one.d_in, one.d_out) for _, linears, gate in products for one in (*linears, gate) if one is not None}
+    return shapes | ({OUTPUT: (config.d_model, config.vocab_size)} if config.has_decoder else {})
+
+
+def kept_matrices(weights: Mapping[str, Any]) -> dict[str, Kept]:
+    """What a packed model keeps, by the names of `packed_shapes`; nothing of one that is not packed."""
+    return {name if part.table is None else OUTPUT: part.kept() for name, part in weights.items() if isinstance(part, Part)}
 
 
 def _shapes(config: Config) -> Iterator[Shape]:

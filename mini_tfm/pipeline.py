@@ -106,7 +106,7 @@ class Pipeline:
         cls,
         folder: str | Path,
         memory: Memory | str | None = "saved",
-        dtype: str = "float32",
+        dtype: str | None = None,
         segment_length: int | None = None,
         lora: str | Path | None = None,
         overlap: float = 0.0,
@@ -115,11 +115,12 @@ class Pipeline:
         that a package carries: "smollm2", "minilm", "en-pt", "pt-en" (see docs/published-models.md).
 
         memory: text or a Memory, None for none, "saved" for what it was trained with. lora: a folder of LoRA adapters as PEFT has them,
-        merged into the weights. dtype: "float32"; "bfloat16" or "int8" take less RAM and time, and round: see `Transformer.pack`.
+        merged into the weights. dtype: "float32"; "bfloat16" or "int8" take less RAM and time, and round: see `Transformer.pack`;
+        None: what the folder has.
         Warns where the model lacks the memory's parameters, which are random then.
         """
         later = dtype if lora is not None and dtype in PACKED else None  # adapters are added to what is not rounded yet
-        saved = load_checkpoint(folder, dtype if later is None else "float32")
+        saved = load_checkpoint(folder, dtype if later is None else None)
         if saved.tokenizer is None:
             raise InvalidValue(f"folder: {folder} has no tokenizer (tokenizer.json); use mt.load(folder) for the model alone")
         if lora is not None:

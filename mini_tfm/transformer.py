@@ -13,6 +13,7 @@ import numpy as np
 from . import _core, lora
 from .autodiff import value_of
 from .checkpoint import peft
+from .checkpoint.folder import TENSORS_FILE
 from .checkpoint.models import read_model, save_adapters, save_hugging_face, save_model
 from .config import Config
 from .errors import InvalidType, InvalidValue, shown
@@ -137,7 +138,10 @@ class Transformer(Model):
         return generate(self, source, lengths, encoder_outputs=encoder_outputs, **options)
 
     def save(self, folder: str | Path) -> None:
-        """Writes config.json and model.safetensors into `folder`; what it held before stays until all is written."""
+        """Writes config.json and model.safetensors into `folder`; what it held before stays until all is written.
+
+        A packed model is written as it is kept, whatever the instruction set: smaller, and loaded sooner.
+        """
         save_model(folder, self)
 
     def save_hugging_face(self, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
@@ -211,21 +215,35 @@ class Checkpoint:
         return made
 
 
-def load_checkpoint(folder: str | os.PathLike, dtype: str = "float32") -> Checkpoint:
-    """All that a model folder holds. Raises FileProblem or InvalidValue naming the file, field or tensor at fault."""
-    if dtype not in ("float32", "float64", *PACKED):
-        raise InvalidValue(f"dtype: expected 'float32', {', '.join(map(repr, PACKED))}, or 'float64' for checks, got {dtype!r}")
-    kept_in = "float32" if dtype in PACKED else dtype
+def load_checkpoint(folder: str | os.PathLike, dtype: str | None = None) -> Checkpoint:
+    """All that a model folder holds. dtype: None is what the folder has, packed or float32.
+
+    Raises FileProblem or InvalidValue naming the file, field or tensor at fault.
+    """
+    if dtype not in (None, "float32", "float64", *PACKED):
+        raise InvalidValue(f"dtype: expected 'float32', {', '.join(map(repr, PACKED))}, or 'float64' for checks, got {shown(dtype)}")
+    kept_in = "float64" if dtype == "float64" else "float32"
     contents = read_model(folder, kept_in)
+    if contents.packed is not None and dtype not in (None, contents.packed):
+        raise InvalidValue(
+            f"dtype: expected {contents.packed!r} or None, for {os.fspath(folder)} is packed in it and what was rounded is gone, got"
+            f" {dtype!r}; load the model that it was packed from"
+        )
     model = Transformer(contents.config, dtype=kept_in, weights=contents.weights, generation=contents.generation)
-    if dtype in PACKED:
+    if contents.packed is not None:
+        try:
+            model.restore(contents.kept)
+        except InvalidValue as error:
+            raise InvalidValue(f"{os.path.join(folder, TENSORS_FILE)}: {error}; the file is damaged") from error
+    elif dtype in PACKED:
         model.pack(dtype)
     return Checkpoint(model, contents.tokenizer, contents.memory_text, os.fspath(folder), contents.pooling)
 
 
-def load(folder: str | os.PathLike, dtype: str = "float32") -> Transformer:
+def load(folder: str | os.PathLike, dtype: str | None = None) -> Transformer:
     """The model of a folder, ours (see `Transformer.save`), Hugging Face's or Marian's, of a GGUF file, or of a name on the Hub.
 
-    dtype: "float32"; "bfloat16" or "int8", to answer in less RAM and time, see `Transformer.pack`.
+    dtype: "float32"; "bfloat16" or "int8", to answer in less RAM and time, see `Transformer.pack`; None: float32, or what a folder
+    that a packed model was saved in has, which has no other.
     """
     return load_checkpoint(folder, dtype).model

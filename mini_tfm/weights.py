@@ -6,7 +6,7 @@ plain arrays, which anyone may read and write; a pass wraps them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -14,6 +14,8 @@ import numpy as np
 
 from . import _core, ops
 from .autodiff import is_traced, value_of
+from .errors import InvalidValue
+from .files.reading import forget_pages, mapping_of
 
 Array: TypeAlias = Any  # an np.ndarray or a Var: NumPy's functions take both, its stubs know only the first
 
@@ -48,6 +50,35 @@ class Adapter(NamedTuple):
             if _lies_transposed(weight):
                 return weight + np.transpose(ops.linear(self.b, self.a) * self.scale)
             return weight + ops.linear(np.transpose(self.a), self.b, transposed=True) * self.scale
+
+
+class Kept(NamedTuple):
+    """The numbers of a packed matrix (d_in, d_out), the same for every instruction set: see `_core.PackedWeight.kept`.
+
+    values: (d_out, d_in), int8, or uint16, the bits of bfloat16. scales: (d_out, groups) float32 of int8, else None.
+    """
+
+    values: np.ndarray
+    scales: np.ndarray | None
+
+    def packed(self, gate: Kept | None = None) -> Any:
+        """The PackedWeight of it, and of a gate. Raises InvalidValue for numbers that no packed weight has."""
+        for values in (self.values, *(() if gate is None else (gate.values,))):
+            if values.dtype == np.uint16 and values.size and (values & 0x7FFF).max() >= 0x7F80:
+                raise InvalidValue("expected finite values, got NaN or infinity")
+        beside = None if gate is None else gate.values, None if gate is None else gate.scales
+        packed = _core.repack(self.values, self.scales, gate=beside[0], gate_scales=beside[1])
+        forget_pages(self.values)
+        return packed
+
+    @staticmethod
+    def side_by_side(matrices: Sequence[Kept]) -> Kept:
+        """Several of one d_in as one, their columns one behind the other."""
+        first, *more = matrices
+        if not more:
+            return first
+        scales = None if first.scales is None else np.concatenate([one.scales for one in matrices])
+        return Kept(np.concatenate([one.values for one in matrices]), scales)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +122,11 @@ class Part:
         share = packed.nbytes * (self.stop - self.start) // (packed.shape[1] * (2 if packed.gated else 1))
         return share + (0 if self.table is None else self.table.nbytes)
 
+    def kept(self) -> Kept:
+        """What is kept of it in the pack."""
+        values, scales = self.pack.packed.kept()[self.of_gate]
+        return Kept(values[self.start : self.stop], None if scales is None else scales[self.start : self.stop])
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """The values that products are made with, or the table."""
         if self.table is not None:
@@ -109,6 +145,11 @@ class Part:
 
 def _lies_transposed(value: Array) -> bool:
     return isinstance(value, np.ndarray) and value.ndim == 2 and value.flags.f_contiguous and not value.flags.c_contiguous
+
+
+def precision_of(weights: Mapping[str, Any]) -> str | None:
+    """What the matrices of a model are packed in, "bfloat16" or "int8"; None: they are arrays."""
+    return next((value.pack.packed.dtype for value in weights.values() if isinstance(value, Part)), None)
 
 
 class Weight:
@@ -145,11 +186,17 @@ class Weight:
         """The plain array."""
         return value_of(self.value)
 
-    def checksum(self) -> int:
-        """Of its numbers, in the time of reading them: tells whether it is what it was. What is packed does not change."""
+    def checksum(self) -> Hashable:
+        """Tells whether it is what it was: of its numbers, in the time of reading them; of what nobody can write to, which one it is.
+
+        That is a part of a pack, or an array in a file mapped for reading: while its mapping lives, nothing else has its address.
+        """
         if isinstance(self.kept, Part):
-            return id(self.kept)
-        return _core.checksum(value_of(self.stored()[0]))
+            return self.kept
+        stored = value_of(self.stored()[0])
+        if (mapping := mapping_of(stored)) is not None:
+            return mapping, stored.ctypes.data, stored.shape, stored.strides, stored.dtype
+        return _core.checksum(stored)
 
     def stored(self, transposed: bool = False) -> tuple[Array, bool]:
         """The matrix, or its transpose, as it lies in RAM, and whether what is wanted is the transpose of it.
@@ -254,4 +301,7 @@ class Weights(dict[str, Weight]):
         if gate is not None:
             beside, flag = self[gate].stored(transposed)
             beside = np.ascontiguousarray(beside if flag == is_transposed else beside.T)
-        return _core.pack(np.ascontiguousarray(array), dtype=dtype or str(array.dtype), transposed=is_transposed, gate=beside)
+        packed = _core.pack(np.ascontiguousarray(array), dtype=dtype or str(array.dtype), transposed=is_transposed, gate=beside)
+        for name in names if gate is None else (*names, gate):
+            forget_pages(value_of(self[name].kept))  # the packed copy is read from now on
+        return packed

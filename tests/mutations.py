@@ -32,7 +32,7 @@ NASTY = [
 
 
 def make(folder: Path) -> list[Path]:
-    """Runs with tokenizers of several kinds."""
+    """Runs with tokenizers of several kinds, and a packed model."""
     made = []
     text = "the cat sat on the mat, naïve café ☕ "
     for name, tokenizer, memory, fields in (
@@ -47,6 +47,9 @@ def make(folder: Path) -> list[Path]:
         trainer.step(rows if model.config.has_encoder else None, rows)
         trainer.save(folder / name)
         made.append(folder / name)
+    checkpoint = load_checkpoint(made[0], "int8")
+    mt.Pipeline(checkpoint.model, checkpoint.tokenizer, checkpoint.memory()).save(folder / "packed")
+    made.append(folder / "packed")
     rules = json.loads((made[2] / "tokenizer.json").read_text())
     charsmap = base64.b64encode((2048).to_bytes(4, "little") + bytes(2048) + b"a\0").decode()
     steps = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}, {"type": "NFKC"}]
@@ -109,7 +112,8 @@ def use(folder: Path) -> None:
         pipe = mt.Pipeline(checkpoint.model, checkpoint.tokenizer, memory)
         if pipe.segment_length < 1000:
             pipe.generate("the cat", max_new_tokens=2)
-    mt.Trainer.resume(folder)
+    if checkpoint.model.precision is None:
+        mt.Trainer.resume(folder)
 
 
 def resident(name: str) -> int:

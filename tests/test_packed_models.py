@@ -1,14 +1,21 @@
-"""Models whose matrices are kept in bfloat16 or int8: `Transformer.pack`, `mt.load(folder, dtype=...)`."""
+"""Models whose matrices are kept in bfloat16 or int8: `Transformer.pack`, `mt.load(folder, dtype=...)`, and their folders."""
+
+import json
 
 import numpy as np
 import pytest
 import variants
+from helpers import assert_same_bits, in_a_process
 from variants import VARIANTS
 
 import mini_tfm as mt
+from mini_tfm import _core
+from mini_tfm.checkpoint.header import read_header
+from mini_tfm.checkpoint.safetensors import BFLOAT16, encode_safetensors, read_safetensors
 from mini_tfm.errors import InvalidValue
 from mini_tfm.model import PACKED
 from mini_tfm.stream import Stream
+from mini_tfm.train.average import average_models
 from mini_tfm.weights import Weight
 
 RNG = np.random.default_rng(7)
@@ -88,13 +95,6 @@ def test_what_a_packed_weight_is_to_others():
     assert large.nbytes < 0.5 * before
 
 
-def test_a_packed_model_is_saved_as_the_values_that_it_has(tmp_path):
-    model = packed("pre norm", "int8")
-    model.save(tmp_path / "model")
-    again = mt.load(tmp_path / "model", dtype="int8")
-    np.testing.assert_array_equal(model.generate(SOURCE, LENGTHS, max_new_tokens=5), again.generate(SOURCE, LENGTHS, max_new_tokens=5))
-
-
 @pytest.mark.parametrize("dtype", PACKED)
 def test_only_ids_of_the_tokenizer_are_scored(dtype):
     from mini_tfm.generate import Session
@@ -140,3 +140,169 @@ def test_a_folder_is_loaded_packed(tmp_path):
     assert mt.load(tmp_path / "model", dtype="bfloat16").precision == "bfloat16"
     with pytest.raises(InvalidValue, match="dtype: expected 'float32', 'bfloat16', 'int8'"):
         mt.load(tmp_path / "model", dtype="int3")
+
+
+# Folders of packed models
+
+
+@pytest.mark.parametrize("dtype", PACKED)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_packed_model_is_saved_packed_and_loaded_with_its_bits(tmp_path, variant, dtype):
+    model = packed(variant, dtype)
+    model.save(tmp_path / "model")
+    for wanted in (None, dtype):
+        again = mt.load(tmp_path / "model", dtype=wanted)
+        assert again.precision == dtype and again.n_parameters == model.n_parameters
+        assert_same_bits(scores(again), scores(model))
+    again.save(tmp_path / "again")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "model" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+@pytest.mark.parametrize("dtype", PACKED)
+def test_a_packed_folder_is_small_and_is_told_from_its_header(tmp_path, dtype):
+    model = mt.Transformer(mt.Config(vocab_size=300, d_model=64, n_heads=2, n_encoder_layers=1, n_decoder_layers=1, d_ff=128))
+    model.save(tmp_path / "whole")
+    model.pack(dtype)
+    model.save(tmp_path / "packed")
+    whole, small = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "packed"))
+    assert small < {"bfloat16": 0.8, "int8": 0.65}[dtype] * whole  # the table of tokens is there in float32, too
+    header = read_header(tmp_path / "packed")
+    assert header.packed == dtype and header.faults == [] and header.stored[dtype] > 0.3 * model.n_parameters
+
+
+@pytest.mark.parametrize("dtype", PACKED)
+def test_a_packed_folder_is_for_every_instruction_set(tmp_path, dtype):
+    model = packed("decoder only, llama", dtype)
+    model.save(tmp_path / "model")
+    program = "import sys, mini_tfm as mt; print(mt.load(sys.argv[1]).fingerprint())"
+    for isa in ["reference", *_core.show_config()["isas"]]:
+        assert in_a_process(program, str(tmp_path / "model"), MINI_TFM_ISA=isa).stdout.strip() == model.fingerprint(), isa
+
+
+def test_a_packed_folder_is_mapped_and_read_only(tmp_path):
+    """Nothing of it is copied but what is packed."""
+    packed("pre norm", "int8").save(tmp_path / "model")
+    table = mt.load(tmp_path / "model").weights["embedding.weight"].table
+    assert not table.flags.writeable and not table.flags.owndata
+
+
+MATRIX = "decoder.0.attention.q.weight"
+SCALES = MATRIX + ".scales"
+
+
+def said(**fields):
+    return lambda about, tensors: about.update(fields)
+
+
+def without(name):
+    return lambda about, tensors: tensors.pop(name)
+
+
+def changed(name, make):
+    return lambda about, tensors: tensors.update({name: make(tensors[name])})
+
+
+def not_said(about, tensors):
+    del about["packed"]
+    about["format_version"] = 1
+
+
+def infinite(matrix):
+    return np.full(matrix.shape, 0x7F80, np.uint16).view(BFLOAT16)
+
+
+BAD = {
+    "packed in what is not known": ("int8", said(packed="int4"), "config.json: field 'packed': expected 'bfloat16' or 'int8', got 'int4'"),
+    "packed in null": ("int8", said(packed=None), "field 'packed'"),
+    "of another version": ("int8", said(format_version=1), "field 'format_version': expected 2, got 1"),
+    "said to be in another kind": ("int8", said(packed="bfloat16"), "scales' is not one of this architecture"),
+    "not said to be packed": ("int8", not_said, "scales' is not one of this architecture"),
+    "without scales": ("int8", without(SCALES), f"tensor '{SCALES}' is missing"),
+    "without a matrix": ("int8", without(MATRIX), f"tensor '{MATRIX}' is missing"),
+    "a matrix of float32": ("int8", changed(MATRIX, lambda x: x.astype("f4")), f"tensor '{MATRIX}': expected int8, got float32"),
+    "a matrix of another shape": ("int8", changed(MATRIX, lambda x: x[1:]), f"tensor '{MATRIX}': expected shape"),
+    "a scale that is not a number": ("int8", changed(SCALES, lambda x: x * np.nan), f"{MATRIX}.*scales: expected finite.*damaged"),
+    "a scale below 0": ("int8", changed(SCALES, lambda x: -x), f"{MATRIX}.*scales: expected finite values"),
+    "a number that int8 never is": ("int8", changed(MATRIX, lambda x: np.full_like(x, -128)), f"{MATRIX}.*expected -127 to 127"),
+    "infinity": ("bfloat16", changed(MATRIX, infinite), f"{MATRIX}.*NaN or infinity.*damaged"),
+    "adapters": ("int8", lambda _, tensors: tensors.update({"lora.scale": np.ones(1, "f4")}), "a packed model has no adapters"),
+}
+
+
+@pytest.mark.parametrize("dtype, change, says", BAD.values(), ids=BAD.keys())
+def test_a_bad_packed_folder_is_refused(tmp_path, dtype, change, says):
+    packed("pre norm", dtype).save(tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    about, tensors = json.loads((tmp_path / "model" / "config.json").read_text()), read_safetensors(path)
+    change(about, tensors)
+    (tmp_path / "model" / "config.json").write_text(json.dumps(about))
+    path.write_bytes(b"".join(encode_safetensors(tensors)))
+    with pytest.raises(InvalidValue, match=says) as error:
+        mt.load(tmp_path / "model")
+    assert str(tmp_path / "model") in str(error.value)
+
+
+def test_what_a_packed_folder_is_not_for_is_refused(tmp_path):
+    packed("pre norm", "int8").save(tmp_path / "model")
+    for dtype in ("float32", "bfloat16", "float64"):
+        with pytest.raises(InvalidValue, match=f"dtype: expected 'int8' or None, .* got '{dtype}'; load the model that it was packed from"):
+            mt.load(tmp_path / "model", dtype=dtype)
+    model = mt.load(tmp_path / "model")
+    for refused in (lambda: mt.Trainer(model), lambda: model.add_lora(2), lambda: model.pack("int8")):
+        with pytest.raises(InvalidValue, match="is packed in int8"):
+            refused()
+    with pytest.raises(InvalidValue, match="is packed in int8"):
+        average_models([tmp_path / "model"], tmp_path / "mean")
+
+
+def test_a_packed_model_becomes_one_for_transformers_with_the_values_that_it_has(tmp_path):
+    model = packed("t5", "int8") if "t5" in VARIANTS else packed("decoder only, llama", "int8")
+    model.save_hugging_face(tmp_path / "theirs")
+    for name, weight in mt.load(tmp_path / "theirs").weights.items():
+        np.testing.assert_array_equal(weight, Weight(model.weights[name]).array)
+
+
+# Mapped files
+
+T5 = {"norm": "rms", "norm_eps": 1e-6, "positions": "relative", "bias": False, "attention_scale": 1.0, "embedding_scale": False}
+T5 |= {"n_encoder_layers": 1, "n_decoder_layers": 3, "pad_id": 0, "bos_id": 0, "eos_id": 1, "framed_by_tokenizer": True}
+
+
+def test_weights_of_a_mapped_file_are_not_read_to_know_them(tmp_path, monkeypatch):
+    from mini_tfm.generate import session
+
+    mt.Transformer(mt.Config(vocab_size=13, d_model=16, n_heads=2, d_ff=32, **T5)).save_hugging_face(tmp_path / "model")
+    model = mt.load(tmp_path / "model")
+    first = session.packed_weights(model, 13)["output.packed"].packed
+    with monkeypatch.context() as no_reading:
+        no_reading.setattr(_core, "checksum", lambda x: pytest.fail("a weight was read"))
+        assert session.packed_weights(model, 13)["output.packed"].packed is first
+    model.weights["embedding.weight"] = model.weights["embedding.weight"] + 1  # another array is another weight
+    assert session.packed_weights(model, 13)["output.packed"].packed is not first
+
+
+def test_a_mapped_file_is_given_back_once_it_is_packed(tmp_path):
+    sizes = {"d_model": 256, "n_heads": 4, "d_ff": 1024}
+    mt.Transformer(mt.Config(vocab_size=2000, **sizes, **T5)).save_hugging_face(tmp_path / "model")
+    program = """
+import sys
+import mini_tfm as mt
+model = mt.load(sys.argv[1])
+model.generate([[5, 6, 7]], max_new_tokens=2)
+model.generate([[5, 6, 7]], max_new_tokens=2)
+kilobytes, inside = 0, False
+for line in open("/proc/self/smaps"):
+    if "-" in line.split()[0]:
+        inside = "model.safetensors" in line
+    elif inside and line.startswith("Rss:"):
+        kilobytes += int(line.split()[1])
+print(kilobytes)
+"""
+    try:
+        open("/proc/self/smaps").close()
+    except OSError:
+        pytest.skip("the system does not tell which pages are in RAM")
+    resident = int(in_a_process(program, str(tmp_path / "model")).stdout)
+    whole = (tmp_path / "model" / "model.safetensors").stat().st_size
+    assert 0 < 1024 * resident < 0.4 * whole  # the encoder, and some rows of the table

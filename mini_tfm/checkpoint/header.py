@@ -49,6 +49,7 @@ class Header:
     n_more_parameters: int = 0  # of a memory, of adapters
     adapters: str | None = None  # in words
     pooling: Pooling | None = None
+    packed: str | None = None  # "bfloat16" or "int8"
     faults: list[str] = field(default_factory=list)
 
     @property
@@ -134,7 +135,8 @@ def _of_own(path: str) -> Header:
             found.config = own.config_of(about, os.path.join(path, CONFIG_FILE))
             found.memory_text = about.get("memory")
             found.n_more_parameters = sum(math.prod(entry.shape) for name, entry in entries.items() if name.startswith(("memory.", LORA)))
-            own.check_tensors(found.config, entries, os.path.join(path, TENSORS_FILE))
+            found.packed = own.packed_in(about, os.path.join(path, CONFIG_FILE))
+            own.check_tensors(found.config, entries, os.path.join(path, TENSORS_FILE), found.packed)
             if layers := adapted_layers(entries):
                 found.adapters = f"LoRA of rank {entries[f'{LORA}{layers[0]}.a'].shape[0]} beside {len(layers)} layers"
             tensors = opened.read_tensors(TENSORS_FILE, mmap=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,11 +16,12 @@ from ..files.folders import write_folder
 from ..files.reading import read_bytes
 from ..files.strict_json import MAX_JSON_BYTES, parse_json_strict
 from ..lora import merged
+from ..model import kept_matrices
 from ..pooling import Pooling
 from ..text.gguf import tokenizer_of as gguf_tokenizer
 from ..text.shortlist import Shortlist
 from ..text.tokenizers import MAX_FILE_BYTES, Tokenizer, find_tokenizer, tokenizer_of
-from ..weights import Weight
+from ..weights import Kept, Part, Weight, precision_of
 from . import gguf, hugging_face, marian, peft, sentences
 from .families import family_of, marian_binary, own, sources
 from .folder import CONFIG_FILE, TENSORS_FILE, TOKENIZER_FILES, OpenFolder, save_folder
@@ -31,7 +32,8 @@ from .names import resolve
 class Contents:
     """What a model folder holds. tokenizer, memory_text: None where there is none. generation: options that it is made for.
 
-    pooling: how it was trained to embed texts, None where it was not.
+    pooling: how it was trained to embed texts, None where it was not. packed: "bfloat16" or "int8", and in `kept` the matrices of
+    such a model, which `weights` lacks.
     """
 
     config: Config
@@ -40,6 +42,8 @@ class Contents:
     memory_text: str | None
     generation: dict[str, Any]
     pooling: Pooling | None = None
+    packed: str | None = None
+    kept: Mapping[str, Kept] = field(default_factory=dict)
 
 
 class HasWeights(Protocol):
@@ -59,17 +63,23 @@ def save_model(
     extra_files: Mapping[str, bytes] | None = None,
     new: bool = False,
 ) -> None:
-    """Writes a model folder, all of it or nothing. A memory is kept as text: its trained parameters are weights.
+    """Writes a model folder, all of it or nothing. A memory is kept as text: its trained parameters are weights. A packed model's
+    matrices are written as they are kept.
 
     new: never over a model that is there.
     """
     files = {**(tokenizer.files() if tokenizer is not None else {}), **(extra_files or {})}
-    weights = {name: Weight(weight).array for name, weight in model.weights.items()}
+    kept = kept_matrices(model.weights)
+    weights = {
+        name: Weight(weight).array for name, weight in model.weights.items() if not isinstance(weight, Part) or weight.table is not None
+    }
     generation = dict(getattr(model, "generation", {}))
     shortlist = generation.pop("shortlist", None)
-    about = own.about_of(model.config, memory_text, generation, None if pooling is None else sentences.own_about(pooling))
+    about = own.about_of(
+        model.config, memory_text, generation, None if pooling is None else sentences.own_about(pooling), precision_of(model.weights)
+    )
     more = shortlist.arrays() if isinstance(shortlist, Shortlist) else {}
-    save_folder(folder, about, weights | sentences.own_tensors(pooling) | more, files, new=new)
+    save_folder(folder, about, weights | own.tensors_of(kept) | sentences.own_tensors(pooling) | more, files, new=new)
 
 
 def save_hugging_face(
@@ -144,15 +154,17 @@ def _read_own(opened: OpenFolder, path: str) -> Contents:
     config_path, tensors_path = (os.path.join(path, name) for name in (CONFIG_FILE, TENSORS_FILE))
     about = opened.read_json(CONFIG_FILE)
     config = own.config_of(about, config_path)
-    own.check_tensors(config, opened.read_entries(TENSORS_FILE), tensors_path)
-    tensors = opened.read_tensors(TENSORS_FILE)
+    packed = own.packed_in(about, config_path)
+    own.check_tensors(config, opened.read_entries(TENSORS_FILE), tensors_path, packed)
+    tensors = opened.read_tensors(TENSORS_FILE, mmap=packed is not None)  # no weight of a packed model is ever written to
+    kept = {} if packed is None else own.kept_of(config, tensors, packed)
     first, second = (opened.read_bytes(name, MAX_FILE_BYTES) for name in TOKENIZER_FILES)
     tokenizer = tokenizer_of(first, second, path) if first is not None or second is not None else None
     pooling = sentences.own_pooling(about.get("pooling"), tensors, config_path)
     weights = {name: array for name, array in tensors.items() if not name.startswith(("pooling.", "shortlist."))}
     shortlist = Shortlist.of(tensors, tensors_path)
     generation = {**(about.get("generation") or {}), **({} if shortlist is None else {"shortlist": shortlist})}
-    return Contents(config, weights, tokenizer, about.get("memory"), generation, pooling)
+    return Contents(config, weights, tokenizer, about.get("memory"), generation, pooling, packed, kept)
 
 
 def _read_gguf(path: str) -> Contents:

@@ -39,6 +39,7 @@ DTYPES: dict[str, np.dtype] = {
     "F16": np.dtype("<f2"),
     "BF16": BFLOAT16,
     "U8": np.dtype("u1"),
+    "I8": np.dtype("i1"),
     "BOOL": np.dtype("?"),
 }
 

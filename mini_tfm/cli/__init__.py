@@ -5,7 +5,7 @@
       -> training_data.py   its data
     demo.py compare.py   memories side by side (../compare/)
       -> results.py      shared by the two: options, the results folder, the table
-    average.py convert.py    averages models of a run; writes a model in another layout
+    average.py convert.py quantize.py    averages models of a run; writes a model in another layout; packed in int8 or bfloat16
     generate.py chat.py score.py embed.py read.py    commands that use a saved model
       -> already_read.py     what a memory on disk has read
     plugins.py info.py   installed memories; versions, kernels, a model folder
@@ -31,7 +31,7 @@ import click
 
 from .. import __version__
 
-COMMANDS = ("demo", "train", "average", "generate", "chat", "score", "embed", "read", "compare", "convert", "plugins", "info")
+COMMANDS = ("demo", "train", "average", "generate", "chat", "score", "embed", "read", "compare", "convert", "quantize", "plugins", "info")
 INTERRUPTED = 128 + signal.SIGINT
 PIPE_CLOSED = 128 + getattr(signal, "SIGPIPE", 13)
 

@@ -47,7 +47,7 @@ def chat(
     show_recalled: bool,
     memory: str,
     lora: Path | None,
-    dtype: str,
+    dtype: str | None,
     segment_length: int | None,
     **options: Any,
 ) -> None:

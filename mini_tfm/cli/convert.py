@@ -6,8 +6,7 @@ from pathlib import Path
 
 import click
 
-from ..errors import FileProblem
-from .shared import check_out, count, json_option, lora_option, note, print_json
+from .shared import check_new, count, json_option, lora_option, note, print_json
 
 LAYOUTS = ("mini-tfm", "hugging-face", "peft")
 
@@ -22,6 +21,7 @@ LAYOUTS = ("mini-tfm", "hugging-face", "peft")
 @json_option
 def convert(model: Path, out: Path, to: str, lora: Path | None, as_json: bool) -> None:
     """Writes MODEL, a folder, a file (GGUF or Marian's) or a name on the Hub, into the new folder OUT, as float32: 4 bytes a weight.
+    In our layout a packed model (see `quantize`) stays packed.
 
     Its tokenizer, and what it says of generation and of embedding, go with it. A folder of ours keeps the memory that the model was
     trained with; one in Hugging Face's layout has no place for it, and LoRA adapters are merged into its weights.
@@ -35,9 +35,7 @@ def convert(model: Path, out: Path, to: str, lora: Path | None, as_json: bool) -
     from ..checkpoint.models import save_adapters, save_hugging_face, save_model
     from ..transformer import load_checkpoint
 
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileProblem(f"OUT: {out} exists already; give a new folder")
-    check_out(out)
+    check_new(out)
     saved = load_checkpoint(model)
     if lora is not None:
         saved.model.load_lora(lora)

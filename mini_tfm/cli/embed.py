@@ -71,7 +71,7 @@ def embed(
     out: Path | None,
     overwrite: bool,
     lora: Path | None,
-    dtype: str,
+    dtype: str | None,
     segment_length: int | None,
     as_json: bool,
     **options: Any,

@@ -86,7 +86,7 @@ def generate(
     memory: str,
     read_first: tuple[Path, ...],
     lora: Path | None,
-    dtype: str,
+    dtype: str | None,
     segment_length: int | None,
     overlap: float,
     no_stream: bool,

@@ -80,7 +80,7 @@ def _model(name: Path) -> dict[str, Any]:
         "parameters": header.n_parameters,
         "stored_as": {kind: n for kind, n in header.stored.items() if n},
         "size_bytes": sum(header.files.values()),
-        "ram_bytes": None if config is None else _ram_bytes(config),
+        "ram_bytes": None if config is None else _ram_bytes(config, header.packed),
         "context_tokens": None if config is None else _context(config),
         "tokenizer": type(tokenizer).__name__ if tokenizer else None,
         "tokenizer_tokens": tokenizer.vocab_size if tokenizer else None,
@@ -109,14 +109,18 @@ def _in_words(config: Config) -> str:
     )
 
 
-def _ram_bytes(config: Config) -> dict[str, int]:
-    """Estimates of the weights in RAM: as float32, and with matrices of products in bfloat16 or int8 with a scale a 256 numbers."""
+def _ram_bytes(config: Config, packed: str | None) -> dict[str, int]:
+    """Estimates of the weights in RAM: as float32, and with matrices of products in bfloat16 or int8 with a scale a 256 numbers.
+
+    packed: what the model is saved in, if it can be had in no other.
+    """
     from ..model import weight_shapes
 
     shapes = [math.prod(shape) for shape in weight_shapes(config).values()]
     matrices = sum(math.prod(shape) for shape in weight_shapes(config).values() if len(shape) == 2)
     rest = 4 * (sum(shapes) - matrices)
-    return {"float32": 4 * sum(shapes), "bfloat16 (estimate)": rest + 2 * matrices, "int8 (estimate)": rest + matrices + matrices // 64}
+    sizes = {"float32": 4 * sum(shapes), "bfloat16 (estimate)": rest + 2 * matrices, "int8 (estimate)": rest + matrices + matrices // 64}
+    return {name: n for name, n in sizes.items() if packed is None or name.startswith(packed)}
 
 
 def _context(config: Config) -> int | None:

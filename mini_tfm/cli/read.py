@@ -59,7 +59,7 @@ def read(
     reset: str | None,
     compact: bool,
     lora: Path | None,
-    dtype: str,
+    dtype: str | None,
     segment_length: int | None,
     overlap: float,
     as_json: bool,
@@ -105,7 +105,7 @@ def read(
     _print(done, documents, before)
     if sizes is not None:
         click.echo(f"compacted from {size(sizes[0])} to {size(sizes[1])}")
-    same = (*(("--lora", lora) if lora is not None else ()), *(("--dtype", dtype) if dtype != "float32" else ()))
+    same = (*(("--lora", lora) if lora is not None else ()), *(("--dtype", dtype) if dtype is not None else ()))
     note("\nTry next:\n  " + command_line("generate", folder, _prompt(files), "--memory", memory_named(pipe), *same))
 
 

@@ -52,7 +52,7 @@ def score(
     files: tuple[Path, ...],
     memories: tuple[str, ...],
     lora: Path | None,
-    dtype: str,
+    dtype: str | None,
     segment_length: int | None,
     as_json: bool,
 ) -> None:

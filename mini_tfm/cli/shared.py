@@ -42,8 +42,7 @@ lora_option = click.option(
 dtype_option = click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "int8"]),
-    default="float32",
-    show_default=True,
+    show_default="what the model is saved in",
     help="What the model's matrices are kept in: bfloat16 or int8 take less RAM and time, and round.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document, and nothing else, on standard output.")
@@ -343,6 +342,13 @@ def prompt_from(text: str) -> str:
 
 
 # Folders out
+
+
+def check_new(out: Path) -> None:
+    """Checks that OUT holds nothing, and can be created and written to."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileProblem(f"OUT: {out} exists already; give a new folder")
+    check_out(out)
 
 
 def check_out(folder: Path) -> None:

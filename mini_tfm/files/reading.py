@@ -66,13 +66,19 @@ def mapped(path: str | os.PathLike) -> tuple[str, mmap.mmap | bytes]:
             raise FileProblem(f"{file.name}: cannot be read: {reason(error)}") from error
 
 
-def forget_pages(array: np.ndarray) -> None:
-    """Gives back the RAM of the mapped file in which an array lies, if it does; what is used again is read again."""
+def mapping_of(array: np.ndarray) -> mmap.mmap | None:
+    """The mapped file in which an array lies, if nobody can write to it through the mapping; else None."""
     base: Any = array
     while isinstance(base, np.ndarray | memoryview):
         base = base.obj if isinstance(base, memoryview) else base.base
-    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-        base.madvise(mmap.MADV_DONTNEED)
+    return base if isinstance(base, mmap.mmap) and memoryview(base).readonly else None
+
+
+def forget_pages(array: np.ndarray) -> None:
+    """Gives back the RAM of the mapped file in which an array lies, if it does; what is used again is read again."""
+    mapping = mapping_of(array)
+    if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def _open_in_cache(folder: str, name: str, flags: int) -> int:

@@ -160,7 +160,7 @@ def packed_weights(model: Model, n_ids: int) -> Weights:
     """The model's weights, those of a decoding step packed too; of the output layer only `n_ids` columns.
 
     They are kept for the next session, as long as the weights are what they were: a checksum tells, in the time of reading
-    them once. Packing takes about as long as ten steps.
+    them once, or none for a mapped file. Packing takes about as long as ten steps.
     """
     assert model.decoder is not None
     if model.precision is not None:

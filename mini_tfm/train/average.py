@@ -10,6 +10,7 @@ import numpy as np
 from ..checkpoint.models import save_model
 from ..data.checks import integers
 from ..errors import InvalidType, InvalidValue
+from ..lora import check_not_packed
 from ..transformer import Checkpoint, load_checkpoint
 from .run_folder import checkpoints
 
@@ -44,6 +45,7 @@ def average_models(folders: Sequence[str | Path], out: str | Path) -> list[Path]
 
 def _without_adapters(path: Path) -> Checkpoint:
     checkpoint = load_checkpoint(path)
+    check_not_packed(checkpoint.model)
     checkpoint.model.merge_lora()
     return checkpoint
 

@@ -2,6 +2,7 @@
 
 import json
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -98,6 +99,40 @@ def test_convert_there_and_back(run, bert, tmp_path):
         "tokenizer.json",
     ):
         assert (tmp_path / "theirs" / name).read_bytes() == (bert / name).read_bytes()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
+def test_a_quantized_folder_is_for_every_command_but_train(run, model, bert, tmp_path, dtype):
+    """It answers as the model with --dtype does."""
+    told = run("quantize", model, tmp_path / "q", "--dtype", dtype, "--json").json
+    assert (told["dtype"], told["parameters"]) == (dtype, load(model).n_parameters)
+    assert told["size_bytes"] < sum(file.stat().st_size for file in Path(model).iterdir() if file.is_file())
+    about = run("info", tmp_path / "q", "--json").json["model"]
+    assert about["stored_as"][dtype] and about["memory"] == "window:size=8" and [*about["ram_bytes"]] == [f"{dtype} (estimate)"]
+    text = tmp_path / "text.txt"
+    text.write_text("Some words of a text, and some more.")
+    for words in (["generate", ..., "Some", "--max-new-tokens", 9], ["score", ..., text]):
+        packed = run(*(tmp_path / "q" if word is ... else word for word in words))
+        assert packed.code == 0, packed.err
+        plain = run(*(model if word is ... else word for word in words), "--dtype", dtype)
+        assert without_times(packed.out) == without_times(plain.out)
+    assert run("read", tmp_path / "q", text, "--memory", f"store:path={tmp_path / 'notes.mdb'}").code == 0
+    for words, says in (
+        (["train", "--from", tmp_path / "q", "--text", text, "--out", tmp_path / "run", "--steps", 1], f"is packed in {dtype}"),
+        (["quantize", tmp_path / "q", tmp_path / "again"], f"is packed in {dtype} already"),
+        (["quantize", model, tmp_path / "q"], "exists already"),
+        (["score", tmp_path / "q", text, "--dtype", "float32"], "packed from"),
+    ):
+        refused = run(*words)
+        assert refused.code == 2 and says in refused.err, refused.err
+    assert run("quantize", bert, tmp_path / "small", "--dtype", dtype).code == 0
+    expected = Pipeline.load(bert, dtype=dtype).embed(["some", "some words"])
+    np.testing.assert_array_equal(Pipeline.load(tmp_path / "small").embed(["some", "some words"]), expected)
+
+
+def without_times(said):
+    """What a command says, but for how long it took."""
+    return [line for line in said.splitlines() if "second" not in line and "tokens/s" not in line]
 
 
 def test_convert_keeps_what_is_there_and_tells_what_it_leaves_out(run, model, bert, tmp_path):
