@@ -29,6 +29,7 @@ from .memory.registry import memory as make_memory
 from .model import PACKED
 from .options import LARGEST, takes
 from .pooling import Pooling, normalized
+from .prompt_cache import PromptCache
 from .stream import Stream
 from .text.languages import in_languages
 from .text.tokenizers import StreamDecoder, Tokenizer
@@ -194,24 +195,30 @@ class Pipeline:
         return count - min(skip, count)
 
     @takes(GenerationOptions)
-    def generate(self, text: str, *, stream: bool = False, **options: Any) -> str | list[str] | Iterator[str]:
+    def generate(
+        self, text: str, *, stream: bool = False, prompt_cache: str | Path | None = None, **options: Any
+    ) -> str | list[str] | Iterator[str]:
         """Goes on from `text`, with what the memory holds; the memory stays as it was.
 
         Text longer than a segment is read first, into a copy of the memory. What goes beyond a segment is read back
         the same way: a model that was trained on segments never writes at a position that it was not trained at.
         Options: see `mini_tfm.generate.GenerationOptions`. stream: an iterator of pieces of text
         instead, as they come; of beams, as soon as all of them agree. With num_return_sequences above 1: a list of texts.
+        prompt_cache: a folder that keeps what a decoder-only model without a memory has read of prompts, so that what another one began
+        with is not read again, by this process or another. The answers are the same. A file is as large as its keys and values.
         """
-        return self._generate(self._encode(text), stream, options)
+        return self._generate(self._encode(text), stream, options, prompt_cache)
 
     @takes(GenerationOptions)
-    def chat(self, messages: Sequence[Mapping[str, str]], *, stream: bool = False, **options: Any) -> str | list[str] | Iterator[str]:
+    def chat(
+        self, messages: Sequence[Mapping[str, str]], *, stream: bool = False, prompt_cache: str | Path | None = None, **options: Any
+    ) -> str | list[str] | Iterator[str]:
         """What the assistant says next, with what the memory holds; the memory stays as it was.
 
         messages: mappings with "role" ("system", "user", "assistant") and "content", oldest first, laid out by the chat template that
-        the tokenizer carries. Options and `stream`: as in `generate`, but for max_new_tokens, which is 512 by default.
+        the tokenizer carries. Options, `stream` and `prompt_cache`: as in `generate`, but for max_new_tokens, which is 512 by default.
         """
-        return self._generate(self.tokenizer.encode_chat(messages), stream, {"max_new_tokens": 512, **options})
+        return self._generate(self.tokenizer.encode_chat(messages), stream, {"max_new_tokens": 512, **options}, prompt_cache)
 
     def recall(self, prompt: str | Sequence[Mapping[str, str]]) -> list[Recalled]:
         """What of the text that was read `generate` (for a str) or `chat` (for messages) would look up, in the order of the text.
@@ -394,12 +401,15 @@ class Pipeline:
         stream.finish()
         return float(bits.sum())
 
-    def _generate(self, tokens: np.ndarray, stream: bool, given: Mapping[str, Any]) -> str | list[str] | Iterator[str]:
+    def _generate(
+        self, tokens: np.ndarray, stream: bool, given: Mapping[str, Any], prompt_cache: str | Path | None
+    ) -> str | list[str] | Iterator[str]:
         chosen = self._options(given, stream)
         self.model.needs("decoder")
+        prompts = None if prompt_cache is None else PromptCache(prompt_cache, self._stream)
         tokens, chosen = self._in_languages(tokens, chosen)
         last, tokens = self._begun(tokens)
-        steps = self._search([self._to_continue(tokens)], chosen, self._stream.copy(), np.zeros(1, np.int64), last)
+        steps = self._search([self._to_continue(tokens)], chosen, self._stream.copy(), np.zeros(1, np.int64), last, prompts)
         if chosen.num_return_sequences > 1:
             return self._texts(found_by(steps)[0], chosen)
         pieces = _before_stop(_decoded(steps, self.tokenizer.decode_stream()), chosen)
@@ -455,7 +465,13 @@ class Pipeline:
         return one[0] == other[0] == 1 if self.model.config.has_encoder else one == other
 
     def _search(
-        self, parts: list[list[Chunk]], options: GenerationOptions, stream: Stream, numbers: np.ndarray, last: np.ndarray
+        self,
+        parts: list[list[Chunk]],
+        options: GenerationOptions,
+        stream: Stream,
+        numbers: np.ndarray,
+        last: np.ndarray,
+        prompts: PromptCache | None = None,
     ) -> Search:
         """Reads all but the last segment of each text, and goes on from that.
 
@@ -484,6 +500,7 @@ class Pipeline:
                 tokenizer=self.tokenizer,
                 deadline=deadline,
                 kept=kept if self._shared else None,
+                prompts=prompts,
             )
         )
 

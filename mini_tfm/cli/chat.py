@@ -14,7 +14,18 @@ import click
 
 from ..generate.options import GenerationOptions
 from .options import options_of
-from .shared import Reading, check_files, dtype_option, lora_option, memory_option, none_of, note, segment_option, total_bytes
+from .shared import (
+    Reading,
+    check_files,
+    dtype_option,
+    lora_option,
+    memory_option,
+    none_of,
+    note,
+    prompt_cache_option,
+    segment_option,
+    total_bytes,
+)
 
 if TYPE_CHECKING:
     from ..pipeline import Pipeline
@@ -40,6 +51,7 @@ HELP = "/reset forgets what was said, /exit (or Ctrl-D) ends, Ctrl-C ends an ans
 @lora_option
 @dtype_option
 @segment_option
+@prompt_cache_option
 def chat(
     model: Path | None,
     system: str | None,
@@ -49,6 +61,7 @@ def chat(
     lora: Path | None,
     dtype: str | None,
     segment_length: int | None,
+    prompt_cache: Path | None,
     **options: Any,
 ) -> None:
     """Answers questions, one a line, typed or from standard input; what was said before is known. Lengths are in tokens.
@@ -91,7 +104,7 @@ def chat(
             try:
                 if show_recalled:
                     _show_recalled(pipe, said)
-                said.append({"role": "assistant", "content": _answer(pipe, said, options)})
+                said.append({"role": "assistant", "content": _answer(pipe, said, {**options, "prompt_cache": prompt_cache})})
             except MiniTfmError as error:
                 if not sys.stdin.isatty():
                     raise

@@ -28,6 +28,7 @@ from .shared import (
     note,
     overlap_option,
     print_json,
+    prompt_cache_option,
     segment_option,
     stdin_text,
     total_bytes,
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
 @dtype_option
 @segment_option
 @overlap_option
+@prompt_cache_option
 @click.option("--no-stream", is_flag=True, help="Print the text only when it is complete.")
 @json_option
 def generate(
@@ -89,6 +91,7 @@ def generate(
     dtype: str | None,
     segment_length: int | None,
     overlap: float,
+    prompt_cache: Path | None,
     no_stream: bool,
     as_json: bool,
     **options: Any,
@@ -118,6 +121,8 @@ def generate(
         raise click.UsageError("give PROMPT or --file, not both")
     if out is not None and file is None:
         raise click.UsageError("--out needs --file: a prompt a line")
+    if out is not None and prompt_cache is not None:
+        raise click.UsageError("--prompt-cache is for one prompt; leave out --out")
     check_files([*read_first, *([file] if file else [])])
     if file is not None and out is not None:
         loading = {"segment_length": segment_length, "lora": lora, "dtype": dtype, "overlap": overlap}
@@ -129,14 +134,14 @@ def generate(
     n_read, clock = _read(pipe, read_first), Clock()
     about = {"memory": memory_named(pipe), "tokens_read": n_read, "options": options}
     if options["num_return_sequences"] > 1:
-        texts = pipe.generate(text, **options)
+        texts = pipe.generate(text, prompt_cache=prompt_cache, **options)
         if as_json:
             print_json({"prompt": text, "texts": texts, "seconds": clock.seconds, **about})
             return
         for each in texts:
             click.echo(each, nl=not each.endswith("\n"))
         return
-    pieces = pipe.generate(text, stream=True, **options)
+    pieces = pipe.generate(text, stream=True, prompt_cache=prompt_cache, **options)
     if not (no_stream or as_json):
         _print_stream(pieces)
         return

@@ -45,6 +45,12 @@ dtype_option = click.option(
     show_default="what the model is saved in",
     help="What the model's matrices are kept in: bfloat16 or int8 take less RAM and time, and round.",
 )
+prompt_cache_option = click.option(
+    "--prompt-cache",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Keep what was read of prompts in this folder, and do not read again what another one began with; without a memory.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document, and nothing else, on standard output.")
 segment_option = click.option(
     "--segment-length",

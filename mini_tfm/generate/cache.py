@@ -107,6 +107,18 @@ class KVCache:
         keys, values = (store[:rows, :, : self.n_keys] for store in self._kept[layer])
         return keys, values, owners
 
+    def begin_with(self, layers: Sequence[tuple[np.ndarray, ...]]) -> None:
+        """Puts keys and values (H, n, D) of one stream's first tokens, as `first_rows` gave them of every layer, into an empty cache."""
+        self.n_keys = layers[0][0].shape[1]
+        for layer, pair in enumerate(layers):
+            self._kept[layer] = [np.zeros((1, len(x), max(FIRST_CAPACITY, self.n_keys + self.room), x.shape[2]), x.dtype) for x in pair]
+            for store, x in zip(self._kept[layer], pair, strict=True):
+                store[0, :, : self.n_keys] = x
+
+    def first_rows(self) -> list[tuple[np.ndarray, ...]]:
+        """Keys and values (H, n_keys, D) of the only stream, a pair a layer."""
+        return [tuple(store[0, :, : self.n_keys] for store in self._kept[layer]) for layer in sorted(self._kept)]
+
     def _dtype(self, x: np.ndarray) -> Any:
         return np.uint16 if self.bfloat16 else x.dtype
 

@@ -20,7 +20,7 @@ from .options import GenerationOptions
 from .results import Hypothesis, Search
 from .rules import Rules, check_choices
 from .search import search
-from .session import Session
+from .session import Prompts, Session
 
 
 def segment_limit(config: Config, segment_length: int | None) -> int | None:
@@ -59,13 +59,14 @@ def in_segments(
     deadline: float | None = None,
     encoded: Encoded | None = None,
     kept: np.ndarray | None = None,
+    prompts: Prompts | None = None,
 ) -> Search:
     """A search (see search.py) for at most max_new_tokens tokens of each row, in as many segments as it takes.
 
     source: (B, n) what the encoder reads, of it the first `lengths` (B,); for a decoder-only model what its segment begins with,
     all n of each row. limit: tokens a segment may have, see `segment_limit`. rows: numbers of the rows, see `Rules`. tokenizer:
-    only its ids are chosen. encoded: what the encoder has made of the source already. kept: see `Stream.open`. Where
-    nothing follows a full segment (see `goes_on`) rows end with it.
+    only its ids are chosen. encoded: what the encoder has made of the source already. kept: see `Stream.open`. prompts: see `Session`.
+    Where nothing follows a full segment (see `goes_on`) rows end with it.
     """
     config, size = stream.model.config, len(source)
     n_ids = config.vocab_size if tokenizer is None else tokenizer.vocab_size
@@ -98,7 +99,7 @@ def in_segments(
                 goes_on=room < left,
             )
             # The stream keeps its rows.
-            session = Session(stream.copy(), n_ids=n_ids, cache_dtype=options.cache_dtype, room=room, among=rules.among)
+            session = Session(stream.copy(), n_ids=n_ids, cache_dtype=options.cache_dtype, room=room, among=rules.among, prompts=prompts)
             found = yield from _of_rows(search(session, prompt, rules, copies), row_of, copies, size)
         else:
             found = [[Hypothesis()] for _ in row_of]

@@ -7,7 +7,7 @@ memory's states included: finished rows and beams need nothing else.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -22,12 +22,23 @@ from ..weights import Weight, Weights
 from .cache import KVCache
 
 
+class Prompts(Protocol):
+    """What was read of prompts before: see `mini_tfm.prompt_cache`."""
+
+    def restore(self, cache: KVCache, tokens: np.ndarray) -> int:
+        """Puts what is known of the beginning of tokens (T,) into an empty cache: how many of them, below T."""
+
+    def keep(self, cache: KVCache, tokens: np.ndarray, n_restored: int) -> None:
+        """Takes what the cache has of tokens (T,), of which so many were restored."""
+
+
 class Session:
     """Goes on from the segment that is open in `stream`.
 
     n_ids: only ids below it are scored, where the model has more than its tokenizer can say. cache_dtype: of keys and values; None:
     bfloat16 for a packed model, else the model's. room: so many tokens are expected after the first ones. among: (n,) the ids, ascending,
     that may be said; None: all. Of the output layer these columns alone are computed, all other scores are -inf.
+    prompts: where the first tokens of one stream may have been read before.
     """
 
     def __init__(
@@ -38,6 +49,7 @@ class Session:
         cache_dtype: str | None = None,
         room: int = 0,
         among: np.ndarray | None = None,
+        prompts: Prompts | None = None,
     ):
         model = stream.model
         if cache_dtype is not None and model.dtype != np.float32:
@@ -45,7 +57,7 @@ class Session:
         self.stream, self.among = stream, among
         self.cache = KVCache(cache_dtype == "bfloat16" or (cache_dtype is None and model.precision is not None), room)
         self.n_ids = stream.model.config.vocab_size if n_ids is None else n_ids
-        self.n_steps = 0
+        self.n_steps, self._prompts = 0, prompts
         self.numbers = np.arange(stream.run.batch)  # of the sequences, as they came in
         self.weights = packed_weights(stream.model, self.n_ids)
         if among is not None:
@@ -65,7 +77,12 @@ class Session:
         decoder = self.stream.model.decoder
         assert decoder is not None
         self.n_steps += 1
-        return value_of(decoder(tokens, _NO_LENGTHS, self.stream.encoded, self._pass))[:, -n:]
+        if self._prompts is None or self.n_steps > 1:
+            return value_of(decoder(tokens, _NO_LENGTHS, self.stream.encoded, self._pass))[:, -n:]
+        n_restored = self._prompts.restore(self.cache, tokens[0, : tokens.shape[1] - n + 1])  # n are fed for their outputs
+        hidden = value_of(decoder(tokens[:, n_restored:], _NO_LENGTHS, self.stream.encoded, self._pass))
+        self._prompts.keep(self.cache, tokens[0], n_restored)
+        return hidden[:, -n:]
 
     def forget(self, n: int) -> None:
         """Takes back the last n tokens that were fed, of every stream, as if they had never been."""

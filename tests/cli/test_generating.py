@@ -11,10 +11,13 @@ import threading
 import time
 
 import pytest
-from commands import ENVIRONMENT, command, run_process
+from commands import ENVIRONMENT, TINY, command, run_process
 
 from mini_tfm.cli import generating
+from mini_tfm.config import Config
 from mini_tfm.pipeline import Pipeline
+from mini_tfm.text.tokenizers import ByteTokenizer
+from mini_tfm.transformer import Transformer
 
 PROMPTS = ["The fox", "", "a", "jumps over the lazy dog, and back again, and over", "naïve", *(f"prompt {i}" for i in range(30))]
 WORDS = ["--max-new-tokens", 9, "--batch-tokens", 60, "--do-sample", "--seed", 3, "--temperature", 2]
@@ -250,6 +253,19 @@ def test_every_command_that_answers_takes_a_dtype(run, model, tmp_path, dtype):
     out = tmp_path / "out.txt"
     assert run("generate", model, "--file", text, "--out", out, "--max-new-tokens", 5, *words).code == 0
     assert out.read_text() == " ".join(pipe.generate(PROMPTS[3], max_new_tokens=5).splitlines()) + "\n"
+
+
+def test_a_prompt_cache_changes_no_answer(run, tmp_path):
+    model = Transformer(Config(vocab_size=ByteTokenizer().vocab_size, **TINY | {"n_encoder_layers": 0, "positions": "rotary"}))
+    Pipeline(model, ByteTokenizer()).save(tmp_path / "m")
+    words = ["generate", tmp_path / "m", "A long prompt", "--max-new-tokens", 9]
+    expected = run(*words)
+    for _ in range(2):
+        said = run(*words, "--prompt-cache", tmp_path / "cache")
+        assert (said.code, said.out) == (0, expected.out), said.err
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    refused = run(*words, "--prompt-cache", tmp_path / "cache", "--memory", "window:size=8")
+    assert refused.code == 2 and "prompt_cache: expected None beside a memory" in refused.err
 
 
 def _numbers(value):
