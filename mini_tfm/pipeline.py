@@ -39,6 +39,7 @@ DEFAULT_SEGMENT_TOKENS = 256
 TEXTS_AT_ONCE = 1024  # texts that `embed` sorts by length
 EMBED_TOKENS = 4096  # that it reads at once
 SEGMENTS_A_FLUSH = 16  # how often reading makes a long-term memory durable
+FLUSH_BYTES = 128 << 20  # of new state; it does so sooner where there is more: a flush takes as much RAM again
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ class Pipeline:
             )
         if not isinstance(skip, int | np.integer) or isinstance(skip, bool) or not 0 <= skip <= LARGEST:
             raise InvalidValue(f"skip: expected a number of tokens of at least 0, got {shown(skip)}")
-        count = 0
+        count, kept = 0, self.state_bytes()
         for number, chunk in enumerate(self._chunks(text, shared=self._shared)):
             count += chunk.n_kept
             if count <= skip:
@@ -187,8 +188,9 @@ class Pipeline:
                 continue
             segment = self._stream.begin(chunk.tokens[None])
             self._stream.read(segment, np.array([segment.shape[1]]), chunk.kept[None] if self._shared else None)
-            if number % SEGMENTS_A_FLUSH == SEGMENTS_A_FLUSH - 1:
+            if number % SEGMENTS_A_FLUSH == SEGMENTS_A_FLUSH - 1 or self.state_bytes() > kept + FLUSH_BYTES:
                 self._stream.run.flush()
+                kept = self.state_bytes()
                 durable(count)
         self._stream.run.flush()
         durable(count)

@@ -44,6 +44,8 @@ CHOICE = State.OF_SEGMENT + "choice."  # what a prompt has found
 class Blocks(Store):
     """Long-term memory for questions: the `top_k` blocks of `block_size` rows that share most with the prompt; durable with a `path`."""
 
+    searched = False  # of the rows a few are looked up, by their numbers
+
     def __init__(
         self,
         *,
@@ -182,15 +184,19 @@ class Blocks(Store):
     def _gathered(self, state: State, bank: str, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Copies of the rows of a bank with these numbers (B, N), and which of them there are."""
         hidden, there = np.zeros((*numbers.shape, state.dims.d_model), state.dims.dtype), np.zeros(numbers.shape, bool)
-        seen = 0
-        for rows, _, valid, _ in self.shown(state, bank):
-            n = rows.shape[-2]
-            b, place = np.nonzero((numbers >= seen) & (numbers < seen + n))
-            if len(b):
-                at = numbers[b, place] - seen
-                there[b, place] = True if valid is None else valid[b, at]
-                hidden[b, place] = rows[b, at] if rows.ndim == 3 else rows[at]
-            seen += n
+        stored = self._stored(state, bank) if "on_disk" in state else np.zeros(len(numbers), np.int64)
+        seen = int(stored.max(initial=0))
+        if (on_disk := (numbers >= 0) & (numbers < stored[:, None])).any():
+            assert self.disk is not None
+            known, places = np.unique(numbers[on_disk], return_inverse=True)
+            rows, _ = self.disk.gather(self.document, bank, known, self._claim(state, [bank]))
+            if len(rows) == len(known):  # else it was deleted by now
+                hidden[on_disk], there[on_disk] = rows[places], True
+        for rows, _, valid in self.held(state, bank):
+            b, place = np.nonzero((numbers >= seen) & (numbers < seen + valid.shape[1]))
+            at = numbers[b, place] - seen
+            hidden[b, place], there[b, place] = rows[b, at], valid[b, at]
+            seen += valid.shape[1]
         return hidden, there
 
 

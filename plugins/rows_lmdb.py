@@ -8,8 +8,9 @@ file. Rows lie in chunks, one value each:
     deleted/<name>               how often it was deleted
     rows/<name>/<bank>/<chunk>   rows from number chunk * CHUNK_ROWS on: (n, d) float32, (n,) int64 positions, a CRC-32 of both
 
-Numbers are little-endian. A row counts only once its document says so, in the same transaction. Full chunks of CHUNK_ROWS are
-joined to larger ones, first MIDDLE_CHUNKS, then as many as LARGE_BYTES hold, so that a long document is searched in few steps.
+Numbers are little-endian. A row counts only once its document says so, in the same transaction. Where rows are searched, full chunks
+of CHUNK_ROWS are joined to larger ones, first MIDDLE_CHUNKS, then as many as LARGE_BYTES hold, so that a long document is searched in
+few steps. Where they are looked up by number, small chunks mean that little is read and checked.
 
 Formats 1 and 2 have "model", the name of all weights, instead of "models", and no larger chunks; format 1, of version 0.1.0, has no
 CRCs. They are read and continued: see `open`.
@@ -57,7 +58,7 @@ LEAST_MAP_BYTES = 1 << 28  # where the process may not have so much address spac
 _META = struct.Struct("=I20xI92xQQ")
 
 _open: WeakValueDictionary[str, _Opened] = WeakValueDictionary()  # by path: LMDB allows one a process; gone with the last user
-_checked: set[tuple[Any, bytes, int]] = set()  # chunks whose CRC was right: (file, key, bytes)
+_checked: set[tuple[Any, int, bytes, int]] = set()  # chunks whose CRC was right: (file, deletions of the document, key, bytes)
 _lock = threading.RLock()
 
 
@@ -92,11 +93,12 @@ class _Replaced(Exception):
 class LmdbRows:
     """The RowStore in the LMDB file at `path`; made when it is first opened. Raises InvalidValue or FileProblem naming the path.
 
-    read_only: nothing is made or written. A file without permission to write can be read, too.
+    read_only: nothing is made or written. A file without permission to write can be read, too. join: what is written is joined to
+    larger chunks, for those who search it.
     """
 
-    def __init__(self, path: str, read_only: bool = False):
-        self.read_only = read_only
+    def __init__(self, path: str, read_only: bool = False, join: bool = True):
+        self.read_only, self.join = read_only, join
         self.path = os.path.realpath(path)  # LMDB must not open a file twice, under whatever name
         self.given = path
         self._opened: _Opened | None = None
@@ -189,7 +191,7 @@ class LmdbRows:
             if (last := writers.get(str(writer))) and last["number"] >= number:
                 return Written(True, last["counts"], last["first"], last["moved"], last["end"])
             first, moved = {bank: about["banks"].get(bank, 0) for bank in rows}, about["next_position"] - end
-            self._append(txn, document, {bank: (hidden, at + moved) for bank, (hidden, at) in rows.items()}, meta, about)
+            self._append(txn, document, rows, meta, about, moved)
             done = {"counts": about["banks"], "first": first, "moved": moved, "end": about["next_position"]}
             writers.pop(str(writer), None)
             writers[str(writer)] = {"number": number, **done}
@@ -207,11 +209,19 @@ class LmdbRows:
         return True
 
     def _append(
-        self, txn: Any, document: str, rows: Mapping[str, tuple[np.ndarray, np.ndarray]], meta: dict[str, Any], about: dict[str, Any]
+        self,
+        txn: Any,
+        document: str,
+        rows: Mapping[str, tuple[np.ndarray, np.ndarray]],
+        meta: dict[str, Any],
+        about: dict[str, Any],
+        moved: int = 0,
     ) -> None:
-        """Puts the rows behind those that there are, and notes them in `about`."""
+        """Puts the rows, `moved` by so many positions, behind those that there are, and notes them in `about`."""
         d_model, checked = meta["d_model"], meta["format"] > 1
-        for bank, (hidden, positions) in rows.items():
+        sizes = self._sizes(d_model) if meta["format"] > 2 else [1]
+        for bank, (hidden, positions) in rows.items():  # a bank at a time: there may be more than fits into RAM twice
+            positions = positions + moved
             number, used = divmod(about["banks"].get(bank, 0), CHUNK_ROWS)
             about["next_position"] = max(about["next_position"], int(positions.max(initial=-1)) + 1)
             about["banks"][bank] = number * CHUNK_ROWS + used + len(hidden)
@@ -219,28 +229,36 @@ class LmdbRows:
                 old_hidden, old_positions = self._unpack(txn.get(_rows_key(document, bank, number)), d_model)
                 hidden = np.concatenate([old_hidden[:used], hidden])
                 positions = np.concatenate([old_positions[:used], positions])
-            for start in range(0, len(hidden), CHUNK_ROWS):
-                part = slice(start, start + CHUNK_ROWS)
+            start = 0
+            while start < len(hidden):
+                many = max(size for size in sizes if size == 1 or (number % size == 0 and start + size * CHUNK_ROWS <= len(hidden)))
+                part = slice(start, start + many * CHUNK_ROWS)
                 txn.put(_rows_key(document, bank, number), _packed(hidden[part], positions[part], checked))
-                if len(hidden[part]) == CHUNK_ROWS and meta["format"] > 2:
-                    self._join(txn, document, bank, number + 1, d_model)
-                number += 1
+                start, number = part.stop, number + many
+                if start <= len(hidden):
+                    self._join(txn, document, bank, number, sizes, d_model)
 
-    def _join(self, txn: Any, document: str, bank: str, behind: int, d_model: int) -> None:
+    def _sizes(self, d_model: int) -> list[int]:
+        """How many chunks of CHUNK_ROWS may be one, the smaller first."""
+        large = large_chunks(d_model)
+        return sorted({1, min(MIDDLE_CHUNKS, large), large}) if self.join else [1]
+
+    def _join(self, txn: Any, document: str, bank: str, behind: int, sizes: list[int], d_model: int) -> None:
         """Makes one chunk of the last ones before chunk `behind`, where as many have come as make a larger one."""
-        for many in sorted({1, MIDDLE_CHUNKS, large_chunks(d_model)}):
-            if many == 1 or many > large_chunks(d_model) or behind % many:
-                continue
+        for many in sizes[1:]:
+            if behind % many:
+                return
             number, parts = behind - many, []
             while number < behind and (value := txn.get(key := _rows_key(document, bank, number))) is not None:
                 parts.append((key, *self._unpack(value, d_model)))
                 number += len(parts[-1][1]) // CHUNK_ROWS
-            if number != behind or len(parts) == 1:
+            if number != behind:
                 return  # joined by a version with other limits
-            for key, _, _ in parts:
-                txn.delete(key)
-            hidden, positions = np.concatenate([part[1] for part in parts]), np.concatenate([part[2] for part in parts])
-            txn.put(parts[0][0], _packed(hidden, positions, True))
+            if len(parts) > 1:
+                for key, _, _ in parts:
+                    txn.delete(key)
+                hidden, positions = np.concatenate([part[1] for part in parts]), np.concatenate([part[2] for part in parts])
+                txn.put(parts[0][0], _packed(hidden, positions, True))
 
     @contextlib.contextmanager
     def reading(
@@ -251,7 +269,7 @@ class LmdbRows:
         Valid inside the context only. Raises InvalidValue for a damaged chunk, when this process first reads it.
         """
         with self._read(buffers=True) as txn:
-            opened, meta = self._identity(), self._meta_of(txn)
+            meta = self._meta_of(txn)
             there = claim is None or self._holds(txn, meta, document, claim, [bank])
 
             def chunks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -260,14 +278,48 @@ class LmdbRows:
                     value = txn.get(key := _rows_key(document, bank, seen // CHUNK_ROWS))
                     if value is None and self._about(txn, document)["banks"].get(bank, 0) <= seen:
                         return  # the document was deleted by someone else: nothing to remember
-                    checked = (opened, key, len(value or b""))
-                    hidden, positions = self._unpack(value, meta["d_model"], check=checked not in _checked)
-                    _checked.add(checked)
+                    hidden, positions = self._once_checked(txn, document, key, value, meta["d_model"])
                     n = min(len(hidden), count - seen)
                     yield hidden[:n], positions[:n]
                     seen += n
 
             yield chunks()
+
+    def gather(self, document: str, bank: str, numbers: np.ndarray, claim: Claim | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Copies of the rows with these numbers (n,), in ascending order: (n, d) float32, (n,) int64 positions.
+
+        Only the chunks that they lie in are read and checked. Raises InvalidValue for a damaged one.
+        """
+        with self._read(buffers=True) as txn, txn.cursor() as cursor:
+            meta = self._meta_of(txn)
+            numbers = numbers[numbers < self._about(txn, document)["banks"].get(bank, 0)]
+            if claim is not None and not self._holds(txn, meta, document, claim, [bank]):
+                numbers = numbers[:0]
+            hidden, positions = np.empty((len(numbers), meta["d_model"]), np.float32), np.empty(len(numbers), np.int64)
+            at = 0
+            while at < len(numbers):
+                key = _rows_key(document, bank, int(numbers[at]) // CHUNK_ROWS)
+                if not (cursor.set_range(key) and cursor.key() == key):  # the row is in a larger chunk, which begins before it
+                    cursor.prev()
+                found = bytes(cursor.key())
+                if found[:-8] != key[:-8]:
+                    raise self._damaged()
+                chunk = self._once_checked(txn, document, found, cursor.value(), meta["d_model"])
+                first = int.from_bytes(found[-8:], "big") * CHUNK_ROWS
+                behind = at + int(np.searchsorted(numbers[at:], first + len(chunk[0])))
+                if behind == at:
+                    raise self._damaged()
+                for into, rows in zip((hidden, positions), chunk, strict=True):
+                    into[at:behind] = rows[numbers[at:behind] - first]
+                at = behind
+            return hidden, positions
+
+    def _once_checked(self, txn: Any, document: str, key: bytes, value: Any, d_model: int) -> tuple[np.ndarray, np.ndarray]:
+        """A chunk as it lies in the file, checked when this process first reads it."""
+        known = (self._identity(), self._deletions(txn, document), key, len(value or b""))
+        chunk = self._unpack(value, d_model, check=known not in _checked)
+        _checked.add(known)
+        return chunk
 
     def delete(self, document: str) -> None:
         """Forgets a document; its space is used again by what is written next."""
@@ -543,11 +595,14 @@ class LmdbRows:
         """Rows and positions of a chunk, as they lie in `value`."""
         n, rest = divmod(len(value or b""), 4 * d_model + 8)
         if not n or rest not in (0, CRC_BYTES) or (rest and check and _crc(value[:-CRC_BYTES]) != bytes(value[-CRC_BYTES:])):
-            raise InvalidValue(
-                f"path: rows of the store {self.given} are damaged; restore it from a copy, or give another path and read the text again"
-            )
+            raise self._damaged()
         hidden = np.frombuffer(value, "<f4", n * d_model).reshape(n, d_model)
         return hidden, np.frombuffer(value, "<i8", n, offset=4 * n * d_model)
+
+    def _damaged(self) -> InvalidValue:
+        return InvalidValue(
+            f"path: rows of the store {self.given} are damaged; restore it from a copy, or give another path and read the text again"
+        )
 
     def _parse(self, value: Any) -> dict[str, Any]:
         try:
@@ -606,8 +661,10 @@ def large_chunks(d_model: int) -> int:
 
 def _packed(hidden: np.ndarray, positions: np.ndarray, checked: bool) -> bytes:
     """A chunk as it lies in the file; checked: with a CRC."""
-    value = hidden.astype("<f4").tobytes() + positions.astype("<i8").tobytes()
-    return value + _crc(value) if checked else value
+    parts: list[Any] = [np.ascontiguousarray(hidden, "<f4").reshape(-1), np.ascontiguousarray(positions, "<i8")]
+    if checked:
+        parts.append(zlib.crc32(parts[1], zlib.crc32(parts[0])).to_bytes(CRC_BYTES, "little"))
+    return b"".join(parts)
 
 
 def _document_key(name: str) -> bytes:

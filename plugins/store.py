@@ -35,13 +35,18 @@ from mini_tfm.memory import (
 from mini_tfm_plugins.rows_lmdb import LmdbRows
 
 
-def backend_of(path: str, read_only: bool = False) -> RowStore:
-    """The backend of a path: a file is LMDB's. The one place to choose another by what the path looks like."""
-    return LmdbRows(path, read_only)
+def backend_of(path: str, read_only: bool = False, searched: bool = True) -> RowStore:
+    """The backend of a path: a file is LMDB's. The one place to choose another by what the path looks like.
+
+    searched: whether all rows of a bank are looked through, as a search does, and not a few of them by their numbers.
+    """
+    return LmdbRows(path, read_only, join=searched)
 
 
 class Store(RetrievalMemory):
     """Long-term memory: all rows, each query sees its `top_k` best; durable with a `path`, left as it is with `read_only`."""
+
+    searched = True  # all rows are looked through, for each query
 
     def __init__(
         self,
@@ -59,7 +64,7 @@ class Store(RetrievalMemory):
         self.document = _checked_document(document)
         if not isinstance(read_only, bool) or (read_only and path is None):
             raise InvalidValue(f"read_only: expected true or false, and true only with a path, got {read_only!r}")
-        self.disk = backend_of(str(path), read_only) if path is not None else None
+        self.disk = backend_of(str(path), read_only, self.searched) if path is not None else None
         self.durable = path is not None and not read_only
 
     def start(self, batch: int, dims: Dims) -> dict[str, np.ndarray]:
@@ -169,56 +174,48 @@ class Store(RetrievalMemory):
         batch, banks = len(state["on_disk"]), self.banks(state.dims)
         if batch != 1 and any(valid.any() for bank in banks for _, _, valid in self.held(state, bank)):
             raise InvalidValue(f"path: a store on disk is written by one stream at a time, got a batch of {batch}")
-        while True:
-            here, held = self._in_ram(state), self._held_before(state)
-            if not here and not held:
-                break
-            rows = {bank: _together(here.get(bank), held.get(bank)) for bank in here | held}
-            done = self._write(state, rows)
+        while rows := _Unwritten(self, state):
+            done = self._write(state)
             if done is None:
                 return
             changes = self._after(state, done) if not done.again else self._recovered(state, done, rows)
-            for bank, (_, positions) in held.items() if not done.again else ():
-                first = done.first[bank] + len(rows[bank][1]) - len(positions)
-                changes |= self._more_ahead(state, bank, positions, first + np.arange(len(positions)))
             if not done.again:
-                changes |= self._without(state, dict.fromkeys(here))
+                for bank in rows:
+                    for _, positions in self._held_before(state, bank):
+                        first = done.counts[bank] - len(positions)
+                        changes |= self._more_ahead(state, bank, positions, first + np.arange(len(positions)))
+                changes |= self._without(state, dict.fromkeys(rows))
             state.update(changes)  # at once: an interrupt falls before or behind it
             if not done.again:
                 break
         for name in [name for name in state if name.startswith(tuple(banks)) and "ahead" not in name]:
             del state[name]
 
-    def _held_before(self, state: State) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """The rows of each bank that a memory before this one holds, and that are not in the store yet."""
-        fresh = {}
-        for bank in self.banks(state.dims):
-            if bank + "held.valid" in state:
-                hidden, valid, positions = (state[bank + "held." + name] for name in ("hidden", "valid", "positions"))
-                new = valid & ~_among(positions + 1, state.get(bank + "ahead", np.zeros((len(valid), 0), np.int64)))
-                if new.any():
-                    at, first = np.unique(positions[new], return_index=True)
-                    fresh[bank] = hidden[new][first], at
-        return fresh
+    def _in_ram(self, state: State, bank: str) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The rows of a bank in RAM, in parts: hidden (n, d), positions (n,)."""
+        parts = []
+        for hidden, positions, valid in self.held(state, bank):
+            if valid.any():
+                parts.append((hidden[0], positions[0]) if valid.all() else (hidden[valid], positions[valid]))
+        return parts
 
-    def _in_ram(self, state: State) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """The rows in RAM of each bank that has some: hidden (n, d), positions (n,)."""
-        fresh = {}
-        for bank in self.banks(state.dims):
-            if chunks := list(self.held(state, bank)):
-                hidden, positions, valid = (np.concatenate([part[0] for part in parts]) for parts in zip(*chunks, strict=True))
-                if valid.any():
-                    fresh[bank] = hidden[valid], positions[valid]
-        return fresh
+    def _held_before(self, state: State, bank: str) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The rows of a bank that a memory before this one holds, and that are not in the store yet; in at most one part."""
+        if bank + "held.valid" not in state:
+            return []
+        hidden, valid, positions = (state[bank + "held." + name] for name in ("hidden", "valid", "positions"))
+        new = valid & ~_among(positions + 1, state.get(bank + "ahead", np.zeros((len(valid), 0), np.int64)))
+        at, first = np.unique(positions[new], return_index=True)
+        return [(hidden[new][first], at)] if len(at) else []
 
-    def _write(self, state: State, rows: dict[str, tuple[np.ndarray, np.ndarray]]) -> Written | None:
+    def _write(self, state: State) -> Written | None:
         """Durable when it returns. What it gives is not yet in the state: an interrupt in between loses nothing and doubles nothing."""
         assert self.disk is not None
         if not state["writer"][0]:
             state["writer"] = np.array([secrets.randbits(62) + 1])
         offset, writer, number, end = (int(state[name][0]) for name in ("next_position", "writer", "number", "end"))
-        placed = {bank: (hidden, positions + offset) for bank, (hidden, positions) in rows.items()}
-        return self.disk.write(self.document, placed, self._claim(state, placed), writer, number + 1, end)
+        rows = _Unwritten(self, state, offset)
+        return self.disk.write(self.document, rows, self._claim(state, rows), writer, number + 1, end)
 
     def _after(self, state: State, done: Written) -> dict[str, np.ndarray]:
         """What a write changes in the state, but for its rows."""
@@ -229,7 +226,7 @@ class Store(RetrievalMemory):
             "number": state["number"] + 1,
         }
 
-    def _recovered(self, state: State, done: Written, rows: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
+    def _recovered(self, state: State, done: Written, rows: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
         """What an earlier write, interrupted after it was durable, changes in the state. rows: what was to be written now.
 
         Its rows are in RAM still, or held before. Where they are not what is in the store, that was the write of a copy of this
@@ -243,7 +240,7 @@ class Store(RetrievalMemory):
             _, theirs, mine = np.intersect1d(positions - offset, where, return_indices=True)
             if not np.array_equal(hidden[theirs].astype(there.dtype), there[mine]):
                 return {"writer": np.zeros(1, np.int64), "number": np.zeros(1, np.int64)}
-            here = np.isin(positions - offset, self._in_ram(state).get(bank, (None, where[:0]))[1])
+            here = np.isin(positions - offset, np.concatenate([where[:0], *(at for _, at in self._in_ram(state, bank))]))
             changes |= self._more_ahead(state, bank, positions[~here] - offset, at[~here])
             changes |= self._without(state, {bank: positions - offset})
         return changes
@@ -251,17 +248,9 @@ class Store(RetrievalMemory):
     def _rows_from(self, state: State, bank: str, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Copies of rows first to last - 1 of the document: hidden, positions, numbers."""
         assert self.disk is not None
-        seen, hidden, positions = 0, [], []
-        with self.disk.reading(self.document, bank, last, self._claim(state, [bank])) as chunks:
-            for some_hidden, some_positions in chunks:
-                part = slice(max(first - seen, 0), None)
-                hidden.append(some_hidden[part].copy())
-                positions.append(some_positions[part].copy())
-                seen += len(some_hidden)
-        if not hidden:  # deleted by now
-            return np.zeros((0, state.dims.d_model), np.float32), np.zeros(0, np.int64), np.zeros(0, np.int64)
-        found = np.concatenate(positions)
-        return np.concatenate(hidden), found, first + np.arange(len(found))
+        numbers = np.arange(first, last)
+        hidden, positions = self.disk.gather(self.document, bank, numbers, self._claim(state, [bank]))
+        return hidden, positions, numbers[: len(positions)]
 
     def _more_ahead(self, state: State, bank: str, positions: np.ndarray, at: np.ndarray) -> dict[str, np.ndarray]:
         """The state's rows ahead, and more at these positions, with these numbers in the store."""
@@ -303,9 +292,27 @@ def _checked_document(document: object) -> str:
     raise InvalidValue("document: expected a name of 1 to 200 bytes of UTF-8")
 
 
-def _together(a: tuple[np.ndarray, np.ndarray] | None, b: tuple[np.ndarray, np.ndarray] | None) -> tuple[np.ndarray, np.ndarray]:
-    (hidden, positions), *more = [pair for pair in (a, b) if pair is not None]
-    return (np.concatenate([hidden, more[0][0]]), np.concatenate([positions, more[0][1]])) if more else (hidden, positions)
+class _Unwritten(Mapping[str, tuple[np.ndarray, np.ndarray]]):
+    """The rows of each bank that are not in the store yet, with `offset` added to their positions.
+
+    They are copied when a bank is asked for: those of all banks would take as much RAM again as they do.
+    """
+
+    def __init__(self, store: Store, state: State, offset: int = 0):
+        self._store, self._state, self._offset = store, state, offset
+        self._banks = [bank for bank in store.banks(state.dims) if store._in_ram(state, bank) + store._held_before(state, bank)]
+
+    def __getitem__(self, bank: str) -> tuple[np.ndarray, np.ndarray]:
+        if bank not in self._banks:
+            raise KeyError(bank)
+        parts = self._store._in_ram(self._state, bank) + self._store._held_before(self._state, bank)
+        return np.concatenate([hidden for hidden, _ in parts]), np.concatenate([at for _, at in parts]) + self._offset
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._banks)
+
+    def __len__(self) -> int:
+        return len(self._banks)
 
 
 def _among(positions: np.ndarray, known: np.ndarray) -> np.ndarray:

@@ -78,6 +78,12 @@ class RowStore(Protocol):
         Nothing if the document was deleted by then. Raises InvalidValue if the bank now has rows of another model.
         """
 
+    def gather(self, document: str, bank: str, numbers: np.ndarray, claim: Claim | None = None) -> RowChunk:
+        """Copies of the rows with these numbers (n,), counted from 0, in ascending order.
+
+        Nothing if the document was deleted by then. Raises InvalidValue if the bank now has rows of another model.
+        """
+
     def delete(self, document: str) -> None:
         """Forgets a document, if it is there, and counts that."""
 

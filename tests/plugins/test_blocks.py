@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 
 import mini_tfm as mt
+from mini_tfm import pipeline
 from mini_tfm.errors import InvalidValue
 from mini_tfm.generate import Session
 from mini_tfm.memory import bank_key
 from mini_tfm.stream import Stream
 from mini_tfm.testing import check_memory
 from mini_tfm.testing.trial import small_model
+from mini_tfm.text import ByteTokenizer
 from mini_tfm_plugins.blocks import CHOICE, FOCUS, best_of, scores_of
 
 TEXT = "window:size=4+blocks:block_size=4,margin=0,top_k=2,reach=4"
@@ -237,6 +239,23 @@ def test_another_process_answers_as_the_one_that_has_read(tmp_path, place):
     again.read(tokens[:, :5], np.array([5]))
     session = asked(again, ((23,),))[0]
     assert (chosen(session) == -1).all()  # a window of its own by now
+
+
+def test_what_waits_for_the_disk_is_bounded_in_bytes(tmp_path, monkeypatch):
+    """However long a text, and however much of it 16 segments are: RAM is that of a few segments."""
+    config = mt.Config(vocab_size=259, d_model=16, n_heads=2, n_encoder_layers=0, n_decoder_layers=2, positions="rotary")
+    model = mt.Transformer(config)
+    pipe = mt.Pipeline(model, ByteTokenizer(), f"window:size=8+blocks:path={tmp_path / 'rows'}", segment_length=16)
+    a_segment = 3 * 16 * (4 * model.config.d_model + 16)
+    waiting, flush = [], pipe._stream.run.flush
+    monkeypatch.setattr(pipeline, "FLUSH_BYTES", 3 * a_segment)
+    monkeypatch.setattr(pipe._stream.run, "flush", lambda: waiting.append(pipe.state_bytes()) or flush())
+    told = []
+    pipe.read("the cat sleeps. " * 64, durable=told.append)
+    kept = pipe.state_bytes()
+    assert len(waiting) > 8 and max(waiting) <= kept + 5 * a_segment
+    assert told[-1] == 1024 and told == sorted(told) and len(told) == len(waiting)
+    assert mt.memory(f"blocks:path={tmp_path / 'rows'}").documents() == {"default": 3 * 1024}
 
 
 def test_what_is_recalled_is_told(tmp_path):

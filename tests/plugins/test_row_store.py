@@ -26,7 +26,7 @@ WRITES = {}  # by path, document and writer
 class RamRows:
     """The protocol in dictionaries: a backend is as short as this, but for durability."""
 
-    def __init__(self, path, read_only=False):
+    def __init__(self, path, read_only=False, join=True):
         self.path = path
 
     def open(self, d_model, model, former=None):
@@ -71,6 +71,12 @@ class RamRows:
             count = 0
         hidden, positions = self._documents().get(document, {}).get(bank, (np.zeros((0, 1), np.float32), np.zeros(0, np.int64)))
         yield ((hidden[i : i + 7], positions[i : i + 7]) for i in range(0, min(count, len(hidden)), 7))
+
+    def gather(self, document, bank, numbers, claim=None):
+        if claim is not None and (self.identity(), self.deletions(document)) != (claim.identity, claim.deletions):
+            numbers = numbers[:0]
+        hidden, positions = self._documents().get(document, {}).get(bank, (np.zeros((0, WIDTH), np.float32), np.zeros(0, np.int64)))
+        return hidden[numbers], positions[numbers]
 
     def delete(self, document):
         self._documents().pop(document, None)
@@ -173,3 +179,13 @@ def test_a_write_is_checked_against_what_the_stream_knows(rows):
     assert rows.write("a", {"x": some(0, 2)}, Claim(rows.identity(), 1), writer=7, number=2, end=0).counts == {"x": 2}
     with rows.reading("a", "x", 2, claim) as chunks:
         assert list(chunks) == []
+    assert len(rows.gather("a", "x", np.array([0, 1]), claim)[1]) == 0
+
+
+def test_rows_are_given_by_their_numbers(rows):
+    rows.open(WIDTH, "weights")
+    rows.append("a", {"x": some(100, 20), "y": some(0, 3)})
+    for numbers in ([], [0], [19], [3, 4, 5, 11, 17]):
+        hidden, positions = rows.gather("a", "x", np.array(numbers, np.int64))
+        assert positions.tolist() == [100 + number for number in numbers] and hidden.shape == (len(numbers), WIDTH)
+        assert (hidden == positions[:, None]).all()

@@ -1,5 +1,6 @@
 """Long-term memory: exact, durable, shared by processes, and careful with files that are not its own."""
 
+import dataclasses
 import errno
 import gc
 import hashlib
@@ -11,6 +12,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 
 import lmdb
@@ -23,7 +25,7 @@ from mini_tfm.memory import New, Query, State
 from mini_tfm.memory.run import model_dims
 from mini_tfm.testing.trial import LENGTH, Reader, random_segments, small_model
 from mini_tfm_plugins import rows_lmdb
-from mini_tfm_plugins.rows_lmdb import CHUNK_ROWS, LmdbRows
+from mini_tfm_plugins.rows_lmdb import CHUNK_ROWS, MIDDLE_CHUNKS, LmdbRows
 
 MODEL = small_model("decoder-only", np.float32)
 SEGMENTS = random_segments(1, 6)
@@ -431,9 +433,10 @@ def test_a_path_that_is_no_file_is_refused_at_once(path, make):
         LmdbRows(path).open(WIDTH, "weights")
 
 
-@pytest.mark.parametrize("count", [0, 1, CHUNK_ROWS - 1, CHUNK_ROWS, CHUNK_ROWS + 1, 2 * CHUNK_ROWS + 3])
-def test_chunks_join_without_a_seam(path, count):
-    disk = LmdbRows(path)
+@pytest.mark.parametrize("join", [True, False])
+@pytest.mark.parametrize("count", [0, 1, CHUNK_ROWS - 1, CHUNK_ROWS, CHUNK_ROWS + 1, 2 * CHUNK_ROWS + 3, 30 * CHUNK_ROWS + 3])
+def test_chunks_join_without_a_seam(path, count, join):
+    disk = LmdbRows(path, join=join)
     disk.open(WIDTH, "weights")
     rows = np.random.default_rng(0).standard_normal((count, WIDTH)).astype(np.float32)
     for cut in np.array_split(np.arange(count), 3):
@@ -442,6 +445,83 @@ def test_chunks_join_without_a_seam(path, count):
         parts = [(hidden.copy(), positions.copy()) for hidden, positions in chunks]
     np.testing.assert_array_equal(np.concatenate([h for h, _ in parts]) if parts else rows[:0], rows)
     assert [p for _, chunk in parts for p in chunk] == list(range(count))
+    some = np.arange(count % 7, count, 1000)
+    hidden, positions = disk.gather("d", "bank", some)
+    np.testing.assert_array_equal(hidden, rows[some])
+    np.testing.assert_array_equal(positions, some)
+
+
+def chunks_of(path):
+    """The rows of each chunk in the file."""
+    with lmdb.open(path, subdir=False, readonly=True, lock=False) as file, file.begin() as txn:
+        return [len(value) // (4 * WIDTH + 8) for key, value in txn.cursor() if key.startswith(b"rows/")]
+
+
+def test_what_is_written_at_once_is_put_once(path, monkeypatch):
+    """And not first in small chunks, which would be written, read and deleted for the large one."""
+    packed, sizes = rows_lmdb._packed, []
+    monkeypatch.setattr(rows_lmdb, "_packed", lambda hidden, *rest: sizes.append(len(hidden)) or packed(hidden, *rest))
+    disk, large = LmdbRows(path), MIDDLE_CHUNKS * CHUNK_ROWS
+    disk.open(WIDTH, "weights")
+    disk.append("d", {"bank": [np.ones((2 * large + 5, WIDTH), np.float32), np.arange(2 * large + 5)]})
+    assert sizes == [large, large, 5]
+    LmdbRows(path, join=False).append("other", {"bank": [np.ones((large, WIDTH), np.float32), np.arange(large)]})
+    assert sizes[3:] == [CHUNK_ROWS] * MIDDLE_CHUNKS
+    del disk
+    gc.collect()
+    assert sorted(chunks_of(path)) == sorted(sizes)
+
+
+def test_only_what_is_gathered_is_checked(path):
+    """A question reads a few rows of a long document: it does not pay for the rest, and damage among them is found."""
+    rows = np.random.default_rng(0).standard_normal((4 * CHUNK_ROWS, WIDTH)).astype(np.float32)
+    disk = LmdbRows(path, join=False)
+    disk.open(WIDTH, "weights")
+    disk.append("d", {"bank": [rows, np.arange(len(rows))]})
+    flip(path, rows[2 * CHUNK_ROWS + 7].tobytes())
+    np.testing.assert_array_equal(disk.gather("d", "bank", np.array([0, 2 * CHUNK_ROWS - 1, 3 * CHUNK_ROWS]))[1], [0, 2047, 3072])
+    for number in (2 * CHUNK_ROWS + 7, 2 * CHUNK_ROWS + 9):
+        with pytest.raises(InvalidValue, match=r"rows of the store .* are damaged"):
+            disk.gather("d", "bank", np.array([0, number]))
+
+
+def flip(path, row):
+    """One bit of a row is changed where it lies in the file."""
+    at = Path(path).read_bytes().index(row)
+    with open(path, "r+b") as file:
+        file.seek(at)
+        file.write(bytes([row[0] ^ 1]))
+
+
+def test_what_is_written_anew_is_checked_anew(path):
+    disk = LmdbRows(path)
+    disk.open(WIDTH, "weights")
+    for seed in range(2):
+        rows = np.random.default_rng(seed).standard_normal((100, WIDTH)).astype(np.float32)
+        disk.append("d", {"bank": [rows, np.arange(100)]})
+        if not seed:
+            disk.gather("d", "bank", np.arange(3))
+            disk.delete("d")
+    flip(path, rows[50].tobytes())
+    with pytest.raises(InvalidValue, match=r"rows of the store .* are damaged"):
+        disk.gather("d", "bank", np.arange(3))
+
+
+def test_a_flush_copies_a_bank_at_a_time(path, monkeypatch):
+    """Beside the rows themselves there is no room for a second copy of all of them."""
+    store = mt.memory(f"blocks:path={path}")
+    dims = dataclasses.replace(model_dims(MODEL.config, np.float32, fingerprint=lambda: "weights"), layers={"encoder": 0, "decoder": 40})
+    state = State(store.start(1, dims), dims)
+    for layer in range(40):
+        new = new_rows(np.random.default_rng(layer), 1, 2000)
+        store.write(state, "decoder", layer, dataclasses.replace(new, layer=layer, tokens=np.ones((1, 2000), np.int64)))
+    held = sum(value.nbytes for value in state.values())
+    monkeypatch.setattr(rows_lmdb, "_packed", lambda hidden, *rest: bytes(len(hidden) * (4 * WIDTH + 8) + 4))  # LMDB's own are not counted
+    tracemalloc.start()
+    store.flush(state)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert store.documents() == {"default": 41 * 2000} and peak < held / 4
 
 
 def test_a_store_of_format_1_is_read(path):
