@@ -129,7 +129,7 @@ class Config:
     tie_embeddings: bool = True  # output layer = transposed input embedding (section 3.4)
     embedding_scale: bool = True  # embeddings are multiplied by sqrt(d_model) (section 3.4)
     pad_id: int = 0
-    bos_id: int = 1  # the decoder's first input, and the source of a document's first segment
+    bos_id: int = 1  # the decoder's first input (but see `continues_source`), and the source of a document's first segment
     eos_id: int = 2
     segment_length: int | None = None  # tokens; set where the model was trained on streams of segments
     # What published models do otherwise. Feed-forward:
@@ -162,6 +162,7 @@ class Config:
     output_cap: float | None = None  # of the logits, as `attention_cap`
     # Text:
     context_length: int | None = None  # tokens that it was trained to see at once, where positions have no table
+    continues_source: bool = False  # the decoder's first input is not bos but the source's last token, from which its text goes on
     framed_by_tokenizer: bool = False  # special tokens around a text are the tokenizer's; the library puts no bos before a prompt
 
     def __post_init__(self) -> None:
@@ -355,6 +356,8 @@ def _relation_faults(config: Config) -> list[str]:
             faults.append(f"decoder_mixer: expected 'attention' without decoder layers, got {config.decoder_mixer!r}")
         if config.window is not None:
             faults.append(f"window: expected None with decoder_mixer={config.decoder_mixer!r}, which has no keys, got {config.window}")
+    if config.continues_source and not (config.has_encoder and config.has_decoder):
+        faults.append("continues_source: expected False without an encoder and a decoder, got True")
     if config.positions == "relative" and (config.relative_buckets < 4 or config.relative_buckets % 4):
         faults.append(f"relative_buckets: expected a multiple of 4, got {config.relative_buckets}")
     if config.positions == "relative" and config.relative_max_distance <= config.relative_buckets // 2:

@@ -80,6 +80,7 @@ def _settings(config: Config, site: str, layer: int) -> Iterator[tuple[str, obje
         yield name, getattr(config, name)
     told = config.later()  # so that a model without these has the name that it always had
     names = _LATER_OF_THE_STACK + (_LATER_OF_LAYERS if len(names) > len(_OF_THE_STACK) else ())
+    names += ("continues_source",) if site == "decoder" else ()
     for name in names + (_OF_DECODER_LAYERS if site == "decoder" and layer > 0 else ()):
         if name in told:
             yield name, getattr(config, name)

@@ -6,7 +6,8 @@
     finish   the memory takes what the segment computed; `last` is what a decoder-only model goes on from
 
 Training, scoring, reading, generating and the conformance kit all go through it. A decoder is fed its target shifted right by
-one: it begins with `bos` or, in a decoder-only model, with the last token of the segment before.
+one: it begins with `bos`, or with the token that the target follows: in a decoder-only model the last one of the segment before, in
+an encoder-decoder that continues its source (`Config.continues_source`) the last one of that.
 """
 
 from __future__ import annotations
@@ -98,10 +99,17 @@ class Stream:
         self.run.open(lengths if kept is None else kept.sum(axis=1), target)
         self.encoded = None
         if self.model.encoder is not None and source is not None:
+            self.follow(source, lengths)
             self.encoded = self.model.encoder(source, lengths, self._pass)
             if kept is not None:
                 rows = self.encoded.valid[:, : self.encoded.n_rows]
                 self.encoded = dataclasses.replace(self.encoded, valid=np.concatenate([rows, kept], axis=1))
+
+    def follow(self, source: np.ndarray, lengths: np.ndarray) -> None:
+        """Has the decoder of a model that continues its source (B, S) begin with its last token; but a source of bos is nothing."""
+        if self.model.config.continues_source:
+            ends = _ends(source, lengths, self.last)
+            self.last = np.where(ends == self.model.config.bos_id, self.last, ends)
 
     def decode(self, target: np.ndarray, lengths: np.ndarray, hide_source: np.ndarray | None = None) -> Array:
         """The decoder's outputs (B, T, d) as it predicts target (B, T), whole.
@@ -127,18 +135,17 @@ class Stream:
             self.run.wrote("cross", 0, self.encoded.text, self.encoded.valid[:, self.encoded.n_rows :])
         added = self.run.close()
         if self._target is not None:
-            target, lengths = self._target
-            ends = target[np.arange(len(target)), np.maximum(lengths - 1, 0)] if target.shape[1] else self.last
-            self.last = np.where(lengths > 0, ends, self.last)
+            self.last = _ends(*self._target, self.last)
         self.encoded = self._target = None
         self._pass = Pass(self.weights, self.run)  # the old one may hold on to a tape
         return added
 
     def read(self, tokens: np.ndarray, lengths: np.ndarray, kept: np.ndarray | None = None) -> None:
         """A whole segment (B, S) into the memory. The decoder runs only where a memory lives in it. kept: as of `open`."""
-        has_encoder = self.model.encoder is not None
+        has_encoder, before = self.model.encoder is not None, self.last
         try:
             self.open(tokens if has_encoder else None, lengths, tokens, kept=kept)
+            self.last, self._target = before, (tokens, lengths)  # the decoder goes through what the encoder reads, not on from it
             if self.model.decoder is not None and (not has_encoder or self.run.uses("decoder")):
                 self.decode(tokens, lengths)
             self.finish()
@@ -150,7 +157,8 @@ class Stream:
     def shifted(self, target: np.ndarray) -> np.ndarray:
         """The decoder's inputs for target (B, T): what comes before it, then all but the last token."""
         bos = self.model.config.bos_id
-        before = np.where(self.last < 0, bos, self.last) if self.model.encoder is None else np.full(len(target), bos)
+        follows = self.model.encoder is None or self.model.config.continues_source
+        before = np.where(self.last < 0, bos, self.last) if follows else np.full(len(target), bos)
         return np.concatenate([before[:, None], target[:, :-1]], axis=1)[:, : target.shape[1]].astype(np.int64)
 
     # From the decoder's outputs
@@ -207,6 +215,13 @@ class Stream:
         twin.run = self.run.copy()
         twin._pass = dataclasses.replace(self._pass, run=twin.run)
         return twin
+
+
+def _ends(tokens: np.ndarray, lengths: np.ndarray, otherwise: np.ndarray) -> np.ndarray:
+    """(B,) the last of the first `lengths` (B,) tokens (B, T) of each row; where there is none, as `otherwise`."""
+    if not tokens.shape[1]:
+        return otherwise
+    return np.where(lengths > 0, tokens[np.arange(len(tokens)), np.maximum(lengths - 1, 0)], otherwise).astype(np.int64)
 
 
 def _projection(model: Model, weights: Weights, site: str, layer: int) -> Project | None:

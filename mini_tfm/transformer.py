@@ -67,9 +67,10 @@ class Transformer(Model):
     def logits(self, source: Any, target: Any, source_lengths: Any = None, target_lengths: Any = None) -> np.ndarray:
         """Teacher-forced scores (B, T, V): row t scores target[:, t], given the source and target[:, :t].
 
-        The target is shifted inside: the decoder is fed `bos_id` and target[:, :-1]. source: (B, S) ids, or None
-        for a decoder-only model. Such a model, if it was trained on segments, begins a new one every `Config.segment_length` tokens,
-        as `Pipeline.score` and `generate` do: from the last token of the one before, and its positions anew.
+        The target is shifted inside: the decoder is fed `bos_id`, or the source's last token (`Config.continues_source`), and
+        target[:, :-1]. source: (B, S) ids, or None for a decoder-only model. Such a model, if it was trained on segments, begins a
+        new one every `Config.segment_length` tokens, as `Pipeline.score` and `generate` do: from the last token of the one before,
+        and its positions anew.
         """
         self.needs("decoder")
         target, target_lengths = self._checked("target", target, target_lengths)

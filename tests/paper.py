@@ -190,7 +190,8 @@ def encode(config: Config, w, source):
 def logits(config: Config, w, source, target):
     """(T, V) for one source (None without an encoder) and one target, both at their true length."""
     memory = encode(config, w, source) if source is not None else None
-    x = embed(config, w, "decoder", [config.bos_id, *target[:-1]])
+    first = source[-1] if config.continues_source and len(source) else config.bos_id
+    x = embed(config, w, "decoder", [first, *target[:-1]])
     for i in range(config.n_decoder_layers):
         name = f"decoder.{i}."
         if config.decoder_mixer == "ssru":

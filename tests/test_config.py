@@ -77,6 +77,7 @@ BAD = {
     "output_scale": [0, float("inf")],
     "output_cap": [0.0, -30],
     "context_length": [0, 1 << 25, 512.0],
+    "continues_source": [None, 1],
     "framed_by_tokenizer": [None, 0],
 }
 
@@ -101,6 +102,7 @@ def test_a_bad_value_is_refused_by_name(name, value):
     [
         ({"d_model": 10, "n_heads": 4}, r"d_model: expected a multiple of n_heads = 4 \(or a given d_head\), got 10"),
         ({"n_encoder_layers": 0, "n_decoder_layers": 0}, "n_encoder_layers, n_decoder_layers: expected at least one"),
+        ({"n_encoder_layers": 0, "continues_source": True}, "continues_source: expected False without an encoder and a decoder, got True"),
         ({"n_heads": 4, "n_kv_heads": 3}, "n_kv_heads: expected a divisor of n_heads = 4, got 3"),
         ({"d_model": 10, "n_heads": 5, "decoder_n_heads": 4}, r"d_model: expected a multiple of decoder_n_heads = 4 \(or a given"),
         ({"positions": "rotary", "decoder_n_heads": 8}, r"decoder_d_head: expected d_head = \d+ with rotary positions, got \d+"),

@@ -297,7 +297,7 @@ def test_generation_is_the_models():
     assert ids_of(p, "the fox", max_new_tokens=30) == p.model.generate(source[None], max_new_tokens=30, stop_at_eos=False)[0]
 
 
-@pytest.mark.parametrize("variant", ["pre norm", "decoder only"])
+@pytest.mark.parametrize("variant", ["pre norm", "continues", "decoder only"])
 def test_beyond_a_segment_generation_goes_on_from_what_it_made(variant):
     """A model trained on streams makes a segment, reads it, and makes the next; without a memory, from it alone."""
     model = pipe(None, variant).model
@@ -324,7 +324,7 @@ def test_beyond_a_segment_generation_goes_on_from_what_it_made(variant):
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
-@pytest.mark.parametrize("variant", ["pre norm", "decoder only"])
+@pytest.mark.parametrize("variant", ["pre norm", "continues", "decoder only"])
 def test_text_longer_than_a_segment_is_read_and_its_end_continued(memory, variant):
     text = "abcdefghijkl mnopqrstuv wxyz 0123456789"  # 3 segments and 3 tokens
     assert len(text) == 3 * SEGMENT + 3
@@ -336,7 +336,9 @@ def test_text_longer_than_a_segment_is_read_and_its_end_continued(memory, varian
 
 
 @pytest.mark.parametrize("memory", [None, "window:size=20,site=all", "recurrent:tokens=2", "store:top_k=3"])
-@pytest.mark.parametrize("variant", ["decoder only", "decoder only, learned", "decoder only, relative", "encoder and decoder"])
+@pytest.mark.parametrize(
+    "variant", ["decoder only", "decoder only, learned", "decoder only, relative", "encoder and decoder", "encoder and decoder, continues"]
+)
 @pytest.mark.parametrize("options", [{}, {"do_sample": True, "seed": 4}], ids=["greedy", "sampled"])
 def test_a_long_continuation_has_the_bits_that_score_gives_it(variant, memory, options, monkeypatch):
     """No token stands where training and scoring put none: in a table as long as a segment the next position is an error."""
@@ -344,7 +346,7 @@ def test_a_long_continuation_has_the_bits_that_score_gives_it(variant, memory, o
     if memory and memory.startswith("recurrent") and fields:
         fields["max_positions"] += 2  # its tokens stand before the segment's
     has_encoder = variant.startswith("encoder")
-    name = "pre norm" if has_encoder else variant.removesuffix(", learned")
+    name = ("continues" if "continues" in variant else "pre norm") if has_encoder else variant.removesuffix(", learned")
     p = pipe(memory, name, segment_length=None, dtype=np.float64, **fields)
     model = type(p.model)(p.model.config.replace(segment_length=SEGMENT), weights=p.model.weights, dtype=np.float64)
     p = Pipeline(model, ByteTokenizer(), memory)
@@ -377,13 +379,13 @@ def test_a_long_continuation_has_the_bits_that_score_gives_it(variant, memory, o
         assert len(made) == 40 and sum(found) == pytest.approx(total - prefix, rel=1e-9), n
 
 
-@pytest.mark.parametrize("variant", ["pre norm", "decoder only"])
+@pytest.mark.parametrize("variant", ["pre norm", "continues", "decoder only"])
 def test_a_model_of_segments_makes_a_batch_in_segments(variant):
     """The same as the pipeline, row by row, drawn or not, and rows that end on the way do not matter to the others."""
     model = pipe(None, variant).model
     model = type(model)(model.config.replace(segment_length=SEGMENT), weights=model.weights)
     texts = ["the fox jumps", "over", "the lazy dog serves tea and cakes", "over"]
-    ids = [ByteTokenizer().encode(text)[-SEGMENT if variant == "pre norm" else 0 :] for text in texts]
+    ids = [ByteTokenizer().encode(text)[0 if variant == "decoder only" else -SEGMENT :] for text in texts]
     source = np.array([np.pad(each, (0, 40 - len(each))) for each in ids])
     made = model.generate(source, [len(each) for each in ids], max_new_tokens=30, stop_at_eos=False)
     assert made == [ids_of(Pipeline(model, ByteTokenizer()), text, max_new_tokens=30) for text in texts]
@@ -415,6 +417,30 @@ def test_generation_ends_at_eos_also_beyond_a_segment():
     assert made == endless[: endless.index(eos)]
 
 
+@pytest.mark.parametrize("memory", [None, "window:size=20,site=all", "store:site=cross,merge=replace"])
+def test_a_model_that_continues_its_source_is_fed_the_last_token_before(memory, monkeypatch):
+    """Also where that was read into a memory which stands in the place of the last segment."""
+    p, fed = pipe(memory, "continues"), []
+    decoder = type(p.model.decoder).__call__
+    monkeypatch.setattr(type(p.model.decoder), "__call__", lambda self, tokens, *given: fed.append(tokens) or decoder(self, tokens, *given))
+    for text in ("x", "the fox jumps over the lazy dog", "x" * SEGMENT + "y"):
+        fed.clear()
+        made = ids_of(p, text, max_new_tokens=3)
+        steps = [tokens.tolist() for tokens in fed[-3:]]  # behind what it is fed while it reads
+        assert steps == [[[p.tokenizer.encode(text)[-1]]], [made[:1]], [made[1:2]]]
+        assert p.score(text)["tokens"] == len(text)
+    fed.clear()
+    p.score("fox")
+    assert fed[0].tolist() == [[p.model.config.bos_id, *p.tokenizer.encode("fo")]]
+    if memory is not None:
+        fed.clear()
+        p.read("the lazy dog")
+        assert all(tokens[0, 0] == p.model.config.bos_id for tokens in fed), "reading, the decoder follows what was read before"
+        fed.clear()
+        ids_of(p, "", max_new_tokens=1)
+        assert fed[-1].tolist() == [p.tokenizer.encode("g").tolist()], "nothing to go on from but what was read"
+
+
 @pytest.mark.parametrize("variant", ["pre norm", "decoder only"])
 def test_nothing_asked_and_nothing_to_go_on_from(variant):
     p = pipe("window:size=20", variant)
@@ -428,7 +454,7 @@ def test_nothing_asked_and_nothing_to_go_on_from(variant):
 # ------------------------------------------------------------------------------------------- scores
 
 
-@pytest.mark.parametrize("variant", ["pre norm", "decoder only", "rotary", "decoder only, relative"])
+@pytest.mark.parametrize("variant", ["pre norm", "decoder only", "rotary", "continues", "decoder only, relative"])
 @pytest.mark.parametrize("memory", [None, *MEMORIES])
 def test_a_score_is_the_loss_that_training_measures(memory, variant):
     """The same segments, walked by the trainer's code: bits are nats times tokens over ln 2."""

@@ -69,6 +69,7 @@ VARIANTS: dict[str, dict] = {
     "ssru": {"decoder_mixer": "ssru", "norm_position": "post", "sinusoids": "fairseq", "output_bias": True},
     "ssru, relative": {**RELATIVE, "decoder_mixer": "ssru", "bias": False},
     "decoder only, ssru": {"n_encoder_layers": 0, "decoder_mixer": "ssru"},
+    "continues": {"continues_source": True, "positions": "rotary"},
     "m2m100": {"sinusoids": "fairseq", "position_offset": 2},
     "decoder only, qwen": {
         "n_encoder_layers": 0,

@@ -73,7 +73,7 @@ def new_run(out: Path, options: dict[str, Any], shape: dict[str, Any], ranks: Al
     memory_text = none_of(options["memory"])
     memory = make_memory(memory_text) if memory_text else None
     shape = {**shape, "segment_length": options["segment_length"]}
-    has_encoder = Config(vocab_size=ByteTokenizer.vocab_size, **shape).has_encoder
+    planned = Config(vocab_size=ByteTokenizer.vocab_size, **shape)
     trainer_options = _trainer_options(options)
     if memory is not None and shape["positions"] in ("sinusoidal", "learned"):
         note(
@@ -83,9 +83,10 @@ def new_run(out: Path, options: dict[str, Any], shape: dict[str, Any], ranks: Al
     piped = take_piped(options, out)
     about, objectives = describe_data(options, memory)
     sources = Sources(about, piped)
-    about["objective"] = resolve_objective(objectives, sources.kinds, has_encoder)
+    about["objective"] = resolve_objective(objectives, sources.kinds, planned.has_encoder)
     if "pairs" in about["objective"] and options["batch_size"] is None:
         about["batch_size"] = PAIRS_A_STEP
+    shape["continues_source"] = "next-segment" in about["objective"] and planned.has_decoder
     about["fingerprint"] = sources.fingerprint()
     tokenizer = ByteTokenizer() if options["tokenizer"] == "bytes" else sources.train_tokenizer(options["vocab_size"])
     vocab_size = tokenizer.vocab_size + n_sentinels(about["objective"], options["segment_length"])

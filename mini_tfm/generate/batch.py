@@ -35,6 +35,8 @@ def generate(model: Model, source: Any = None, lengths: Any = None, *, encoder_o
     if encoder_outputs is not None:
         if source is not None:
             raise InvalidValue("source: expected None beside encoder_outputs, which stand for it")
+        if config.continues_source:
+            raise InvalidValue("encoder_outputs: this model goes on from its source's last token (continues_source); give the source")
         encoded, lengths = _encoded(model, encoder_outputs, lengths)
         source = np.zeros(encoded.hidden.shape[:2], np.int64)
     source, lengths = check_tokens("source", source, config.vocab_size, lengths)
@@ -50,6 +52,8 @@ def generate(model: Model, source: Any = None, lengths: Any = None, *, encoder_o
         stream, begun, limit = Stream(model, None, len(rows)), source[rows], segment_limit(config, config.segment_length)
         if not config.has_encoder:
             begun = stream.begin(begun[:, : lengths[rows[0]]])
+        else:
+            stream.follow(begun, lengths[rows])
         check_length(stream, begun.shape[1], limit)
         prompt = stream.shifted(np.pad(begun[:, : 0 if config.has_encoder else None], [(0, 0), (0, 1)]))  # what the decoder is fed first
         part = _counting_new_tokens(chosen, prompt.shape[1])

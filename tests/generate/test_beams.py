@@ -260,3 +260,9 @@ def test_where_no_token_is_left_the_options_are_named(beams):
     with pytest.raises(InvalidValue, match="the options rule out every token at token 3 of sequence 0"):
         late = lambda ids, scores: scores if ids.shape[1] < 3 else np.full_like(scores, -np.inf)  # noqa: E731
         model.generate(np.full((2, 3), 4), num_beams=beams, logits_processor=late, stop_at_eos=False)
+
+
+def test_encoder_outputs_do_not_tell_what_to_go_on_from():
+    model = tiny_model("continues")
+    with pytest.raises(InvalidValue, match=r"encoder_outputs: this model goes on from its source's last token .*; give the source"):
+        model.generate(encoder_outputs=np.zeros((1, 2, 8), np.float32))
