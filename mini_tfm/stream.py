@@ -151,7 +151,7 @@ class Stream:
             self.finish()
         except BaseException:  # an interrupt, too: a segment is remembered whole or not at all
             self.run.abandon()
-            self.encoded = self._target = None
+            self.encoded, self._target, self.last = None, None, before
             raise
 
     def shifted(self, target: np.ndarray) -> np.ndarray:

@@ -441,6 +441,16 @@ def test_a_model_that_continues_its_source_is_fed_the_last_token_before(memory, 
         assert fed[-1].tolist() == [p.tokenizer.encode("g").tolist()], "nothing to go on from but what was read"
 
 
+def test_a_read_that_fails_leaves_the_token_to_go_on_from(monkeypatch):
+    p = pipe("window:size=20", "continues")
+    p.read("fox")
+    before = state(p)
+    monkeypatch.setattr(type(p.model.encoder), "__call__", lambda *given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        p.read("dog")
+    assert_same_bits(state(p), before)
+
+
 @pytest.mark.parametrize("variant", ["pre norm", "decoder only"])
 def test_nothing_asked_and_nothing_to_go_on_from(variant):
     p = pipe("window:size=20", variant)
