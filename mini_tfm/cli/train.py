@@ -139,6 +139,9 @@ def train(context: click.Context, /, resume: Path | None, out: Path, as_json: bo
     lines or pairs, the last tenth. Ctrl-C saves the run. --resume continues it, bit for bit, with the same options. A folder
     that holds a model is never overwritten. Under mpirun all processes train one model, each on its share of every batch.
 
+    On plain text the model learns to continue it: an encoder-decoder (the default) reads a segment and predicts the next
+    one. A memory then lowers bits per byte in a decoder-only model (--n-encoder-layers 0), but hardly in an encoder-decoder.
+
     \b
     Examples:
       mini-tfm train --text notes/*.txt --out model --steps 2000
