@@ -21,9 +21,9 @@ from .shared import check_new, count, json_option, lora_option, print_json, size
 def quantize(model: Path, out: Path, dtype: str, lora: Path | None, as_json: bool) -> None:
     """Writes MODEL, a folder, a file (GGUF or Marian's) or a name on the Hub, packed into the new folder OUT.
 
-    OUT is smaller, loads sooner, and answers with the bits that MODEL has with the same --dtype. Every command takes it, but it cannot
-    be trained. LoRA adapters are merged into the weights first. Tokenizer, memory and what MODEL says of generation and of embedding
-    go with it.
+    A matrix takes 1 byte a number in int8, 2 bytes in bfloat16, and the table of tokens 4. OUT loads sooner, and answers with the
+    bits that MODEL has with the same --dtype. Every command takes it, but it cannot be trained. LoRA adapters are merged into the
+    weights first. Tokenizer, memory and what MODEL says of generation and of embedding go with it.
 
     \b
     Examples:
