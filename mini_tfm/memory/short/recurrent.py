@@ -30,7 +30,7 @@ class RecurrentMemory(Memory):
 
     def update(self, state: State, outputs: Array) -> Array:
         """The next rows (B, tokens, d), from `state["tokens"]` of the same shape and what the last layer made of them."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__}: write update(state, outputs), which says what the next segment gets")
 
     def sites(self, dims: Dims) -> Collection[str]:
         return {self.site or ("encoder" if dims.layers["encoder"] else "decoder")}

@@ -35,7 +35,7 @@ class RowMemory(Memory):
         scores: (B, N) attention each row has received so far, with "mass" in `spec.needs`; else None. What is returned
         where there is no row is ignored.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__}: write keep(scores, positions), which gives each row a priority")
 
     def sites(self, dims: Dims) -> Collection[str]:
         return self.spec.sites if self.site == "all" else {self.site or dims.reading_site}
