@@ -76,6 +76,12 @@ class Layout:
         """The positions of the last n queries, (n,) or (B, n)."""
         return self.positions[..., self.positions.shape[-1] - n :]
 
+    def within(self, window: int) -> np.ndarray:
+        """(B, keys) bool: keys of streams that differ which the one query of each sees through a window."""
+        assert self.key_positions is not None
+        near = self.key_positions > self.positions - window
+        return near if self.valid is None else near & self.valid
+
     def counted(self, batch: int, n_queries: int) -> np.ndarray:
         """(B, T) bool: the queries that are no padding."""
         return np.ones((batch, n_queries), bool) if self.valid is None else self.valid[:, -n_queries:]
@@ -127,13 +133,13 @@ class MultiHeadAttention:
         own = Block(
             keys,
             v,
-            valid=layout.valid,
+            valid=layout.valid if self.window is None or layout.lengths is None else layout.within(self.window),
             owners=owners,
             lengths=layout.lengths,
             bias=self._bias(p, layout, queries.shape[2], keys.shape[2]),
             causal=layout.causal,
             prefix=layout.n_front - layout.n_causal if layout.causal and self.window is None else 0,
-            window=self.window,
+            window=self.window if layout.lengths is None else None,
         )
         out = self._with_memory(p, queries, q, own, layout, None if p.cache else layout.of_text)
         if p.cache is None and p.run.members:
@@ -191,13 +197,11 @@ class MultiHeadAttention:
             return None
         if (made := layout.shared.get(n_queries)) is not None:
             return made
-        if layout.key_positions is not None:
-            bias: Any = self.relative.between(p, layout.key_positions, layout.positions)
+        if p.cache is not None and n_queries == 1:
+            relative = self.relative
+            bias: Any = p.cache.bias_of_last(relative.name, lambda n: value_of(relative.by_distance(p, 1, n).table))
         elif layout.causal and layout.positions.ndim > 1:
             bias = self.relative.between(p, layout.positions, layout.positions[:, -n_queries:])
-        elif p.cache is not None and n_queries == 1:
-            relative = self.relative
-            bias = p.cache.bias_of_last(relative.name, lambda n: value_of(relative.by_distance(p, 1, n).table))
         else:
             bias = self.relative.by_distance(p, n_queries, n_keys)
         if not is_traced(p.value(self.relative.name)):

@@ -66,11 +66,14 @@ class Cache(Protocol):
 
     n_front: int  # rows of memories in front of the text
     rows_per_source: int  # rows of the batch that share what is kept of the encoder's outputs
-    lengths: np.ndarray | None  # (B,) keys of each stream, where they differ
     positions: np.ndarray  # of the tokens announced last: (T,), or (B, T) where streams have come differently far
 
     @property
     def is_empty(self) -> bool: ...
+
+    @property
+    def lengths(self) -> np.ndarray | None:
+        """(B,) keys of each stream, where they differ."""
 
     @property
     def key_positions(self) -> np.ndarray | None:
@@ -90,7 +93,7 @@ class Cache(Protocol):
         """layers(x) of one token of each stream, x (B, 1, d), which depend on x, positions and keys alone."""
 
     def bias_of_last(self, name: str, table_of: Callable[[int], np.ndarray]) -> np.ndarray:
-        """What a bias by distance, of which table_of(n) gives (H, n), adds to the scores of the last query: (1, H, 1, keys)."""
+        """What a bias by distance, of which table_of(n) gives (H, n), adds to the scores of the last query: (1 or B, H, 1, keys)."""
 
     def cross(self, layer: int, project: Callable[[], tuple[Array, Array]], valid: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The keys and values of the encoder's outputs of each source, projected once, and which of them are valid (sources, S)."""

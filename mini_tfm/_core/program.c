@@ -14,11 +14,12 @@ static void round_to_bfloat16(const float *from, ptrdiff_t d, uint16_t *to) {
     }
 }
 
-void mt_keep(enum mt_kept kept, const struct mt_rows *from, const struct mt_rows *to, ptrdiff_t at, ptrdiff_t batch, ptrdiff_t heads,
-             ptrdiff_t n, ptrdiff_t d) {
+void mt_keep(enum mt_kept kept, const struct mt_rows *from, const struct mt_rows *to, ptrdiff_t at, const int64_t *at_b, ptrdiff_t batch,
+             ptrdiff_t heads, ptrdiff_t n, ptrdiff_t d) {
     const ptrdiff_t old = kept == MT_KEPT_DOUBLE ? sizeof(double) : sizeof(float);
     const ptrdiff_t new = kept == MT_KEPT_BFLOAT16 ? (ptrdiff_t)sizeof(uint16_t) : old;
-    for (ptrdiff_t b = 0; b < batch; b++)
+    for (ptrdiff_t b = 0; b < batch; b++) {
+        if (at_b) at = at_b[b];
         for (ptrdiff_t h = 0; h < heads; h++)
             for (ptrdiff_t i = 0; i < n; i++) {
                 char *row = (char *)to->at + (b * to->stride[0] + h * to->stride[1] + (at + i) * to->stride[2]) * new;
@@ -28,6 +29,7 @@ void mt_keep(enum mt_kept kept, const struct mt_rows *from, const struct mt_rows
                 else
                     memmove(row, given, d * old);
             }
+    }
 }
 
 /* Attention whose own block has grown since it was recorded. */
@@ -41,7 +43,7 @@ static int attend(const struct mt_call *call, uint64_t grows, struct mt_now now)
         if (!(grows >> i & 1) || !more) continue;
         block->source = block->width = now.keys;
         block->offset += more;
-        if (block->bias) block->bias = (const char *)block->bias - more * block->bias_stride[3] * (ptrdiff_t)element; /* the last key's stays */
+        if (block->bias && !block->lengths) block->bias = (const char *)block->bias - more * block->bias_stride[3] * (ptrdiff_t)element; /* the last key's stays */
     }
     return mt_attention(call->is_double, &call->from, call->blocks, &sizes, &call->to, call->lse);
 }
@@ -71,10 +73,10 @@ static int run_call(const struct mt_call *call, uint64_t grows, struct mt_now no
         mt_recurrence(wide, &call->from, &call->to, call->state, call->y, now.batch, call->n, call->d);
         return 0;
     case MT_CALL_ROTARY:
-        return mt_rotary(wide, &call->from, call->positions, 0, call->frequencies, call->half, 0, &call->to, now.batch, call->heads, call->n,
-                         call->d);
+        return mt_rotary(wide, &call->from, call->positions, call->per_row, call->frequencies, call->half, 0, &call->to, now.batch,
+                         call->heads, call->n, call->d);
     case MT_CALL_KEEP:
-        mt_keep(call->kept, &call->from, &call->to, now.keys - call->n, now.batch, call->heads, call->n, call->d);
+        mt_keep(call->kept, &call->from, &call->to, now.keys - call->n, call->at_b, now.batch, call->heads, call->n, call->d);
         return 0;
     default:
         return attend(call, grows, now);

@@ -34,7 +34,9 @@ struct mt_call {
     struct mt_packed packed;
     struct mt_epilogue then; /* of products; its activation, and as its residual what is added */
     struct mt_rows from, to; /* of heads' norms, rotary, keep, attention: queries, outputs; of a recurrence: its inputs, what forgets */
-    const int64_t *positions; /* (n,), of rotary */
+    const int64_t *positions; /* (n,) of rotary, or with per_row (B, n) */
+    int per_row;
+    const int64_t *at_b; /* (B,) of keep: the place of each stream's first row; NULL: of all now.keys - n */
     const double *frequencies;
     ptrdiff_t half, heads;
     enum mt_kept kept;
@@ -46,14 +48,14 @@ struct mt_call {
 /* The number of keys that the blocks with `grows` had when the call was recorded is in their source. */
 struct mt_now {
     ptrdiff_t batch; /* streams: at most as many as were recorded, the first of them */
-    ptrdiff_t keys;  /* keys of the own block of each, the new one included */
+    ptrdiff_t keys;  /* keys of the own block of each, the new one included; where it has lengths, the most of them */
 };
 
 /* grows (n calls,): a bit for each block of an attention that has now.keys keys. Returns what a kernel that fails does. */
 int mt_run_calls(const struct mt_call *calls, const uint64_t *grows, ptrdiff_t n, struct mt_now now);
 
-/* to (B, H, n, D) at row `at` becomes `from` (B, H, n, D). */
-void mt_keep(enum mt_kept kept, const struct mt_rows *from, const struct mt_rows *to, ptrdiff_t at, ptrdiff_t batch, ptrdiff_t heads,
-             ptrdiff_t n, ptrdiff_t d);
+/* to (B, H, n, D) at row `at`, or where at_b (B,) is not NULL at row at_b[b], becomes `from` (B, H, n, D). */
+void mt_keep(enum mt_kept kept, const struct mt_rows *from, const struct mt_rows *to, ptrdiff_t at, const int64_t *at_b, ptrdiff_t batch,
+             ptrdiff_t heads, ptrdiff_t n, ptrdiff_t d);
 
 #endif

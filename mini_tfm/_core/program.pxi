@@ -72,6 +72,8 @@ cdef extern from "program.h" nogil:
         mt_rows from_ "from"
         mt_rows to
         const int64_t *positions
+        int per_row
+        const int64_t *at_b
         const double *frequencies
         ptrdiff_t half, heads
         mt_kept kept
@@ -84,7 +86,8 @@ cdef extern from "program.h" nogil:
 
     int mt_run_calls(const mt_call *calls, const uint64_t *grows, ptrdiff_t n, mt_now now)
     void mt_keep(
-        mt_kept kept, const mt_rows *from_, const mt_rows *to, ptrdiff_t at, ptrdiff_t batch, ptrdiff_t heads, ptrdiff_t n, ptrdiff_t d
+        mt_kept kept, const mt_rows *from_, const mt_rows *to, ptrdiff_t at, const int64_t *at_b, ptrdiff_t batch, ptrdiff_t heads,
+        ptrdiff_t n, ptrdiff_t d
     )
 
 
@@ -230,9 +233,10 @@ cdef int note_rotary(x, positions, frequencies, bint inverse, y) except -1:
         return 0
     cdef ptrdiff_t length = cnp.PyArray_DIM(x, 2)
     cdef mt_call *call = into.new(MT_CALL_ROTARY, is_double(x), cnp.PyArray_DIM(x, 0) * length, last_axis(x), y, [x, positions, frequencies])
-    if inverse or cnp.PyArray_NDIM(positions) != 1:
+    if inverse:
         into.whole = False
     elif call != NULL:
+        call.per_row = cnp.PyArray_NDIM(positions) == 2
         call.from_, call.to, call.heads = rows_of(x), rows_of(y), cnp.PyArray_DIM(x, 1)
         call.positions, call.frequencies = <const int64_t *>ptr(positions), <const double *>ptr(frequencies)
         call.half = cnp.PyArray_DIM(frequencies, 0)
@@ -265,9 +269,9 @@ cdef class Program:
 
     What is noted is every call of a norm, a packed product, `activation`, `add`, `recurrence`, `rotary`, `keep_rows` and `attention`, with
     the arrays they were given.
-    Two steps must have called the same, each time with the arrays that calls before had given, or with those of the step before;
-    otherwise something was computed that no kernel knows of, and the step is never `ready`. Arrays that stay the same but for
-    what is in them (positions, masks, keys) are read anew. One program belongs to one caller.
+    Two steps in a row, of as many streams, must have called the same, each time with the arrays that calls before had given, or with
+    those of the step before; otherwise something was computed that no kernel knows of, and the step is never `ready`. Arrays that stay the
+    same but for what is in them (positions, masks, keys, lengths) are read anew. One program belongs to one caller.
     """
 
     cdef Calls first, second
@@ -316,8 +320,10 @@ cdef class Program:
     cdef int compare(self, y) except -1:
         cdef Calls a = self.first, b = self.second
         cdef ptrdiff_t i
+        if a.batch != b.batch:
+            return 0
         self.failed = True
-        if not (a.whole and b.whole and a.n == b.n and a.batch == b.batch and b.n and y is b.outputs[b.n - 1]):
+        if not (a.whole and b.whole and a.n == b.n and b.n and y is b.outputs[b.n - 1]):
             return 0
         cdef uint64_t *grows = <uint64_t *>calloc(b.n, sizeof(uint64_t))
         if grows == NULL:
@@ -341,17 +347,21 @@ cdef class Program:
         return (
             same_place(a.of(x.x), b.of(y.x))
             and same_place(a.of(x.from_.at), b.of(y.from_.at)) and same_place(a.of(x.to.at), b.of(y.to.at))
-            and same_place(a.of(x.state), b.of(y.state))
+            and same_place(a.of(x.state), b.of(y.state)) and x.at_b == y.at_b
             and same_place(a.of(x.weight), b.of(y.weight)) and same_place(a.of(x.bias), b.of(y.bias))
             and same_place(a.of(x.then.bias), b.of(y.then.bias)) and same_place(a.of(x.then.gate_bias), b.of(y.then.gate_bias))
             and same_place(a.of(x.then.residual), b.of(y.then.residual)) and x.then.activation == y.then.activation
-            and x.packed.memory == y.packed.memory and x.positions == y.positions and x.frequencies == y.frequencies
+            and x.packed.memory == y.packed.memory and x.positions == y.positions and x.per_row == y.per_row and x.frequencies == y.frequencies
         )
 
     cdef bint same_blocks(self, Calls a, Calls b, mt_call *x, mt_call *y, uint64_t *grows) noexcept:
-        """Blocks that are what they were, or the own one with one more key, and the bias of that with its last key where it was."""
-        cdef ptrdiff_t i, more
+        """Blocks that are what they were, or the own one with one more key, and the bias of that with its last key where it was.
+
+        An own block with lengths, which is causal, has as many keys as its longest stream, and its bias where it was.
+        """
+        cdef ptrdiff_t i, more, moved
         cdef ptrdiff_t element = 8 if x.is_double else 4
+        cdef bint uneven
         cdef mt_block *p
         cdef mt_block *q
         if x.sizes.n_blocks != y.sizes.n_blocks or x.sizes.n_blocks > 64 or x.sizes.scale != y.sizes.scale or x.sizes.cap != y.sizes.cap:
@@ -365,11 +375,13 @@ cdef class Program:
                 return False
             if p.causal != q.causal or p.window != q.window or p.prefix != q.prefix or p.kv_heads != q.kv_heads:
                 return False
-            if p.k.at != q.k.at or p.v.at != q.v.at or more not in (0, 1) or (more and q.offset != p.offset + 1) or (not more and q.offset != p.offset):
+            uneven = q.lengths != NULL and q.causal
+            if p.k.at != q.k.at or p.v.at != q.v.at or not (uneven or more in (0, 1)) or q.offset != p.offset + more:
                 return False
-            if (<char *>q.bias if q.bias != NULL else NULL) != (<char *>p.bias - more * p.bias_stride[3] * element if p.bias != NULL else NULL):
+            moved = 0 if uneven else more * p.bias_stride[3] * element
+            if (<char *>q.bias if q.bias != NULL else NULL) != (<char *>p.bias - moved if p.bias != NULL else NULL):
                 return False
-            if more:
+            if more or uneven:
                 grows[0] |= <uint64_t>1 << i
         return True
 
@@ -398,14 +410,26 @@ cdef class Program:
 
 
 def keep_rows(store, at, rows):
-    """store (B, H, capacity, D), from row `at` on, becomes rows (B, H, n, D), in place. A store of uint16 has them in bfloat16."""
-    cdef int64_t first
-    if not (
+    """store (B, H, capacity, D), from row `at` on, becomes rows (B, H, n, D), in place. at: one for all, or (B,) one of each.
+
+    A store of uint16 has them in bfloat16.
+    """
+    cdef int64_t first = 0
+    cdef const int64_t *at_b = NULL
+    cdef bint is_plain = (
         plain_heads(rows) and plain_kept(store, rows)
         and cnp.PyArray_ISWRITEABLE(<cnp.ndarray>store) and same_leading(store, rows, 2) and last_axis(store) == last_axis(rows)
-        and plain_integer(at, 0, cnp.PyArray_DIM(store, 2) - cnp.PyArray_DIM(rows, 2), &first)
-    ):
-        store, first, rows = _checks.keep_rows(store, at, rows)
+    )
+    cdef ptrdiff_t most = cnp.PyArray_DIM(store, 2) - cnp.PyArray_DIM(rows, 2) if is_plain else 0
+    if is_plain and plain_integers(at) and cnp.PyArray_NDIM(at) == 1:
+        is_plain = cnp.PyArray_DIM(at, 0) == cnp.PyArray_DIM(rows, 0) and all_within(at, 0, most + 1)
+    elif is_plain:
+        is_plain = plain_integer(at, 0, most, &first)
+    if not is_plain:
+        store, at, rows = _checks.keep_rows(store, at, rows)
+        first = 0 if isinstance(at, np.ndarray) else at
+    if isinstance(at, np.ndarray):
+        at_b = <const int64_t *>ptr(at)
     cdef bint wide = is_double(rows)
     cdef mt_kept kept = MT_KEPT_BFLOAT16 if cnp.PyArray_TYPE(store) == cnp.NPY_UINT16 else MT_KEPT_DOUBLE if wide else MT_KEPT_FLOAT
     cdef mt_rows to = rows_of(store)
@@ -415,10 +439,10 @@ def keep_rows(store, at, rows):
     cdef ptrdiff_t n = cnp.PyArray_DIM(rows, 2)
     cdef ptrdiff_t d = cnp.PyArray_DIM(rows, 3)
     with nogil:
-        mt_keep(kept, &new, &to, first, batch, heads, n, d)
+        mt_keep(kept, &new, &to, first, at_b, batch, heads, n, d)
     cdef Calls into = recorder()
     if into is None:
         return
-    cdef mt_call *call = into.new(MT_CALL_KEEP, wide, batch * n, d, None, [store, rows])
+    cdef mt_call *call = into.new(MT_CALL_KEEP, wide, batch * n, d, None, [store, rows, at])
     if call != NULL:
-        call.from_, call.to, call.heads, call.kept = new, to, heads, kept
+        call.from_, call.to, call.heads, call.kept, call.at_b = new, to, heads, kept, at_b

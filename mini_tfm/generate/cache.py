@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,21 +24,29 @@ class KVCache:
     A layer with a recurrence in place of self-attention has no keys, but a state (B, d).
     rows_per_source: streams that stand side by side and have the same source share what is kept of it.
     bfloat16: keys and values are kept in it, in half the room of float32. room: so many tokens are expected after the first ones.
+
+    Arrays have room for more streams than there are: those that leave make room for those that join. A step that is run again finds
+    all that changes from step to step where it was, so what is told of each stream is written into arrays that stay.
     """
 
-    def __init__(self, bfloat16: bool = False, room: int = 0) -> None:
-        self.n_keys = self.n_front = 0
+    def __init__(self, n_rows: int, bfloat16: bool = False, room: int = 0) -> None:
+        self.n_rows, self.n_keys, self.n_front = n_rows, 0, 0
         self.bfloat16, self.room = bfloat16, min(room, MOST_ROOM)
         self.rows_per_source = 1
         self._front: np.ndarray | None = None  # (B, n_front) bool, the rows of memories that are there; None: all
-        self.lengths: np.ndarray | None = None
         self._owners: np.ndarray | None = None  # (rows, capacity): in which row a stream's key stands; None: each in its own
         self.positions = np.zeros(0, np.int64)
-        self._position = np.zeros(1, np.int64)  # of one token: a step that is run again finds it there
+        self._position = np.zeros(1, np.int64)  # of one token
+        # Where streams have come differently far: keys of each, rows in front among them; of its new token the position, and the row
+        self._lengths: np.ndarray | None = None
+        self._fronts = np.zeros(0, np.int64)
+        self._positions = np.zeros((0, 1), np.int64)
+        self._at = np.zeros(0, np.int64)
         self._program: tuple[Any, Any] = (None, None)  # and the capacity it was noted for
         self._kept: dict[int, list[np.ndarray]] = {}
         self._cross: dict[int, list[np.ndarray]] = {}
         self._states: dict[int, np.ndarray] = {}
+        self._tables: dict[str, np.ndarray] = {}
         self._biases: dict[str, np.ndarray] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -46,19 +54,23 @@ class KVCache:
         return {**self.__dict__, "_program": (None, None)}
 
     @property
+    def lengths(self) -> np.ndarray | None:
+        return None if self._lengths is None else self._lengths[: self.n_rows]
+
+    @property
     def is_empty(self) -> bool:
         return self.n_keys == 0
 
     @property
     def key_positions(self) -> np.ndarray | None:
-        return None if self.lengths is None else np.broadcast_to(np.arange(self.n_keys) - self.n_front, (len(self.lengths), self.n_keys))
+        return None if self.lengths is None else np.arange(self.n_keys) - self._fronts[: self.n_rows, None]
 
     @property
     def valid(self) -> np.ndarray | None:
         """(B, n_keys) bool, the keys that are there; None: all."""
         if self._front is None:
             return None
-        return np.pad(self._front, [(0, 0), (0, self.n_keys - self.n_front)], constant_values=True)
+        return np.pad(self._front, [(0, 0), (0, self.n_keys - self._front.shape[1])], constant_values=True)
 
     def extend(self, front: Sequence[np.ndarray], n_tokens: int) -> None:
         """Announces new keys: rows of memories, which come first of all, and `n_tokens` tokens behind what there is.
@@ -69,23 +81,28 @@ class KVCache:
         if not all(rows.all() for rows in front):
             self._front = np.concatenate(front, axis=1)
         self.n_front += n_front
-        if self.lengths is None:
+        before = self.n_keys
+        if (lengths := self.lengths) is None:
             done = self.n_keys + n_front - self.n_front
             self._position[0] = done
             self.positions = self._position if n_tokens == 1 else np.arange(done, done + n_tokens)
-        else:
-            self.positions = (self.lengths - self.n_front)[:, None] + np.arange(n_tokens)
-            self.lengths = self.lengths + n_tokens
-        self.n_keys += n_front + n_tokens
+            self.n_keys += n_front + n_tokens
+        else:  # one token of each
+            self._at[: self.n_rows] = lengths
+            self.positions = self._positions[: self.n_rows]
+            np.subtract(lengths, self._fronts[: self.n_rows], out=self.positions[:, 0])
+            lengths += 1
+            self.n_keys = int(lengths.max(initial=0))
         if 0 < self._capacity < self.n_keys:
             self._grow(max(2 * self._capacity, self.n_keys))
         if self._owners is not None:
-            self._owners[:, self.n_keys - n_front - n_tokens : self.n_keys] = np.arange(len(self._owners))[:, None]
+            self._owners[:, before : self.n_keys] = np.arange(len(self._owners))[:, None]
 
     def drop(self, n: int) -> None:
         """Forgets the last n keys of every stream; there must be no recurrence."""
         self.n_keys -= n
-        self.lengths = None if self.lengths is None else self.lengths - n
+        if (lengths := self.lengths) is not None:
+            lengths -= n
 
     def append(self, layer: int, k: Array, v: Array) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """Adds k, v (B, H, T, D) of what was announced to a layer.
@@ -98,10 +115,7 @@ class KVCache:
             capacity = max(FIRST_CAPACITY, self.n_keys + self.room)
             self._kept[layer] = [np.zeros((batch, h, capacity, d), self._dtype(new)) for new in news]
         for store, new in zip(self._kept[layer], news, strict=True):
-            if self.lengths is None:
-                _core.keep_rows(store[:batch], self.n_keys - new.shape[2], new)
-            else:
-                store[np.arange(batch)[:, None], :, self.positions + self.n_front] = self._narrowed(new).swapaxes(1, 2)
+            _core.keep_rows(store[:batch], self.n_keys - new.shape[2] if self.lengths is None else self._at[:batch], new)
         rows = batch if self._owners is None else len(self._owners)
         owners = None if self._owners is None else self._owners[:batch, : self.n_keys]
         keys, values = (store[:rows, :, : self.n_keys] for store in self._kept[layer])
@@ -141,14 +155,27 @@ class KVCache:
             self._owners = grown
 
     def bias_of_last(self, name: str, table_of: Callable[[int], np.ndarray]) -> np.ndarray:
-        """(1, H, 1, n_keys), what a bias by distance adds to the scores of the last query: the end of a table (H, n) that is made once.
+        """(1 or B, H, 1, n_keys), what a bias by distance adds to the scores of the last query: the end of a table (H, n), made once.
 
         name: of the weight it is made of.
         """
-        table = self._biases.get(name)
+        table = self._tables.get(name)
         if table is None or table.shape[1] < self.n_keys:
-            table = self._biases[name] = np.ascontiguousarray(table_of(self._capacity))
-        return table[None, :, None, table.shape[1] - self.n_keys :]
+            table = self._tables[name] = np.ascontiguousarray(table_of(self._capacity))
+        if self.lengths is None:
+            return table[None, :, None, table.shape[1] - self.n_keys :]
+        bias = self._biases.get(name)
+        if bias is None or len(bias) < self.n_rows or bias.shape[3] < self.n_keys:
+            bias = self._biases[name] = np.zeros((self.n_rows, len(table), 1, table.shape[1]), table.dtype)
+        self._fill(name)
+        return bias[: self.n_rows, :, :, : self.n_keys]
+
+    def _fill(self, name: str) -> None:
+        """Brings the bias of streams that have come differently far to now: each one's last key at distance 0."""
+        table, bias, lengths = self._tables[name], self._biases[name], self.lengths
+        assert lengths is not None
+        for row, n in zip(bias, lengths.tolist(), strict=False):
+            row[:, 0, :n] = table[:, table.shape[1] - n :]
 
     @property
     def _capacity(self) -> int:
@@ -161,13 +188,18 @@ class KVCache:
         What the layers compute must depend on x, on positions and on keys alone.
         """
         capacity = self._capacity
-        if self.lengths is not None or self._front is not None or self.n_keys > capacity:
+        if self._front is not None or self.n_keys > capacity:
             return layers(x)
         program, made_for = self._program
         if made_for != capacity or (program.ready and len(x) > program.batch):
             program = _core.Program()
             self._program = program, capacity
-        return program.run(x, self.n_keys) if program.ready else program.note(layers, x)
+        if not program.ready:
+            return program.note(layers, x)
+        if self.lengths is not None:
+            for name in self._biases:
+                self._fill(name)
+        return program.run(x, self.n_keys)
 
     def forget_step(self) -> None:
         """What was noted of a step holds no longer."""
@@ -177,12 +209,12 @@ class KVCache:
         """The projected encoder outputs of each source, computed once, and laid out head by head, as every step reads them; and `valid`."""
         if layer not in self._cross:
             self._cross[layer] = [*(self._narrowed(value_of(x)) for x in project()), valid.copy()]
-        k, v, valid = self._cross[layer]
+        k, v, valid = (x[: self.n_rows // self.rows_per_source] for x in self._cross[layer])
         return k, v, valid
 
     def state(self, layer: int, nothing: np.ndarray) -> np.ndarray:
         """What the recurrence of a layer has come to, (B, d), which it changes in place; `nothing` where nothing was decoded."""
-        return self._states.setdefault(layer, nothing)
+        return self._states.setdefault(layer, nothing)[: self.n_rows]
 
     # Rows of the batch
 
@@ -192,15 +224,17 @@ class KVCache:
         more = any(len(sources) > len(kept[0]) for kept in self._cross.values()) or any(len(index) > len(x) for x in self._states.values())
         if more or rows_per_source != self.rows_per_source:
             self.forget_step()  # which has the sources' rows in its calls; and more rows than there were are in other arrays
-        if self.lengths is None:
+        if self._lengths is None:
             self._change_owners(index)
         else:
+            if len(index) > len(self._lengths):
+                self.forget_step()
             self._kept = {layer: [_moved(x, index, self.n_keys) for x in kept] for layer, kept in self._kept.items()}
+            self._lengths, self._fronts = _moved(self._lengths, index), _moved(self._fronts, index)
+            self._positions, self._at = _moved(self._positions, index), _moved(self._at, index)
         self._states = {layer: _moved(state, index) for layer, state in self._states.items()}
-        if any(len(kept[0]) != len(sources) for kept in self._cross.values()) or (sources != np.arange(len(sources))).any():
-            self._cross = {layer: [_moved(x, sources) for x in kept] for layer, kept in self._cross.items()}
-        self.rows_per_source = rows_per_source
-        self.lengths = None if self.lengths is None else self.lengths[index]
+        self._cross = {layer: [_moved(x, sources) for x in kept] for layer, kept in self._cross.items()}
+        self.rows_per_source, self.n_rows = rows_per_source, len(index)
         self._front = None if self._front is None else self._front[index]
 
     def _change_owners(self, index: np.ndarray) -> None:
@@ -214,42 +248,67 @@ class KVCache:
                 self._grow(self._capacity, len(index))
         self._owners[: len(index), : self.n_keys] = self._owners[index, : self.n_keys]
 
-    def _settle(self, n_streams: int) -> None:
-        """Every stream's keys stand in its own row from now on, and there are no other rows."""
-        self.reorder(np.arange(n_streams))
-        if self.lengths is None and self._owners is not None:
-            rows, places = self._owners[:n_streams, : self.n_keys], np.arange(self.n_keys)
-            for kept in self._kept.values():
-                for i, old in enumerate(kept):
-                    kept[i] = np.zeros((n_streams, *old.shape[1:]), old.dtype)
-                    kept[i][:, :, : self.n_keys] = old[rows, :, places].swapaxes(1, 2)
-            self._owners = None
+    def _settle(self) -> None:
+        """Every stream's keys stand in its own row from now on."""
+        if self._owners is None:
+            return
+        rows, places = self._owners[: self.n_rows, : self.n_keys], np.arange(self.n_keys)
+        for kept in self._kept.values():
+            for i, old in enumerate(kept):
+                kept[i] = np.zeros_like(old)
+                kept[i][: self.n_rows, :, : self.n_keys] = old[rows, :, places].swapaxes(1, 2)
+        self._owners = None
         self.forget_step()
 
-    def join(self, other: KVCache, sizes: tuple[int, int]) -> None:
-        """Takes in the rows of `other`, behind its own; `sizes` are the numbers of rows of the two."""
-        for cache, size in zip((self, other), sizes, strict=True):
-            cache._settle(size)
-        lengths = [
-            np.full(size, cache.n_keys) if cache.lengths is None else cache.lengths
-            for cache, size in zip((self, other), sizes, strict=True)
-        ]
+    def join(self, other: KVCache) -> None:
+        """Takes in the rows of `other`, behind its own, in place where there is room."""
+        sizes = self.n_rows, other.n_rows
+        if self.rows_per_source != other.rows_per_source:
+            self.reorder(np.arange(sizes[0]))
+            other.reorder(np.arange(sizes[1]))
+        self._settle()
+        other._settle()
+        before = self._arrays()
+        are_even = self._lengths is None and other._lengths is None
+        if not (are_even and (self.n_keys, self.n_front) == (other.n_keys, other.n_front)):
+            if self._lengths is None:
+                self.forget_step()  # which has all streams equally far
+            self._lengths, self._fronts, self._positions, self._at = (
+                _joined(mine, theirs, sizes) for mine, theirs in zip(self._told_of_each(), other._told_of_each(), strict=True)
+            )
         if self._front is not None or other._front is not None:
-            pair = zip((self, other), sizes, strict=True)
-            self._front = np.concatenate([np.ones((n, each.n_front), bool) if each._front is None else each._front for each, n in pair])
-        self._kept = {layer: _stacked(zip(kept, other._kept[layer], strict=True)) for layer, kept in self._kept.items()}
-        self._cross = {
-            layer: [*_stacked(zip(kept[:2], other._cross[layer][:2], strict=True)), _masks(kept[2], other._cross[layer][2])]
-            for layer, kept in self._cross.items()
+            masks = [np.ones((each.n_rows, each.n_front), bool) if each._front is None else each._front for each in (self, other)]
+            most = max(mask.shape[1] for mask in masks)
+            self._front = np.concatenate([np.pad(x, [(0, 0), (0, most - x.shape[1])], constant_values=True) for x in masks])
+        self._kept = {
+            layer: [_joined(x, y[:, :, : other.n_keys], sizes) for x, y in zip(kept, other._kept[layer], strict=True)]
+            for layer, kept in self._kept.items()
         }
-        self._states = {layer: np.concatenate([state, other._states[layer]]) for layer, state in self._states.items()}
-        self.lengths, self.n_keys = np.concatenate(lengths), max(self.n_keys, other.n_keys)
-        if (self.lengths == self.n_keys).all():
-            self.lengths = None
+        sources = sizes[0] // self.rows_per_source, sizes[1] // self.rows_per_source
+        self._cross = {
+            layer: [_joined(x, y, sources) for x, y in zip(kept, other._cross[layer], strict=True)] for layer, kept in self._cross.items()
+        }
+        self._states = {layer: _joined(state, other._states[layer], sizes) for layer, state in self._states.items()}
+        self.n_keys, self.n_rows = max(self.n_keys, other.n_keys), sum(sizes)
+        self.n_front = max(self.n_front, other.n_front)
+        if any(x is not y for x, y in zip(before, self._arrays(), strict=True)):
+            self.forget_step()
+
+    def _arrays(self) -> list[np.ndarray | None]:
+        """That a noted step has in its calls."""
+        found = [x for kept in (*self._kept.values(), *self._cross.values()) for x in kept]
+        return [*found, *self._states.values(), self._lengths, self._positions, self._at]
+
+    def _told_of_each(self) -> list[np.ndarray]:
+        """How many keys each stream has, how many rows in front, and room for the position and the row of its next token."""
+        if self._lengths is not None:
+            return [self._lengths, self._fronts, self._positions, self._at]
+        n = self.n_rows
+        return [np.full(n, self.n_keys), np.full(n, self.n_front), np.zeros((n, 1), np.int64), np.zeros(n, np.int64)]
 
 
 def _moved(x: np.ndarray, index: np.ndarray, n_keys: int | None = None) -> np.ndarray:
-    """x (B, ...), whose row i becomes what row index[i] was: in place, unless there are more rows. n_keys: the keys that count."""
+    """x (B, ...), whose row i becomes what row index[i] was: in place, unless there is no room. n_keys: the keys that count."""
     if len(index) > len(x):
         return x[index]
     rows = np.flatnonzero(index != np.arange(len(index)))
@@ -257,19 +316,20 @@ def _moved(x: np.ndarray, index: np.ndarray, n_keys: int | None = None) -> np.nd
         x[rows] = x[index[rows]]
     else:
         x[rows, :, :n_keys] = x[index[rows], :, :n_keys]
-    return x[: len(index)]
+    return x
 
 
-def _masks(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Masks (B, S) behind each other; nothing is valid in what is filled up."""
-    most = max(a.shape[1], b.shape[1])
-    return np.concatenate([np.pad(x, [(0, 0), (0, most - x.shape[1])]) for x in (a, b)])
+def _joined(x: np.ndarray, y: np.ndarray, sizes: tuple[int, int]) -> np.ndarray:
+    """The first rows of x (B, ...) and y (B, ...) behind each other, so many of each; filled up with zeros along the other axes.
 
-
-def _stacked(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
-    """Arrays (B, H, S, D) behind each other; the one with fewer keys is filled up with zeros."""
-    found = []
-    for pair in pairs:
-        most = max(x.shape[2] for x in pair)
-        found.append(np.concatenate([np.pad(x, [(0, 0), (0, 0), (0, most - x.shape[2]), (0, 0)]) for x in pair]))
-    return found
+    In place where there is room in x; else in an array with room for twice as many rows as x has.
+    """
+    n, end = sizes[0], sum(sizes)
+    shape = tuple(map(max, x.shape[1:], y.shape[1:]))
+    if end > len(x) or shape != x.shape[1:]:
+        wide = np.zeros((len(x) if end <= len(x) else max(end, 2 * len(x)), *shape), x.dtype)
+        wide[(slice(n), *map(slice, x.shape[1:]))] = x[:n]
+        x = wide
+    x[n:end] = 0
+    x[(slice(n, end), *map(slice, y.shape[1:]))] = y[: sizes[1]]
+    return x

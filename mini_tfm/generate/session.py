@@ -38,7 +38,8 @@ class Session:
     n_ids: only ids below it are scored, where the model has more than its tokenizer can say. cache_dtype: of keys and values; None:
     bfloat16 for a packed model, else the model's. room: so many tokens are expected after the first ones. among: (n,) the ids, ascending,
     that may be said; None: all. Of the output layer these columns alone are computed, all other scores are -inf.
-    prompts: where the first tokens of one stream may have been read before.
+    prompts: where the first tokens of one stream may have been read before. weights: its `packed_weights`, if they are made already; not
+    with `among`. names: (B,) numbers by which errors call the streams.
     """
 
     def __init__(
@@ -50,16 +51,20 @@ class Session:
         room: int = 0,
         among: np.ndarray | None = None,
         prompts: Prompts | None = None,
+        weights: Weights | None = None,
+        names: np.ndarray | None = None,
     ):
         model = stream.model
         if cache_dtype is not None and model.dtype != np.float32:
             raise InvalidValue(f"generate: cache_dtype: expected None for a model of {model.dtype}, got {cache_dtype!r}")
         self.stream, self.among = stream, among
-        self.cache = KVCache(cache_dtype == "bfloat16" or (cache_dtype is None and model.precision is not None), room)
+        self.cache = KVCache(stream.run.batch, cache_dtype == "bfloat16" or (cache_dtype is None and model.precision is not None), room)
         self.n_ids = stream.model.config.vocab_size if n_ids is None else n_ids
-        self.n_steps, self._prompts = 0, prompts
-        self.numbers = np.arange(stream.run.batch)  # of the sequences, as they came in
-        self.weights = packed_weights(stream.model, self.n_ids)
+        self._prompts = prompts
+        self.numbers = np.arange(stream.run.batch)  # of the sources
+        self.names = self.numbers if names is None else names
+        self.n_steps = np.zeros(stream.run.batch, np.int64)  # that each has taken
+        self.weights = packed_weights(stream.model, self.n_ids) if weights is None else weights
         if among is not None:
             stream.model.output.narrow(self.weights, among)
         self._pass = Pass(self.weights, stream.run, cache=self.cache)
@@ -76,8 +81,10 @@ class Session:
         """Feeds the decoder (B, T) tokens; its outputs (B, n, d) at the last n of them."""
         decoder = self.stream.model.decoder
         assert decoder is not None
+        if self.cache.lengths is not None and tokens.shape[1] != 1:
+            raise InvalidValue(f"tokens: expected one of each stream, where they have come differently far, got {tokens.shape[1]}")
         self.n_steps += 1
-        if self._prompts is None or self.n_steps > 1:
+        if self._prompts is None or self.n_steps[0] > 1:
             return value_of(decoder(tokens, _NO_LENGTHS, self.stream.encoded, self._pass))[:, -n:]
         n_restored = self._prompts.restore(self.cache, tokens[0, : tokens.shape[1] - n + 1])  # n are fed for their outputs
         hidden = value_of(decoder(tokens[:, n_restored:], _NO_LENGTHS, self.stream.encoded, self._pass))
@@ -128,10 +135,9 @@ class Session:
     def _check(self, best: np.ndarray) -> None:
         if not np.isfinite(best).all():
             row = int(np.flatnonzero(~np.isfinite(best))[0])
-            number = int(self.numbers[row])
             raise InvalidValue(
-                f"generate: the scores of token {self.n_steps} of sequence {number} are not finite ({best[row]}); check that the model's"
-                " weights and the memory's rows are finite"
+                f"generate: the scores of token {self.n_steps[row]} of sequence {self.names[row]} are not finite ({best[row]}); check that"
+                " the model's weights and the memory's rows are finite"
             )
 
     # Streams of the batch
@@ -142,7 +148,7 @@ class Session:
             return
         same_sources = np.array_equal(self.numbers[index], self.numbers)  # beams that have changed places
         self.stream.reorder(index, same_sources=same_sources)
-        self.numbers = self.numbers[index]
+        self.numbers, self.names, self.n_steps = self.numbers[index], self.names[index], self.n_steps[index]
         if self.stream.run.members:  # what they show is each row's own, and in other arrays now
             self.cache.reorder(index)
             self.cache.forget_step()
@@ -151,11 +157,12 @@ class Session:
 
     def join(self, other: Session) -> None:
         """Takes in the rows of another session of the same model and memory, behind its own. The other is used up."""
-        sizes = self.batch, other.batch
         self.stream.join(other.stream)
-        self.cache.join(other.cache, sizes)
-        self.cache.forget_step()
+        self.cache.join(other.cache)
+        if self.stream.run.members:  # as in `reorder`
+            self.cache.forget_step()
         self.numbers = np.concatenate([self.numbers, other.numbers + self.numbers.max(initial=-1) + 1])
+        self.names, self.n_steps = np.concatenate([self.names, other.names]), np.concatenate([self.n_steps, other.n_steps])
 
 
 def _side_by_side(numbers: np.ndarray) -> int:

@@ -436,7 +436,8 @@ def keep_rows(store, at, rows):
     if not whole or not store.flags.writeable:
         got = "one that is read-only" if not store.flags.writeable else f"one with strides {store.strides}"
         raise InvalidValue(f"store: expected an array that can be written, whose rows are whole, got {got}")
-    return store, integer("at", at, low=0, high=capacity - rows.shape[2]), rows
+    most = capacity - rows.shape[2]
+    return store, integers("at", at, shape=(batch,), low=0, high=most + 1) if isinstance(at, np.ndarray) else integer("at", at, low=0, high=most), rows
 
 
 def recurrence(x, forget, state):

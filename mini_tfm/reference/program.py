@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 
+import numpy as np
+
 from mini_tfm.errors import InvalidValue
 from mini_tfm.reference import _checks
 from mini_tfm.reference.linear import to_bfloat16
-from mini_tfm.reference.types import Real
+from mini_tfm.reference.types import Integers, Real
 
 __all__ = ["Program", "keep_rows"]
 
@@ -15,10 +17,10 @@ class Program:
 
     What is noted is every call of a norm, a packed product, `activation`, `add`, `recurrence`, `rotary`, `keep_rows` and `attention`, with
     the arrays they were given.
-    Two steps must have called the same, each time with the arrays that calls before had given, or with those of the step before;
-    otherwise something was computed that no kernel knows of, and the step is never `ready`. Arrays that stay the same but for
-    what is in them (positions, masks, keys) are read anew. One program belongs to one caller. The twins never are ready: their
-    steps are Python.
+    Two steps in a row, of as many streams, must have called the same, each time with the arrays that calls before had given, or with
+    those of the step before; otherwise something was computed that no kernel knows of, and the step is never `ready`. Arrays that stay the
+    same but for what is in them (positions, masks, keys, lengths) are read anew. One program belongs to one caller. The twins
+    never are ready: their steps are Python.
     """
 
     ready = False
@@ -39,7 +41,12 @@ class Program:
         )
 
 
-def keep_rows(store: Real, at: int, rows: Real) -> None:
-    """store (B, H, capacity, D), from row `at` on, becomes rows (B, H, n, D), in place. A store of uint16 has them in bfloat16."""
+def keep_rows(store: Real, at: int | Integers, rows: Real) -> None:
+    """store (B, H, capacity, D), from row `at` on, becomes rows (B, H, n, D), in place. at: one for all, or (B,) one of each.
+
+    A store of uint16 has them in bfloat16.
+    """
     store, at, rows = _checks.keep_rows(store, at, rows)
-    store[:, :, at : at + rows.shape[2]] = rows if store.dtype == rows.dtype else to_bfloat16(rows)
+    rows = rows if store.dtype == rows.dtype else to_bfloat16(rows)
+    for stream, first, new in zip(store, np.broadcast_to(at, len(store)), rows, strict=True):
+        stream[:, first : first + rows.shape[2]] = new

@@ -117,19 +117,34 @@ def test_streams_that_become_fewer_and_more_again_have_the_bits_of_python(varian
 
 
 @compiled
-def test_streams_join_streams_whose_steps_are_run_again(monkeypatch):
-    def work():
-        model = tiny_model("rotary", seed=2, dtype=np.float32)
-        one, other = session_of(model, rows=2), session_of(model, rows=3)
-        for i in range(6):
-            one.step(TOKENS[:2, i : i + 1])
-        for i in range(4):
-            other.step(TOKENS[2:, i : i + 1])
-        one.join(other)
-        return [one.step(TOKENS[:, i : i + 1]) for i in range(6, 12)]
+@pytest.mark.parametrize("variant", ["rotary", "t5", "learned", "decoder only, llama", "grouped"])
+def test_streams_that_join_at_different_steps_have_the_bits_of_python(variant, monkeypatch):
+    """In place where others have left, past a growth of the cache; steps of streams that have come differently far are run again, too."""
+    ready = []
 
-    for one, other in zip(*both(monkeypatch, work), strict=True):
+    def work():
+        longer = {"max_positions": 100} if VARIANTS[variant].get("positions") == "learned" else {}
+        model = tiny_model(variant, seed=2, dtype=np.float32, **longer)
+        one, others, found = session_of(model, rows=5), [session_of(model, rows=n) for n in (2, 3, 2)], []
+        joins = {4: (others[0], 3), 9: (others[1], 5), 30: (others[2], 1)}
+        for i in range(45):
+            found.append(one.scores(one.step(TOKENS[np.arange(one.batch) % 5, i : i + 1])))
+            ready.append(bool(getattr(program_of(one), "ready", False)))
+            if i == 3:
+                one.reorder(np.array([4, 1, 2]))
+            if i == 29:
+                one.reorder(np.array([7, 0, 5, 3, 1]))
+            if i in joins:
+                other, n = joins[i]
+                for k in range(n):
+                    other.step(TOKENS[: other.batch, k : k + 1])
+                one.join(other)
+        return found
+
+    found, expected = both(monkeypatch, work)
+    for one, other in zip(found, expected, strict=True):
         assert_same_bits(one, other)
+    assert ready[8] and ready[20] and ready[40] and ready[:45].count(False) < 16
 
 
 MEMORIES = {
@@ -252,6 +267,10 @@ def test_rows_are_kept_where_they_belong(dtype):
     expected[:, :, 5:7] = rows
     _core.keep_rows(store, 5, rows)
     assert_same_bits(store, expected)
-    for arguments in ((store, 7, rows), (store, -1, rows), (store, 0, rows[:, :2]), (store[0], 0, rows)):
+    expected[0, :, 1:3], expected[1, :, 3:5] = rows
+    _core.keep_rows(store, np.array([1, 3]), rows)
+    assert_same_bits(store, expected)
+    wrong = [7, -1, np.array([2, 7]), np.array([-1, 4]), np.array([4, 4, 4])]
+    for arguments in (*((store, at, rows) for at in wrong), (store, 0, rows[:, :2]), (store[0], 0, rows)):
         with pytest.raises(InvalidValue):
             _core.keep_rows(*arguments)
