@@ -19,10 +19,12 @@ from .chunks import Chunk, ending_full, streamed
 from .config import LIMITS
 from .errors import InvalidType, InvalidValue, shown
 from .generate import GenerationOptions
-from .generate.results import Hypothesis, Search
+from .generate.limits import segment_limit
+from .generate.results import Hypothesis
 from .generate.rules import deadline_of
-from .generate.search import found_by
-from .generate.segments import check_length, goes_on, in_segments, segment_limit
+from .generate.segments import check_length, goes_on, in_segments
+from .generate.session import packed_weights
+from .generate.steps import Search, Settled, Steps, alone, check_batch_tokens, found_by, in_lots, together
 from .generate.stops import BeforeStop
 from .memory.base import Memory
 from .memory.registry import memory as make_memory
@@ -34,6 +36,7 @@ from .stream import Stream
 from .text.languages import in_languages
 from .text.tokenizers import StreamDecoder, Tokenizer
 from .transformer import Transformer, load_checkpoint
+from .weights import Weights
 
 DEFAULT_SEGMENT_TOKENS = 256
 TEXTS_AT_ONCE = 1024  # texts that `embed` sorts by length
@@ -249,24 +252,33 @@ class Pipeline:
         """
         if isinstance(texts, str) or not isinstance(texts, Iterable):
             raise InvalidType(f"texts: expected an iterable of str, got {type(texts).__name__}; `generate` takes one text")
-        if not isinstance(batch_tokens, int | np.integer) or isinstance(batch_tokens, bool) or not 1 <= batch_tokens <= LARGEST:
-            raise InvalidValue(f"batch_tokens: expected an integer of at least 1, got {shown(batch_tokens)}")
+        check_batch_tokens(batch_tokens)
         chosen = self._options(options, False)
         self.model.needs("decoder")
         spoken = [self._in_languages(self._encode(text), chosen) for text in texts]
         chosen = spoken[0][1] if spoken else chosen
-        begun = [self._begun(tokens) for tokens, _ in spoken]
-        parts = [self._to_continue(tokens) for _, tokens in begun]
+        begun_texts = [self._begun(tokens) for tokens, _ in spoken]
+        parts = [self._to_continue(tokens) for _, tokens in begun_texts]
         results: list[Any] = [None] * len(parts)
         own = np.arange(len(parts)) if numbers is None else np.asarray(numbers)
         if own.shape != (len(parts),) or own.dtype.kind not in "iu" or (len(own) and own.min() < 0):
             raise InvalidValue(f"numbers: expected {len(parts)} integers of at least 0, got {own.dtype} of shape {own.shape}")
-        for rows in self._batches(parts, chosen, batch_tokens):
-            last = np.concatenate([begun[row][0] for row in rows])
-            steps = self._search([parts[row] for row in rows], chosen, self._stream.copy(), own[rows], last)
-            for row, found in zip(rows, found_by(steps), strict=True):
-                made = self._texts(found, chosen)
+        copies = max(chosen.num_beams, chosen.num_return_sequences)
+        weights = packed_weights(self.model, self.tokenizer.vocab_size) if len(parts) > 1 else None  # those that join have the same
+
+        def begun(rows: list[int]) -> Steps:
+            last = np.concatenate([begun_texts[row][0] for row in rows])
+            found = yield from self._search([parts[row] for row in rows], chosen, self._stream.copy(), own[rows], last, weights=weights)
+            for row, ones in zip(rows, found, strict=True):
+                made = self._texts(ones, chosen)
                 results[row] = made if chosen.num_return_sequences > 1 else made[0]
+            return found
+
+        tokens = [len(part[-1].tokens) + chosen.max_new_tokens for part in parts]
+        kinds = [(n,) for n in range(len(parts))] if chosen.guesses_by else [self._kind(part) for part in parts]
+        lots = in_lots(kinds, tokens, copies, batch_tokens)
+        for _ in together((Search(begun(lot), len(lot) * copies, tokens[lot[0]]) for lot in lots), batch_tokens):
+            pass
         return results
 
     def score(self, text: str | Iterable[str]) -> dict[str, float]:
@@ -414,7 +426,7 @@ class Pipeline:
         steps = self._search([self._to_continue(tokens)], chosen, self._stream.copy(), np.zeros(1, np.int64), last, prompts)
         if chosen.num_return_sequences > 1:
             return self._texts(found_by(steps)[0], chosen)
-        pieces = _before_stop(_decoded(steps, self.tokenizer.decode_stream()), chosen)
+        pieces = _before_stop(_decoded(alone(steps), self.tokenizer.decode_stream()), chosen)
         return pieces if stream else "".join(pieces)
 
     def _in_languages(self, tokens: np.ndarray, options: GenerationOptions) -> tuple[np.ndarray, GenerationOptions]:
@@ -449,22 +461,9 @@ class Pipeline:
             return options
         return options.replace(choices=[self.tokenizer.encode(each) if isinstance(each, str) else each for each in options.choices])
 
-    def _batches(self, parts: list[list[Chunk]], options: GenerationOptions, batch_tokens: int) -> Iterator[list[int]]:
-        """Numbers of texts that are computed together: of as many segments and of like length or, for decoders alone, of the same."""
-        copies = max(options.num_beams, options.num_return_sequences)
-        batch: list[int] = []
-        kinds = [(len(part), len(part[0].tokens), len(part[-1].tokens)) for part in parts]
-        for row in sorted(range(len(parts)), key=lambda row: kinds[row]):
-            fits = (len(batch) + 1) * (kinds[row][-1] + options.max_new_tokens) * copies <= batch_tokens
-            if batch and not (fits and self._are_alike(kinds[row], kinds[batch[0]])):
-                yield batch
-                batch = []
-            batch.append(row)
-        if batch:
-            yield batch
-
-    def _are_alike(self, one: tuple[int, int, int], other: tuple[int, int, int]) -> bool:
-        return one[0] == other[0] == 1 if self.model.config.has_encoder else one == other
+    def _kind(self, part: list[Chunk]) -> tuple[int, ...]:
+        """Texts of one kind may begin together: of as many segments, and all but single ones of an encoder of the same length."""
+        return (1,) if self.model.config.has_encoder and len(part) == 1 else (len(part), len(part[0].tokens), len(part[-1].tokens))
 
     def _search(
         self,
@@ -474,10 +473,11 @@ class Pipeline:
         numbers: np.ndarray,
         last: np.ndarray,
         prompts: PromptCache | None = None,
-    ) -> Search:
+        weights: Weights | None = None,
+    ) -> Steps:
         """Reads all but the last segment of each text, and goes on from that.
 
-        stream: of one row, that each begins with. last (B,): the token that each follows, see `_begun`.
+        stream: of one row, that each begins with. last (B,): the token that each follows, see `_begun`. weights: a session's.
         """
         deadline = deadline_of(options)
         stream.reorder(np.zeros(len(parts), np.int64))
@@ -503,6 +503,7 @@ class Pipeline:
                 deadline=deadline,
                 kept=kept if self._shared else None,
                 prompts=prompts,
+                weights=weights,
             )
         )
 
@@ -552,10 +553,10 @@ def _counted(texts: Iterable[str], count_bytes: list[int]) -> Iterator[str]:
         yield text
 
 
-def _decoded(steps: Search, decoder: StreamDecoder) -> Iterator[str]:
+def _decoded(settled: Iterator[Settled], decoder: StreamDecoder) -> Iterator[str]:
     """The text of the first result of the first sequence, as it is settled."""
-    for settled in steps:
-        for token in settled[0]:
+    for each in settled:
+        for token in each[0]:
             if piece := decoder.push(token):
                 yield piece
     if piece := decoder.finish():

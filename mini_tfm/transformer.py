@@ -18,7 +18,7 @@ from .checkpoint.models import read_model, save_adapters, save_hugging_face, sav
 from .config import Config
 from .errors import InvalidType, InvalidValue, shown
 from .generate import GenerationOptions, generate
-from .generate.segments import segment_limit, too_long
+from .generate.limits import segment_limit, too_long
 from .inside import Inside, inside
 from .memory.base import Memory
 from .memory.registry import memory_of_file
@@ -134,9 +134,11 @@ class Transformer(Model):
         return inside(self, source, source_lengths, inputs, input_lengths)
 
     @takes(GenerationOptions)
-    def generate(self, source: Any = None, lengths: Any = None, *, encoder_outputs: Any = None, **options: Any) -> Any:
-        """Token ids (B lists) for source (B, S): see `mini_tfm.generate.generate` for the options."""
-        return generate(self, source, lengths, encoder_outputs=encoder_outputs, **options)
+    def generate(
+        self, source: Any = None, lengths: Any = None, *, encoder_outputs: Any = None, batch_tokens: int | None = None, **options: Any
+    ) -> Any:
+        """Token ids (B lists) for source (B, S): see `mini_tfm.generate.generate` for the arguments and options."""
+        return generate(self, source, lengths, encoder_outputs=encoder_outputs, batch_tokens=batch_tokens, **options)
 
     def save(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors into `folder`; what it held before stays until all is written.

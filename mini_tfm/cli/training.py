@@ -97,7 +97,7 @@ def new_run(out: Path, options: dict[str, Any], shape: dict[str, Any], ranks: Al
 
 def run_from(out: Path, options: dict[str, Any], given: Collection[str], ranks: Alone) -> tuple[Trainer, TrainingData]:
     """A model that is there, with its tokenizer, its trainer and data. given: the options that were told."""
-    from ..generate.segments import segment_limit
+    from ..generate.limits import segment_limit
     from ..memory import memory as make_memory
     from ..train import Trainer
     from ..transformer import Transformer, load_checkpoint

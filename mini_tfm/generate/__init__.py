@@ -8,8 +8,10 @@ options.py        how tokens are chosen, when to stop: names and meanings of Hug
     regex.py      text that matches a regular expression
     sampling.py   from scores to a draw: a processor a class
     stops.py      stop strings, functions of a user
+steps.py          searches at work: one, or many in one session
 search.py         which tokens a session goes on with: the best, or drawn
   beams.py        beam search
+  speculative.py  greedy search that checks several guesses at a time
   scores.py       log-probabilities, and the best of them
   results.py      what a search has found
   session.py      a decoding session: streams in, out, reordered, joined

@@ -13,25 +13,33 @@ from ..inside import Inside, inside
 from ..model import Model
 from ..stream import Stream
 from ..tokens import check_tokens
+from .limits import segment_limit
 from .options import GenerationOptions
 from .results import Generated, Hypothesis
 from .rules import deadline_of
-from .search import found_by
-from .segments import check_length, goes_on, in_segments, segment_limit
+from .segments import check_length, goes_on, in_segments
+from .session import packed_weights
+from .steps import Search, Steps, check_batch_tokens, in_lots, together
 
 
-def generate(model: Model, source: Any = None, lengths: Any = None, *, encoder_outputs: Any = None, **options: Any) -> Any:
+def generate(
+    model: Model, source: Any = None, lengths: Any = None, *, encoder_outputs: Any = None, batch_tokens: int | None = None, **options: Any
+) -> Any:
     """Token ids for each row of source (B, S), ragged by `lengths` (B,): B lists, without the eos.
 
     For an encoder-decoder the source is what the encoder reads, for a decoder-only model the prompt, which bos precedes unless its
     tokenizer frames a text (`Config.framed_by_tokenizer`). With
     num_return_sequences above 1: B lists of lists, best first; with output_scores=True: a `Generated`. encoder_outputs (B, S, d):
-    in place of a source, what `model.encode` has made of it. A model that was trained on segments reads a prompt, and makes what is
+    in place of a source, what `model.encode` has made of it. batch_tokens: the most that are computed at once, where a row counts with its
+    own tokens, and those that it may get, for each beam or draw; the longest begin, and as rows end others take their places. None: all
+    at once. A model that was trained on segments reads a prompt, and makes what is
     longer than one, segment by segment; a published one ends where its context does. Options: see `GenerationOptions`.
     """
     chosen = GenerationOptions.over(model.generation, options)
     model.needs("decoder")
     config, encoded = model.config, None
+    if batch_tokens is not None:
+        check_batch_tokens(batch_tokens)
     if encoder_outputs is not None:
         if source is not None:
             raise InvalidValue("source: expected None beside encoder_outputs, which stand for it")
@@ -41,34 +49,40 @@ def generate(model: Model, source: Any = None, lengths: Any = None, *, encoder_o
         source = np.zeros(encoded.hidden.shape[:2], np.int64)
     source, lengths = check_tokens("source", source, config.vocab_size, lengths)
     results: list[list[Hypothesis]] = [[] for _ in range(len(source))]
-    if config.has_encoder:
-        groups = [np.arange(len(source))]
-    else:  # prompts of one length at a time
-        groups = [np.flatnonzero(lengths == n) for n in np.unique(lengths)]
-    deadline = deadline_of(chosen)
-    for rows in groups:
-        if not len(rows):
-            continue
-        stream, begun, limit = Stream(model, None, len(rows)), source[rows], segment_limit(config, config.segment_length)
-        if not config.has_encoder:
-            begun = stream.begin(begun[:, : lengths[rows[0]]])
-        else:
-            stream.follow(begun, lengths[rows])
-        check_length(stream, begun.shape[1], limit)
-        prompt = stream.shifted(np.pad(begun[:, : 0 if config.has_encoder else None], [(0, 0), (0, 1)]))  # what the decoder is fed first
+    deadline, limit = deadline_of(chosen), segment_limit(config, config.segment_length)
+    looks = chosen.output_attentions or chosen.output_hidden_states
+    weights = packed_weights(model, config.vocab_size) if len(source) > 1 else None  # those that join have the same
+
+    def begun(rows: np.ndarray) -> Steps:
+        """What is generated for some rows; of a decoder-only model prompts of one length."""
+        stream, longest = Stream(model, None, len(rows)), int(lengths[rows].max())
+        read = source[rows, :longest] if config.has_encoder else stream.begin(source[rows, :longest])
+        if config.has_encoder:
+            stream.follow(read, lengths[rows])
+        check_length(stream, read.shape[1], limit)
+        prompt = stream.shifted(np.pad(read[:, : 0 if config.has_encoder else None], [(0, 0), (0, 1)]))  # what the decoder is fed first
         part = _counting_new_tokens(chosen, prompt.shape[1])
-        looks = part.output_attentions or part.output_hidden_states
         if looks and limit is not None and goes_on(stream):
             _check_is_one_segment(prompt.shape[1] - 1 + part.max_new_tokens, limit)
-        while not config.has_encoder and limit is not None and begun.shape[1] >= limit:
-            stream.read(begun[:, :limit], np.full(len(rows), limit))
-            begun = begun[:, limit:]
-        steps = in_segments(stream, begun, lengths[rows], part, limit, rows=rows, deadline=deadline, encoded=encoded)
-        for n, (row, found) in enumerate(zip(rows, found_by(steps), strict=True)):
-            results[row] = found
-            for one in found if looks else ():
-                own = None if encoded is None else Encoded(encoded.hidden[[row], : lengths[row]], encoded.valid[[row], : lengths[row]], 0)
-                one.inside = _inside(model, one, source[row, : lengths[row]], prompt[n], own)
+        while not config.has_encoder and limit is not None and read.shape[1] >= limit:
+            stream.read(read[:, :limit], np.full(len(rows), limit))
+            read = read[:, limit:]
+        own = None if encoded is None else Encoded(encoded.hidden[rows, :longest], encoded.valid[rows, :longest], 0)
+        found = yield from in_segments(stream, read, lengths[rows], part, limit, rows=rows, deadline=deadline, encoded=own, weights=weights)
+        for n, row in enumerate(rows):
+            results[row] = found[n]
+            for one in found[n] if looks else ():
+                alone = None if own is None else Encoded(own.hidden[[n], : lengths[row]], own.valid[[n], : lengths[row]], 0)
+                one.inside = _inside(model, one, source[row, : lengths[row]], prompt[n], alone)
+        return found
+
+    copies = max(chosen.num_beams, chosen.num_return_sequences)
+    tokens = (lengths + (chosen.max_new_tokens if chosen.max_length is None else chosen.max_length)).tolist()
+    kinds = list(range(len(source))) if chosen.guesses_by else [0] * len(source) if config.has_encoder else lengths.tolist()
+    lots = in_lots(kinds, tokens, copies, batch_tokens)
+    searches = (Search(begun(np.array(lot)), len(lot) * copies, tokens[lot[0]]) for lot in lots)
+    for _ in together(searches, batch_tokens):
+        pass
     if chosen.output_scores:
         return Generated.of(results, chosen)
     return [[one.ids for one in found] if chosen.num_return_sequences > 1 else found[0].ids for found in results]

@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from .results import Hypothesis, Search
+from .results import Hypothesis
 from .rules import Rules
 from .scores import best_of, log_probabilities, nothing_left, rng_of, top_of
 from .session import Session
+from .steps import Step, Steps, Wants
 
 
 @dataclasses.dataclass
@@ -61,7 +62,7 @@ class Pool:
         return options.early_stopping is True or self.beams[0].score / length**self.length_penalty <= -self.rank(self.ended[-1])
 
 
-def beams(session: Session, prompt: np.ndarray, rules: Rules, copies: np.ndarray) -> Search:
+def beams(session: Session, prompt: np.ndarray, rules: Rules, copies: np.ndarray) -> Steps:
     """See search.py. Gives fewer results than asked for only where fewer sequences are possible."""
     options, size = rules.options, len(prompt)
     width, n_best = options.num_beams // options.num_beam_groups, options.num_return_sequences
@@ -71,10 +72,10 @@ def beams(session: Session, prompt: np.ndarray, rules: Rules, copies: np.ndarray
     pools = [[Pool(width, options.length_penalty, [Beam(i, 0.0, prompt[i])]) for _ in groups] for i in range(size)]
     found: list[list[Hypothesis]] = [[] for _ in range(size)]
     given = [0] * size
-    left, tokens = list(range(size)), prompt
+    left, wants = list(range(size)), _wants(rules)
+    answer = yield Step([[] for _ in range(size)], np.arange(size), prompt, wants, session)
     for n in range(1, rules.limit + 1):
-        hidden = session.step(tokens)
-        step = _Step(session, hidden, rules, [(i, beam) for i in left for pool in pools[i] for beam in pool.beams], n)
+        step = _Step(answer, rules, [(i, beam) for i in left for pool in pools[i] for beam in pool.beams], n)
         settled: list[list[int]] = [[] for _ in range(size)]
         going = []
         for i in left:
@@ -92,36 +93,44 @@ def beams(session: Session, prompt: np.ndarray, rules: Rules, copies: np.ndarray
                     raise nothing_left(int(rules.numbers[i]), n)
                 found[i], more = ended[:n_best], ended[0].ids[given[i] :]
             settled[i], given[i] = more, given[i] + len(more)
-        yield settled
         if not going:
+            yield Step(settled)
             break
         left, live = going, [beam for i in going for pool in pools[i] for beam in pool.beams]
-        session.reorder(np.array([beam.row for beam in live]))
+        index = np.array([beam.row for beam in live])
         for row, beam in enumerate(live):
             beam.row = row
-        tokens = np.array([[beam.ids[-1]] for beam in live])
+        answer = yield Step(settled, index, np.array([[beam.ids[-1]] for beam in live]), wants)
     return found
 
 
-class _Step:
-    """One step of all beams of a session. beams: each with the place of its sequence in the batch."""
+def _n_candidates(rules: Rules) -> int:
+    """Of each beam, so that as many go on as there are."""
+    return max(2, 1 + len(rules.eos_ids))
 
-    def __init__(self, session: Session, hidden: np.ndarray, rules: Rules, beams: Sequence[tuple[int, Beam]], n: int):
+
+def _wants(rules: Rules) -> Wants:
+    options = rules.options
+    if rules.processors or options.do_sample or options.num_beam_groups > 1:
+        return Wants("scores")
+    return Wants("likeliest", (max(_n_candidates(rules) * options.num_beams, options.top_logprobs),))
+
+
+class _Step:
+    """One step of all beams of a session. answer: what `_wants` asked for. beams: each with the place of its sequence in the batch."""
+
+    def __init__(self, answer: tuple[np.ndarray, ...], rules: Rules, beams: Sequence[tuple[int, Beam]], n: int):
         self.rules, self.n = rules, n
-        options = rules.options
-        self.n_candidates = max(2, 1 + len(rules.eos_ids))
+        self.n_candidates = _n_candidates(rules)
         self.out_of_time = rules.out_of_time()
         self.ids: np.ndarray | None = None  # of the candidates, best first; None: of all tokens
         self.log_probs: np.ndarray  # (rows, candidates)
         rows = np.array([beam.row for _, beam in beams])
-        if rules.processors or options.do_sample or options.num_beam_groups > 1:
+        if len(answer) == 1:
             ids = np.stack([beam.ids for _, beam in beams])
-            scores = log_probabilities(session.scores(hidden))[rows]
-            self.log_probs = rules.process(ids, scores, np.array([i for i, _ in beams]))
+            self.log_probs = rules.process(ids, log_probabilities(answer[0])[rows], np.array([i for i, _ in beams]))
         else:
-            width = self.n_candidates * options.num_beams
-            self.log_probs, self.ids = session.likeliest(hidden, max(width, options.top_logprobs))
-            self.log_probs, self.ids = self.log_probs[rows], self.ids[rows]
+            self.log_probs, self.ids = (part[rows] for part in answer)
         self.at = {id(beam): i for i, (_, beam) in enumerate(beams)}
 
     def advance(self, sequence: int, pool: Pool, taken: Counter[int], rng: np.random.Generator) -> None:

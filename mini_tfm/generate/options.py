@@ -72,6 +72,10 @@ def _callables(value: Any) -> tuple[Callable[..., Any], ...]:
     return tuple(map(_callable, value if isinstance(value, tuple) else (value,)))
 
 
+def _model(value: Any) -> Any:
+    return value if hasattr(value, "config") and hasattr(value, "weights") else _refused()
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerationOptions(Options):
     """The options of `generate`. Raises InvalidValue that lists every option at fault."""
@@ -112,12 +116,22 @@ class GenerationOptions(Options):
     prompt_lookup_num_tokens: int = option(
         0,
         "Guess up to so many tokens at a time, by what followed the last few before, and check them in one step: the same tokens, sooner"
-        " where the output quotes its source. For one sequence, greedily; 0: none.",
+        " where the output quotes its source. Greedily, one sequence after the other; 0: none.",
         at_least=0,
         at_most=1 << 10,
         unit="TOKENS",
     )
     max_matching_ngram_size: int = option(2, "The most tokens by which a guess is looked up.", at_least=1, at_most=64, unit="TOKENS")
+
+    assistant_model: Any | None = option(  # noqa: RUF009
+        None,
+        "A smaller model of the same vocabulary that guesses tokens, which are checked in one step (arXiv 2211.17192): the same tokens,"
+        " sooner where it is much faster and often right. Greedily, one sequence after the other.",
+        read=_model,
+        expected="a Transformer",
+        cli=False,
+    )
+    num_assistant_tokens: int = option(5, "How many tokens the assistant_model guesses at a time.", at_least=1, at_most=1 << 10, cli=False)
 
     # The cache
 
@@ -296,8 +310,12 @@ class GenerationOptions(Options):
             yield from self._ignored(names, "an end, that is, no stop_at_eos=False")
         if not self.prompt_lookup_num_tokens:
             yield from self._ignored(["max_matching_ngram_size"], "prompt_lookup_num_tokens")
-        elif self.num_beams > 1 or self.do_sample or self.output_scores:
-            yield "prompt_lookup_num_tokens: expected 0 with beams, do_sample or output_scores: it is for greedy search"
+        if self.assistant_model is None:
+            yield from self._ignored(["num_assistant_tokens"], "assistant_model")
+        elif self.prompt_lookup_num_tokens:
+            yield f"prompt_lookup_num_tokens: expected 0 beside assistant_model, got {self.prompt_lookup_num_tokens}; give one of them"
+        if (name := self.guesses_by) and (self.num_beams > 1 or self.do_sample or self.output_scores):
+            yield f"{name}: expected none with beams, do_sample or output_scores: it is for greedy search"
         if self.stop_strings is None:
             yield from self._ignored(["include_stop_strings"], "stop_strings")
         if not self.output_scores:
@@ -308,6 +326,13 @@ class GenerationOptions(Options):
             forced = getattr(self, name)
             if forced is not None and {*_tokens(forced)} <= {*(self.suppress_tokens or ())}:
                 yield f"{name}: {forced} is among suppress_tokens: no token would be left"
+
+    @property
+    def guesses_by(self) -> str | None:
+        """The option that asks for guesses of several tokens (speculative.py)."""
+        if self.assistant_model is not None:
+            return "assistant_model"
+        return "prompt_lookup_num_tokens" if self.prompt_lookup_num_tokens else None
 
     def _ignored(self, names: Iterable[str], needed: str) -> Iterator[str]:
         for name in names:

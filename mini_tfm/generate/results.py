@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Generator
-from typing import Any, TypeAlias
+from collections.abc import Callable
+from typing import Any
 
 from ..inside import Inside
 from .options import GenerationOptions
@@ -33,9 +33,6 @@ class Hypothesis:
         """One that was generated in two parts."""
         joined = {name: getattr(self, name) + getattr(more, name) for name in ("ids", "log_prob", "length", "log_probs", "top")}
         return Hypothesis(**joined, ended=more.ended)
-
-
-Search: TypeAlias = Generator[list[list[int]], None, list[list[Hypothesis]]]  # see search.py
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,12 +61,13 @@ class Rules:
         before: Sequence[list[int]] | None = None,
         deadline: float | None = None,
         goes_on: bool = False,
+        is_alone: bool = True,
     ) -> Rules:
         """For prompts of n_prompt tokens, bos included, and a vocabulary of n_ids.
 
         numbers: (B,) by which draws of the sequences differ and functions of a user know them. sources: what the encoder has
         read. before: what each has generated in earlier segments. goes_on: another search follows where this one ends
-        without an end of its own.
+        without an end of its own. is_alone: no others join these.
         """
         options.check_ids(n_ids)
         for name in ("src_lang", "tgt_lang"):
@@ -79,12 +80,14 @@ class Rules:
             stops.append(StopStrings(_needed(tokenizer, "stop_strings"), options.stop_strings, n_prompt, before))
         allowed = list(_allowed(options, eos, n_prompt, numbers, tokenizer, before))
         shortlisted, among = _shortlisted(options, sources), None
-        if shortlisted is not None and len(numbers) == options.num_beams == 1:  # a beam's log-probabilities are those among all ids
+        if (
+            shortlisted is not None and is_alone and len(numbers) == options.num_beams == 1
+        ):  # a beam's log-probabilities are those among all ids
             ids = np.flatnonzero(shortlisted.allowed(0, n_ids))
             among, shortlisted = (ids, None) if len(ids) else (None, shortlisted)
         processors = [*_penalties(options, eos, n_prompt, allowed, sources, shortlisted, goes_on), *cutoffs_of(options, len(eos))]
-        if (processors or among is not None) and options.prompt_lookup_num_tokens:
-            raise InvalidValue("generate: prompt_lookup_num_tokens: expected 0 beside options that change scores: it is for greedy search")
+        if (processors or among is not None) and options.guesses_by:
+            raise InvalidValue(f"generate: {options.guesses_by}: expected none beside options that change scores: it is for greedy search")
         return cls(options, eos, processors, stops, deadline, numbers, sources, among)
 
     @property

@@ -1,65 +1,55 @@
 """Which tokens a session goes on with: the best, drawn ones, or beams (beams.py).
 
-A way to search is a generator of (session, prompt, rules). At each step it yields B lists: the ids that are settled
-since the last step, of the first result of each sequence. What it returns in the end are B lists of `Hypothesis`, best first.
+A way to search is a coroutine (steps.py) of (session, prompt, rules), which begins with that session. What it returns in the end are B
+lists of `Hypothesis`, best first.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from .beams import beams
-from .lookup import with_lookup
-from .results import Hypothesis, Search
+from .results import Hypothesis
 from .rules import Rules
 from .sampling import draw
 from .scores import log_probabilities, nothing_left, rng_of, top_of
 from .session import Session
+from .speculative import speculative
+from .steps import Step, Steps, Wants
 
 
-def search(session: Session, prompt: np.ndarray, rules: Rules, copies: np.ndarray | None = None) -> Search:
+def search(session: Session, prompt: np.ndarray, rules: Rules, copies: np.ndarray | None = None) -> Steps:
     """Goes on from prompt (B, n), the decoder's first inputs, as the options say.
 
     copies: (B,) which of several draws of its number a sequence is, where they are in the session already.
     """
     if rules.limit == 0:
         return _nothing(len(prompt), 1 if rules.options.num_beams > 1 else rules.options.num_return_sequences)
-    if rules.options.prompt_lookup_num_tokens:
-        return with_lookup(session, prompt, rules)
+    if rules.options.guesses_by:
+        return speculative(session, prompt, rules)
     copies = np.zeros(len(prompt), np.int64) if copies is None else copies
     return (one_by_one if rules.options.num_beams == 1 else beams)(session, prompt, rules, copies)
 
 
-def found_by(search: Search) -> list[list[Hypothesis]]:
-    """What a search returns, run to its end."""
-    while True:
-        try:
-            next(search)
-        except StopIteration as end:
-            return end.value
-
-
-def one_by_one(session: Session, prompt: np.ndarray, rules: Rules, copy_of: np.ndarray) -> Search:
+def one_by_one(session: Session, prompt: np.ndarray, rules: Rules, copy_of: np.ndarray) -> Steps:
     """The best token, or a drawn one, at each step. A sequence that has ended leaves the session."""
     options, size = rules.options, len(prompt)
     copies = options.num_return_sequences
     made = [Hypothesis() for _ in range(size * copies)]
     draws = [rng_of(options, rules.numbers[i], copy_of[i] + copy) for i in range(size) for copy in range(copies)]
     is_plain = not (rules.processors or options.do_sample or options.output_scores)
-    ids = tokens = prompt.astype(np.int64)
-    left = np.arange(size)  # the results that the session still works on
+    wants = Wants("best" if is_plain else "scores")
+    ids = prompt.astype(np.int64)
+    (answer,) = yield Step([[] for _ in range(size)], np.arange(size), ids, wants, session)
+    left = index = np.arange(size)  # the results that the session still works on, and the rows that it has them in
+    if copies > 1:
+        left, index = np.arange(size * copies), np.repeat(np.arange(size), copies)
+        answer, ids = answer[index], ids[index]
     for n in range(rules.limit):
-        hidden = session.step(tokens)
-        if n == 0 and copies > 1:
-            repeated = np.repeat(np.arange(size), copies)
-            session.reorder(repeated)
-            hidden, ids, left = hidden[repeated], ids[repeated], np.arange(size * copies)
         if is_plain:
-            chosen = session.best(hidden)
+            chosen = answer
         else:
-            scores = rules.process(ids, session.scores(hidden), left // copies)
+            scores = rules.process(ids, answer, left // copies)
             _check_some_are_left(scores, rules.numbers[left // copies], n)
             if options.do_sample:
                 chosen = np.array([draw(row, draws[i]) for row, i in zip(scores, left, strict=True)], np.int64)
@@ -75,20 +65,18 @@ def one_by_one(session: Session, prompt: np.ndarray, rules: Rules, copy_of: np.n
                 settled[i // copies].append(token)
         for i in left.tolist():
             made[i].length += 1
-        yield settled
         ids = np.concatenate([ids, chosen[:, None]], axis=1)
         going = ~(is_eos | rules.ends(ids, left // copies)) if rules.stops else ~is_eos
         if rules.out_of_time():
             going[:] = False
         for i in left[~going]:
             made[i].ended = True
-        if not going.any():
+        if n + 1 == rules.limit or not going.any():
+            yield Step(settled)
             break
-        if not going.all():
-            stay = np.flatnonzero(going)
-            session.reorder(stay)
-            left, chosen, ids = left[stay], chosen[stay], ids[stay]
-        tokens = chosen[:, None]
+        left, ids = left[going], ids[going]
+        (answer,) = yield Step(settled, index[going], chosen[going, None], wants)
+        index = np.arange(len(left))
     return [made[start : start + copies] for start in range(0, len(made), copies)]
 
 
@@ -106,6 +94,6 @@ def _note_scores(made: list[Hypothesis], log_probs: np.ndarray, chosen: np.ndarr
             one.top.append(top_of(row, n_top))
 
 
-def _nothing(size: int, copies: int) -> Any:
+def _nothing(size: int, copies: int) -> Steps:
     yield from ()
     return [[Hypothesis() for _ in range(copies)] for _ in range(size)]

@@ -12,22 +12,16 @@ import dataclasses
 import numpy as np
 
 from ..attention import Encoded
-from ..config import Config
-from ..errors import InvalidValue
 from ..stream import Stream
 from ..text.tokenizers import Tokenizer
+from ..weights import Weights
+from .limits import too_long
 from .options import GenerationOptions
-from .results import Hypothesis, Search
+from .results import Hypothesis
 from .rules import Rules, check_choices
 from .search import search
 from .session import Prompts, Session
-
-
-def segment_limit(config: Config, segment_length: int | None) -> int | None:
-    """Tokens that a decoder's segment may have. None: no limit, as for a model trained on whole sequences without a table."""
-    if config.segment_length is not None:
-        return segment_length
-    return config.max_positions if config.positions == "learned" else config.context_length
+from .steps import Steps
 
 
 def goes_on(stream: Stream) -> bool:
@@ -40,11 +34,6 @@ def check_length(stream: Stream, n_tokens: int, limit: int | None) -> None:
     """Raises InvalidValue if a model that reads a text at once gets more than it can."""
     if limit is not None and n_tokens > limit and not goes_on(stream):
         raise too_long("text", n_tokens, limit, stream.model.config)
-
-
-def too_long(name: str, n_tokens: int, limit: int, config: Config) -> InvalidValue:
-    way = "give a memory, which reads text of any length: memory='window', --memory window" if config.has_decoder else "cut it into parts"
-    return InvalidValue(f"{name}: has {n_tokens} tokens, and the model reads at most {limit} at once; shorten it, or {way}")
 
 
 def in_segments(
@@ -60,13 +49,15 @@ def in_segments(
     encoded: Encoded | None = None,
     kept: np.ndarray | None = None,
     prompts: Prompts | None = None,
-) -> Search:
-    """A search (see search.py) for at most max_new_tokens tokens of each row, in as many segments as it takes.
+    weights: Weights | None = None,
+) -> Steps:
+    """A search (see steps.py) for at most max_new_tokens tokens of each row, in as many segments as it takes.
 
     source: (B, n) what the encoder reads, of it the first `lengths` (B,); for a decoder-only model what its segment begins with,
     all n of each row. limit: tokens a segment may have, see `segment_limit`. rows: numbers of the rows, see `Rules`. tokenizer:
     only its ids are chosen. encoded: what the encoder has made of the source already. kept: see `Stream.open`. prompts: see `Session`.
-    Where nothing follows a full segment (see `goes_on`) rows end with it.
+    weights: those of the session, which others may join; None: none does. Where nothing follows a full segment (see `goes_on`) rows end
+    with it.
     """
     config, size = stream.model.config, len(source)
     n_ids = config.vocab_size if tokenizer is None else tokenizer.vocab_size
@@ -97,9 +88,18 @@ def in_segments(
                 before=[one.ids for one in so_far],
                 deadline=deadline,
                 goes_on=room < left,
+                is_alone=weights is None,
             )
-            # The stream keeps its rows.
-            session = Session(stream.copy(), n_ids=n_ids, cache_dtype=options.cache_dtype, room=room, among=rules.among, prompts=prompts)
+            session = Session(
+                stream.copy(),  # the stream keeps its rows
+                n_ids=n_ids,
+                cache_dtype=options.cache_dtype,
+                room=room,
+                among=rules.among,
+                prompts=prompts,
+                weights=weights,
+                names=numbers[row_of],
+            )
             found = yield from _of_rows(search(session, prompt, rules, copies), row_of, copies, size)
         else:
             found = [[Hypothesis()] for _ in row_of]
@@ -134,18 +134,19 @@ def _options_of_segment(options: GenerationOptions, number: int, room: int, n_ma
     return dataclasses.replace(options, seed=seed, max_new_tokens=room, min_new_tokens=least, num_return_sequences=several)
 
 
-def _of_rows(steps: Search, row_of: np.ndarray, copies: np.ndarray, size: int) -> Search:
+def _of_rows(steps: Steps, row_of: np.ndarray, copies: np.ndarray, size: int) -> Steps:
     """The same search, and what it settles by rows of the whole batch."""
+    answer = None
     while True:
         try:
-            settled = next(steps)
+            step = steps.send(answer)
         except StopIteration as end:
             return end.value
         by_row: list[list[int]] = [[] for _ in range(size)]
-        for row, copy, ids in zip(row_of.tolist(), copies.tolist(), settled, strict=True):
+        for row, copy, ids in zip(row_of.tolist(), copies.tolist(), step.settled, strict=True):
             if copy == 0:
                 by_row[row] += ids
-        yield by_row
+        answer = yield step._replace(settled=by_row)
 
 
 def _next_segment(stream: Stream, source: np.ndarray, lengths: np.ndarray, made: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ from mini_tfm.errors import InvalidValue
 from mini_tfm.generate import GenerationOptions, Session
 from mini_tfm.generate.rules import Rules
 from mini_tfm.generate.search import search
+from mini_tfm.generate.steps import Search, together
 from mini_tfm.stream import Stream
 
 V, EOS, STEPS = 4, 2, 3
@@ -109,12 +110,8 @@ def test_every_beam_has_its_own_memory(variant, memory):
 
 def run(steps):
     """(what each step settled, what it returns)."""
-    settled = []
-    while True:
-        try:
-            settled.append(next(steps))
-        except StopIteration as end:
-            return settled, end.value
+    one = Search(steps)
+    return [settled for _, settled in together([one])], one.found
 
 
 @pytest.mark.parametrize("variant", ["pre norm", "decoder only"])

@@ -117,7 +117,7 @@ def test_streams_that_become_fewer_and_more_again_have_the_bits_of_python(varian
 
 
 @compiled
-@pytest.mark.parametrize("variant", ["rotary", "t5", "learned", "decoder only, llama", "grouped"])
+@pytest.mark.parametrize("variant", ["rotary", "t5", "learned", "decoder only, llama", "ssru", "decoder only, qwen"])
 def test_streams_that_join_at_different_steps_have_the_bits_of_python(variant, monkeypatch):
     """In place where others have left, past a growth of the cache; steps of streams that have come differently far are run again, too."""
     ready = []

@@ -1,4 +1,4 @@
-"""Prompt lookup: the tokens of greedy search, in fewer steps."""
+"""Guesses, looked up or of another model: the tokens of greedy search, in fewer steps."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from variants import tiny_model
 import mini_tfm as mt
 from mini_tfm.errors import InvalidValue
 from mini_tfm.generate import Session
-from mini_tfm.generate.lookup import guess
+from mini_tfm.generate.speculative import looked_up
 from mini_tfm.text.tokenizers import ByteTokenizer
 
 VARIANTS = ["pre norm", "t5", "bart", "marian", "grouped", "decoder only", "decoder only, llama", "decoder only, gemma"]
@@ -17,9 +17,14 @@ SOURCE = RNG.integers(3, 13, (6, 9))
 
 @pytest.fixture
 def steps(monkeypatch):
-    """How many steps the sessions took."""
+    """What was fed to the sessions: the model of each step, and the shape of its tokens."""
     taken, outputs = [], Session.outputs
-    monkeypatch.setattr(Session, "outputs", lambda self, tokens, n: (taken.append(tokens.shape), outputs(self, tokens, n))[1])
+
+    def noted(self, tokens, n):
+        taken.append((self.stream.model, tokens.shape))
+        return outputs(self, tokens, n)
+
+    monkeypatch.setattr(Session, "outputs", noted)
     return taken
 
 
@@ -77,14 +82,90 @@ def test_what_it_cannot_do_is_refused():
         ({"output_scores": True}, "greedy"),
         ({"repetition_penalty": 1.2}, "change scores"),
     ):
-        with pytest.raises(InvalidValue, match=f"prompt_lookup_num_tokens: expected 0 .*{told}"):
-            model.generate(SOURCE[:1], prompt_lookup_num_tokens=3, **options)
-    with pytest.raises(InvalidValue, match="one sequence at a time, got 2"):
-        model.generate(SOURCE[:2], prompt_lookup_num_tokens=3)
-    with pytest.raises(InvalidValue, match="recurrence"):
-        tiny_model("ssru", seed=4).generate(SOURCE[:1], prompt_lookup_num_tokens=3)
+        for name, guesses in (("prompt_lookup_num_tokens", 3), ("assistant_model", model)):
+            with pytest.raises(InvalidValue, match=f"{name}: expected none .*{told}"):
+                model.generate(SOURCE[:1], **{name: guesses}, **options)
+    recurrent = tiny_model("ssru", seed=4)
+    for given in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": recurrent}):
+        with pytest.raises(InvalidValue, match=f"{next(iter(given))}: needs a decoder with attention"):
+            recurrent.generate(SOURCE[:1], **given)
     with pytest.raises(InvalidValue, match="max_matching_ngram_size: 3 needs prompt_lookup_num_tokens"):
         model.generate(SOURCE[:1], max_matching_ngram_size=3)
+
+
+# Another model
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_another_model_guesses_and_the_tokens_are_those_of_greedy_search(variant, steps):
+    """One that agrees always, one that does sometimes, one that never does."""
+    model = tiny_model(variant, seed=4)
+    near = mt.Transformer(model.config, dtype=np.float64, weights={name: w + 0.05 * np.abs(w).max() for name, w in model.weights.items()})
+    for row in range(3):
+        plain = model.generate(SOURCE[row : row + 1], max_new_tokens=24)
+        for assistant in (model, near, tiny_model(variant, seed=5)):
+            for n in (1, 4):
+                found = model.generate(SOURCE[row : row + 1], max_new_tokens=24, assistant_model=assistant, num_assistant_tokens=n)
+                assert found == plain
+
+
+def test_what_the_model_itself_guesses_is_right(steps):
+    model, same = tiny_model("pre norm", seed=4), tiny_model("pre norm", seed=4)
+    made = model.generate(SOURCE[:1], max_new_tokens=24, stop_at_eos=False, assistant_model=same, num_assistant_tokens=5)
+    taken = [shape for who, shape in steps if who is model]
+    assert taken == [(1, 6)] * 4, "each step confirms five tokens and adds one"
+    assert made == model.generate(SOURCE[:1], max_new_tokens=24, stop_at_eos=False)
+
+
+def test_an_assistant_without_positions_left_guesses_no_more(steps):
+    model = tiny_model("decoder only", seed=4)
+    config = model.config.replace(positions="learned", max_positions=12)
+    assistant = mt.Transformer(config, seed=1)
+    plain = model.generate(SOURCE[:1], max_new_tokens=24, stop_at_eos=False)
+    assert model.generate(SOURCE[:1], max_new_tokens=24, stop_at_eos=False, assistant_model=assistant) == plain
+    assert any(who is assistant for who, _ in steps)
+    before = len(steps)
+    long = np.tile(SOURCE[:1], 2)  # longer than it reads at all
+    assert model.generate(long, max_new_tokens=5, assistant_model=assistant) == model.generate(long, max_new_tokens=5)
+    assert not any(who is assistant for who, _ in steps[before:])
+
+
+def test_many_sequences_are_guessed_one_after_the_other():
+    model = tiny_model("t5", seed=4)
+    plain = model.generate(SOURCE, max_new_tokens=12)
+    assert model.generate(SOURCE, max_new_tokens=12, prompt_lookup_num_tokens=3) == plain
+    assert model.generate(SOURCE, max_new_tokens=12, assistant_model=tiny_model("t5", seed=5)) == plain
+
+
+def test_beside_a_memory_the_assistant_has_none():
+    text = bytes(RNG.integers(97, 100, 40).tolist()).decode()
+    fields = {"vocab_size": 300, "d_model": 16, "n_heads": 2, "n_encoder_layers": 0, "segment_length": 16}
+    model, small = (mt.Transformer(mt.Config(n_decoder_layers=n, **fields), seed=n) for n in (2, 1))
+    pipe = mt.Pipeline(model, ByteTokenizer(), memory="window:size=9,sinks=2")
+    pipe.read(text)
+    plain = pipe.generate(text[:5], max_new_tokens=40)
+    assert pipe.generate(text[:5], max_new_tokens=40, assistant_model=small) == plain
+    assert pipe.generate_many([text[:5], text[:9]], max_new_tokens=40, assistant_model=small)[0] == plain
+
+
+def test_an_assistant_that_does_not_fit_is_refused():
+    model = tiny_model("decoder only", seed=4)
+    for assistant, told in (
+        (tiny_model("decoder only", seed=4, vocab_size=17), "expected a model of the same vocabulary, whose vocab_size is 13, got 17"),
+        (tiny_model("decoder only", seed=4, eos_id=7), "expected a model of the same vocabulary, whose eos_id is 2, got 7"),
+        (tiny_model("pre norm", seed=4), "expected a model with a decoder alone"),
+        (tiny_model("decoder only, ssru", seed=4), "needs a decoder with attention"),
+        ("gpt2", "expected a Transformer or None, got .gpt2"),
+    ):
+        with pytest.raises(InvalidValue, match=f"assistant_model: {told}"):
+            model.generate(SOURCE[:1], assistant_model=assistant)
+    with pytest.raises(InvalidValue, match="num_assistant_tokens: 3 needs assistant_model"):
+        model.generate(SOURCE[:1], num_assistant_tokens=3)
+    with pytest.raises(InvalidValue, match="prompt_lookup_num_tokens: expected 0 beside assistant_model, got 4"):
+        model.generate(SOURCE[:1], assistant_model=model, prompt_lookup_num_tokens=4)
+
+
+# What is looked up
 
 
 @pytest.mark.parametrize(
@@ -102,4 +183,4 @@ def test_what_it_cannot_do_is_refused():
     ],
 )
 def test_what_is_guessed(ids, ngram, n, expected):
-    assert guess(np.array(ids), ngram, n).tolist() == expected
+    assert looked_up(np.array(ids), ngram, n).tolist() == expected
