@@ -437,7 +437,11 @@ def keep_rows(store, at, rows):
         got = "one that is read-only" if not store.flags.writeable else f"one with strides {store.strides}"
         raise InvalidValue(f"store: expected an array that can be written, whose rows are whole, got {got}")
     most = capacity - rows.shape[2]
-    return store, integers("at", at, shape=(batch,), low=0, high=most + 1) if isinstance(at, np.ndarray) else integer("at", at, low=0, high=most), rows
+    return (
+        store,
+        integers("at", at, shape=(batch,), low=0, high=most + 1) if isinstance(at, np.ndarray) else integer("at", at, low=0, high=most),
+        rows,
+    )
 
 
 def recurrence(x, forget, state):
