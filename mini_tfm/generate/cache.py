@@ -280,15 +280,14 @@ class KVCache:
             masks = [np.ones((each.n_rows, each.n_front), bool) if each._front is None else each._front for each in (self, other)]
             most = max(mask.shape[1] for mask in masks)
             self._front = np.concatenate([np.pad(x, [(0, 0), (0, most - x.shape[1])], constant_values=True) for x in masks])
-        self._kept = {
-            layer: [_joined(x, y[:, :, : other.n_keys], sizes) for x, y in zip(kept, other._kept[layer], strict=True)]
-            for layer, kept in self._kept.items()
-        }
+        for layer, kept in self._kept.items():
+            theirs = other._kept.get(layer, [x[:0, :, :0] for x in kept])  # none, before its first step
+            self._kept[layer] = [_joined(x, y[:, :, : other.n_keys], sizes) for x, y in zip(kept, theirs, strict=True)]
         sources = sizes[0] // self.rows_per_source, sizes[1] // self.rows_per_source
         self._cross = {
             layer: [_joined(x, y, sources) for x, y in zip(kept, other._cross[layer], strict=True)] for layer, kept in self._cross.items()
         }
-        self._states = {layer: _joined(state, other._states[layer], sizes) for layer, state in self._states.items()}
+        self._states = {layer: _joined(state, other._states.get(layer, state[:0]), sizes) for layer, state in self._states.items()}
         self.n_keys, self.n_rows = max(self.n_keys, other.n_keys), sum(sizes)
         self.n_front = max(self.n_front, other.n_front)
         if any(x is not y for x, y in zip(before, self._arrays(), strict=True)):
@@ -320,7 +319,7 @@ def _moved(x: np.ndarray, index: np.ndarray, n_keys: int | None = None) -> np.nd
 
 
 def _joined(x: np.ndarray, y: np.ndarray, sizes: tuple[int, int]) -> np.ndarray:
-    """The first rows of x (B, ...) and y (B, ...) behind each other, so many of each; filled up with zeros along the other axes.
+    """The first rows of x (B, ...) and y (B, ...) behind each other, so many of each; filled up with zeros where there are fewer.
 
     In place where there is room in x; else in an array with room for twice as many rows as x has.
     """
@@ -331,5 +330,5 @@ def _joined(x: np.ndarray, y: np.ndarray, sizes: tuple[int, int]) -> np.ndarray:
         wide[(slice(n), *map(slice, x.shape[1:]))] = x[:n]
         x = wide
     x[n:end] = 0
-    x[(slice(n, end), *map(slice, y.shape[1:]))] = y[: sizes[1]]
+    x[(slice(n, n + min(len(y), sizes[1])), *map(slice, y.shape[1:]))] = y[: sizes[1]]
     return x

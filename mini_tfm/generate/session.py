@@ -7,6 +7,8 @@ memory's states included: finished rows and beams need nothing else.
 
 from __future__ import annotations
 
+import dataclasses
+from functools import partial
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -140,6 +142,21 @@ class Session:
                 " the model's weights and the memory's rows are finite"
             )
 
+    @property
+    def has_only_sources(self) -> bool:
+        """Whether nothing is in it but what the encoder has read, so that it can join others before its first step."""
+        return self.stream.encoded is not None and not self.stream.run.members and self.cache.is_empty and not self.n_steps.any()
+
+    def _keep_sources(self) -> None:
+        """Of the encoder's outputs nothing is asked but their keys and values from now on: they are made, if they are not yet."""
+        encoded, decoder = self.stream.encoded, self.stream.model.decoder
+        if encoded is None or decoder is None:
+            return
+        for layer in decoder.layers:
+            cross = layer.cross.f
+            self.cache.cross(cross.layer, partial(cross.keys_and_values, encoded.hidden, self._pass), encoded.valid)
+        self.stream.encoded = dataclasses.replace(encoded, hidden=value_of(encoded.hidden)[:, :0], valid=encoded.valid[:, :0])
+
     # Streams of the batch
 
     def reorder(self, index: np.ndarray) -> None:
@@ -157,6 +174,8 @@ class Session:
 
     def join(self, other: Session) -> None:
         """Takes in the rows of another session of the same model and memory, behind its own. The other is used up."""
+        self._keep_sources()
+        other._keep_sources()
         self.stream.join(other.stream)
         self.cache.join(other.cache)
         if self.stream.run.members:  # as in `reorder`

@@ -2,8 +2,8 @@
 
 A search (search.py, beams.py) is a coroutine. It yields a `Step`: what it has settled, the rows that it goes on with, the tokens that
 they are fed. It is sent what it wants to know of the decoder's outputs, and returns its results. So it does not know whose rows stand
-beside its own. One that begins reads its first tokens in a session of its own; then its rows join the others, and each product of a
-step is computed for all rows together. A row has the bits that it has alone.
+beside its own. One that begins reads its source, or its prompt, in a session of its own; then its rows join the others, and each product
+of a step is computed for all rows together. A row has the bits that it has alone.
 """
 
 from __future__ import annotations
@@ -82,8 +82,6 @@ class Search:
     def begin(self) -> Generator[tuple[Search, Settled], None, Session | None]:
         """Goes on in a session of its own, until that can be joined: it is given back. None: the search has ended."""
         session = None
-        if self.step is None:
-            yield from self.go_on()
         while self.step is not None:
             if self.step.session is not None:
                 session = self.step.session
@@ -125,7 +123,13 @@ def together(searches: Iterable[Search], batch_tokens: int | None = None) -> Ite
             joining.append(coming)
             coming = next(waiting, None)
         for search in joining:
-            own = yield from search.begin()
+            if search.step is None:
+                yield from search.go_on()
+            if search.step is None:
+                continue
+            own = search.step.session
+            if own is None or not own.has_only_sources or (working and session is not None and session.cache.rows_per_source > 1):
+                own = yield from search.begin()  # beams share the keys of their source: those that join are to be beams, too
             if own is None:
                 continue
             if session is None or not working:
