@@ -265,11 +265,11 @@ class Decoder(Stack):
         cache.extend([each.there for each in rows], tokens.shape[1])
         x = self.embed(tokens, p, cache.positions)
         x = np.concatenate([*front, x], axis=1) if front else x
-        positions = cache.positions if not front else np.arange(-cache.n_front, tokens.shape[1])
-        text = np.ones(tokens.shape, bool)
-        layout = Layout(positions, text, cache.n_front, cache.valid, True, cache.lengths, cache.key_positions, _n_causal(rows))
 
         def layers(x: Array) -> Array:
+            positions = cache.positions if not front else np.arange(-cache.n_front, tokens.shape[1])
+            text = np.ones(tokens.shape, bool)
+            layout = Layout(positions, text, cache.n_front, cache.valid, True, cache.lengths, cache.key_positions, _n_causal(rows))
             for number, layer in enumerate(self.layers):
                 x = layer(p.run.enter("decoder", number, x), p, layout, encoded, 0)
             return self.last_norm(x, p)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from core.cases import compiled_alone
 from helpers import assert_same_bits
 from variants import tiny_model
 
@@ -51,6 +52,7 @@ def test_a_source_alone_has_the_answers_that_it_has_beside_others(options):
     assert model.generate(SOURCE[:1], **options)[0] == model.generate(SOURCE, **options)[0]
 
 
+@compiled_alone
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("variant", ["ssru", "untied", "decoder only, gemma"])
 def test_the_scores_of_some_ids_have_the_bits_that_they_have_among_all(variant, dtype):
