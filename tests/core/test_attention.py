@@ -41,7 +41,7 @@ def test_forward(core, dtype, feature, seed, batch, kv_heads, group, length, sou
 @pytest.mark.parametrize("cap", [0.1, 2.0, 50.0])
 def test_capped(core, dtype, feature, cap):
     """Far below the scores, among them, far above; of few queries, of many, past a tile."""
-    for seed, (length, source) in enumerate([(1, 5), (3, 70), (40, 300)]):
+    for seed, (length, source) in enumerate([(1, 5), (3, 300), (40, 70)]):
         check(core, drawn_case(feature, Values(seed, dtype), 2, 4, 2, length, source, 8, size=3.0), cap)
 
 
