@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent))  # `import helpers` from any test, whatever the folder pytest is started in
@@ -24,3 +25,10 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("mini_tfm")
+
+
+@pytest.fixture
+def short_streams(monkeypatch, request):
+    """The kit's check of long streams with fewer segments, but in tests marked long: it takes a third of the kit's time."""
+    if request.node.get_closest_marker("long") is None:
+        monkeypatch.setattr("mini_tfm.testing.habits.MANY_SEGMENTS", 40)

@@ -25,6 +25,7 @@ from strategies import PUBLISHED
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.usefixtures("short_streams")
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_memories_fit_the_contract(name):
     check_memory(PUBLISHED[name])

@@ -39,6 +39,7 @@ class Newest(RetrievalMemory):
 SHORT = {"rows": lambda: Oldest(size=7), "recurrent": lambda: Gated(tokens=2), "retrieval": lambda: Newest(top_k=3, merge="gate")}
 
 
+@pytest.mark.usefixtures("short_streams")
 @pytest.mark.parametrize("name", SHORT)
 def test_one_method_is_a_memory(name):
     check_memory(SHORT[name])

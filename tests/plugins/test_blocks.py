@@ -50,11 +50,13 @@ def chosen(session, name="rows"):
 EFFECTS = ["has_effect", "generation_equals_reading", "every_place_counts", "other_models", "takes_what_is_dropped", "helps"]
 
 
+@pytest.mark.usefixtures("short_streams")
 def test_the_kit_passes_but_for_what_only_questions_show():
     """Nothing is looked up while text is read, and a question looks up by all its tokens."""
     check_memory("blocks:block_size=2,margin=1,top_k=2,reach=4", skip=EFFECTS)
 
 
+@pytest.mark.usefixtures("short_streams")
 def test_the_kit_passes_where_text_looks_up_by_what_was_before_it():
     """Generation equals reading, too, and nothing of a segment's own tokens is used."""
     check_memory("blocks:block_size=2,margin=0,top_k=2,by=text", skip=["every_place_counts", "other_models", "takes_what_is_dropped"])

@@ -156,6 +156,7 @@ def test_the_store_is_the_same_over_any_backend(tmp_path, monkeypatch):
     assert outputs[:7] == outputs[7:]
 
 
+@pytest.mark.usefixtures("short_streams")
 def test_the_kit_passes_a_store_over_another_backend(monkeypatch):
     monkeypatch.setattr(store, "backend_of", RamRows)
     monkeypatch.setattr("mini_tfm.testing.checks.kinds_for", lambda memory: ["decoder-only"])

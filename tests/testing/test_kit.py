@@ -37,6 +37,7 @@ OTHER_HONEST = [
 ]
 
 
+@pytest.mark.usefixtures("short_streams")
 @pytest.mark.parametrize("text", HONEST + [pytest.param(text, marks=pytest.mark.long) for text in OTHER_HONEST])
 def test_built_in_strategies_pass(text):
     check_memory(text)
@@ -48,6 +49,7 @@ def only_decoders(monkeypatch):
     monkeypatch.setattr("mini_tfm.testing.checks.kinds_for", lambda memory: ["decoder-only"])
 
 
+@pytest.mark.usefixtures("short_streams")
 def test_a_store_on_disk_passes(tmp_path, only_decoders):
     numbers = itertools.count()
     check_memory(lambda: mt.memory("store", path=str(tmp_path / f"{next(numbers)}.mdb"), top_k=3))
@@ -678,7 +680,7 @@ def test_initial_values_of_another_process_are_compared(tmp_path, monkeypatch, o
     made.text = "own"
     program = "import mini_tfm.testing.habits as h, own_values; h.make_memory = lambda text: own_values.Own(size=4)"
     monkeypatch.setattr("mini_tfm.testing.habits.__name__", "sitecustomized_habits")
-    (tmp_path / "sitecustomized_habits.py").write_text(f"{program}\n_print_digest = h._print_digest\n")
+    (tmp_path / "sitecustomized_habits.py").write_text(f"{program}\n_print_digests = h._print_digests\n")
     with pytest.raises(CheckFailed, match="expected the same initial values in another process, got others"):
         check_memory(lambda: made, only=["parameters_are_the_same_everywhere"])
 
@@ -733,6 +735,7 @@ class CurvesWrongly(Curves):
         return changed(view, bank=("hidden", view.bank[1] * wrong))
 
 
+@pytest.mark.usefixtures("short_streams")
 @pytest.mark.parametrize("strategy", [Renumbers, Curves, PullsRowsTogether])
 def test_an_odd_but_honest_strategy_passes(strategy, only_decoders):
     check_memory(strategy)
