@@ -110,7 +110,7 @@ def laid_out(x, layout):
     return x.copy()
 
 
-def in_a_process(program, *arguments, check=True, timeout=120, **environment):
+def in_a_process(program, *arguments, check=True, timeout=300, **environment):
     """Runs a Python program in a new interpreter, where warnings are errors: the finished process, text in its stdout.
 
     `check`: it is a failure of the test, with what the program wrote to stderr, if the program fails.

@@ -28,7 +28,7 @@ def with_plugins(folder):
 
 
 def run_process(*words, **options):
-    options = {"capture_output": True, "text": True, "timeout": 60, "env": ENVIRONMENT, **options}
+    options = {"capture_output": True, "text": True, "timeout": 300, "env": ENVIRONMENT, **options}
     return subprocess.run(command(*words), **options)
 
 

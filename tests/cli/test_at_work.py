@@ -203,7 +203,7 @@ def test_generate_reads_a_file_into_a_memory_on_disk_once(run, model, texts, tmp
 def test_a_reading_that_was_interrupted_goes_on(run, model, monkeypatch, tmp_path, spec, overlap, rows):
     """The second command reads what the first did not, and the memory holds what one reading gives."""
     text = tmp_path / "long.txt"
-    text.write_text("".join(f"{i} quick brown foxes jump over the lazy dog. " for i in range(40)))
+    text.write_text("".join(f"{i} quick brown foxes jump over the lazy dog. " for i in range(16)))
     size, read, left = text.stat().st_size, Stream.read, [40]
 
     def stopped(stream, tokens, lengths, kept):

@@ -16,7 +16,6 @@ from commands import ENVIRONMENT, TINY_OPTIONS, command, run_process, write_plug
 from mini_tfm import cli
 from mini_tfm.cli.shared import prompt_from
 from mini_tfm.pipeline import Pipeline
-from mini_tfm.testing import CHECKS
 from mini_tfm.transformer import load_checkpoint
 
 HELP = [[], *([name] for name in cli.COMMANDS), *(["plugins", name] for name in ("list", "check", "new"))]
@@ -289,19 +288,25 @@ def shell(words, redirection):
     return subprocess.run(["bash", "-c", f"set -o pipefail; {script}"], capture_output=True, text=True, timeout=120, env=ENVIRONMENT)
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_streams_that_are_closed_or_full(shared, tmp_path, name):
+REDIRECTIONS = {"> /dev/full": 2, ">&- 2>&- <&-": 0, "<&-": 0, ">&-": 0, "2>&-": 0}
+# Each is a process. Of every command the first two at each change, and all of one.
+REDIRECTED = [
+    pytest.param(name, each, marks=[pytest.mark.long] * (name != "generate" and each not in list(REDIRECTIONS)[:2]))
+    for name in COMMANDS
+    for each in REDIRECTIONS
+]
+
+
+@pytest.mark.parametrize(("name", "redirection"), REDIRECTED)
+def test_streams_that_are_closed_or_full(shared, tmp_path, name, redirection):
     """Closed ones are as the null device; a reader that is gone is 141; what cannot be written is an error of one line."""
-    for number, (redirection, codes) in enumerate({"<&-": [0], ">&-": [0], "2>&-": [0], ">&- 2>&- <&-": [0], "> /dev/full": [2]}.items()):
-        place = tmp_path / str(number)
-        place.mkdir()
-        done = shell(filled(COMMANDS[name], shared, place), redirection)
-        assert done.returncode in codes, (redirection, done)
-        assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr, (redirection, done)
-        if redirection == "> /dev/full":
-            assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] != []
-        if name == "train":
-            assert load_checkpoint(place / "m").tokenizer is not None, redirection
+    done = shell(filled(COMMANDS[name], shared, tmp_path), redirection)
+    assert done.returncode == REDIRECTIONS[redirection], done
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr, done
+    if redirection == "> /dev/full":
+        assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] != []
+    if name == "train":
+        assert load_checkpoint(tmp_path / "m").tokenizer is not None
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -310,10 +315,16 @@ def test_a_reader_that_is_gone_before_the_first_word(shared, tmp_path, name):
     os.close(reads)
     words = filled(COMMANDS[name], shared, tmp_path)
     done = subprocess.run(command(*words), stdout=writes, stderr=subprocess.PIPE, text=True, timeout=120, env=ENVIRONMENT)
+    os.close(writes)
     assert done.returncode == 141 and "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
-    with_errors = filled(COMMANDS[name], shared, tmp_path / "again")
-    (tmp_path / "again").mkdir()
-    assert subprocess.run(command(*with_errors), stdout=writes, stderr=writes, timeout=120, env=ENVIRONMENT).returncode == 141
+
+
+@pytest.mark.parametrize("name", [name if name == "help" else pytest.param(name, marks=pytest.mark.long) for name in COMMANDS])
+def test_readers_of_output_and_errors_that_are_gone(shared, tmp_path, name):
+    reads, writes = os.pipe()
+    os.close(reads)
+    words = filled(COMMANDS[name], shared, tmp_path)
+    assert subprocess.run(command(*words), stdout=writes, stderr=writes, timeout=120, env=ENVIRONMENT).returncode == 141
     os.close(writes)
 
 
@@ -447,16 +458,17 @@ def register_memories(register):
 def test_plugins_check_tells_what_fails(run, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     write_plugin(tmp_path, "random_test", BAD.format(name="random_test", keep="return np.random.default_rng().random(positions.shape)"))
-    said = run("plugins", "check", "random_test")
+    some = [word for name in ("runs", "is_deterministic", "rows_reorder", "capacity_holds") for word in ("--only", name)]
+    said = run("plugins", "check", "random_test", *some)
     assert said.code == 1 and "FAILS" in said.out and "passes" in said.out and "is_deterministic" in said.out
     assert "checks fail" in said.out and "skipped" not in said.out
     skip = "--skip", "rows_reorder", "--skip", "is_deterministic"
-    skipped = json.loads(run("plugins", "check", "random_test", *skip, "--json").out)
-    assert skipped["skipped"] == ["is_deterministic", "rows_reorder"] and not skipped["passed"]
-    assert not {"is_deterministic", "rows_reorder"} & {check["check"] for check in skipped["checks"]}
+    skipped = json.loads(run("plugins", "check", "random_test", *some, *skip, "--json").out)
+    assert skipped["skipped"] == ["is_deterministic", "rows_reorder"] and skipped["passed"]
+    assert [check["check"] for check in skipped["checks"]] == ["runs", "capacity_holds"]
     unknown = run("plugins", "check", "random_test", "--skip", "runz")
     assert unknown.code == 2 and "--skip: expected one of runs, " in unknown.err
-    assert "one check alone: mini-tfm plugins check random_test --only is_deterministic" in run("plugins", "check", "random_test").out
+    assert "one check alone: mini-tfm plugins check random_test --only is_deterministic" in said.out
 
 
 @pytest.mark.parametrize(
@@ -487,12 +499,11 @@ def test_the_checks_after_one_that_ended_the_process_are_made(run, tmp_path, mon
     monkeypatch.syspath_prepend(str(tmp_path))
     keep = "import os; (os._exit(4) if positions.dtype == np.int64 and len(positions) == 3 else 0); return positions"
     write_plugin(tmp_path, "bad_test", BAD.format(name="bad_test", keep=keep))
-    checks = {each["check"]: each["passed"] for each in json.loads(run("plugins", "check", "bad_test", "--json").out)["checks"]}
-    assert list(checks) == list(CHECKS) and [name for name, passed in checks.items() if not passed] == [
-        "other_models",
-        "rows_are_independent",
-        "rows_reorder",
-    ]
+    names = ["runs", "other_models", "empty_is_nothing", "rows_are_independent", "rows_pause", "rows_reorder", "stacks"]
+    said = run("plugins", "check", "bad_test", "--json", *(word for name in names for word in ("--only", name)))
+    checks = {each["check"]: each["passed"] for each in json.loads(said.out)["checks"]}
+    assert list(checks) == names
+    assert [name for name, passed in checks.items() if not passed] == ["other_models", "rows_are_independent", "rows_reorder"]
 
 
 def test_plugins_new_writes_a_plugin_of_that_name(run, tmp_path):

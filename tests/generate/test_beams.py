@@ -1,5 +1,6 @@
 """Beam search against plain enumeration: all sequences of a tiny vocabulary, each scored as a given target."""
 
+import functools
 import itertools
 
 import numpy as np
@@ -37,6 +38,19 @@ def all_sequences(eos=EOS, steps=STEPS):
                 yield list(ids)
 
 
+@functools.cache
+def log_probs_of_all(variant):
+    """Of each row of the source, by sequence: the log-probabilities of its tokens."""
+    model, rows = model_of(variant), [row[:n] for row, n in zip(source(), LENGTHS, strict=True)]
+
+    def log_probs(row, ids):
+        if model.config.has_encoder:
+            return model.score_targets([row], [ids])[0]
+        return model.score_targets(None, [[*row, *ids]])[0, len(row) :]
+
+    return [{tuple(ids): log_probs(row, ids) for ids in all_sequences()} for row in rows]
+
+
 def ranked(log_probs, length_penalty):
     """[(score, ids without eos)], best first, of all sequences; log_probs: of one, a number a token."""
     found = []
@@ -62,20 +76,13 @@ def test_as_many_beams_as_sequences_are_exhaustive_search(variant, length_penalt
         early_stopping=early_stopping,
         output_scores=True,
     )
-    for b, n in enumerate(LENGTHS):
-        row = source()[b, :n]
-
-        def log_probs(ids, row=row):
-            if model.config.has_encoder:
-                return model.score_targets([row], [ids])[0]
-            return model.score_targets(None, [[*row, *ids]])[0, len(row) :]
-
-        expected = ranked(log_probs, length_penalty)
+    for b, known in enumerate(log_probs_of_all(variant)):
+        expected = ranked(lambda ids, known=known: known[tuple(ids)], length_penalty)
         assert made.sequences[b] == [ids for _, ids in expected]
         np.testing.assert_allclose(made.sequences_scores[b], [score for score, _ in expected], atol=1e-10)
         for ids, each, score in zip(made.sequences[b], made.log_probs[b], made.sequences_scores[b], strict=True):
             whole = ids if len(each) == len(ids) else [*ids, EOS]
-            np.testing.assert_allclose(each, log_probs(whole), atol=1e-10)
+            np.testing.assert_allclose(each, known[tuple(whole)], atol=1e-10)
             assert abs(sum(each) / len(each) ** length_penalty - score) < 1e-10
 
 

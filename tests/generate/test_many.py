@@ -32,14 +32,14 @@ def pipe(variant="pre norm", memory=None, **fields):
 @pytest.mark.parametrize("memory", [None, "window:size=9,sinks=2,site=all", "recurrent:tokens=2"])
 def test_a_text_among_many_is_what_it_is_alone(variant, memory, fields, options):
     p = pipe(variant, memory, **fields)
-    options = {"max_new_tokens": 12, **options}
+    options = {"max_new_tokens": 9, **options}
     together = p.generate_many(TEXTS, batch_tokens=200, **options)
-    assert together == p.generate_many(iter(TEXTS), batch_tokens=1, **options)
     assert together[0] == p.generate(TEXTS[0], **options)
     assert together[3:5] == p.generate_many(TEXTS[3:5], numbers=[3, 4], **options)
     if "seed" not in options:
         assert together == [p.generate(text, **options) for text in TEXTS]
     else:
+        assert together == p.generate_many(iter(TEXTS), batch_tokens=1, **options)
         assert together[2] != together[7], "equal texts draw apart"
 
 
