@@ -8,8 +8,9 @@ what A recalls is added to the inputs of the same layer in later segments. With 
     A <- A + sum of beta k (x) (v - k A / (k z + eps))                              (equations 2, 3: the delta rule)
     z <- z + sum of gamma k, gamma = clip(1 - k z / |k|^2, 0, 1)
 
-Differences from the paper: gamma carries a gradient, which the authors cut; and in a decoder the rows stand in front of the text, too,
-as the contract has them. All rows of a segment are written at once, as in the authors' code.
+Differences from the paper: gamma carries a gradient, which the authors cut; in a decoder the rows stand in front of the text, too, as
+the contract has them; and what is recalled is at most LIMIT times as long as what it is added to, or taken from. All rows of a segment
+are written at once, as in the authors' code.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from mini_tfm.errors import InvalidValue, shown
 from mini_tfm.memory import Dims, Param, RecurrentMemory, State, bank_key, hookimpl, sigmoid, value_of
 
 EPS = 1e-5
+LIMIT = 3.0
 NU = 3  # of DPFP
 
 
@@ -57,7 +59,7 @@ class Armt(RecurrentMemory):
 
     def enter(self, state: State, site: str, layer: int, inputs: np.ndarray) -> np.ndarray:
         bank = bank_key(site, layer)
-        return recalled(dpfp(inputs @ state.params["W_q"][layer]), state[bank + "A"], state[bank + "z"])
+        return recalled(dpfp(inputs @ state.params["W_q"][layer]), state[bank + "A"], state[bank + "z"], inputs)
 
     def leave(self, state: State, site: str, layer: int, rows: np.ndarray) -> None:
         bank, params = bank_key(site, layer), state.params
@@ -66,13 +68,25 @@ class Armt(RecurrentMemory):
         beta = sigmoid(rows @ params["w_b"][layer])[..., None]
         gamma = 1 - (k @ z[..., None]) / (np.sum(k * k, axis=2, keepdims=True) + EPS)  # at most 1: no number is below 0
         gamma = gamma * (value_of(gamma) > 0)
-        state[bank + "A"] = A + np.swapaxes(beta * k, 1, 2) @ (v - recalled(k, A, z))
+        state[bank + "A"] = A + np.swapaxes(beta * k, 1, 2) @ (v - recalled(k, A, z, v))
         state[bank + "z"] = z + np.sum(gamma * k, axis=1)
 
 
-def recalled(keys: np.ndarray, A: np.ndarray, z: np.ndarray) -> np.ndarray:
-    """keys A / (keys z + eps): keys (B, n, K), A (B, K, d), z (B, K) -> (B, n, d)."""
-    return (keys @ A) / (keys @ z[..., None] + EPS)
+def recalled(keys: np.ndarray, A: np.ndarray, z: np.ndarray, beside: np.ndarray) -> np.ndarray:
+    """keys A / (keys z + eps), at most LIMIT times as long as `beside`: keys (B, n, K), A (B, K, d), z (B, K), beside (B, n, d).
+
+    A key with k z >= |k|^2 adds to A and nothing to z, also in numbers where z is 0. A later key of these numbers alone has a quotient
+    of the order of 1 / eps, which would be written, in its turn, and grow without end.
+    """
+    found, share = keys @ A, keys @ z[..., None] + EPS
+    least = length(found) / (LIMIT * length(beside))
+    is_far = value_of(least) > value_of(share)
+    return found / (share * ~is_far + least * is_far)
+
+
+def length(x: np.ndarray) -> np.ndarray:
+    """(B, n, d) -> (B, n, 1), not quite 0 where x is, as the gradient there is not finite."""
+    return np.sqrt(np.sum(x * x, axis=-1, keepdims=True) + 1e-30)
 
 
 def dpfp(x: np.ndarray) -> np.ndarray:

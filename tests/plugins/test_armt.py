@@ -6,7 +6,9 @@ import pytest
 import mini_tfm as mt
 from mini_tfm.errors import InvalidValue, PluginError
 from mini_tfm.memory import Memory, MemorySpec, RecurrentMemory, Stack
+from mini_tfm.testing.topics import trained
 from mini_tfm.testing.trial import Reader, random_segments, small_model
+from mini_tfm_plugins.armt import recalled
 
 KEY, EPS = 3, 1e-5
 
@@ -15,6 +17,12 @@ def phi(x):
     """DPFP-3 of one vector."""
     both = np.maximum(np.concatenate([x, -x]), 0)
     return np.concatenate([[both[j] * both[j - i] for j in range(len(both))] for i in (1, 2, 3)])
+
+
+def quotient(key, A, z, beside):
+    """k A / (k z + eps), cut to three times the length of what stands beside it."""
+    found = key @ A / (key @ z + EPS)
+    return found * min(1, 3 * np.linalg.norm(beside) / max(np.linalg.norm(found), 1e-12))
 
 
 class Noting(type(mt.memory("armt"))):
@@ -49,16 +57,36 @@ def test_what_is_recalled_and_written_are_the_papers(kind, site):
         for b in range(2):
             if what == "enter":
                 for x, added in zip(given[b], answer[b], strict=True):
-                    key = phi(x @ W_q[layer])
-                    np.testing.assert_allclose(added, key @ A[layer, b] / (key @ z[layer, b] + EPS), atol=1e-12)
+                    np.testing.assert_allclose(added, quotient(phi(x @ W_q[layer]), A[layer, b], z[layer, b], x), atol=1e-12)
                 continue
             before, total = A[layer, b].copy(), z[layer, b].copy()
             for m in given[b]:
                 k, beta = phi(m @ W_k[layer]), 1 / (1 + np.exp(-m @ w_b[layer]))
-                A[layer, b] += np.outer(beta * k, m @ W_v[layer] - k @ before / (k @ total + EPS))
+                v = m @ W_v[layer]
+                A[layer, b] += np.outer(beta * k, v - quotient(k, before, total, v))
                 z[layer, b] += np.clip(1 - k @ total / (k @ k + EPS), 0, 1) * k
             np.testing.assert_allclose(answer[b], A[layer, b], atol=1e-12)
     assert np.abs(A).max() > 0.01
+
+
+@pytest.mark.parametrize("kind", ["encoder-decoder", "decoder-only"])
+def test_few_numbers_a_key_in_a_model_that_never_met_it_do_not_overflow(kind):
+    """Where z has nothing of a key that A has, the paper's quotient is of the order of 1 / eps, and is written again."""
+    model, memory = trained(kind), mt.memory("armt:tokens=2,d_key=3")
+    model.add_memory_weights(memory, seed=1)
+    reader = Reader(model, memory, 64)
+    for tokens in random_segments(64, 40):
+        assert np.isfinite(reader.read(tokens)).all()
+    lengths = [np.abs(array).max() for name, array in reader.run.states[0].items() if name.endswith(("A", "z"))]
+    assert max(lengths) < 1e6
+
+
+def test_what_is_recalled_is_the_papers_up_to_three_times_what_it_is_added_to():
+    keys, beside = np.array([[[1.0, 0.0], [0.0, 1.0], [0.2, 0.1], [0.0, 0.0]]]), np.array([[[0.0, 3.0]] * 4])
+    A, z = np.array([[[1.0, 2.0], [6.0, 8.0]]]), np.array([[2.0, 0.0]])
+    found = recalled(keys, A, z, beside)[0]
+    np.testing.assert_allclose(found[[0, 2]], [[0.5, 1.0], np.array([0.8, 1.2]) / 0.4], rtol=1e-4)
+    np.testing.assert_allclose(found[[1, 3]], [[5.4, 7.2], [0.0, 0.0]], rtol=1e-4)
 
 
 class Shifts(Memory):

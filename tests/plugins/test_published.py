@@ -9,7 +9,6 @@ from mini_tfm.testing.trial import KINDS
 from mini_tfm.text.tokenizers import ByteTokenizer
 
 TRAINED = {"empty_is_nothing"}  # rows that are there before anything was read
-GROWS = {"helps"}  # what armt recalls grows from segment to segment in a model that was not trained with it from the start
 
 # Text -> the checks that do not apply.
 ALONE: dict[str, set[str]] = {
@@ -27,7 +26,7 @@ ALONE: dict[str, set[str]] = {
     "passages:size=5,top_k=2,query=5": set(),
     "compressive:size=4,rate=2": set(),
     "exchange:size=7,top_k=2,promote=2,half_life=9": set(),
-    "armt:tokens=2,d_key=3": GROWS,
+    "armt:tokens=2,d_key=3": set(),
     "prefix:tokens=3": TRAINED,
     "product_keys:n=4,top_k=2": TRAINED,
 }
@@ -45,7 +44,7 @@ ELSEWHERE = {
     "exchange:size=9,top_k=3,promote=2,same=0.5,site=encoder": set(),
     "exchange:size=9,top_k=3,promote=2,site=decoder,gradient=none": set(),
     "compressive:size=4,rate=2,how=conv,site=decoder": set(),
-    "armt:tokens=2,d_key=3,site=decoder": GROWS,
+    "armt:tokens=2,d_key=3,site=decoder": set(),
     "prefix:tokens=3,site=all": TRAINED,
     "product_keys:n=3,top_k=3,layer=0,site=decoder": TRAINED,
     "product_keys:n=3,top_k=3,site=encoder": TRAINED,
@@ -70,9 +69,16 @@ STACKS = [
 LONG = {"tova:size=7", "snapkv:size=7,recent=2,pool=3", "knorm:size=7", "gated_delta", "titans:depth=2,chunk=3", "product_keys:n=4,top_k=2"}
 
 
+@pytest.mark.usefixtures("short_streams")
 @pytest.mark.parametrize("text", [pytest.param(text, marks=[pytest.mark.long] * (text in LONG)) for text in ALONE])
 def test_it_keeps_the_contract(text):
     check_memory(text, skip=ALONE[text])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("text", ALONE)
+def test_long_streams_are_read_as_well_as_short_ones(text):
+    check_memory(text, only=["long_streams"])
 
 
 @pytest.mark.long
@@ -106,10 +112,11 @@ def test_it_comes_back_with_the_model(text, tmp_path):
     assert answers[0] == answers[1]
 
 
+@pytest.mark.usefixtures("short_streams")
 @pytest.mark.parametrize("text", [STACKS[0], *(pytest.param(text, marks=pytest.mark.long) for text in STACKS[1:])])
 def test_it_stands_in_a_stack(text):
     stopped = {"gradients_are_right"} if "loss=attention" in text else set()  # by the paper's loss, on purpose
-    check_memory(text, skip=stopped | (TRAINED if "prefix" in text else GROWS if "armt" in text else set()))
+    check_memory(text, skip=stopped | (TRAINED if "prefix" in text else set()))
 
 
 @pytest.mark.parametrize(
