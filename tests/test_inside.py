@@ -84,7 +84,8 @@ def test_states_lead_to_the_result_and_weights_add_up(variant):
     if config.has_decoder:
         assert len(found.decoder_hidden_states) == config.n_decoder_layers + 1
         target = np.roll(inputs, -1, axis=1)
-        fed = np.concatenate([np.full((2, 1), config.bos_id), target[:, :-1]], axis=1)
+        first = source[np.arange(2), lengths - 1] if config.continues_source else np.full(2, config.bos_id)
+        fed = np.concatenate([first[:, None], target[:, :-1]], axis=1)
         scores = model.logits(source, target, lengths, target_lengths)
         again = model.look_inside(source, fed, lengths, target_lengths).decoder_hidden_states[-1]
         np.testing.assert_allclose(model.output(again, Weights(model.weights)), scores, rtol=1e-9, atol=1e-9)

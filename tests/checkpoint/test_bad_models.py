@@ -267,7 +267,7 @@ MARIANS = {
 
 def refused(path, said):
     tracemalloc.start()
-    begin = time.monotonic()
+    begin = time.process_time()
     try:
         with pytest.raises((FileProblem, InvalidValue)) as caught:
             load_checkpoint(path)
@@ -278,7 +278,7 @@ def refused(path, said):
     assert os.fspath(path) in message and "\n" not in message and len(message) < 4000
     for part in said:
         assert part in message, message
-    assert peak < 16 << 20 and time.monotonic() - begin < 60
+    assert peak < 16 << 20 and time.process_time() - begin < 60
 
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -404,10 +404,10 @@ TEMPLATES = {
 def test_a_hostile_chat_template_is_refused(name):
     """Where it would go on for ever, or take all memory, too."""
     pytest.importorskip("jinja2")
-    begin = time.monotonic()
+    begin = time.process_time()
     with pytest.raises(InvalidValue, match="some/folder: chat_template: "):
         chat_text(TEMPLATES[name], [{"role": "user", "content": "Hi"}], {"eos_token": "</s>"}, source="some/folder")
-    assert time.monotonic() - begin < 60
+    assert time.process_time() - begin < 60
 
 
 @pytest.mark.parametrize("count", [300, pytest.param(20_000, marks=pytest.mark.long)])

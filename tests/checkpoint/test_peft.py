@@ -291,7 +291,7 @@ def test_folders_with_random_changes_load_or_are_refused(file, tmp_path):
         path.write_bytes(json.dumps(mutated_json(json.loads(content), draw)).encode() if is_json else mutated(content, draw))
         model = mt.load(tmp_path / "model")
         tracemalloc.reset_peak()
-        began = time.perf_counter()
+        began = time.process_time()
         try:
             model.load_lora(path.parent)
             outcomes["loaded"] += 1
@@ -301,7 +301,7 @@ def test_folders_with_random_changes_load_or_are_refused(file, tmp_path):
             outcomes["refused"] += 1
         except BaseException as error:
             raise AssertionError(f"seed {seed}: {type(error).__name__}: {error}") from error
-        assert tracemalloc.get_traced_memory()[1] < 20e6 and time.perf_counter() - began < 20, f"seed {seed}"
+        assert tracemalloc.get_traced_memory()[1] < 20e6 and time.process_time() - began < 20, f"seed {seed}"
     tracemalloc.stop()
     assert min(outcomes.values()) > 10, outcomes
 
