@@ -233,7 +233,8 @@ class KVCache:
             self._lengths, self._fronts = _moved(self._lengths, index), _moved(self._fronts, index)
             self._positions, self._at = _moved(self._positions, index), _moved(self._at, index)
         self._states = {layer: _moved(state, index) for layer, state in self._states.items()}
-        self._cross = {layer: [_moved(x, sources) for x in kept] for layer, kept in self._cross.items()}
+        if (sources != np.arange(len(sources))).any():  # beams stay with their source: nothing moves
+            self._cross = {layer: [_moved(x, sources) for x in kept] for layer, kept in self._cross.items()}
         self.rows_per_source, self.n_rows = rows_per_source, len(index)
         self._front = None if self._front is None else self._front[index]
 
