@@ -12,6 +12,7 @@ import numpy as np
 
 from . import files
 from .common import FASTER, Side, _Against, _Task, library, ratio, seconds, thread_count
+from .machine import processor
 
 NEW_TOKENS = 64
 OURS = ["mini_tfm float32", "mini_tfm bfloat16", "mini_tfm int8"]
@@ -60,6 +61,8 @@ def torch_model(kind, name):
 @functools.cache
 def ctranslate2_model(name, dtype, setting):
     if setting:
+        if setting.lower() not in processor()["instruction sets"]:
+            raise NotImplementedError(f"this processor has no {setting}")
         os.environ["CT2_FORCE_CPU_ISA"] = setting  # which it reads when it is loaded
     module = library("ctranslate2")
     return module.Translator(str(files.ctranslate2(name)), compute_type=dtype, intra_threads=thread_count(), inter_threads=1)
