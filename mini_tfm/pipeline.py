@@ -24,7 +24,7 @@ from .generate.results import Hypothesis
 from .generate.rules import deadline_of
 from .generate.segments import check_length, goes_on, in_segments
 from .generate.session import packed_weights
-from .generate.steps import Search, Settled, Steps, alone, check_batch_tokens, found_by, in_lots, together
+from .generate.steps import AT_ONCE, Search, Settled, Steps, alone, check_batch_tokens, found_by, in_lots, together
 from .generate.stops import BeforeStop
 from .memory.base import Memory
 from .memory.registry import memory as make_memory
@@ -277,7 +277,7 @@ class Pipeline:
         tokens = [len(part[-1].tokens) + chosen.max_new_tokens for part in parts]
         kinds = [(n,) for n in range(len(parts))] if chosen.guesses_by else [self._kind(part) for part in parts]
         lots = in_lots(kinds, tokens, copies, batch_tokens)
-        for _ in together((Search(begun(lot), len(lot) * copies, tokens[lot[0]]) for lot in lots), batch_tokens):
+        for _ in together((Search(begun(lot), len(lot) * copies, tokens[lot[0]]) for lot in lots), batch_tokens, AT_ONCE):
             pass
         return results
 

@@ -6,6 +6,7 @@ Models and texts are those of files.py.
 
 import functools
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -396,3 +397,75 @@ class DecodingAgainstCTranslate2(_Against):
         return self._ratio(size)
 
     track_ratio_ctranslate2.unit = FASTER
+
+
+class OutsideKernels(Generate):
+    """What part of a decoding step passes outside the recorded step and the output layer: Python, for the most part."""
+
+    params = ([("T5-small", 1, 32, 1), ("T5-small", 8, 64, 1)], OURS)
+    timeout = 300
+
+    def setup(self, size, side):
+        import mini_tfm as mt
+
+        mt.set_num_threads(thread_count())
+        self.source, self.model = self.make(size), ours(size[0], parts(side)[1])
+        self._seconds(NEW_TOKENS)
+
+    def _seconds(self, n):
+        """Of generating n tokens, and of that in kernels."""
+        import mini_tfm._core as core
+        import mini_tfm.generate.cache as cache
+        import mini_tfm.model as model
+
+        clock = _Clock(core)
+        cache._core = model._core = clock
+        try:
+            began = time.perf_counter()
+            self.model.generate(*self.source, max_new_tokens=n, stop_at_eos=False)
+            return time.perf_counter() - began, clock.seconds
+        finally:
+            cache._core = model._core = core
+
+    def track_share_outside(self, size, side):
+        shares = []
+        for _ in range(9):
+            (all_of, in_all), (first, in_first) = self._seconds(NEW_TOKENS), self._seconds(1)
+            shares.append(1 - (in_all - in_first) / (all_of - first))
+        return 100 * float(np.median(shares))
+
+    track_share_outside.unit = "%"
+
+
+class _Clock:
+    """The core, with a clock on what a recorded step is made of."""
+
+    def __init__(self, core):
+        self.core, self.seconds = core, 0.0
+
+    def __getattr__(self, name):
+        return getattr(self.core, name)
+
+    def Program(self):
+        return _TimedProgram(self, self.core.Program())
+
+    def linear_top_k(self, *arguments, **options):
+        return self.timed(self.core.linear_top_k, *arguments, **options)
+
+    def timed(self, function, *arguments, **options):
+        began = time.perf_counter()
+        try:
+            return function(*arguments, **options)
+        finally:
+            self.seconds += time.perf_counter() - began
+
+
+class _TimedProgram:
+    def __init__(self, clock, program):
+        self.clock, self.program = clock, program
+
+    def __getattr__(self, name):
+        return getattr(self.program, name)
+
+    def run(self, *arguments):
+        return self.clock.timed(self.program.run, *arguments)

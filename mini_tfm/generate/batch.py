@@ -19,7 +19,7 @@ from .results import Generated, Hypothesis
 from .rules import deadline_of
 from .segments import check_length, goes_on, in_segments
 from .session import packed_weights
-from .steps import Search, Steps, check_batch_tokens, in_lots, together
+from .steps import AT_ONCE, Search, Steps, check_batch_tokens, in_lots, together
 
 
 def generate(
@@ -81,7 +81,7 @@ def generate(
     kinds = list(range(len(source))) if chosen.guesses_by else [0] * len(source) if config.has_encoder else lengths.tolist()
     lots = in_lots(kinds, tokens, copies, batch_tokens)
     searches = (Search(begun(np.array(lot)), len(lot) * copies, tokens[lot[0]]) for lot in lots)
-    for _ in together(searches, batch_tokens):
+    for _ in together(searches, batch_tokens, AT_ONCE):
         pass
     if chosen.output_scores:
         return Generated.of(results, chosen)

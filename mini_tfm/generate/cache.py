@@ -93,8 +93,8 @@ class KVCache:
             np.subtract(lengths, self._fronts[: self.n_rows], out=self.positions[:, 0])
             lengths += 1
             self.n_keys = int(lengths.max(initial=0))
-        if 0 < self._capacity < self.n_keys:
-            self._grow(max(2 * self._capacity, self.n_keys))
+        if 0 < (capacity := self._capacity) < self.n_keys:
+            self._grow(max(2 * capacity, self.n_keys))
         if self._owners is not None:
             self._owners[:, before : self.n_keys] = np.arange(len(self._owners))[:, None]
 
@@ -179,8 +179,10 @@ class KVCache:
 
     @property
     def _capacity(self) -> int:
-        """Keys that there is room for; where there are recurrences, for any number."""
-        return max((kept[0].shape[2] for kept in self._kept.values()), default=ANY_NUMBER if self._states else 0)
+        """Keys that there is room for, in every layer; where there are recurrences, for any number."""
+        for kept in self._kept.values():
+            return kept[0].shape[2]
+        return ANY_NUMBER if self._states else 0
 
     def step(self, layers: Callable[[Array], Array], x: Array) -> Array:
         """layers(x) of one token of each stream, x (B, 1, d): run again without Python where it can be.

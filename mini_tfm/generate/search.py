@@ -15,7 +15,7 @@ from .sampling import draw
 from .scores import log_probabilities, nothing_left, rng_of, top_of
 from .session import Session
 from .speculative import speculative
-from .steps import Step, Steps, Wants
+from .steps import Ahead, Step, Steps, Wants
 
 
 def search(session: Session, prompt: np.ndarray, rules: Rules, copies: np.ndarray | None = None) -> Steps:
@@ -39,13 +39,23 @@ def one_by_one(session: Session, prompt: np.ndarray, rules: Rules, copy_of: np.n
     draws = [rng_of(options, rules.numbers[i], copy_of[i] + copy) for i in range(size) for copy in range(copies)]
     is_plain = not (rules.processors or options.do_sample or options.output_scores)
     wants = Wants("best" if is_plain else "scores")
+    has_a_say = bool(rules.stops) or rules.deadline is not None  # after each token, beside an eos
     ids = prompt.astype(np.int64)
     (answer,) = yield Step([[] for _ in range(size)], np.arange(size), ids, wants, session)
     left = index = np.arange(size)  # the results that the session still works on, and the rows that it has them in
     if copies > 1:
         left, index = np.arange(size * copies), np.repeat(np.arange(size), copies)
         answer, ids = answer[index], ids[index]
-    for n in range(rules.limit):
+    n = 0  # tokens so far
+    while True:
+        if is_plain and answer.ndim == 2:  # several in a row, of which only the last may be an eos
+            before, answer = answer[:, :-1], answer[:, -1]
+            for i, tokens in zip(left.tolist(), before.tolist(), strict=True):
+                made[i].ids += tokens
+                made[i].length += len(tokens)
+            ids, n = np.concatenate([ids, before], axis=1), n + before.shape[1]
+        else:
+            before = ids[:, :0]
         if is_plain:
             chosen = answer
         else:
@@ -59,23 +69,26 @@ def one_by_one(session: Session, prompt: np.ndarray, rules: Rules, copy_of: np.n
                 _note_scores([made[i] for i in left], log_probabilities(scores), chosen, options.top_logprobs)
         is_eos = rules.is_eos(chosen)
         settled: list[list[int]] = [[] for _ in range(size)]
-        for i, token in zip(left[~is_eos].tolist(), chosen[~is_eos].tolist(), strict=True):
-            made[i].ids.append(token)
-            if i % copies == 0:
-                settled[i // copies].append(token)
-        for i in left.tolist():
+        for i, tokens, token, ends in zip(left.tolist(), before.tolist(), chosen.tolist(), is_eos.tolist(), strict=True):
+            if not ends:
+                made[i].ids.append(token)
+                tokens.append(token)
             made[i].length += 1
+            if i % copies == 0:
+                settled[i // copies] += tokens
         ids = np.concatenate([ids, chosen[:, None]], axis=1)
         going = ~(is_eos | rules.ends(ids, left // copies)) if rules.stops else ~is_eos
         if rules.out_of_time():
             going[:] = False
         for i in left[~going]:
             made[i].ended = True
-        if n + 1 == rules.limit or not going.any():
+        n += 1
+        if n == rules.limit or not going.any():
             yield Step(settled)
             break
         left, ids = left[going], ids[going]
-        (answer,) = yield Step(settled, index[going], chosen[going, None], wants)
+        ahead = Ahead(rules.limit - n, tuple(rules.eos_ids.tolist())) if is_plain and not has_a_say else None
+        (answer,) = yield Step(settled, index[going], chosen[going, None], wants, ahead=ahead)
         index = np.arange(len(left))
     return [made[start : start + copies] for start in range(0, len(made), copies)]
 

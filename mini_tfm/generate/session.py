@@ -120,6 +120,17 @@ class Session:
         self._check(scores)
         return ids if self.among is None else self.among[ids]
 
+    def best_of_next(self, tokens: np.ndarray, n: int, ends: np.ndarray) -> np.ndarray:
+        """(B, 1 to n) the best ids of so many steps, each fed the one before and the first `tokens` (B, 1), until one is in `ends` (m,)."""
+        made = []
+        for _ in range(n):
+            best = self.best(self.step(tokens))
+            made.append(best)
+            if (best[:, None] == ends).any():
+                break
+            tokens = best[:, None]
+        return np.stack(made, axis=1)
+
     def likeliest(self, hidden: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """(B, k) the best log-probabilities and their ids, best first; of equal ones the lower id first.
 

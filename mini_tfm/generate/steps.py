@@ -19,6 +19,7 @@ from ..options import LARGEST
 from .results import Hypothesis
 from .session import Session
 
+AT_ONCE = 16  # steps, where nobody waits for each token
 LOTS = 4  # begin together with 1 / LOTS of what is computed at once: smaller lots leave less room idle, larger ones are read faster
 
 Settled: TypeAlias = list[list[int]]  # of B sequences, the ids settled since the last step, of the first result of each
@@ -36,11 +37,19 @@ class Wants(NamedTuple):
         return answer if isinstance(answer, tuple) else (answer,)
 
 
+class Ahead(NamedTuple):
+    """How a search that wants the best tokens would go on: feeding each, for so many steps, or until one of these ids is the best."""
+
+    steps: int
+    ends: tuple[int, ...]
+
+
 class Step(NamedTuple):
     """order: row i becomes what row order[i] of this search was; without rows nothing is computed, and None is sent.
 
     tokens: (rows, T) what they are fed; T is 1 but in the first step of a session. wants: what is sent back, of the outputs at the last
-    token. session: a new one, of these rows alone, which begins with this step.
+    token. session: a new one, of these rows alone, which begins with this step. ahead: it may be sent (rows, n) of the best tokens, of n
+    steps in a row, for one (rows,).
     """
 
     settled: Settled
@@ -48,6 +57,7 @@ class Step(NamedTuple):
     tokens: np.ndarray = np.zeros((0, 1), np.int64)
     wants: Wants = Wants("best")
     session: Session | None = None
+    ahead: Ahead | None = None
 
 
 Steps: TypeAlias = Generator[Step, Any, list[list[Hypothesis]]]  # the coroutine; it returns B lists, best first
@@ -95,8 +105,8 @@ class Search:
         return session if self.rows else None
 
 
-def together(searches: Iterable[Search], batch_tokens: int | None = None) -> Iterator[tuple[Search, Settled]]:
-    """Runs searches to their ends; gives what they settle, as it comes.
+def together(searches: Iterable[Search], batch_tokens: int | None = None, at_once: int = 1) -> Iterator[tuple[Search, Settled]]:
+    """Runs searches to their ends; gives what they settle, as it comes, or after at most at_once steps.
 
     As many are at work as hold at most batch_tokens; None: all. Waiting ones join in their order. Those of one call must be of one model
     and memory.
@@ -140,8 +150,14 @@ def together(searches: Iterable[Search], batch_tokens: int | None = None) -> Ite
         if working:
             steps = [search.step for search in working if search.step is not None]
             assert session is not None
-            hidden = session.step(np.concatenate([step.tokens for step in steps]))
-            answers = {wants: wants.asked(session, hidden) for wants in {step.wants for step in steps}}
+            tokens, aheads = np.concatenate([step.tokens for step in steps]), [step.ahead for step in steps]
+            n = min(at_once, *(1 if ahead is None else ahead.steps for ahead in aheads))
+            if n > 1:
+                ends = np.array([*{end for ahead in aheads if ahead is not None for end in ahead.ends}], np.int64)
+                answers = {steps[0].wants: (session.best_of_next(tokens, n, ends),)}
+            else:
+                hidden = session.step(tokens)
+                answers = {wants: wants.asked(session, hidden) for wants in {step.wants for step in steps}}
 
 
 def _have_room(searches: Sequence[Search], batch_tokens: int | None) -> bool:
@@ -156,7 +172,7 @@ def alone(steps: Steps) -> Iterator[Settled]:
 def found_by(steps: Steps) -> list[list[Hypothesis]]:
     """What one search returns, run to its end."""
     search = Search(steps)
-    for _ in together([search]):
+    for _ in together([search], at_once=AT_ONCE):
         pass
     return search.found
 

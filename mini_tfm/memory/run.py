@@ -14,7 +14,7 @@ import math
 import operator
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -406,7 +406,7 @@ class MemoryRun:
         replaced = [any(self.members[i].spec.merge == "replace" for i, *_ in shown) for shown in at_site]
         return bool(replaced) and all(replaced) and len(replaced) == self.dims[0].layers[site]
 
-    @property
+    @cached_property
     def answers(self) -> bool:
         """Whether a member is asked at every token that is decoded: it reads, or adds to the inputs of a layer of the decoder."""
         reads = (reads for (site, _), shown in self._sites.show.items() if site != "encoder" for *_, reads in shown)

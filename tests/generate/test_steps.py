@@ -65,6 +65,23 @@ def test_others_take_the_places_of_those_that_end(at_work):
     assert len(at_work) < 0.75 * of_groups
 
 
+@pytest.mark.parametrize("variant", MODELS)
+def test_steps_in_a_row_make_the_tokens_and_take_the_steps_of_one_by_one(variant, at_work):
+    """Greedy search looks at its tokens after several steps; with scores asked for, after each."""
+    model = tiny_model(variant, seed=2, dtype=np.float32)
+    free = model.generate(SOURCE, LENGTHS, max_new_tokens=NEW, stop_at_eos=False)
+    ends = [row[n] for row, n in zip(free, (0, 3, 20), strict=False)]  # some rows end early, some late, some not
+    for options in ({"stop_at_eos": False}, {"eos_token_id": ends}, {"eos_token_id": ends[1:]}, {"eos_token_id": ends[2:]}):
+        for batch_tokens in (None, 200, 1):
+            options = {"max_new_tokens": NEW, "batch_tokens": batch_tokens, **options}
+            at_work.clear()
+            whole = model.generate(SOURCE, LENGTHS, output_scores=True, **options).sequences
+            steps = at_work[:]
+            at_work.clear()
+            assert model.generate(SOURCE, LENGTHS, **options) == whole
+            assert at_work == steps
+
+
 def test_one_row_is_always_at_work(at_work):
     model = tiny_model("pre norm", seed=2, dtype=np.float32)
     assert len(model.generate(SOURCE, LENGTHS, max_new_tokens=5, batch_tokens=1)) == len(SOURCE)
