@@ -30,7 +30,7 @@ def inside(path):
     '''The first value of each row, as another process would read it.'''
     store = LmdbRows(path)
     with store.reading("doc", "b", store.counts("doc").get("b", 0)) as chunks:
-        return [row[0] for hidden, _ in chunks for row in hidden.tolist() if len(set(row)) == 1]
+        return [float(value) for hidden, _ in chunks for value in hidden[(hidden == hidden[:, :1]).all(axis=1), 0]]
 
 
 def make(path):
