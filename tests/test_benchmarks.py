@@ -107,8 +107,16 @@ def tiny(monkeypatch, tmp_path_factory):
     monkeypatch.setattr(files, "FOLDER", tmp_path_factory.getbasetemp() / "files")
     monkeypatch.setattr(MODULES["segments"].Recomputed, "pairs", 1)
     monkeypatch.setattr(MODULES["tape"], "REPEATS", 1)
-    for name in ("BATCH", "SEGMENT"):
-        monkeypatch.setattr(MODULES["segments"], name, 4)
+    for module, sizes in {
+        "segments": {"BATCH": 4, "SEGMENT": 8},  # enough for the peak of a process to move
+        "characters": {"BATCH": 4, "BLOCK": 4},
+        "memory": {"BATCH": 2, "SEGMENT": 16},
+    }.items():
+        for name, value in sizes.items():
+            monkeypatch.setattr(MODULES[module], name, value)
+    monkeypatch.setattr(MODULES["memory"].Contract, "PAIRS", 2)
+    monkeypatch.setattr(MODULES["memory"].Contract, "SIZES", {"d_model": 16, "n_heads": 2})
+    monkeypatch.setitem(MODULES["model"].TRAINED_ON, "1.0 M", (2, 16))
     monkeypatch.setattr(MODULES["parallel"].WeakScaling, "pairs", 1)
     monkeypatch.setattr(MODULES["parallel"].WeakScaling, "steps", 1)
     for kernel in kernels.StreamShare.of.values():

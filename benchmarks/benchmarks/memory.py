@@ -172,11 +172,10 @@ class Contract:
     param_names = ["step"]
     timeout = 600
     PAIRS = 15
+    SIZES = {"d_model": 512, "n_heads": 8, "d_ff": 2048}
 
     def setup(self, step):
-        config = mt.Config(
-            vocab_size=1000, d_model=512, n_heads=8, d_ff=2048, n_encoder_layers=2, n_decoder_layers=2, segment_length=SEGMENT
-        )
+        config = mt.Config(vocab_size=1000, n_encoder_layers=2, n_decoder_layers=2, segment_length=SEGMENT, **self.SIZES)
         tokens = np.random.default_rng(0).integers(3, 1000, (4, 2, SEGMENT))
 
         def training(memory):

@@ -19,7 +19,9 @@ MODEL = {"vocab_size": VOCABULARY, "d_model": 128, "n_heads": 4, "n_encoder_laye
 PROGRAM = """
 import sys
 sys.path.insert(0, sys.argv[1])
+from benchmarks import segments
 from benchmarks.segments import make_trainer, streams
+segments.BATCH, segments.SEGMENT = map(int, sys.argv[5:])
 trainer = make_trainer(sys.argv[2], sys.argv[4] == "True")
 trainer.step(*(x[:1, :1, :1] for x in streams(1)))
 status = lambda name: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
@@ -40,7 +42,7 @@ def streams(segments):
 
 def peak(memory, segments, recompute):
     """Of two steps, in bytes: beyond weights, gradients and moments, and of the whole process."""
-    arguments = [str(Path(__file__).parents[1]), memory, str(segments), str(recompute)]
+    arguments = [str(Path(__file__).parents[1]), memory, *map(str, (segments, recompute, BATCH, SEGMENT))]
     if not Path("/proc/self/status").exists():
         raise NotImplementedError("there is no /proc/self/status")
     done = subprocess.run([sys.executable, "-P", "-c", PROGRAM, *arguments], capture_output=True, text=True)
