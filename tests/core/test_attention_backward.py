@@ -55,7 +55,7 @@ def test_backward(core, dtype, feature, seed, batch, kv_heads, group, length, so
 def test_capped(core, dtype, feature, cap):
     for seed, (length, source) in enumerate([(1, 5), (3, 300), (40, 70)]):
         values = Values(seed, dtype)
-        case = drawn_case(feature, values, 2, 4, 2, length, source, 8, size=3.0)
+        case = drawn_case(feature, values, 1, 4, 2, length, source, 8, size=3.0)
         check(core, case, values.real(*case.q.shape), start=0.5, cap=cap)
 
 
