@@ -217,8 +217,9 @@ def test_ctrl_c_ends_training_with_a_model(shared, tmp_path):
 
 @pytest.mark.parametrize("whole_group", [True, False], ids=["terminal", "kill"])
 def test_ctrl_c_ends_a_demo(tmp_path, whole_group):
-    code, seconds, out, err = interrupt(["demo", "--steps", 60, "--out", tmp_path / "d"], "^the common start", whole_group)
-    assert code == 130 and seconds < 2 and out == ""
+    """While its processes are at work."""
+    code, seconds, out, err = interrupt(["demo", "--steps", 60, "--out", tmp_path / "d"], "^timing a few steps", whole_group)
+    assert code == 130 and seconds < 10 and out == ""  # minutes of work were left; on a busy machine the end of processes takes seconds
     assert "Traceback" not in err and "stopped: no model was saved yet" in err
 
 
