@@ -290,9 +290,11 @@ def shell(words, redirection):
 
 
 REDIRECTIONS = {"> /dev/full": 2, ">&- 2>&- <&-": 0, "<&-": 0, ">&-": 0, "2>&-": 0}
-# Each is a process. Of every command the first two at each change, and all of one.
+AT_EACH_CHANGE = {*((name, "> /dev/full") for name in COMMANDS), ("help", ">&- 2>&- <&-"), ("train", ">&- 2>&- <&-")}
+# Each is a process, and what is done about its streams is the same code for all: at each change a full device for every command, all
+# streams closed for the help and for one that writes files, and every way for one.
 REDIRECTED = [
-    pytest.param(name, each, marks=[pytest.mark.long] * (name != "generate" and each not in list(REDIRECTIONS)[:2]))
+    pytest.param(name, each, marks=[pytest.mark.long] * (name != "generate" and (name, each) not in AT_EACH_CHANGE))
     for name in COMMANDS
     for each in REDIRECTIONS
 ]
@@ -310,7 +312,9 @@ def test_streams_that_are_closed_or_full(shared, tmp_path, name, redirection):
         assert load_checkpoint(tmp_path / "m").tokenizer is not None
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] * (name not in ("help", "score", "train"))) for name in COMMANDS]
+)
 def test_a_reader_that_is_gone_before_the_first_word(shared, tmp_path, name):
     reads, writes = os.pipe()
     os.close(reads)
