@@ -1,5 +1,6 @@
 """Hypothesis gives the same examples on every run; MINI_TFM_TEST_EXAMPLES=10 gives ten times as many. `pytest -n auto` uses all cores."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -25,6 +26,12 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("mini_tfm")
+
+
+def pytest_collection_finish(session):
+    """What was collected stays to the end: whoever looks for garbage in a test is not to look through thousands of tests each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
