@@ -56,20 +56,24 @@ LEAST_MAP_BYTES = 1 << 28  # where the process may not have so much address spac
 
 # Of LMDB's meta page, behind its header: magic, page size, last page, transaction.
 _META = struct.Struct("=I20xI92xQQ")
+_FLOCK = struct.Struct("hhqqi0q")  # of <fcntl.h>: type, whence, start, length, process
 
 _open: WeakValueDictionary[str, _Opened] = WeakValueDictionary()  # by path: LMDB allows one a process; gone with the last user
 _checked: set[tuple[Any, int, bytes, int]] = set()  # chunks whose CRC was right: (file, deletions of the document, key, bytes)
 _lock = threading.RLock()
+_turns: set[int] = set()  # descriptors of files that a thread writes to, or waits to
 
 
-def _renew_lock() -> None:
-    """A thread that held it does not exist in a forked child."""
+def _renew_locks() -> None:
+    """A thread that held one does not exist in a forked child, which would keep the turn of a killed parent."""
     global _lock
     _lock = threading.RLock()
+    while _turns:
+        os.close(_turns.pop())
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
+    os.register_at_fork(after_in_child=_renew_locks)
 
 
 class _Opened:
@@ -513,7 +517,7 @@ class LmdbRows:
             opened.active += 1
         try:
             if options.get("write"):
-                with opened.environment.begin(write=True) as txn:  # waits for the writer before
+                with _turn(self.path), opened.environment.begin(write=True) as txn:
                     if opened.is_current(self._identity()):
                         yield txn
                         return
@@ -621,6 +625,33 @@ def _inode(path: str) -> int | None:
 def _remove(path: str) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
+
+
+@contextlib.contextmanager
+def _turn(path: str) -> Iterator[None]:
+    """Held by the one that writes to the file. The others wait here, and not for LMDB's own lock.
+
+    That is a futex. Where one that waits for it is woken, and killed before it has the lock, while a writer that did not wait takes it,
+    nobody wakes the next one. It would sleep until others wait, too, and for ever if a compaction has replaced the lock file.
+    """
+    if sys.platform != "linux":  # no locks of an open file, and LMDB's own is none that outlives who holds it
+        yield
+        return
+    try:
+        _turns.add(fd := os.open(path, os.O_RDWR | os.O_CLOEXEC))
+    except OSError:  # it was deleted: the one who waits for its turn will see
+        fd = -1
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            # Of the open file: threads have one each, and `flock` on the file, under which someone may have started us, is another.
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLKW, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+        yield
+    finally:
+        if fd in _turns:  # not in a child that was forked meanwhile
+            _turns.remove(fd)
+            with contextlib.suppress(OSError):  # by name, not by closing alone: a child that is just being made has it open, too
+                fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, 0, 0, 0))
+            os.close(fd)
 
 
 @contextlib.contextmanager

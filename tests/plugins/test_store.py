@@ -6,6 +6,7 @@ import gc
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -628,6 +629,77 @@ WRITER = """
         disk.append(f"own {first}", {"bank": [rows, np.full(7, first + number)]})
     print("done")
 """
+
+
+WAITER = """
+    import os, sys, numpy as np
+    from mini_tfm_plugins.rows_lmdb import LmdbRows
+
+    disk, name, *last = LmdbRows(sys.argv[1]), *sys.argv[2:]
+    disk.documents()
+    if last:  # woken, it runs after all others on this processor
+        os.sched_setaffinity(0, {int(last[0])})
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    print("ready", flush=True)
+    disk.append(name, {"bank": [np.ones((7, 8), np.float32), np.arange(7)]})
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="what LMDB waits for is another lock")
+def test_a_writer_waits_for_no_one_that_was_killed_when_its_turn_had_come(path):
+    """One that waits is woken and killed before it runs, while this process writes again: the other one that waits has its turn then."""
+    disk = LmdbRows(path)
+    disk.open(8, "weights")
+    processor = max(os.sched_getaffinity(0))
+    busy = f"import os\nos.sched_setaffinity(0, {{{processor}}})\nprint('ready', flush=True)\nwhile True: pass"
+    waiter, started = [sys.executable, "-c", textwrap.dedent(WAITER), path], []
+
+    def start(*command):
+        started.append(process := subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    try:
+        with disk._write():
+            first = start(*waiter, "first", str(processor))
+            time.sleep(0.5)
+            second = start(*waiter, "second")
+            time.sleep(0.5)
+            spinning = [start(sys.executable, "-c", busy) for _ in range(2)]
+        with disk._write():
+            first.kill()
+            for process in spinning:
+                process.kill()
+            first.wait()
+        assert second.wait(30) == 0
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+    assert disk.documents()["second"] == 7
+
+
+def test_a_child_does_not_keep_the_turn_of_a_parent_that_was_killed_while_it_wrote(path):
+    code = """
+        import os, signal, sys
+        from mini_tfm_plugins.rows_lmdb import LmdbRows
+        with LmdbRows(sys.argv[1])._write():
+            if child := os.fork():
+                print(child, flush=True)
+                os.kill(os.getpid(), signal.SIGKILL)
+            signal.pause()
+    """
+    LmdbRows(path).open(8, "weights")
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), path], stdout=subprocess.PIPE, text=True) as parent:
+        child = int(parent.stdout.readline())
+        try:
+            assert parent.wait() == -signal.SIGKILL
+            writer = [sys.executable, "-c", textwrap.dedent(WAITER), path, "d"]
+            assert subprocess.run(writer, capture_output=True, timeout=30).returncode == 0
+        finally:
+            os.kill(child, signal.SIGKILL)
+    assert LmdbRows(path).documents() == {"d": 7}
 
 
 @pytest.mark.parametrize("reads_wanted", [1000, pytest.param(10_000, marks=pytest.mark.long)])
