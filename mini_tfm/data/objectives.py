@@ -18,7 +18,7 @@ from ..errors import InvalidValue, shown
 from .batches import Batch, Example, lay_out
 from .checks import MOST, integers, large, number
 from .corpus import CHUNK, as_corpus
-from .packing import PackedRows, SegmentLine, Window
+from .packing import CUTS, PackedRows, SegmentLines, Window
 from .permutation import Permutation
 
 A = TypeVar("A", bound="Packed")
@@ -28,7 +28,8 @@ class Packed:
     """Batches of documents packed into rows (packing.py): the base of `NextSegment` and `SpanDenoising`.
 
     documents: a `Corpus` of texts, or arrays of ids. Rows hold `n_segments` segments of at most `segment_length` tokens. No
-    segment crosses a document's end, and `Batch.begins` marks where a document begins, so that memories are emptied.
+    segment crosses a document's end, and `Batch.begins` marks where a document begins, so that memories are emptied. A document
+    of more than one segment is cut at other places in each epoch: its first segment is shorter.
     """
 
     name = ""
@@ -52,22 +53,24 @@ class Packed:
         self.corpus = as_corpus(documents, "texts")
         self.bos_id, self.eos_id, self.pad_id = integers(0, bos_id=bos_id, eos_id=eos_id, pad_id=pad_id)
         self.has_encoder = has_encoder
-        self._line = SegmentLine(self.corpus, self.segment_length)
+        self._lines = SegmentLines(self.corpus, self.segment_length)
 
     @property
     def steps_per_epoch(self) -> float:
-        return self._rows.an_epoch / self.batch_size
+        """On average: epochs are cut at other places, and so differ by a segment for each document at most."""
+        return self._rows.in_all / self._lines.n / self.batch_size
 
     @property
     def padding(self) -> float:
         """The share of padding in all segments."""
-        return self._line.padding
+        return self._lines.padding
 
     @property
     def state(self) -> dict[str, Any]:
         """Everything the batches depend on, as plain data."""
         names = ("segment_length", "n_segments", "batch_size", "seed", "bos_id", "eos_id", "has_encoder")
-        return {"objective": self.name, "corpus": self.corpus.fingerprint, **{name: getattr(self, name) for name in names}}
+        own = {name: getattr(self, name) for name in names}
+        return {"objective": self.name, "corpus": self.corpus.fingerprint, "cuts": CUTS, **own}
 
     def with_segments(self: A, n_segments: int, batch_size: int | None = None) -> A:
         """The same with `n_segments` segments per row, and `batch_size` rows if given; the corpus is shared."""
@@ -84,7 +87,7 @@ class Packed:
 
     @property
     def _rows(self) -> PackedRows:
-        return PackedRows(self._line, self.n_segments, self.batch_size, self.seed)
+        return PackedRows(self._lines, self.n_segments, self.batch_size, self.seed)
 
     def _example(self, window: Window, place: tuple[int, int, int]) -> Example:
         """The example made of a segment. place: (epoch, row, segment of the row)."""
@@ -95,7 +98,7 @@ class NextSegment(Packed):
     """The encoder reads a segment, the decoder predicts the next one; a document's first is predicted from `bos`.
 
     With has_encoder=False, for decoder-only models: language modelling, each segment predicted token by token. Every
-    token of the corpus is a target exactly once per epoch.
+    token of the corpus is a target exactly once per epoch. A document longer than a segment is cut at other places in each epoch.
     """
 
     name = "next-segment"
@@ -106,7 +109,7 @@ class NextSegment(Packed):
         target = self.corpus.document(i, start, stop)
         if not self.has_encoder:
             return Example(None, target, begins=begins)
-        source = np.array([self.bos_id]) if begins else self.corpus.document(i, start - self.segment_length, start)
+        source = np.array([self.bos_id]) if begins else self.corpus.document(i, max(0, start - self.segment_length), start)
         return Example(source, target, begins=begins)
 
 

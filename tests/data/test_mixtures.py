@@ -1,6 +1,8 @@
 """Mixtures and curricula, and that a resumed run sees what it would have seen."""
 
 import json
+import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -166,6 +168,32 @@ def test_a_resumed_run_sees_what_it_would_have_seen(stopped_at, tmp_path):
     assert first + resumed.fit(everything(), progress=False)["loss"] == losses
     for name, weight in whole.model.weights.items():
         assert_same_bits(resumed.model.weights[name], weight)
+
+
+@pytest.mark.parametrize("stopped_at", [2, 5, 9])  # an epoch is three steps and a bit; each is cut at other places
+@pytest.mark.parametrize("kind", [NextSegment, partial(SpanDenoising, vocab_size=20)])
+def test_a_run_that_is_resumed_in_mid_epoch_sees_the_cuts_it_would_have_seen(kind, stopped_at, tmp_path):
+    def data():
+        return kind(TEXTS, segment_length=5, n_segments=1, batch_size=9, seed=2)
+
+    whole, part = trainer_of(), trainer_of()
+    losses = whole.fit(data(), progress=False)["loss"]
+    first = part.fit(data(), stopped_at, folder=tmp_path / "run", progress=False)["loss"]
+    assert first + Trainer.resume(tmp_path / "run").fit(data(), progress=False)["loss"] == losses
+
+
+@pytest.mark.parametrize("make", [lambda: NextSegment(TEXTS, **SHAPE), everything])
+def test_a_run_that_was_cut_at_the_same_places_in_each_epoch_is_refused(make, tmp_path):
+    """As versions did that put nothing about cuts into the state."""
+    trainer_of().fit(make(), 2, folder=tmp_path / "run", progress=False)
+    path = tmp_path / "run" / "training.json"
+    text = path.read_text()
+    path.write_text(re.sub(r'"cuts": "[^"]*",?', "", text))
+    assert path.read_text() != text
+    resumed = Trainer.resume(tmp_path / "run")
+    with pytest.raises(InvalidValue, match=r"data: differs .*cuts was None, is 'other in each epoch'.*other_data=True"):
+        resumed.fit(make(), 4, progress=False)
+    assert len(resumed.fit(make(), 4, progress=False, other_data=True)["loss"]) == 2
 
 
 @pytest.mark.parametrize(

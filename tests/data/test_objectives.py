@@ -17,7 +17,7 @@ from mini_tfm.autodiff import value_of
 from mini_tfm.compare import Recall
 from mini_tfm.data import Corpus, Curriculum, Mixture, NextSegment, Pairs, SpanDenoising, TextStreams
 from mini_tfm.data.batches import Batch, Example, fields, lay_out
-from mini_tfm.data.packing import BLOCK, SegmentLine
+from mini_tfm.data.packing import BLOCK, SegmentLine, SegmentLines
 from mini_tfm.errors import InvalidValue
 from mini_tfm.stream import Stream
 from mini_tfm.text.tokenizers import ByteTokenizer
@@ -41,11 +41,16 @@ def segments_of(batch):
         yield b, t, source, batch.target[b, t, : batch.target_lengths[b, t]], batch.begins is not None and batch.begins[b, t]
 
 
-def an_epoch(data, rows, epoch=0):
+def rows_of_epochs(data, n):
+    """Rows of each of the first `n` epochs."""
+    return [behind - first for _, _, first, behind in itertools.islice(data._rows.epochs(0, 1 << 40), n)]
+
+
+def an_epoch(data, epoch=0):
     """The rows of an epoch, as batches of one row, cut out of the batches of its steps."""
-    size = data.batch_size
-    for position in range(epoch * rows, (epoch + 1) * rows):
-        step, b = divmod(position, size)
+    *before, here = rows_of_epochs(data, epoch + 1)
+    for position in range(sum(before), sum(before) + here):
+        step, b = divmod(position, data.batch_size)
         batch = data.batch(step)
         yield dataclasses.replace(batch, **{
             f.name: getattr(batch, f.name)[b : b + 1] for f in dataclasses.fields(batch) if getattr(batch, f.name) is not None
@@ -58,7 +63,7 @@ shapes = given(
     n=st.integers(1, 5),
     size=st.integers(1, 4),
     seed=st.integers(0, 99),
-    epoch=st.integers(0, 3),
+    epoch=st.integers(0, 11),
     has_encoder=st.booleans(),
 )
 
@@ -68,25 +73,38 @@ shapes = given(
 
 @given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=30), length=st.integers(1, 7), data=st.data())
 def test_the_line_has_each_token_once_in_order(lengths, length, data):
-    line = SegmentLine(Corpus.of(documents_of(lengths)), length)
-    assert len(line) == sum(-(-n // length) for n in lengths)
+    corpus, shift = Corpus.of(documents_of(lengths)), data.draw(st.integers(0, length - 1))
+    line = SegmentLine(corpus, length, shift)
     windows = list(line.windows(0, len(line)))
     assert [(w.document, at) for w in windows for at in range(w.start, w.stop)] == [(d, i) for d, n in enumerate(lengths) for i in range(n)]
-    assert all(0 < w.stop - w.start <= length and w.start % length == 0 for w in windows)
+    for d, n in enumerate(lengths):
+        first, *whole = [w.stop - w.start for w in windows if w.document == d]
+        assert first == n <= length or (n > length and first == 1 + (shift + d) % length)
+        assert whole[:-1] == [length] * len(whole[:-1]) and 0 < (whole or [1])[-1] <= length
     first, n = data.draw(st.integers(0, 2 * len(line))), data.draw(st.integers(0, 2 * len(line)))
     assert list(line.windows(first, n)) == [windows[(first + k) % len(line)] for k in range(n)]
-    padding = 1 - sum(lengths) / (len(line) * length)
-    assert line.padding == pytest.approx(padding)
+
+
+@given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=30), length=st.integers(1, 9))
+def test_the_sizes_of_all_lines_are_known_beforehand(lengths, length):
+    corpus = Corpus.of(documents_of(lengths))
+    lines = SegmentLines(corpus, length)
+    assert lines.sizes.tolist() == [len(SegmentLine(corpus, length, shift)) for shift in range(lines.n)]
+    assert lines.n == (length if max(lengths) > length else 1), "documents of one segment each are cut nowhere"
+    assert lines.padding == pytest.approx(1 - lines.n * sum(lengths) / (lines.sizes.sum() * length))
 
 
 def test_a_line_of_more_documents_than_a_block():
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 6, 3 * BLOCK + 17)
-    line = SegmentLine(Corpus.of(documents_of(lengths)), 2)
-    windows = list(line.windows(0, len(line)))
-    assert sum(w.stop - w.start for w in windows) == lengths.sum() and windows[-1].document == len(lengths) - 1
-    for first in rng.integers(0, len(line), 50):
-        assert list(line.windows(int(first), 3)) == [windows[(first + k) % len(line)] for k in range(3)]
+    corpus = Corpus.of(documents_of(lengths))
+    for shift, size in enumerate(SegmentLines(corpus, 2).sizes):
+        line = SegmentLine(corpus, 2, shift)
+        windows = list(line.windows(0, len(line)))
+        assert len(line) == size and sum(w.stop - w.start for w in windows) == lengths.sum()
+        assert windows[-1].document == len(lengths) - 1
+        for first in rng.integers(0, len(line), 50):
+            assert list(line.windows(int(first), 3)) == [windows[(first + k) % len(line)] for k in range(3)]
 
 
 # Next segment and language modelling
@@ -97,33 +115,81 @@ def test_a_line_of_more_documents_than_a_block():
 def test_every_token_is_a_target_once_an_epoch(lengths, length, n, size, seed, epoch, has_encoder):
     documents = documents_of(lengths)
     data = NextSegment(documents, segment_length=length, n_segments=n, batch_size=size, seed=seed, has_encoder=has_encoder)
-    rows = data._rows.an_epoch
-    assert data.steps_per_epoch == rows / size
+    epochs = rows_of_epochs(data, 2 * data._lines.n)
+    assert data.steps_per_epoch * size == pytest.approx(np.mean(epochs)), "on average"
     start_of = {int(d[0]): d for d in documents}
     found = []
-    for batch in an_epoch(data, rows, epoch):
+    for batch in an_epoch(data, epoch):
         before = None
         for _, t, source, target, begins in segments_of(batch):
             found += target.tolist()
             document = next(d for d in documents if d[0] <= target[0] <= d[-1])
             at = int(target[0] - document[0])
-            np.testing.assert_array_equal(target, document[at : at + length])  # as much as there is, and nothing across its end
+            np.testing.assert_array_equal(target, document[at : at + len(target)])  # nothing across its end
+            assert len(target) == length or at == 0 or target[-1] == document[-1], "shorter first and last alone"
             assert begins == (int(target[0]) in start_of) or batch.begins is None
             if t and not begins:
                 assert before[-1] + 1 == target[0], "a row goes on where it was, unless a document begins"
             if has_encoder:
-                np.testing.assert_array_equal(source, document[at - length : at] if at else [BOS])
+                np.testing.assert_array_equal(source, document[max(0, at - length) : at] if at else [BOS])
             else:
                 assert source is None
             before = target
     assert sorted(found) == list(range(3, 3 + sum(lengths)))
 
 
-def test_epochs_have_other_orders_and_cuts():
+def test_epochs_have_other_orders_and_rows():
     data = NextSegment(documents_of([50, 7, 31, 12]), segment_length=4, n_segments=3, batch_size=2, seed=1)
-    epochs = [[b.target.tobytes() for b in an_epoch(data, data._rows.an_epoch, epoch)] for epoch in range(4)]
+    epochs = [[b.target.tobytes() for b in an_epoch(data, epoch)] for epoch in range(4)]
     assert len({tuple(epoch) for epoch in epochs}) == 4
     assert len({frozenset(epoch) for epoch in epochs}) > 1, "rows are cut elsewhere, too"
+
+
+def cuts_of(data, epoch):
+    """The first tokens of all segments of an epoch."""
+    return {int(s[3][0]) for batch in an_epoch(data, epoch) for s in segments_of(batch)}
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("has_encoder", [True, False])
+def test_a_document_is_cut_at_other_places_in_each_epoch(has_encoder, n):
+    """Or a model learns it by heart, cuts and all. In as many epochs as a segment has tokens, each token once begins one."""
+    documents = documents_of([41, 7, 30, 5])
+    shape = {"segment_length": 8, "n_segments": n, "batch_size": 3, "has_encoder": has_encoder}
+    data = NextSegment(documents, seed=5, **shape)
+    for turn in (0, 8):
+        cuts = [cuts_of(data, epoch) for epoch in range(turn, turn + 8)]
+        for document in documents:
+            inner = sorted(at for c in cuts for at in c & set(document[1:].tolist()))
+            assert inner == (document[1:].tolist() if len(document) > 8 else []), "one segment is not cut"
+            assert all(int(document[0]) in c for c in cuts)
+    firsts = [
+        [min(cuts_of(each, epoch) - {3}) for epoch in range(turn, turn + 8)]
+        for each, turn in ((data, 0), (data, 8), (NextSegment(documents, seed=6, **shape), 0))
+    ]
+    assert len({*map(tuple, firsts)}) == 3, "in an order of its own in each turn, and with each seed"
+
+
+def test_a_stage_of_a_curriculum_is_cut_elsewhere_than_the_one_before():
+    """It begins with epoch 0 again."""
+    data = NextSegment(documents_of([400]), segment_length=64, n_segments=1, batch_size=1)
+    assert len({min(cuts_of(data.with_segments(n), 0) - {3}) for n in (1, 2, 3, 6)}) == 4
+
+
+def test_where_a_text_is_cut_changes_no_loss_if_all_of_it_is_remembered():
+    """A decoder-only model with a window sees the same before each token; short first segments take no more room than they have."""
+    model, memory = tiny_model("decoder only, llama"), mt.memory("window:size=99")
+    rng = np.random.default_rng(1)
+    corpus = Corpus.of([tokens(rng, n) for n in (21, 13, 4)])
+    data, losses = NextSegment(corpus, segment_length=5, n_segments=1, batch_size=1, has_encoder=False), []
+    for shift in range(5):
+        line = SegmentLine(corpus, 5, shift)
+        batch = lay_out([[data._example(window, (0, 0, 0)) for window in line.windows(0, len(line))]], PAD)
+        counted = np.arange(5) < batch.target_lengths[0, :, None]
+        losses.append(token_losses(model, memory, batch)[0][counted])
+    assert len(losses[0]) == corpus.n_tokens
+    for other in losses[1:]:
+        np.testing.assert_allclose(other, losses[0], rtol=1e-9)
 
 
 @pytest.mark.parametrize("make", ["next", "lm", "denoise", "pairs"])
@@ -149,10 +215,11 @@ def test_a_batch_is_a_pure_function_of_seed_and_step(make):
 
 def test_what_is_left_of_padding_is_told():
     data = NextSegment(documents_of([50, 7, 31, 12]), segment_length=4, n_segments=3, batch_size=1)
-    full = sum(batch.n_tokens for batch in an_epoch(data, data._rows.an_epoch))
-    assert full == 100 and data.padding == pytest.approx(1 - 100 / (4 * (13 + 2 + 8 + 3)))
+    assert sum(batch.n_tokens for batch in an_epoch(data)) == 100
+    segments = [sum(len(list(segments_of(batch))) for batch in an_epoch(data, epoch)) for epoch in range(4)]
+    assert data.padding == pytest.approx(1 - 100 / (4 * np.mean(segments))) and min(segments) >= 13 + 2 + 8 + 3
     joined = NextSegment(Corpus.of(documents_of([50, 7, 31, 12])).joined(), segment_length=4, n_segments=5, batch_size=1)
-    assert joined.padding == 0
+    assert joined.padding == pytest.approx(1 - 25 / (25 + 3 / 4)), "in three epochs of four, its first and last segment are short"
 
 
 # A packed document is what it is alone
@@ -206,7 +273,8 @@ def test_neighbours_do_not_matter(text):
     """Other documents in its row and in the others: not a digit changes."""
     model, memory = tiny_model("pre norm"), mt.memory(text)
     model.add_memory_weights(memory, 0)
-    batch = NextSegment([tokens(np.random.default_rng(1), n) for n in (6, 9, 7)], segment_length=4, n_segments=7, batch_size=1).batch(0)
+    data = NextSegment([tokens(np.random.default_rng(1), n) for n in (6, 9, 7)], segment_length=4, n_segments=10, batch_size=1)
+    batch = data.batch(0)  # all three
     spans = spans_of(batch, 0)
     assert len(spans) > 2
     before = token_losses(model, memory, batch)
@@ -230,7 +298,7 @@ def test_gradients_stop_at_a_document():
         one.step(*fields(batch))
         return {name: g * batch.n_tokens for name, g in one.optimizer.grads.items()}
 
-    batch = NextSegment([tokens(np.random.default_rng(1), n) for n in (8, 12)], segment_length=4, n_segments=5, batch_size=1).batch(0)
+    batch = NextSegment([tokens(np.random.default_rng(1), n) for n in (8, 12)], segment_length=4, n_segments=9, batch_size=1).batch(0)
     parts = [gradients(alone(batch, 0, *span)) for span in spans_of(batch, 0)]
     assert len(parts) >= 2
     for name, g in gradients(batch).items():
@@ -253,8 +321,9 @@ def test_a_document_that_begins_is_not_asked_of_the_memory():
 def test_a_fact_is_not_asked_for_in_another_document():
     recall = Recall(ByteTokenizer())
     length = recall.length + 4
-    data = NextSegment([np.full(2 * length, 40), np.full(3 * length, 41)], segment_length=length, n_segments=5, batch_size=1)
-    batch = next(b for b in map(data.batch, range(20)) if b.begins is not None and b.begins[0, 2])
+    one, other = np.full(length, 40), np.full(length, 41)
+    row = [Example([BOS], one, begins=True), Example(one, one), Example([BOS], other, begins=True), Example(other, other)]
+    batch = lay_out([row], PAD)
     _, asked = recall.plant(batch, (0,), facts_at=1)
     assert asked[0, 1] >= 0 and (asked[0, 2:] == -1).all()
 
@@ -297,7 +366,7 @@ def test_every_token_is_left_or_left_out_once_an_epoch(lengths, length, n, size,
     data = SpanDenoising(documents_of(lengths), vocab_size=600, segment_length=length, n_segments=n, batch_size=size, seed=seed,
                          eos_id=599 - 40, has_encoder=has_encoder)  # fmt: skip
     found = []
-    for batch in an_epoch(data, data._rows.an_epoch, epoch):
+    for batch in an_epoch(data, epoch):
         for b, t, source, target, _ in segments_of(batch):
             if not has_encoder:
                 scored = batch.weights[b, t, : len(target)] > 0
@@ -313,10 +382,13 @@ def test_as_much_is_left_out_as_the_paper_says():
     """15 % in spans of 3: of 512 tokens 77 in 26 spans, as T5 has it (arXiv 1910.10683, section 3.1.4)."""
     data = SpanDenoising([np.arange(3, 3 + 512 * 40) % 5000], vocab_size=5100, segment_length=512, n_segments=1, batch_size=1)
     assert data.n_sentinels == 27 == SpanDenoising.sentinels(512)
-    lengths, places = [], np.zeros(512)
-    for batch in an_epoch(data, data._rows.an_epoch):
+    lengths, places, whole = [], np.zeros(512), 0
+    for batch in an_epoch(data):
         source, target = batch.source[0, 0], batch.target[0, 0]
-        assert len(source) == 512 - 77 + 26 and len(target) == 77 + 27, "no padding: all whole segments are as long as each other"
+        if len(source) + len(target) < 512 + 26 + 27:
+            continue  # the document's first segment, and its last
+        whole += 1
+        assert len(source) == 512 - 77 + 26 and len(target) == 77 + 27, "all whole segments are as long as each other"
         assert (np.diff(np.flatnonzero(source > 5099 - 27)) > 1).all(), "no two spans touch"
         marks = np.flatnonzero(target > 5099 - 27)
         lengths += (np.diff(marks) - 1).tolist()
@@ -328,7 +400,7 @@ def test_as_much_is_left_out_as_the_paper_says():
                 at += n
             else:
                 at += 1
-    assert np.mean(lengths) == pytest.approx(77 / 26) and min(lengths) == 1 and max(lengths) > 6
+    assert whole == 39 and np.mean(lengths) == pytest.approx(77 / 26) and min(lengths) == 1 and max(lengths) > 6
     halves = places[:256].sum() / places.sum()
     assert 0.44 < halves < 0.56 and places[:40].sum() > 0 and places[-40:].sum() > 0, "anywhere in the segment"
 
