@@ -23,6 +23,7 @@ import numpy as np
 
 from . import _core, ops
 from .attention import Encoded, Layout, MultiHeadAttention, RelativeBias
+from .autodiff import value_of
 from .config import Config
 from .context import Pass
 from .errors import InvalidValue
@@ -399,6 +400,9 @@ class Embedding:
         return table
 
 
+SURPRISED_ROWS = 256  # whose logits are in RAM at once
+
+
 class Output:
     """The output layer, whose softmax is the next token's distribution; tied to the embedding unless the config says otherwise."""
 
@@ -465,6 +469,15 @@ class Output:
         weight, is_transposed = weights[self.name].stored(self.is_tied)
         hidden, bias = self._scaled(hidden), self._bias(weights)
         return ops.output_loss(hidden, weight, targets, counts, bias=bias, label_smoothing=smoothing, transposed=is_transposed)
+
+    def surprise(self, hidden: np.ndarray, weights: Mapping[str, Weight], targets: np.ndarray) -> np.ndarray:
+        """-log p of targets (N,), in nats, given hidden (N, d): (N,). The logits of some rows at a time are in RAM."""
+        found = np.zeros(len(hidden), hidden.dtype)
+        for start in range(0, len(hidden), SURPRISED_ROWS):
+            rows = slice(start, start + SURPRISED_ROWS)
+            log_probs = _core.log_softmax(value_of(self(hidden[rows], weights)))
+            found[rows] = -np.take_along_axis(log_probs, targets[rows, None], 1)[:, 0]
+        return found
 
     def _scaled(self, hidden: Array) -> Array:
         return hidden if self.scale is None else hidden * hidden.dtype.type(self.scale)

@@ -50,6 +50,7 @@ class Stream:
             training=training,
             fingerprint=model.fingerprint,
             projections=partial(_projection, model, self.weights),
+            surprises=partial(_surprise, model, self.weights),
             made_of=None if training else Fingerprint(model.config, self.weights.kept),
         )
         self.last = np.full(batch, self._nothing, np.int64)
@@ -222,6 +223,11 @@ def _ends(tokens: np.ndarray, lengths: np.ndarray, otherwise: np.ndarray) -> np.
     if not tokens.shape[1]:
         return otherwise
     return np.where(lengths > 0, tokens[np.arange(len(tokens)), np.maximum(lengths - 1, 0)], otherwise).astype(np.int64)
+
+
+def _surprise(model: Model, weights: Weights, hidden: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """-log p, in nats, of targets (N,) after the decoder's outputs (N, d): (N,). By the model alone: no memory changes it."""
+    return model.output.surprise(hidden, weights, targets)
 
 
 def _projection(model: Model, weights: Weights, site: str, layer: int) -> Project | None:

@@ -39,7 +39,7 @@ Array: TypeAlias = Any  # an np.ndarray or a Var: NumPy's functions take both, i
 Site = Literal["encoder", "decoder", "cross"]
 SITES = ("encoder", "decoder", "cross")
 MERGES: tuple[str, ...] = ("joint", "gate", "add", "replace")
-NEEDS = ("query", "hidden", "mass", "tokens", "text")
+NEEDS = ("query", "hidden", "mass", "surprise", "tokens", "text")
 CONTRACT_VERSION = 3
 
 
@@ -51,7 +51,8 @@ class MemorySpec:
     layers: which layers there, counted from 0, or from the top if negative; None for all.
     needs: "query" calls `read`. "mass" measures the attention that rows receive. "tokens" gives token ids in `Segment`
         and `New`. "hidden" calls `write` once more with the decoder's outputs, as one layer more: `layer` is the number
-        of layers, and `logits` is later asked with such outputs. "text" means nothing: whoever has tokens may give text (`Rows.tokens`).
+        of layers, and `logits` is later asked with such outputs. "surprise" does so, too, with `New.surprise`, which takes a product
+        with the output layer. "text" means nothing: whoever has tokens may give text (`Rows.tokens`).
     merge: how rows join the segment, unless a View says otherwise. "joint": one softmax with it. "gate": a softmax of
         their own, mixed in by a gate. "add": a softmax of their own, added. "replace": instead of the segment.
     gradient: "none" detaches rows when they are written; "rows" and "state" let gradients flow through segments.
@@ -203,7 +204,8 @@ class New:
     (B, H, S, M + S), of the segment's own queries: to the M rows of that bank, then to the segment's; None at "cross" and in
     `absorb`. project: rows (B, M, d) to the layer's own keys and values, each (B, Hkv, M, D), without position; None at "cross",
     where every layer has its own, and of the decoder's outputs. `project(rows, frozen=True)` sends the gradient into the rows
-    alone, not into the layer.
+    alone, not into the layer. With "surprise", surprise: (B, S) of the decoder's outputs alone, as no other rows have one while their
+    segment is at work: -log p, in nats, of the target that each predicts from all before it; 0 where there is none.
 
     As `Evicted`, tokens and targets are -1 where they are not known, and None, as mass is, where the memory that dropped
     the rows does not say.
@@ -220,6 +222,7 @@ class New:
     targets: np.ndarray | None = None
     project: Callable[..., tuple[Array, Array]] | None = None
     attention: Callable[[], np.ndarray] | None = None
+    surprise: np.ndarray | None = None
 
 
 Evicted = New  # the same fields: what one memory drops, the next is offered

@@ -44,6 +44,7 @@ from .validate import (
 )
 
 Project = Callable[..., tuple[Array, Array]]  # rows (B, M, d) to a layer's keys and values; `frozen`: its weights get no gradient
+Surprises = Callable[[np.ndarray, np.ndarray], np.ndarray]  # the decoder's outputs (N, d) and targets (N,) to -log p, in nats, (N,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +160,9 @@ class _Sites:
         for i, member in enumerate(members):
             for site in sites[i]:
                 self._add(i, member, site, layers[site])
-        holders = [[i for i in takers if not members[i].spec.taps] for takers in self.take.values()]
+        # The decoder's outputs, one layer more, are rows that nobody shows.
+        of_layers = [takers for (site, layer), takers in self.take.items() if layer < layers[site]]
+        holders = [[i for i in takers if not members[i].spec.taps] for takers in of_layers]
         first = {takers[0] for takers in holders if takers}
         for takers in holders:
             fed = ((before, i) for before, i in itertools.pairwise(takers) if i not in first)
@@ -178,7 +181,7 @@ class _Sites:
         for layer in chosen if any(shows) else ():
             self.show.setdefault((site, layer), []).append((i, *shows))
         banks = [0] if site == "cross" else chosen
-        if site == "decoder" and "hidden" in needs:
+        if site == "decoder" and not {"hidden", "surprise"}.isdisjoint(needs):
             banks = [*banks, n_layers]
         for layer in banks if takes else ():
             # One that only absorbs takes nothing while no member before it writes and may drop rows.
@@ -197,8 +200,9 @@ class MemoryRun:
     """`memory` (None, a strategy or a Stack) on `batch` streams of a model with `config`.
 
     weights: the model's and the strategies' parameters, arrays or Vars. projections: the `New.project` of a site and
-    layer, for rows that are dropped when no layer is at work. made_of: tells whether the weights are still the same; None: they
-    are. Call, a segment: `open`, then what the model does (`begin`, `views`, `wrote`, `end`), then `close`.
+    layer, for rows that are dropped when no layer is at work. surprises: tells how unlikely the model finds targets; None: nobody
+    does. made_of: tells whether the weights are still the same; None: they are. Call, a segment: `open`, then what the model does
+    (`begin`, `views`, `wrote`, `end`), then `close`.
     """
 
     def __init__(
@@ -211,10 +215,11 @@ class MemoryRun:
         training: bool = False,
         fingerprint: Callable[[], str] = lambda: "",
         projections: Callable[[str, int], Project | None] = lambda site, layer: None,
+        surprises: Surprises | None = None,
         made_of: MadeOf | None = None,
     ):
         self.memory, self.members = memory, members_of(memory)
-        self.config, self.batch, self._projections = config, batch, projections
+        self.config, self.batch, self._projections, self._surprises = config, batch, projections, surprises
         self.made_of, self.has_read = made_of, False
         self.dims: list[Dims] = []
         for member in self.members:
@@ -264,7 +269,7 @@ class MemoryRun:
         active = self._lengths > 0
         if self._output is not None:
             outputs, valid = self._output
-            self.wrote("decoder", self.config.n_decoder_layers, outputs, valid)
+            self.wrote("decoder", self.config.n_decoder_layers, outputs, valid, surprise=self._surprise(outputs, valid))
             self.decoded = self.decoded + np.where(active, valid.sum(axis=1), 0)
         added = self._loss(active)
         if not active.all():
@@ -280,6 +285,16 @@ class MemoryRun:
         self._warn_of_idle()
         self.open(np.zeros(self.batch, np.int64))  # nothing of a segment is held between two
         return added
+
+    def _surprise(self, outputs: Array, valid: np.ndarray) -> np.ndarray | None:
+        """(B, T) -log p of what the decoder's outputs (B, T, d) predict; None where nobody asks, or it is not known."""
+        takers = self._sites.take.get(("decoder", self.config.n_decoder_layers), ())
+        if self._surprises is None or self._targets is None or not any("surprise" in self._needs(i) for i in takers):
+            return None
+        outputs, known = value_of(outputs), valid & (self._targets >= 0)
+        found = np.zeros(valid.shape, outputs.dtype)
+        found[known] = self._surprises(outputs[known], self._targets[known])
+        return found
 
     def _loss(self, active: np.ndarray) -> Array | None:
         """What the members add to the loss of the streams that are `active` (B,) in this segment."""
@@ -432,7 +447,15 @@ class MemoryRun:
         """Tells how to compute the attention of a layer for a member, until its rows are written."""
         self._attention[site, layer] = weights
 
-    def wrote(self, site: str, layer: int, hidden: Array, valid: np.ndarray, project: Project | None = None) -> None:
+    def wrote(
+        self,
+        site: str,
+        layer: int,
+        hidden: Array,
+        valid: np.ndarray,
+        project: Project | None = None,
+        surprise: np.ndarray | None = None,
+    ) -> None:
         """Offers what a layer computed (B, S, d) to those who are early, and to the first other member that takes rows; on what it drops.
 
         The first valid row of a stream stands at the segment's beginning: rows before it are of the segment before.
@@ -445,7 +468,7 @@ class MemoryRun:
         mass = self._mass.get((site, layer, None))
         targets = self._targets if site == "decoder" else None
         tokens = self._tokens.get("encoder" if site == "cross" else site)
-        new = New(site, layer, hidden, valid, positions, tokens, mass, None, targets)
+        new = New(site, layer, hidden, valid, positions, tokens, mass, None, targets, surprise=surprise)
         for i in takers:
             if self.members[i].spec.early:
                 self._offer(i, "write", new, project, attention)
@@ -480,7 +503,7 @@ class MemoryRun:
         place, spec = (i, new.site, new.layer), self.members[i].spec
         comes_again = spec.early and method == "write"
         (least, most), counts = self._taken.get(place, (0, 0)), new.valid.sum(axis=1)
-        if not comes_again:
+        if not comes_again and new.layer < self.dims[i].layers[new.site]:
             self._taken[place] = least + int(counts.min() if len(counts) else 0), most + int(counts.max(initial=0))
         offered = self._as_asked_for(i, new, project, attention)
         arguments = (offered,) if method == "absorb" else (new.site, new.layer, offered)
@@ -503,6 +526,7 @@ class MemoryRun:
             tokens=new.tokens if shown else None,
             targets=new.targets if shown else None,
             mass=new.mass if "mass" in needs else None,
+            surprise=new.surprise if "surprise" in needs else None,
             view_mass=self._mass.pop((new.site, new.layer, i), None),  # of the rows it has shown, which may now change
             project=heads if project is not None else None,
             attention=None if attention is None else partial(attention, i),

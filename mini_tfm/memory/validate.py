@@ -203,7 +203,7 @@ def check_evicted(evicted: Any, batch: int, dims: Dims) -> New | None:
     shape = value_of(evicted.hidden).shape[:2]
     check_array("valid", evicted.valid, shape, "b")
     check_array("positions", evicted.positions, shape, "i")
-    wanted = {"mass": ("mass", "f"), "tokens": ("tokens", "i"), "targets": ("tokens", "i")}
+    wanted = {"mass": ("mass", "f"), "tokens": ("tokens", "i"), "targets": ("tokens", "i"), "surprise": ("surprise", "f")}
     for name, (need, kind) in wanted.items():  # only what a memory behind it looks at
         if need in dims.needs_behind and (value := getattr(evicted, name)) is not None:
             check_array(name, value, shape, kind)
