@@ -11,6 +11,13 @@ the `RECENT` tokens before each segment, read, scored and written alike, so that
 about where the question is, one behind the other in the order of the text (`reach`), at positions that the window's rows and the
 prompt's first tokens have too: at the window's edge, where the paper puts them, a small model finds half as much.
 
+With `cut=surprise` a block is an event of EM-LLM (arXiv 2407.09450): it begins at a token that surprises the model (`surprising`), has
+at least `min_size` tokens and at most `block_size`, and is read with the same margin, which stands for the paper's buffer of events next
+to those found. How much a token surprised is known when its segment has been read. It is kept with the tokens, and a question cuts all
+of them: `gamma` may be another one then, and a text that was read without surprises is cut at each `block_size`. Blocks of unequal length
+are compared by BM25 with b = 0.75. Boundaries are not refined by the similarity of keys (equations 4 and 5): keys differ by layer, and
+here all layers see the same tokens.
+
 Where the rare tokens of the prompt stand close together, the text is emphasized: up to `emphasis` is added to the scores of its keys, so
 that up to e^emphasis times as much attention goes there (after PASTA, arXiv 2311.02262, which takes attention from all else, in chosen
 heads). Without it a small model reads a third of the answers out of the right block wrong.
@@ -36,6 +43,8 @@ from mini_tfm_plugins.store import Store
 TOKENS = "tokens"  # stands for a layer in the name of a bank of its own, whose rows begin with the token's id
 PARTS = 4  # of a block: another one may begin at each
 FOCUS = 16  # tokens from one that is asked for, so near others are emphasized
+BEFORE = 512  # tokens before one whose surprises say what is usual, with cut=surprise
+LENGTHS = 0.75  # BM25's b, of blocks of unequal length
 RECENT = 512  # tokens before a segment by which it looks up, with by=text
 SINKS = 4  # the document's first rows that are among those a stream resumes with (arXiv 2309.17453)
 CHOICE = State.OF_SEGMENT + "choice."  # what a prompt has found
@@ -57,21 +66,29 @@ class Blocks(Store):
         emphasis: float = 2.0,
         resume: int = 512,
         by: str = "prompt",
+        cut: str = "size",
+        gamma: float = 1.0,
+        min_size: int = 8,
         document: str = "default",
         read_only: bool = False,
     ):
-        for name, value, least in (("block_size", block_size, 1), ("margin", margin, 0), ("resume", resume, 0), ("reach", reach, None)):
+        lengths = ("block_size", block_size, 1), ("margin", margin, 0), ("resume", resume, 0), ("min_size", min_size, 1)
+        for name, value, least in (*lengths, ("reach", reach, None)):
             if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):
                 wanted = "" if least is None else f" of at least {least}"
                 raise InvalidValue(f"{name}: expected a number of tokens{wanted}, got {shown(value)}")
-        if not isinstance(emphasis, int | float) or isinstance(emphasis, bool) or not 0 <= emphasis <= 100:
-            raise InvalidValue(f"emphasis: expected a number from 0 to 100, got {shown(emphasis)}")
-        if by not in ("prompt", "text"):
-            raise InvalidValue(f"by: expected prompt or text, got {shown(by)}")
+        for name, number in (("emphasis", emphasis), ("gamma", gamma)):
+            if not isinstance(number, int | float) or isinstance(number, bool) or not 0 <= number <= 100:
+                raise InvalidValue(f"{name}: expected a number from 0 to 100, got {shown(number)}")
+        for name, word, words in (("by", by, ("prompt", "text")), ("cut", cut, ("size", "surprise"))):
+            if word not in words:
+                raise InvalidValue(f"{name}: expected {' or '.join(words)}, got {shown(word)}")
+        if cut == "surprise" and min_size > block_size:
+            raise InvalidValue(f"min_size: expected at most block_size = {block_size} tokens, got {min_size}")
         super().__init__(path=path, top_k=top_k, document=document, read_only=read_only, site="decoder", gradient="none")
         self.block_size, self.margin, self.reach, self.emphasis, self.resume = block_size, margin, reach, float(emphasis), resume
-        self.by = by
-        needs = frozenset({"query", "tokens"})
+        self.by, self.cut, self.gamma, self.min_size = by, cut, float(gamma), min_size
+        needs = frozenset({"query", "tokens", "surprise"} if cut == "surprise" else {"query", "tokens"})
         self.spec = dataclasses.replace(self.spec, sites=frozenset({"decoder"}), needs=needs, early=True)
 
     def banks(self, dims: Dims) -> list[str]:
@@ -89,9 +106,12 @@ class Blocks(Store):
         return {**begun, "recent": np.full((batch, RECENT), -1)} if self.by == "text" else begun
 
     def write(self, state: State, site: str, layer: int | str, new: New) -> None:
-        super().write(state, site, layer, new)
-        if layer == 0:
+        outputs = state.dims.layers["decoder"]  # with them come the surprises, where the segment ends
+        if layer != outputs:
+            super().write(state, site, layer, new)
+        if layer == (outputs if self.cut == "surprise" else 0):
             super().write(state, site, TOKENS, _of_tokens(new, state.dims))
+        if layer == 0:
             state["own"] = state["own"] + new.valid.sum(axis=1)
             if self.by == "text":
                 rows = np.concatenate([state["recent"], np.where(new.valid, new.tokens, -1)], axis=1)
@@ -124,25 +144,36 @@ class Blocks(Store):
 
     def look_up(self, state: State, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What tokens (B, T) find: numbers of rows in their order (B, K), -1 for none, and what is added to the scores of their keys."""
-        ids, free = self._tokens(state)
+        ids, surprise, free = self._tokens(state)
         for b, resumed in enumerate(self._resumed(state)):
             free[b, resumed[resumed >= SINKS]] = False
-        size, around = self.block_size, np.arange(-self.margin, self.block_size + self.margin)
-        found = np.full((len(tokens), self.top_k * len(around)), -1)
+        found = np.full((len(tokens), self.top_k * (self.block_size + 2 * self.margin)), -1)
         bias = np.zeros(found.shape, state.dims.dtype)
         for b, asked in enumerate(tokens):
             # In between there may be rows of longer streams. Text asks for more of the kind, which is what a window holds.
             present = np.flatnonzero((ids[b] >= 0) & (free[b] | (self.by == "prompt")))
             text = ids[b, present]
-            begins = best_of(scores_of(asked, text, size), size, self.top_k)
-            places = np.unique(begins[:, None] + around)
-            places = places[(places >= 0) & (places < len(text))]
+            places = np.zeros(len(text), bool)
+            for begin, end in zip(*self._best(asked, text, surprise[b, present]), strict=True):
+                places[max(0, begin - self.margin) : end + self.margin] = True
+            places = np.flatnonzero(places)
             places = places[free[b, present[places]]]
             found[b, : len(places)] = present[places]
             if len(places):
-                near = nearness(rarity_of(asked, text, size))[places]
+                near = nearness(rarity_of(asked, text, self.block_size))[places]
                 bias[b, : len(places)] = self.emphasis * near / max(near.max(), 1e-9)
         return found, bias
+
+    def _best(self, asked: np.ndarray, text: np.ndarray, surprise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where the at most `top_k` blocks of tokens (M,) that share most with those asked begin and end. surprise (M,): see `_tokens`."""
+        if self.cut == "surprise":
+            begins, ends = events(surprise, self.gamma, self.min_size, self.block_size)
+            score = scores_of(asked, text, begins, ends, LENGTHS)
+            best = np.argsort(-score, kind="stable")[: self.top_k]
+            best = best[score[best] > 0]
+            return begins[best], ends[best]
+        begins = best_of(scores_of(asked, text, *even_blocks(len(text), self.block_size)), self.block_size, self.top_k)
+        return begins, begins + self.block_size
 
     def _resumed(self, state: State) -> np.ndarray:
         """Numbers of the rows that streams resume with (B, R), -1 for none: those who have read nothing themselves."""
@@ -161,7 +192,7 @@ class Blocks(Store):
         if not self.count(state, bank):
             return [[] for _ in tokens]
         stored = self._stored(state, bank) if "on_disk" in state else np.zeros(len(tokens), np.int64)
-        ids, _ = self._tokens(state)
+        ids, _, _ = self._tokens(state)
         for b, numbers in enumerate(self.look_up(state, tokens if self.by == "prompt" else state["recent"])[0]):
             present = np.flatnonzero(ids[b] >= 0)
             places = np.searchsorted(present, numbers[numbers >= 0])
@@ -171,15 +202,17 @@ class Blocks(Store):
             found.append([Passage(ids[b, present[run]], int(run[0]), name, layers) for run, name in zip(runs, kept_in, strict=True)])
         return found
 
-    def _tokens(self, state: State) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens of all rows (B, M), -1 where a stream has none, and which rows no memory before this one holds."""
-        ids, free = [], []
+    def _tokens(self, state: State) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of all rows (B, M): the tokens, -1 where a stream has none; the surprises of the tokens behind them; which rows no memory
+        before this one holds."""
+        ids, surprise, free = [], [], []
         for hidden, positions, valid, _ in self.shown(state, bank_key("decoder", TOKENS)):
             behind = positions < state["free"][:, None]
             there = np.broadcast_to(True if valid is None else valid, behind.shape)
             ids.append(np.where(there, hidden[..., 0], -1))
+            surprise.append(np.broadcast_to(hidden[..., 1], there.shape))
             free.append(behind & there)
-        return np.concatenate(ids, axis=1).astype(np.int64), np.concatenate(free, axis=1)
+        return np.concatenate(ids, axis=1).astype(np.int64), np.concatenate(surprise, axis=1), np.concatenate(free, axis=1)
 
     def _gathered(self, state: State, bank: str, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Copies of the rows of a bank with these numbers (B, N), and which of them there are."""
@@ -205,21 +238,60 @@ def _up_to(last: np.ndarray, there: np.ndarray) -> np.ndarray:
     return last[:, None] + 1 - np.cumsum(there[:, ::-1], axis=1)[:, ::-1]
 
 
-def scores_of(asked: np.ndarray, tokens: np.ndarray, size: int) -> np.ndarray:
-    """What the blocks of `size` tokens that begin at each multiple of `step_of(size)` share with tokens `asked`: Okapi BM25.
+def surprising(surprise: np.ndarray, gamma: float) -> np.ndarray:
+    """Which of tokens with these surprises (M,) surprise the model (arXiv 2407.09450, equations 1 and 2): (M,) bool.
 
-    A token that f of a block's are counts idf * f * (k1 + 1) / (f + k1), k1 = 1.2; idf = log(1 + (n - d + 0.5) / (d + 0.5)) of n blocks,
-    d of which have it. Of tokens (M,) -1 is none.
+        -log p(x_t | x_1 ... x_(t-1)) > mu + gamma sigma
+
+    mu, sigma: the mean and the standard deviation of the surprises of the `BEFORE` tokens before t, or of as many as there are.
     """
+    values = surprise.astype(np.float64)
+    here = np.arange(len(values))
+    first = np.maximum(here - BEFORE, 0)
+    n = np.maximum(here - first, 1)
+    sums, squares = (np.append(0, np.cumsum(each)) for each in (values, values**2))
+    mean = (sums[here] - sums[first]) / n
+    deviation = np.sqrt(np.maximum((squares[here] - squares[first]) / n - mean**2, 0))
+    return (here > 0) & (values > mean + gamma * deviation)
+
+
+def events(surprise: np.ndarray, gamma: float, least: int, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where the events of a text begin and end, (E,) each. surprise (M,): of the token behind each row's.
+
+    One begins at each token that surprises the model, unless the event before it would have fewer than `least` tokens; and where one
+    has `most`.
+    """
+    n, begins = len(surprise), [0]
+    for begin in (np.flatnonzero(surprising(surprise[:-1], gamma)) + 1).tolist():
+        begins += range(begins[-1] + most, begin, most)
+        if begin - begins[-1] >= least:
+            begins.append(begin)
+    begins += range(begins[-1] + most, n, most)
+    return np.array(begins, np.int64), np.array([*begins[1:], n], np.int64)
+
+
+def even_blocks(n: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where the blocks of `size` in n tokens begin, at each multiple of `step_of(size)`, and where they end."""
     step = step_of(size)
-    parts, of_parts = size // step, -(-len(tokens) // step)
-    first = np.arange(max(1, of_parts - parts + 1))
-    score = np.zeros(len(first))
+    parts = size // step
+    begins = np.arange(max(1, -(-n // step) - parts + 1)) * step
+    return begins, np.minimum(begins + parts * step, n)
+
+
+def scores_of(asked: np.ndarray, tokens: np.ndarray, begins: np.ndarray, ends: np.ndarray, b: float = 0.0) -> np.ndarray:
+    """What the blocks of tokens (M,) that begin and end there, (E,) each, share with tokens `asked`: Okapi BM25, (E,).
+
+    A token that f of a block's are counts idf * f * (k1 + 1) / (f + k1 * (1 - b + b * l)), k1 = 1.2; idf = log(1 + (n - d + 0.5) /
+    (d + 0.5)) of n blocks, d of which have it; l: how long the block is, divided by the mean. Of tokens -1 is none.
+    """
+    score = np.zeros(len(begins))
+    lengths = ends - begins
+    k1 = 1.2 * (1 - b + b * lengths / max(lengths.mean(), 1))
     for token in np.unique(asked[asked >= 0]):
-        up_to = np.concatenate([[0], np.cumsum(np.bincount(np.flatnonzero(tokens == token) // step, minlength=of_parts))])
-        often = up_to[np.minimum(first + parts, of_parts)] - up_to[first]
+        at = np.flatnonzero(tokens == token)
+        often = np.searchsorted(at, ends) - np.searchsorted(at, begins)
         having = np.count_nonzero(often)
-        score += np.log(1 + (len(first) - having + 0.5) / (having + 0.5)) * often * 2.2 / (often + 1.2)
+        score += np.log(1 + (len(begins) - having + 0.5) / (having + 0.5)) * often * 2.2 / (often + k1)
     return score
 
 
@@ -262,9 +334,11 @@ def step_of(size: int) -> int:
 
 
 def _of_tokens(new: New, dims: Dims) -> New:
-    """The tokens of rows as rows of a bank: the id is the first number of each."""
+    """The tokens of rows as rows of a bank: the id is the first number of each, the surprise of the token behind it the second."""
     rows = np.zeros((*new.valid.shape, dims.d_model), dims.dtype)
     rows[..., 0] = -1 if new.tokens is None else new.tokens
+    if new.surprise is not None:
+        rows[..., 1] = new.surprise
     return dataclasses.replace(new, layer=TOKENS, hidden=rows)
 
 

@@ -284,7 +284,15 @@ def test_streams_that_cannot_end_are_as_they_were(error):
     assert reader.read(SEGMENTS[1]).tobytes() == before.read(SEGMENTS[1]).tobytes()
 
 
-@pytest.mark.parametrize("spec, idle", [("store+window:size=4", "window"), ("window:size=4+store+window:size=9", "window")])
+@pytest.mark.parametrize(
+    "spec, idle",
+    [
+        ("store+window:size=4", "window"),
+        ("window:size=4+store+window:size=9", "window"),
+        ("store+blocks", "blocks"),
+        ("store+blocks:cut=surprise", "blocks"),  # the decoder's outputs come to it alone, and are no rows to show
+    ],
+)
 def test_a_memory_that_never_gets_a_row_is_told(spec, idle):
     reader = Reader(MODEL, mt.memory(spec), 1)
     with pytest.warns(UserWarning, match=f"memory '{idle}' gets no row: 'store' before it .* put '{idle}' before it, as in {idle}[+]store"):

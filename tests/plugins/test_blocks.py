@@ -12,9 +12,11 @@ from mini_tfm.stream import Stream
 from mini_tfm.testing import check_memory
 from mini_tfm.testing.trial import small_model
 from mini_tfm.text import ByteTokenizer
-from mini_tfm_plugins.blocks import CHOICE, FOCUS, best_of, scores_of
+from mini_tfm_plugins import blocks
+from mini_tfm_plugins.blocks import CHOICE, FOCUS, best_of, even_blocks, events, scores_of, surprising
 
 TEXT = "window:size=4+blocks:block_size=4,margin=0,top_k=2,reach=4"
+EVENTS = "window:size=4+blocks:cut=surprise,block_size=9,min_size=2,gamma=0.5,margin=0,top_k=1,reach=4"
 
 
 def texts(batch=2, n=40):
@@ -62,6 +64,13 @@ def test_the_kit_passes_where_text_looks_up_by_what_was_before_it():
     check_memory("blocks:block_size=2,margin=0,top_k=2,by=text", skip=["every_place_counts", "other_models", "takes_what_is_dropped"])
 
 
+@pytest.mark.usefixtures("short_streams")
+@pytest.mark.parametrize("by", ["text", pytest.param("prompt", marks=pytest.mark.long)])
+def test_the_kit_passes_where_surprise_cuts(by):
+    skipped = ["every_place_counts", "other_models", "takes_what_is_dropped"] if by == "text" else EFFECTS
+    check_memory(f"blocks:cut=surprise,block_size=4,min_size=2,margin=0,top_k=2,by={by}", skip=skipped)
+
+
 def test_text_looks_up_by_the_tokens_before_its_segment():
     tokens = texts(1)
     tokens[0, 30:35] = 20
@@ -74,14 +83,15 @@ def test_text_looks_up_by_the_tokens_before_its_segment():
     assert (chosen(asked(stream)[0]) == -1).all()
 
 
-def scores_by_hand(asked, tokens, size, step):
+def scores_by_hand(asked, blocks, b):
     """BM25 as its formula is written, block by block."""
-    blocks = [tokens[begin : begin + size].tolist() for begin in range(0, max(1, len(tokens) - size + step), step)]
-    scores = np.zeros(len(blocks))
+    scores, mean = np.zeros(len(blocks)), np.mean([len(block) for block in blocks])
     for token in set(asked.tolist()) - {-1}:
         d = sum(token in block for block in blocks)
         idf = np.log(1 + (len(blocks) - d + 0.5) / (d + 0.5))
-        scores += [idf * block.count(token) * (1.2 + 1) / (block.count(token) + 1.2) for block in blocks]
+        for i, block in enumerate(blocks):
+            f = block.count(token)
+            scores[i] += idf * f * (1.2 + 1) / (f + 1.2 * (1 - b + b * len(block) / mean))
     return scores
 
 
@@ -90,7 +100,107 @@ def scores_by_hand(asked, tokens, size, step):
 def test_scores_are_those_of_the_formula(size, step, n):
     rng = np.random.default_rng(n)
     tokens, asked = rng.integers(0, 12, n), np.array([3, 5, 5, 30, -1])
-    np.testing.assert_allclose(scores_of(asked, tokens, size), scores_by_hand(asked, tokens, size, step), atol=1e-12)
+    blocks = [tokens[begin : begin + size].tolist() for begin in range(0, max(1, len(tokens) - size + step), step)]
+    np.testing.assert_allclose(scores_of(asked, tokens, *even_blocks(n, size)), scores_by_hand(asked, blocks, 0), atol=1e-12)
+
+
+def test_scores_of_unequal_blocks_are_those_of_the_formula():
+    tokens, asked = np.random.default_rng(1).integers(0, 12, 40), np.array([3, 5, 5, 30, -1])
+    begins = np.array([0, 3, 17, 20, 38])
+    blocks = [part.tolist() for part in np.split(tokens, begins[1:])]
+    np.testing.assert_allclose(scores_of(asked, tokens, begins, np.append(begins[1:], 40), 0.75), scores_by_hand(asked, blocks, 0.75))
+
+
+def surprising_by_hand(surprise, gamma, window):
+    """Equations 1 and 2 of arXiv 2407.09450, token by token: -log p(x_t | x_1 ... x_(t-1)) > T, T = mu + gamma sigma of those before."""
+    found = []
+    for t, value in enumerate(surprise):
+        before = surprise[max(0, t - window) : t]
+        mu = sum(before) / max(len(before), 1)
+        sigma = (sum((x - mu) ** 2 for x in before) / max(len(before), 1)) ** 0.5
+        found.append(t > 0 and value > mu + gamma * sigma)
+    return found
+
+
+def events_by_hand(surprise, gamma, window, least, most):
+    """Row by row: where each event begins. A row's surprise is that of the token behind it."""
+    boundary, begins = surprising_by_hand(surprise, gamma, window), [0]
+    for row in range(1, len(surprise)):
+        length = row - begins[-1]
+        if length == most or (length >= least and boundary[row - 1]):
+            begins.append(row)
+    return begins
+
+
+@pytest.mark.parametrize("window", [1, 7, 512])
+@pytest.mark.parametrize("gamma", [0.0, 1.0, 2.5])
+def test_events_are_those_of_the_equations(gamma, window, monkeypatch):
+    monkeypatch.setattr(blocks, "BEFORE", window)
+    for n, least, most in ((1, 1, 3), (2, 2, 2), (60, 1, 60), (61, 5, 9), (300, 8, 128), (300, 3, 7)):
+        surprise = np.random.default_rng(n).exponential(3, n)
+        assert surprising(surprise, gamma).tolist() == surprising_by_hand(surprise, gamma, window)
+        begins, ends = events(surprise, gamma, least, most)
+        assert begins.tolist() == events_by_hand(surprise, gamma, window, least, most)
+        assert ends.tolist() == [*begins[1:], n] and (ends - begins).max() <= most and (ends - begins)[:-1].min(initial=least) >= least
+    assert [part.tolist() for part in events(np.zeros(0), gamma, 2, 4)] == [[0], [0]]
+
+
+def test_what_comes_later_moves_no_boundary():
+    surprise = np.random.default_rng(0).exponential(3, 400)
+    whole = events(surprise, 1.0, 4, 32)[0]
+    for n in (1, 50, 399):
+        np.testing.assert_array_equal(
+            events(np.append(surprise[:n], np.full(50, 99.0)), 1.0, 4, 32)[0][: (whole < n).sum()], whole[whole < n]
+        )
+
+
+def surprises_of(tokens, text="window:size=4", length=5):
+    """Of each token (B, n), as the model with this memory predicts it."""
+    stream, found = Stream(small_model("decoder-only"), mt.memory(text), len(tokens)), []
+    for start in range(0, tokens.shape[1], length):
+        segment = tokens[:, start : start + length]
+        stream.open(None, lengths := np.full(len(tokens), length), segment)
+        found.append(-np.take_along_axis(stream.log_probs(stream.decode(segment, lengths)), segment[..., None], 2)[..., 0])
+        stream.finish()
+    return np.concatenate(found, axis=1)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0])
+def test_a_question_sees_the_event_that_holds_what_it_is_asked_for(gamma):
+    session, _ = asked(stream_with(EVENTS.replace("gamma=0.5", f"gamma={gamma}")))
+    lengths = []
+    for b, place in enumerate((10, 23)):
+        begins = [*events_by_hand(surprises_of(texts())[b].tolist(), gamma, 512, 2, 9), 40]
+        lengths += np.diff(begins).tolist()
+        begin = max(at for at in begins if at <= place)
+        rows = range(begin, min(36, begins[begins.index(begin) + 1]))  # the window holds the last four
+        assert chosen(session)[b].tolist() == [*rows, *[-1] * (9 - len(rows))]
+    assert len(set(lengths)) > 4  # of many lengths, or nothing was tested
+
+
+def test_a_margin_is_read_with_an_event():
+    rows, more = (chosen(asked(stream_with(EVENTS.replace("margin=0", f"margin={margin}")))[0]) for margin in (0, 3))
+    for b in range(2):
+        first, last = rows[b][rows[b] >= 0][[0, -1]]
+        assert more[b][more[b] >= 0].tolist() == list(range(max(0, first - 3), last + 4))
+
+
+def test_a_text_that_was_read_without_surprises_is_cut_at_each_block_size(tmp_path):
+    path = f"path={tmp_path / 'rows'},resume=0"
+    stream_with(f"{TEXT},{path}", 1, texts(1)).run.flush()
+    again = Stream(small_model("decoder-only"), mt.memory(f"{EVENTS},{path}"), 1)
+    assert chosen(asked(again)[0])[0].tolist() == list(range(9, 18))
+
+
+def test_another_gamma_cuts_what_is_on_disk_anew(tmp_path):
+    path, tokens = f"path={tmp_path / 'rows'},resume=0", texts(1)
+    stream_with(f"{EVENTS},{path}", 1, tokens).run.flush()
+    found = []
+    for gamma in (0.5, 30.0):
+        text = EVENTS.replace("gamma=0.5", f"gamma={gamma}")
+        found.append(chosen(asked(Stream(small_model("decoder-only"), mt.memory(f"{text},{path}"), 1))[0])[0].tolist())
+        assert found[-1] == chosen(asked(stream_with(text, 1, tokens))[0])[0].tolist()
+    assert found[0] != found[1] == list(range(9, 18))
 
 
 def test_the_best_blocks_do_not_overlap_and_have_text_on_either_side():
@@ -184,32 +294,35 @@ def test_a_question_is_answered_with_it_and_otherwise_without():
         assert difference > 1e-3 if differs else difference == 0
 
 
-def test_a_stream_is_answered_as_if_it_were_alone():
-    together = asked(stream_with())[1]
+@pytest.mark.parametrize("text", [TEXT, EVENTS])
+def test_a_stream_is_answered_as_if_it_were_alone(text):
+    together = asked(stream_with(text))[1]
     for b in range(2):
-        alone = asked(stream_with(batch=1, tokens=texts()[b : b + 1]))[1]
+        alone = asked(stream_with(text, batch=1, tokens=texts()[b : b + 1]))[1]
         np.testing.assert_allclose(alone[0], together[b], atol=1e-10)
 
 
-def test_a_pause_leaves_no_gap_in_a_stream():
+@pytest.mark.parametrize("text", [TEXT, EVENTS])
+def test_a_pause_leaves_no_gap_in_a_stream(text):
     """Streams of a batch read at their own pace; rows of the others are no part of a block."""
     tokens = texts()
-    stream = Stream(small_model("decoder-only"), mt.memory(TEXT), 2)
+    stream = Stream(small_model("decoder-only"), mt.memory(text), 2)
     for start in range(0, 40, 5):
         stream.read(tokens[:, start : start + 5], np.array([5, 5]))
         stream.read(tokens[:, start : start + 3], np.array([3, 0]))
-    alone = stream_with(batch=1, tokens=tokens[1:])
+    alone = stream_with(text, batch=1, tokens=tokens[1:])
     np.testing.assert_allclose(asked(stream)[1][1], asked(alone)[1][0], atol=1e-10)
     ours, theirs = stream.run.recall(np.array([[20], [20]]))[1], alone.run.recall(np.array([[20]]))[0]
     assert [(one.position, one.tokens.tolist()) for one in ours] == [(one.position, one.tokens.tolist()) for one in theirs]
 
 
-def test_rows_on_disk_are_found_by_another_stream(tmp_path):
+@pytest.mark.parametrize("text", [TEXT, EVENTS])
+def test_rows_on_disk_are_found_by_another_stream(text, tmp_path):
     """As by another process: nothing is known but the file."""
-    path = f"{TEXT},path={tmp_path / 'rows'}"
+    path = f"{text},path={tmp_path / 'rows'}"
     tokens = texts(1)
     stream = stream_with(path, 1, tokens)
-    in_ram = asked(stream_with(batch=1, tokens=tokens))
+    in_ram = asked(stream_with(text, batch=1, tokens=tokens))
     np.testing.assert_array_equal(chosen(asked(stream)[0]), chosen(in_ram[0]))
     stream.run.flush()
     assert mt.memory(path).documents() == {"default": 40 * 3}  # with what the window holds
@@ -284,6 +397,9 @@ def test_what_is_recalled_is_told(tmp_path):
         ("top_k", ["0", "1.5", "true"]),
         ("by", ["1", "none"]),
         ("emphasis", ["-1", "101", "true", "much"]),
+        ("cut", ["1", "none", "surprising"]),
+        ("gamma", ["-1", "101", "true", "much"]),
+        ("min_size", ["0", "1.5", "true", "129,cut=surprise"]),
     ],
 )
 def test_options_are_checked(name, values):
