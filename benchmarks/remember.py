@@ -14,7 +14,8 @@ There are only facts and wordings that the model answers with the sentence itsel
 --text chooses what the facts are hidden in: docs (Python's own documentation), docstrings (of its standard library), licenses (those
 that Debian keeps in /usr/share/common-licenses), or a file. Its paragraphs are put into the order of a seed, which also says which
 fact stands where. --ask-only reads nothing: the rows are in the store of an earlier process. --as-text also asks the model without a
-memory, with the passages that the memory recalls in the prompt as text.
+memory, with the passages that the memory recalls in the prompt as text. --found answers nothing: it counts the questions for which the
+sentence stands whole in what the memory recalls.
 
 --score asks nothing. The text is in its own order, and predicted a segment at a time; each memory stands beside the first one, with the
 standard error over segments. --skip leaves out what is before, so that the same tokens are predicted with less in the memory.
@@ -248,6 +249,12 @@ def recalled_as_text(pipe, question):
     return f"Read this:\n\n{passages}\n\nAnswer by what you have read: {question}"
 
 
+def found(pipe, facts):
+    """For each question, whether its sentence stands whole in a passage that it recalls; and the tokens that it recalls."""
+    recalled = [(fact, pipe.recall([{"role": "user", "content": said}])) for (fact, _, questions), _ in facts for said in questions]
+    return [(any(fact in one.text for one in passages), sum(one.n_tokens for one in passages)) for fact, passages in recalled]
+
+
 def measured(pipe, facts, as_text=None):
     """An answer to each wording, with its fact, the tokens since then, and whether it is right. as_text: who answers from text."""
     answers = []
@@ -345,6 +352,7 @@ def main():
     parser.add_argument("--memory", action="append", help=f"repeat it; by default {', '.join(MEMORIES)}")
     parser.add_argument("--ask-only", action="store_true", help="read nothing: the rows are on disk")
     parser.add_argument("--as-text", action="store_true", help="also put what is recalled into the prompt, and ask without a memory")
+    parser.add_argument("--found", action="store_true", help="what questions recall, instead of answers")
     parser.add_argument("--control", action="store_true", help="read nothing, and put the sentence itself before each question")
     parser.add_argument("--score", action="store_true", help=f"bits per byte; by default with {', '.join(SCORED)}")
     parser.add_argument("--skip", type=int, default=0, help="tokens of the text that --score leaves out before it begins")
@@ -373,6 +381,15 @@ def main():
         report["rows"].append({**row, "answers": answers})
 
     print(f"{options.text}, seed {options.seed}, {os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}")
+    if options.found:
+        print("| memory | the sentence is found whole | tokens found |\n|---|---|---|", flush=True)
+        for name in options.memory or MEMORIES[1:]:
+            pipe = mt.Pipeline(model.model, model.tokenizer, name, segment_length=SEGMENT)
+            if not options.ask_only:
+                pipe.read(text)
+            whole, tokens = zip(*found(pipe, facts), strict=True)
+            print(f"| `{name}` | {sum(whole)} of {len(whole)} | {statistics.mean(tokens):.0f} |", flush=True)
+        return
     print(f"| memory | right | of {3 * N_FACTS // 5} each, the farthest facts first | read, tokens/s | RAM of its own, MB | an answer, s |")
     print("|---|---|---|---|---|---|", flush=True)
     if options.control:
