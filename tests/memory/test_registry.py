@@ -265,7 +265,7 @@ def with_spec(**changes):
         ({"sites": "encoder"}, "spec.sites: expected a set of encoder, decoder, cross, got 'encoder'"),
         ({"sites": None}, "spec.sites: expected a set"),
         ({"sites": frozenset()}, "spec.sites: expected at least one of encoder, decoder, cross, got none"),
-        ({"needs": frozenset({"everything"})}, "spec.needs: expected a set of query, hidden, mass, tokens, text, got"),
+        ({"needs": frozenset({"everything"})}, "spec.needs: expected a set of query, hidden, mass, surprise, tokens, text, got"),
         ({"merge": "mixed"}, "spec.merge: expected one of joint, gate, add, replace, got 'mixed'"),
         ({"merge": ["gate"]}, "spec.merge: expected one of"),
         ({"gradient": True}, "spec.gradient: expected one of none, rows, state, got True"),
