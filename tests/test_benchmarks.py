@@ -784,5 +784,18 @@ def test_a_file_that_another_process_made_first_stays(tmp_path):
     assert [each.name for each in tmp_path.iterdir()] == ["made"] and (path / "theirs").exists()
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_an_encoder_that_is_exported_reads_its_ids_and_its_mask(tmp_path, monkeypatch):
+    for peer in ("onnxscript", "onnxruntime", "transformers"):
+        pytest.importorskip(peer)
+    monkeypatch.setattr(files, "FOLDER", tmp_path)
+    session, model = inference.onnx_session("tiny BERT", "float32"), inference.torch_model("AutoModel", "tiny BERT")
+    ids, mask = np.random.default_rng(0).integers(3, 64, (3, 9)), (np.arange(9) < np.array([[9], [4], [7]])).astype(np.int64)
+    (found,) = session.run(None, {"input_ids": ids, "attention_mask": mask})
+    torch = common.library("torch")
+    expected = model(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask)).last_hidden_state.detach().numpy()
+    np.testing.assert_allclose(found[mask > 0], expected[mask > 0], rtol=0, atol=1e-5)
+
+
 def test_least_cosine():
     assert inference.least_cosine(np.array([[1.0, 0], [0, 2]]), np.array([[3.0, 0], [1, 1]])) == pytest.approx(0.5**0.5)

@@ -193,11 +193,13 @@ def onnx(name, dtype):
     import transformers
 
     model = transformers.AutoModel.from_pretrained(ours(name)).eval()
-    ids, sizes = torch.ones((2, 16), dtype=torch.long), {0: torch.export.Dim("batch", max=1024), 1: torch.export.Dim("length", max=512)}
+    # Two tensors: of one that is given twice, the exporter makes one input, and the ids would be read from the mask.
+    ids, mask = (torch.ones((2, 16), dtype=torch.long) for _ in range(2))
+    sizes = {0: torch.export.Dim("batch", max=1024), 1: torch.export.Dim("length", max=512)}
     options = {"input_names": ["input_ids", "attention_mask"], "output_names": ["hidden"], "external_data": False, "verbose": False}
     shapes = {"input_ids": sizes, "attention_mask": sizes}
     with made(path) as part:
-        torch.onnx.export(_hidden_of(torch, model), (ids, ids), str(part), dynamo=True, dynamic_shapes=shapes, **options)
+        torch.onnx.export(_hidden_of(torch, model), (ids, mask), str(part), dynamo=True, dynamic_shapes=shapes, **options)
     return path
 
 
@@ -210,7 +212,7 @@ def _hidden_of(torch, model):
         def forward(self, input_ids, attention_mask):
             return self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
 
-    return Hidden()
+    return Hidden().eval()
 
 
 def ours(name):
