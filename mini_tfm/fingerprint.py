@@ -17,7 +17,7 @@ import numpy as np
 
 from .config import Config
 from .model import TOKENS, Decoder, Encoder
-from .weights import Array, Weights
+from .weights import Array, Weights, arrays_of
 
 # Settings that say how weights are used; a field that is not here is told by the weights, or no row depends on it.
 _OF_THE_STACK = ("norm", "norm_position", "norm_eps", "positions", "embedding_scale")
@@ -48,11 +48,13 @@ class Fingerprint:
 
     def _name(self, site: str, layer: int) -> str:
         digest = hashlib.blake2b(repr(list(_settings(self.config, site, layer))).encode(), digest_size=8)
-        for name in _weights_below(self.config, site, layer):
-            if name not in self._digests:
-                self._seen[name] = self._checksum(name)
-                values = np.ascontiguousarray(Weights(self.weights)[name].array, "<f4")
-                self._digests[name] = hashlib.blake2b(repr((name, values.shape)).encode() + values.data, digest_size=16).digest()
+        names = _weights_below(self.config, site, layer)
+        new = [name for name in names if name not in self._digests]
+        self._seen |= {name: self._checksum(name) for name in new}
+        for name, array in arrays_of(Weights(self.weights), new):
+            values = np.ascontiguousarray(array, "<f4")
+            self._digests[name] = hashlib.blake2b(repr((name, values.shape)).encode() + values.data, digest_size=16).digest()
+        for name in names:
             digest.update(self._digests[name])
         return digest.hexdigest()
 

@@ -21,7 +21,7 @@ from .errors import InvalidType, InvalidValue, shown
 from .files.reading import ram_bytes
 from .model import Model, weight_shapes
 from .options import plain
-from .weights import LORA, LORA_SCALE, Weights
+from .weights import LORA, LORA_SCALE, Weights, arrays_of
 
 ALL_LINEAR = "all-linear"
 USUAL = ("q", "v")  # of every attention, by our names: the paper's choice (section 4.2) for the same number of parameters
@@ -139,13 +139,18 @@ def add_adapters(model: Model, layers: list[str], rank: int, scale: float, seed:
 
 def merged(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The weights of a model whose adapters are added to them; what has none is not copied."""
-    wrapped = Weights(weights)
-    return {name: wrapped[name].array for name in weights if not name.startswith(LORA)}
+    return dict(arrays_of(Weights(weights), (name for name in weights if not name.startswith(LORA))))
 
 
 def merge(model: Model) -> None:
-    """Adds the adapters of a model to its weights, in place, and takes them away. An interrupt at any moment leaves the same sums."""
+    """Adds the adapters of a model to its weights, in place, and takes them away. An interrupt at any moment leaves the same sums.
+
+    Without adapters the weights stay what they are. Raises InvalidValue for adapters beside matrices that are packed.
+    """
     adapters = sorted(name for name in model.weights if name.startswith(LORA))  # their scale is the last, and A comes before B
+    if not adapters:
+        return
+    check_not_packed(model)
     model.weights.update(merged(model.weights) | {name: np.zeros(1, model.dtype) for name in adapters if name == LORA_SCALE})
     for name in adapters:
         del model.weights[name]

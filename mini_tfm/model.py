@@ -32,7 +32,7 @@ from .layers import Linear, Norm, Shape, StepProduct
 from .memory.base import Memory, Rows
 from .memory.run import memory_parameters
 from .positions import sinusoids
-from .weights import Array, Kept, Pack, Part, Weight, Weights, precision_of
+from .weights import Array, Kept, Pack, Part, Weight, Weights, arrays_of, precision_of
 
 # Section 3.1: encoder and decoder stacks
 
@@ -591,8 +591,9 @@ class Model:
     def fingerprint(self) -> str:
         """Names these weights: rows computed with others must not be mixed with theirs."""
         digest = hashlib.sha256(repr(self.config).encode())
-        for name in sorted(self.weights):
-            digest.update(name.encode() + np.ascontiguousarray(Weight(self.weights[name]).array).data)
+        weights = {name: Weight(kept) for name, kept in self.weights.items()}
+        for name, array in arrays_of(weights, sorted(weights)):
+            digest.update(name.encode() + np.ascontiguousarray(array).data)
         return digest.hexdigest()[:16]
 
     @property

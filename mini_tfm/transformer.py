@@ -184,7 +184,10 @@ class Transformer(Model):
         save_adapters(folder, self)
 
     def merge_lora(self) -> None:
-        """Adds the adapters to the weights beside them: W + alpha / r (B A)^T. The model computes what it did, bit for bit."""
+        """Adds the adapters to the weights beside them: W + alpha / r (B A)^T. The model computes what it did, bit for bit.
+
+        A model without adapters stays as it is, packed or not. Adapters are never beside packed weights: merge them, then pack.
+        """
         lora.merge(self)
 
 

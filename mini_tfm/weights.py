@@ -6,7 +6,8 @@ plain arrays, which anyone may read and write; a pass wraps them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -131,8 +132,11 @@ class Part:
         """The values that products are made with, or the table."""
         if self.table is not None:
             return self.table if dtype is None else self.table.astype(dtype, copy=False)
-        whole = self.pack.packed.unpack()
-        whole = whole[self.of_gate] if self.pack.packed.gated else whole
+        return self.cut_from(self.pack.packed.unpack(), dtype)
+
+    def cut_from(self, unpacked: Any, dtype: Any = None) -> np.ndarray:
+        """The values, copied from what the pack gives."""
+        whole = unpacked[self.of_gate] if self.pack.packed.gated else unpacked
         return np.ascontiguousarray(whole[:, self.start : self.stop], dtype)
 
     def linear(self, x: np.ndarray, bias: np.ndarray | None) -> np.ndarray | None:
@@ -245,6 +249,23 @@ class Weight:
 def _as_it_lies(value: Array, transposed: bool) -> tuple[Array, bool]:
     """See `Weight.stored`."""
     return (value.T, not transposed) if _lies_transposed(value) else (value, transposed)
+
+
+def arrays_of(weights: Mapping[str, Weight], names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """These names with their arrays, in this order. A pack is unpacked once for all of its parts, and let go behind the last of them."""
+    names = list(names)
+    parts = {name: kept for name in names if isinstance(kept := weights[name].kept, Part) and kept.table is None}
+    left, unpacked = Counter(part.pack for part in parts.values()), {}
+    for name in names:
+        if (part := parts.get(name)) is None:
+            yield name, weights[name].array
+            continue
+        if part.pack not in unpacked:
+            unpacked[part.pack] = part.pack.packed.unpack()
+        yield name, part.cut_from(unpacked[part.pack])
+        left[part.pack] -= 1
+        if not left[part.pack]:
+            del unpacked[part.pack]
 
 
 class Weights(dict[str, Weight]):

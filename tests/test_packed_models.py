@@ -13,10 +13,12 @@ from mini_tfm import _core
 from mini_tfm.checkpoint.header import read_header
 from mini_tfm.checkpoint.safetensors import BFLOAT16, encode_safetensors, read_safetensors
 from mini_tfm.errors import InvalidValue
+from mini_tfm.fingerprint import Fingerprint
+from mini_tfm.lora import adapter_shapes
 from mini_tfm.model import PACKED
 from mini_tfm.stream import Stream
 from mini_tfm.train.average import average_models
-from mini_tfm.weights import Weight
+from mini_tfm.weights import Part, Weight
 
 RNG = np.random.default_rng(7)
 SOURCE, TARGET = RNG.integers(3, 13, (3, 9)), RNG.integers(3, 13, (3, 8))
@@ -93,6 +95,51 @@ def test_what_a_packed_weight_is_to_others():
     before = large.nbytes
     large.pack("int8")
     assert large.nbytes < 0.5 * before
+
+
+class Counted:
+    """A packed weight that counts how often it is unpacked."""
+
+    def __init__(self, packed):
+        self.packed, self.times = packed, 0
+
+    def __getattr__(self, name):
+        return getattr(self.packed, name)
+
+    def unpack(self):
+        self.times += 1
+        return self.packed.unpack()
+
+
+@pytest.mark.parametrize("variant", ["t5", "decoder only, llama"])
+def test_weights_are_named_in_one_reading(variant):
+    """q, k and v have one pack, and so have the two products of a gate."""
+    model = packed(variant, "int8")
+    name, rows = model.fingerprint(), Fingerprint(model.config, model.weights)
+    names = [rows("decoder", layer) for layer in (0, 1)]
+    counted = {pack: Counted(pack.packed) for pack in {part.pack for part in model.weights.values() if isinstance(part, Part)}}
+    for pack, packed_weight in counted.items():
+        object.__setattr__(pack, "packed", packed_weight)
+    assert model.fingerprint() == name
+    expected = {pack: int(any(part.pack is pack and part.table is None for part in model.weights.values() if isinstance(part, Part)))
+                for pack in counted}  # fmt: skip
+    assert {pack: one.times for pack, one in counted.items()} == expected and len(expected) < len(model.weights)
+    rows = Fingerprint(model.config, model.weights)
+    assert [rows("decoder", layer) for layer in (0, 1)] == names
+    assert all(one.times <= 2 for one in counted.values()) and sum(one.times for one in counted.values()) > len(counted)
+
+
+@pytest.mark.parametrize("dtype", PACKED)
+def test_merging_nothing_leaves_a_model_packed(dtype):
+    model = packed("decoder only, llama", dtype)
+    before = dict(model.weights)
+    model.merge_lora()
+    assert model.precision == dtype and all(model.weights[name] is kept for name, kept in before.items())
+    beside = adapter_shapes({"decoder.0.attention.q": (model.config.d_model, model.config.d_model)}, 2)
+    model.weights.update({name: np.ones(shape, np.float32) for name, shape in beside.items()})
+    with pytest.raises(InvalidValue, match=f"model: is packed in {dtype}; load what it was packed from in float32, merge"):
+        model.merge_lora()
+    assert model.precision == dtype and set(model.weights) == {*before, *beside}
 
 
 @pytest.mark.parametrize("dtype", PACKED)
