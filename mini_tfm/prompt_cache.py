@@ -99,7 +99,7 @@ class PromptCache:
 
     def _name(self, cache: KVCache) -> str:
         """Of all but the tokens that keys and values are made of, 16 hexadecimal digits."""
-        made_of = _fingerprint(self._model), self._model.precision, str(self._model.dtype), cache.bfloat16, _core.show_config()["isa"]
+        made_of = _fingerprint(self._model), self._model.precision, str(self._model.dtype), cache.dtype, _core.show_config()["isa"]
         return hashlib.blake2b(repr(made_of).encode(), digest_size=8).hexdigest()
 
 

@@ -51,6 +51,7 @@ inference_page = import_from(FOLDER / "inference.py", "inference_page")
 TINY = {
     "Forward": "2 x 2 x 3 x 5 x 4, causal, bias, lengths",
     "OneQuery": "2 x 2 x 1 x 9 x 4",
+    "KeptKeys": "1 x 3 x 1 x 9 x 4",
     "RelativeBias": "1 x 2 x 3 x 5 x 4",
     "ForwardAndBackward": "2 x 2 x 5 x 5 x 4, causal",
     "ForwardAndBackwardTrainedBias": "2 x 2 x 5 x 5 x 4, causal",
@@ -623,6 +624,23 @@ def test_long_inputs_are_asked_about(capsys, monkeypatch):
     assert table[0].count("|") == table[2].count("|") == 2 + len(script.WAYS) and len(table) == 4
     text, answer = script.puzzle(np.random.default_rng(0), 70)
     assert text.partition("@")[2][: script.ANSWER] == answer and len(answer) == script.ANSWER
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_kept_keys_have_the_error_of_their_bits(dtype):
+    task, size = attention.KeptKeys(), TINY["KeptKeys"]
+    error = task.error(task.first(size, dtype), task.make(size))
+    low, high = {"float32": (0, 1e-6), "bfloat16": (1e-4, 1e-2), "int8": (1e-4, 2e-2)}[dtype]
+    assert low <= error < high
+
+
+def test_caches_are_compared(capsys, tiny, same_threads, monkeypatch):
+    script = import_from(FOLDER / "caches.py", "caches")
+    script.main(["--model", "characters", "--tokens", "20", "--keys", "9", "--pairs", "1"])
+    table = capsys.readouterr().out.splitlines()
+    assert len({row.count("|") for row in table}) == 1 and [row.split("|")[1].strip() for row in table[2:]] == accuracy.CACHES
+    assert table[2].split("|")[3:5] == [" 100.0 % ", " +0.000 % "] and "1.00 times as fast" in table[2]
+    assert len({accuracy.compared_caches("characters", 20, dtype)["more"] for dtype in accuracy.CACHES}) == 3
 
 
 @pytest.fixture

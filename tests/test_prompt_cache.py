@@ -62,8 +62,9 @@ def test_answers_are_those_without_a_cache(tmp_path, restored, kind, pack):
         {"do_sample": True, "seed": 3, "num_return_sequences": 3},
         {"prompt_lookup_num_tokens": 5},
         {"cache_dtype": "bfloat16"},
+        {"cache_dtype": "int8"},
     ],
-    ids=lambda options: next(iter(options)),
+    ids=lambda options: " ".join(map(str, next(iter(options.items())))),
 )
 def test_every_search_finds_the_same(tmp_path, restored, options):
     pipe = pipeline()
@@ -75,9 +76,9 @@ def test_every_search_finds_the_same(tmp_path, restored, options):
 
 def test_keys_of_one_dtype_are_not_those_of_another(tmp_path, restored):
     pipe = pipeline()
-    for dtype in (None, "bfloat16"):
+    for dtype in (None, "bfloat16", "int8"):
         pipe.generate(DOCUMENT, max_new_tokens=1, prompt_cache=tmp_path, cache_dtype=dtype)
-    assert restored == [0, 0] and len(list(tmp_path.iterdir())) == 2
+    assert restored == [0, 0, 0] and len(list(tmp_path.iterdir())) == 3
 
 
 def test_another_model_has_its_own_files(tmp_path, restored):

@@ -9,7 +9,7 @@
     training.py   a training step of three sizes and of a recurrent memory, beside PyTorch
     characters.py the loss that a character model reaches on real text, here and in PyTorch
     inference.py  whole models at work, beside Transformers, CTranslate2, ONNX Runtime, llama.cpp and others
-    accuracy.py   what narrower weights cost on trained models
+    accuracy.py   what narrower weights and a narrower cache cost on trained models
     files.py      models as files, in every library's format, and texts
     tape.py       what the tape costs an operation
     segments.py   backpropagation through many segments, kept and computed again: time and peak memory

@@ -1,5 +1,5 @@
-"""What narrower weights cost, on trained models: the float32 model and the narrower one see the same tokens, and what each would say next
-is compared. The text is Python's own documentation."""
+"""What narrower weights, and a narrower cache, cost on trained models: the float32 model and the narrower one see the same tokens, and
+what each would say next is compared. The text is Python's own documentation."""
 
 import functools
 import pydoc_data.topics
@@ -68,6 +68,47 @@ def compared(name, dtype):
     return {"equal": equal / count, "bits": float(wide_bits), "narrow": float(narrow_bits)}
 
 
+CACHES = ["float32", "bfloat16", "int8"]
+
+
+def held_out_tokens(name, n):
+    """n tokens of text for a decoder-only model."""
+    if name == "characters":
+        return characters.corpus()[1][:n]
+    text = "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
+    return np.asarray(inference.our_pipeline("smollm2", "float32").tokenizer.encode(text[100_000 : 100_000 + 10 * n]))[:n]
+
+
+PIECE = 100  # tokens at a step: as their keys are read from the cache, the scores are those of one at a step, and sooner there
+
+
+@functools.cache
+def read_through(name, n, cache_dtype):
+    """(ids, nats) (n,) of a float32 model that is fed n tokens: the likeliest after each, and the surprise at each."""
+    from mini_tfm.generate import Session
+    from mini_tfm.stream import Stream
+
+    model = inference.ours({"SmolLM2-135M": "smollm2"}.get(name, name), "float32")
+    stream, tokens = Stream(model, None, 1), held_out_tokens(name, n)[None]
+    stream.open(None, np.full(1, n))
+    try:
+        session, inputs = Session(stream, cache_dtype=cache_dtype), stream.shifted(tokens)
+    except TypeError as error:
+        raise NotImplementedError(f"cache_dtype: {error}") from None
+    ids, nats = [], []
+    for i in range(0, n, PIECE):
+        scores = session.scores(session.outputs(inputs[:, i : i + PIECE], min(PIECE, n - i))[0])
+        ids.append(scores.argmax(-1))
+        nats.append(surprise(scores, tokens[0, i : i + PIECE]))
+    return np.concatenate(ids), np.concatenate(nats)
+
+
+def compared_caches(name, n, cache_dtype):
+    """{"equal": share of greedy tokens that are those of a float32 cache, "more": share of bits that a token takes more than with one}."""
+    (wide, wide_nats), (narrow, narrow_nats) = (read_through(name, n, each) for each in ("float32", cache_dtype))
+    return {"equal": float(np.mean(wide == narrow)), "more": float(narrow_nats.sum() / wide_nats.sum() - 1)}
+
+
 def surprise(scores, target):
     """-log of the probability of each target token, in nats."""
     most = scores.max(-1, keepdims=True)
@@ -91,3 +132,21 @@ class Narrower:
         return compared(name, dtype)["narrow"]
 
     track_bits.unit = "bits per byte"
+
+
+class NarrowerCache:
+    """By commit."""
+
+    params = (["characters"], [512], CACHES[1:])
+    param_names = ["model", "tokens", "cache_dtype"]
+    timeout = 300
+
+    def track_greedy_tokens_equal(self, name, n, dtype):
+        return 100 * compared_caches(name, n, dtype)["equal"]
+
+    track_greedy_tokens_equal.unit = "% of tokens"
+
+    def track_bits(self, name, n, dtype):
+        return float(read_through(name, n, dtype)[1].mean() / np.log(2))
+
+    track_bits.unit = "bits per token"

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import inspect
+import itertools
 import math
 import re
 from typing import NamedTuple
@@ -10,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import machine
-from .common import Side, Workers, _AgainstTorch, _Kernel, in_double, library, normal, share, thread_count
+from .common import Side, Workers, _AgainstTorch, _Kernel, in_double, library, needs, normal, share, thread_count
 
 MIB = 2**20
 
@@ -100,6 +101,8 @@ FORWARD = [
     "8 x 8 x 1 x 512 x 64, lengths",
     "1 x 16 x 1 x 1024 x 128",
 ]
+KEPT = ["1 x 9 x 1 x 1024 x 64", "1 x 9 x 1 x 8192 x 64"]  # heads as SmolLM2-135M has them, of which three share keys
+FROM_MEMORY = 2**28  # bytes of keys and values that calls go through in turn: more than any cache of the processor holds
 ONE_QUERY = [f"{b} x 8 x 1 x {s} x 64" for b in (1, 8) for s in (512, 1024, 2048, 4096, 8192)]
 RELATIVE = ["1 x 8 x 128 x 128 x 64", "4 x 8 x 512 x 512 x 64", "1 x 8 x 512 x 512 x 64, causal", "1 x 8 x 2048 x 2048 x 64"]
 BACKWARD = [
@@ -198,6 +201,47 @@ class OneQuery(Forward):
     def work(self, size):
         problem = Problem.of(size)
         return 4 * 2 * problem.b * problem.h * problem.s * problem.d
+
+
+class KeptKeys(_Kernel):
+    """A token of decoding over keys and values as a cache keeps them. The error is that of rounding them, too."""
+
+    params = (KEPT, ["float32", "bfloat16", "int8"])
+    param_names = ["size", "dtype"]
+    unit = "B"
+    tolerance = 0.05
+
+    def make(self, size):
+        problem = Problem.of(size)
+        return problem.arrays()[0], *(normal(problem.b, problem.h // 3, problem.s, problem.d, seed=seed) for seed in (1, 2)), problem
+
+    def work(self, size):
+        """As if they were float32, so that what is narrower seems faster than memory."""
+        problem = Problem.of(size)
+        return 4 * 2 * problem.b * problem.h // 3 * problem.s * problem.d
+
+    def ways(self, size, dtype):
+        kernels, (q, k, v, problem) = library("mini_tfm"), self.make(size)
+        needs(kernels, "keep_rows")
+        kept = []
+        for x in (k, v):
+            as_kept = {"float32": (x.shape, np.float32), "bfloat16": (x.shape, np.uint16), "int8": ((*x.shape[:3], problem.d + 4), np.int8)}
+            store = np.empty(*as_kept[dtype])
+            try:
+                kernels.keep_rows(store, 0, x)
+            except (ValueError, TypeError) as error:
+                raise NotImplementedError(f"{dtype}: {error}") from None
+            kept.append(store)
+        n = min(1000, -(-FROM_MEMORY // (2 * kept[0].nbytes)))
+        blocks = itertools.cycle([kernels.Block(*(x.copy() for x in kept)) for _ in range(n)])
+        return {"": lambda: kernels.attention(q, [next(blocks)], problem.d**-0.5)[0]}
+
+    def exact(self, q, k, v, problem):
+        k, v = (np.repeat(x, 3, axis=1) for x in (k, v))
+        return in_float64(q, k, v, None, False, None, slice(None), slice(None))
+
+    def sample(self, out):
+        return out[[0, -1]]
 
 
 class RelativeBias(Forward):

@@ -21,10 +21,14 @@ struct mt_rows {
     ptrdiff_t stride[3]; /* from batch row to batch row, head to head, row to row: in elements, any sign, may be 0 in what is read */
 };
 
+/* What keys and values are kept in: as they are, or narrower: forward, without an index, in the table for float. A row of int8 has a
+ * float behind its D numbers, at any address, by which they are multiplied: D + 4 bytes. */
+enum mt_kept { MT_KEPT_REAL, MT_KEPT_BFLOAT16, MT_KEPT_INT8 };
+
 /* One block of keys and values, reference/attention.py's Block flattened. */
 struct mt_block {
     struct mt_rows k, v;      /* (B, Hkv, S, D), or of as many rows as owners name */
-    int bfloat16;             /* whether k and v are that, in two bytes; forward, without an index, in the table for float */
+    int kept;                 /* an mt_kept: what k and v are */
     ptrdiff_t kv_heads;       /* Hkv, divides H */
     ptrdiff_t source;         /* S */
     const int64_t *owners;    /* (B, S) through owners_ld, or NULL: which row of k and v has the key; forward, without an index */

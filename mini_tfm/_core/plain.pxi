@@ -149,10 +149,28 @@ cdef inline bint plain_heads(x) noexcept:
     return plain_heads_of(x, cnp.NPY_FLOAT32) or plain_heads_of(x, cnp.NPY_FLOAT64)
 
 
+cdef extern from "core.h" nogil:
+    enum:
+        MT_KEPT_REAL
+        MT_KEPT_BFLOAT16
+        MT_KEPT_INT8
+
+
 cdef inline bint plain_kept(x, cnp.ndarray like) noexcept:
-    """The same of the dtype of `like`, or, where that is float32, of uint16: bfloat16."""
+    """The same of the dtype of `like`, or, where that is float32, of uint16, bfloat16, or int8."""
     cdef int dtype = cnp.PyArray_TYPE(like)
-    return plain_heads_of(x, dtype) or (dtype == cnp.NPY_FLOAT32 and plain_heads_of(x, cnp.NPY_UINT16))
+    return plain_heads_of(x, dtype) or (dtype == cnp.NPY_FLOAT32 and (plain_heads_of(x, cnp.NPY_UINT16) or plain_heads_of(x, cnp.NPY_INT8)))
+
+
+cdef inline int kept_as(cnp.ndarray x) noexcept:
+    """What the rows of `plain_kept` are kept in."""
+    cdef int dtype = cnp.PyArray_TYPE(x)
+    return MT_KEPT_INT8 if dtype == cnp.NPY_INT8 else MT_KEPT_BFLOAT16 if dtype == cnp.NPY_UINT16 else MT_KEPT_REAL
+
+
+cdef inline ptrdiff_t kept_axis(cnp.ndarray x, cnp.ndarray like) noexcept:
+    """The last axis that `plain_kept` rows of as many numbers as those of `like` have: of int8, the scale's four bytes more."""
+    return last_axis(like) + (<ptrdiff_t>sizeof(float) if kept_as(x) == MT_KEPT_INT8 else 0)
 
 
 cdef inline bint plain_sequence(x) noexcept:

@@ -2,6 +2,7 @@
  * about a microsecond. */
 #include "program.h"
 
+#include <math.h>
 #include <string.h>
 
 /* To the nearest, ties to even; NaN stays one. As families/bfloat16.c. */
@@ -14,10 +15,33 @@ static void round_to_bfloat16(const float *from, ptrdiff_t d, uint16_t *to) {
     }
 }
 
-void mt_keep(enum mt_kept kept, const struct mt_rows *from, const struct mt_rows *to, ptrdiff_t at, const int64_t *at_b, ptrdiff_t batch,
-             ptrdiff_t heads, ptrdiff_t n, ptrdiff_t d) {
-    const ptrdiff_t old = kept == MT_KEPT_DOUBLE ? sizeof(double) : sizeof(float);
-    const ptrdiff_t new = kept == MT_KEPT_BFLOAT16 ? (ptrdiff_t)sizeof(uint16_t) : old;
+/* to (d + 4,): from (d,) = scale * whole numbers from -127 to 127, as near as can be, ties to even; and behind them the scale. That is NaN
+ * where a number is not finite, and 0 where all are so small that its inverse might not be finite. A product of floats is exact in
+ * double, so the compiler may contract it with the sum that rounds it. As reference/kept.py. */
+static void round_to_int8(const float *from, ptrdiff_t d, int8_t *to) {
+    int32_t most_bits = 0; /* of numbers without their sign, which are ordered as their bits are */
+    for (ptrdiff_t c = 0; c < d; c++) {
+        int32_t bits;
+        memcpy(&bits, from + c, sizeof bits);
+        bits &= 0x7FFFFFFF;
+        most_bits = bits > most_bits ? bits : most_bits;
+    }
+    float most, scale = NAN;
+    memcpy(&most, &most_bits, sizeof most);
+    const int is_finite = most_bits < 0x7F800000, is_large = is_finite && most >= 1e-30f;
+    if (is_finite) scale = is_large ? most / 127 : 0;
+    const float inverse = is_large ? 127 / most : 0;
+    if (is_large)
+        for (ptrdiff_t c = 0; c < d; c++) to[c] = (int8_t)(int32_t)((double)from[c] * inverse + 0x1.8p52 - 0x1.8p52);
+    else
+        memset(to, 0, d);
+    memcpy(to + d, &scale, sizeof scale);
+}
+
+void mt_keep(int is_double, int kept, const struct mt_rows *from, const struct mt_rows *to, ptrdiff_t at, const int64_t *at_b,
+             ptrdiff_t batch, ptrdiff_t heads, ptrdiff_t n, ptrdiff_t d) {
+    const ptrdiff_t old = is_double ? sizeof(double) : sizeof(float);
+    const ptrdiff_t new = kept == MT_KEPT_INT8 ? 1 : kept == MT_KEPT_BFLOAT16 ? (ptrdiff_t)sizeof(uint16_t) : old;
     for (ptrdiff_t b = 0; b < batch; b++) {
         if (at_b) at = at_b[b];
         for (ptrdiff_t h = 0; h < heads; h++)
@@ -26,6 +50,8 @@ void mt_keep(enum mt_kept kept, const struct mt_rows *from, const struct mt_rows
                 const char *given = (const char *)from->at + (b * from->stride[0] + h * from->stride[1] + i * from->stride[2]) * old;
                 if (kept == MT_KEPT_BFLOAT16)
                     round_to_bfloat16((const float *)given, d, (uint16_t *)row);
+                else if (kept == MT_KEPT_INT8)
+                    round_to_int8((const float *)given, d, (int8_t *)row);
                 else
                     memmove(row, given, d * old);
             }
@@ -76,7 +102,7 @@ static int run_call(const struct mt_call *call, uint64_t grows, struct mt_now no
         return mt_rotary(wide, &call->from, call->positions, call->per_row, call->frequencies, call->half, 0, &call->to, now.batch,
                          call->heads, call->n, call->d);
     case MT_CALL_KEEP:
-        mt_keep(call->kept, &call->from, &call->to, now.keys - call->n, call->at_b, now.batch, call->heads, call->n, call->d);
+        mt_keep(wide, call->kept, &call->from, &call->to, now.keys - call->n, call->at_b, now.batch, call->heads, call->n, call->d);
         return 0;
     default:
         return attend(call, grows, now);

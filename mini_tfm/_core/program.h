@@ -5,9 +5,6 @@
 
 #include "core.h"
 
-/* What keys and values are kept in: as they are, or float as bfloat16. */
-enum mt_kept { MT_KEPT_FLOAT, MT_KEPT_DOUBLE, MT_KEPT_BFLOAT16 };
-
 enum mt_call_kind {
     MT_CALL_LAYER_NORM,
     MT_CALL_RMS_NORM,
@@ -39,7 +36,7 @@ struct mt_call {
     const int64_t *at_b; /* (B,) of keep: the place of each stream's first row; NULL: of all now.keys - n */
     const double *frequencies;
     ptrdiff_t half, heads;
-    enum mt_kept kept;
+    int kept; /* an mt_kept */
     struct mt_block *blocks; /* (sizes.n_blocks,) of attention */
     struct mt_attention_sizes sizes;
     void *lse;
@@ -54,8 +51,8 @@ struct mt_now {
 /* grows (n calls,): a bit for each block of an attention that has now.keys keys. Returns what a kernel that fails does. */
 int mt_run_calls(const struct mt_call *calls, const uint64_t *grows, ptrdiff_t n, struct mt_now now);
 
-/* to (B, H, n, D) at row `at`, or where at_b (B,) is not NULL at row at_b[b], becomes `from` (B, H, n, D). */
-void mt_keep(enum mt_kept kept, const struct mt_rows *from, const struct mt_rows *to, ptrdiff_t at, const int64_t *at_b, ptrdiff_t batch,
-             ptrdiff_t heads, ptrdiff_t n, ptrdiff_t d);
+/* to (B, H, n, D), an mt_kept, at row `at`, or where at_b (B,) is not NULL at row at_b[b], becomes `from` (B, H, n, D). */
+void mt_keep(int is_double, int kept, const struct mt_rows *from, const struct mt_rows *to, ptrdiff_t at, const int64_t *at_b,
+             ptrdiff_t batch, ptrdiff_t heads, ptrdiff_t n, ptrdiff_t d);
 
 #endif

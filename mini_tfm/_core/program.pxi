@@ -15,7 +15,7 @@ cdef extern from "core.h" nogil:
 
     struct mt_block:
         mt_rows k, v
-        int bfloat16
+        int kept
         ptrdiff_t kv_heads, source
         const int64_t *owners
         ptrdiff_t owners_ld
@@ -39,11 +39,6 @@ cdef extern from "core.h" nogil:
 
 
 cdef extern from "program.h" nogil:
-    enum mt_kept:
-        MT_KEPT_FLOAT
-        MT_KEPT_DOUBLE
-        MT_KEPT_BFLOAT16
-
     enum:
         MT_CALL_LAYER_NORM
         MT_CALL_RMS_NORM
@@ -76,7 +71,7 @@ cdef extern from "program.h" nogil:
         const int64_t *at_b
         const double *frequencies
         ptrdiff_t half, heads
-        mt_kept kept
+        int kept
         mt_block *blocks
         mt_attention_sizes sizes
         void *lse
@@ -86,8 +81,8 @@ cdef extern from "program.h" nogil:
 
     int mt_run_calls(const mt_call *calls, const uint64_t *grows, ptrdiff_t n, mt_now now)
     void mt_keep(
-        mt_kept kept, const mt_rows *from_, const mt_rows *to, ptrdiff_t at, const int64_t *at_b, ptrdiff_t batch, ptrdiff_t heads,
-        ptrdiff_t n, ptrdiff_t d
+        int is_double, int kept, const mt_rows *from_, const mt_rows *to, ptrdiff_t at, const int64_t *at_b, ptrdiff_t batch,
+        ptrdiff_t heads, ptrdiff_t n, ptrdiff_t d
     )
 
 
@@ -412,13 +407,13 @@ cdef class Program:
 def keep_rows(store, at, rows):
     """store (B, H, capacity, D), from row `at` on, becomes rows (B, H, n, D), in place. at: one for all, or (B,) one of each.
 
-    A store of uint16 has them in bfloat16.
+    A store of uint16 has them in bfloat16, one of int8 (B, H, capacity, D + 4) with a scale behind each row.
     """
     cdef int64_t first = 0
     cdef const int64_t *at_b = NULL
     cdef bint is_plain = (
         plain_heads(rows) and plain_kept(store, rows)
-        and cnp.PyArray_ISWRITEABLE(<cnp.ndarray>store) and same_leading(store, rows, 2) and last_axis(store) == last_axis(rows)
+        and cnp.PyArray_ISWRITEABLE(<cnp.ndarray>store) and same_leading(store, rows, 2) and last_axis(store) == kept_axis(store, rows)
     )
     cdef ptrdiff_t most = cnp.PyArray_DIM(store, 2) - cnp.PyArray_DIM(rows, 2) if is_plain else 0
     if is_plain and plain_integers(at) and cnp.PyArray_NDIM(at) == 1:
@@ -431,7 +426,7 @@ def keep_rows(store, at, rows):
     if isinstance(at, np.ndarray):
         at_b = <const int64_t *>ptr(at)
     cdef bint wide = is_double(rows)
-    cdef mt_kept kept = MT_KEPT_BFLOAT16 if cnp.PyArray_TYPE(store) == cnp.NPY_UINT16 else MT_KEPT_DOUBLE if wide else MT_KEPT_FLOAT
+    cdef int kept = kept_as(store)
     cdef mt_rows to = rows_of(store)
     cdef mt_rows new = rows_of(rows)
     cdef ptrdiff_t batch = cnp.PyArray_DIM(rows, 0)
@@ -439,7 +434,7 @@ def keep_rows(store, at, rows):
     cdef ptrdiff_t n = cnp.PyArray_DIM(rows, 2)
     cdef ptrdiff_t d = cnp.PyArray_DIM(rows, 3)
     with nogil:
-        mt_keep(kept, &new, &to, first, at_b, batch, heads, n, d)
+        mt_keep(wide, kept, &new, &to, first, at_b, batch, heads, n, d)
     cdef Calls into = recorder()
     if into is None:
         return

@@ -9,9 +9,11 @@ import numpy as np
 
 from .. import _core
 from ..autodiff import value_of
+from ..reference.types import kept_width
 from ..weights import Array
 
 FIRST_CAPACITY, MOST_ROOM = 32, 256  # keys
+_AS = {None: None, "float32": None, "bfloat16": np.dtype(np.uint16), "int8": np.dtype(np.int8)}
 ANY_NUMBER = np.iinfo(np.int64).max
 
 
@@ -23,15 +25,16 @@ class KVCache:
     Where all have as many, streams change places in a table, `owners`, and no key is moved: beams share what they have in common.
     A layer with a recurrence in place of self-attention has no keys, but a state (B, d).
     rows_per_source: streams that stand side by side and have the same source share what is kept of it.
-    bfloat16: keys and values are kept in it, in half the room of float32. room: so many tokens are expected after the first ones.
+    dtype: what keys and values are kept in: "bfloat16", in half the room of float32, "int8", with a scale for each row of a head, in a
+    little more than a quarter; None: what they are computed in. room: so many tokens are expected after the first ones.
 
     Arrays have room for more streams than there are: those that leave make room for those that join. A step that is run again finds
     all that changes from step to step where it was, so what is told of each stream is written into arrays that stay.
     """
 
-    def __init__(self, n_rows: int, bfloat16: bool = False, room: int = 0) -> None:
+    def __init__(self, n_rows: int, dtype: str | None = None, room: int = 0) -> None:
         self.n_rows, self.n_keys, self.n_front = n_rows, 0, 0
-        self.bfloat16, self.room = bfloat16, min(room, MOST_ROOM)
+        self.dtype, self.room = dtype, min(room, MOST_ROOM)
         self.rows_per_source = 1
         self._front: np.ndarray | None = None  # (B, n_front) bool, the rows of memories that are there; None: all
         self._owners: np.ndarray | None = None  # (rows, capacity): in which row a stream's key stands; None: each in its own
@@ -110,10 +113,10 @@ class KVCache:
         Gives all its keys and values (rows, H, n_keys, D), and the owners (B, n_keys) of each stream's (see `Block`), or None.
         """
         news = value_of(k), value_of(v)
-        batch, h, _, d = news[0].shape
+        batch = len(news[0])
         if layer not in self._kept:
             capacity = max(FIRST_CAPACITY, self.n_keys + self.room)
-            self._kept[layer] = [np.zeros((batch, h, capacity, d), self._dtype(new)) for new in news]
+            self._kept[layer] = [self._store(new, capacity) for new in news]
         for store, new in zip(self._kept[layer], news, strict=True):
             _core.keep_rows(store[:batch], self.n_keys - new.shape[2] if self.lengths is None else self._at[:batch], new)
         rows = batch if self._owners is None else len(self._owners)
@@ -133,12 +136,14 @@ class KVCache:
         """Keys and values (H, n_keys, D) of the only stream, a pair a layer."""
         return [tuple(store[0, :, : self.n_keys] for store in self._kept[layer]) for layer in sorted(self._kept)]
 
-    def _dtype(self, x: np.ndarray) -> Any:
-        return np.uint16 if self.bfloat16 else x.dtype
+    def _store(self, x: np.ndarray, capacity: int) -> np.ndarray:
+        """Room for so many rows, each as those of x (B, H, T, D) are kept."""
+        dtype = _AS[self.dtype] or x.dtype
+        return np.zeros((*x.shape[:2], capacity, kept_width(dtype, x.shape[3])), dtype)
 
     def _narrowed(self, x: np.ndarray) -> np.ndarray:
         """x (B, H, T, D) as it is kept, head by head."""
-        kept = np.empty(x.shape, self._dtype(x))
+        kept = self._store(x, x.shape[2])
         _core.keep_rows(kept, 0, x)
         return kept
 

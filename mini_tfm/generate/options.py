@@ -137,9 +137,9 @@ class GenerationOptions(Options):
 
     cache_dtype: str | None = option(
         None,
-        "Keep the keys and values of what was decoded, and of the source, in float32, or in bfloat16, in half the room; default: bfloat16"
-        " for a model that was loaded in bfloat16 or int8.",
-        choices=("float32", "bfloat16"),
+        "Keep the keys and values of what was decoded, and of the source, in float32, or in bfloat16, in half the room, or in int8, in a"
+        " little more than a quarter; default: bfloat16 for a model that was loaded in bfloat16 or int8.",
+        choices=("float32", "bfloat16", "int8"),
     )
 
     # Beams

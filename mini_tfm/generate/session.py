@@ -60,7 +60,7 @@ class Session:
         if cache_dtype is not None and model.dtype != np.float32:
             raise InvalidValue(f"generate: cache_dtype: expected None for a model of {model.dtype}, got {cache_dtype!r}")
         self.stream, self.among = stream, among
-        self.cache = KVCache(stream.run.batch, cache_dtype == "bfloat16" or (cache_dtype is None and model.precision is not None), room)
+        self.cache = KVCache(stream.run.batch, cache_dtype or ("bfloat16" if model.precision is not None else None), room)
         self.n_ids = stream.model.config.vocab_size if n_ids is None else n_ids
         self._prompts = prompts
         self.numbers = np.arange(stream.run.batch)  # of the sources

@@ -14,7 +14,7 @@ from numbers import Integral, Real
 import numpy as np
 
 from mini_tfm.errors import InvalidType, InvalidValue, shown
-from mini_tfm.reference.types import Block, PackedWeight
+from mini_tfm.reference.types import Block, PackedWeight, kept_width
 
 FLOAT32, FLOAT64, INT64, BOOL = np.dtype("float32"), np.dtype("float64"), np.dtype("int64"), np.dtype("bool")
 FLOAT16, INT8, UINT8, UINT16 = np.dtype("float16"), np.dtype("int8"), np.dtype("uint8"), np.dtype("uint16")
@@ -58,13 +58,13 @@ def double(name, x, *, shape):
     return _contiguous(x)
 
 
-def heads_real(name, x, *, like=None, shape=None, ndim=4, or_bfloat16=False):
+def heads_real(name, x, *, like=None, shape=None, ndim=4, or_kept=False):
     """A real array (B, H, N, D) whose rows of D may lie anywhere; where they are not whole it is copied to contiguous.
 
-    or_bfloat16: where `like` is of float32, one of uint16 may stand for it.
+    or_kept: where `like` is of float32, one of uint16 or int8 may stand for it, see kept.py.
     """
     dtypes = (FLOAT32, FLOAT64) if like is None else (like.dtype,)
-    _array(name, x, (*dtypes, UINT16) if or_bfloat16 and dtypes == (FLOAT32,) else dtypes, shape, ndim, 0)
+    _array(name, x, (*dtypes, UINT16, INT8) if or_kept and dtypes == (FLOAT32,) else dtypes, shape, ndim, 0)
     whole = x.shape[-1] <= 1 or x.strides[-1] == x.itemsize
     kept = type(x) is np.ndarray and x.flags.aligned and whole and not any(stride % x.itemsize for stride in x.strides)
     return x if kept else _contiguous(x)
@@ -430,9 +430,12 @@ def rotary(x, positions, frequencies, inverse):
 def keep_rows(store, at, rows):
     """The store is written where it lies."""
     rows = heads_real("rows", rows)
-    whole = heads_real("store", store, like=rows, or_bfloat16=True) is store
-    batch, heads, capacity, d = store.shape
-    _array("rows", rows, (rows.dtype,), (batch, heads, None, d), None, 0)
+    whole = heads_real("store", store, like=rows, or_kept=True) is store
+    batch, heads, capacity, width = store.shape
+    _array("rows", rows, (rows.dtype,), (batch, heads, None, rows.shape[3]), None, 0)
+    if width != kept_width(store.dtype, rows.shape[3]):
+        expected = (batch, heads, None, kept_width(store.dtype, rows.shape[3]))
+        raise InvalidValue(f"store: expected shape {_shape_text(expected)} for rows of shape {rows.shape}, got {store.shape}")
     if not whole or not store.flags.writeable:
         got = "one that is read-only" if not store.flags.writeable else f"one with strides {store.strides}"
         raise InvalidValue(f"store: expected an array that can be written, whose rows are whole, got {got}")
@@ -492,24 +495,30 @@ def encode_rows(bank):
 def attention_block(block, at, q, forward=False):
     """One checked copy of `block` for queries of q's shape (B, H, T, D); `at` names it in messages.
 
-    forward: of a call that gives the output alone, whose keys may be in bfloat16 and have owners.
+    forward: of a call that gives the output alone, whose keys may be in bfloat16 or int8 and have owners.
     """
     if not isinstance(block, Block):
         raise InvalidType(f"{at}: expected a Block, got {type(block).__name__}")
     batch, heads, length, d = q.shape
     is_plain = not forward or block.index is not None
-    k = heads_real(f"{at}.k", block.k, like=q, or_bfloat16=not is_plain)
+    k = heads_real(f"{at}.k", block.k, like=q, or_kept=not is_plain)
     kv_heads, source = k.shape[1], k.shape[2]
     owners = block.owners
     if owners is not None:
         if is_plain:
             raise InvalidValue(f"{at}.owners: expected None beside an index, for a gradient and for sums of weights, got an array")
         owners = integers(f"{at}.owners", owners, shape=(batch, source), low=0, high=len(k))
-    if (owners is None and k.shape[0] != batch) or k.shape[3] != d or (kv_heads == 0) != (heads == 0) or (kv_heads and heads % kv_heads):
+    width = kept_width(k.dtype, d)
+    if (
+        (owners is None and k.shape[0] != batch)
+        or k.shape[3] != width
+        or (kv_heads == 0) != (heads == 0)
+        or (kv_heads and heads % kv_heads)
+    ):
         raise InvalidValue(
-            f"{at}.k: expected shape ({batch}, Hkv, S, {d}) with Hkv dividing {heads} to match q of shape {q.shape}, got {k.shape}"
+            f"{at}.k: expected shape ({batch}, Hkv, S, {width}) with Hkv dividing {heads} to match q of shape {q.shape}, got {k.shape}"
         )
-    v = heads_real(f"{at}.v", block.v, like=q, shape=k.shape, or_bfloat16=k.dtype == UINT16)
+    v = heads_real(f"{at}.v", block.v, like=q, shape=k.shape, or_kept=k.dtype != q.dtype)
     if v.dtype != k.dtype:
         raise InvalidType(f"{at}.v: expected dtype {k.dtype} to match k, got {v.dtype}")
     valid = None if block.valid is None else mask(f"{at}.valid", block.valid, shape=(batch, source))

@@ -12,7 +12,7 @@ import numpy as np
 
 from mini_tfm.reference import _checks
 from mini_tfm.reference.elementwise import _drawn, _mix64
-from mini_tfm.reference.linear import from_bfloat16
+from mini_tfm.reference.kept import from_kept
 from mini_tfm.reference.types import Block, BlockGrad, Mask, Real
 
 __all__ = ["attention", "attention_backward", "attention_mass"]
@@ -44,11 +44,11 @@ def _rows(bank, block, b, h, heads):
     """The bank's rows in double: (S, D), or (T, K, D) where an index picks them (anything where it is -1)."""
     kv = h // (heads // bank.shape[1])
     rows = bank[b, kv] if block.owners is None else bank[block.owners[b], kv, np.arange(bank.shape[2])]
-    rows = (from_bfloat16(rows) if rows.dtype == np.uint16 else rows).astype(np.float64)
+    rows = from_kept(rows)
     if block.index is None:
         return rows
     index = block.index[b, h]
-    return rows[np.maximum(index, 0)] if len(rows) else np.zeros((*index.shape, bank.shape[3]))
+    return rows[np.maximum(index, 0)] if len(rows) else np.zeros((*index.shape, rows.shape[1]))
 
 
 def _scores(q, block, b, h, scale, cap):

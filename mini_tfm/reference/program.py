@@ -6,7 +6,7 @@ import numpy as np
 
 from mini_tfm.errors import InvalidValue
 from mini_tfm.reference import _checks
-from mini_tfm.reference.linear import to_bfloat16
+from mini_tfm.reference.kept import to_kept
 from mini_tfm.reference.types import Integers, Real
 
 __all__ = ["Program", "keep_rows"]
@@ -44,9 +44,9 @@ class Program:
 def keep_rows(store: Real, at: int | Integers, rows: Real) -> None:
     """store (B, H, capacity, D), from row `at` on, becomes rows (B, H, n, D), in place. at: one for all, or (B,) one of each.
 
-    A store of uint16 has them in bfloat16.
+    A store of uint16 has them in bfloat16, one of int8 (B, H, capacity, D + 4) with a scale behind each row.
     """
     store, at, rows = _checks.keep_rows(store, at, rows)
-    rows = rows if store.dtype == rows.dtype else to_bfloat16(rows)
+    rows = to_kept(rows, store.dtype)
     for stream, first, new in zip(store, np.broadcast_to(at, len(store)), rows, strict=True):
         stream[:, first : first + rows.shape[2]] = new

@@ -36,7 +36,8 @@ class Block:
     """Keys and values that queries (B, H, T, D) attend to, and who sees what.
 
     k, v         (B, Hkv, S, D); Hkv divides H, head h reads kv head h // (H // Hkv). Of queries of float32 they may be bfloat16, in
-                 uint16, where neither a gradient nor `attention_mass` is asked for.
+                 uint16, or int8 (B, Hkv, S, D + 4), where the last four bytes of a row are the float32 that its numbers are multiplied
+                 by; where neither a gradient nor `attention_mass` is asked for.
     valid        (B, S) bool, or None: all rows.
     lengths      (B,) int64, rows at and after it are hidden; or None.
     index        (B, H, T, K) int64, each query's own rows of this bank, -1 = none; or None: every row.
@@ -66,6 +67,14 @@ class Block:
     offset: int | None = None
     window: int | None = None
     owners: Any = None
+
+
+SCALE_BYTES = 4  # behind a row of int8
+
+
+def kept_width(dtype: Any, d: int) -> int:
+    """The last axis of keys or values of d numbers that are kept in a dtype."""
+    return d + SCALE_BYTES if dtype == np.int8 else d
 
 
 class BlockGrad(NamedTuple):

@@ -1,4 +1,4 @@
-"""How a cache keeps keys and values: in bfloat16, and without moving those of streams that change places."""
+"""How a cache keeps keys and values: in bfloat16 or int8, and without moving those of streams that change places."""
 
 import numpy as np
 import pytest
@@ -43,7 +43,7 @@ def test_streams_change_places_without_their_keys(variant):
         assert_same_bits(x, old)
 
 
-@pytest.mark.parametrize("cache_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("cache_dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_whatever_streams_have_been_through_they_are_as_alone(variant, cache_dtype):
     """Repeated, sorted, dropped, past a growth of the cache, and joined by others."""
@@ -73,14 +73,15 @@ def test_whatever_streams_have_been_through_they_are_as_alone(variant, cache_dty
         assert_same_bits(alone.step(TOKENS[i : i + 1, n : n + 1])[0], joined[i])
 
 
+@pytest.mark.parametrize("cache_dtype, size, extra, error", [("bfloat16", 2, 0, 2e-2), ("int8", 1, 4, 4e-2)])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_bfloat16_takes_half_the_room_and_rounds(variant):
-    exact, short = session_of(variant), session_of(variant, cache_dtype="bfloat16")
+def test_narrower_ones_take_less_room_and_round(variant, cache_dtype, size, extra, error):
+    exact, short = session_of(variant), session_of(variant, cache_dtype=cache_dtype)
     for a, b in zip(fed(exact, 0, 40), fed(short, 0, 40), strict=True):
-        np.testing.assert_allclose(b, a, rtol=0, atol=2e-2 * np.abs(a).max())
+        np.testing.assert_allclose(b, a, rtol=0, atol=error * np.abs(a).max())
         assert not np.array_equal(a, b)
     for a, b in zip(kept(exact), kept(short), strict=True):
-        assert a.shape == b.shape and a.nbytes == 2 * b.nbytes
+        assert a.shape[:3] == b.shape[:3] and b.nbytes == a[..., 0].size * (size * a.shape[3] + extra)
 
 
 @pytest.mark.parametrize("dtype, expected", [(None, np.float32), ("bfloat16", np.uint16), ("int8", np.uint16)])
@@ -88,7 +89,7 @@ def test_the_default_is_bfloat16_for_a_packed_model(dtype, expected):
     model = tiny_model("t5", seed=3, dtype=np.float32)
     if dtype is not None:
         model.pack(dtype)
-    for chosen, found in ((None, expected), ("float32", np.float32), ("bfloat16", np.uint16)):
+    for chosen, found in ((None, expected), ("float32", np.float32), ("bfloat16", np.uint16), ("int8", np.int8)):
         stream = Stream(model, None, 1)
         stream.open(SOURCE[:1], np.full(1, 7))
         session = Session(stream, cache_dtype=chosen)
@@ -96,17 +97,18 @@ def test_the_default_is_bfloat16_for_a_packed_model(dtype, expected):
         assert {x.dtype for x in kept(session)} == {np.dtype(found)}
 
 
-def test_generate_takes_it():
+@pytest.mark.parametrize("cache_dtype", ["bfloat16", "int8"])
+def test_generate_takes_it(cache_dtype):
     model = tiny_model("decoder only, llama", seed=3, dtype=np.float32)
     exact = model.generate(SOURCE, max_new_tokens=20, output_scores=True)
     assert model.generate(SOURCE, max_new_tokens=20, output_scores=True, cache_dtype="float32") == exact
-    short = model.generate(SOURCE, max_new_tokens=20, output_scores=True, cache_dtype="bfloat16")
+    short = model.generate(SOURCE, max_new_tokens=20, output_scores=True, cache_dtype=cache_dtype)
     assert short != exact
-    assert short == model.generate(SOURCE, max_new_tokens=20, output_scores=True, cache_dtype="bfloat16")
-    with pytest.raises(InvalidValue, match="cache_dtype: expected one of float32, bfloat16 or None, got 'int4'"):
+    assert short == model.generate(SOURCE, max_new_tokens=20, output_scores=True, cache_dtype=cache_dtype)
+    with pytest.raises(InvalidValue, match="cache_dtype: expected one of float32, bfloat16, int8 or None, got 'int4'"):
         model.generate(SOURCE, cache_dtype="int4")
-    with pytest.raises(InvalidValue, match="cache_dtype: expected None for a model of float64, got 'bfloat16'"):
-        tiny_model("t5", dtype=np.float64).generate(SOURCE, cache_dtype="bfloat16")
+    with pytest.raises(InvalidValue, match=f"cache_dtype: expected None for a model of float64, got '{cache_dtype}'"):
+        tiny_model("t5", dtype=np.float64).generate(SOURCE, cache_dtype=cache_dtype)
 
 
 def test_room_that_is_expected_is_made_at_once():

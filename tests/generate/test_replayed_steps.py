@@ -21,12 +21,12 @@ DECODERS = [name for name in VARIANTS if not name.startswith(("encoder", "bert")
 compiled = pytest.mark.skipif(_core.Program.__module__.startswith("mini_tfm.reference"), reason="the twins' steps are Python")
 
 
-def session_of(model, memory=None, rows=5):
+def session_of(model, memory=None, rows=5, cache_dtype=None):
     stream = Stream(model, memory, rows)
     if memory is not None:
         stream.read(SOURCE[:rows, :6], np.full(rows, 6))
     stream.open(SOURCE[:rows] if model.config.has_encoder else None, LENGTHS[:rows] if model.config.has_encoder else np.full(rows, 9))
-    return Session(stream)
+    return Session(stream, cache_dtype=cache_dtype)
 
 
 def program_of(session):
@@ -52,9 +52,9 @@ def both(monkeypatch, work):
 
 
 @compiled
-@pytest.mark.parametrize("packed", [None, "bfloat16", "int8"])
+@pytest.mark.parametrize("packed, cache_dtype", [(None, None), (None, "int8"), ("bfloat16", None), ("int8", None)])
 @pytest.mark.parametrize("variant", DECODERS)
-def test_steps_have_the_bits_of_python(variant, packed, monkeypatch):
+def test_steps_have_the_bits_of_python(variant, packed, cache_dtype, monkeypatch):
     """Beyond two growths of the cache, with rows that leave on the way."""
     ready = []
 
@@ -63,7 +63,7 @@ def test_steps_have_the_bits_of_python(variant, packed, monkeypatch):
         model = tiny_model(variant, seed=2, dtype=np.float32, **longer)
         if packed:
             model.pack(packed)
-        session, found, rows = session_of(model), [], np.arange(5)
+        session, found, rows = session_of(model, cache_dtype=cache_dtype), [], np.arange(5)
         for i in range(TOKENS.shape[1]):
             if i in (10, 50):
                 stay = np.array([0, 2, 3] if i == 10 else [0, 2])
@@ -157,15 +157,16 @@ MEMORIES = {
 
 
 @compiled
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_with_a_memory_steps_have_the_bits_of_python(memory, monkeypatch):
+def test_with_a_memory_steps_have_the_bits_of_python(memory, cache_dtype, monkeypatch):
     """Rows that stay while a segment is decoded are part of the step; a memory that is asked at every token stops that."""
     ready = []
 
     def work():
         model, made = tiny_model("decoder only, llama", seed=2, dtype=np.float32), mt.memory(memory)
         model.add_memory_weights(made, 1)
-        session, found = session_of(model, made), []
+        session, found = session_of(model, made, cache_dtype=cache_dtype), []
         for i in range(12):
             found.append(session.scores(session.step(TOKENS[:, i : i + 1])))
             if i == 7:

@@ -15,16 +15,17 @@ struct piece_room {
     struct few_room *few;
     real *few_q_d, *few_o_d; /* (d_room,) */
     real *gathered;    /* (KEYS, D) keys, then values, that are not packed from where they lie, if there are any */
+    real *k_scale_j, *v_scale_j; /* (KEYS,) of those */
 };
 
 /* In reals, a multiple of a cache line. room NULL: only counted. */
 static size_t piece_room_at(real *work, ptrdiff_t queries, ptrdiff_t d, int gathering, struct piece_room *room) {
     ptrdiff_t d_room = round_up(d, VL), d_panels = round_up(d, NR), rows = round_up(queries, ROWS);
-    ptrdiff_t sizes[] = {KEYS * d, KEYS * d_panels, rows * d + VL, ROWS * SCORES_LD, rows * d_room + VL, rows, rows, KEYS, FEW_ROOM, d_room, d_room, gathering ? KEYS * d : 0};
+    ptrdiff_t sizes[] = {KEYS * d, KEYS * d_panels, rows * d + VL, ROWS * SCORES_LD, rows * d_room + VL, rows, rows, KEYS, FEW_ROOM, d_room, d_room, gathering ? KEYS * d : 0, gathering ? KEYS : 0, gathering ? KEYS : 0};
     real *at[sizeof sizes / sizeof sizes[0]];
     size_t total = share_out(work, sizes, sizeof sizes / sizeof sizes[0], at);
     if (room)
-        *room = (struct piece_room){at[0], at[1], at[2], at[3], at[4], at[5], at[6], (lane *)at[7], (struct few_room *)at[8], at[9], at[10], at[11]};
+        *room = (struct piece_room){at[0], at[1], at[2], at[3], at[4], at[5], at[6], (lane *)at[7], (struct few_room *)at[8], at[9], at[10], at[11], at[12], at[13]};
     return total;
 }
 
@@ -91,6 +92,7 @@ static void rows_with_tile(const struct head *head, const struct tile *tile, con
     if (sizes->dropout > 0)
         for (ptrdiff_t r = 0; r < rows; r++)
             row_drop(draw_of_row(sizes, at_block, row0 + i0 + from + r), tile->at, spans[r / MR].lo, spans[r / MR].hi, room->s_ij + r * SCORES_LD);
+    for (ptrdiff_t r = 0; r < rows; r++) scale_weights(tile, spans[r / MR].lo, spans[r / MR].hi, room->s_ij + r * SCORES_LD);
     /* 3: by what the sums so far shrink under the new maxima, and those of the tile */
     real *top_i = room->top_i + from, *total_i = room->total_i + from;
     for (ptrdiff_t r = 0; r < ROWS; r += VL) {
@@ -108,7 +110,7 @@ static void rows_with_tile(const struct head *head, const struct tile *tile, con
                                                                   grow_i, room->o_id + from * d_room + c, d_room);
 }
 
-static int gathers(const struct mt_block *block) { return block->bfloat16 || block->owners; }
+static int gathers(const struct mt_block *block) { return block->kept != MT_KEPT_REAL || block->owners; }
 
 /* Queries [i0, i1) of head h in batch row b. */
 static void attention_piece(const struct mt_rows *q, const struct mt_block *blocks, const struct mt_attention_sizes *sizes,
@@ -150,6 +152,8 @@ static void attention_piece(const struct mt_rows *q, const struct mt_block *bloc
                 pack_keys(room->gathered, d, n, d, room->k_t);
                 gather_rows(&head, &head.block->v, at, n, d, room->gathered);
                 tile.v_is_finite = pack_values(room->gathered, d, n, d, room->v, KEYS);
+                tile.k_scale_j = gather_scales(&head, &head.block->k, at, n, room->k_scale_j);
+                tile.v_scale_j = gather_scales(&head, &head.block->v, at, n, room->v_scale_j);
             } else {
                 pack_keys(head.k_sd + at * head.k_ld, head.k_ld, n, d, room->k_t);
                 tile.v_is_finite = pack_values(head.v_sd + at * head.v_ld, head.v_ld, n, d, room->v, KEYS);

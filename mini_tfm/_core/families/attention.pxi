@@ -31,10 +31,10 @@ cdef bint take_rows(mt_block *c, block, cnp.ndarray q, list kept) except -1:
     cdef ptrdiff_t batch = cnp.PyArray_DIM(q, 0)
     cdef ptrdiff_t heads = cnp.PyArray_DIM(q, 1)
     c.kv_heads, c.source = cnp.PyArray_DIM(k, 1), cnp.PyArray_DIM(k, 2)
-    c.bfloat16 = cnp.PyArray_TYPE(k) == cnp.NPY_UINT16
+    c.kept = kept_as(k)
     if owners is not None and not take_owners(c, owners, batch, cnp.PyArray_DIM(k, 0), kept):
         return False
-    if (owners is None and cnp.PyArray_DIM(k, 0) != batch) or cnp.PyArray_DIM(k, 3) != cnp.PyArray_DIM(q, 3) or (c.kv_heads == 0) != (heads == 0):
+    if (owners is None and cnp.PyArray_DIM(k, 0) != batch) or last_axis(k) != kept_axis(k, q) or (c.kv_heads == 0) != (heads == 0):
         return False
     if c.kv_heads and heads % c.kv_heads:
         return False
@@ -89,7 +89,7 @@ cdef bint take_index(mt_block *c, index, cnp.ndarray q, list kept) except -1:
     c.width = c.source
     if index is None:
         return True
-    if c.causal or c.window or c.bfloat16 or c.owners != NULL or not (plain_integers(index) and cnp.PyArray_NDIM(index) == 4 and same_leading(index, q, 3)):
+    if c.causal or c.window or c.kept != MT_KEPT_REAL or c.owners != NULL or not (plain_integers(index) and cnp.PyArray_NDIM(index) == 4 and same_leading(index, q, 3)):
         return False
     if not all_within(index, -1, c.source):
         return False
@@ -176,7 +176,7 @@ cdef class AttentionCall:
         for i in range(n):
             if not self.take_block(&self.blocks[i], blocks[i], q):
                 return False
-            if not forward and (self.blocks[i].bfloat16 or self.blocks[i].owners != NULL):
+            if not forward and (self.blocks[i].kept != MT_KEPT_REAL or self.blocks[i].owners != NULL):
                 return False
         return True
 

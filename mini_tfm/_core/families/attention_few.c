@@ -6,19 +6,33 @@ enum { FEW = 4, FEW_MOST = 24 }; /* queries at once; more than FEW_MOST go the o
 enum { VALUES_AHEAD = 16 }; /* Rows fetched ahead, and a block of keys: 1.05 to 1.2 times as fast from L3 and memory, for the
  * processor foresees neither keys that are taken VL rows at a time nor what lies beyond a page. */
 
-/* A row of keys or values: of reals, or of bfloat16. */
+/* A row of keys or values, of what an mt_kept says. */
 typedef const void *kept_row;
 
-/* VL numbers of a row. */
-INLINE vec load_row(const int half, kept_row x, ptrdiff_t p) { return half ? load_bfloat16((const uint16_t *)x + p) : load((const real *)x + p); }
+/* VL numbers of a row; of int8 without their scale. */
+INLINE vec load_row(const int kept, kept_row x, ptrdiff_t p) {
+    return kept == MT_KEPT_INT8       ? load_elements(MT_ROWS_INT8, (const char *)x + p)
+           : kept == MT_KEPT_BFLOAT16 ? load_bfloat16((const uint16_t *)x + p)
+                                      : load((const real *)x + p);
+}
 
-INLINE real number_of(const int half, kept_row x, ptrdiff_t p) { return half ? from_bfloat16(((const uint16_t *)x)[p]) : ((const real *)x)[p]; }
+INLINE real number_of(const int kept, kept_row x, ptrdiff_t p) {
+    return kept == MT_KEPT_INT8 ? ((const int8_t *)x)[p] : kept == MT_KEPT_BFLOAT16 ? from_bfloat16(((const uint16_t *)x)[p]) : ((const real *)x)[p];
+}
+
+/* The at-th of the numbers that each lane holds, the first one below. */
+INLINE vec numbers_in_lanes(const int kept, vec x, const int at) {
+    if (kept == MT_KEPT_INT8) return __builtin_convertvector((ivec)((uvec)x << (24 - 8 * at)) >> 24, vec);
+    if (kept == MT_KEPT_BFLOAT16) return at ? (vec)((uvec)x & (ulane)0xFFFF0000) : (vec)((uvec)x << 16);
+    return x;
+}
 
 /* s_j (groups * VL) of each of nq queries = q k^T for keys at k_j, rows of D; q_id (nq, D). next: how many rows behind them to fetch.
- * A square of keys is transposed in registers; a lane of bfloat16 has two numbers, so that half as many are. nq, groups and half
+ * A square of keys is transposed in registers; a lane has 2 numbers of bfloat16, 4 of int8, so that fewer are. nq, groups and kept
  * are constants wherever this is inlined. */
-INLINE void few_scores_of(const int nq, const int groups, const int half, const kept_row *k_j, ptrdiff_t next, ptrdiff_t d, const real *q_id, real *s_ij) {
-    const ptrdiff_t step = half ? 2 * VL : VL, line = half ? 2 * LINE : LINE;
+INLINE void few_scores_of(const int nq, const int groups, const int kept, const kept_row *k_j, ptrdiff_t next, ptrdiff_t d, const real *q_id, real *s_ij) {
+    const int in_lane = kept == MT_KEPT_INT8 ? 4 : kept == MT_KEPT_BFLOAT16 ? 2 : 1;
+    const ptrdiff_t step = in_lane * VL, line = in_lane * LINE;
     vec sum[FEW][4];
     for (int i = 0; i < nq; i++)
         for (int g = 0; g < groups; g++) sum[i][g] = all(0);
@@ -26,24 +40,28 @@ INLINE void few_scores_of(const int nq, const int groups, const int half, const 
     for (; p + step <= d; p += step)
         for (int g = 0; g < groups; g++) {
             vec x[VL];
-            const size_t at = p * (half ? sizeof(uint16_t) : sizeof(real));
+            const size_t at = p * kept_bytes(kept);
             for (ptrdiff_t l = 0; l < VL && g * VL + l < next && p % line == 0; l++) __builtin_prefetch((const char *)k_j[(groups + g) * VL + l] + at);
-            for (ptrdiff_t l = 0; l < VL; l++) x[l] = load((const real *)((const char *)k_j[g * VL + l] + at));
+            for (ptrdiff_t l = 0; l < VL; l++) memcpy(&x[l], (const char *)k_j[g * VL + l] + at, sizeof x[l]);
             transpose_vectors(x);
             for (ptrdiff_t l = 0; l < VL; l++)
-                for (int i = 0; i < nq; i++) {
-                    const real *q = q_id + i * d + p;
-                    if (half) {
-                        sum[i][g] += q[2 * l] * (vec)((uvec)x[l] << 16);
-                        sum[i][g] += q[2 * l + 1] * (vec)((uvec)x[l] & (ulane)0xFFFF0000);
-                    } else
-                        sum[i][g] += q[l] * x[l];
+                for (int part = 0; part < in_lane; part++) {
+                    vec k = numbers_in_lanes(kept, x[l], part);
+                    for (int i = 0; i < nq; i++) sum[i][g] += q_id[i * d + p + in_lane * l + part] * k;
                 }
+        }
+    for (; in_lane > 1 && p + VL <= d; p += VL)
+        for (int g = 0; g < groups; g++) {
+            vec x[VL];
+            for (ptrdiff_t l = 0; l < VL; l++) x[l] = load_row(kept, k_j[g * VL + l], p);
+            transpose_vectors(x);
+            for (ptrdiff_t l = 0; l < VL; l++)
+                for (int i = 0; i < nq; i++) sum[i][g] += q_id[i * d + p + l] * x[l];
         }
     for (; p < d; p++)
         for (int g = 0; g < groups; g++) {
             real x[VL];
-            for (ptrdiff_t l = 0; l < VL; l++) x[l] = number_of(half, k_j[g * VL + l], p);
+            for (ptrdiff_t l = 0; l < VL; l++) x[l] = number_of(kept, k_j[g * VL + l], p);
             for (int i = 0; i < nq; i++) sum[i][g] += q_id[i * d + p] * load(x);
         }
     for (int i = 0; i < nq; i++)
@@ -52,18 +70,18 @@ INLINE void few_scores_of(const int nq, const int groups, const int half, const 
 
 /* The same for n keys, readable to a multiple of VL: `groups` squares at once, at least 4 chains together, for one waits for its own
  * last step; then what is left. */
-INLINE void few_scores(const int nq, const int groups, const int half, const kept_row *k_j, ptrdiff_t n, ptrdiff_t d, const real *q_id, real *s_ij) {
+INLINE void few_scores(const int nq, const int groups, const int kept, const kept_row *k_j, ptrdiff_t n, ptrdiff_t d, const real *q_id, real *s_ij) {
     ptrdiff_t j = 0, room = round_up(n, VL);
     for (; j + groups * VL <= room; j += groups * VL)
-        few_scores_of(nq, groups, half, k_j + j, min_size(groups * VL, room - j - groups * VL), d, q_id, s_ij + j);
-    for (; j < room; j += VL) few_scores_of(nq, 1, half, k_j + j, 0, d, q_id, s_ij + j);
+        few_scores_of(nq, groups, kept, k_j + j, min_size(groups * VL, room - j - groups * VL), d, q_id, s_ij + j);
+    for (; j < room; j += VL) few_scores_of(nq, 1, kept, k_j + j, 0, d, q_id, s_ij + j);
 }
 
 /* o_id (nq, ld) columns [c, c + vectors * VL) = p v for values at v_j (n,). A weight of zero takes no part: 0 * NaN of something
  * hidden is not to get in. */
-INLINE void few_values_columns(const int nq, const int vectors, const int half, const kept_row *v_j, ptrdiff_t n, const real *p_ij, ptrdiff_t c,
+INLINE void few_values_columns(const int nq, const int vectors, const int kept, const kept_row *v_j, ptrdiff_t n, const real *p_ij, ptrdiff_t c,
                                real *o_id, ptrdiff_t ld) {
-    const size_t size = half ? sizeof(uint16_t) : sizeof(real);
+    const size_t size = kept_bytes(kept);
     vec sum[FEW][8];
     for (int i = 0; i < nq; i++)
         for (int l = 0; l < vectors; l++) sum[i][l] = all(0);
@@ -73,26 +91,26 @@ INLINE void few_values_columns(const int nq, const int vectors, const int half, 
         for (int i = 0; i < nq; i++) {
             real p = p_ij[i * KEYS + j];
             if (p == 0) continue;
-            for (int l = 0; l < vectors; l++) sum[i][l] += p * load_row(half, v_j[j], c + l * VL);
+            for (int l = 0; l < vectors; l++) sum[i][l] += p * load_row(kept, v_j[j], c + l * VL);
         }
     }
     for (int i = 0; i < nq; i++)
         for (int l = 0; l < vectors; l++) store(o_id + i * ld + c + l * VL, sum[i][l]);
 }
 
-INLINE void few_values(const int nq, const int half, const kept_row *v_j, ptrdiff_t n, ptrdiff_t d, const real *p_ij, real *o_id, ptrdiff_t ld) {
+INLINE void few_values(const int nq, const int kept, const kept_row *v_j, ptrdiff_t n, ptrdiff_t d, const real *p_ij, real *o_id, ptrdiff_t ld) {
     const int most = N_REGISTERS / 2 / nq; /* vectors of each query that are summed at once */
     ptrdiff_t c = 0;
-    for (; most >= 8 && c + 8 * VL <= d; c += 8 * VL) few_values_columns(nq, 8, half, v_j, n, p_ij, c, o_id, ld);
-    for (; most >= 4 && c + 4 * VL <= d; c += 4 * VL) few_values_columns(nq, 4, half, v_j, n, p_ij, c, o_id, ld);
-    for (; c + 2 * VL <= d; c += 2 * VL) few_values_columns(nq, 2, half, v_j, n, p_ij, c, o_id, ld);
-    for (; c + VL <= d; c += VL) few_values_columns(nq, 1, half, v_j, n, p_ij, c, o_id, ld);
+    for (; most >= 8 && c + 8 * VL <= d; c += 8 * VL) few_values_columns(nq, 8, kept, v_j, n, p_ij, c, o_id, ld);
+    for (; most >= 4 && c + 4 * VL <= d; c += 4 * VL) few_values_columns(nq, 4, kept, v_j, n, p_ij, c, o_id, ld);
+    for (; c + 2 * VL <= d; c += 2 * VL) few_values_columns(nq, 2, kept, v_j, n, p_ij, c, o_id, ld);
+    for (; c + VL <= d; c += VL) few_values_columns(nq, 1, kept, v_j, n, p_ij, c, o_id, ld);
     for (; c < d; c++)
         for (int i = 0; i < nq; i++) {
             real sum = 0;
             for (ptrdiff_t j = 0; j < n; j++) {
                 real p = p_ij[i * KEYS + j];
-                if (p != 0) sum += p * number_of(half, v_j[j], c);
+                if (p != 0) sum += p * number_of(kept, v_j[j], c);
             }
             o_id[i * ld + c] = sum;
         }
@@ -124,6 +142,7 @@ INLINE void merge_part(struct part *so_far, real top, real total, const real *o_
 struct few_room {
     kept_row k_j[KEYS], v_j[KEYS];
     lane shown_j[KEYS];
+    real k_scale_j[KEYS], v_scale_j[KEYS];
     real s_ij[FEW * KEYS];
 };
 
@@ -133,11 +152,13 @@ static struct tile few_tile(const struct head *head, ptrdiff_t i, ptrdiff_t at, 
     struct tile tile = {.at = at, .n = n};
     if (!head->index_tk) {
         const struct mt_block *block = head->block;
-        const size_t size = block->bfloat16 ? sizeof(uint16_t) : sizeof(real);
+        const ptrdiff_t size = kept_bytes(block->kept);
         for (ptrdiff_t j = 0; j < round_up(n, VL); j++) {
             room->k_j[j] = row_of(head, &block->k, at + min_size(j, n - 1), size);
             room->v_j[j] = row_of(head, &block->v, at + min_size(j, n - 1), size);
         }
+        tile.k_scale_j = gather_scales(head, &block->k, at, n, room->k_scale_j);
+        tile.v_scale_j = gather_scales(head, &block->v, at, n, room->v_scale_j);
         tile.shown_j = fill_shown(head, at, n, room->shown_j);
         return tile;
     }
@@ -163,9 +184,13 @@ static struct tile few_tile(const struct head *head, ptrdiff_t i, ptrdiff_t at, 
 static void few_parts(const struct mt_attention_sizes *sizes, const struct asking *asking, int nq, ptrdiff_t at_block, const struct tile *tile,
                       const real *q_id, struct few_room *room, struct part *parts, ptrdiff_t ld) {
     ptrdiff_t d = sizes->d, n = tile->n;
-#define SCORES(nq_, groups_)                                                                \
-    (half ? few_scores(nq_, groups_, 1, room->k_j, n, d, q_id, room->s_ij) : few_scores(nq_, groups_, 0, room->k_j, n, d, q_id, room->s_ij))
-    const int half = !REAL_IS_DOUBLE && asking[0].head.block->bfloat16;
+    const int kept = REAL_IS_DOUBLE ? MT_KEPT_REAL : asking[0].head.block->kept;
+#define SCORES(nq_, groups_)                                                                                    \
+    switch (kept) {                                                                                             \
+    case MT_KEPT_INT8: few_scores(nq_, groups_, MT_KEPT_INT8, room->k_j, n, d, q_id, room->s_ij); break;         \
+    case MT_KEPT_BFLOAT16: few_scores(nq_, groups_, MT_KEPT_BFLOAT16, room->k_j, n, d, q_id, room->s_ij); break; \
+    default: few_scores(nq_, groups_, MT_KEPT_REAL, room->k_j, n, d, q_id, room->s_ij);                         \
+    }
     switch (nq) {
     case 1: SCORES(1, 4); break;
     case 2: SCORES(2, 2); break;
@@ -179,9 +204,14 @@ static void few_parts(const struct mt_attention_sizes *sizes, const struct askin
         parts[i].total = row_weights(s_j, 0, n, row_shift_of(parts[i].top));
         parts[i].top = ceil(parts[i].top);
         if (sizes->dropout > 0) row_drop(draw_of_row(sizes, at_block, asking[i].row), tile->at, 0, n, s_j);
+        scale_weights(tile, 0, n, s_j);
     }
-#define VALUES(nq_)                                                                         \
-    (half ? few_values(nq_, 1, room->v_j, n, d, room->s_ij, parts[0].o_d, ld) : few_values(nq_, 0, room->v_j, n, d, room->s_ij, parts[0].o_d, ld))
+#define VALUES(nq_)                                                                                               \
+    switch (kept) {                                                                                               \
+    case MT_KEPT_INT8: few_values(nq_, MT_KEPT_INT8, room->v_j, n, d, room->s_ij, parts[0].o_d, ld); break;         \
+    case MT_KEPT_BFLOAT16: few_values(nq_, MT_KEPT_BFLOAT16, room->v_j, n, d, room->s_ij, parts[0].o_d, ld); break; \
+    default: few_values(nq_, MT_KEPT_REAL, room->v_j, n, d, room->s_ij, parts[0].o_d, ld);                         \
+    }
     switch (nq) {
     case 1: VALUES(1); break;
     case 2: VALUES(2); break;

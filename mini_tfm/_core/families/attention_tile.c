@@ -30,7 +30,7 @@ struct head {
     const real *bias;        /* of query 0 and key 0, or NULL; strides in block->bias_stride */
     double cap;              /* of scores, in units of log 2, or 0 */
     ptrdiff_t end;           /* rows from here on are hidden: S or the row's length */
-    ptrdiff_t k_ld, v_ld, b, kv;
+    ptrdiff_t k_ld, v_ld, b, kv, d;
 };
 
 static struct head head_of(const struct mt_block *block, const struct mt_attention_sizes *sizes, ptrdiff_t b, ptrdiff_t h) {
@@ -49,6 +49,7 @@ static struct head head_of(const struct mt_block *block, const struct mt_attenti
         .end = block->lengths ? block->lengths[b] : block->source,
         .b = b,
         .kv = kv,
+        .d = sizes->d,
     };
 }
 
@@ -63,19 +64,47 @@ INLINE ptrdiff_t last_seen(const struct head *head, ptrdiff_t i) {
     return block->window ? min_size(head->end, i + block->offset + block->window) : head->end;
 }
 
-/* Row j of a head's keys or values, of `size` bytes an element. */
-INLINE const void *row_of(const struct head *head, const struct mt_rows *x, ptrdiff_t j, size_t size) {
-    ptrdiff_t b = head->owners_s ? head->owners_s[j] : head->b;
-    return (const char *)x->at + (b * x->stride[0] + head->kv * x->stride[1] + j * x->stride[2]) * (ptrdiff_t)size;
+/* Bytes of a number that is kept in an mt_kept. */
+INLINE ptrdiff_t kept_bytes(const int kept) {
+    return kept == MT_KEPT_INT8 ? 1 : kept == MT_KEPT_BFLOAT16 ? (ptrdiff_t)sizeof(uint16_t) : (ptrdiff_t)sizeof(real);
 }
 
-/* to (n, D) = rows [at, at + n) of a head's keys or values as reals, from wherever they lie. */
+/* Row j of a head's keys or values, of `size` bytes a number. */
+INLINE const void *row_of(const struct head *head, const struct mt_rows *x, ptrdiff_t j, ptrdiff_t size) {
+    ptrdiff_t b = head->owners_s ? head->owners_s[j] : head->b;
+    return (const char *)x->at + (b * x->stride[0] + head->kv * x->stride[1] + j * x->stride[2]) * size;
+}
+
+/* to (d,) = from (d,) int8, without their scale. */
+INLINE void widen_int8(const int8_t *from, ptrdiff_t d, real *to) {
+    ptrdiff_t p = 0;
+    for (; p + VL <= d; p += VL) store(to + p, load_elements(MT_ROWS_INT8, (const char *)from + p));
+    for (; p < d; p++) to[p] = from[p];
+}
+
+/* to (n, D) = rows [at, at + n) of a head's keys or values as reals, from wherever they lie; of int8 without their scales. */
 static void gather_rows(const struct head *head, const struct mt_rows *x, ptrdiff_t at, ptrdiff_t n, ptrdiff_t d, real *to) {
-    for (ptrdiff_t j = at; j < at + n; j++, to += d)
-        if (head->block->bfloat16)
-            widen_bfloat16(row_of(head, x, j, sizeof(uint16_t)), d, to);
+    const int kept = head->block->kept;
+    for (ptrdiff_t j = at; j < at + n; j++, to += d) {
+        const void *row = row_of(head, x, j, kept_bytes(kept));
+        if (kept == MT_KEPT_INT8)
+            widen_int8(row, d, to);
+        else if (kept == MT_KEPT_BFLOAT16)
+            widen_bfloat16(row, d, to);
         else
-            memcpy(to, row_of(head, x, j, sizeof(real)), d * sizeof(real));
+            memcpy(to, row, d * sizeof(real));
+    }
+}
+
+/* The scales of those rows in scale_j (KEYS,), those behind them up to a whole vector that of the last; NULL where they have none. */
+static const real *gather_scales(const struct head *head, const struct mt_rows *x, ptrdiff_t at, ptrdiff_t n, real *scale_j) {
+    if (head->block->kept != MT_KEPT_INT8) return NULL;
+    for (ptrdiff_t j = 0; j < round_up(n, VL); j++) {
+        float scale;
+        memcpy(&scale, (const char *)row_of(head, x, at + min_size(j, n - 1), 1) + head->d, sizeof scale);
+        scale_j[j] = scale;
+    }
+    return scale_j;
 }
 
 /* Scores that exist, at most; for judging the work. */
@@ -165,6 +194,7 @@ struct tile {
     const real *k_t;     /* (KEYS / NR, D, NR) */
     const real *v;       /* (d_room / NR, KEYS, NR), zeros beyond D; rows from n on are not read */
     const lane *shown_j; /* (KEYS,) all ones or zero, or NULL: all shown */
+    const real *k_scale_j, *v_scale_j; /* (KEYS,), by which its keys and values are to be multiplied, or NULL */
     int v_is_finite;
 };
 
@@ -401,8 +431,11 @@ static void cap_scores(real *s_j, ptrdiff_t lo, ptrdiff_t hi, real cap, real *sl
     }
 }
 
-/* Query i's scores [lo, hi) against the tile, s_j as they come from the product: capped, masked, biased. Returns their maximum. */
+/* Query i's scores [lo, hi) against the tile, s_j as they come from the product: scaled, capped, masked, biased. Returns their
+ * maximum. */
 static real finish_scores(const struct head *head, const struct tile *tile, ptrdiff_t i, ptrdiff_t lo, ptrdiff_t hi, real *s_j) {
+    if (tile->k_scale_j)
+        for (ptrdiff_t j = lo; j < hi; j += VL) store(s_j + j, load(s_j + j) * load(tile->k_scale_j + j));
     if (head->cap != 0) cap_scores(s_j, lo, hi, (real)head->cap, NULL);
     struct row_view view = view_of_row(head, tile, i);
     if (!sees_whole_tile(&view, tile) || (view.bias_j && view.bias_stride != 1))
@@ -470,6 +503,16 @@ static __attribute__((noinline)) real row_weights(real *s_j, ptrdiff_t lo, ptrdi
         total += p;
     }
     return sum_lanes(total);
+}
+
+/* p_j [lo, hi) are multiplied by the scales of the tile's values, if they have any: what sums of weights are not. A weight of zero stays
+ * one, beside a scale of NaN, too. */
+static void scale_weights(const struct tile *tile, ptrdiff_t lo, ptrdiff_t hi, real *p_j) {
+    if (!tile->v_scale_j) return;
+    for (ptrdiff_t j = lo; j < hi; j += VL) {
+        vec p = load(p_j + j);
+        store(p_j + j, choose(p == all(0), p, p * load(tile->v_scale_j + j)));
+    }
 }
 
 /* out_d and lse, or NULL, in double for both reals, of a row from what all tiles gave. */
