@@ -3,7 +3,7 @@
 For each text, kind of model and seed: `mini-tfm train` without a memory and with one, for the same number of steps of the same
 number of tokens, and `mini-tfm score` on files that training has not seen. No fact is planted, nothing is hidden: plain text.
 
-    python benchmarks/own_text.py                                 Python's documentation and source code: an hour of one core
+    python benchmarks/own_text.py                                 three texts that come with Python: an hour of one core
     python benchmarks/own_text.py --text novels novels/*.txt      a text of your own
     python benchmarks/own_text.py --seeds 1 --steps 20 --kinds decoder-only
 
@@ -11,6 +11,7 @@ What is done is kept in --work, and not done again.
 """
 
 import argparse
+import ast
 import json
 import statistics
 import subprocess
@@ -26,12 +27,26 @@ KINDS = {
     "decoder-only": (["--n-encoder-layers", "0", "--n-decoder-layers", "2"], "window:size=128"),
     "encoder-decoder": (["--n-encoder-layers", "2", "--n-decoder-layers", "2"], "window:size=128,site=decoder"),
 }
+STANDARD_LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 PACKAGES = ("asyncio", "email", "importlib", "json", "logging", "unittest")  # of the standard library: 1.6 MB of source
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def python_source():
-    root = Path(sysconfig.get_paths()["stdlib"])
-    return {path.relative_to(root).as_posix(): path.read_text() for name in PACKAGES for path in sorted((root / name).glob("*.py"))}
+    paths = [path for name in PACKAGES for path in sorted((STANDARD_LIBRARY / name).glob("*.py"))]
+    return {path.relative_to(STANDARD_LIBRARY).as_posix(): path.read_text() for path in paths}
+
+
+def python_docstrings(least=2000):
+    """Of the standard library's modules, those with `least` characters of them; the packages above are left to the source code."""
+    found = {}
+    for path in sorted(STANDARD_LIBRARY.glob("*.py")):
+        nodes = [node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, DOCUMENTED)]
+        in_order = sorted(nodes, key=lambda node: getattr(node, "lineno", 0))
+        text = "\n\n".join(filter(None, map(ast.get_docstring, in_order))) + "\n"
+        if len(text) >= least:
+            found[path.name] = text
+    return found
 
 
 def files_of(documents, folder):
@@ -102,7 +117,7 @@ def main():
     parser.add_argument("--work", type=Path, default=Path("own-text"), help="the folder for models and results")
     given = parser.parse_args()
     own = {name: {Path(file).name: Path(file).read_text(encoding="utf-8") for file in files} for name, *files in given.text or []}
-    print_table(runs(own or {"documentation": python_topics(), "source code": python_source()}, given))
+    print_table(runs(own or {"documentation": python_topics(), "source code": python_source(), "docstrings": python_docstrings()}, given))
 
 
 if __name__ == "__main__":

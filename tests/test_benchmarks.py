@@ -615,6 +615,19 @@ def test_a_memory_is_compared_with_none_on_ones_own_text(capsys, monkeypatch, tm
     assert capsys.readouterr().out.splitlines() == table and len(called) == 4
 
 
+def test_there_are_three_texts_without_a_file(monkeypatch):
+    """Enough to train on, and the docstrings are words, in the order of their module."""
+    script = import_from(FOLDER / "own_text.py", "own_text")
+    found = []
+    monkeypatch.setattr(script, "runs", lambda texts, given: found.append(texts) or {})
+    monkeypatch.setattr(sys, "argv", ["own_text.py"])
+    script.main()
+    assert list(found[0]) == ["documentation", "source code", "docstrings"]
+    assert all(len(texts) > 50 and sum(map(len, texts.values())) > 400_000 for texts in found[0].values())
+    heap = found[0]["docstrings"]["heapq.py"]
+    assert heap.startswith("Heap queue algorithm") and heap.index("Push item onto heap") < heap.index("Merge multiple sorted inputs")
+
+
 def test_long_inputs_are_asked_about(capsys, monkeypatch):
     script = import_from(FOLDER / "long_input.py", "long_input")
     options = "--seeds 1 --steps 2 --more-steps 2 --inputs 2 --lengths 32 70"
