@@ -674,8 +674,21 @@ def test_pairs_are_asked_about_as_they_were_said(same_threads):
     wanted = script.PAIR + (key - script.KEY) * script.N + value - script.VALUE
     assert (said[:, 0] == wanted[:, None]).any(axis=1).all()
     for kind in script.KINDS:
-        shares, _ = script.learned(kind, "window:size=8", 2, 0)
-        assert len(shares) == 4 and all(0 <= share < 0.5 for share in shares)
+        shares, steps, _ = script.learned(kind, "window:size=8", 2, 0)
+        assert steps == 2 and len(shares) == 4 and all(0 <= share < 0.5 for share in shares)
+
+
+def test_training_ends_when_enough_is_learned(monkeypatch, same_threads):
+    script = import_from(FOLDER / "associative.py", "associative")
+    seen = iter([0.5, 0.989, 0.99])
+    real = script.share_right
+
+    def share_right(*args):
+        return next(seen) if script.HELD_OUT in args else real(*args)
+
+    monkeypatch.setattr(script, "share_right", share_right)
+    monkeypatch.setattr(script, "STEPS_BETWEEN", 2)
+    assert script.learned("decoder-only", "none", 20, 0)[1] == 6
 
 
 def test_a_stream_is_measured_by_tenths(same_threads):
