@@ -264,8 +264,6 @@ class Decoder(Stack):
         rows = p.run.begin("decoder", tokens) if cache.is_empty else []
         front = self.in_front(rows, p)
         cache.extend([each.there for each in rows], tokens.shape[1])
-        x = self.embed(tokens, p, cache.positions)
-        x = np.concatenate([*front, x], axis=1) if front else x
 
         def layers(x: Array) -> Array:
             positions = cache.positions if not front else np.arange(-cache.n_front, tokens.shape[1])
@@ -275,9 +273,10 @@ class Decoder(Stack):
                 x = layer(p.run.enter("decoder", number, x), p, layout, encoded, 0)
             return self.last_norm(x, p)
 
-        if x.shape[1] == 1 and not p.run.answers:
-            return cache.step(layers, x)
-        return layers(x)[:, -tokens.shape[1] :]
+        if tokens.shape[1] == 1 and not front and not p.run.answers:
+            return cache.step(lambda x: layers(self.embedding.normed(x, p)), self.embedding.summed(tokens, p, cache.positions))
+        x = self.embed(tokens, p, cache.positions)
+        return layers(np.concatenate([*front, x], axis=1) if front else x)[:, -tokens.shape[1] :]
 
 
 def _within(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -374,6 +373,10 @@ class Embedding:
 
     def __call__(self, tokens: np.ndarray, p: Pass, positions: np.ndarray | None = None) -> Array:
         """(B, T) -> (B, T, d). positions: (T,) that follow each other, or (B, T); None: from 0 on."""
+        return self.normed(self.summed(tokens, p, positions), p)
+
+    def summed(self, tokens: np.ndarray, p: Pass, positions: np.ndarray | None = None) -> Array:
+        """The same before the norm."""
         x = ops.embedding(p.value(TOKENS), tokens)
         if self.scale is not None:
             x = x * x.dtype.type(self.scale)
@@ -381,7 +384,22 @@ class Embedding:
             x = x + p.value(self.types)[0]
         if self.config.positions in ("sinusoidal", "learned") and tokens.size:
             x = x + self._at(np.arange(tokens.shape[1]) if positions is None else positions, p, x.dtype)
+        return x
+
+    def normed(self, x: Array, p: Pass) -> Array:
         return x if self.norm is None else self.norm(x, p)
+
+    def feed(self, p: Pass, end: int) -> _core.Feed | None:
+        """How `summed` makes of a token at a position below `end`; None where it is more than rows of two tables."""
+        table, first = value_of(p.value(TOKENS)), self.config.position_offset
+        if self.types is not None or not table.flags.c_contiguous:
+            return None
+        if self.config.positions == "sinusoidal":
+            return _core.Feed(table, self.scale, self._table(first + end, table.dtype)[first:])
+        if self.config.positions == "learned":
+            places = value_of(p.value(self.learned))[first:]
+            return _core.Feed(table, self.scale, places) if places.flags.c_contiguous and end <= len(places) else None
+        return _core.Feed(table, self.scale)
 
     def _at(self, positions: np.ndarray, p: Pass, dtype: np.dtype) -> Array:
         first = self.config.position_offset
@@ -443,9 +461,14 @@ class Output:
 
     def best(self, hidden: np.ndarray, weights: Mapping[str, Weight]) -> tuple[np.ndarray, np.ndarray]:
         """The best score of each row of hidden (B, d), before the cap, and its id, by a session's packed layer: (B,), (B,)."""
-        packed = self.packed(weights)
-        scores, ids = _core.linear_top_k(self._scaled(hidden), packed, 1, self._bias(weights, packed.shape[1]))
+        weight, _, bias = self.choice(weights)
+        scores, ids = _core.linear_top_k(self._scaled(hidden), weight, 1, bias)
         return scores[:, 0], ids[:, 0]
+
+    def choice(self, weights: Mapping[str, Weight]) -> _core.Choice:
+        """How `best` chooses."""
+        packed = self.packed(weights)
+        return _core.Choice(packed, self.scale, self._bias(weights, packed.shape[1]))
 
     def likeliest(self, hidden: np.ndarray, weights: Mapping[str, Weight], k: int) -> tuple[np.ndarray, np.ndarray] | None:
         """The best k log-probabilities of each row of hidden (B, d), and their ids, by a session's packed layer: (B, k), (B, k).

@@ -674,7 +674,7 @@ def test_pairs_are_asked_about_as_they_were_said(same_threads):
     wanted = script.PAIR + (key - script.KEY) * script.N + value - script.VALUE
     assert (said[:, 0] == wanted[:, None]).any(axis=1).all()
     for kind in script.KINDS:
-        shares, steps, _ = script.learned(kind, "window:size=8", 2, 0)
+        shares, steps, _ = script.learned(kind, "window:size=8", script.Recipe(steps=2), 0)
         assert steps == 2 and len(shares) == 4 and all(0 <= share < 0.5 for share in shares)
 
 
@@ -688,7 +688,7 @@ def test_training_ends_when_enough_is_learned(monkeypatch, same_threads):
 
     monkeypatch.setattr(script, "share_right", share_right)
     monkeypatch.setattr(script, "STEPS_BETWEEN", 2)
-    assert script.learned("decoder-only", "none", 20, 0)[1] == 6
+    assert script.learned("decoder-only", "none", script.Recipe(steps=20), 0)[1] == 6
 
 
 def test_a_stream_is_measured_by_tenths(same_threads):

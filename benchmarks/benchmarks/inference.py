@@ -400,7 +400,7 @@ class DecodingAgainstCTranslate2(_Against):
 
 
 class OutsideKernels(Generate):
-    """What part of a decoding step passes outside the recorded step and the output layer: Python, for the most part."""
+    """What part of a decoding step passes outside recorded steps and the output layer: Python, for the most part."""
 
     params = ([("T5-small", 1, 32, 1), ("T5-small", 8, 64, 1)], OURS)
     timeout = 300
@@ -469,3 +469,6 @@ class _TimedProgram:
 
     def run(self, *arguments):
         return self.clock.timed(self.program.run, *arguments)
+
+    def run_greedily(self, *arguments):
+        return self.clock.timed(self.program.run_greedily, *arguments)

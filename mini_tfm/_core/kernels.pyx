@@ -20,7 +20,7 @@ import numpy as np
 from mini_tfm.errors import InvalidType, InvalidValue
 from mini_tfm.reference import _checks
 from mini_tfm.reference import types as reference_types
-from mini_tfm.reference.types import Block, BlockGrad
+from mini_tfm.reference.types import Block, BlockGrad, Choice, Feed
 
 cnp.import_array()
 

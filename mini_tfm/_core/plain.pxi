@@ -47,6 +47,11 @@ cdef inline bint plain_matrix(x) noexcept:
     return plain(x) and cnp.PyArray_NDIM(<cnp.ndarray>x) == 2
 
 
+cdef inline bint plain_like_rows(y, cnp.ndarray x, ptrdiff_t d) noexcept:
+    """As `plain`, with x's dtype and shape (n, d)."""
+    return plain_matrix(y) and cnp.PyArray_TYPE(<cnp.ndarray>y) == cnp.PyArray_TYPE(x) and cnp.PyArray_DIM(<cnp.ndarray>y, 1) == d
+
+
 cdef inline bint plain_like(y, cnp.ndarray x) noexcept:
     """As `plain`, with x's dtype and shape."""
     return plain(y) and cnp.PyArray_TYPE(<cnp.ndarray>y) == cnp.PyArray_TYPE(x) and cnp.PyArray_SAMESHAPE(<cnp.ndarray>y, x)

@@ -58,6 +58,18 @@ void mt_keep(int is_double, int kept, const struct mt_rows *from, const struct m
     }
 }
 
+void mt_scale(int is_double, const void *x_, double scale, void *y_, ptrdiff_t n) {
+    if (is_double) {
+        const double *x = x_;
+        double *y = y_;
+        for (ptrdiff_t i = 0; i < n; i++) y[i] = x[i] * scale;
+    } else {
+        const float *x = x_, factor = (float)scale;
+        float *y = y_;
+        for (ptrdiff_t i = 0; i < n; i++) y[i] = x[i] * factor;
+    }
+}
+
 /* Attention whose own block has grown since it was recorded. */
 static int attend(const struct mt_call *call, uint64_t grows, struct mt_now now) {
     struct mt_attention_sizes sizes = call->sizes;

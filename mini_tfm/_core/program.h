@@ -51,6 +51,9 @@ struct mt_now {
 /* grows (n calls,): a bit for each block of an attention that has now.keys keys. Returns what a kernel that fails does. */
 int mt_run_calls(const struct mt_call *calls, const uint64_t *grows, ptrdiff_t n, struct mt_now now);
 
+/* y (n,) = scale * x (n,); x may be y. */
+void mt_scale(int is_double, const void *x, double scale, void *y, ptrdiff_t n);
+
 /* to (B, H, n, D), an mt_kept, at row `at`, or where at_b (B,) is not NULL at row at_b[b], becomes `from` (B, H, n, D). */
 void mt_keep(int is_double, int kept, const struct mt_rows *from, const struct mt_rows *to, ptrdiff_t at, const int64_t *at_b,
              ptrdiff_t batch, ptrdiff_t heads, ptrdiff_t n, ptrdiff_t d);

@@ -80,10 +80,19 @@ cdef extern from "program.h" nogil:
         ptrdiff_t batch, keys
 
     int mt_run_calls(const mt_call *calls, const uint64_t *grows, ptrdiff_t n, mt_now now)
+    void mt_scale(int is_double, const void *x, double scale, void *y, ptrdiff_t n)
     void mt_keep(
         int is_double, int kept, const mt_rows *from_, const mt_rows *to, ptrdiff_t at, const int64_t *at_b, ptrdiff_t batch,
         ptrdiff_t heads, ptrdiff_t n, ptrdiff_t d
     )
+
+
+cdef extern from "Python.h":
+    int PyErr_CheckSignals() except -1
+
+
+cdef extern from "math.h" nogil:
+    bint isfinite(double x)
 
 
 cdef extern from "pythread.h":
@@ -389,8 +398,7 @@ cdef class Program:
         cdef int failed
         cdef Calls calls = self.second
         cdef cnp.ndarray input
-        if self.grows == NULL:
-            raise InvalidValue("run: expected a program that is ready, for which two equal steps were noted, got one that is not; ask `ready` first")
+        self.check_ready("run")
         input = calls.input
         if not (plain(x) and cnp.PyArray_NDIM(x) == 3 and cnp.PyArray_TYPE(x) == cnp.PyArray_TYPE(input)):
             raise InvalidValue("x: expected a contiguous array (B, 1, d) of the dtype that was noted")
@@ -402,6 +410,100 @@ cdef class Program:
             failed = mt_run_calls(calls.calls, self.grows, calls.n, now)
         raise_if(failed)
         return self.result[: now.batch].copy()
+
+    cdef int check_ready(self, str method) except -1:
+        if self.grows == NULL:
+            raise InvalidValue(
+                f"{method}: expected a program that is ready, for which two equal steps were noted, got one that is not; ask `ready` first"
+            )
+        return 0
+
+    def run_greedily(self, tokens, ptrdiff_t keys, ptrdiff_t steps, ends, feed, choice, position, owners=None):
+        """Steps in a row, each fed what the one before has chosen, the first one tokens (B,): ids (B, n) and the last step's scores (B,).
+
+        n: `steps`, or fewer: none follows one that chooses an id of ends (m,), or has a score that is not finite. keys: as of `run`, of
+        the first step. position (1,): that of its token, in the array that was noted; it is counted on. owners (rows, capacity): each
+        new key is its own row's.
+        """
+        self.check_ready("run_greedily")
+        cdef Calls calls = self.second
+        cdef cnp.ndarray x = calls.input
+        cdef bint wide = is_double(x)
+        cdef ptrdiff_t d = last_axis(x)
+        table, scale, places = feed
+        weight, choice_scale, bias = choice
+        if not (plain_integers(position) and cnp.PyArray_SIZE(position) == 1 and plain_integers(ends) and keys >= 1 and steps >= 1):
+            raise InvalidValue("position, ends: expected contiguous integers, one position; keys, steps: at least 1")
+        if not (plain_integers(tokens) and cnp.PyArray_NDIM(tokens) == 1 and 1 <= cnp.PyArray_DIM(tokens, 0) <= calls.batch):
+            raise InvalidValue(f"tokens: expected integers (B,), with B from 1 to the {calls.batch} streams that were noted")
+        if not (
+            plain_like_rows(table, x, d) and all_within(tokens, 0, cnp.PyArray_DIM(table, 0))
+            and (places is None or (plain_like_rows(places, x, d) and 0 <= position[0] <= cnp.PyArray_DIM(places, 0) - steps))
+        ):
+            raise InvalidValue("feed: expected contiguous tables (n, d) of the dtype that was noted, with a row for each token and position")
+        cdef PackedWeight w = own_weight(weight)
+        if w.at.d_in != d or w.wide != wide or w.at.gated or not 0 < w.at.d_out <= cnp.PyArray_DIM(table, 0):
+            raise InvalidValue(f"choice: expected a weight (d, n_ids) with d = {d}, and no more ids than feed's table has rows")
+        if not (bias is None or plain_vector(bias, x, w.at.d_out)):
+            raise InvalidValue(f"choice: expected a bias ({w.at.d_out},) of the dtype that was noted")
+        if not (owners is None or (plain_integers(owners) and cnp.PyArray_NDIM(owners) == 2 and keys + steps - 1 <= cnp.PyArray_DIM(owners, 1))):
+            raise InvalidValue("owners: expected contiguous integers (rows, capacity) with room for all keys")
+        cdef ptrdiff_t batch = cnp.PyArray_DIM(tokens, 0)
+        cdef ptrdiff_t element = cnp.PyArray_ITEMSIZE(x)
+        cdef ptrdiff_t n_ends = cnp.PyArray_SIZE(ends)
+        cdef ptrdiff_t rows = 0 if owners is None else cnp.PyArray_DIM(owners, 0)
+        cdef ptrdiff_t capacity = 0 if owners is None else cnp.PyArray_DIM(owners, 1)
+        hidden, scores = np.empty((batch, d), x.dtype), np.empty(batch, x.dtype)
+        best, ids = tokens.copy(), np.empty((batch, steps), np.int64)
+        cdef mt_now now
+        cdef int failed = 0
+        cdef bint ended = False
+        cdef bint scaled = scale is not None
+        cdef bint choice_scaled = choice_scale is not None
+        cdef double factor = scale if scaled else 1
+        cdef double choice_factor = choice_scale if choice_scaled else 1
+        cdef ptrdiff_t step, row, i
+        cdef char *px = <char *>ptr(x)
+        cdef void *pt = ptr(table)
+        cdef char *pp = <char *>ptr_or_null(places)
+        cdef void *pb = ptr_or_null(bias)
+        cdef char *ph = <char *>ptr(hidden)
+        cdef void *ps = ptr(scores)
+        cdef const void *py = ptr(self.result)
+        cdef int64_t *pn = <int64_t *>ptr(best)
+        cdef int64_t *pi = <int64_t *>ptr(ids)
+        cdef int64_t *pe = <int64_t *>ptr(ends)
+        cdef int64_t *at = <int64_t *>ptr(position)
+        cdef int64_t *po = <int64_t *>ptr_or_null(owners)
+        now.batch, now.keys, step = batch, keys, 0
+        while True:
+            with nogil:
+                for row in range(rows):
+                    po[row * capacity + now.keys - 1] = row
+                mt_embedding(wide, pt, pn, ph, batch, d)
+                if scaled:
+                    mt_scale(wide, ph, factor, ph, batch * d)
+                if pp == NULL:
+                    memcpy(px, ph, batch * d * element)
+                for row in range(batch if pp != NULL else 0):
+                    mt_add(wide, ph + row * d * element, pp + at[0] * d * element, px + row * d * element, d)
+                failed = mt_run_calls(calls.calls, self.grows, calls.n, now)
+                if not failed:
+                    if choice_scaled:
+                        mt_scale(wide, py, choice_factor, ph, batch * d)
+                    failed = mt_linear_top_k(wide, ph if choice_scaled else py, &w.at, pb, ps, pn, NULL, batch, 1)
+                for row in range(batch):
+                    pi[row * steps + step] = pn[row]
+                    ended = ended or not isfinite((<double *>ps)[row] if wide else (<float *>ps)[row])
+                    for i in range(n_ends):
+                        ended = ended or pn[row] == pe[i]
+            raise_if(failed)
+            PyErr_CheckSignals()
+            step += 1
+            if ended or step == steps:
+                return ids[:, :step], scores
+            now.keys += 1
+            at[0] += 1
 
 
 def keep_rows(store, at, rows):

@@ -208,6 +208,24 @@ class KVCache:
                 self._fill(name)
         return program.run(x, self.n_keys)
 
+    def best_of_next(
+        self, tokens: np.ndarray, n: int, ends: np.ndarray, feed_of: Callable[[int], _core.Feed | None], choice: _core.Choice
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """At most n steps without Python, the first one fed tokens (B,): see `Program.run_greedily`; None where one cannot be run so.
+
+        feed_of: the feed of positions below a number.
+        """
+        program, made_for = self._program
+        n, position = min(n, self._capacity - self.n_keys), self.n_keys - self.n_front
+        if n < 1 or made_for != self._capacity or not program.ready or len(tokens) > program.batch:
+            return None
+        if self.lengths is not None or self._front is not None or (feed := feed_of(position + n)) is None:
+            return None
+        self._position[0], self.positions = position, self._position
+        ids, scores = program.run_greedily(tokens, self.n_keys + 1, n, ends, feed, choice, self._position, self._owners)
+        self.n_keys += ids.shape[1]
+        return ids, scores
+
     def forget_step(self) -> None:
         """What was noted of a step holds no longer."""
         self._program = None, None

@@ -122,14 +122,31 @@ class Session:
 
     def best_of_next(self, tokens: np.ndarray, n: int, ends: np.ndarray) -> np.ndarray:
         """(B, 1 to n) the best ids of so many steps, each fed the one before and the first `tokens` (B, 1), until one is in `ends` (m,)."""
-        made = []
-        for _ in range(n):
-            best = self.best(self.step(tokens))
-            made.append(best)
-            if (best[:, None] == ends).any():
+        made, left = [tokens[:, :0]], n
+        while left:
+            ids = self._run_again(tokens[:, 0], left, ends)
+            if ids is None:
+                ids = self.best(self.step(tokens))[:, None]
+            made.append(ids)
+            tokens, left = ids[:, -1:], left - ids.shape[1]
+            if (tokens == ends).any():
                 break
-            tokens = best[:, None]
-        return np.stack(made, axis=1)
+        return np.concatenate(made, axis=1)
+
+    def _run_again(self, tokens: np.ndarray, n: int, ends: np.ndarray) -> np.ndarray | None:
+        """What `best_of_next` gives of tokens (B,), by steps that are run without Python; None where the next one cannot be."""
+        model, run = self.stream.model, self.stream.run
+        if run.changes_output or run.answers or self.among is not None:
+            return None
+        assert model.decoder is not None
+        feed_of = partial(model.decoder.embedding.feed, self._pass)
+        found = self.cache.best_of_next(np.ascontiguousarray(tokens), n, ends, feed_of, model.output.choice(self.weights))
+        if found is None:
+            return None
+        ids, scores = found
+        self.n_steps += ids.shape[1]
+        self._check(scores)
+        return ids
 
     def likeliest(self, hidden: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """(B, k) the best log-probabilities and their ids, best first; of equal ones the lower id first.

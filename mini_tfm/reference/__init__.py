@@ -10,7 +10,7 @@ returns the dtype it was given. One file a family:
     elementwise  activations, sums, dropout         search      exact top-k by inner product
     attention    attention and its backward         threads     the twins of the thread settings
     checksum     whether an array has changed       program     a decoding step run again
-    kept         rows in bfloat16 and int8              types       Block, BlockGrad, PackedWeight, which the compiled kernels share
+    kept         rows in bfloat16 and int8              types       what the compiled kernels share: Block, ...
 
 The `__all__` of these files together are the names behind the door `mini_tfm._core`, which fails to import without a compiled
 function for each; `MINI_TFM_ISA=reference` puts the twins themselves behind it.

@@ -7,7 +7,7 @@ import numpy as np
 from mini_tfm.errors import InvalidValue
 from mini_tfm.reference import _checks
 from mini_tfm.reference.kept import to_kept
-from mini_tfm.reference.types import Integers, Real
+from mini_tfm.reference.types import Choice, Feed, Integers, Real
 
 __all__ = ["Program", "keep_rows"]
 
@@ -36,9 +36,32 @@ class Program:
 
         B: at most as many as were noted: the streams that are the first of their arrays.
         """
-        raise InvalidValue(
-            "run: expected a program that is ready, for which two equal steps were noted, got one that is not; ask `ready` first"
-        )
+        raise _not_ready("run")
+
+    def run_greedily(
+        self,
+        tokens: Integers,
+        keys: int,
+        steps: int,
+        ends: Integers,
+        feed: Feed,
+        choice: Choice,
+        position: Integers,
+        owners: Integers | None = None,
+    ) -> tuple[Integers, Real]:
+        """Steps in a row, each fed what the one before has chosen, the first one tokens (B,): ids (B, n) and the last step's scores (B,).
+
+        n: `steps`, or fewer: none follows one that chooses an id of ends (m,), or has a score that is not finite. keys: as of `run`, of
+        the first step. position (1,): that of its token, in the array that was noted; it is counted on. owners (rows, capacity): each
+        new key is its own row's.
+        """
+        raise _not_ready("run_greedily")
+
+
+def _not_ready(method: str) -> InvalidValue:
+    return InvalidValue(
+        f"{method}: expected a program that is ready, for which two equal steps were noted, got one that is not; ask `ready` first"
+    )
 
 
 def keep_rows(store: Real, at: int | Integers, rows: Real) -> None:

@@ -1,6 +1,7 @@
 """The types that the compiled kernels and their twins share: what a call takes and gives besides arrays.
 
-`Block` and `BlockGrad` are attention's, `PackedWeight` is what `pack` makes. The aliases say in signatures what an array holds.
+`Block` and `BlockGrad` are attention's, `PackedWeight` is what `pack` makes, `Feed` and `Choice` are a `Program`'s. The aliases say in
+signatures what an array holds.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Block", "BlockGrad", "PackedWeight"]
+__all__ = ["Block", "BlockGrad", "Choice", "Feed", "PackedWeight"]
 
 Real: TypeAlias = NDArray[Any]  # float32 or float64; all of one dtype in one call
 Integers: TypeAlias = NDArray[np.int64]
@@ -109,3 +110,19 @@ class PackedWeight(ABC):  # the compiled one is registered as a kind of it
         (values, scales) of each. values (d_out, d_in): int8; uint16, the bits of bfloat16; or the reals. scales (d_out, groups)
         float32 of int8: row i, column j of it is values * scales[i, j // group]. None of other kinds.
         """
+
+
+class Feed(NamedTuple):
+    """What a token becomes before the first layer: its row of table (V, d), times scale, plus the row of places (P, d) of its position."""
+
+    table: Real
+    scale: float | None = None
+    places: Real | None = None
+
+
+class Choice(NamedTuple):
+    """How the next token is chosen by a hidden row (d,): the largest of scale * row @ weight + bias, weight (d, n_ids), bias (n_ids,)."""
+
+    weight: PackedWeight
+    scale: float | None = None
+    bias: Real | None = None

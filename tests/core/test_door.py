@@ -16,7 +16,7 @@ FUNCTIONS = sorted(name for name, value in vars(reference).items() if inspect.is
 
 
 def test_every_name_behind_the_door_has_a_twin_and_the_reverse():
-    assert set(_core.__all__) == set(reference.__all__) == {*FUNCTIONS, "Block", "BlockGrad", "PackedWeight", "Program"}
+    assert set(_core.__all__) == set(reference.__all__) == {*FUNCTIONS, "Block", "BlockGrad", "Choice", "Feed", "PackedWeight", "Program"}
     assert all(hasattr(module, name) for module in (_core, reference) for name in module.__all__)
 
 
@@ -34,7 +34,7 @@ def test_a_kernel_has_its_twins_signature_and_a_docstring(name):
 
 
 def test_programs_have_their_twins_methods_and_docstrings():
-    for name in ("note", "run", "ready", "hopeless", "batch"):
+    for name in ("note", "run", "run_greedily", "ready", "hopeless", "batch"):
         assert hasattr(_core.Program, name) and hasattr(reference.Program, name)
     assert _core.Program.__doc__ and reference.Program.__doc__
 

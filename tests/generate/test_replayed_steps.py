@@ -1,5 +1,9 @@
 """Decoding steps that are noted and run again without Python: the same bits, whatever happens to the streams in between."""
 
+import os
+import signal
+import threading
+
 import numpy as np
 import pytest
 from helpers import assert_same_bits
@@ -147,6 +151,87 @@ def test_streams_that_join_at_different_steps_have_the_bits_of_python(variant, m
     assert ready[8] and ready[20] and ready[40] and ready[:45].count(False) < 16
 
 
+@compiled
+@pytest.mark.parametrize("packed, cache_dtype", [(None, None), (None, "int8"), ("bfloat16", None), ("int8", None)])
+@pytest.mark.parametrize("variant", DECODERS)
+def test_greedy_steps_in_a_row_have_the_bits_of_python(variant, packed, cache_dtype, monkeypatch):
+    """The tokens, and what comes after them: scores of a step that shows what the cache has become. With rows that have left."""
+    longer = {"max_positions": 100} if VARIANTS[variant].get("positions") == "learned" else {}
+    model, ends = tiny_model(variant, seed=2, dtype=np.float32, **longer), np.zeros(0, np.int64)
+    if packed:
+        model.pack(packed)
+    without_python = []
+
+    def work():
+        session, found, tokens = session_of(model, cache_dtype=cache_dtype), [], TOKENS[:, :1]
+        tokens = session.best(session.step(tokens))[:, None]
+        for i, n in enumerate((1, 5, 16, 3, 40)):
+            if i == 2:
+                session.reorder(np.array([0, 2, 3]))
+                tokens = tokens[[0, 2, 3]]
+            found.append(session.best_of_next(tokens, n, ends))
+            tokens = found[-1][:, -1:]
+            found.append(session.scores(session.step(tokens)))
+            tokens = np.argmax(found[-1], axis=1)[:, None]
+            found.append(np.array([session.cache.n_keys, session.cache.positions[0], *session.n_steps]))
+        return found
+
+    run = _core.Program.run_greedily
+
+    class Counting(_core.Program):
+        def run_greedily(self, *given):
+            found = run(self, *given)
+            without_python.append(found[0].shape[1])
+            return found
+
+    monkeypatch.setattr(_core, "Program", Counting)
+    found, expected = both(monkeypatch, work)
+    for one, other in zip(found, expected, strict=True):
+        assert_same_bits(one, other)
+    assert sum(without_python) > 45, "of 65, but for those that are noted"
+
+
+@compiled
+def test_greedy_steps_end_with_the_first_that_is_an_end_or_not_finite():
+    model = tiny_model("decoder only, llama", seed=2, dtype=np.float32)
+
+    def made(n, ends=(), begin=3):
+        session = session_of(model)
+        session.step(TOKENS[:, :1])
+        for i in range(1, begin):
+            session.step(TOKENS[:, i : i + 1])
+        return session, session.best_of_next(TOKENS[:, begin : begin + 1], n, np.array(ends, np.int64))
+
+    session, whole = made(20)
+    assert whole.shape == (5, 20) and (session.n_steps == 23).all() and session.cache.n_keys == 23
+    end = whole[2, 11]
+    first = int((whole == end).any(axis=0).argmax()) + 1
+    session, found = made(20, [999, end])
+    assert_same_bits(found, whole[:, :first])
+    assert (session.n_steps == 3 + first).all() and session.cache.n_keys == 3 + first
+    model.weights["embedding.weight"][whole[1, 4]] = np.nan
+    with pytest.raises(InvalidValue, match=r"the scores of token \d+ of sequence \d are not finite"):
+        made(20)
+
+
+@compiled
+def test_a_handler_that_raises_ends_greedy_steps(monkeypatch):
+    """Between two steps, however short they are."""
+    model = tiny_model("decoder only, llama", seed=2, dtype=np.float32)
+    session = session_of(model)
+    for i in range(3):
+        session.step(TOKENS[:, i : i + 1])
+    session.cache._grow(1 << 20)
+    session.cache.forget_step()
+    for i in range(2):
+        session.step(TOKENS[:, i : i + 1])
+    timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        session.best_of_next(TOKENS[:, :1], 1 << 19, np.zeros(0, np.int64))
+    timer.join()
+
+
 MEMORIES = {
     "window:size=9,sinks=2,site=decoder": True,
     "recurrent:tokens=2": True,
@@ -248,6 +333,54 @@ def test_what_a_program_is_given_is_checked():
             program.run(bad, keys)
     with pytest.raises(InvalidValue, match="ready"):
         _core.Program().run(x, 1)
+
+
+@compiled
+def test_what_greedy_steps_are_given_is_checked():
+    w = linear()
+    program, x = noted(lambda x: _core.packed_linear(x, w)), np.ones((2, 1, 8), np.float32)
+    table = RNG.standard_normal((8, 8)).astype(np.float32)
+    good = {
+        "tokens": np.array([3, 7]),
+        "keys": 1,
+        "steps": 4,
+        "ends": np.zeros(0, np.int64),
+        "feed": _core.Feed(table, 2.0, table),
+        "choice": _core.Choice(linear(), 0.5, table[0]),
+        "position": np.array([0]),
+        "owners": np.zeros((2, 4), np.int64),
+    }
+    ids, scores = program.run_greedily(**good)
+    assert ids.shape == (2, 4) and scores.shape == (2,) and good["position"] == 3
+    wrong = {
+        "tokens": [np.array([1, 2, 3]), np.array([[1, 2]]), np.array([1, 2], np.int32), [1, 2]],
+        "keys": [0],
+        "steps": [0],
+        "ends": [np.array([1.0])],
+        "feed": [
+            _core.Feed(table[:, :7]),
+            _core.Feed(table.astype(np.float64)),
+            _core.Feed(table, None, table[:3]),
+            _core.Feed(table[:, ::-1]),
+            _core.Feed(table[:7]),
+        ],
+        "choice": [
+            _core.Choice(linear(7)),
+            _core.Choice(_core.pack(np.ones((8, 9), np.float32))),
+            _core.Choice(_core.pack(np.ones((8, 8), np.float32), gate=np.ones((8, 8), np.float32))),
+            _core.Choice(_core.pack(np.ones((8, 8)), dtype="float64")),
+            _core.Choice(linear(), None, table[0, :7]),
+        ],
+        "position": [np.array([5]), np.array([-1]), np.array([0, 1])],
+        "owners": [np.zeros((2, 3), np.int64), np.zeros(8, np.int64)],
+    }
+    for name, values in wrong.items():
+        for value in values:
+            with pytest.raises(InvalidValue, match=name):
+                program.run_greedily(**{**good, "position": np.array([0]), name: value})
+    with pytest.raises(InvalidValue, match="run_greedily: expected a program that is ready"):
+        _core.Program().run_greedily(**good)
+    assert_same_bits(program.run(x, 1), _core.packed_linear(x, w))
 
 
 @compiled

@@ -10,6 +10,7 @@ from variants import tiny_model
 
 from mini_tfm.errors import InvalidValue
 from mini_tfm.generate import Session
+from mini_tfm.generate.cache import KVCache
 from mini_tfm.generate.steps import in_lots
 from mini_tfm.stream import Stream
 
@@ -22,7 +23,15 @@ NEW = 40
 @pytest.fixture
 def at_work(monkeypatch):
     """The rows of each step of one token."""
-    rows, outputs = [], Session.outputs
+    rows, outputs, best_of_next = [], Session.outputs, KVCache.best_of_next
+
+    def in_a_row(self, tokens, *given):
+        found = best_of_next(self, tokens, *given)
+        if found is not None:
+            rows.extend([len(tokens)] * found[0].shape[1])
+        return found
+
+    monkeypatch.setattr(KVCache, "best_of_next", in_a_row)
     monkeypatch.setattr(
         Session,
         "outputs",
