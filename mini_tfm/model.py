@@ -461,8 +461,8 @@ class Output:
 
     def best(self, hidden: np.ndarray, weights: Mapping[str, Weight]) -> tuple[np.ndarray, np.ndarray]:
         """The best score of each row of hidden (B, d), before the cap, and its id, by a session's packed layer: (B,), (B,)."""
-        weight, _, bias = self.choice(weights)
-        scores, ids = _core.linear_top_k(self._scaled(hidden), weight, 1, bias)
+        choice = self.choice(weights)
+        scores, ids = _core.linear_top_k(self._scaled(hidden), choice.weight, 1, choice.bias)
         return scores[:, 0], ids[:, 0]
 
     def choice(self, weights: Mapping[str, Weight]) -> _core.Choice:

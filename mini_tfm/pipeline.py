@@ -424,10 +424,10 @@ class Pipeline:
         tokens, chosen = self._in_languages(tokens, chosen)
         last, tokens = self._begun(tokens)
         steps = self._search([self._to_continue(tokens)], chosen, self._stream.copy(), np.zeros(1, np.int64), last, prompts)
-        if chosen.num_return_sequences > 1:
-            return self._texts(found_by(steps)[0], chosen)
-        pieces = _before_stop(_decoded(alone(steps), self.tokenizer.decode_stream()), chosen)
-        return pieces if stream else "".join(pieces)
+        if stream:
+            return _before_stop(_decoded(alone(steps), self.tokenizer.decode_stream()), chosen)
+        texts = self._texts(found_by(steps)[0], chosen)
+        return texts if chosen.num_return_sequences > 1 else texts[0]
 
     def _in_languages(self, tokens: np.ndarray, options: GenerationOptions) -> tuple[np.ndarray, GenerationOptions]:
         """A text's tokens with the languages of the options in them, and the options without languages."""

@@ -9,6 +9,7 @@ import numpy as np
 from . import characters, files, inference
 
 MODELS = ["SmolLM2-135M", "en-pt", "characters", "all-MiniLM-L6-v2"]
+KEYS = {"SmolLM2-135M": "smollm2"}  # by which inference.py calls them, where it does so otherwise
 DTYPES = ["bfloat16", "int8"]
 TRAINED_FOR = 600  # steps, of characters.py
 
@@ -55,8 +56,11 @@ def compared(name, dtype):
         texts = files.sentences(256)
         wide, narrow = (inference.our_pipeline("minilm", each).embed(texts) for each in ("float32", dtype))
         return {"cosine": inference.least_cosine(wide, narrow)}
-    key = {"SmolLM2-135M": "smollm2", "characters": "characters"}.get(name, name)
-    wide, narrow = (inference.ours(key, each) for each in ("float32", dtype))
+    return between(name, *(inference.ours(KEYS.get(name, name), each) for each in ("float32", dtype)))
+
+
+def between(name, wide, narrow):
+    """As `compared`, of two models of that name."""
     pairs, n_bytes = samples(name)
     equal, count, nats = 0, 0, np.zeros(2)
     for source, target in pairs:
@@ -88,7 +92,7 @@ def read_through(name, n, cache_dtype):
     from mini_tfm.generate import Session
     from mini_tfm.stream import Stream
 
-    model = inference.ours({"SmolLM2-135M": "smollm2"}.get(name, name), "float32")
+    model = inference.ours(KEYS.get(name, name), "float32")
     stream, tokens = Stream(model, None, 1), held_out_tokens(name, n)[None]
     stream.open(None, np.full(1, n))
     try:

@@ -431,7 +431,7 @@ cdef class Program:
         cdef bint wide = is_double(x)
         cdef ptrdiff_t d = last_axis(x)
         table, scale, places = feed
-        weight, choice_scale, bias = choice
+        weight, choice_scale, bias, among = choice
         if not (plain_integers(position) and cnp.PyArray_SIZE(position) == 1 and plain_integers(ends) and keys >= 1 and steps >= 1):
             raise InvalidValue("position, ends: expected contiguous integers, one position; keys, steps: at least 1")
         if not (plain_integers(tokens) and cnp.PyArray_NDIM(tokens) == 1 and 1 <= cnp.PyArray_DIM(tokens, 0) <= calls.batch):
@@ -442,8 +442,13 @@ cdef class Program:
         ):
             raise InvalidValue("feed: expected contiguous tables (n, d) of the dtype that was noted, with a row for each token and position")
         cdef PackedWeight w = own_weight(weight)
-        if w.at.d_in != d or w.wide != wide or w.at.gated or not 0 < w.at.d_out <= cnp.PyArray_DIM(table, 0):
-            raise InvalidValue(f"choice: expected a weight (d, n_ids) with d = {d}, and no more ids than feed's table has rows")
+        if w.at.d_in != d or w.wide != wide or w.at.gated or w.at.d_out < 1:
+            raise InvalidValue(f"choice: expected a weight (d, n) with d = {d} and without a gate, of the dtype that was noted")
+        if not (
+            w.at.d_out <= cnp.PyArray_DIM(table, 0) if among is None
+            else plain_integers(among) and cnp.PyArray_SIZE(among) == w.at.d_out and all_within(among, 0, cnp.PyArray_DIM(table, 0))
+        ):
+            raise InvalidValue("choice: expected no more columns than feed's table has rows, or an id of one of these for each column")
         if not (bias is None or plain_vector(bias, x, w.at.d_out)):
             raise InvalidValue(f"choice: expected a bias ({w.at.d_out},) of the dtype that was noted")
         if not (owners is None or (plain_integers(owners) and cnp.PyArray_NDIM(owners) == 2 and keys + steps - 1 <= cnp.PyArray_DIM(owners, 1))):
@@ -472,6 +477,7 @@ cdef class Program:
         cdef const void *py = ptr(self.result)
         cdef int64_t *pn = <int64_t *>ptr(best)
         cdef int64_t *pi = <int64_t *>ptr(ids)
+        cdef int64_t *pa = <int64_t *>ptr_or_null(among)
         cdef int64_t *pe = <int64_t *>ptr(ends)
         cdef int64_t *at = <int64_t *>ptr(position)
         cdef int64_t *po = <int64_t *>ptr_or_null(owners)
@@ -493,6 +499,8 @@ cdef class Program:
                         mt_scale(wide, py, choice_factor, ph, batch * d)
                     failed = mt_linear_top_k(wide, ph if choice_scaled else py, &w.at, pb, ps, pn, NULL, batch, 1)
                 for row in range(batch):
+                    if pa != NULL and pn[row] >= 0:
+                        pn[row] = pa[pn[row]]
                     pi[row * steps + step] = pn[row]
                     ended = ended or not isfinite((<double *>ps)[row] if wide else (<float *>ps)[row])
                     for i in range(n_ends):

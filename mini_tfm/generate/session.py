@@ -136,11 +136,12 @@ class Session:
     def _run_again(self, tokens: np.ndarray, n: int, ends: np.ndarray) -> np.ndarray | None:
         """What `best_of_next` gives of tokens (B,), by steps that are run without Python; None where the next one cannot be."""
         model, run = self.stream.model, self.stream.run
-        if run.changes_output or run.answers or self.among is not None:
+        if run.changes_output or run.answers:
             return None
         assert model.decoder is not None
         feed_of = partial(model.decoder.embedding.feed, self._pass)
-        found = self.cache.best_of_next(np.ascontiguousarray(tokens), n, ends, feed_of, model.output.choice(self.weights))
+        choice = model.output.choice(self.weights)._replace(ids=self.among)
+        found = self.cache.best_of_next(np.ascontiguousarray(tokens), n, ends, feed_of, choice)
         if found is None:
             return None
         ids, scores = found

@@ -150,11 +150,10 @@ def together(searches: Iterable[Search], batch_tokens: int | None = None, at_onc
         if working:
             steps = [search.step for search in working if search.step is not None]
             assert session is not None
-            tokens, aheads = np.concatenate([step.tokens for step in steps]), [step.ahead for step in steps]
-            n = min(at_once, *(1 if ahead is None else ahead.steps for ahead in aheads))
-            if n > 1:
-                ends = np.array([*{end for ahead in aheads if ahead is not None for end in ahead.ends}], np.int64)
-                answers = {steps[0].wants: (session.best_of_next(tokens, n, ends),)}
+            tokens, aheads = np.concatenate([step.tokens for step in steps]), [step.ahead for step in steps if step.ahead is not None]
+            if len(aheads) == len(steps):
+                n, ends = min(at_once, *(ahead.steps for ahead in aheads)), {end for ahead in aheads for end in ahead.ends}
+                answers = {steps[0].wants: (session.best_of_next(tokens, n, np.array([*ends], np.int64)),)}
             else:
                 hidden = session.step(tokens)
                 answers = {wants: wants.asked(session, hidden) for wants in {step.wants for step in steps}}

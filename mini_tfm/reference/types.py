@@ -121,8 +121,12 @@ class Feed(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """How the next token is chosen by a hidden row (d,): the largest of scale * row @ weight + bias, weight (d, n_ids), bias (n_ids,)."""
+    """How the next token is chosen by a hidden row (d,): the largest of scale * row @ weight + bias, weight (d, n), bias (n,).
+
+    ids (n,): the tokens that the columns stand for; None: column i for token i.
+    """
 
     weight: PackedWeight
     scale: float | None = None
     bias: Real | None = None
+    ids: Integers | None = None

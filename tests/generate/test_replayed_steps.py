@@ -370,6 +370,8 @@ def test_what_greedy_steps_are_given_is_checked():
             _core.Choice(_core.pack(np.ones((8, 8), np.float32), gate=np.ones((8, 8), np.float32))),
             _core.Choice(_core.pack(np.ones((8, 8)), dtype="float64")),
             _core.Choice(linear(), None, table[0, :7]),
+            _core.Choice(linear(), None, None, np.arange(7)),
+            _core.Choice(linear(), None, None, np.arange(1, 9)),
         ],
         "position": [np.array([5]), np.array([-1]), np.array([0, 1])],
         "owners": [np.zeros((2, 3), np.int64), np.zeros(8, np.int64)],
