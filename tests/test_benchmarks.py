@@ -755,6 +755,13 @@ def test_a_peer_that_is_not_there_is_told(clock, here, no_files):
     assert any("left out" in line and "ctranslate2 is not installed" in line for line in inference_page.case_rows(case, result, "native"))
 
 
+def test_a_peer_that_computes_another_model_is_marked():
+    (case,) = [case for case in inference_page.cases() if case.section == "minilm"][:1]
+    same = {"onnxruntime float32": 0.98, "sentence_transformers float32": 0.9999, "onnxruntime int8": 0.93}
+    found = [inference_page.alike(case, {"same": same}, side) for side in same]
+    assert found == ["0.9800 **another model**", "0.9999", "0.9300"]
+
+
 def test_what_cannot_be_held_to_avx2_is_left_out():
     for case in inference_page.cases():
         peers = {pair[1] for pair in inference_page.kept(case, "avx2")}
