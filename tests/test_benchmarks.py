@@ -656,6 +656,25 @@ def test_caches_are_compared(capsys, tiny, same_threads, monkeypatch):
     assert len({accuracy.compared_caches("characters", 20, dtype)["more"] for dtype in accuracy.CACHES}) == 3
 
 
+def test_weights_are_rounded_to_sixteen_values_of_a_group(capsys, tiny, same_threads):
+    script = import_from(FOLDER / "four_bits.py", "four_bits")
+    groups = np.random.default_rng(0).standard_normal((5, 3, script.GROUP))
+    groups[0, 0] = 0
+    errors = {}
+    for words, to in script.FORMATS.items():
+        rounded = to(groups)
+        assert max(len(np.unique(group)) for group in rounded.reshape(-1, script.GROUP)) <= 16
+        assert not rounded[0, 0].any()
+        errors[words] = np.sum((rounded - groups) ** 2)
+    assert errors["the best scale"] <= errors["one scale"] and errors["scale and least"] < errors["one scale"]
+    again = script.scale_and_least(script.scale_and_least(groups))
+    np.testing.assert_allclose(again, script.scale_and_least(groups), atol=1e-12)
+    script.main(["--model", "characters"])
+    table = [[cell.strip() for cell in row.split("|")[1:-1]] for row in capsys.readouterr().out.splitlines()]
+    assert len(table) == 2 + 1 + 2 * len(script.FORMATS) and {len(row) for row in table} == {4}
+    assert all(0 < float(row[2].removesuffix(" %")) <= 100 for row in table[2:])
+
+
 @pytest.fixture
 def same_threads():
     """As many threads as before, after a script that sets them."""
