@@ -145,5 +145,5 @@ def main() -> None:
     Start with:
       mini-tfm demo --quick                     train and compare the built-in memories, in minutes
       mini-tfm train --text notes/*.txt         train a model on your own text
-      mini-tfm plugins new my-memory --name my_memory     start a memory of your own
+      mini-tfm plugins new my-memory                      start a memory of your own
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import keyword
 import re
 import shlex
@@ -130,25 +131,27 @@ def check(context: click.Context, spec: str, skip: tuple[str, ...], only: tuple[
     context.exit(1 if failed else 0)
 
 
-TEMPLATE_NAME = "my_memory"
-
-
 @plugins.command()
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--name", default=TEMPLATE_NAME, show_default=True, help="Name of the memory: lowercase letters, digits and _.")
-def new(folder: Path, name: str) -> None:
+@click.option("--name", help="Name of the memory: lowercase letters, digits and _.  [default: that of DIR]")
+def new(folder: Path, name: str | None) -> None:
     """Writes a new plugin into DIR: a strategy of a few dozen lines, its test and its package, ready to install.
 
     DIR must be new or empty. You decide what the strategy keeps, in rows or bytes.
     """
     from ..errors import FileProblem, InvalidValue
     from ..files.writing import write_file
+    from ..memory.registry import list_memories
 
-    if not re.fullmatch(r"[a-z_][a-z0-9_]*", name) or keyword.iskeyword(name):
-        raise InvalidValue(f"--name: expected lowercase letters, digits and _, a letter first, got {name!r}")
     check_out(folder)
     if folder.is_dir() and any(folder.iterdir()):
         raise FileProblem(f"{folder}: expected a new or empty folder; it holds {next(folder.iterdir()).name}")
+    if name is None:
+        name = re.sub("[^a-z0-9]+", "_", folder.resolve().name.lower())
+    if not re.fullmatch(r"[a-z_][a-z0-9_]*", name) or keyword.iskeyword(name):
+        raise InvalidValue(f"--name: expected lowercase letters, digits and _, a letter first, got {name!r}")
+    if name in list_memories() or importlib.util.find_spec(name) is not None:
+        raise InvalidValue(f"--name: expected a name that no memory and no Python module has that is installed, got {name!r}")
     template = resources.files("mini_tfm_plugins") / "template"
     if not template.is_dir():
         raise FileProblem("mini_tfm_plugins/template is missing from this installation; install mini-tfm again")

@@ -160,6 +160,8 @@ class _Registry:
 
 
 def _unknown(name: str) -> InvalidValue:
+    if name == "none":
+        return InvalidValue("memory: 'none' is no strategy; where no memory is wanted, give None")
     known = list_memories()
     close = difflib.get_close_matches(name, known, 1)
     return InvalidValue(

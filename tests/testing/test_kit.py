@@ -14,7 +14,7 @@ import pytest
 import mini_tfm as mt
 from mini_tfm.autodiff import value_of
 from mini_tfm.errors import InvalidType, InvalidValue, PluginError
-from mini_tfm.memory import Evicted, Memory, MemorySpec, Param, RowMemory, Rows, SideOutput, View
+from mini_tfm.memory import Evicted, Memory, MemorySpec, Param, RowMemory, Rows, SideOutput, View, bank_key
 from mini_tfm.testing import CHECKS, CheckFailed, check_memory
 from mini_tfm.testing.trial import Trial
 
@@ -733,6 +733,38 @@ class CurvesWrongly(Curves):
         angle = state.params["angle"]
         wrong = np.sin(1000 * angle) * 1.001 - np.sin(1000 * value_of(angle)) * 0.001
         return changed(view, bank=("hidden", view.bank[1] * wrong))
+
+
+class MeanOfAll(Memory):
+    """The mean of all rows, with a state that has the places alone where it takes part."""
+
+    spec = MemorySpec(sites=frozenset({"encoder", "decoder", "cross"}), gradient="state")
+
+    def sites(self, dims):
+        return {dims.reading_site}
+
+    def start(self, batch, dims):
+        (site,) = self.sites(dims)
+        keys = {bank_key(site, layer) for layer in range(dims.layers[site])}
+        sums = {key + "sum": np.zeros((batch, 1, dims.d_model), dims.dtype) for key in keys}
+        return sums | {key + "count": np.zeros((batch, 1), np.int64) for key in keys}
+
+    def write(self, state, site, layer, new):
+        key = bank_key(site, layer)
+        valid = new.valid[..., None].astype(state.dims.dtype)
+        state[key + "sum"] = state[key + "sum"] + np.sum(new.hidden * valid, axis=1, keepdims=True)
+        state[key + "count"] = state[key + "count"] + new.valid.sum(axis=1, keepdims=True)
+
+    def view(self, state, site, layer, segment):
+        key = bank_key(site, layer)
+        count = state[key + "count"]
+        mean = state[key + "sum"] / np.maximum(count, 1)[..., None].astype(state.dims.dtype)
+        return View(("hidden", mean), count > 0, positions=count // 2)
+
+
+@pytest.mark.usefixtures("short_streams")
+def test_a_strategy_is_asked_only_where_it_takes_part():
+    check_memory(MeanOfAll, only=["dropped_rows_were_held", "stacks", "runs", "takes_what_is_dropped"])
 
 
 @pytest.mark.usefixtures("short_streams")
