@@ -359,7 +359,7 @@ def test_a_long_continuation_has_the_bits_that_score_gives_it(variant, memory, o
 
     monkeypatch.setattr(Session, "scores", spy)
     monkeypatch.setattr(Session, "best", lambda session, hidden: np.argmax(session.scores(hidden), axis=1))
-    monkeypatch.setattr(KVCache, "best_of_next", lambda *_: None)  # which computes no scores in Python
+    monkeypatch.setattr(KVCache, "ahead", lambda *_: None)  # which computes no scores in Python
     for n in (0,) if has_encoder else (0, 1, SEGMENT - 1, SEGMENT, SEGMENT + 1, 3 * SEGMENT - 2, 3 * SEGMENT):
         prompt = "".join(chr(97 + i % 7 * i % 26) for i in range(n))
         bits.clear()

@@ -472,3 +472,6 @@ class _TimedProgram:
 
     def run_greedily(self, *arguments):
         return self.clock.timed(self.program.run_greedily, *arguments)
+
+    def run_beams(self, *arguments):
+        return self.clock.timed(self.program.run_beams, *arguments)

@@ -93,6 +93,7 @@ cdef extern from "Python.h":
 
 cdef extern from "math.h" nogil:
     bint isfinite(double x)
+    double INFINITY
 
 
 cdef extern from "pythread.h":
@@ -268,6 +269,9 @@ cdef bint same_place(place a, place b) noexcept:
     return a.call == b.call and a.offset == b.offset
 
 
+cdef class Ahead
+
+
 cdef class Program:
     """A step of one token for each stream, noted twice and run again from then on.
 
@@ -422,14 +426,129 @@ cdef class Program:
         """Steps in a row, each fed what the one before has chosen, the first one tokens (B,): ids (B, n) and the last step's scores (B,).
 
         n: `steps`, or fewer: none follows one that chooses an id of ends (m,), or has a score that is not finite. keys: as of `run`, of
-        the first step. position (1,): that of its token, in the array that was noted; it is counted on. owners (rows, capacity): each
-        new key is its own row's.
+        the first step. position (1,): that of its token, in the array that was noted, and in the end that of the next. owners (rows,
+        capacity): each new key is its own row's.
         """
-        self.check_ready("run_greedily")
-        cdef Calls calls = self.second
-        cdef cnp.ndarray x = calls.input
-        cdef bint wide = is_double(x)
-        cdef ptrdiff_t d = last_axis(x)
+        cdef Ahead ahead = Ahead(self, "run_greedily", tokens, keys, steps, ends, feed, choice, position, owners)
+        cdef ptrdiff_t row, batch = ahead.batch
+        cdef bint ended = False
+        cdef ptrdiff_t step = 0
+        scores, ids = np.empty((batch, 1), ahead.x.dtype), np.empty((batch, steps), np.int64)
+        cdef void *ps = ptr(scores)
+        cdef int64_t *pi = <int64_t *>ptr(ids)
+        while True:
+            ahead.take(ps, ahead.next, NULL, 1)
+            for row in range(batch):
+                pi[row * steps + step] = ahead.next[row]
+                ended = ended or not isfinite(real_at(ps, row, ahead.wide)) or ahead.is_end(ahead.next[row])
+            step += 1
+            if ended or step == steps:
+                return ids[:, :step], scores[:, 0]
+
+    def run_beams(
+        self, tokens, scores, ptrdiff_t width, ptrdiff_t k, ptrdiff_t keys, ptrdiff_t steps, ends, feed, choice, position, owners=None
+    ):
+        """Steps of beam search in a row: log_probs, ids (B, k) of the last step, and before it parents, chosen (B, n), n < steps.
+
+        Beams of one source, `width` of B, stand side by side; scores (B,) are theirs, in float64, and brought on. After each step but the
+        last their best continuations take their places, best first, of equal ones the one of the earlier beam, then of the better token:
+        row b goes on from row parents[b, i] with token chosen[b, i]. None follows a step where one of these is an end, or of which fewer
+        than `width` are finite. All else: as of `run_greedily`.
+        """
+        cdef Ahead ahead = Ahead(self, "run_beams", tokens, keys, steps, ends, feed, choice, position, owners)
+        cdef ptrdiff_t batch = ahead.batch
+        cdef ptrdiff_t step, row, capacity = ahead.capacity
+        if width < 1 or batch % width or k < width or (owners is None and width > 1):
+            raise InvalidValue(f"width: expected whole groups of the {batch} rows, with owners, and at most k = {k}, got {width}")
+        if not (plain(scores) and cnp.PyArray_TYPE(scores) == cnp.NPY_FLOAT64 and cnp.PyArray_NDIM(scores) == 1 and cnp.PyArray_DIM(scores, 0) == batch):
+            raise InvalidValue(f"scores: expected contiguous float64 ({batch},)")
+        found, ids, totals = np.empty((batch, k), ahead.x.dtype), np.empty((batch, k), np.int64), np.empty(batch, np.float64)
+        log_probs, parents, chosen = np.empty((batch, k), np.float64), np.empty((batch, steps), np.int64), np.empty((batch, steps), np.int64)
+        places, brought, moved = np.empty(batch, np.int64), np.empty(batch, np.float64), np.empty((batch, capacity), np.int64)
+        cdef void *pf = ptr(found)
+        cdef int64_t *pi = <int64_t *>ptr(ids)
+        cdef double *pt = <double *>ptr(totals)
+        cdef double *pl = <double *>ptr(log_probs)
+        cdef double *ps = <double *>ptr(scores)
+        cdef double *pb = <double *>ptr(brought)
+        cdef int64_t *pp = <int64_t *>ptr(parents)
+        cdef int64_t *pc = <int64_t *>ptr(chosen)
+        cdef int64_t *at = <int64_t *>ptr(places)
+        cdef int64_t *pm = <int64_t *>ptr(moved)
+        cdef bint ended = False
+        step = 0
+        while True:
+            ahead.take(pf, pi, pt, k)
+            for row in range(batch * k):
+                pl[row] = real_at(pf, row, ahead.wide) - pt[row // k]
+            for row in range(0, batch, width):
+                ended = ended or not best_of_beams(pl + row * k, ps + row, width, k, at + row, pb + row)
+            for row in range(batch if not ended else 0):
+                ended = ended or ahead.is_end(pi[row // width * width * k + at[row]])
+            if ended or step + 1 == steps:
+                return log_probs, ids, parents[:, :step], chosen[:, :step]
+            for row in range(batch):
+                pp[row * steps + step] = row // width * width + at[row] // k
+                pc[row * steps + step] = ahead.next[row] = pi[row // width * width * k + at[row]]
+                ps[row] = pb[row]
+                if capacity:
+                    memcpy(pm + row * capacity, ahead.owners + pp[row * steps + step] * capacity, (ahead.now.keys - 1) * sizeof(int64_t))
+            for row in range(batch if capacity else 0):
+                memcpy(ahead.owners + row * capacity, pm + row * capacity, (ahead.now.keys - 1) * sizeof(int64_t))
+            step += 1
+
+
+cdef inline double real_at(const void *x, ptrdiff_t i, bint wide) noexcept:
+    return (<const double *>x)[i] if wide else (<const float *>x)[i]
+
+
+cdef bint best_of_beams(const double *log_probs, const double *scores, ptrdiff_t width, ptrdiff_t k, int64_t *at, double *best) noexcept:
+    """The best `width` of scores (width,) + log_probs (width, k), whose rows descend: their places and sums; whether all are finite."""
+    cdef ptrdiff_t rank, beam, place, i
+    cdef double value
+    for rank in range(width):
+        at[rank], best[rank] = -1, -INFINITY
+        for beam in range(width):
+            place = beam * k
+            for i in range(rank):
+                place += at[i] // k == beam  # its better ones are taken
+            if place == (beam + 1) * k:
+                continue
+            value = scores[beam] + log_probs[place]
+            if value > best[rank]:
+                at[rank], best[rank] = place, value
+        if not isfinite(best[rank]):
+            return False
+    return True
+
+
+cdef class Ahead:
+    """Steps of a program that follow each other: what each is fed, and how its outputs are scored."""
+
+    cdef Program program
+    cdef cnp.ndarray x, hidden
+    cdef PackedWeight w
+    cdef bint wide, scaled, choice_scaled
+    cdef double factor, choice_factor
+    cdef ptrdiff_t batch, d, rows, capacity, n_ends
+    cdef mt_now now
+    cdef const void *table
+    cdef const char *places
+    cdef const void *bias
+    cdef const int64_t *among
+    cdef const int64_t *ends
+    cdef int64_t *at         # the position of the next token
+    cdef int64_t *owners
+    cdef int64_t *next       # the tokens of the next step (B,)
+    cdef object kept
+
+    def __cinit__(
+        self, Program program, str method, tokens, ptrdiff_t keys, ptrdiff_t steps, ends, feed, choice, position, owners
+    ):
+        program.check_ready(method)
+        cdef Calls calls = program.second
+        self.program, self.x = program, calls.input
+        self.wide, self.d = is_double(self.x), last_axis(self.x)
         table, scale, places = feed
         weight, choice_scale, bias, among = choice
         if not (plain_integers(position) and cnp.PyArray_SIZE(position) == 1 and plain_integers(ends) and keys >= 1 and steps >= 1):
@@ -437,81 +556,79 @@ cdef class Program:
         if not (plain_integers(tokens) and cnp.PyArray_NDIM(tokens) == 1 and 1 <= cnp.PyArray_DIM(tokens, 0) <= calls.batch):
             raise InvalidValue(f"tokens: expected integers (B,), with B from 1 to the {calls.batch} streams that were noted")
         if not (
-            plain_like_rows(table, x, d) and all_within(tokens, 0, cnp.PyArray_DIM(table, 0))
-            and (places is None or (plain_like_rows(places, x, d) and 0 <= position[0] <= cnp.PyArray_DIM(places, 0) - steps))
+            plain_like_rows(table, self.x, self.d) and all_within(tokens, 0, cnp.PyArray_DIM(table, 0))
+            and (places is None or (plain_like_rows(places, self.x, self.d) and 0 <= position[0] <= cnp.PyArray_DIM(places, 0) - steps))
         ):
             raise InvalidValue("feed: expected contiguous tables (n, d) of the dtype that was noted, with a row for each token and position")
-        cdef PackedWeight w = own_weight(weight)
-        if w.at.d_in != d or w.wide != wide or w.at.gated or w.at.d_out < 1:
-            raise InvalidValue(f"choice: expected a weight (d, n) with d = {d} and without a gate, of the dtype that was noted")
+        self.w = own_weight(weight)
+        if self.w.at.d_in != self.d or self.w.wide != self.wide or self.w.at.gated or self.w.at.d_out < 1:
+            raise InvalidValue(f"choice: expected a weight (d, n) with d = {self.d} and without a gate, of the dtype that was noted")
         if not (
-            w.at.d_out <= cnp.PyArray_DIM(table, 0) if among is None
-            else plain_integers(among) and cnp.PyArray_SIZE(among) == w.at.d_out and all_within(among, 0, cnp.PyArray_DIM(table, 0))
+            self.w.at.d_out <= cnp.PyArray_DIM(table, 0) if among is None
+            else plain_integers(among) and cnp.PyArray_SIZE(among) == self.w.at.d_out and all_within(among, 0, cnp.PyArray_DIM(table, 0))
         ):
             raise InvalidValue("choice: expected no more columns than feed's table has rows, or an id of one of these for each column")
-        if not (bias is None or plain_vector(bias, x, w.at.d_out)):
-            raise InvalidValue(f"choice: expected a bias ({w.at.d_out},) of the dtype that was noted")
-        if not (owners is None or (plain_integers(owners) and cnp.PyArray_NDIM(owners) == 2 and keys + steps - 1 <= cnp.PyArray_DIM(owners, 1))):
-            raise InvalidValue("owners: expected contiguous integers (rows, capacity) with room for all keys")
-        cdef ptrdiff_t batch = cnp.PyArray_DIM(tokens, 0)
-        cdef ptrdiff_t element = cnp.PyArray_ITEMSIZE(x)
-        cdef ptrdiff_t n_ends = cnp.PyArray_SIZE(ends)
-        cdef ptrdiff_t rows = 0 if owners is None else cnp.PyArray_DIM(owners, 0)
-        cdef ptrdiff_t capacity = 0 if owners is None else cnp.PyArray_DIM(owners, 1)
-        hidden, scores = np.empty((batch, d), x.dtype), np.empty(batch, x.dtype)
-        best, ids = tokens.copy(), np.empty((batch, steps), np.int64)
-        cdef mt_now now
-        cdef int failed = 0
-        cdef bint ended = False
-        cdef bint scaled = scale is not None
-        cdef bint choice_scaled = choice_scale is not None
-        cdef double factor = scale if scaled else 1
-        cdef double choice_factor = choice_scale if choice_scaled else 1
-        cdef ptrdiff_t step, row, i
-        cdef char *px = <char *>ptr(x)
-        cdef void *pt = ptr(table)
-        cdef char *pp = <char *>ptr_or_null(places)
-        cdef void *pb = ptr_or_null(bias)
-        cdef char *ph = <char *>ptr(hidden)
-        cdef void *ps = ptr(scores)
-        cdef const void *py = ptr(self.result)
-        cdef int64_t *pn = <int64_t *>ptr(best)
-        cdef int64_t *pi = <int64_t *>ptr(ids)
-        cdef int64_t *pa = <int64_t *>ptr_or_null(among)
-        cdef int64_t *pe = <int64_t *>ptr(ends)
-        cdef int64_t *at = <int64_t *>ptr(position)
-        cdef int64_t *po = <int64_t *>ptr_or_null(owners)
-        now.batch, now.keys, step = batch, keys, 0
-        while True:
-            with nogil:
-                for row in range(rows):
-                    po[row * capacity + now.keys - 1] = row
-                mt_embedding(wide, pt, pn, ph, batch, d)
-                if scaled:
-                    mt_scale(wide, ph, factor, ph, batch * d)
-                if pp == NULL:
-                    memcpy(px, ph, batch * d * element)
-                for row in range(batch if pp != NULL else 0):
-                    mt_add(wide, ph + row * d * element, pp + at[0] * d * element, px + row * d * element, d)
-                failed = mt_run_calls(calls.calls, self.grows, calls.n, now)
-                if not failed:
-                    if choice_scaled:
-                        mt_scale(wide, py, choice_factor, ph, batch * d)
-                    failed = mt_linear_top_k(wide, ph if choice_scaled else py, &w.at, pb, ps, pn, NULL, batch, 1)
-                for row in range(batch):
-                    if pa != NULL and pn[row] >= 0:
-                        pn[row] = pa[pn[row]]
-                    pi[row * steps + step] = pn[row]
-                    ended = ended or not isfinite((<double *>ps)[row] if wide else (<float *>ps)[row])
-                    for i in range(n_ends):
-                        ended = ended or pn[row] == pe[i]
-            raise_if(failed)
-            PyErr_CheckSignals()
-            step += 1
-            if ended or step == steps:
-                return ids[:, :step], scores
-            now.keys += 1
-            at[0] += 1
+        if not (bias is None or plain_vector(bias, self.x, self.w.at.d_out)):
+            raise InvalidValue(f"choice: expected a bias ({self.w.at.d_out},) of the dtype that was noted")
+        self.batch = cnp.PyArray_DIM(tokens, 0)
+        if not (
+            owners is None
+            or (
+                plain_integers(owners) and cnp.PyArray_NDIM(owners) == 2 and self.batch <= cnp.PyArray_DIM(owners, 0)
+                and keys + steps - 1 <= cnp.PyArray_DIM(owners, 1)
+            )
+        ):
+            raise InvalidValue("owners: expected contiguous integers (rows, capacity) with room for all streams and keys")
+        self.hidden, tokens = np.empty((self.batch, self.d), self.x.dtype), tokens.copy()
+        self.kept = tokens, table, places, bias, among, ends, position, owners
+        self.next, self.ends, self.n_ends = <int64_t *>ptr(tokens), <const int64_t *>ptr(ends), cnp.PyArray_SIZE(ends)
+        self.table, self.places, self.bias, self.among = ptr(table), <const char *>ptr_or_null(places), ptr_or_null(bias), <const int64_t *>ptr_or_null(among)
+        self.at, self.owners = <int64_t *>ptr(position), <int64_t *>ptr_or_null(owners)
+        self.rows, self.capacity = (0, 0) if owners is None else owners.shape
+        self.scaled, self.choice_scaled = scale is not None, choice_scale is not None
+        self.factor, self.choice_factor = scale if self.scaled else 1, choice_scale if self.choice_scaled else 1
+        self.now.batch, self.now.keys = self.batch, keys
+
+    cdef int take(self, void *scores, int64_t *ids, void *lse, ptrdiff_t k) except -1:
+        """The step of the `next` tokens: its best k scores and their ids (B, k), and log sum exp (B,) of all, or NULL."""
+        cdef Calls calls = self.program.second
+        cdef ptrdiff_t row, n = self.batch * self.d
+        cdef ptrdiff_t width = self.d * cnp.PyArray_ITEMSIZE(self.x)
+        cdef char *x = <char *>ptr(self.x)
+        cdef char *hidden = <char *>ptr(self.hidden)
+        cdef const void *y = ptr(self.program.result)
+        cdef int failed
+        with nogil:
+            for row in range(self.rows):
+                self.owners[row * self.capacity + self.now.keys - 1] = row
+            mt_embedding(self.wide, self.table, self.next, hidden, self.batch, self.d)
+            if self.scaled:
+                mt_scale(self.wide, hidden, self.factor, hidden, n)
+            if self.places == NULL:
+                memcpy(x, hidden, self.batch * width)
+            for row in range(self.batch if self.places != NULL else 0):
+                mt_add(self.wide, hidden + row * width, self.places + self.at[0] * width, x + row * width, self.d)
+            failed = mt_run_calls(calls.calls, self.program.grows, calls.n, self.now)
+            if not failed:
+                if self.choice_scaled:
+                    mt_scale(self.wide, y, self.choice_factor, hidden, n)
+                    y = hidden
+                failed = mt_linear_top_k(self.wide, y, &self.w.at, self.bias, scores, ids, lse, self.batch, k)
+            for row in range(self.batch * k if self.among != NULL else 0):
+                if ids[row] >= 0:
+                    ids[row] = self.among[ids[row]]
+        raise_if(failed)
+        PyErr_CheckSignals()
+        self.now.keys += 1
+        self.at[0] += 1
+        return 0
+
+    cdef bint is_end(self, int64_t token) noexcept:
+        cdef ptrdiff_t i
+        for i in range(self.n_ends):
+            if self.ends[i] == token:
+                return True
+        return False
 
 
 def keep_rows(store, at, rows):

@@ -20,7 +20,7 @@ from .results import Hypothesis
 from .rules import Rules
 from .scores import best_of, log_probabilities, nothing_left, rng_of, top_of
 from .session import Session
-from .steps import Step, Steps, Wants
+from .steps import Ahead, Step, Steps, Wants
 
 
 @dataclasses.dataclass
@@ -73,8 +73,14 @@ def beams(session: Session, prompt: np.ndarray, rules: Rules, copies: np.ndarray
     found: list[list[Hypothesis]] = [[] for _ in range(size)]
     given = [0] * size
     left, wants = list(range(size)), _wants(rules)
+    is_plain = wants.method == "likeliest" and not (rules.stops or rules.deadline is not None or options.output_scores)
     answer = yield Step([[] for _ in range(size)], np.arange(size), prompt, wants, session)
-    for n in range(1, rules.limit + 1):
+    n, live, scores = 0, list[Beam](), np.zeros(0)
+    while n < rules.limit:
+        if len(answer) == 4:  # steps in a row, in which nothing has ended
+            _go_on(live, scores, *answer[2:])
+            n, answer = n + answer[2].shape[1], answer[:2]
+        n += 1
         step = _Step(answer, rules, [(i, beam) for i in left for pool in pools[i] for beam in pool.beams], n)
         settled: list[list[int]] = [[] for _ in range(size)]
         going = []
@@ -100,8 +106,20 @@ def beams(session: Session, prompt: np.ndarray, rules: Rules, copies: np.ndarray
         index = np.array([beam.row for beam in live])
         for row, beam in enumerate(live):
             beam.row = row
-        answer = yield Step(settled, index, np.array([[beam.ids[-1]] for beam in live]), wants)
+        ahead, scores = None, np.array([beam.score for beam in live])
+        if is_plain and all(len(pool.beams) == width > len(pool.ended) for i in going for pool in pools[i]):
+            ahead = Ahead(rules.limit - n, tuple(rules.eos_ids.tolist()), scores, width)
+        answer = yield Step(settled, index, np.array([[beam.ids[-1]] for beam in live]), wants, ahead=ahead)
     return found
+
+
+def _go_on(live: Sequence[Beam], scores: np.ndarray, parents: np.ndarray, chosen: np.ndarray) -> None:
+    """Brings beams on by steps in a row, after which they have these scores: see `Session.beams_of_next`."""
+    ids = np.stack([beam.ids for beam in live])
+    for parent, token in zip(parents.T, chosen.T, strict=True):
+        ids = np.concatenate([ids[parent], token[:, None]], axis=1)
+    for beam, score, each in zip(live, scores.tolist(), ids, strict=True):
+        beam.score, beam.ids = score, each
 
 
 def _n_candidates(rules: Rules) -> int:

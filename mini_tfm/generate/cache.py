@@ -65,6 +65,11 @@ class KVCache:
         return self.n_keys == 0
 
     @property
+    def moves_in_table(self) -> bool:
+        """Whether all that streams have of their own changes places in a table."""
+        return self._owners is not None and not self._states
+
+    @property
     def key_positions(self) -> np.ndarray | None:
         return None if self.lengths is None else np.arange(self.n_keys) - self._fronts[: self.n_rows, None]
 
@@ -208,23 +213,27 @@ class KVCache:
                 self._fill(name)
         return program.run(x, self.n_keys)
 
-    def best_of_next(
-        self, tokens: np.ndarray, n: int, ends: np.ndarray, feed_of: Callable[[int], _core.Feed | None], choice: _core.Choice
-    ) -> tuple[np.ndarray, np.ndarray] | None:
-        """At most n steps without Python, the first one fed tokens (B,): see `Program.run_greedily`; None where one cannot be run so.
+    def ahead(self, run: str, n_rows: int, n: int, feed_of: Callable[[int], _core.Feed | None]) -> Callable[..., Any] | None:
+        """A method of the program, called with what it is given before `keys`, the ends and the choice: at most n steps without Python.
 
-        feed_of: the feed of positions below a number.
+        None where the next one cannot be run so. feed_of: the feed of positions below a number.
         """
         program, made_for = self._program
         n, position = min(n, self._capacity - self.n_keys), self.n_keys - self.n_front
-        if n < 1 or made_for != self._capacity or not program.ready or len(tokens) > program.batch:
+        if n < 1 or made_for != self._capacity or not program.ready or n_rows > program.batch:
             return None
         if self.lengths is not None or self._front is not None or (feed := feed_of(position + n)) is None:
             return None
-        self._position[0], self.positions = position, self._position
-        ids, scores = program.run_greedily(tokens, self.n_keys + 1, n, ends, feed, choice, self._position, self._owners)
-        self.n_keys += ids.shape[1]
-        return ids, scores
+
+        def steps(given: Sequence[Any], ends: np.ndarray, choice: _core.Choice) -> Any:
+            self._position[0], self.positions = position, self._position
+            try:
+                return getattr(program, run)(*given, self.n_keys + 1, n, ends, feed, choice, self._position, self._owners)
+            finally:
+                self._position[0] -= 1
+                self.n_keys = int(self._position[0]) + 1 + self.n_front
+
+        return steps
 
     def forget_step(self) -> None:
         """What was noted of a step holds no longer."""

@@ -8,6 +8,7 @@ memory's states included: finished rows and beams need nothing else.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
@@ -124,30 +125,42 @@ class Session:
         """(B, 1 to n) the best ids of so many steps, each fed the one before and the first `tokens` (B, 1), until one is in `ends` (m,)."""
         made, left = [tokens[:, :0]], n
         while left:
-            ids = self._run_again(tokens[:, 0], left, ends)
-            if ids is None:
+            run = self._without_python("run_greedily", len(tokens), left)
+            if run is None:
                 ids = self.best(self.step(tokens))[:, None]
+            else:
+                ids, scores = run((np.ascontiguousarray(tokens[:, 0]),), ends)
+                self.n_steps += ids.shape[1]
+                self._check(scores)
             made.append(ids)
             tokens, left = ids[:, -1:], left - ids.shape[1]
             if (tokens == ends).any():
                 break
         return np.concatenate(made, axis=1)
 
-    def _run_again(self, tokens: np.ndarray, n: int, ends: np.ndarray) -> np.ndarray | None:
-        """What `best_of_next` gives of tokens (B,), by steps that are run without Python; None where the next one cannot be."""
+    def beams_of_next(
+        self, tokens: np.ndarray, n: int, ends: np.ndarray, scores: np.ndarray, width: int, k: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """At most n steps of beam search (see `Program.run_beams`): the last one's `likeliest` k, and parents, chosen (B, 0 to n - 1)."""
+        run = self._without_python("run_beams", len(tokens), n)
+        is_plain = not self.stream.run.members and self.stream.model.output.cap is None
+        if run is None or not is_plain or not self.cache.moves_in_table or self.cache.rows_per_source != width:
+            nothing = np.zeros((len(tokens), 0), np.int64)
+            return *self.likeliest(self.step(tokens), k), nothing, nothing
+        found: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] = run((np.ascontiguousarray(tokens[:, 0]), scores, width, k), ends)
+        self.n_steps += found[2].shape[1] + 1
+        self._check(found[0][:, 0])
+        return found
+
+    def _without_python(self, method: str, n_rows: int, n: int) -> Callable[..., Any] | None:
+        """That method of the recorded step, for at most n steps in a row; None where the next one cannot be run so."""
         model, run = self.stream.model, self.stream.run
         if run.changes_output or run.answers:
             return None
         assert model.decoder is not None
-        feed_of = partial(model.decoder.embedding.feed, self._pass)
+        steps = self.cache.ahead(method, n_rows, n, partial(model.decoder.embedding.feed, self._pass))
         choice = model.output.choice(self.weights)._replace(ids=self.among)
-        found = self.cache.best_of_next(np.ascontiguousarray(tokens), n, ends, feed_of, choice)
-        if found is None:
-            return None
-        ids, scores = found
-        self.n_steps += ids.shape[1]
-        self._check(scores)
-        return ids
+        return None if steps is None else lambda given, ends: steps(given, ends, choice)
 
     def likeliest(self, hidden: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """(B, k) the best log-probabilities and their ids, best first; of equal ones the lower id first.

@@ -38,10 +38,16 @@ class Wants(NamedTuple):
 
 
 class Ahead(NamedTuple):
-    """How a search that wants the best tokens would go on: feeding each, for so many steps, or until one of these ids is the best."""
+    """How a search would go on for so many steps, or until one of these ids is chosen.
+
+    One that wants the best tokens: feeding each. One of beams: as `Session.beams_of_next`, with the beams' scores, and how many of a source
+    there are.
+    """
 
     steps: int
     ends: tuple[int, ...]
+    scores: np.ndarray | None = None
+    width: int = 1
 
 
 class Step(NamedTuple):
@@ -49,7 +55,7 @@ class Step(NamedTuple):
 
     tokens: (rows, T) what they are fed; T is 1 but in the first step of a session. wants: what is sent back, of the outputs at the last
     token. session: a new one, of these rows alone, which begins with this step. ahead: it may be sent (rows, n) of the best tokens, of n
-    steps in a row, for one (rows,).
+    steps in a row, for one (rows,); or with beams, what follows an answer to `likeliest`.
     """
 
     settled: Settled
@@ -151,9 +157,14 @@ def together(searches: Iterable[Search], batch_tokens: int | None = None, at_onc
             steps = [search.step for search in working if search.step is not None]
             assert session is not None
             tokens, aheads = np.concatenate([step.tokens for step in steps]), [step.ahead for step in steps if step.ahead is not None]
-            if len(aheads) == len(steps):
-                n, ends = min(at_once, *(ahead.steps for ahead in aheads)), {end for ahead in aheads for end in ahead.ends}
-                answers = {steps[0].wants: (session.best_of_next(tokens, n, np.array([*ends], np.int64)),)}
+            n = min([at_once, *(ahead.steps for ahead in aheads)])
+            ends = np.array([*{end for ahead in aheads for end in ahead.ends}], np.int64)
+            if len(aheads) == len(steps) and all(ahead.scores is None for ahead in aheads):
+                answers = {steps[0].wants: (session.best_of_next(tokens, n, ends),)}
+            elif len(aheads) == len(steps) == 1:  # beams of several searches go on one step at a time
+                (k,), (ahead,) = steps[0].wants.given, aheads
+                assert ahead.scores is not None
+                answers = {steps[0].wants: session.beams_of_next(tokens, n, ends, ahead.scores, ahead.width, k)}
             else:
                 hidden = session.step(tokens)
                 answers = {wants: wants.asked(session, hidden) for wants in {step.wants for step in steps}}

@@ -52,10 +52,33 @@ class Program:
         """Steps in a row, each fed what the one before has chosen, the first one tokens (B,): ids (B, n) and the last step's scores (B,).
 
         n: `steps`, or fewer: none follows one that chooses an id of ends (m,), or has a score that is not finite. keys: as of `run`, of
-        the first step. position (1,): that of its token, in the array that was noted; it is counted on. owners (rows, capacity): each
-        new key is its own row's.
+        the first step. position (1,): that of its token, in the array that was noted, and in the end that of the next. owners (rows,
+        capacity): each new key is its own row's.
         """
         raise _not_ready("run_greedily")
+
+    def run_beams(
+        self,
+        tokens: Integers,
+        scores: Real,
+        width: int,
+        k: int,
+        keys: int,
+        steps: int,
+        ends: Integers,
+        feed: Feed,
+        choice: Choice,
+        position: Integers,
+        owners: Integers | None = None,
+    ) -> tuple[Real, Integers, Integers, Integers]:
+        """Steps of beam search in a row: log_probs, ids (B, k) of the last step, and before it parents, chosen (B, n), n < steps.
+
+        Beams of one source, `width` of B, stand side by side; scores (B,) are theirs, in float64, and brought on. After each step but the
+        last their best continuations take their places, best first, of equal ones the one of the earlier beam, then of the better token:
+        row b goes on from row parents[b, i] with token chosen[b, i]. None follows a step where one of these is an end, or of which fewer
+        than `width` are finite. All else: as of `run_greedily`.
+        """
+        raise _not_ready("run_beams")
 
 
 def _not_ready(method: str) -> InvalidValue:

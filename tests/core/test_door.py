@@ -34,7 +34,7 @@ def test_a_kernel_has_its_twins_signature_and_a_docstring(name):
 
 
 def test_programs_have_their_twins_methods_and_docstrings():
-    for name in ("note", "run", "run_greedily", "ready", "hopeless", "batch"):
+    for name in ("note", "run", "run_greedily", "run_beams", "ready", "hopeless", "batch"):
         assert hasattr(_core.Program, name) and hasattr(reference.Program, name)
     assert _core.Program.__doc__ and reference.Program.__doc__
 

@@ -13,6 +13,7 @@ import mini_tfm as mt
 from mini_tfm import _core
 from mini_tfm.errors import InvalidValue
 from mini_tfm.generate import Session
+from mini_tfm.generate.beams import Pool
 from mini_tfm.generate.cache import FIRST_CAPACITY
 from mini_tfm.stream import Stream
 
@@ -192,6 +193,17 @@ def test_greedy_steps_in_a_row_have_the_bits_of_python(variant, packed, cache_dt
 
 
 @compiled
+def test_more_beams_than_the_vocabulary_has_room_for(monkeypatch):
+    """Fewer candidates than are asked for: the steps are Python's, and the same."""
+    model = tiny_model("decoder only, llama", seed=2, dtype=np.float32)
+    n = model.config.vocab_size
+    for width in (n // 2 + 1, n - 1):
+        options = {"num_beams": width, "num_return_sequences": width, "max_new_tokens": 9, "stop_at_eos": False}
+        found, expected = both(monkeypatch, lambda options=options: model.generate(SOURCE[:2, :4], **options))
+        assert found == expected
+
+
+@compiled
 def test_greedy_steps_end_with_the_first_that_is_an_end_or_not_finite():
     model = tiny_model("decoder only, llama", seed=2, dtype=np.float32)
 
@@ -212,6 +224,52 @@ def test_greedy_steps_end_with_the_first_that_is_an_end_or_not_finite():
     model.weights["embedding.weight"][whole[1, 4]] = np.nan
     with pytest.raises(InvalidValue, match=r"the scores of token \d+ of sequence \d are not finite"):
         made(20)
+
+
+def generated(monkeypatch, model, counts, **options):
+    """Beams with their scores, by steps in a row, and step by step in Python; counts: of the steps that each call ran in a row."""
+
+    class Counting(_core.Program):
+        def run_beams(self, *given):
+            found = super().run_beams(*given)
+            counts.append(found[2].shape[1] + 1)
+            return found
+
+    source = SOURCE if model.config.has_encoder else SOURCE[:, :5]
+    lengths = LENGTHS if model.config.has_encoder else None
+    monkeypatch.setattr(_core, "Program", Counting)
+    given = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 70, **options}
+
+    def work():
+        found = []
+        with monkeypatch.context() as patch:
+            patch.setattr(Pool, "add", lambda pool, one, add=Pool.add: (found.append((one.ids, one.log_prob)), add(pool, one))[1])
+            return [np.array(row) for each in model.generate(source, lengths, **given) for row in each], found
+
+    return both(monkeypatch, work)
+
+
+@compiled
+@pytest.mark.parametrize("packed", [None, "int8"])
+@pytest.mark.parametrize("variant", DECODERS)
+def test_beams_in_a_row_are_those_of_python(variant, packed, monkeypatch):
+    """Their tokens, and their scores to the last bit, past two growths of the cache; also where some end on the way."""
+    longer = {"max_positions": 100} if VARIANTS[variant].get("positions") == "learned" else {}
+    model, counts = tiny_model(variant, seed=2, dtype=np.float32, **longer), []
+    if packed:
+        model.pack(packed)
+    free, expected = generated(monkeypatch, model, counts, stop_at_eos=False)
+    for one, other in zip(free[0], expected[0], strict=True):
+        assert_same_bits(one, other)
+    assert free[1] == expected[1] and len(free[1]) == 15
+    goes_on = not any(name in variant for name in ("ssru", "gemma"))  # whose states move, and whose scores are capped
+    assert (sum(counts) > 55 and max(counts) > 10) if goes_on else not counts
+    ends = [int(free[0][i][n]) for i, n in ((0, 4), (4, 20), (7, 50))]
+    for options in ({"eos_token_id": ends[:1]}, {"eos_token_id": ends}, {"eos_token_id": ends[1:], "early_stopping": True}):
+        found, expected = generated(monkeypatch, model, counts, **options)
+        for one, other in zip(found[0], expected[0], strict=True):
+            assert_same_bits(one, other)
+        assert found[1] == expected[1]
 
 
 @compiled
@@ -351,7 +409,7 @@ def test_what_greedy_steps_are_given_is_checked():
         "owners": np.zeros((2, 4), np.int64),
     }
     ids, scores = program.run_greedily(**good)
-    assert ids.shape == (2, 4) and scores.shape == (2,) and good["position"] == 3
+    assert ids.shape == (2, 4) and scores.shape == (2,) and good["position"] == 4
     wrong = {
         "tokens": [np.array([1, 2, 3]), np.array([[1, 2]]), np.array([1, 2], np.int32), [1, 2]],
         "keys": [0],
@@ -382,6 +440,14 @@ def test_what_greedy_steps_are_given_is_checked():
                 program.run_greedily(**{**good, "position": np.array([0]), name: value})
     with pytest.raises(InvalidValue, match="run_greedily: expected a program that is ready"):
         _core.Program().run_greedily(**good)
+    beams = {**good, "scores": np.zeros(2), "width": 2, "k": 4}
+    log_probs, ids, parents, chosen = program.run_beams(**{**beams, "position": np.array([0])})
+    assert log_probs.shape == ids.shape == (2, 4) and parents.shape == chosen.shape == (2, 3) and beams["scores"].all()
+    for name, bad in (("width", 0), ("width", 3), ("k", 1), ("owners", None), ("scores", np.zeros(3)), ("scores", np.zeros(2, np.float32))):
+        with pytest.raises(InvalidValue, match="width|scores"):
+            program.run_beams(**{**beams, "position": np.array([0]), name: bad})
+    with pytest.raises(InvalidValue, match="run_beams: expected a program that is ready"):
+        _core.Program().run_beams(**beams)
     assert_same_bits(program.run(x, 1), _core.packed_linear(x, w))
 
 

@@ -23,15 +23,20 @@ NEW = 40
 @pytest.fixture
 def at_work(monkeypatch):
     """The rows of each step of one token."""
-    rows, outputs, best_of_next = [], Session.outputs, KVCache.best_of_next
+    rows, outputs, ahead = [], Session.outputs, KVCache.ahead
 
-    def in_a_row(self, tokens, *given):
-        found = best_of_next(self, tokens, *given)
-        if found is not None:
-            rows.extend([len(tokens)] * found[0].shape[1])
-        return found
+    def in_a_row(self, run, n_rows, *given):
+        steps = ahead(self, run, n_rows, *given)
 
-    monkeypatch.setattr(KVCache, "best_of_next", in_a_row)
+        def counted(*arguments):
+            before = self.n_keys
+            found = steps(*arguments)
+            rows.extend([n_rows] * (self.n_keys - before))
+            return found
+
+        return steps and counted
+
+    monkeypatch.setattr(KVCache, "ahead", in_a_row)
     monkeypatch.setattr(
         Session,
         "outputs",
