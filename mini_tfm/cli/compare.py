@@ -109,6 +109,8 @@ def compare(
         place = out / f"seed-{each}" if out is not None and seeds > 1 else out
         if runs:
             steps, seconds = runs[0].steps, None
+        if seeds > 1:
+            note(f"seed {each}, {len(runs) + 1} of {seeds}:")
         options: dict[str, Any] = {"steps": steps, "seconds": seconds, "config": config, "seed": each, "text_name": name}
         runs.append(run(documents, [none_of(text) for text in memories], place, **options))
     experiment = over_seeds(runs)

@@ -162,9 +162,11 @@ def _begin(out: Path, state: str) -> tuple[int, int]:
             )
         if not beside.exists():
             if out.exists():
-                raise FileProblem(f"--out: {out} is there already, and is not unfinished; give another --out")
+                raise FileProblem(f"--out: {out} is there already, and was not begun by this command; give another --out")
             write_file(beside, state)
         fd = os.open(out, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_APPEND, 0o666)
+    except FileProblem:
+        raise
     except OSError as error:
         raise FileProblem(f"--out: {out} cannot be written: {reason(error)}") from error
     try:

@@ -101,7 +101,9 @@ def warn_if_untrained(folder: Path, pipe: Pipeline, memory: str) -> None:
         told = f"it has never met rows as far back as {' and '.join(larger)} shows"
     else:
         return
-    again = command_line("train", "--memory", memory, "--out", "NEW")
+    kind = () if pipe.model.config.has_encoder else ("--n-encoder-layers", "0")
+    written = memory.replace("read_only=true", "read_only=false")
+    again = command_line("train", "--text", "YOUR.txt", *kind, "--memory", written, "--out", "NEW")
     warnings.warn(f"--memory: {folder} was trained with {saved.memory_text or 'none'}, and {told}; {again} trains one", stacklevel=2)
 
 

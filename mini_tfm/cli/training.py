@@ -139,8 +139,10 @@ def run_from(out: Path, options: dict[str, Any], given: Collection[str], ranks: 
 
 
 def _refuse_a_model(out: Path) -> None:
-    if any((out / name).exists() for name in ("config.json", "model.safetensors")):
+    if (out / "training.json").exists():
         raise FileProblem(f"--out: {out} holds a model already; --resume {out} continues it, or give another folder")
+    if there := [name for name in ("config.json", "model.safetensors") if (out / name).exists()]:
+        raise FileProblem(f"--out: {out} holds {there[0]} already, which would be lost; give another folder")
 
 
 def _trainer_options(options: dict[str, Any]) -> TrainerOptions:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import itertools
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -249,6 +250,9 @@ class TrainingData:
                 f"text: {sources.name}: {count(len(train))} {'documents' if kind == 'texts' else kind}, {count(train.n_tokens)} tokens;"
                 f" held out: {count(len(held_out))}, {count(held_out.n_tokens)} tokens"
             )
+            if kind == "texts" and train.n_tokens < (config.segment_length or 0):
+                told = f"--text: {count(train.n_tokens)} tokens are less than a segment of {config.segment_length}"
+                warnings.warn(f"{told}, which a model learns by heart and nothing else; give more text", stacklevel=2)
         self.files_to_score = [name for name in sources.held_out if name in self.about["files"]] or self.about["files"]
         first = next(iter(corpora.values()))[1].document(0, 0, OPENING)  # of what is held out
         self.prompt = prompt_from(tokenizer.decode(first.tolist()))

@@ -23,7 +23,8 @@ class TextStreams:
 
     Each stream starts at a random place of a document drawn by its length, or at its beginning (one in eight).
     `batch(step)` is a pure function of (seed, step). documents: arrays of ids, or a `Corpus` of texts, which is not
-    copied. `NextSegment` gives every token once per epoch instead. Raises InvalidType, InvalidValue.
+    copied. `NextSegment` gives every token once per epoch instead; and a model of it has met sources of any length up to a segment, where
+    those of this are whole or bos, so that it goes on badly from a prompt that is shorter. Raises InvalidType, InvalidValue.
     """
 
     def __init__(

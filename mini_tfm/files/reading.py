@@ -52,7 +52,8 @@ def open_regular(path: str | os.PathLike, name: str | None = None, folder_fd: in
         raise FileProblem(f"{shown}: cannot be opened: {hint}") from error
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise FileProblem(f"{shown}: expected a regular file, found a folder, a device or a pipe")
+        found = "a folder" if os.path.isdir(path) else "a device or a pipe"
+        raise FileProblem(f"{shown}: expected a regular file, found {found}")
     return NamedFile(fd, shown)
 
 

@@ -47,7 +47,9 @@ def _pieces(path: str | os.PathLike, chunk_bytes: int) -> Iterator[str]:
             if b"\0" in data:
                 at = data.index(0)
                 where = f"at byte {offset + at}, line {line + data.count(10, 0, at)}"
-                raise InvalidValue(f"{file.name}: expected text, found a NUL byte {where}: a binary file?")
+                is_wide = offset == 0 and data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+                told = "a file in UTF-16; convert it to UTF-8" if is_wide else f"a NUL byte {where}: a binary file?"
+                raise InvalidValue(f"{file.name}: expected text, found {told}")
             try:
                 piece, used = codecs.utf_8_decode(data, "strict", not chunk)
             except UnicodeDecodeError as error:

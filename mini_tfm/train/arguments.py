@@ -28,7 +28,7 @@ def checked_batch(
     target, target_lengths = _segments("target", target, target_lengths, config.vocab_size)
     if not config.has_encoder:
         if source is not None:
-            raise InvalidValue("source: expected None, because this model has no encoder")
+            raise InvalidValue("source: expected None, because this model has no encoder; data for it are made with has_encoder=False")
     else:
         source, source_lengths = _segments("source", source, source_lengths, config.vocab_size)
         if source.shape[:2] != target.shape[:2]:

@@ -98,14 +98,24 @@ def test_a_memory_that_the_model_never_met_is_told(run, model, texts, tmp_path, 
     said = run(*words, "--memory", store)
     (warning,) = [line for line in said.err.splitlines() if line.startswith("warning: ")]
     assert said.code == 0 and "was trained with window:size=8, and it has not learned to use store" in warning
-    assert f"mini-tfm train --memory {store} --out NEW" in warning
+    assert f"mini-tfm train --text YOUR.txt --memory {store} --out NEW" in warning
     if words[0] != "read":
         random = run(*words, "--memory", "recurrent:tokens=2")
         assert random.code == 0 and "are random here" in random.err
         for known in ("none", "saved", "window:size=4"):
             assert "warning" not in run(*words, "--memory", known).err
         larger = run(*words, "--memory", "window:size=9")
-        assert "it has never met rows as far back as window:size=9 shows; mini-tfm train --memory window:size=9" in larger.err
+        assert "it has never met rows as far back as window:size=9 shows" in larger.err
+        assert "mini-tfm train --text YOUR.txt --memory window:size=9" in larger.err
+
+
+def test_a_store_that_is_only_read_is_not_read_into(run, model, texts, tmp_path):
+    store = f"store:path={tmp_path}/s.mdb"
+    assert run("read", model, texts[0], "--memory", store).code == 0
+    said = run("read", model, texts[0], "--memory", store + ",read_only=true")
+    assert said.code == 2 and "is only read; leave out read_only=true to write into it" in said.err
+    said = run("score", model, texts[0], "--memory", store + ",read_only=true")
+    assert said.code == 0 and f"--memory {store},read_only=false --out NEW" in said.err
 
 
 def test_embed_gives_a_row_a_line(run, model, tmp_path):

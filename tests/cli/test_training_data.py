@@ -70,6 +70,13 @@ def test_every_kind_of_file_and_objective(train, run, data, words, objective, ha
     assert run("generate", data / "m", "This", "--max-new-tokens", 4).code == 0
 
 
+def test_text_of_less_than_a_segment_is_warned_of(train, data):
+    (data / "little.txt").write_text("one two\n\nthree four\n\nfive six\n")
+    said = train("little.txt")
+    assert said.code == 0 and "tokens are less than a segment of" in said.err
+    assert "less than a segment" not in train("text.txt", out="enough").err
+
+
 def test_with_a_cache_it_is_the_same_run(train, data, run):
     assert train("text.jsonl", "--field", "body", out="ram").code == 0
     for out in ("new", "again"):

@@ -444,7 +444,7 @@ def test_what_greedy_steps_are_given_is_checked():
     log_probs, ids, parents, chosen = program.run_beams(**{**beams, "position": np.array([0])})
     assert log_probs.shape == ids.shape == (2, 4) and parents.shape == chosen.shape == (2, 3) and beams["scores"].all()
     for name, bad in (("width", 0), ("width", 3), ("k", 1), ("owners", None), ("scores", np.zeros(3)), ("scores", np.zeros(2, np.float32))):
-        with pytest.raises(InvalidValue, match="width|scores"):
+        with pytest.raises(InvalidValue, match=r"width|scores"):
             program.run_beams(**{**beams, "position": np.array([0]), name: bad})
     with pytest.raises(InvalidValue, match="run_beams: expected a program that is ready"):
         _core.Program().run_beams(**beams)

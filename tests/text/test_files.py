@@ -37,6 +37,7 @@ BAD_CONTENTS = {
     "empty": (b"", "empty"),
     "only-a-mark": (b"\xef\xbb\xbf", "empty"),
     "nul": ("é".encode() * 9 + b"\0", "NUL byte at byte 18"),
+    "utf-16": ("one".encode("utf-16"), "found a file in UTF-16; convert it to UTF-8"),
     "stray-continuation": (b"abc\x80", "at byte 3"),
     "cut-character": (b"abcde\xf0\x9f\x98", "at byte 5"),
     "surrogate": (b"a\xed\xa0\x80", "at byte 1"),
