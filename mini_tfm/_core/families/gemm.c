@@ -40,9 +40,10 @@ INLINE void fetch_rows(struct rows *rows, ptrdiff_t count) {
 
 /* to (m, NR; ld_to) = a panel's product, or from (m, NR; ld_from) plus it, in strips of even height: a thin last one would
  * wait for its own chains. With a_col 0 the strips are packed one after the other, MR apart over k. With each of them go
- * `each` of the rows that are read next. */
+ * `each` of the rows that are read `next`, and what is `ahead`. */
 INLINE void micro_strips(const int pairs, ptrdiff_t m, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *panel,
-                         const real *from, ptrdiff_t ld_from, real *to, ptrdiff_t ld_to, struct rows *next, ptrdiff_t each) {
+                         const real *from, ptrdiff_t ld_from, real *to, ptrdiff_t ld_to, struct rows *next, ptrdiff_t each,
+                         struct ahead ahead) {
     ptrdiff_t strips = div_up(m, MR), rows = m / strips, taller = m % strips;
     for (ptrdiff_t strip = 0, i = 0; strip < strips; strip++) {
         ptrdiff_t here = rows + (strip < taller);
@@ -52,13 +53,14 @@ INLINE void micro_strips(const int pairs, ptrdiff_t m, ptrdiff_t k, const real *
         const real *strip_a = a_col ? a + i * a_row : a + strip * k * MR;
         ptrdiff_t row = a_col ? a_row : 1, col = a_col ? a_col : MR;
         if (from && pairs)
-            micro_add_pairs(here, NR, k, strip_a, row, col, panel, NR, from + i * ld_from, ld_from, to + i * ld_to, ld_to);
+            micro_add_pairs(here, NR, k, strip_a, row, col, panel, NR, from + i * ld_from, ld_from, to + i * ld_to, ld_to, ahead);
         else if (pairs)
-            micro_set_pairs(here, NR, k, strip_a, row, col, panel, NR, to + i * ld_to, ld_to);
+            micro_set_pairs(here, NR, k, strip_a, row, col, panel, NR, to + i * ld_to, ld_to, ahead);
         else if (from)
-            micro_add(here, NR, k, strip_a, row, col, panel, NR, from + i * ld_from, ld_from, to + i * ld_to, ld_to);
+            micro_add(here, NR, k, strip_a, row, col, panel, NR, from + i * ld_from, ld_from, to + i * ld_to, ld_to, ahead);
         else
-            micro_set(here, NR, k, strip_a, row, col, panel, NR, to + i * ld_to, ld_to);
+            micro_set(here, NR, k, strip_a, row, col, panel, NR, to + i * ld_to, ld_to, ahead);
+        ahead.at += k * ahead.step;
         i += here;
     }
 }
@@ -154,10 +156,11 @@ static void micro_edge(ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t width, ptrdi
     if (add && !whole) pack_plain(c, ldc, rows, columns, corner, width);
     real *to = whole ? c : corner;
     ptrdiff_t ld = whole ? ldc : width;
+    const struct ahead near = {(const char *)b, 0};
     if (add)
-        micro_add(rows, width, k, a, a_row, a_col, b, ldb, to, ld, to, ld);
+        micro_add(rows, width, k, a, a_row, a_col, b, ldb, to, ld, to, ld, near);
     else
-        micro_set(rows, width, k, a, a_row, a_col, b, ldb, to, ld);
+        micro_set(rows, width, k, a, a_row, a_col, b, ldb, to, ld, near);
     for (ptrdiff_t r = 0; r < rows && !whole; r++) memcpy(c + r * ldc, corner + r * width, columns * sizeof(real));
 }
 
@@ -169,6 +172,7 @@ INLINE void gemm_piece(const int pairs, const real *a, ptrdiff_t a_row, ptrdiff_
     const int per = 1 + pairs, packs_a = pairs || a_col != 1;
     const ptrdiff_t steps = div_up(k, per), wide = group_width(n1 - n0, packs_a), deep = depth(steps);
     real *packed_b = work, *corner = packed_b + wide * deep, *packed_a = corner + MC * NR;
+    const struct ahead near = {(const char *)packed_b, 0};
     for (ptrdiff_t group = n0; group < n1; group += wide)
         for (ptrdiff_t s0 = 0; s0 < steps; s0 += deep) {
             const ptrdiff_t columns = min_size(wide, n1 - group), kc = min_size(deep, steps - s0), k0 = s0 * per, k_here = min_size(kc * per, k - k0);
@@ -205,11 +209,12 @@ INLINE void gemm_piece(const int pairs, const real *a, ptrdiff_t a_row, ptrdiff_
                     const real *first = accumulate || s0 ? to + j : bias_n ? bias_n + group + j : NULL;
                     const ptrdiff_t width = min_size(NR, columns - j), ld_first = accumulate || s0 ? ldc : 0;
                     if (width == NR) {
-                        micro_strips(pairs, m, kc, from, row, a_col == 1, packed_b + j * kc, first, ld_first, to + j, ldc, &next, each);
+                        micro_strips(pairs, m, kc, from, row, a_col == 1, packed_b + j * kc, first, ld_first, to + j, ldc, &next, each, near);
                         continue;
                     }
                     if (first) pack_plain(first, ld_first, m, width, corner, NR);
-                    micro_strips(pairs, m, kc, from, row, a_col == 1, packed_b + j * kc, first ? corner : NULL, NR, corner, NR, &next, each);
+                    micro_strips(pairs, m, kc, from, row, a_col == 1, packed_b + j * kc, first ? corner : NULL, NR, corner, NR, &next, each,
+                                 near);
                     for (ptrdiff_t r = 0; r < m; r++) memcpy(to + r * ldc + j, corner + r * NR, width * sizeof(real));
                 }
             }

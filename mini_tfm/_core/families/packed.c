@@ -350,11 +350,13 @@ static void packed_sums(const struct mt_packed *w, const struct packed_layout *a
                                 *(ivec_anywhere *)(chunk + v * VECTOR_BYTES) = widened((const int8_t *)from + v * VL * STEP);
                             from = chunk;
                         }
-                        /* The first strip fetches what comes next: the next panel's part, or the first's further down. */
+                        /* The strips fetch what comes next: the next panel's part, or the first's further down. */
                         ptrdiff_t down = j + 1 < panels ? at->panel : steps * NR * STEP - j * at->panel;
+                        struct ahead next = {b + j * at->panel + s * NR * STEP + down, div_up(NR * STEP, strips)};
                         for (ptrdiff_t strip = 0, i = 0; strip < strips; strip++) {
-                            ptrdiff_t here = height + (strip < taller), ahead = strip || WIDENS ? 0 : down;
-                            int8_strip(here, steps, q + i * rows->steps + s, rows->steps, from, ahead, c + (j * m + i) * NR, s > s0);
+                            ptrdiff_t here = height + (strip < taller);
+                            int8_strip(here, steps, q + i * rows->steps + s, rows->steps, from, next, c + (j * m + i) * NR, s > s0);
+                            next.at += steps * next.step;
                             i += here;
                         }
                     }
@@ -390,14 +392,13 @@ static void packed_sums(const struct mt_packed *w, const struct packed_layout *a
             /* The next chunk comes from L3 or beyond: the next panel's, or the first's further down, or the next group's. */
             ptrdiff_t down = k0 + deep < rows->k ? k0 + deep : 0;
             const char *next = j + 1 < panels ? from + at->panel + k0 * row : (down ? b : b + panels * at->panel) + down * row;
-            struct rows lines = {(const real *)next, LINE, kc * row / 64, LINE};
-            ptrdiff_t each = div_up(lines.count, div_up(m, MR));
+            struct ahead ahead = {next, div_up(row, div_up(m, MR))};
             real *to = sums + j * m * NR;
             const real *before = k0 ? to : NULL;
             if (PAIRED && w->kind == MT_BFLOAT16)
-                micro_strips(1, m, kc, x + k0, rows->row, 1, panel, before, NR, to, NR, &lines, each);
+                micro_strips(1, m, kc, x + k0, rows->row, 1, panel, before, NR, to, NR, NULL, 0, ahead);
             else
-                micro_strips(0, m, kc, x + k0, rows->row, 1, panel, before, NR, to, NR, &lines, each);
+                micro_strips(0, m, kc, x + k0, rows->row, 1, panel, before, NR, to, NR, NULL, 0, ahead);
         }
 }
 

@@ -116,9 +116,10 @@ static void quantise_row(const real *x, ptrdiff_t d, ptrdiff_t group, factor *q,
     }
 }
 
-/* sum_ij (rows, panels * NR) = or += x (rows, steps) . panels. What is `ahead` bytes further is fetched meanwhile; 0: nothing. */
-INLINE void int8_tile(const int rows, const int panels, const int widens, ptrdiff_t ahead, ptrdiff_t steps, const int32_t *x, ptrdiff_t x_row,
-                      const char *b, ptrdiff_t b_panel, int32_t *c, ptrdiff_t c_panel, const int add) {
+/* sum_ij (rows, panels * NR) = or += x (rows, steps) . panels. What is `far` bytes further is fetched meanwhile; 0: what is `next`.
+ * Where no weight is widened, work is so fast that it needs more lines on their way than L1 keeps track of: those go to L2. */
+INLINE void int8_tile(const int rows, const int panels, const int widens, ptrdiff_t far, struct ahead next, ptrdiff_t steps,
+                      const int32_t *x, ptrdiff_t x_row, const char *b, ptrdiff_t b_panel, int32_t *c, ptrdiff_t c_panel, const int add) {
     ivec sum[2 * MR], b_j[8];
     for (int i = 0; i < rows; i++)
         for (int j = 0; j < 2 * panels; j++)
@@ -126,10 +127,11 @@ INLINE void int8_tile(const int rows, const int panels, const int widens, ptrdif
     const ptrdiff_t b_vector = widens ? VL * STEP : VECTOR_BYTES;
     const int32_t *x_3[(MR + 2) / 3];
     for (int i = 0; i < rows; i += 3) x_3[i / 3] = x + i * x_row;
-    for (ptrdiff_t p = 0; p < steps; p++, b += 2 * b_vector) {
+    for (ptrdiff_t p = 0; p < steps; p++, b += 2 * b_vector, next.at += next.step) {
+        if (!far) __builtin_prefetch(next.at, 0, 2);
         for (int j = 0; j < 2 * panels; j++) {
             const char *at = b + j / 2 * b_panel + j % 2 * b_vector;
-            if (ahead && (b_vector == 64 || j % 2 == 0)) __builtin_prefetch(at + ahead); /* every line */
+            if (far && (b_vector == 64 || j % 2 == 0)) __builtin_prefetch(at + far, 0, WIDENS ? 3 : 2); /* every line */
             b_j[j] = widens ? widened((const int8_t *)at) : (ivec)*(const ivec_anywhere *)at;
         }
         for (int i = 0; i < rows; i++) {
@@ -143,11 +145,12 @@ INLINE void int8_tile(const int rows, const int panels, const int widens, ptrdif
 }
 
 /* One strip of one panel whose factors are as dot takes them. */
-static void int8_strip(ptrdiff_t rows, ptrdiff_t steps, const int32_t *x, ptrdiff_t x_row, const char *b, ptrdiff_t ahead, int32_t *c, int add) {
+static void int8_strip(ptrdiff_t rows, ptrdiff_t steps, const int32_t *x, ptrdiff_t x_row, const char *b, struct ahead next, int32_t *c,
+                       int add) {
 #define INT8_CASE(n)                                                                   \
     case n:                                                                            \
-        if (add) int8_tile(n, 1, 0, ahead, steps, x, x_row, b, 0, c, 0, 1);               \
-        else int8_tile(n, 1, 0, ahead, steps, x, x_row, b, 0, c, 0, 0);                   \
+        if (add) int8_tile(n, 1, 0, 0, next, steps, x, x_row, b, 0, c, 0, 1);               \
+        else int8_tile(n, 1, 0, 0, next, steps, x, x_row, b, 0, c, 0, 0);                   \
         break;
     switch (rows) {
         INT8_CASE(1) INT8_CASE(2) INT8_CASE(3) INT8_CASE(4) INT8_CASE(5) INT8_CASE(6)
@@ -227,12 +230,13 @@ static void int8_fewest(ptrdiff_t rows, ptrdiff_t panels, ptrdiff_t steps, const
 static void int8_few(ptrdiff_t rows, ptrdiff_t panels, ptrdiff_t steps, const int32_t *x, ptrdiff_t x_row, const char *b,
                      ptrdiff_t b_panel, int32_t *c) {
     const ptrdiff_t c_panel = rows * NR;
+    const struct ahead near = {b, 0};
 #define INT8_FEW(n, at_once)                                                                                           \
     case n:                                                                                                            \
         for (; at_once > 1 && panels >= at_once; panels -= at_once, b += at_once * b_panel, c += at_once * c_panel)    \
-            int8_tile(n, at_once, WIDENS, n > 1 ? FETCHED_FAR : 0, steps, x, x_row, b, b_panel, c, c_panel, 0);           \
+            int8_tile(n, at_once, WIDENS, FETCHED_FAR, near, steps, x, x_row, b, b_panel, c, c_panel, 0);           \
         for (; panels; panels--, b += b_panel, c += c_panel)                                                           \
-            int8_tile(n, 1, WIDENS, n > 1 ? FETCHED_FAR : 0, steps, x, x_row, b, 0, c, 0, 0);                             \
+            int8_tile(n, 1, WIDENS, FETCHED_FAR, near, steps, x, x_row, b, 0, c, 0, 0);                             \
         break;
     switch (rows) {
         INT8_FEW(1, 4) INT8_FEW(2, 2) INT8_FEW(3, 2) INT8_FEW(4, 1) INT8_FEW(5, 1) INT8_FEW(6, 1)
