@@ -156,11 +156,11 @@ static void micro_edge(ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t width, ptrdi
     if (add && !whole) pack_plain(c, ldc, rows, columns, corner, width);
     real *to = whole ? c : corner;
     ptrdiff_t ld = whole ? ldc : width;
-    const struct ahead near = {(const char *)b, 0};
+    const struct ahead nothing = {0};
     if (add)
-        micro_add(rows, width, k, a, a_row, a_col, b, ldb, to, ld, to, ld, near);
+        micro_add(rows, width, k, a, a_row, a_col, b, ldb, to, ld, to, ld, nothing);
     else
-        micro_set(rows, width, k, a, a_row, a_col, b, ldb, to, ld, near);
+        micro_set(rows, width, k, a, a_row, a_col, b, ldb, to, ld, nothing);
     for (ptrdiff_t r = 0; r < rows && !whole; r++) memcpy(c + r * ldc, corner + r * width, columns * sizeof(real));
 }
 
@@ -172,7 +172,7 @@ INLINE void gemm_piece(const int pairs, const real *a, ptrdiff_t a_row, ptrdiff_
     const int per = 1 + pairs, packs_a = pairs || a_col != 1;
     const ptrdiff_t steps = div_up(k, per), wide = group_width(n1 - n0, packs_a), deep = depth(steps);
     real *packed_b = work, *corner = packed_b + wide * deep, *packed_a = corner + MC * NR;
-    const struct ahead near = {(const char *)packed_b, 0};
+    const struct ahead nothing = {0};
     for (ptrdiff_t group = n0; group < n1; group += wide)
         for (ptrdiff_t s0 = 0; s0 < steps; s0 += deep) {
             const ptrdiff_t columns = min_size(wide, n1 - group), kc = min_size(deep, steps - s0), k0 = s0 * per, k_here = min_size(kc * per, k - k0);
@@ -209,12 +209,12 @@ INLINE void gemm_piece(const int pairs, const real *a, ptrdiff_t a_row, ptrdiff_
                     const real *first = accumulate || s0 ? to + j : bias_n ? bias_n + group + j : NULL;
                     const ptrdiff_t width = min_size(NR, columns - j), ld_first = accumulate || s0 ? ldc : 0;
                     if (width == NR) {
-                        micro_strips(pairs, m, kc, from, row, a_col == 1, packed_b + j * kc, first, ld_first, to + j, ldc, &next, each, near);
+                        micro_strips(pairs, m, kc, from, row, a_col == 1, packed_b + j * kc, first, ld_first, to + j, ldc, &next, each, nothing);
                         continue;
                     }
                     if (first) pack_plain(first, ld_first, m, width, corner, NR);
                     micro_strips(pairs, m, kc, from, row, a_col == 1, packed_b + j * kc, first ? corner : NULL, NR, corner, NR, &next, each,
-                                 near);
+                                 nothing);
                     for (ptrdiff_t r = 0; r < m; r++) memcpy(to + r * ldc + j, corner + r * NR, width * sizeof(real));
                 }
             }

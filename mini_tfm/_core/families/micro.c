@@ -18,14 +18,14 @@
  * that are on their way, and what is computed meanwhile waits behind it. */
 struct ahead {
     const char *at;
-    ptrdiff_t step; /* 0, and `at` what is near: nothing */
+    ptrdiff_t step; /* 0: nothing */
 };
 
 /* c_ij (rows, panels * NR) (+)= a_ik b_kj. a element (i, k) is a[i * a_row + k * a_col]; b rows lie ldb apart, c rows ldc.
  * `rows` and `panels` are constants wherever this is inlined, so the sums stay in registers. add: the chain goes on from
  * `from`, whose rows lie ld_from apart, 0 for a single one. pairs: an element of a and b is a pair of bfloat16, their product
  * the sum of two. */
-INLINE void micro_tile(const int pairs, const int rows, const int panels, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *b,
+INLINE void micro_tile(const int fetches, const int pairs, const int rows, const int panels, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *b,
                        ptrdiff_t ldb, const real *from, ptrdiff_t ld_from, real *c, ptrdiff_t ldc, const int add, struct ahead next) {
     vec sum[2 * MR], b_j[8]; /* rows * panels <= MR and panels <= 4 */
     for (int i = 0; i < rows; i++)
@@ -34,7 +34,7 @@ INLINE void micro_tile(const int pairs, const int rows, const int panels, ptrdif
     const real *a_3[(MR + 2) / 3];
     for (int i = 0; i < rows; i += 3) a_3[i / 3] = a + i * a_row;
     for (ptrdiff_t p = 0; p < k; p++, b += ldb, next.at += next.step) {
-        __builtin_prefetch(next.at, 0, 2);
+        if (fetches) __builtin_prefetch(next.at, 0, 2);
         for (int j = 0; j < 2 * panels; j++) b_j[j] = load(b + j * VL);
         for (int i = 0; i < rows; i++) {
             const real *x = a_3[i / 3] + i % 3 * a_row;
@@ -51,20 +51,20 @@ INLINE void micro_tile(const int pairs, const int rows, const int panels, ptrdif
 }
 
 /* Few rows take several panels at once: a chain waits for its own last step, so there must be enough of them. */
-INLINE void micro_columns(const int pairs, const int rows, const int panels, ptrdiff_t columns, ptrdiff_t k, const real *a, ptrdiff_t a_row,
+INLINE void micro_columns(const int fetches, const int pairs, const int rows, const int panels, ptrdiff_t columns, ptrdiff_t k, const real *a, ptrdiff_t a_row,
                           ptrdiff_t a_col, const real *b, ptrdiff_t ldb, const real *from, ptrdiff_t ld_from, real *c, ptrdiff_t ldc,
                           const int add, struct ahead next) {
     ptrdiff_t j = 0;
     for (; panels > 1 && j + panels * NR <= columns; j += panels * NR)
-        micro_tile(pairs, rows, panels, k, a, a_row, a_col, b + j, ldb, from + j, ld_from, c + j, ldc, add, next);
-    for (; j < columns; j += NR) micro_tile(pairs, rows, 1, k, a, a_row, a_col, b + j, ldb, from + j, ld_from, c + j, ldc, add, next);
+        micro_tile(fetches, pairs, rows, panels, k, a, a_row, a_col, b + j, ldb, from + j, ld_from, c + j, ldc, add, next);
+    for (; j < columns; j += NR) micro_tile(fetches, pairs, rows, 1, k, a, a_row, a_col, b + j, ldb, from + j, ld_from, c + j, ldc, add, next);
 }
 
-INLINE void micro_switch(const int pairs, ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col,
+INLINE void micro_switch(const int fetches, const int pairs, ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col,
                          const real *b, ptrdiff_t ldb, const real *from, ptrdiff_t ld_from, real *c, ptrdiff_t ldc, const int add,
                          struct ahead next) {
 #define MICRO_CASE(n, panels) \
-    case n: micro_columns(pairs, n, panels, columns, k, a, a_row, a_col, b, ldb, from, ld_from, c, ldc, add, next); break;
+    case n: micro_columns(fetches, pairs, n, panels, columns, k, a, a_row, a_col, b, ldb, from, ld_from, c, ldc, add, next); break;
     switch (rows) {
         MICRO_CASE(1, 4)
         MICRO_CASE(2, 2)
@@ -86,24 +86,36 @@ INLINE void micro_switch(const int pairs, ptrdiff_t rows, ptrdiff_t columns, ptr
 /* c (rows, columns) = a b, and from + a b, for any rows <= MR; b, from and c are read and written in columns up to a multiple of NR. */
 static void micro_set(ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *b,
                       ptrdiff_t ldb, real *c, ptrdiff_t ldc, struct ahead next) {
-    micro_switch(0, rows, columns, k, a, a_row, a_col, b, ldb, c, ldc, c, ldc, 0, next);
+    if (next.step)
+        micro_switch(1, 0, rows, columns, k, a, a_row, a_col, b, ldb, c, ldc, c, ldc, 0, next);
+    else
+        micro_switch(0, 0, rows, columns, k, a, a_row, a_col, b, ldb, c, ldc, c, ldc, 0, next);
 }
 
 static void micro_add(ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *b,
                       ptrdiff_t ldb, const real *from, ptrdiff_t ld_from, real *c, ptrdiff_t ldc, struct ahead next) {
-    micro_switch(0, rows, columns, k, a, a_row, a_col, b, ldb, from, ld_from, c, ldc, 1, next);
+    if (next.step)
+        micro_switch(1, 0, rows, columns, k, a, a_row, a_col, b, ldb, from, ld_from, c, ldc, 1, next);
+    else
+        micro_switch(0, 0, rows, columns, k, a, a_row, a_col, b, ldb, from, ld_from, c, ldc, 1, next);
 }
 
 #if !REAL_IS_DOUBLE
 /* The same of pairs. */
 static void micro_set_pairs(ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *b,
                             ptrdiff_t ldb, real *c, ptrdiff_t ldc, struct ahead next) {
-    micro_switch(1, rows, columns, k, a, a_row, a_col, b, ldb, c, ldc, c, ldc, 0, next);
+    if (next.step)
+        micro_switch(1, 1, rows, columns, k, a, a_row, a_col, b, ldb, c, ldc, c, ldc, 0, next);
+    else
+        micro_switch(0, 1, rows, columns, k, a, a_row, a_col, b, ldb, c, ldc, c, ldc, 0, next);
 }
 
 static void micro_add_pairs(ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t k, const real *a, ptrdiff_t a_row, ptrdiff_t a_col, const real *b,
                             ptrdiff_t ldb, const real *from, ptrdiff_t ld_from, real *c, ptrdiff_t ldc, struct ahead next) {
-    micro_switch(1, rows, columns, k, a, a_row, a_col, b, ldb, from, ld_from, c, ldc, 1, next);
+    if (next.step)
+        micro_switch(1, 1, rows, columns, k, a, a_row, a_col, b, ldb, from, ld_from, c, ldc, 1, next);
+    else
+        micro_switch(0, 1, rows, columns, k, a, a_row, a_col, b, ldb, from, ld_from, c, ldc, 1, next);
 }
 #else
 #define micro_set_pairs micro_set
