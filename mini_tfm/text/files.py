@@ -33,6 +33,14 @@ def stream_text(path: str | os.PathLike, chunk_bytes: int = _READ_BYTES) -> Iter
     return _pieces(path, chunk_bytes)
 
 
+_UTF16 = "a file in UTF-16; convert it to UTF-8"
+
+
+def _is_utf16(data: bytes) -> bool:
+    """Whether a file begins so, as no text in UTF-8 does."""
+    return data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or data in (b"\xff", b"\xfe")
+
+
 def _pieces(path: str | os.PathLike, chunk_bytes: int) -> Iterator[str]:
     with open_regular(path) as file:
         offset, line = 0, 1  # bytes decoded so far, and where that is
@@ -47,12 +55,13 @@ def _pieces(path: str | os.PathLike, chunk_bytes: int) -> Iterator[str]:
             if b"\0" in data:
                 at = data.index(0)
                 where = f"at byte {offset + at}, line {line + data.count(10, 0, at)}"
-                is_wide = offset == 0 and data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-                told = "a file in UTF-16; convert it to UTF-8" if is_wide else f"a NUL byte {where}: a binary file?"
-                raise InvalidValue(f"{file.name}: expected text, found {told}")
+                told = f"a NUL byte {where}: a binary file?"
+                raise InvalidValue(f"{file.name}: expected text, found {_UTF16 if offset == 0 and _is_utf16(data) else told}")
             try:
                 piece, used = codecs.utf_8_decode(data, "strict", not chunk)
             except UnicodeDecodeError as error:
+                if offset == 0 and _is_utf16(data):
+                    raise InvalidValue(f"{file.name}: expected text, found {_UTF16}") from error
                 where = f"at byte {offset + error.start}, line {line + data.count(10, 0, error.start)}"
                 raise InvalidValue(
                     f"{file.name}: expected UTF-8, found something else {where} ({error.reason}); convert the file to UTF-8"

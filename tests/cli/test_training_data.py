@@ -71,7 +71,7 @@ def test_every_kind_of_file_and_objective(train, run, data, words, objective, ha
 
 
 def test_text_of_less_than_a_segment_is_warned_of(train, data):
-    (data / "little.txt").write_text("one two\n\nthree four\n\nfive six\n")
+    (data / "little.txt").write_text("a b\n\nc d\n\ne f\n")
     said = train("little.txt")
     assert said.code == 0 and "tokens are less than a segment of" in said.err
     assert "less than a segment" not in train("text.txt", out="enough").err
