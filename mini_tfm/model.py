@@ -391,15 +391,15 @@ class Embedding:
 
     def feed(self, p: Pass, end: int) -> _core.Feed | None:
         """How `summed` makes of a token at a position below `end`; None where it is more than rows of two tables."""
-        table, first = value_of(p.value(TOKENS)), self.config.position_offset
-        if self.types is not None or not table.flags.c_contiguous:
-            return None
+        table, places, first = np.asarray(value_of(p.value(TOKENS))), None, self.config.position_offset
         if self.config.positions == "sinusoidal":
-            return _core.Feed(table, self.scale, self._table(first + end, table.dtype)[first:])
-        if self.config.positions == "learned":
-            places = value_of(p.value(self.learned))[first:]
-            return _core.Feed(table, self.scale, places) if places.flags.c_contiguous and end <= len(places) else None
-        return _core.Feed(table, self.scale)
+            places = self._table(first + end, table.dtype)[first:]
+        elif self.config.positions == "learned":
+            places = np.asarray(value_of(p.value(self.learned)))[first:]
+        is_beyond = places is not None and end > len(places)
+        if self.types is not None or is_beyond or not all(each is None or _is_plain(each) for each in (table, places)):
+            return None
+        return _core.Feed(table, self.scale, places)
 
     def _at(self, positions: np.ndarray, p: Pass, dtype: np.dtype) -> Array:
         first = self.config.position_offset
@@ -416,6 +416,11 @@ class Embedding:
         if len(table) < n or table.dtype != dtype:
             table = self._sinusoidal = sinusoids(max(n, 2 * len(table)), self.config.d_model, self.config.sinusoids, dtype)
         return table
+
+
+def _is_plain(array: np.ndarray) -> bool:
+    """Whether C can read it where it lies."""
+    return array.flags.c_contiguous and array.flags.aligned and array.dtype.isnative
 
 
 SURPRISED_ROWS = 256  # whose logits are in RAM at once
@@ -468,7 +473,10 @@ class Output:
     def choice(self, weights: Mapping[str, Weight]) -> _core.Choice:
         """How `best` chooses."""
         packed = self.packed(weights)
-        return _core.Choice(packed, self.scale, self._bias(weights, packed.shape[1]))
+        bias = self._bias(weights, packed.shape[1])
+        if bias is not None:
+            bias = np.require(np.asarray(value_of(bias)), value_of(bias).dtype.newbyteorder("="), ["C", "A"])
+        return _core.Choice(packed, self.scale, bias)
 
     def likeliest(self, hidden: np.ndarray, weights: Mapping[str, Weight], k: int) -> tuple[np.ndarray, np.ndarray] | None:
         """The best k log-probabilities of each row of hidden (B, d), and their ids, by a session's packed layer: (B, k), (B, k).

@@ -452,8 +452,8 @@ cdef class Program:
 
         Beams of one source, `width` of B, stand side by side; scores (B,) are theirs, in float64, and brought on. After each step but the
         last their best continuations take their places, best first, of equal ones the one of the earlier beam, then of the better token:
-        row b goes on from row parents[b, i] with token chosen[b, i]. None follows a step where one of these is an end, or of which fewer
-        than `width` are finite. All else: as of `run_greedily`.
+        row b goes on from row parents[b, i] with token chosen[b, i]. None follows a step where one of these is an end, where a row's best
+        is not finite, or of which fewer than `width` are. All else: as of `run_greedily`.
         """
         cdef Ahead ahead = Ahead(self, "run_beams", tokens, keys, steps, ends, feed, choice, position, owners)
         cdef ptrdiff_t batch = ahead.batch
@@ -481,6 +481,8 @@ cdef class Program:
             ahead.take(pf, pi, pt, k)
             for row in range(batch * k):
                 pl[row] = real_at(pf, row, ahead.wide) - pt[row // k]
+            for row in range(batch):
+                ended = ended or not isfinite(pl[row * k])
             for row in range(0, batch, width):
                 ended = ended or not best_of_beams(pl + row * k, ps + row, width, k, at + row, pb + row)
             for row in range(batch if not ended else 0):

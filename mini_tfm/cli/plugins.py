@@ -146,12 +146,12 @@ def new(folder: Path, name: str | None) -> None:
     check_out(folder)
     if folder.is_dir() and any(folder.iterdir()):
         raise FileProblem(f"{folder}: expected a new or empty folder; it holds {next(folder.iterdir()).name}")
-    if name is None:
-        name = re.sub("[^a-z0-9]+", "_", folder.resolve().name.lower())
+    what, name = ("--name", name) if name else (f"{folder}: its name, which the memory gets without --name", _name_of(folder))
     if not re.fullmatch(r"[a-z_][a-z0-9_]*", name) or keyword.iskeyword(name):
-        raise InvalidValue(f"--name: expected lowercase letters, digits and _, a letter first, got {name!r}")
-    if name in list_memories() or importlib.util.find_spec(name) is not None:
-        raise InvalidValue(f"--name: expected a name that no memory and no Python module has that is installed, got {name!r}")
+        raise InvalidValue(f"{what}: expected lowercase letters, digits and _, a letter first, got {name!r}")
+    module = importlib.util.find_spec(name)
+    if name in list_memories() or (module is not None and module.origin is not None):  # a folder that is none has no origin
+        raise InvalidValue(f"{what}: expected one that no memory and no Python module has that is installed, got {name!r}")
     template = resources.files("mini_tfm_plugins") / "template"
     if not template.is_dir():
         raise FileProblem("mini_tfm_plugins/template is missing from this installation; install mini-tfm again")
@@ -176,6 +176,10 @@ def _files(folder: Any, place: str) -> Iterator[tuple[Any, str]]:
             yield from _files(entry, path + "/")
         else:
             yield entry, path
+
+
+def _name_of(folder: Path) -> str:
+    return re.sub("[ .-]+", "_", folder.resolve().name.lower())
 
 
 def _renamed(text: str, name: str) -> str:

@@ -154,7 +154,7 @@ def _durable(memory: Memory | None) -> Stack:
     if memory is None:
         raise InvalidValue("--memory: expected a memory to read into, got none; for example --memory store:path=notes.mdb")
     stack = Stack([memory])
-    if "read_only=true" in (memory.text or "").lower():
+    if "read_only=true" in (memory.text or "").lower().replace(" ", ""):
         raise InvalidValue(f"--memory: {memory.text or memory.name} is only read; leave out read_only=true to write into it")
     if not any(member.durable for member in stack.members):
         raise InvalidValue(

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -102,7 +103,7 @@ def warn_if_untrained(folder: Path, pipe: Pipeline, memory: str) -> None:
     else:
         return
     kind = () if pipe.model.config.has_encoder else ("--n-encoder-layers", "0")
-    written = memory.replace("read_only=true", "read_only=false")
+    written = re.sub(r"read_only\s*=\s*true", "read_only=false", memory, flags=re.IGNORECASE)
     again = command_line("train", "--text", "YOUR.txt", *kind, "--memory", written, "--out", "NEW")
     warnings.warn(f"--memory: {folder} was trained with {saved.memory_text or 'none'}, and {told}; {again} trains one", stacklevel=2)
 

@@ -44,7 +44,8 @@ def each_alone(
                 # A queue each: a process that dies while it reports leaves a queue that nobody else may need.
                 alone, steps = everything.enter_context(contextlib.ExitStack()), context.Queue()
                 pool = alone.enter_context(_process(context, steps))
-                running[pool.submit(_call, work, each)] = number, alone, steps
+                with _without_interrupts():
+                    running[pool.submit(_call, work, each)] = number, alone, steps
             done, _ = concurrent.futures.wait(running, TICK_SECONDS, concurrent.futures.FIRST_COMPLETED)
             for _, _, steps in running.values():
                 _pass_on(steps, on_step)
@@ -90,6 +91,16 @@ def _process(context: Any, steps: Any) -> Iterator[concurrent.futures.ProcessPoo
             raise
 
 
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Ctrl-C waits, here and in a process that is started meanwhile: one that has just begun would print where it was."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _call(work: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     """In the child: an error becomes text, because not every exception survives the way to the parent."""
     try:
@@ -111,6 +122,7 @@ def _begin(steps: Any) -> None:
     """A child leaves Ctrl-C to its parent, which ends it. Standard output is the command's: what a strategy prints goes elsewhere."""
     global _steps
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     with contextlib.suppress(OSError):
         os.dup2(2, 1)
     sys.stdout = sys.stderr

@@ -50,9 +50,9 @@ def open_regular(path: str | os.PathLike, name: str | None = None, folder_fd: in
         is_link = isinstance(error, OSError) and error.errno == errno.ELOOP
         hint = "it is a link; put the file itself in the folder" if is_link else reason(error)
         raise FileProblem(f"{shown}: cannot be opened: {hint}") from error
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
+    if not stat.S_ISREG(mode := os.fstat(fd).st_mode):
         os.close(fd)
-        found = "a folder" if os.path.isdir(path) else "a device or a pipe"
+        found = "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"
         raise FileProblem(f"{shown}: expected a regular file, found {found}")
     return NamedFile(fd, shown)
 

@@ -20,6 +20,7 @@ from ..autodiff import value_of
 from ..context import Pass
 from ..errors import InvalidValue
 from ..model import Model
+from ..packing import with_packed
 from ..stream import Stream
 from ..weights import Weight, Weights
 from .cache import KVCache
@@ -238,39 +239,27 @@ def _side_by_side(numbers: np.ndarray) -> int:
 _NO_LENGTHS = np.zeros(0, np.int64)  # with a cache nothing is padding
 
 
-_packed: WeakKeyDictionary[Model, tuple[Any, dict[str, Any]]] = WeakKeyDictionary()
+_packed: WeakKeyDictionary[Model, tuple[Any, dict[str, Any]]] = WeakKeyDictionary()  # output layers of fewer columns
 
 
 def packed_weights(model: Model, n_ids: int) -> Weights:
     """The model's weights, those of a decoding step packed too; of the output layer only `n_ids` columns.
 
-    They are kept for the next session, as long as the weights are what they were: a checksum tells, in the time of reading
-    them once, or none for a mapped file. Packing takes about as long as ten steps.
+    They are kept for the next session, see `with_packed`. Packing takes about as long as ten steps.
     """
     assert model.decoder is not None
     if model.precision is not None:
         return _of_packed_model(model, n_ids)
-    weights, products = Weights(model.weights), list(model.decoder.step_products())
-    names = [linear.weight for product in products for linear in (*product.linears, product.gate) if linear is not None]
-    state = n_ids, [(name, weights[name].checksum()) for name in (*names, model.output.name)]
-    kept, packed = _packed.get(model, (None, {}))
-    if kept != state:
-        output = weights[model.output.name].array
-        if not np.isfinite(output[:n_ids] if model.output.is_tied else output[:, :n_ids]).all():  # the best of many would not show it
-            raise InvalidValue(f"model.weights[{model.output.name!r}]: holds NaN or infinity, so no token can be scored; check the weights")
-        packed = {
-            name: weights.pack([linear.weight for linear in linears], gate=None if gate is None else gate.weight)
-            for name, linears, gate in products
-        }
-        packed[model.output.PACKED] = weights.pack([model.output.name], transposed=model.output.is_tied, columns=n_ids)
-        _packed[model] = state, packed
-    for name, one in packed.items():
-        weights[name] = Weight(model.weights.get(name), one, weights.adapter(name))
-    for name, linears, _ in products:
-        bias = weights.fused_bias([one.bias for one in linears], [one.d_out for one in linears], model.dtype) if len(linears) > 1 else None
-        if bias is not None:
-            weights[name + ".bias"] = Weight(bias)
-    return weights
+    name, is_tied = model.output.name, model.output.is_tied
+
+    def output(weights: Weights) -> dict[str, Any]:
+        array = weights[name].array
+        if not np.isfinite(array[:n_ids] if is_tied else array[:, :n_ids]).all():  # the best of many would not show it
+            raise InvalidValue(f"model.weights[{name!r}]: holds NaN or infinity, so no token can be scored; check the weights")
+        return {model.output.PACKED: weights.pack([name], transposed=is_tied, columns=n_ids)}
+
+    state = n_ids, Weights(model.weights)[name].checksum()
+    return with_packed(model, "decoder", list(model.decoder.step_products()), output, state)
 
 
 def _of_packed_model(model: Model, n_ids: int) -> Weights:

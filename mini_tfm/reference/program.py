@@ -75,8 +75,8 @@ class Program:
 
         Beams of one source, `width` of B, stand side by side; scores (B,) are theirs, in float64, and brought on. After each step but the
         last their best continuations take their places, best first, of equal ones the one of the earlier beam, then of the better token:
-        row b goes on from row parents[b, i] with token chosen[b, i]. None follows a step where one of these is an end, or of which fewer
-        than `width` are finite. All else: as of `run_greedily`.
+        row b goes on from row parents[b, i] with token chosen[b, i]. None follows a step where one of these is an end, where a row's best
+        is not finite, or of which fewer than `width` are. All else: as of `run_greedily`.
         """
         raise _not_ready("run_beams")
 

@@ -38,7 +38,8 @@ _UTF16 = "a file in UTF-16; convert it to UTF-8"
 
 def _is_utf16(data: bytes) -> bool:
     """Whether a file begins so, as no text in UTF-8 does."""
-    return data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or data in (b"\xff", b"\xfe")
+    is_wider = data.startswith(codecs.BOM_UTF32_LE)
+    return not is_wider and (data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or data in (b"\xff", b"\xfe"))
 
 
 def _pieces(path: str | os.PathLike, chunk_bytes: int) -> Iterator[str]:

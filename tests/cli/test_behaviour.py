@@ -100,6 +100,7 @@ ERRORS = [
     ("plugins new {tmp}/p --name window", "--name"),
     ("plugins new {tmp}/p --name numpy", "--name"),
     ("plugins new {tmp}/json", "--name"),
+    ("plugins new {tmp}/2024-notes", "2024-notes"),
     ([*TRAIN, "--text", "{folder}/short.txt"], "segment"),
     ([*TRAIN, "--text", "{folder}/empty.txt"], "empty.txt"),
     ([*TRAIN, "--text", "{folder}/missing.txt"], "missing.txt"),
@@ -524,5 +525,8 @@ def test_plugins_new_writes_a_plugin_of_that_name(run, tmp_path):
         text = path.read_text(encoding="utf-8") + str(path)
         assert not re.search("my_memory|my-memory|MyMemory", text)
     assert any("bees_wax" in path.read_text(encoding="utf-8") for path in written)
+    (tmp_path / "bees-dance").mkdir()
+    assert run("plugins", "new", tmp_path / "bees-dance").code == 0  # an empty folder, which Python would take for a package
+    assert any("bees_dance" in path.read_text(encoding="utf-8") for path in (tmp_path / "bees-dance").rglob("*.py"))
     again = run("plugins", "new", tmp_path / "mine")
     assert again.code == 2 and "empty folder" in again.err

@@ -193,6 +193,52 @@ def test_greedy_steps_in_a_row_have_the_bits_of_python(variant, packed, cache_dt
 
 
 @compiled
+def test_a_beam_whose_scores_are_not_finite_is_an_error_at_its_step(monkeypatch):
+    """Also where the other beams have enough to go on with."""
+    found = []
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        model = tiny_model("untied", seed=seed, dtype=np.float32, vocab_size=40)
+        model.weights["embedding.weight"][rng.integers(3, 40, 3)] = np.nan
+
+        def work(model=model):
+            try:
+                return model.generate(np.array([[3, 4, 5]]), max_new_tokens=30, num_beams=3, stop_at_eos=False)
+            except InvalidValue as error:
+                return str(error)
+
+        found.append(both(monkeypatch, work))
+    assert all(one == other for one, other in found)
+    assert sum("not finite" in one for one, _ in found) > 3
+
+
+@compiled
+@pytest.mark.parametrize("variant", ["learned", "bart", "marian", "t5"])
+def test_weights_that_c_cannot_read_where_they_lie_are_read_by_python(variant, tmp_path, monkeypatch):
+    """Mapped, or unaligned: what follows is the same."""
+    longer = {"max_positions": 100} if VARIANTS[variant].get("positions") == "learned" else {}
+    model = tiny_model(variant, seed=2, dtype=np.float32, **longer)
+    names = [name for name in model.weights if name in ("embedding.weight", "decoder.positions.weight", "output.bias")]
+    expected = model.generate(SOURCE, LENGTHS, max_new_tokens=40, stop_at_eos=False)
+
+    def mapped(array):
+        np.save(tmp_path / "w.npy", array)
+        return np.load(tmp_path / "w.npy", mmap_mode="r")
+
+    def unaligned(array):
+        return np.frombuffer(b"\0" + array.tobytes(), np.uint8)[1:].view(array.dtype).reshape(array.shape)
+
+    for name in names:
+        plain = model.weights[name]
+        for changed in (mapped, unaligned):
+            model.weights[name] = changed(plain)
+            for beams in (1, 3):
+                found = model.generate(SOURCE, LENGTHS, max_new_tokens=40, stop_at_eos=False, num_beams=beams)
+                assert beams > 1 or found == expected, (name, changed)
+        model.weights[name] = plain
+
+
+@compiled
 def test_more_beams_than_the_vocabulary_has_room_for(monkeypatch):
     """Fewer candidates than are asked for: the steps are Python's, and the same."""
     model = tiny_model("decoder only, llama", seed=2, dtype=np.float32)
