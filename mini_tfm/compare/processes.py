@@ -86,8 +86,8 @@ def _process(context: Any, steps: Any) -> Iterator[concurrent.futures.ProcessPoo
             yield pool
         except BaseException:
             for process in list((pool._processes or {}).values()):
-                process.terminate()
-            pool.shutdown(wait=False, cancel_futures=True)
+                process.kill()
+            pool.shutdown(cancel_futures=True)  # its thread is to be gone when Python ends, which would wake it by a closed pipe
             raise
 
 
