@@ -30,6 +30,7 @@ from .memory.base import Memory
 from .memory.registry import memory as make_memory
 from .model import PACKED
 from .options import LARGEST, takes
+from .packing import encoder_weights
 from .pooling import Pooling, normalized
 from .prompt_cache import PromptCache
 from .stream import Stream
@@ -368,8 +369,11 @@ class Pipeline:
 
     def _outputs(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """(B, T) tokens -> what the encoder gives at each of them or, where there is none, the decoder (B, T, d)."""
-        if self.model.config.has_encoder:
-            return self.model.encode(tokens, lengths)
+        if self.model.config.has_encoder:  # many texts through one encoder, whose weights are worth packing
+            stream = Stream(self.model, None, len(tokens), weights=encoder_weights(self.model))
+            stream.open(tokens, lengths)
+            assert stream.encoded is not None
+            return value_of(stream.encoded.hidden)
         stream = Stream(self.model, None, len(tokens))
         after = np.pad(stream.begin(tokens), [(0, 0), (0, 1)])  # a decoder is fed what comes before its target
         stream.open(None, lengths)

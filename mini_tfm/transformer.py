@@ -25,7 +25,6 @@ from .memory.registry import memory_of_file
 from .memory.run import memory_parameters
 from .model import PACKED, Model, initial_weights
 from .options import LARGEST, takes
-from .packing import encoder_weights
 from .pooling import Pooling
 from .stream import Stream
 from .text.tokenizers import Tokenizer
@@ -60,7 +59,7 @@ class Transformer(Model):
         """(B, S) token ids, the first `lengths` (B,) of each row -> the encoder's outputs (B, S, d); 0 past the length."""
         self.needs("encoder")
         tokens, lengths = self._checked("tokens", tokens, lengths)
-        stream = Stream(self, None, len(tokens), weights=encoder_weights(self))
+        stream = Stream(self, None, len(tokens))
         stream.open(tokens, lengths)
         assert stream.encoded is not None
         return np.where((np.arange(tokens.shape[1]) < lengths[:, None])[..., None], value_of(stream.encoded.hidden), 0)
