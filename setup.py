@@ -78,7 +78,7 @@ isas = flags.get(platform.machine().replace("arm64", "aarch64"), flags["other"])
 FLAGS = {str(path): own for isa, own in isas.items() for path in sorted(Path(SOURCE, "instances").glob(f"{isa}_f*.c"))}
 kernels = Extension(
     "mini_tfm._core.kernels",
-    [*[f"{SOURCE}/{name}" for name in ("kernels.pyx", "dispatch.c", "program.c", "threads.c")], *FLAGS],
+    [*[f"{SOURCE}/{name}" for name in ("kernels.pyx", "dispatch.c", "program.c", "room.c", "threads.c")], *FLAGS],
     depends=[str(path) for suffix in ("c", "h", "pxi") for path in Path(SOURCE).rglob(f"*.{suffix}")],
     include_dirs=[numpy.get_include(), SOURCE],
     define_macros=[("MINI_TFM_EMULATE", f"{EMULATE:d}"), *[(f"HAS_{isa.upper()}", "1") for isa in isas]],

@@ -135,6 +135,7 @@ static void attention_piece(const struct mt_rows *q, const struct mt_block *bloc
                     struct part of_tile = {.o_d = room->few_o_d}, so_far = {room->top_i[i - i0], room->total_i[i - i0], room->o_id + (i - i0) * d_room};
                     struct tile tile = few_tile(&head, i, at, min_size(KEYS, head.block->width - at), room->few);
                     if (!tile.n) continue;
+                    room->few->n_next = 0;
                     for (ptrdiff_t c = 0; c < d; c++) room->few_q_d[c] = q_td[i * q_ld + c] * factor;
                     few_parts(sizes, &asking, 1, at_block, &tile, room->few_q_d, room->few, &of_tile, 0);
                     merge_part(&so_far, of_tile.top, of_tile.total, of_tile.o_d, d);

@@ -254,8 +254,8 @@ static void backward_index(const struct backward *of, const struct head *head, p
             const real *dout_d = head_rows(of->dout, head->b, h) + i * of->dout->stride[2];
             if (!tile.n) continue;
             for (ptrdiff_t c = 0; c < d; c++) room->few_d[c] = q_d[c] * (real)(sizes->scale * LOG2_E);
-            few_scores(1, 4, 0, room->few->k_j, n, d, room->few_d, p_j);
-            few_scores(1, 4, 0, room->few->v_j, n, d, dout_d, ds_j);
+            few_scores(1, 4, 0, room->few->k_j, room->few->v_j, n, d, room->few_d, p_j);
+            few_scores(1, 4, 0, room->few->v_j, room->few->k_j, n, d, dout_d, ds_j);
             finish_gradients(of, head, &tile, at_block, i, row, 0, n, p_j, ds_j, dbias ? dbias + i * stride[2] + at * stride[3] : NULL);
             real *dq_d = head_rows(of->dq, head->b, h) + i * of->dq->stride[2];
             const int64_t *rows_k = head->index_tk + i * width + at;

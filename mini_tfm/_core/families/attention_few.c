@@ -3,8 +3,8 @@
  * order. An index block, where each query has keys of its own, takes this way at every length. */
 
 enum { FEW = 4, FEW_MOST = 24 }; /* queries at once; more than FEW_MOST go the other way */
-enum { VALUES_AHEAD = 16 }; /* Rows fetched ahead, and a block of keys: 1.05 to 1.2 times as fast from L3 and memory, for the
- * processor foresees neither keys that are taken VL rows at a time nor what lies beyond a page. */
+/* Rows are fetched one phase ahead: a tile's values while its keys are read, the next tile's keys while the values are. The processor
+ * foresees neither, for a head's rows are few and its keys are taken VL at a time. */
 
 /* A row of keys or values, of what an mt_kept says. */
 typedef const void *kept_row;
@@ -27,10 +27,10 @@ INLINE vec numbers_in_lanes(const int kept, vec x, const int at) {
     return x;
 }
 
-/* s_j (groups * VL) of each of nq queries = q k^T for keys at k_j, rows of D; q_id (nq, D). next: how many rows behind them to fetch.
- * A square of keys is transposed in registers; a lane has 2 numbers of bfloat16, 4 of int8, so that fewer are. nq, groups and kept
+/* s_j (groups * VL) of each of nq queries = q k^T for keys at k_j, rows of D; q_id (nq, D). Their values at v_j are fetched. A square of keys is transposed in registers; a lane has 2 numbers of bfloat16, 4 of int8, so that fewer are. nq, groups and kept
  * are constants wherever this is inlined. */
-INLINE void few_scores_of(const int nq, const int groups, const int kept, const kept_row *k_j, ptrdiff_t next, ptrdiff_t d, const real *q_id, real *s_ij) {
+INLINE void few_scores_of(const int nq, const int groups, const int kept, const kept_row *k_j, const kept_row *v_j, ptrdiff_t d, const real *q_id,
+                          real *s_ij) {
     const int in_lane = kept == MT_KEPT_INT8 ? 4 : kept == MT_KEPT_BFLOAT16 ? 2 : 1;
     const ptrdiff_t step = in_lane * VL, line = in_lane * LINE;
     vec sum[FEW][4];
@@ -41,7 +41,7 @@ INLINE void few_scores_of(const int nq, const int groups, const int kept, const 
         for (int g = 0; g < groups; g++) {
             vec x[VL];
             const size_t at = p * kept_bytes(kept);
-            for (ptrdiff_t l = 0; l < VL && g * VL + l < next && p % line == 0; l++) __builtin_prefetch((const char *)k_j[(groups + g) * VL + l] + at);
+            for (ptrdiff_t l = 0; l < VL && p % line == 0; l++) __builtin_prefetch((const char *)v_j[g * VL + l] + at);
             for (ptrdiff_t l = 0; l < VL; l++) memcpy(&x[l], (const char *)k_j[g * VL + l] + at, sizeof x[l]);
             transpose_vectors(x);
             for (ptrdiff_t l = 0; l < VL; l++)
@@ -70,24 +70,23 @@ INLINE void few_scores_of(const int nq, const int groups, const int kept, const 
 
 /* The same for n keys, readable to a multiple of VL: `groups` squares at once, at least 4 chains together, for one waits for its own
  * last step; then what is left. */
-INLINE void few_scores(const int nq, const int groups, const int kept, const kept_row *k_j, ptrdiff_t n, ptrdiff_t d, const real *q_id, real *s_ij) {
+INLINE void few_scores(const int nq, const int groups, const int kept, const kept_row *k_j, const kept_row *v_j, ptrdiff_t n, ptrdiff_t d,
+                       const real *q_id, real *s_ij) {
     ptrdiff_t j = 0, room = round_up(n, VL);
-    for (; j + groups * VL <= room; j += groups * VL)
-        few_scores_of(nq, groups, kept, k_j + j, min_size(groups * VL, room - j - groups * VL), d, q_id, s_ij + j);
-    for (; j < room; j += VL) few_scores_of(nq, 1, kept, k_j + j, 0, d, q_id, s_ij + j);
+    for (; j + groups * VL <= room; j += groups * VL) few_scores_of(nq, groups, kept, k_j + j, v_j + j, d, q_id, s_ij + j);
+    for (; j < room; j += VL) few_scores_of(nq, 1, kept, k_j + j, v_j + j, d, q_id, s_ij + j);
 }
 
 /* o_id (nq, ld) columns [c, c + vectors * VL) = p v for values at v_j (n,). A weight of zero takes no part: 0 * NaN of something
- * hidden is not to get in. */
-INLINE void few_values_columns(const int nq, const int vectors, const int kept, const kept_row *v_j, ptrdiff_t n, const real *p_ij, ptrdiff_t c,
-                               real *o_id, ptrdiff_t ld) {
+ * hidden is not to get in. These columns of next_j (n_next,) are fetched. */
+INLINE void few_values_columns(const int nq, const int vectors, const int kept, const kept_row *v_j, ptrdiff_t n, const kept_row *next_j,
+                               ptrdiff_t n_next, const real *p_ij, ptrdiff_t c, real *o_id, ptrdiff_t ld) {
     const size_t size = kept_bytes(kept);
     vec sum[FEW][8];
     for (int i = 0; i < nq; i++)
         for (int l = 0; l < vectors; l++) sum[i][l] = all(0);
     for (ptrdiff_t j = 0; j < n; j++) {
-        for (size_t l = 0; l < vectors * VL * size && j + VALUES_AHEAD < n; l += 64)
-            __builtin_prefetch((const char *)v_j[j + VALUES_AHEAD] + c * size + l);
+        for (size_t l = 0; l < vectors * VL * size && j < n_next; l += 64) __builtin_prefetch((const char *)next_j[j] + c * size + l);
         for (int i = 0; i < nq; i++) {
             real p = p_ij[i * KEYS + j];
             if (p == 0) continue;
@@ -98,13 +97,14 @@ INLINE void few_values_columns(const int nq, const int vectors, const int kept, 
         for (int l = 0; l < vectors; l++) store(o_id + i * ld + c + l * VL, sum[i][l]);
 }
 
-INLINE void few_values(const int nq, const int kept, const kept_row *v_j, ptrdiff_t n, ptrdiff_t d, const real *p_ij, real *o_id, ptrdiff_t ld) {
+INLINE void few_values(const int nq, const int kept, const kept_row *v_j, ptrdiff_t n, const kept_row *next_j, ptrdiff_t n_next, ptrdiff_t d,
+                       const real *p_ij, real *o_id, ptrdiff_t ld) {
     const int most = N_REGISTERS / 2 / nq; /* vectors of each query that are summed at once */
     ptrdiff_t c = 0;
-    for (; most >= 8 && c + 8 * VL <= d; c += 8 * VL) few_values_columns(nq, 8, kept, v_j, n, p_ij, c, o_id, ld);
-    for (; most >= 4 && c + 4 * VL <= d; c += 4 * VL) few_values_columns(nq, 4, kept, v_j, n, p_ij, c, o_id, ld);
-    for (; c + 2 * VL <= d; c += 2 * VL) few_values_columns(nq, 2, kept, v_j, n, p_ij, c, o_id, ld);
-    for (; c + VL <= d; c += VL) few_values_columns(nq, 1, kept, v_j, n, p_ij, c, o_id, ld);
+    for (; most >= 8 && c + 8 * VL <= d; c += 8 * VL) few_values_columns(nq, 8, kept, v_j, n, next_j, n_next, p_ij, c, o_id, ld);
+    for (; most >= 4 && c + 4 * VL <= d; c += 4 * VL) few_values_columns(nq, 4, kept, v_j, n, next_j, n_next, p_ij, c, o_id, ld);
+    for (; c + 2 * VL <= d; c += 2 * VL) few_values_columns(nq, 2, kept, v_j, n, next_j, n_next, p_ij, c, o_id, ld);
+    for (; c + VL <= d; c += VL) few_values_columns(nq, 1, kept, v_j, n, next_j, n_next, p_ij, c, o_id, ld);
     for (; c < d; c++)
         for (int i = 0; i < nq; i++) {
             real sum = 0;
@@ -141,6 +141,8 @@ INLINE void merge_part(struct part *so_far, real top, real total, const real *o_
 /* Workspace for few queries at one tile. */
 struct few_room {
     kept_row k_j[KEYS], v_j[KEYS];
+    kept_row next_j[KEYS]; /* keys that will be read next, n_next of them: to be fetched */
+    ptrdiff_t n_next;
     lane shown_j[KEYS];
     real k_scale_j[KEYS], v_scale_j[KEYS];
     real s_ij[FEW * KEYS];
@@ -180,6 +182,23 @@ static struct tile few_tile(const struct head *head, ptrdiff_t i, ptrdiff_t at, 
     return tile;
 }
 
+/* The keys of the tile that is read after the one at `at` of a block by the heads from h on of row b: of this block or the next, or the
+ * first of the next heads or row. */
+static void foresee(const struct mt_block *blocks, const struct mt_attention_sizes *sizes, ptrdiff_t b, ptrdiff_t h, ptrdiff_t group,
+                    ptrdiff_t at_block, ptrdiff_t at, struct few_room *room) {
+    struct head head = head_of(&blocks[at_block], sizes, b, h);
+    room->n_next = 0;
+    for (at += KEYS; at >= last_seen(&head, sizes->length - 1); at = first_seen(&head, 0) / KEYS * KEYS) {
+        if (++at_block == sizes->n_blocks) at_block = 0, h += group;
+        if (h == sizes->heads) h = 0, b++;
+        if (b == sizes->batch) return;
+        head = head_of(&blocks[at_block], sizes, b, h);
+    }
+    if (head.index_tk) return;
+    room->n_next = min_size(KEYS, last_seen(&head, sizes->length - 1) - at);
+    for (ptrdiff_t j = 0; j < room->n_next; j++) room->next_j[j] = row_of(&head, &head.block->k, at + j, kept_bytes(head.block->kept));
+}
+
 /* The parts that a tile gives to nq <= FEW queries; q_id (nq, D) is scaled, the parts' o_d lie ld apart. */
 static void few_parts(const struct mt_attention_sizes *sizes, const struct asking *asking, int nq, ptrdiff_t at_block, const struct tile *tile,
                       const real *q_id, struct few_room *room, struct part *parts, ptrdiff_t ld) {
@@ -187,9 +206,9 @@ static void few_parts(const struct mt_attention_sizes *sizes, const struct askin
     const int kept = REAL_IS_DOUBLE ? MT_KEPT_REAL : asking[0].head.block->kept;
 #define SCORES(nq_, groups_)                                                                                    \
     switch (kept) {                                                                                             \
-    case MT_KEPT_INT8: few_scores(nq_, groups_, MT_KEPT_INT8, room->k_j, n, d, q_id, room->s_ij); break;         \
-    case MT_KEPT_BFLOAT16: few_scores(nq_, groups_, MT_KEPT_BFLOAT16, room->k_j, n, d, q_id, room->s_ij); break; \
-    default: few_scores(nq_, groups_, MT_KEPT_REAL, room->k_j, n, d, q_id, room->s_ij);                         \
+    case MT_KEPT_INT8: few_scores(nq_, groups_, MT_KEPT_INT8, room->k_j, room->v_j, n, d, q_id, room->s_ij); break;         \
+    case MT_KEPT_BFLOAT16: few_scores(nq_, groups_, MT_KEPT_BFLOAT16, room->k_j, room->v_j, n, d, q_id, room->s_ij); break; \
+    default: few_scores(nq_, groups_, MT_KEPT_REAL, room->k_j, room->v_j, n, d, q_id, room->s_ij);                         \
     }
     switch (nq) {
     case 1: SCORES(1, 4); break;
@@ -208,9 +227,9 @@ static void few_parts(const struct mt_attention_sizes *sizes, const struct askin
     }
 #define VALUES(nq_)                                                                                               \
     switch (kept) {                                                                                               \
-    case MT_KEPT_INT8: few_values(nq_, MT_KEPT_INT8, room->v_j, n, d, room->s_ij, parts[0].o_d, ld); break;         \
-    case MT_KEPT_BFLOAT16: few_values(nq_, MT_KEPT_BFLOAT16, room->v_j, n, d, room->s_ij, parts[0].o_d, ld); break; \
-    default: few_values(nq_, MT_KEPT_REAL, room->v_j, n, d, room->s_ij, parts[0].o_d, ld);                         \
+    case MT_KEPT_INT8: few_values(nq_, MT_KEPT_INT8, room->v_j, n, room->next_j, room->n_next, d, room->s_ij, parts[0].o_d, ld); break;         \
+    case MT_KEPT_BFLOAT16: few_values(nq_, MT_KEPT_BFLOAT16, room->v_j, n, room->next_j, room->n_next, d, room->s_ij, parts[0].o_d, ld); break; \
+    default: few_values(nq_, MT_KEPT_REAL, room->v_j, n, room->next_j, room->n_next, d, room->s_ij, parts[0].o_d, ld);                         \
     }
     switch (nq) {
     case 1: VALUES(1); break;
@@ -288,6 +307,8 @@ static int attention_few(const struct mt_rows *q, const struct mt_block *blocks,
                         ptrdiff_t n = end <= at || begin >= at + KEYS ? 0 : min_size(KEYS, end - at);
                         struct tile tile = {.at = at};
                         if (n) tile = few_tile(&asking[0].head, asking[0].i, at, n, room);
+                        room->n_next = 0;
+                        if (tile.n && r0 + at_once >= rows) foresee(blocks, sizes, b, h0, group, at_block, at, room);
                         if (tile.n) few_parts(sizes, asking, nq, at_block, &tile, q_id + r0 * d, room, of_tile, part);
                         for (int i = 0; i < nq; i++) {
                             of_tile[i].o_d[d_room] = tile.n ? of_tile[i].top : -INFINITY;

@@ -74,7 +74,7 @@ static void mass_of_index(const struct mt_rows *q, const struct mt_block *block,
                 ptrdiff_t n = min_size(KEYS, width - at);
                 struct tile tile = few_tile(&head, i, at, n, room->few);
                 if (!tile.n) continue;
-                few_scores(1, 4, 0, room->few->k_j, n, d, room->q_d, room->s_ij);
+                few_scores(1, 4, 0, room->few->k_j, room->few->k_j, n, d, room->q_d, room->s_ij);
                 finish_scores(&head, &tile, i, 0, n, room->s_ij);
                 mass_weights(room->s_ij, 0, n, lse_bht[row]);
                 for (ptrdiff_t j = 0; j < n; j++)

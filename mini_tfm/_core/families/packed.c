@@ -309,6 +309,26 @@ struct packed_rows {
 /* What packed_sums works in, in bytes: sums, and a chunk of a panel as the tile wants it with its integer sums. */
 enum { SUMS_ROOM = PANELS * MC * NR * sizeof(real), CHUNK_ROOM = 2 * WIDENED * NR * sizeof(real), PACKED_ROOM = SUMS_ROOM + CHUNK_ROOM };
 
+#if !REAL_IS_DOUBLE
+/* packed_sums of int8 for m <= 2 * MR: panel after panel, so that weights are read in the order of memory. c: room for integer sums. */
+static void int8_sums_of_few(const struct mt_packed *w, const struct packed_layout *at, const struct packed_rows *rows, ptrdiff_t r0,
+                             ptrdiff_t m, ptrdiff_t first, ptrdiff_t panels, real *sums, int32_t *c) {
+    const ptrdiff_t height = m > MR ? (m + 1) / 2 : m, row = rows->steps * rows->halves;
+    const int32_t *zero = rows->zero + r0 * at->groups, *column_sums = (const int32_t *)((const char *)w->memory + at->column_sums);
+    const real *x_scale = rows->scale + r0 * at->groups, *scale = (const real *)((const char *)w->memory + at->scales);
+    for (ptrdiff_t panel = first; panel < first + panels; panel++, sums += m * NR)
+        for (ptrdiff_t g = 0; g < at->groups; g++) {
+            const ptrdiff_t s0 = g * w->group / STEP, steps = div_up(min_size(w->d_in, (g + 1) * w->group), STEP) - s0;
+            const char *b = (const char *)w->memory + panel * at->panel + s0 * NR * STEP;
+            const int32_t *q = rows->q + r0 * row + s0 * rows->halves;
+            for (ptrdiff_t i = 0; i < m; i += height)
+                (rows->halves == 2 ? int8_fewest : int8_few)(min_size(height, m - i), steps, q + i * row, row, b, c + i * NR);
+            const ptrdiff_t place = (panel * at->groups + g) * NR;
+            dequantise(c, m, x_scale + g, zero + g, at->groups, scale + place, column_sums + place, sums, g > 0);
+        }
+}
+#endif
+
 /* sums (panels, m, NR) of rows [r0, r0 + m) with panels from `first` on; m <= MC, panels <= PANELS. chunk: CHUNK_ROOM bytes, then
  * room for integer sums in what is left. */
 static void packed_sums(const struct mt_packed *w, const struct packed_layout *at, const struct packed_rows *rows, ptrdiff_t r0,
@@ -325,20 +345,14 @@ static void packed_sums(const struct mt_packed *w, const struct packed_layout *a
         const real *x_scale = rows->scale + r0 * at->groups, *scale = (const real *)((const char *)w->memory + at->scales);
         const int32_t *column_sums = (const int32_t *)((const char *)w->memory + at->column_sums);
         int32_t *c = (int32_t *)(chunk + CHUNK_ROOM);
+        if (m <= 2 * MR && !(m >= FEWEST_TILED && w->group % (TILE * STEP) == 0 && w->d_in % (TILE * STEP) == 0)) {
+            int8_sums_of_few(w, at, rows, r0, m, first, panels, sums, c);
+            return;
+        }
         for (ptrdiff_t g = 0; g < at->groups; g++) {
             ptrdiff_t s0 = g * w->group / STEP, s1 = div_up(min_size(w->d_in, (g + 1) * w->group), STEP);
-            if (rows->halves == 2) {
-                int8_fewest(m, panels, s1 - s0, q + 2 * s0, 2 * rows->steps, b + s0 * NR * STEP, at->panel, c);
-            } else if (m >= FEWEST_TILED && (s1 - s0) % TILE == 0) {
+            if (m >= FEWEST_TILED && (s1 - s0) % TILE == 0) {
                 int8_tiled(m, panels, s1 - s0, q + s0, rows->steps, b + s0 * NR * STEP, at->panel, c);
-            } else if (m <= MR) {
-                int8_few(m, panels, s1 - s0, q + s0, rows->steps, b + s0 * NR * STEP, at->panel, c);
-            } else if (m <= 2 * MR) {
-                ptrdiff_t half = (m + 1) / 2;
-                for (ptrdiff_t j = 0; j < panels; j++)
-                    for (ptrdiff_t i = 0; i < m; i += half)
-                        int8_few(min_size(half, m - i), 1, s1 - s0, q + i * rows->steps + s0, rows->steps,
-                                 b + j * at->panel + s0 * NR * STEP, 0, c + (j * m + i) * NR);
             } else {
                 ptrdiff_t strips = div_up(m, MR), height = m / strips, taller = m % strips;
                 for (ptrdiff_t s = s0; s < s1; s += STEPS)

@@ -14,8 +14,9 @@ cdef extern from "core.h" nogil:
     )
 
 
-cdef extern from "stdlib.h" nogil:
-    void *aligned_alloc(size_t alignment, size_t size)
+cdef extern from "room.h":
+    void *mt_take_room(size_t n_bytes)
+    void mt_give_room_back(void *piece)
 
 
 cdef class PackedWeight:
@@ -33,7 +34,7 @@ cdef class PackedWeight:
         raise InvalidType("PackedWeight: expected one made by pack(), got a call of the class")
 
     def __dealloc__(self):
-        free(self.at.memory)
+        mt_give_room_back(self.at.memory)
 
     @property
     def shape(self):
@@ -108,7 +109,7 @@ cdef PackedWeight room_for(str dtype, group, bint gated, tuple shape):
     w.at.group, w.at.gated = group or 1, gated
     w.at.kind = {"float32": 0, "float64": 0, "bfloat16": 1, "int8": 2}[dtype]
     w.n_bytes = mt_packed_bytes(w.wide, &w.at)
-    w.at.memory = aligned_alloc(64, w.n_bytes + 64)
+    w.at.memory = mt_take_room(w.n_bytes + 64)
     if w.at.memory == NULL:
         raise MemoryError("mini_tfm: no memory for a packed weight")
     return w

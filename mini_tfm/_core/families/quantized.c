@@ -21,7 +21,7 @@ enum { STEP = 1, WIDENS = 1, SHIFT = 0 };
 typedef int32_t factor;
 #endif
 
-enum { FETCHED_FAR = 16384 }; /* bytes: how far ahead of few rows panels are fetched */
+enum { FETCHED_FAR = 16384, FETCHED_NEAR = 4096 }; /* bytes: how far ahead of few rows, and of one, panels are fetched */
 enum { MAX_GROUP = 65536 }; /* 255 * 127 times that stays within 32 bits */
 enum { STEPS = 256 };       /* in a chunk: of widened panel, 16 KB, with its strips in L1 */
 
@@ -116,41 +116,52 @@ static void quantise_row(const real *x, ptrdiff_t d, ptrdiff_t group, factor *q,
     }
 }
 
-/* sum_ij (rows, panels * NR) = or += x (rows, steps) . panels. What is `far` bytes further is fetched meanwhile; 0: what is `next`.
- * Where no weight is widened, work is so fast that it needs more lines on their way than L1 keeps track of: those go to L2. */
-INLINE void int8_tile(const int rows, const int panels, const int widens, ptrdiff_t far, struct ahead next, ptrdiff_t steps,
-                      const int32_t *x, ptrdiff_t x_row, const char *b, ptrdiff_t b_panel, int32_t *c, ptrdiff_t c_panel, const int add) {
-    ivec sum[2 * MR], b_j[8];
+/* sum_ij (rows, NR) = or += x (rows, steps) . panel. What is `far` bytes further is fetched meanwhile; 0: what is `next`. Where no weight
+ * is widened, work is so fast that it needs more lines on their way than L1 keeps track of: those go to L2. apart: sums of so many steps
+ * in a row are kept apart, for a chain waits for its own last step, and few rows have few. */
+INLINE void int8_tile(const int rows, const int apart, const int widens, const ptrdiff_t far, struct ahead next, ptrdiff_t steps,
+                      const int32_t *x, ptrdiff_t x_row, const char *b, int32_t *c, const int add) {
+    ivec sum[4][2 * MR]; /* rows * apart <= MR */
     for (int i = 0; i < rows; i++)
-        for (int j = 0; j < 2 * panels; j++)
-            sum[i * 2 * panels + j] = add ? (ivec)*(ivec_anywhere *)(c + j / 2 * c_panel + i * NR + j % 2 * VL) : (ivec){0};
+        for (int j = 0; j < 2; j++) sum[0][2 * i + j] = add ? (ivec)*(ivec_anywhere *)(c + i * NR + j * VL) : (ivec){0};
+    for (int i = 0; i < 2 * rows; i++)
+        for (int u = 1; u < apart; u++) sum[u][i] = (ivec){0};
     const ptrdiff_t b_vector = widens ? VL * STEP : VECTOR_BYTES;
     const int32_t *x_3[(MR + 2) / 3];
     for (int i = 0; i < rows; i += 3) x_3[i / 3] = x + i * x_row;
-    for (ptrdiff_t p = 0; p < steps; p++, b += 2 * b_vector, next.at += next.step) {
-        if (!far) __builtin_prefetch(next.at, 0, 2);
-        for (int j = 0; j < 2 * panels; j++) {
-            const char *at = b + j / 2 * b_panel + j % 2 * b_vector;
-            if (far && (b_vector == 64 || j % 2 == 0)) __builtin_prefetch(at + far, 0, WIDENS ? 3 : 2); /* every line */
-            b_j[j] = widens ? widened((const int8_t *)at) : (ivec)*(const ivec_anywhere *)at;
+    for (ptrdiff_t p = 0; p < steps;) {
+        const int some = apart > 1 && p + apart <= steps ? apart : 1;
+#pragma GCC unroll 4
+        for (int u = 0; u < some; u++, p++, b += 2 * b_vector, next.at += next.step) {
+            if (!far) __builtin_prefetch(next.at, 0, 2);
+            ivec b_j[2];
+            for (int j = 0; j < 2; j++) {
+                const char *at = b + j * b_vector;
+                if (far && (b_vector == 64 || j == 0)) __builtin_prefetch(at + far, 0, WIDENS ? 3 : 2); /* every line */
+                b_j[j] = widens ? widened((const int8_t *)at) : (ivec)*(const ivec_anywhere *)at;
+            }
+            for (int i = 0; i < rows; i++) {
+                ivec factors = all_lanes(x_3[i / 3][i % 3 * x_row]);
+                for (int j = 0; j < 2; j++) sum[u][2 * i + j] = dot(sum[u][2 * i + j], factors, b_j[j]);
+            }
+            for (int i = 0; i < rows; i += 3) x_3[i / 3]++;
         }
-        for (int i = 0; i < rows; i++) {
-            ivec factors = all_lanes(x_3[i / 3][i % 3 * x_row]);
-            for (int j = 0; j < 2 * panels; j++) sum[i * 2 * panels + j] = dot(sum[i * 2 * panels + j], factors, b_j[j]);
-        }
-        for (int i = 0; i < rows; i += 3) x_3[i / 3]++;
     }
     for (int i = 0; i < rows; i++)
-        for (int j = 0; j < 2 * panels; j++) *(ivec_anywhere *)(c + j / 2 * c_panel + i * NR + j % 2 * VL) = sum[i * 2 * panels + j];
+        for (int j = 0; j < 2; j++) {
+            ivec all_of_it = sum[0][2 * i + j];
+            for (int u = 1; u < apart; u++) all_of_it += sum[u][2 * i + j];
+            *(ivec_anywhere *)(c + i * NR + j * VL) = all_of_it;
+        }
 }
 
 /* One strip of one panel whose factors are as dot takes them. */
 static void int8_strip(ptrdiff_t rows, ptrdiff_t steps, const int32_t *x, ptrdiff_t x_row, const char *b, struct ahead next, int32_t *c,
                        int add) {
-#define INT8_CASE(n)                                                                   \
-    case n:                                                                            \
-        if (add) int8_tile(n, 1, 0, 0, next, steps, x, x_row, b, 0, c, 0, 1);               \
-        else int8_tile(n, 1, 0, 0, next, steps, x, x_row, b, 0, c, 0, 0);                   \
+#define INT8_CASE(n)                                                       \
+    case n:                                                                \
+        if (add) int8_tile(n, 1, 0, 0, next, steps, x, x_row, b, c, 1);    \
+        else int8_tile(n, 1, 0, 0, next, steps, x, x_row, b, c, 0);        \
         break;
     switch (rows) {
         INT8_CASE(1) INT8_CASE(2) INT8_CASE(3) INT8_CASE(4) INT8_CASE(5) INT8_CASE(6)
@@ -174,70 +185,53 @@ INLINE void halve_row(ptrdiff_t steps, int32_t *q) {
     }
 }
 
-/* sum_ij (rows, panels * NR) = x (rows, steps, 2) . panels. */
-INLINE void int8_halves(const int rows, const int panels, ptrdiff_t steps, const int32_t *x, ptrdiff_t x_row, const char *b,
-                        ptrdiff_t b_panel, int32_t *c, ptrdiff_t c_panel) {
-    __m256i total[8] = {0};
+/* sum_ij (rows, NR) = x (rows, steps, 2) . panel. */
+INLINE void int8_halves(const int rows, ptrdiff_t steps, const int32_t *x, ptrdiff_t x_row, const char *b, int32_t *c) {
+    __m256i total[2 * HALVED] = {0};
     for (ptrdiff_t p = 0; p < steps; p += HALVED_STEPS) {
-        __m256i upper[4] = {0}, lower[4] = {0};
-        for (ptrdiff_t s = p, end = min_size(steps, p + HALVED_STEPS); s < end; s++)
-            for (int j = 0; j < panels; j++) {
-                const char *at = b + j * b_panel + s * VECTOR_BYTES;
-                if (s % 2 == 0) __builtin_prefetch(at + FETCHED_FAR);
-                __m256i w = _mm256_load_si256((const __m256i *)at);
-                for (int i = 0; i < rows; i++) {
-                    const int32_t *x_s = x + i * x_row + 2 * s;
-                    upper[i * panels + j] = _mm256_add_epi16(upper[i * panels + j], _mm256_maddubs_epi16(_mm256_set1_epi32(x_s[0]), w));
-                    lower[i * panels + j] = _mm256_add_epi16(lower[i * panels + j], _mm256_maddubs_epi16(_mm256_set1_epi32(x_s[1]), w));
-                }
+        __m256i upper[HALVED] = {0}, lower[HALVED] = {0};
+        for (ptrdiff_t s = p, end = min_size(steps, p + HALVED_STEPS); s < end; s++) {
+            const char *at = b + s * VECTOR_BYTES;
+            if (s % 2 == 0) __builtin_prefetch(at + FETCHED_FAR);
+            __m256i w = _mm256_load_si256((const __m256i *)at);
+            for (int i = 0; i < rows; i++) {
+                const int32_t *x_s = x + i * x_row + 2 * s;
+                upper[i] = _mm256_add_epi16(upper[i], _mm256_maddubs_epi16(_mm256_set1_epi32(x_s[0]), w));
+                lower[i] = _mm256_add_epi16(lower[i], _mm256_maddubs_epi16(_mm256_set1_epi32(x_s[1]), w));
             }
+        }
         const __m256i weigh = _mm256_set1_epi32(1 << 16 | 16); /* 16 upper + 1 lower */
-        for (int i = 0; i < rows * panels; i++) {
+        for (int i = 0; i < rows; i++) {
             total[2 * i] = _mm256_add_epi32(total[2 * i], _mm256_madd_epi16(_mm256_unpacklo_epi16(upper[i], lower[i]), weigh));
             total[2 * i + 1] = _mm256_add_epi32(total[2 * i + 1], _mm256_madd_epi16(_mm256_unpackhi_epi16(upper[i], lower[i]), weigh));
         }
     }
-    for (int i = 0; i < rows; i++)
-        for (int j = 0; j < panels; j++) {
-            const __m256i *both = total + 2 * (i * panels + j);
-            _mm256_storeu_si256((__m256i *)(c + j * c_panel + i * NR), _mm256_permute2x128_si256(both[0], both[1], 0x20));
-            _mm256_storeu_si256((__m256i *)(c + j * c_panel + i * NR + VL), _mm256_permute2x128_si256(both[0], both[1], 0x31));
-        }
+    for (int i = 0; i < rows; i++) {
+        _mm256_storeu_si256((__m256i *)(c + i * NR), _mm256_permute2x128_si256(total[2 * i], total[2 * i + 1], 0x20));
+        _mm256_storeu_si256((__m256i *)(c + i * NR + VL), _mm256_permute2x128_si256(total[2 * i], total[2 * i + 1], 0x31));
+    }
 }
 #else
 enum { HALVED = 0 };
 INLINE void halve_row(ptrdiff_t steps, int32_t *q) { (void)steps, (void)q; }
-INLINE void int8_halves(const int rows, const int panels, ptrdiff_t steps, const int32_t *x, ptrdiff_t x_row, const char *b,
-                        ptrdiff_t b_panel, int32_t *c, ptrdiff_t c_panel) {
-    (void)rows, (void)panels, (void)steps, (void)x, (void)x_row, (void)b, (void)b_panel, (void)c, (void)c_panel;
+INLINE void int8_halves(const int rows, ptrdiff_t steps, const int32_t *x, ptrdiff_t x_row, const char *b, int32_t *c) {
+    (void)rows, (void)steps, (void)x, (void)x_row, (void)b, (void)c;
 }
 #endif
 
-/* At most HALVED rows: x as halve_row leaves it. */
-static void int8_fewest(ptrdiff_t rows, ptrdiff_t panels, ptrdiff_t steps, const int32_t *x, ptrdiff_t x_row, const char *b,
-                        ptrdiff_t b_panel, int32_t *c) {
-    const ptrdiff_t c_panel = rows * NR;
-#define INT8_FEWEST(n, at_once)                                                                                      \
-    case n:                                                                                                          \
-        for (; at_once > 1 && panels >= at_once; panels -= at_once, b += at_once * b_panel, c += at_once * c_panel)  \
-            int8_halves(n, at_once, steps, x, x_row, b, b_panel, c, c_panel);                                        \
-        for (; panels; panels--, b += b_panel, c += c_panel) int8_halves(n, 1, steps, x, x_row, b, 0, c, 0);         \
-        break;
-    switch (rows) { INT8_FEWEST(1, 4) INT8_FEWEST(2, 2) }
+/* c (rows, NR) for at most HALVED rows, x as halve_row leaves it. */
+static void int8_fewest(ptrdiff_t rows, ptrdiff_t steps, const int32_t *x, ptrdiff_t x_row, const char *b, int32_t *c) {
+    if (rows == 1)
+        int8_halves(1, steps, x, x_row, b, c);
+    else
+        int8_halves(2, steps, x, x_row, b, c);
 }
 
-/* Few rows against panels that are read once: widened on the way, several panels at once as in micro_switch. */
-static void int8_few(ptrdiff_t rows, ptrdiff_t panels, ptrdiff_t steps, const int32_t *x, ptrdiff_t x_row, const char *b,
-                     ptrdiff_t b_panel, int32_t *c) {
-    const ptrdiff_t c_panel = rows * NR;
+/* c (rows, NR) = x (rows, steps) . a panel that is read once, widened on the way. */
+static void int8_few(ptrdiff_t rows, ptrdiff_t steps, const int32_t *x, ptrdiff_t x_row, const char *b, int32_t *c) {
     const struct ahead near = {b, 0};
-#define INT8_FEW(n, at_once)                                                                                           \
-    case n:                                                                                                            \
-        for (; at_once > 1 && panels >= at_once; panels -= at_once, b += at_once * b_panel, c += at_once * c_panel)    \
-            int8_tile(n, at_once, WIDENS, FETCHED_FAR, near, steps, x, x_row, b, b_panel, c, c_panel, 0);           \
-        for (; panels; panels--, b += b_panel, c += c_panel)                                                           \
-            int8_tile(n, 1, WIDENS, FETCHED_FAR, near, steps, x, x_row, b, 0, c, 0, 0);                             \
-        break;
+#define INT8_FEW(n, apart) \
+    case n: int8_tile(n, apart, WIDENS, n == 1 ? FETCHED_NEAR : FETCHED_FAR, near, steps, x, x_row, b, c, 0); break;
     switch (rows) {
         INT8_FEW(1, 4) INT8_FEW(2, 2) INT8_FEW(3, 2) INT8_FEW(4, 1) INT8_FEW(5, 1) INT8_FEW(6, 1)
 #if MR == 12
