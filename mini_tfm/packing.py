@@ -10,6 +10,8 @@ from .layers import StepProduct
 from .model import Model
 from .weights import Weight, Weights
 
+WORTH_PACKING = 256  # tokens read at once, from which packing an encoder's weights pays even if they are never read again
+
 # Of each model, by part: what the weights were, and what was packed of them
 _kept: WeakKeyDictionary[Model, dict[str, tuple[Any, dict[str, Any]]]] = WeakKeyDictionary()
 
@@ -51,3 +53,8 @@ def encoder_weights(model: Model) -> Weights:
     """The model's weights, those that the encoder multiplies with packed too. Packing takes about as long as reading a hundred tokens."""
     assert model.encoder is not None
     return Weights(model.weights) if model.precision is not None else with_packed(model, "encoder", list(model.encoder.products()))
+
+
+def weights_to_encode(model: Model, n_tokens: int) -> Weights:
+    """Those by which an encoder that reads so many tokens is done first: packed ones have the same bits."""
+    return encoder_weights(model) if n_tokens >= WORTH_PACKING else Weights(model.weights)

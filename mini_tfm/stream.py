@@ -27,6 +27,7 @@ from .fingerprint import Fingerprint
 from .memory.base import Memory
 from .memory.run import MemoryRun, Project
 from .model import Model
+from .packing import weights_to_encode
 from .weights import Array, Weights
 
 
@@ -42,6 +43,7 @@ class Stream:
     ):
         given = model.weights if weights is None else weights
         self.model, self.weights = model, given if isinstance(given, Weights) else Weights(given)
+        self._packs = weights is None and not training  # else the weights are about to change
         self.run = MemoryRun(
             memory,
             model.config,
@@ -101,7 +103,8 @@ class Stream:
         self.encoded = None
         if self.model.encoder is not None and source is not None:
             self.follow(source, lengths)
-            self.encoded = self.model.encoder(source, lengths, self._pass)
+            weights = weights_to_encode(self.model, source.size) if self._packs else self.weights
+            self.encoded = self.model.encoder(source, lengths, dataclasses.replace(self._pass, weights=weights))
             if kept is not None:
                 rows = self.encoded.valid[:, : self.encoded.n_rows]
                 self.encoded = dataclasses.replace(self.encoded, valid=np.concatenate([rows, kept], axis=1))

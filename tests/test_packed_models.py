@@ -9,7 +9,7 @@ from helpers import assert_same_bits, in_a_process
 from variants import VARIANTS
 
 import mini_tfm as mt
-from mini_tfm import _core
+from mini_tfm import _core, packing
 from mini_tfm.checkpoint.header import read_header
 from mini_tfm.checkpoint.safetensors import BFLOAT16, encode_safetensors, read_safetensors
 from mini_tfm.errors import InvalidValue
@@ -353,3 +353,19 @@ print(kilobytes)
     resident = int(in_a_process(program, str(tmp_path / "model")).stdout)
     whole = (tmp_path / "model" / "model.safetensors").stat().st_size
     assert 0 < 1024 * resident < 0.4 * whole  # the encoder, and some rows of the table
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if variants.tiny_model(name).encoder is not None])
+def test_a_long_source_is_read_by_packed_weights_with_the_same_bits(variant, monkeypatch):
+    model, products = tiny_model(variant), []
+    many = np.random.default_rng(3).integers(3, 13, (packing.WORTH_PACKING // 9 + 1, 9))
+    lengths = np.full(len(many), 9)
+    alone = [model.encode(many[i : i + 1], lengths[:1]) for i in range(len(many))]
+    with monkeypatch.context() as seen:
+        seen.setattr(_core, "packed_linear", lambda *given, real=_core.packed_linear, **more: products.append(1) or real(*given, **more))
+        assert_same_bits(model.encode(many, lengths), np.concatenate(alone))
+        assert products
+    name = next(iter(model.encoder.products())).linears[0].weight
+    model.weights[name] *= 2  # in place, too: what was packed is of weights that are no more
+    assert_same_bits(model.encode(many, lengths)[:1], model.encode(many[:1], lengths[:1]))
+    assert not np.array_equal(model.encode(many[:1], lengths[:1]), alone[0])

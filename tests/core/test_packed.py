@@ -184,6 +184,19 @@ def test_agrees_with_the_twin(kind, group, gated, shape):
     assert np.abs(found - expected).max() <= 20 * np.finfo(x.dtype).eps * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("d_in, d_out", [(1, 1), (0, 5), (33, 100), (64, 64), (700, 31), (384, 260)])
+def test_a_product_has_the_bits_of_one_that_is_not_packed(core, dtype, d_in, d_out):
+    """Bias and all: so it does not matter to a model what was packed."""
+    values = Values(d_in, dtype)
+    w, bias = values.real(d_in, d_out), values.real(d_out)
+    packed = core.pack(w, dtype=dtype)
+    for rows in (1, 2, 3, 4, 5, 7, 12, 13, 24, 25, 97):
+        x = values.real(rows, d_in)
+        assert_same_bits(core.packed_linear(x, packed, bias), core.gemm(x, w, bias=bias))
+        assert_same_bits(core.linear_top_k(x, packed, 1, bias)[0][:, 0], core.gemm(x, w, bias=bias).max(axis=1))
+
+
 @compiled_alone
 @pytest.mark.parametrize("d_in, group", [(64, None), (192, 64), (256, None), (576, None), (1024, 1024), (320, 128), (90, None)])
 def test_int8_rows_of_every_number_are_as_alone(d_in, group):
@@ -439,3 +452,33 @@ for _ in range(200):
 print(peak() - before)
 """
     assert int(in_a_process(program).stdout) < 20_000
+
+
+@compiled_alone
+def test_weights_that_come_and_go_keep_their_numbers():
+    """Small ones share a block of memory, which goes with the last of them; large ones have one of their own."""
+    program = """
+import numpy as np
+from mini_tfm import _core
+rng, alive = np.random.default_rng(0), {}
+def in_use():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) / 1024
+for step in range(300):
+    shape = [(7, 9), (300, 400), (64, 1000), (2100, 1100)][step % 4]
+    w = rng.integers(-3, 4, shape).astype(np.float32)
+    alive[step] = w[:2].copy(), _core.pack(w)
+    for old in rng.choice(list(alive), min(3, len(alive)), replace=False):
+        assert (alive[old][1].unpack()[:2] == alive[old][0]).all()
+        if len(alive) > 12:
+            del alive[old]
+before, many = in_use(), [_core.pack(np.ones((512, 512), np.float32)) for _ in range(200)]
+full = in_use()
+del many
+print(full - before, in_use() - before)
+"""
+    try:
+        open("/proc/self/status").close()
+    except OSError:
+        pytest.skip("no /proc here")
+    taken, left = map(float, in_a_process(program).stdout.split())
+    assert 195 < taken < 260 and left < 40  # MB, of 200

@@ -225,11 +225,13 @@ INLINE void load_panel(const int kind, const char *b, vec *b_2) {
     b_2[1] = load((const real *)b + VL);
 }
 
-/* micro_tile for panels b_panel bytes apart, sums (panels, rows, NR); k counts pairs where x and b are of pairs. */
+/* micro_tile for panels b_panel bytes apart, sums (panels, rows, NR), that begin with start (panels, NR) or 0 at NULL; k counts pairs
+ * where x and b are of pairs. */
 INLINE void packed_tile(const int rows, const int panels, const int kind, ptrdiff_t k, const real *x, ptrdiff_t x_row, const char *b,
-                        ptrdiff_t b_panel, real *sums) {
+                        ptrdiff_t b_panel, const real *start, real *sums) {
     vec sum[2 * MR], b_j[8];
-    for (int i = 0; i < 2 * panels * rows; i++) sum[i] = all(0);
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < 2 * panels; j++) sum[i * 2 * panels + j] = start ? load(start + j * VL) : all(0);
     const real *x_3[(MR + 2) / 3];
     for (int i = 0; i < rows; i += 3) x_3[i / 3] = x + i * x_row;
     const int pairs = kind == MT_BFLOAT16 && PAIRED;
@@ -258,14 +260,19 @@ INLINE void packed_tile(const int rows, const int panels, const int kind, ptrdif
 
 /* sums (panels, rows, NR) for at most MR rows, read once over all of k. */
 INLINE void packed_strip(const int kind, ptrdiff_t rows, ptrdiff_t panels, ptrdiff_t k, const real *x, ptrdiff_t x_row, const char *b,
-                         ptrdiff_t b_panel, real *sums) {
+                         ptrdiff_t b_panel, const real *start, real *sums) {
     const ptrdiff_t s_panel = rows * NR;
     const int two = kind == MT_BFLOAT16 && PAIRED ? 2 : 1; /* the instruction takes so long that one panel has too few sums */
 #define PACKED_STRIP(n, at_once)                                                                                             \
     case n:                                                                                                                  \
-        for (; at_once > 1 && panels >= at_once; panels -= at_once, b += at_once * b_panel, sums += at_once * s_panel)       \
-            packed_tile(n, at_once, kind, k, x, x_row, b, b_panel, sums);                                                    \
-        for (; panels; panels--, b += b_panel, sums += s_panel) packed_tile(n, 1, kind, k, x, x_row, b, 0, sums);            \
+        for (; at_once > 1 && panels >= at_once; panels -= at_once, b += at_once * b_panel, sums += at_once * s_panel) {     \
+            packed_tile(n, at_once, kind, k, x, x_row, b, b_panel, start, sums);                                             \
+            if (start) start += at_once * NR;                                                                                \
+        }                                                                                                                    \
+        for (; panels; panels--, b += b_panel, sums += s_panel) {                                                            \
+            packed_tile(n, 1, kind, k, x, x_row, b, 0, start, sums);                                                         \
+            if (start) start += NR;                                                                                          \
+        }                                                                                                                    \
         break;
     switch (rows) {
         PACKED_STRIP(1, 4) PACKED_STRIP(2, 2) PACKED_STRIP(3, 2) PACKED_STRIP(4, two) PACKED_STRIP(5, two) PACKED_STRIP(6, two)
@@ -277,18 +284,18 @@ INLINE void packed_strip(const int kind, ptrdiff_t rows, ptrdiff_t panels, ptrdi
 
 /* The same for at most two strips: the second finds the panel in L2. */
 static void packed_few(int kind, ptrdiff_t rows, ptrdiff_t panels, ptrdiff_t k, const real *x, ptrdiff_t x_row, const char *b,
-                       ptrdiff_t b_panel, real *sums) {
+                       ptrdiff_t b_panel, const real *start, real *sums) {
     ptrdiff_t first = rows > MR ? (rows + 1) / 2 : rows, at_once = rows > MR ? 1 : panels;
     for (ptrdiff_t j = 0; j < panels; j += at_once, b += at_once * b_panel, sums += rows * NR)
         for (ptrdiff_t i = 0; i < rows; i += first) {
             ptrdiff_t here = min_size(first, rows - i);
 #if !REAL_IS_DOUBLE
             if (kind == MT_BFLOAT16) {
-                packed_strip(MT_BFLOAT16, here, at_once, k, x + i * x_row, x_row, b, b_panel, sums + i * NR);
+                packed_strip(MT_BFLOAT16, here, at_once, k, x + i * x_row, x_row, b, b_panel, NULL, sums + i * NR);
                 continue;
             }
 #endif
-            packed_strip(MT_REAL, here, at_once, k, x + i * x_row, x_row, b, b_panel, sums + i * NR);
+            packed_strip(MT_REAL, here, at_once, k, x + i * x_row, x_row, b, b_panel, start ? start + j * NR : NULL, sums + i * NR);
         }
     (void)kind;
 }
@@ -329,14 +336,15 @@ static void int8_sums_of_few(const struct mt_packed *w, const struct packed_layo
 }
 #endif
 
-/* sums (panels, m, NR) of rows [r0, r0 + m) with panels from `first` on; m <= MC, panels <= PANELS. chunk: CHUNK_ROOM bytes, then
- * room for integer sums in what is left. */
+/* sums (panels, m, NR) of rows [r0, r0 + m) with panels from `first` on; m <= MC, panels <= PANELS. start: (panels, NR) what sums of
+ * reals begin with, or NULL: 0. chunk: CHUNK_ROOM bytes, then room for integer sums in what is left. */
 static void packed_sums(const struct mt_packed *w, const struct packed_layout *at, const struct packed_rows *rows, ptrdiff_t r0,
-                        ptrdiff_t m, ptrdiff_t first, ptrdiff_t panels, real *sums, char *chunk) {
+                        ptrdiff_t m, ptrdiff_t first, ptrdiff_t panels, const real *start, real *sums, char *chunk) {
     const char *b = (const char *)w->memory + first * at->panel;
     const real *x = rows->x + r0 * rows->row;
     if (!w->d_in) {
-        memset(sums, 0, panels * m * NR * sizeof(real));
+        for (ptrdiff_t i = 0; i < panels * m; i++)
+            for (ptrdiff_t c = 0; c < NR; c++) sums[i * NR + c] = start ? start[i / m * NR + c] : 0;
         return;
     }
 #if !REAL_IS_DOUBLE
@@ -384,7 +392,7 @@ static void packed_sums(const struct mt_packed *w, const struct packed_layout *a
     }
 #endif
     if (m <= 2 * MR) {
-        packed_few(w->kind, m, panels, rows->k, x, rows->row, b, at->panel, sums);
+        packed_few(w->kind, m, panels, rows->k, x, rows->row, b, at->panel, start, sums);
         return;
     }
     const int widens = w->kind == MT_BFLOAT16 && !PAIRED;
@@ -408,15 +416,28 @@ static void packed_sums(const struct mt_packed *w, const struct packed_layout *a
             const char *next = j + 1 < panels ? from + at->panel + k0 * row : (down ? b : b + panels * at->panel) + down * row;
             struct ahead ahead = {next, div_up(row, div_up(m, MR))};
             real *to = sums + j * m * NR;
-            const real *before = k0 ? to : NULL;
+            const real *before = k0 ? to : start ? start + j * NR : NULL;
             if (PAIRED && w->kind == MT_BFLOAT16)
-                micro_strips(1, m, kc, x + k0, rows->row, 1, panel, before, NR, to, NR, NULL, 0, ahead);
+                micro_strips(1, m, kc, x + k0, rows->row, 1, panel, before, k0 ? NR : 0, to, NR, NULL, 0, ahead);
             else
-                micro_strips(0, m, kc, x + k0, rows->row, 1, panel, before, NR, to, NR, NULL, 0, ahead);
+                micro_strips(0, m, kc, x + k0, rows->row, 1, panel, before, k0 ? NR : 0, to, NR, NULL, 0, ahead);
         }
 }
 
 INLINE vec load_columns(const real *p, ptrdiff_t n) { return n >= VL ? load(p) : load_some(p, max_size(n, 0), 0); }
+
+/* Sums of reals begin with the bias, as those of `gemm` do, so that both have the same bits: start (panels, NR) written from panel
+ * `first` on, and returned; NULL where there is no bias, or it is added to sums of another kind. */
+static const real *start_of(const struct mt_packed *w, const real *bias, const real *gate_bias, ptrdiff_t first, ptrdiff_t panels, real *start) {
+    if (w->kind != MT_REAL || !(bias || gate_bias)) return NULL;
+    for (ptrdiff_t panel = 0; panel < panels; panel++) {
+        const real *from = w->gated && (first + panel) % 2 ? gate_bias : bias;
+        const ptrdiff_t column = (first + panel) / (w->gated + 1) * NR;
+        for (ptrdiff_t j = 0; j < NR; j += VL)
+            store(start + panel * NR + j, from ? load_columns(from + column + j, w->d_out - column - j) : all(0));
+    }
+    return start;
+}
 
 /* out (m, columns; ld) = activation(y + bias) + residual, or activation(gate + gate_bias) * (y + bias) + residual, of sums
  * (panels, m, NR), where gates lie between. Row by row, for rows of `out` lie on pages of their own. */
@@ -533,9 +554,12 @@ static int packed_linear(const void *x, const struct mt_packed *w, const struct 
             if (here <= 0) continue;
             for (ptrdiff_t c = piece / blocks * width; c < end && !mt_stopped(&stop); c += PANELS / per) {
                 ptrdiff_t some = min_size(PANELS / per, end - c);
-                packed_sums(w, &at, &rows, r0, here, c * per, some * per, sums, (char *)sums + SUMS_ROOM);
                 ptrdiff_t column = c * NR, corner = r0 * w->d_out + column;
                 const real *bias = then->bias, *gate_bias = then->gate_bias, *residual = then->residual;
+                real room_for_start[PANELS * NR];
+                const real *start = start_of(w, bias, gate_bias, c * per, some * per, room_for_start);
+                if (start) bias = gate_bias = NULL;
+                packed_sums(w, &at, &rows, r0, here, c * per, some * per, start, sums, (char *)sums + SUMS_ROOM);
                 finish(then->activation, w->gated, sums, here, min_size(some * NR, w->d_out - column), bias ? bias + column : NULL,
                        gate_bias ? gate_bias + column : NULL, residual ? residual + corner : NULL, out + corner, w->d_out);
             }
@@ -642,8 +666,10 @@ static int linear_top_k(const void *x, const struct mt_packed *w, const void *bi
             }
             for (ptrdiff_t panel = part * part_panels; panel < end && here > 0 && !mt_stopped(&stop); panel += PANELS) {
                 ptrdiff_t some = min_size(PANELS, end - panel);
-                packed_sums(w, &at, &rows, r0, here, panel, some, sums, (char *)sums + SUMS_ROOM);
-                const struct top_panels of = {panel * NR, w->d_out, here, some, kept, bias, lse_n != NULL};
+                real room_for_start[PANELS * NR];
+                const real *start = start_of(w, bias, NULL, panel, some, room_for_start);
+                packed_sums(w, &at, &rows, r0, here, panel, some, start, sums, (char *)sums + SUMS_ROOM);
+                const struct top_panels of = {panel * NR, w->d_out, here, some, kept, start ? NULL : bias, lse_n != NULL};
                 for (ptrdiff_t i = 0; i < here; i++)
                     top_of_panels(&of, sums + i * NR, mine + (r0 + i) * kept, peaks + ((r0 + i) * parts + part) * 2);
             }
