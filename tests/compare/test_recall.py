@@ -137,6 +137,17 @@ def test_a_segment_too_short_for_a_fact_has_none(tokenizer, data):
     assert np.isnan(recall.accuracy(model_of(tokenizer), None, starts, 1))
 
 
+class Listening:
+    """An encoder that lets `heard` know what it reads."""
+
+    def __init__(self, encoder, heard):
+        self.encoder, self.heard, self.products = encoder, heard, encoder.products
+
+    def __call__(self, tokens, lengths, p):
+        self.heard(tokens, p)
+        return self.encoder(tokens, lengths, p)
+
+
 class Oracle(Transformer):
     """Remembers the letter of the last fact in each row of the batch, and says it; `forgets` so many segments later."""
 
@@ -145,9 +156,9 @@ class Oracle(Transformer):
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
-        self.encode, self.encoder, self.output = self.encoder, self.read, self.say
+        self.encoder, self.output = Listening(self.encoder, self.hear), self.say
 
-    def read(self, tokens, lengths, p):
+    def hear(self, tokens, p):
         if p.run.number == 0:
             self.known, self.since = np.zeros(len(tokens), int), np.zeros(len(tokens), int)
         n = len(self.recall.before)
@@ -157,7 +168,6 @@ class Oracle(Transformer):
                 if (row[i : i + n] == self.recall.before).all():
                     self.known[b], self.since[b] = row[i + n], 0
         self.known[self.since > self.forgets] = 0
-        return self.encode(tokens, lengths, p)
 
     def say(self, hidden, weights):
         scores = np.zeros((*hidden.shape[:-1], self.config.vocab_size))
