@@ -41,7 +41,7 @@ INLINE void few_scores_of(const int nq, const int groups, const int kept, const 
         for (int g = 0; g < groups; g++) {
             vec x[VL];
             const size_t at = p * kept_bytes(kept);
-            for (ptrdiff_t l = 0; l < VL && p % line == 0; l++) __builtin_prefetch((const char *)v_j[g * VL + l] + at);
+            for (ptrdiff_t l = 0; l < VL && p % line == 0; l++) __builtin_prefetch((const char *)v_j[g * VL + l] + at, 0, 2);
             for (ptrdiff_t l = 0; l < VL; l++) memcpy(&x[l], (const char *)k_j[g * VL + l] + at, sizeof x[l]);
             transpose_vectors(x);
             for (ptrdiff_t l = 0; l < VL; l++)
@@ -86,7 +86,7 @@ INLINE void few_values_columns(const int nq, const int vectors, const int kept, 
     for (int i = 0; i < nq; i++)
         for (int l = 0; l < vectors; l++) sum[i][l] = all(0);
     for (ptrdiff_t j = 0; j < n; j++) {
-        for (size_t l = 0; l < vectors * VL * size && j < n_next; l += 64) __builtin_prefetch((const char *)next_j[j] + c * size + l);
+        for (size_t l = 0; l < vectors * VL * size && j < n_next; l += 64) __builtin_prefetch((const char *)next_j[j] + c * size + l, 0, 2);
         for (int i = 0; i < nq; i++) {
             real p = p_ij[i * KEYS + j];
             if (p == 0) continue;

@@ -241,7 +241,7 @@ INLINE void packed_tile(const int rows, const int panels, const int kind, ptrdif
         if (p == turn) ahead += (panels - 1) * b_panel; /* past a panel's end lies the next of these, which is read now */
         for (int j = 0; j < panels; j++) {
             for (int line = 0; rows > 1 && line < row_bytes(kind); line += 64)
-                __builtin_prefetch(b + j * b_panel + ahead + line); /* one row alone comes as quickly as it is */
+                __builtin_prefetch(b + j * b_panel + ahead + line, 0, rows > 4 || kind == MT_BFLOAT16 ? 2 : 3); /* one row comes as quickly without */
             load_panel(kind, b + j * b_panel, b_j + 2 * j);
         }
         for (int i = 0; i < rows; i++) {
