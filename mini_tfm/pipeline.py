@@ -169,12 +169,20 @@ class Pipeline:
         self._stream.run.flush()
         self.reset()
 
-    def read(self, text: str | Iterable[str], *, skip: int = 0, durable: Callable[[int], None] = lambda tokens: None) -> int:
+    def read(
+        self,
+        text: str | Iterable[str],
+        *,
+        skip: int = 0,
+        durable: Callable[[int], None] = lambda tokens: None,
+        progress: Callable[[int], None] | None = None,
+    ) -> int:
         """Streams text (or pieces of it, in which a piece may end anywhere) into the memory; returns tokens read.
 
         RAM stays bounded whatever the length. The end of a call ends a segment. With a long-term memory on disk,
         what was read is durable when this returns. durable: called now and then with the tokens of the text that are. skip: so many
-        were read before, as `durable` was told: reading goes on behind them.
+        were read before, as `durable` was told: reading goes on behind them. progress: called after each segment with its bytes of
+        text, as its tokens are decoded.
         """
         if self.memory is None:
             raise InvalidValue("memory: this pipeline has none to read into; give one, as in Pipeline.load(folder, memory='window')")
@@ -185,7 +193,7 @@ class Pipeline:
         if not isinstance(skip, int | np.integer) or isinstance(skip, bool) or not 0 <= skip <= LARGEST:
             raise InvalidValue(f"skip: expected a number of tokens of at least 0, got {shown(skip)}")
         count, kept = 0, self.state_bytes()
-        for number, chunk in enumerate(self._chunks(text, shared=self._shared)):
+        for number, chunk in enumerate(self._chunks(text, shared=self._shared, progress=progress)):
             count += chunk.n_kept
             if count <= skip:
                 self._stream.last = chunk.tokens[-1:].astype(np.int64)
@@ -282,16 +290,16 @@ class Pipeline:
             pass
         return results
 
-    def score(self, text: str | Iterable[str]) -> dict[str, float]:
+    def score(self, text: str | Iterable[str], *, progress: Callable[[int], None] | None = None) -> dict[str, float]:
         """How well the model predicts `text`, read from its beginning with what the memory holds.
 
-        Returns tokens, bytes, bits, bits_per_token, bits_per_byte; the memory stays as it was.
+        Returns tokens, bytes, bits, bits_per_token, bits_per_byte; the memory stays as it was. progress: as of `read`.
         """
         self.model.needs("decoder")
         stream, tokens, bits = self._stream.copy(), 0, 0.0
         stream.begin_text()
         before = np.array([self.model.config.bos_id])
-        for chunk in self._chunks(text, count_bytes := [0]):
+        for chunk in self._chunks(text, count_bytes := [0], progress=progress):
             segment = stream.begin(chunk.tokens[None])[0]
             bits += self._score_segment(stream, before, segment)
             tokens += len(segment)
@@ -396,12 +404,24 @@ class Pipeline:
             )
         return float(overlap)
 
-    def _chunks(self, text: str | Iterable[str], count_bytes: list[int] | None = None, shared: int = 0) -> Iterator[Chunk]:
-        """Token ids of `text`, segment_length at a time; the last may be shorter. The same however it is cut in pieces."""
+    def _chunks(
+        self,
+        text: str | Iterable[str],
+        count_bytes: list[int] | None = None,
+        shared: int = 0,
+        progress: Callable[[int], None] | None = None,
+    ) -> Iterator[Chunk]:
+        """Token ids of `text`, segment_length at a time; the last may be shorter. The same however it is cut in pieces.
+
+        progress: told the bytes of each chunk when the next one is asked for, that is, after it was processed.
+        """
         texts = [text] if isinstance(text, str) else text
         if count_bytes is not None and isinstance(texts, Iterable):
             texts = _counted(texts, count_bytes)
-        return streamed(self.tokenizer.encode_pieces(texts), self.segment_length, shared)
+        for chunk in streamed(self.tokenizer.encode_pieces(texts), self.segment_length, shared):
+            yield chunk
+            if progress is not None:
+                progress(len(self.tokenizer.decode(chunk.tokens[chunk.first : chunk.stop]).encode("utf-8", "surrogatepass")))
 
     def _score_segment(self, stream: Stream, before: np.ndarray, segment: np.ndarray) -> float:
         """Bits of `segment`, given the one before it, which an encoder reads."""

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-SECONDS_A_LINE = 30.0  # off a terminal: quick work says nothing, slow work is seen to be alive
+SECONDS_A_LINE = 10.0  # off a terminal: quick work says nothing, slow work is seen to be alive
 BAR = 24
 NARROW = 80  # columns; with fewer there is no bar
 

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ def read_once(pipe: Pipeline, path: Path, reading: Reading) -> tuple[int, int]:
             return 0, before
         if before:
             note(f"{path}: goes on after {count(before)} tokens that were read before")
-        tokens = pipe.read(reading.through(pieces or pieces_of(path)), skip=before, durable=log.record)
+        tokens = reading.segments(pieces or pieces_of(path), partial(pipe.read, skip=before, durable=log.record))
         log.record(before + tokens, is_whole=True)
     return tokens, before
 

@@ -90,7 +90,7 @@ def chat(
     pipe.tokenizer.encode_chat([*said, {"role": "user", "content": "?"}])  # a model without a template is told at once
     with Reading("reading", total_bytes(files)) as reading:
         for path in files:
-            pipe.read(reading.through(stream_text(path)))
+            reading.segments(stream_text(path), pipe.read)
     if sys.stdin.isatty():
         note(HELP)
     for line in _lines():

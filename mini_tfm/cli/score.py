@@ -95,7 +95,7 @@ def _measured(pipe: Pipeline, files: tuple[Path, ...]) -> dict[str, Any]:
         for path in files:
             clock = Clock()
             try:
-                measured = pipe.score(reading.through(pieces_of(path)))
+                measured = reading.segments(pieces_of(path), pipe.score)
             except InvalidValue as error:
                 raise InvalidValue(str(error) if str(path) in str(error) else f"{path}: {error}") from error
             scores.append({"file": str(path), **measured, "tokens_per_second": measured["tokens"] / clock.seconds})

@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from ..memory import Memory
     from ..pipeline import Pipeline
 
+T = TypeVar("T")
+
 WIDTH = 110  # columns when the output is not a terminal
-READ_BYTES = 1 << 16  # bytes read at once: how often a progress bar moves
+READ_BYTES = 1 << 16  # bytes read at once
 
 # Options
 
@@ -296,9 +298,34 @@ class Reading:
         """The same pieces; each is counted when the next one is requested, that is, after it was processed."""
         for piece in pieces:
             yield piece
-            n = len(piece.encode("utf-8", "surrogatepass"))
+            n = _n_bytes(piece)
             self.bytes += n
             self._advance(n)
+
+    def segments(self, pieces: Iterable[str], work: Callable[..., T]) -> T:
+        """What `work`, a pipeline's `read` or `score`, makes of the pieces. The bar moves a segment at a time: a piece has hundreds."""
+        given = moved = 0
+
+        def counted() -> Iterator[str]:
+            nonlocal given
+            for piece in pieces:
+                given += _n_bytes(piece)
+                yield piece
+
+        def progress(n: int) -> None:
+            nonlocal moved
+            n = min(n, given - moved)  # tokens may decode to more bytes than they were made of
+            moved += n
+            self._advance(n)
+
+        done = work(counted(), progress=progress)
+        self._advance(given - moved)
+        self.bytes += given
+        return done
+
+
+def _n_bytes(text: str) -> int:
+    return len(text.encode("utf-8", "surrogatepass"))
 
 
 def is_piped(path: Path) -> bool:

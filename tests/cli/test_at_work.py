@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import re
 
 import numpy as np
 import pytest
 
+from mini_tfm import progress
 from mini_tfm.cli import shared as module
 from mini_tfm.pipeline import Pipeline
 from mini_tfm.stream import Stream
@@ -71,6 +73,16 @@ def test_score_of_standard_input_and_the_table(run, model, texts):
     table = run("score", model, *texts)
     assert table.err == "" and "\x1b" not in table.out
     assert all(word in table.out for word in ("bits/token", "bits/byte", "a.txt", "b.txt", "all", f"{from_file['bits_per_byte']:.3f}"))
+
+
+@pytest.mark.parametrize("command", ["score", "read"])
+def test_progress_moves_with_each_segment(run, model, monkeypatch, tmp_path, command):
+    """A file is one piece of text, or a few: told at its end alone, minutes pass in silence."""
+    monkeypatch.setattr(progress, "SECONDS_A_LINE", 0.0)
+    (tmp_path / "long.txt").write_text("ä" * 20)
+    said = run(command, model, tmp_path / "long.txt", "--memory", f"store:path={tmp_path}/s.mdb", "--json")
+    moved = [int(found) for found in re.findall(r"ing: (\d+) of 40 bytes", said.err)]
+    assert moved == [16, 32, 40, 40] and said.json["files" if command == "read" else "all"], "segments of 16 tokens, here bytes"
 
 
 def test_score_without_a_memory_is_another_score(run, model, texts):
