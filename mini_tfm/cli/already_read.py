@@ -19,20 +19,23 @@ if TYPE_CHECKING:
     from .shared import Reading
 
 
-def read_once(pipe: Pipeline, path: Path, reading: Reading) -> tuple[int, int]:
-    """Reads a file, or standard input, into the pipeline's memory, as far as it was not read before: tokens now, and before."""
+def read_once(pipe: Pipeline, path: Path, reading: Reading) -> tuple[int, int, int]:
+    """Reads a file, or standard input, into the pipeline's memory, as far as it was not read before.
+
+    Gives tokens read now, and before, and the bytes of the whole text.
+    """
     pieces = [stdin_text()] if str(path) == "-" else None  # which can be read once
     log = AlreadyRead(pipe, pieces or pieces_of(path))
     with log.alone():
         before = log.tokens
         if log.is_whole:
             note(f"{path}: was read into this memory before; nothing is read again")
-            return 0, before
+            return 0, before, log.n_bytes
         if before:
             note(f"{path}: goes on after {count(before)} tokens that were read before")
         tokens = reading.segments(pieces or pieces_of(path), partial(pipe.read, skip=before, durable=log.record))
         log.record(before + tokens, is_whole=True)
-    return tokens, before
+    return tokens, before, log.n_bytes
 
 
 class AlreadyRead:
@@ -45,9 +48,11 @@ class AlreadyRead:
 
     def __init__(self, pipe: Pipeline, pieces: Iterable[str]):
         """pieces: all of the text; raises what reading it raises, so a text at fault is not read in part."""
-        digest = hashlib.sha256()
+        digest, self.n_bytes = hashlib.sha256(), 0
         for piece in pieces:
-            digest.update(piece.encode("utf-8", "surrogatepass"))
+            content = piece.encode("utf-8", "surrogatepass")
+            digest.update(content)
+            self.n_bytes += len(content)
         members: list[Any] = list(getattr(pipe.memory, "members", [pipe.memory]))
         self._member = next((member for member in members if member is not None and member.durable and hasattr(member, "disk")), None)
         self.tokens, self.is_whole = 0, False

@@ -113,9 +113,9 @@ def _read(pipe: Pipeline, files: tuple[Path, ...], done: list[dict[str, Any]]) -
     """Reads the files into the memory; adds the figures of each to `done` when it is complete."""
     with Reading("reading", total_bytes(files)) as reading:
         for path in files:
-            clock, bytes_before = Clock(), reading.bytes
-            tokens, before = read_once(pipe, path, reading)
-            figures = {"file": str(path), "bytes": reading.bytes - bytes_before, "tokens": tokens, "tokens_read_before": before}
+            clock = Clock()
+            tokens, before, n_bytes = read_once(pipe, path, reading)
+            figures = {"file": str(path), "bytes": n_bytes, "tokens": tokens, "tokens_read_before": before}
             done.append({**figures, "seconds": clock.seconds, "tokens_per_second": tokens / clock.seconds})
     pipe.close()
 
@@ -129,10 +129,20 @@ def _print(done: list[dict[str, Any]], documents: dict[str, int], before: dict[s
 
 
 def _print_files(done: list[dict[str, Any]]) -> None:
+    """A row a file, with its whole size; where a part was read before, two columns say how many of its tokens are of when."""
+    goes_on = any(each["tokens_read_before"] for each in done)
+    tokens = (("tokens\nread before", "right"), ("tokens\nread now", "right")) if goes_on else (("tokens", "right"),)
     print_table(
-        [("file", "left"), ("size", "right"), ("tokens", "right"), ("time (s)", "right"), ("tokens/s", "right")],
+        [("file", "left"), ("size", "right"), *tokens, ("time (s)", "right"), ("tokens/s", "right")],
         [
-            (each["file"], size(each["bytes"]), count(each["tokens"]), f"{each['seconds']:.2f}", count(each["tokens_per_second"]))
+            (
+                each["file"],
+                size(each["bytes"]),
+                *((count(each["tokens_read_before"]),) if goes_on else ()),
+                count(each["tokens"]),
+                f"{each['seconds']:.2f}",
+                count(each["tokens_per_second"]),
+            )
             for each in done
         ],
     )

@@ -279,12 +279,11 @@ def _decoded(data: bytes, source: str) -> str:
 
 
 class Reading:
-    """Counts the bytes of text passed through it, with a progress bar on standard error."""
+    """A progress bar on standard error, in bytes of text that is passed through it."""
 
     def __init__(self, what: str, total: int | None):
         from ..progress import progress_bar
 
-        self.bytes = 0
         self._bar = progress_bar(what, total, "bytes")
 
     def __enter__(self) -> Reading:
@@ -298,9 +297,7 @@ class Reading:
         """The same pieces; each is counted when the next one is requested, that is, after it was processed."""
         for piece in pieces:
             yield piece
-            n = _n_bytes(piece)
-            self.bytes += n
-            self._advance(n)
+            self._advance(_n_bytes(piece))
 
     def segments(self, pieces: Iterable[str], work: Callable[..., T]) -> T:
         """What `work`, a pipeline's `read` or `score`, makes of the pieces. The bar moves a segment at a time: a piece has hundreds."""
@@ -320,7 +317,6 @@ class Reading:
 
         done = work(counted(), progress=progress)
         self._advance(given - moved)
-        self.bytes += given
         return done
 
 

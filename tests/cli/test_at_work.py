@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -201,6 +202,7 @@ def test_read_outlives_the_process(run, model, texts, tmp_path):
     (tmp_path / "copy.txt").write_bytes(texts[0].read_bytes())
     again = run("read", model, tmp_path / "copy.txt", "--memory", spec, "--json")
     assert again.json["documents"] == answer["documents"] and again.json["new_rows"] == 0, "the same text, known by its content"
+    assert again.json["files"][0]["bytes"] == texts[0].stat().st_size
     assert again.json["files"][0]["tokens_read_before"] == sizes[0] and "was read into this memory before" in again.err
     piped = run("read", model, "-", "--memory", spec, "--json", stdin=texts[1].read_text(encoding="utf-8")).json
     assert piped["new_rows"] == 0
@@ -243,9 +245,30 @@ def test_a_reading_that_was_interrupted_goes_on(run, model, monkeypatch, tmp_pat
     on = run("read", model, text, "--memory", parts, "--overlap", overlap, "--json").json
     before = 32 * rows + (4 if overlap else 0)  # the first chunk keeps its head as well
     assert on["files"][0]["tokens_read_before"] == before and on["files"][0]["tokens"] == size - before
+    assert on["files"][0]["bytes"] == size
     assert on["documents"] == {"default": size}
     scores = [run("score", model, text, "--memory", memory, "--json").json["all"]["bits"] for memory in (whole, parts)]
     assert scores[0] == pytest.approx(scores[1], rel=1e-6)
+
+
+def test_the_table_says_how_much_was_read_before(run, model, monkeypatch, tmp_path):
+    """And how much now: the size is that of the whole file."""
+    monkeypatch.chdir(tmp_path)
+    text, words = Path("long.txt"), ("--memory", "store:path=s.mdb")
+    text.write_text("a" * 400)
+    calls, read = iter(range(20)), Stream.read
+
+    def stopped(*given):
+        if next(calls) == 19:
+            raise KeyboardInterrupt
+        return read(*given)
+
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(Stream, "read", stopped)
+        assert run("read", model, text, *words).code == 130
+    on, again = (run("read", model, text, *words).out for _ in range(2))
+    assert re.search(r"tokens +tokens *\n.*read before +read now", on) and re.search(r"long.txt +400 B +256 +144 ", on)
+    assert re.search(r"long.txt +400 B +400 +0 ", again)
 
 
 @pytest.mark.parametrize("spec", ["window:size=8", "none", "saved", "store", "window:size=8+store"])
