@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -363,14 +364,29 @@ def read_documents(files: Sequence[Path], parts: bool = True, piped: Mapping[str
 
 PROMPT_WORDS, PROMPT_CHARACTERS = 4, 24
 OPENING = 2000  # characters of a text, among which a prompt is looked for
+TAG, MARKUP = re.compile(r"<[a-zA-Z/!?][^<>]*>"), frozenset("<>\\{}[]|=#*_~^`@$%&/")
 
 
 def prompt_from(text: str) -> str:
-    """A few words of `text` to go on from: a prompt in its own language. Of a language without spaces, as many characters."""
-    words = [word for word in text[:OPENING].split() if any(c.isalnum() for c in word)][:PROMPT_WORDS]
+    """A few words of `text` to go on from: a prompt in its own language. Of a language without spaces, as many characters.
+
+    They stand beside each other in a line, and none is markup, where the text has such words.
+    """
+    lines = [line.split() for line in TAG.sub("\n", text[:OPENING]).splitlines()]
+    runs = [list(run) for line in lines for plain, run in itertools.groupby(line, _is_plain) if plain]
+    lengths = [len(" ".join(run)) for run in runs]
+    some = next((run for run, n in zip(runs, lengths, strict=True) if n >= PROMPT_CHARACTERS // 2), None)
+    if some is None and runs:
+        some = runs[lengths.index(max(lengths))]
+    words = (some or [word.lstrip("-") for word in text[:OPENING].split() if any(c.isalnum() for c in word)])[:PROMPT_WORDS]
     while len(words) > 1 and len(" ".join(words)) > PROMPT_CHARACTERS:
         words.pop()
     return " ".join(words)[:PROMPT_CHARACTERS] or "PROMPT"
+
+
+def _is_plain(word: str) -> bool:
+    """Whether it is a word of a text. What begins with a dash or a dot is an option, or a request of man pages."""
+    return word[0] not in "-." and any(c.isalpha() for c in word) and not MARKUP & set(word)
 
 
 # Folders out

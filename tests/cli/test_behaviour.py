@@ -440,6 +440,11 @@ def test_plugins_check_of_a_memory_that_never_writes_says_what_to_check(run, tmp
         ("* \n -- Internationalization of applications", "Internationalization of"),
         ("列出当前目录下的文件。如果没有指定排序选项，则按字母顺序排列条目。", "列出当前目录下的文件。如果没有指定排序选项，则按"),
         ("\n ... \n", "PROMPT"),
+        ('<!DOCTYPE html>\n<div class="btn btn-primary">\n<p>The quick <b>brown fox jumps over</b>', "brown fox jumps over"),
+        ('.TH LS 1 "March 2026"\n.SH NAME\n\\fBls\\fR \\- list directory contents', "list directory contents"),
+        ("====\nUse\n====\n\n|---|----|\n| a | it |\n\n**Some** words `of` that text, at last", "that text, at last"),
+        ("# Title\n\nSee https://example.com/a/long/page for short words", "for short words"),
+        ("--a-long-option=3 4", "a-long-option=3 4"),
     ],
 )
 def test_a_prompt_is_in_the_language_of_the_text(text, prompt):
