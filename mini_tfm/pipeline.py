@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from .autodiff import value_of
-from .checkpoint.models import save_model
+from .checkpoint.models import check_place, save_model
 from .chunks import Chunk, ending_full, streamed
 from .config import LIMITS
 from .errors import InvalidType, InvalidValue, shown
@@ -148,6 +148,7 @@ class Pipeline:
     def save(self, folder: str | Path) -> None:
         """Writes model, tokenizer, the text of the memory and the pooling into `folder`, all or nothing: `load` gives them back.
 
+        A model that was saved there before is replaced when all is written. Raises FileProblem for a folder of something else.
         Trained parameters of the memory are among the model's weights; what it has read is not saved (a store with a `path` keeps
         that). Raises InvalidValue for a memory that was not made from text.
         """
@@ -157,6 +158,7 @@ class Pipeline:
                 " (mt.register_memory) and make it with mt.memory"
             )
         text = None if self.memory is None else self.memory.text
+        check_place(folder)
         save_model(folder, self.model, tokenizer=self.tokenizer, memory_text=text, pooling=self.pooling)
 
     def reset(self) -> None:

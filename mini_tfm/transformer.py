@@ -14,7 +14,7 @@ from . import _core, lora
 from .autodiff import value_of
 from .checkpoint import peft
 from .checkpoint.folder import TENSORS_FILE
-from .checkpoint.models import read_model, save_adapters, save_hugging_face, save_model
+from .checkpoint.models import check_place, read_model, save_adapters, save_hugging_face, save_model
 from .config import Config
 from .errors import InvalidType, InvalidValue, shown
 from .generate import GenerationOptions, generate
@@ -143,8 +143,10 @@ class Transformer(Model):
     def save(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors into `folder`; what it held before stays until all is written.
 
+        A model that was saved there before is replaced. Raises FileProblem for a folder of something else.
         A packed model is written as it is kept, whatever the instruction set: smaller, and loaded sooner.
         """
+        check_place(folder)
         save_model(folder, self)
 
     def save_hugging_face(self, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import tracemalloc
 
 import numpy as np
@@ -746,6 +747,46 @@ def test_what_is_saved_is_what_is_loaded(memory, tmp_path):
     again = Pipeline.load(tmp_path / "m")
     assert (again.memory.text if again.memory else None) == memory and again.segment_length == 8
     assert again.score("The quick brown fox jumps.") == pipe.score("The quick brown fox jumps.")
+
+
+FOREIGN = {
+    "a plugin's source": ({"pyproject.toml": "[project]", "plug.py": ""}, "holds plug.py and no model.*give a new folder, such as .*model"),
+    "a config.json of something else": (
+        {"config.json": '{"mine": 1}'},
+        "holds config.json, which is of no model of ours and would be lost",
+    ),
+    "a published model": ({"config.json": '{"model_type": "gpt2"}', "model.safetensors": ""}, "holds config.json.*give another folder"),
+    "weights alone": ({"model.safetensors": "mine"}, "holds model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.parametrize("saved", ["pipeline", "model", "run"])
+def test_a_folder_of_something_else_is_no_place_for_a_model(kind, saved, tmp_path):
+    """Its files were replaced, or it became a model's (regression)."""
+    files, told = FOREIGN[kind]
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    made = pipe(None)
+    save = {
+        "pipeline": made.save,
+        "model": made.model.save,
+        "run": lambda folder: Trainer(made.model).fit(lambda step: None, 1, folder=folder),
+    }
+    with pytest.raises(FileProblem, match=f"^{re.escape(str(tmp_path))} {told}"):
+        save[saved](tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == files
+
+
+def test_a_model_is_replaced_by_the_next_and_what_is_beside_it_stays(tmp_path):
+    made = pipe(None)
+    made.tokenizer.save(tmp_path)
+    made.save(tmp_path)  # beside a tokenizer alone
+    (tmp_path / "notes.txt").write_text("mine")
+    made.model.weights["embedding.weight"][:] = 1
+    made.save(tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert (Pipeline.load(tmp_path).model.weights["embedding.weight"] == 1).all()
 
 
 def test_a_memory_that_no_text_makes_is_not_saved(tmp_path):

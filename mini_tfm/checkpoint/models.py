@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ import numpy as np
 from ..config import Config
 from ..errors import FileProblem, InvalidValue
 from ..files.folders import write_folder
-from ..files.reading import read_bytes
+from ..files.reading import as_path, read_bytes
 from ..files.strict_json import MAX_JSON_BYTES, parse_json_strict
 from ..lora import merged
 from ..model import kept_matrices
@@ -26,6 +27,12 @@ from . import gguf, hugging_face, marian, peft, sentences
 from .families import family_of, marian_binary, own, sources
 from .folder import CONFIG_FILE, TENSORS_FILE, TOKENIZER_FILES, OpenFolder, save_folder
 from .names import resolve
+
+# Files that may be where a model is saved for the first time: a tokenizer's, those of a run, what was piped into it, its logs.
+BESIDE = re.compile(
+    r"(tokenizer|vocab|merges|special_tokens|added_tokens|training)\w*\.(json|txt|model|safetensors)"
+    r"|text-[0-9]+\.txt|.*\.(tokens|jsonl|csv)|events\.out\..*"
+)
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,28 @@ def save_model(
     )
     more = shortlist.arrays() if isinstance(shortlist, Shortlist) else {}
     save_folder(folder, about, weights | own.tensors_of(kept) | sentences.own_tensors(pooling) | more, files, new=new)
+
+
+def check_place(folder: str | os.PathLike) -> None:
+    """Raises FileProblem where a model would replace what is none of ours, or lie among files of something else, as a plugin's source.
+
+    A model of ours may be replaced, and what stands beside it stays. Before the first save of a run, its logs and texts may be there.
+    """
+    path = as_path(folder)
+    try:
+        names = sorted(name for name in os.listdir(path) if not name.startswith("."))
+    except (OSError, ValueError):  # a new one; or none that can be saved to, which saving says better
+        return
+    if (peek(path) or {}).get("format") == own.FORMAT:
+        return
+    lost = [name for name in (CONFIG_FILE, TENSORS_FILE) if name in names]
+    if lost:
+        raise FileProblem(f"{folder} holds {lost[0]}, which is of no model of ours and would be lost; give another folder")
+    if others := [name for name in names if not BESIDE.fullmatch(name) and os.path.isfile(os.path.join(path, name))]:
+        raise FileProblem(
+            f"{folder} holds {others[0]} and no model, so it is a folder of something else; give a new folder, such as"
+            f" {os.path.join(path, 'model')}"
+        )
 
 
 def save_hugging_face(

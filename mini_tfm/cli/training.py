@@ -139,10 +139,16 @@ def run_from(out: Path, options: dict[str, Any], given: Collection[str], ranks: 
 
 
 def _refuse_a_model(out: Path) -> None:
+    from ..checkpoint.models import check_place
+
     if (out / "training.json").exists():
         raise FileProblem(f"--out: {out} holds a model already; --resume {out} continues it, or give another folder")
     if there := [name for name in ("config.json", "model.safetensors") if (out / name).exists()]:
         raise FileProblem(f"--out: {out} holds {there[0]} already, which would be lost; give another folder")
+    try:
+        check_place(out)
+    except FileProblem as error:
+        raise FileProblem(f"--out: {error}") from None
 
 
 def _trainer_options(options: dict[str, Any]) -> TrainerOptions:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..checkpoint.folder import TENSORS_FILE
+from ..checkpoint.models import check_place
 from ..data.batches import Batch, fields
 from ..data.mixtures import batches_of, differences, state_of
 from ..errors import FileProblem, InvalidValue, MiniTfmError, TrainingError
@@ -33,6 +34,8 @@ class Loop:
         self.folder = Path(folder) if folder is not None else None
         self.options = trainer.fit_options
         self.saved_at: int | None = None
+        if self.folder is not None and trainer.communicator.rank == 0:
+            check_place(self.folder)
         self.stamp = _stamp(self.folder)
         self.recorded = trainer.step_count
         self.batches: dict[int, Batch] = {}  # by step, the last two

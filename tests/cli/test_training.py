@@ -87,6 +87,17 @@ def test_train_saves_a_model_that_works(run, train, texts, tmp_path):
     assert run("score", tmp_path / "m", texts[0], "--json").json["memory"] == "window:size=8"
 
 
+def test_train_refuses_the_folder_of_a_plugin(run, train, tmp_path):
+    """A model lay among its files (regression)."""
+    folder = tmp_path / "plug-a"
+    assert run("plugins", "new", folder).code == 0
+    there = sorted(folder.rglob("*"))
+    said = train(folder, "--steps", 1)
+    assert said.code == 2 and f"--out: {folder} holds README.md and no model" in said.err and f"such as {folder / 'model'}" in said.err
+    assert sorted(folder.rglob("*")) == there
+    assert train(folder / "model", "--steps", 1).code == 0
+
+
 def test_train_tells_what_to_try_and_it_works(run, train, tmp_path):
     said = train(tmp_path / "m", "--steps", 2)
     assert said.code == 0 and "bits/byte" in said.out and "\x1b" not in said.out + said.err
