@@ -407,8 +407,11 @@ class Embedding:
         places = slice(first + int(positions[0]), last) if positions.ndim == 1 else first + positions
         if self.config.positions == "sinusoidal":
             return self._table(last, dtype)[places]
-        if last > first + self.config.max_positions:
-            raise InvalidValue(f"tokens: expected at most max_positions = {self.config.max_positions} positions, got {last - first}")
+        if last > first + (most := self.config.max_positions):
+            raise InvalidValue(
+                f"tokens: expected at most max_positions = {most} positions, which the model has learned, got {last - first}; give a"
+                f" shorter text or prompt, fewer max_new_tokens, or a Pipeline with a memory and a segment_length of at most {most}"
+            )
         return p.value(self.learned)[places]
 
     def _table(self, n: int, dtype: np.dtype) -> np.ndarray:

@@ -640,7 +640,16 @@ USING = {
     "embed None": (lambda p: p.embed(None), InvalidType, "text: expected str or an iterable of str, got NoneType"),
     "embed numbers": (lambda p: p.embed([1]), InvalidType, "text: expected str, got int"),
     "embed without an encoder": (lambda p: pipe(None, "decoder only").embed("a"), InvalidValue, "no encoder"),
-    "past the learned positions": (lambda p: pipe(None, "learned", segment_length=50).score("a" * 50), InvalidValue, "max_positions = 40"),
+    "past the learned positions": (
+        lambda p: pipe(None, "learned", segment_length=50).score("a" * 50),
+        InvalidValue,
+        "expected at most max_positions = 40 positions, .*, got 50; give a shorter .*a memory and a segment_length of at most 40",
+    ),
+    "generate past the learned positions": (
+        lambda p: pipe(None, "learned", segment_length=50).generate("a" * 45, max_new_tokens=5),
+        InvalidValue,
+        "max_positions = 40 positions, .*, got 45; give a shorter text or prompt, fewer max_new_tokens",
+    ),
 }
 
 

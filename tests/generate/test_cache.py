@@ -125,3 +125,10 @@ def session_fed_once(variant, **options):
     session = session_of(variant, **options)
     fed(session, 0, 1)
     return session
+
+
+def test_a_step_behind_the_learned_positions_says_what_to_do():
+    """The 41st of 40, among steps that are run again."""
+    session = session_of("learned")
+    with pytest.raises(InvalidValue, match=r"max_positions = 40 positions, .*, got 41; .* fewer max_new_tokens, or a Pipeline with"):
+        fed(session, 0, 41)
