@@ -50,9 +50,11 @@ else:
     except ModuleNotFoundError as error:
         if error.name != "mini_tfm._core.kernels":
             raise
+        _checkout = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
         raise ImportError(
-            "mini_tfm: the compiled kernels are not built. In a checkout: pip install -e . "
-            "(MINI_TFM_ISA=reference runs the slow NumPy twins without them)"
+            f"mini_tfm: the compiled kernels are not built in {_checkout}. Build them there with `pip install -e .`; or, after"
+            " `pip install .`, leave that folder: Python imports what lies in it, and not what was installed"
+            " (MINI_TFM_ISA=reference runs the slow NumPy twins without the kernels)"
         ) from error
     finally:
         if _unset:

@@ -127,4 +127,6 @@ sys.meta_path.insert(0, Missing())
 import mini_tfm._core
 """
     done = in_a_process(program, check=False, MINI_TFM_ISA="")
-    assert done.returncode and "pip install" in done.stderr and "ImportError" in done.stderr
+    assert done.returncode and "ImportError" in done.stderr
+    assert f"are not built in {Path(_core.__file__).parents[2]}. Build them there with `pip install -e .`" in done.stderr
+    assert "after `pip install .`, leave that folder" in done.stderr
