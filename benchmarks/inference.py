@@ -371,7 +371,8 @@ def page(results, command):
         wanted_and_got(results),
         "## How it is measured",
         "Each library computes in a process of its own with the same number of threads and its default settings, but for those that are"
-        " named. Where we have two threads, peers are measured with one, too, and the faster way counts. The sides of a case take turns, A B C A B C ..., and begin when the others' threads rest; a figure is the median of the"
+        " named. Where we have two threads, peers are measured with one, too, and the faster way counts."
+        " The sides of a case take turns, A B C A B C ..., and begin when the others' threads rest; a figure is the median of the"
         " rounds' ratios, beside it are their quartiles and how many rounds there were. All have the same weights, from one folder of"
         " Hugging Face's format. A side's results are compared with those of our float32: what is equal of the tokens, or the"
         " least cosine. With random weights two tokens may be as good as equal, and once one differs all that follow do: there only float32"

@@ -1,7 +1,8 @@
 """Does a memory pay on a text of one's own? The table of docs/own-text.md.
 
 For each text, kind of model and seed: `mini-tfm train` without a memory and with one, for the same number of steps of the same
-number of tokens, and `mini-tfm score` on files that training has not seen. No fact is planted, nothing is hidden: plain text.
+number of tokens, and `mini-tfm score` on files that training has not seen. The model without a memory is scored with one that needs no
+training, too. No fact is planted, nothing is hidden: plain text.
 
     python benchmarks/own_text.py                                 three texts that come with Python: an hour of one core
     python benchmarks/own_text.py --text novels novels/*.txt      a text of your own
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from mini_tfm.text import python_topics, split_documents
 
+UNTRAINED = "knn_lm:share=0.25,temperature=6,top_k=64"  # temperature: a tenth of the model's width
 HELD_OUT = 0.1  # of the bytes, in whole documents
 MODEL = ["--d-model", "64", "--segment-length", "32", "--learning-rate", "4e-3"]
 KINDS = {
@@ -66,13 +68,15 @@ def mini_tfm(*words):
 
 
 def measured(parts, folder, kind, memory, seed, steps):
-    """Bits per byte of the held-out files, after training in `folder`; of the same model without its memory; and seconds."""
+    """Bits per byte of the held-out files, after training in `folder`; of the same model without its memory, or with UNTRAINED where it
+    has none; and seconds."""
     train, held_out = parts
     more = ["--memory", memory, "--seed", seed, "--steps", steps, "--out", folder]
     trained = mini_tfm("train", "--text", *train, *KINDS[kind][0], *MODEL, *more)
-    scores = mini_tfm("score", folder, *held_out, *(["--memory", "saved", "--memory", "none"] if memory != "none" else []))
-    with_it, *without = [each["all"]["bits_per_byte"] for each in scores.get("memories", [scores])]
-    return {"bits_per_byte": with_it, "left_out": without[0] if without else None, "seconds": trained["seconds"]}
+    other = "none" if memory != "none" else UNTRAINED
+    scores = mini_tfm("score", folder, *held_out, "--memory", "saved", "--memory", other)["memories"]
+    bits, of_other = (each["all"]["bits_per_byte"] for each in scores)
+    return {"bits_per_byte": bits, "untrained" if memory == "none" else "left_out": of_other, "seconds": trained["seconds"]}
 
 
 def runs(texts, given):
@@ -97,21 +101,26 @@ def print_table(found):
     print("| text | model | memory | bits/byte with it, each seed | without any | less | the memory left out at the end |")
     print("|---|---|---|---|---|---|---|")
     for (name, kind, memory), results in found.items():
+        bits = [each["bits_per_byte"] for each in results]
         if memory == "none":
-            plain = [each["bits_per_byte"] for each in results]
-            continue
-        bits, left_out = ([each[what] for each in results] for what in ("bits_per_byte", "left_out"))
-        less = [100 * (1 - one / other) for one, other in zip(bits, plain, strict=True)]
-        gain = f"{statistics.mean(less):.1f} % ({min(less):.1f} to {max(less):.1f})"
-        each_seed = [" / ".join(f"{each:.3f}" for each in some) for some in (bits, plain, left_out)]
-        print(f"| {name} | {kind} | `{memory}` | {each_seed[0]} | {each_seed[1]} | {gain} | {each_seed[2]} |")
+            plain = bits
+            print_row(name, kind, UNTRAINED, [each["untrained"] for each in results], plain, [])
+        else:
+            print_row(name, kind, memory, bits, plain, [each["left_out"] for each in results])
+
+
+def print_row(name, kind, memory, *bits):
+    less = [100 * (1 - one / other) for one, other in zip(*bits[:2], strict=True)]
+    gain = f"{statistics.mean(less):.1f} % ({min(less):.1f} to {max(less):.1f})"
+    with_it, without, left_out = [" / ".join(f"{each:.3f}" for each in some) for some in bits]
+    print(f"| {name} | {kind} | `{memory}` | {with_it} | {without} | {gain} | {left_out} |")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", nargs="+", action="append", metavar=("NAME", "FILE"), help="instead of Python's; can be repeated")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--memory", help="instead of the window of each kind")
+    parser.add_argument("--memory", help="to train with, instead of the window of each kind")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--work", type=Path, default=Path("own-text"), help="the folder for models and results")

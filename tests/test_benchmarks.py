@@ -607,7 +607,8 @@ def test_a_memory_is_compared_with_none_on_ones_own_text(capsys, monkeypatch, tm
     monkeypatch.setattr(sys, "argv", ["own_text.py", *map(str, words), "--work", str(tmp_path / "work")])
     script.main()
     table = capsys.readouterr().out.splitlines()
-    assert len(table) == 3 and table[2].count("|") == table[0].count("|") and "| foxes | decoder-only | `window:size=32` | " in table[2]
+    assert len(table) == 4 and {line.count("|") for line in table} == {table[0].count("|")}
+    assert f"| foxes | decoder-only | `{script.UNTRAINED}` | " in table[2] and "| foxes | decoder-only | `window:size=32` | " in table[3]
     trained = [words for words in called if "train" in words]
     assert len(called) == 4 and [words[words.index("--memory") + 1] for words in trained] == ["none", "window:size=32"]
     assert not {word for words in trained for word in words if "held-out" in word}

@@ -759,7 +759,10 @@ def test_what_is_saved_is_what_is_loaded(memory, tmp_path):
 
 
 FOREIGN = {
-    "a plugin's source": ({"pyproject.toml": "[project]", "plug.py": ""}, "holds plug.py and no model.*give a new folder, such as .*model"),
+    "a plugin's source": (
+        {"pyproject.toml": "[project]", "plug.py": ""},
+        "holds pyproject.toml, so it is the source.*give a new folder, such as .*model",
+    ),
     "a config.json of something else": (
         {"config.json": '{"mine": 1}'},
         "holds config.json, which is of no model of ours and would be lost",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -28,11 +27,7 @@ from .families import family_of, marian_binary, own, sources
 from .folder import CONFIG_FILE, TENSORS_FILE, TOKENIZER_FILES, OpenFolder, save_folder
 from .names import resolve
 
-# Files that may be where a model is saved for the first time: a tokenizer's, those of a run, what was piped into it, its logs.
-BESIDE = re.compile(
-    r"(tokenizer|vocab|merges|special_tokens|added_tokens|training)\w*\.(json|txt|model|safetensors)"
-    r"|text-[0-9]+\.txt|.*\.(tokens|jsonl|csv)|events\.out\..*"
-)
+SOURCES = ("pyproject.toml", "setup.py", "setup.cfg")  # of a package, as a plugin is
 
 
 @dataclass(frozen=True)
@@ -90,24 +85,22 @@ def save_model(
 
 
 def check_place(folder: str | os.PathLike) -> None:
-    """Raises FileProblem where a model would replace what is none of ours, or lie among files of something else, as a plugin's source.
+    """Raises FileProblem where a model would replace what is none of ours, or lie among a package's sources, as a plugin's.
 
-    A model of ours may be replaced, and what stands beside it stays. Before the first save of a run, its logs and texts may be there.
+    A model of ours may be replaced, and what stands beside it stays.
     """
     path = as_path(folder)
     try:
-        names = sorted(name for name in os.listdir(path) if not name.startswith("."))
+        names = set(os.listdir(path))
     except (OSError, ValueError):  # a new one; or none that can be saved to, which saving says better
         return
     if (peek(path) or {}).get("format") == own.FORMAT:
         return
-    lost = [name for name in (CONFIG_FILE, TENSORS_FILE) if name in names]
-    if lost:
+    if lost := [name for name in (CONFIG_FILE, TENSORS_FILE) if name in names]:
         raise FileProblem(f"{folder} holds {lost[0]}, which is of no model of ours and would be lost; give another folder")
-    if others := [name for name in names if not BESIDE.fullmatch(name) and os.path.isfile(os.path.join(path, name))]:
+    if there := [name for name in SOURCES if name in names]:
         raise FileProblem(
-            f"{folder} holds {others[0]} and no model, so it is a folder of something else; give a new folder, such as"
-            f" {os.path.join(path, 'model')}"
+            f"{folder} holds {there[0]}, so it is the source of a package; give a new folder, such as {os.path.join(path, 'model')}"
         )
 
 

@@ -98,8 +98,10 @@ def warn_if_untrained(folder: Path, pipe: Pipeline, memory: str) -> None:
     trained = None
     with contextlib.suppress(MiniTfmError):  # a memory of another package is not imported because a file names it
         trained = saved.memory()
-    lacks = {each.name for each in members_of(pipe.memory) if each.parameters(model_dims(pipe.model.config, pipe.model.dtype))}
-    if other := sorted(_names(memory) - _names(saved.memory_text) - lacks):
+    dims, members = model_dims(pipe.model.config, pipe.model.dtype), members_of(pipe.memory)
+    lacks = {each.name for each in members if each.parameters(dims)}
+    untrained = {each.name for each in members if each.spec.layers == () and not each.parameters(dims)}  # no layer meets its rows
+    if other := sorted(_names(memory) - _names(saved.memory_text) - lacks - untrained):
         told = f"it has not learned to use {' and '.join(other)}"
     elif larger := _larger(pipe.memory, trained):
         told = f"it has never met rows as far back as {' and '.join(larger)} shows"

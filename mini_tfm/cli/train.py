@@ -140,7 +140,8 @@ def train(context: click.Context, /, resume: Path | None, out: Path, as_json: bo
     that holds a model is never overwritten. Under mpirun all processes train one model, each on its share of every batch.
 
     On plain text the model learns to continue it: an encoder-decoder (the default) reads a segment and predicts the next
-    one. A memory then lowers bits per byte in a decoder-only model (--n-encoder-layers 0), but hardly in an encoder-decoder.
+    one. A window then lowers bits per byte in a decoder-only model (--n-encoder-layers 0). In an encoder-decoder knn_lm does, which
+    needs no training, and a window only after long training.
 
     \b
     Examples:

@@ -93,7 +93,11 @@ def test_train_refuses_the_folder_of_a_plugin(run, train, tmp_path):
     assert run("plugins", "new", folder).code == 0
     there = sorted(folder.rglob("*"))
     said = train(folder, "--steps", 1)
-    assert said.code == 2 and f"--out: {folder} holds README.md and no model" in said.err and f"such as {folder / 'model'}" in said.err
+    assert (
+        said.code == 2
+        and f"--out: {folder} holds pyproject.toml, so it is the source" in said.err
+        and f"such as {folder / 'model'}" in said.err
+    )
     assert sorted(folder.rglob("*")) == there
     assert train(folder / "model", "--steps", 1).code == 0
 
