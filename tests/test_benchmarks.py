@@ -60,6 +60,7 @@ TINY = {
     "PackedLinear": (2, 16, 8, "float32", "gelu"),
     "Gemv": (1, 64, 16, "int8", "none"),
     "Int8": (2, 64, 16, "int8", "none"),
+    "Cold": (2, 16, 8, "float32", 0.001),
     "LinearTopK": (2, 16, 8, "float32", 4),
     "Search": (2, 50, 16, "float32 and codes"),
     "Softmax": (3, 8),

@@ -184,6 +184,49 @@ class Int8(PackedLinear):
     tolerance = 0.05
 
 
+class Cold(_Kernel):
+    """The same product by many weights in turn, so that each is in no cache, as a decoding step finds them: (rows, d_in, d_out, dtype,
+    MB of weights). With other weights, those of a small model stay in a cache."""
+
+    params = (
+        [
+            (rows, 512, 2048, dtype, mb)
+            for dtype, mb in (("float32", 160), ("bfloat16", 160), ("int8", 160), ("int8", 40))
+            for rows in (1, 4, 32)
+        ],
+        ["mini_tfm"],
+    )
+    unit = "B"
+    tolerance = 0.05
+
+    def make(self, size):
+        rows, d_in, d_out, dtype, _ = size
+        return normal(rows, d_in), normal(d_in, d_out, seed=1) * np.float32(d_in**-0.5), dtype, self.count(size)
+
+    def count(self, size):
+        return max(1, round(size[4] * 1e6 / Gemv().work(size)))
+
+    def work(self, size):
+        return self.count(size) * Gemv().work(size)
+
+    def note(self, size, seconds):
+        return Gemv().note(size, seconds / self.count(size))
+
+    def mini_tfm(self, kernels, x, weight, dtype, count):
+        needs(kernels, "pack", "packed_linear")
+        packed, out = [kernels.pack(weight, dtype=dtype) for _ in range(count)], np.empty((len(x), weight.shape[1]), np.float32)
+
+        def call():
+            for each in packed:
+                kernels.packed_linear(x, each, out=out)
+            return out
+
+        return call
+
+    def exact(self, x, weight, dtype, count):
+        return in_double(x) @ in_double(weight)
+
+
 class LinearTopK(_Kernel):
     """The best k of x times the output layer, (rows, d_in, d_out, dtype, k): logits that need never be written."""
 
