@@ -6,7 +6,7 @@ import numpy as np
 
 from mini_tfm.reference import _checks
 from mini_tfm.reference.elementwise import activation as activated
-from mini_tfm.reference.linear import in_bfloat16
+from mini_tfm.reference.linear import gemm, in_bfloat16
 from mini_tfm.reference.types import PackedWeight, Real
 
 __all__ = ["linear_top_k", "pack", "packed_linear", "repack"]
@@ -102,13 +102,16 @@ def _quantised(x, group):
     return result
 
 
-def _product(x, weight, packed):
+def _product(x, weight, packed, bias):
+    """x W + bias; beside weights that are not narrowed as `gemm` has it, rounded, so that what follows has the same bits."""
     x = x.reshape(_checks.rows(x))
+    if packed.dtype in ("float32", "float64"):
+        return gemm(x, weight, bias=bias)
     if packed.dtype == "int8":
         x = _quantised(x, packed.group)
     elif packed.dtype == "bfloat16":
         x = in_bfloat16(x)
-    return x.astype(np.float64) @ weight.astype(np.float64)
+    return x.astype(np.float64) @ weight.astype(np.float64) + (0.0 if bias is None else bias)
 
 
 def packed_linear(
@@ -132,9 +135,9 @@ def packed_linear(
     x, bias, gate_bias, _, residual, _ = _checks.packed_linear(x, weight, bias, gate_bias, activation, residual, out)
     value, gate = weight.unpack() if weight.gated else (weight.unpack(), None)
     with np.errstate(invalid="ignore", over="ignore"):
-        y = _product(x, value, weight) + (0.0 if bias is None else bias)
+        y = _product(x, value, weight, bias)
         if gate is not None:
-            gated = _product(x, gate, weight) + (0.0 if gate_bias is None else gate_bias)
+            gated = _product(x, gate, weight, gate_bias)
             y = y * (gated if activation is None else activated(gated, activation))
         elif activation is not None:
             y = activated(y, activation)
@@ -153,7 +156,7 @@ def linear_top_k(x: Real, weight: PackedWeight, k: int, bias: Real | None = None
     """
     x, k, bias, lse, n = _checks.linear_top_k(x, weight, k, bias, lse)
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-        y = _product(x, weight.unpack(), weight) + (0.0 if bias is None else bias)
+        y = _product(x, weight.unpack(), weight, bias).astype(np.float64)
         scores, ids = np.full((n, k), -np.inf, x.dtype), np.full((n, k), -1, np.int64)
         rounded = y.astype(x.dtype)  # equal scores are those that come out equal
         for row in range(n):
