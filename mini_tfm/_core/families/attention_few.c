@@ -27,7 +27,8 @@ INLINE vec numbers_in_lanes(const int kept, vec x, const int at) {
     return x;
 }
 
-/* s_j (groups * VL) of each of nq queries = q k^T for keys at k_j, rows of D; q_id (nq, D). Their values at v_j are fetched. A square of keys is transposed in registers; a lane has 2 numbers of bfloat16, 4 of int8, so that fewer are. nq, groups and kept
+/* s_j (groups * VL) of each of nq queries = q k^T for keys at k_j, rows of D; q_id (nq, D). Their values at v_j are fetched.
+ * A square of keys is transposed in registers; a lane has 2 numbers of bfloat16, 4 of int8, so that fewer are. nq, groups and kept
  * are constants wherever this is inlined. */
 INLINE void few_scores_of(const int nq, const int groups, const int kept, const kept_row *k_j, const kept_row *v_j, ptrdiff_t d, const real *q_id,
                           real *s_ij) {
