@@ -108,6 +108,7 @@ def tiny(monkeypatch, tmp_path_factory):
     monkeypatch.setattr(accuracy, "TRAINED_FOR", 2)
     monkeypatch.setattr(files, "FOLDER", tmp_path_factory.getbasetemp() / "files")
     monkeypatch.setattr(MODULES["segments"].Recomputed, "pairs", 1)
+    monkeypatch.setattr(inference.OutsideKernels, "rounds", 1)
     monkeypatch.setattr(MODULES["tape"], "REPEATS", 1)
     for module, sizes in {
         "segments": {"BATCH": 4, "SEGMENT": 8},  # enough for the peak of a process to move

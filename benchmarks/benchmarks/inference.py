@@ -404,6 +404,7 @@ class OutsideKernels(Generate):
 
     params = ([("T5-small", 1, 32, 1), ("T5-small", 8, 64, 1)], OURS)
     timeout = 300
+    rounds = 9
 
     def setup(self, size, side):
         import mini_tfm as mt
@@ -429,7 +430,7 @@ class OutsideKernels(Generate):
 
     def track_share_outside(self, size, side):
         shares = []
-        for _ in range(9):
+        for _ in range(self.rounds):
             (all_of, in_all), (first, in_first) = self._seconds(NEW_TOKENS), self._seconds(1)
             shares.append(1 - (in_all - in_first) / (all_of - first))
         return 100 * float(np.median(shares))

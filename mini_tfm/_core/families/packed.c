@@ -317,21 +317,47 @@ struct packed_rows {
 enum { SUMS_ROOM = PANELS * MC * NR * sizeof(real), CHUNK_ROOM = 2 * WIDENED * NR * sizeof(real), PACKED_ROOM = SUMS_ROOM + CHUNK_ROOM };
 
 #if !REAL_IS_DOUBLE
-/* packed_sums of int8 for m <= 2 * MR: panel after panel, so that weights are read in the order of memory. c: room for integer sums. */
-static void int8_sums_of_few(const struct mt_packed *w, const struct packed_layout *at, const struct packed_rows *rows, ptrdiff_t r0,
-                             ptrdiff_t m, ptrdiff_t first, ptrdiff_t panels, real *sums, int32_t *c) {
-    const ptrdiff_t height = m > MR ? (m + 1) / 2 : m, row = rows->steps * rows->halves;
-    const int32_t *zero = rows->zero + r0 * at->groups, *column_sums = (const int32_t *)((const char *)w->memory + at->column_sums);
-    const real *x_scale = rows->scale + r0 * at->groups, *scale = (const real *)((const char *)w->memory + at->scales);
-    for (ptrdiff_t panel = first; panel < first + panels; panel++, sums += m * NR)
+/* c (m, NR) = x (m, steps) . a panel's part, for more rows than int8_few takes: one chunk of it after the other, each for all strips,
+ * which meanwhile fetch what lies behind it. chunk: room for one that is widened. */
+static void int8_strips(ptrdiff_t m, ptrdiff_t steps, const int32_t *x, ptrdiff_t x_row, const char *b, int32_t *c, char *chunk) {
+    const ptrdiff_t strips = div_up(m, MR), height = m / strips, taller = m % strips;
+    for (ptrdiff_t s = 0; s < steps; s += STEPS, b += STEPS * NR * STEP) {
+        const ptrdiff_t some = min_size(STEPS, steps - s);
+        struct ahead next = {b + some * NR * STEP, div_up(NR * STEP, strips)};
+        for (ptrdiff_t v = 0; WIDENS && v < 2 * some; v++)
+            *(ivec_anywhere *)(chunk + v * VECTOR_BYTES) = widened((const int8_t *)b + v * VL * STEP);
+        for (ptrdiff_t strip = 0, i = 0; strip < strips; strip++, next.at += some * next.step) {
+            const ptrdiff_t here = height + (strip < taller);
+            int8_strip(here, some, x + i * x_row + s, x_row, WIDENS ? chunk : b, next, c + i * NR, s > 0);
+            i += here;
+        }
+    }
+}
+
+/* packed_sums of int8, panel after panel, so that weights are read in the order of memory and integer sums stay near; by tiles all panels
+ * at once, for they have to be set up. chunk: CHUNK_ROOM bytes, then room for integer sums. */
+static void int8_sums(const struct mt_packed *w, const struct packed_layout *at, const struct packed_rows *rows, ptrdiff_t r0, ptrdiff_t m,
+                      ptrdiff_t first, ptrdiff_t panels, real *sums, char *chunk) {
+    const int tiled = m >= FEWEST_TILED && w->group % (TILE * STEP) == 0 && w->d_in % (TILE * STEP) == 0;
+    const ptrdiff_t few = m <= 2 * MR ? div_up(m, div_up(m, MR)) : 0, row = rows->steps * rows->halves, at_once = tiled ? panels : 1;
+    int32_t *c = (int32_t *)(chunk + CHUNK_ROOM);
+    for (ptrdiff_t j0 = 0; j0 < panels; j0 += at_once)
         for (ptrdiff_t g = 0; g < at->groups; g++) {
             const ptrdiff_t s0 = g * w->group / STEP, steps = div_up(min_size(w->d_in, (g + 1) * w->group), STEP) - s0;
-            const char *b = (const char *)w->memory + panel * at->panel + s0 * NR * STEP;
+            const char *b = (const char *)w->memory + (first + j0) * at->panel + s0 * NR * STEP;
             const int32_t *q = rows->q + r0 * row + s0 * rows->halves;
-            for (ptrdiff_t i = 0; i < m; i += height)
-                (rows->halves == 2 ? int8_fewest : int8_few)(min_size(height, m - i), steps, q + i * row, row, b, c + i * NR);
-            const ptrdiff_t place = (panel * at->groups + g) * NR;
-            dequantise(c, m, x_scale + g, zero + g, at->groups, scale + place, column_sums + place, sums, g > 0);
+            if (tiled)
+                int8_tiled(m, panels, steps, q, row, b, at->panel, c);
+            else if (!few)
+                int8_strips(m, steps, q, row, b, c, chunk);
+            for (ptrdiff_t i = 0; few && !tiled && i < m; i += few)
+                (rows->halves == 2 ? int8_fewest : int8_few)(min_size(few, m - i), steps, q + i * row, row, b, c + i * NR);
+            for (ptrdiff_t j = j0; j < j0 + at_once; j++) {
+                const ptrdiff_t place = ((first + j) * at->groups + g) * NR;
+                dequantise(c + (j - j0) * m * NR, m, rows->scale + r0 * at->groups + g, rows->zero + r0 * at->groups + g, at->groups,
+                           (const real *)((const char *)w->memory + at->scales) + place,
+                           (const int32_t *)((const char *)w->memory + at->column_sums) + place, sums + j * m * NR, g > 0);
+            }
         }
 }
 #endif
@@ -349,45 +375,7 @@ static void packed_sums(const struct mt_packed *w, const struct packed_layout *a
     }
 #if !REAL_IS_DOUBLE
     if (w->kind == MT_INT8) {
-        const int32_t *q = rows->q + r0 * rows->steps * rows->halves, *zero = rows->zero + r0 * at->groups;
-        const real *x_scale = rows->scale + r0 * at->groups, *scale = (const real *)((const char *)w->memory + at->scales);
-        const int32_t *column_sums = (const int32_t *)((const char *)w->memory + at->column_sums);
-        int32_t *c = (int32_t *)(chunk + CHUNK_ROOM);
-        if (m <= 2 * MR && !(m >= FEWEST_TILED && w->group % (TILE * STEP) == 0 && w->d_in % (TILE * STEP) == 0)) {
-            int8_sums_of_few(w, at, rows, r0, m, first, panels, sums, c);
-            return;
-        }
-        for (ptrdiff_t g = 0; g < at->groups; g++) {
-            ptrdiff_t s0 = g * w->group / STEP, s1 = div_up(min_size(w->d_in, (g + 1) * w->group), STEP);
-            if (m >= FEWEST_TILED && (s1 - s0) % TILE == 0) {
-                int8_tiled(m, panels, s1 - s0, q + s0, rows->steps, b + s0 * NR * STEP, at->panel, c);
-            } else {
-                ptrdiff_t strips = div_up(m, MR), height = m / strips, taller = m % strips;
-                for (ptrdiff_t s = s0; s < s1; s += STEPS)
-                    for (ptrdiff_t j = 0; j < panels; j++) {
-                        ptrdiff_t steps = min_size(STEPS, s1 - s);
-                        const char *from = b + j * at->panel + s * NR * STEP;
-                        if (WIDENS) {
-                            for (ptrdiff_t v = 0; v < 2 * steps; v++)
-                                *(ivec_anywhere *)(chunk + v * VECTOR_BYTES) = widened((const int8_t *)from + v * VL * STEP);
-                            from = chunk;
-                        }
-                        /* The strips fetch what comes next: the next panel's part, or the first's further down. */
-                        ptrdiff_t down = j + 1 < panels ? at->panel : steps * NR * STEP - j * at->panel;
-                        struct ahead next = {b + j * at->panel + s * NR * STEP + down, div_up(NR * STEP, strips)};
-                        for (ptrdiff_t strip = 0, i = 0; strip < strips; strip++) {
-                            ptrdiff_t here = height + (strip < taller);
-                            int8_strip(here, steps, q + i * rows->steps + s, rows->steps, from, next, c + (j * m + i) * NR, s > s0);
-                            next.at += steps * next.step;
-                            i += here;
-                        }
-                    }
-            }
-            for (ptrdiff_t j = 0; j < panels; j++) {
-                ptrdiff_t place = ((first + j) * at->groups + g) * NR;
-                dequantise(c + j * m * NR, m, x_scale + g, zero + g, at->groups, scale + place, column_sums + place, sums + j * m * NR, g > 0);
-            }
-        }
+        int8_sums(w, at, rows, r0, m, first, panels, sums, chunk);
         return;
     }
 #endif

@@ -315,13 +315,16 @@ INLINE void int8_tiled(ptrdiff_t m, ptrdiff_t panels, ptrdiff_t steps, const int
 /* sums (m, NR) = or += the integers of one group, scaled. */
 INLINE void dequantise(const int32_t *c, ptrdiff_t m, const real *x_scale, const int32_t *x_zero, ptrdiff_t groups, const real *scale,
                        const int32_t *column_sums, real *sums, int add) {
-    for (ptrdiff_t i = 0; i < m; i++)
-        for (ptrdiff_t j = 0; j < NR; j += VL) {
-            ivec n = *(const ivec_anywhere *)(c + i * NR + j) - x_zero[i * groups] * *(const ivec_anywhere *)(column_sums + j);
-            vec y = as_reals(n) * (x_scale[i * groups] * load(scale + j));
+    for (ptrdiff_t j = 0; j < NR; j += VL) {
+        const vec scale_j = load(scale + j);
+        const ivec sum_j = *(const ivec_anywhere *)(column_sums + j);
+        for (ptrdiff_t i = 0; i < m; i++) {
+            ivec n = *(const ivec_anywhere *)(c + i * NR + j) - x_zero[i * groups] * sum_j;
+            vec y = as_reals(n) * (x_scale[i * groups] * scale_j);
             if (add) y += load(sums + i * NR + j);
             store(sums + i * NR + j, y);
         }
+    }
 }
 
 #endif
