@@ -28,6 +28,7 @@ from .generate.steps import AT_ONCE, Search, Settled, Steps, alone, check_batch_
 from .generate.stops import BeforeStop
 from .memory.base import Memory
 from .memory.registry import memory as make_memory
+from .memory.text import command_that_trains
 from .model import PACKED
 from .options import LARGEST, takes
 from .packing import encoder_weights
@@ -139,8 +140,8 @@ class Pipeline:
         if pipe.memory is not None and (new := sorted(set(pipe.model.weights) - known)):
             text = pipe.memory.text or pipe.memory.name
             warnings.warn(
-                f"memory: {folder} was not trained with {text}, and its parameters ({new[0]}) are random here; mini-tfm train --memory"
-                f" {shlex.quote(text)} --out NEW trains one",
+                f"memory: {folder} was not trained with {text}, and its parameters ({new[0]}) are random here; mini-tfm"
+                f" {shlex.join(command_that_trains(text, pipe.model.config.has_encoder))} trains one",
                 stacklevel=2,
             )
         return pipe

@@ -75,16 +75,16 @@ class _Lines:
     """Where nobody watches: a line at most every SECONDS_A_LINE."""
 
     def __init__(self, what: str, total: float | None, unit: str, done: float = 0):
-        self.what, self.total, self.unit, self.done, self.first = what, total, unit, done, done
-        self.began = self.told = time.monotonic()
+        self.what, self.total, self.unit, self.done = what, total, unit, done
+        self.told, self.done_then = time.monotonic(), done
 
     def advance(self, n: float, figures: Iterable[str] = ()) -> None:
         self.done += n
         now = time.monotonic()
         if now - self.told < SECONDS_A_LINE:
             return
-        self.told = now
-        rate = (self.done - self.first) / max(now - self.began, 1e-9)
+        rate = (self.done - self.done_then) / max(now - self.told, 1e-9)  # of late: a store that grows is searched for longer
+        self.told, self.done_then = now, self.done
         words = [f"{self.what}: {self.done:,.0f}" + (f" of {self.total:,.0f}" if self.total else "") + f" {self.unit}"]
         words += [*figures, f"{rate:,.1f} {self.unit}/s"]
         words += [f"{max(self.total - self.done, 0) / rate:,.0f} s left"] if self.total and rate else []
@@ -123,7 +123,7 @@ def _bar(unit: str, *columns: Any) -> Any:
         *([BarColumn(BAR)] if _is_wide(console) else []),
         DownloadColumn() if in_bytes else MofNCompleteColumn(),
         *([speed] if _is_wide(console) else []),
-        TimeRemainingColumn(elapsed_when_finished=True),
+        TimeRemainingColumn(),
         TextColumn("left"),
         *columns,
         console=console,

@@ -45,6 +45,13 @@ class CommandLine(click.Group):
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         return getattr(import_module("." + name, __name__), name) if name in COMMANDS else None
 
+    def resolve_command(self, context: click.Context, args: list[str]) -> Any:
+        import difflib
+
+        if args[0] not in COMMANDS and (near := difflib.get_close_matches(args[0], COMMANDS, 1)):
+            context.fail(f"No such command {args[0]!r}. Did you mean {near[0]!r}?")
+        return super().resolve_command(context, args)
+
     def main(self, *args: Any, **more: Any) -> Any:
         _open_closed_streams()
         return super().main(*args, **more)
@@ -143,7 +150,7 @@ def main() -> None:
 
     \b
     Start with:
-      mini-tfm demo --quick                     train and compare the built-in memories, in minutes
-      mini-tfm train --text notes/*.txt         train a model on your own text
-      mini-tfm plugins new my-memory                      start a memory of your own
+      mini-tfm demo --quick                train and compare the built-in memories, in minutes
+      mini-tfm train --text notes/*.txt    train a model on your own text
+      mini-tfm plugins new my-memory       start a memory of your own
     """

@@ -96,6 +96,8 @@ def compare(
             print_json({"model": str(folder), "text": name, "rows": rows})
         else:
             print_rows(rows)
+            if not any(share for row in rows for share in (row["recall"] or {}).values()):
+                click.echo("No fact is recalled: only a model that was trained to recall them can, as `demo` and `compare` train theirs.")
             for row in rows:
                 if row["error"]:
                     click.echo(f"{row['memory']} failed: {row['error']}")

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from ..pipeline import Pipeline
 
 
-@click.command(short_help="Continue a text, using a memory.")
+@click.command(short_help="Continue a text, using a memory.", context_settings={"allow_extra_args": True})
 @folder_argument
 @click.argument("prompt", required=False)
 @click.option(
@@ -79,7 +79,9 @@ if TYPE_CHECKING:
 @prompt_cache_option
 @click.option("--no-stream", is_flag=True, help="Print the text only when it is complete.")
 @json_option
+@click.pass_context
 def generate(
+    context: click.Context,
     folder: Path,
     prompt: str | None,
     file: Path | None,
@@ -96,7 +98,7 @@ def generate(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Continues PROMPT, the text of --file, or standard input, with the model in FOLDER.
+    """Continues PROMPT, the text of --file, or standard input, with the model in FOLDER: one prompt, of any number of lines.
 
     Prints only the new text, as it is generated. Lengths are in tokens. A prompt longer than a segment is first read into
     a copy of the memory. A memory on disk keeps the files given with --read.
@@ -117,6 +119,8 @@ def generate(
     chosen = GenerationOptions.of(options)  # report faults before anything is loaded
     if chosen.seed is not None and not chosen.do_sample:
         raise click.UsageError("--seed: nothing is drawn; add --do-sample")
+    if context.args:
+        raise click.UsageError("expected one PROMPT: put it in quotes; for several, write each in a line of a file: --file FILE --out OUT")
     if prompt is not None and file is not None:
         raise click.UsageError("give PROMPT or --file, not both")
     if out is not None and file is None:

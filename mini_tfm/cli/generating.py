@@ -162,7 +162,9 @@ def _begin(out: Path, state: str) -> tuple[int, int]:
             )
         if not beside.exists():
             if out.exists():
-                raise FileProblem(f"--out: {out} is there already, and was not begun by this command; give another --out")
+                raise FileProblem(
+                    f"--out: {out} is there already, complete or of another command; give another --out, or remove it to make it again"
+                )
             write_file(beside, state)
         fd = os.open(out, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_APPEND, 0o666)
     except FileProblem:

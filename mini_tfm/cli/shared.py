@@ -92,6 +92,7 @@ def warn_if_untrained(folder: Path, pipe: Pipeline, memory: str) -> None:
     if memory in ("saved", "none"):
         return
     from ..memory.run import members_of, model_dims
+    from ..memory.text import command_that_trains
     from ..transformer import load_checkpoint
 
     saved = load_checkpoint(folder)
@@ -107,9 +108,7 @@ def warn_if_untrained(folder: Path, pipe: Pipeline, memory: str) -> None:
         told = f"it has never met rows as far back as {' and '.join(larger)} shows"
     else:
         return
-    kind = () if pipe.model.config.has_encoder else ("--n-encoder-layers", "0")
-    written = re.sub(r"read_only\s*=\s*true", "read_only=false", memory, flags=re.IGNORECASE)
-    again = command_line("train", "--text", "YOUR.txt", *kind, "--memory", written, "--out", "NEW")
+    again = command_line(*command_that_trains(memory, pipe.model.config.has_encoder))
     warnings.warn(f"--memory: {folder} was trained with {saved.memory_text or 'none'}, and {told}; {again} trains one", stacklevel=2)
 
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ..train.parallel import Alone
 
 SAVE_EVERY = 200  # steps, where --save-every is not given
+SETTLED_FOR = 60.0  # seconds until it is tried again whether one thread is faster
 WARMUP_STEPS = 50
 BEST = "best"  # the folder of the best model, inside that of the run
 
@@ -219,11 +220,12 @@ def fit(trainer: Trainer, data: TrainingData, out: Path, options: dict[str, Any]
     note(f"model: {count(trainer.model.n_parameters)} parameters; memory: {_memory_of(trainer) or 'none'}; to be saved in {out}{parts}")
     if new and ranks.rank == 0:
         _refuse_a_model(out)  # it may have come while the text was read
-    if ranks.size == 1 and data.held_out and trainer.step_count < (steps or 0):
-        _settle_threads(trainer, data)
+    threads = _Threads(trainer, data)
+    if trainer.step_count < (steps or 0):
+        threads.settle()
     pace = Pace(trainer)
     try:
-        _fit(trainer, data, out, options, pace)
+        _fit(trainer, data, out, options, pace, threads)
     except KeyboardInterrupt as stop:
         if trainer.saved is None:
             raise type(stop)(f"no step was saved in {out}") from None
@@ -245,24 +247,40 @@ def fit(trainer: Trainer, data: TrainingData, out: Path, options: dict[str, Any]
             _print_result(result, trainer, data)
 
 
-def _settle_threads(trainer: Trainer, data: TrainingData) -> None:
-    """Uses one thread where several are slower, as they are on a machine that others keep busy. Results do not depend on it."""
-    from ..kernels import get_num_threads, set_num_threads
+class _Threads:
+    """One thread where several are slower, as they are on a machine that others keep busy. Results do not depend on it."""
 
-    def seconds_with(n: int) -> float:
+    def __init__(self, trainer: Trainer, data: TrainingData):
+        from ..kernels import get_num_threads
+
+        self._trainer, self._data, self._clock = trainer, data, Clock()
+        self._many = self._now = get_num_threads()
+
+    def settle_now_and_then(self) -> None:
+        if self._clock.seconds > SETTLED_FOR:
+            self.settle()
+
+    def settle(self) -> None:
+        from ..kernels import set_num_threads
+
+        if self._many == 1 or self._trainer.communicator.size > 1 or not self._data.held_out:
+            return
+        self._seconds_with(self._many)  # the first call sets up what the others find
+        before, self._now = self._now, faster_threads(self._seconds_with, self._many)
+        set_num_threads(self._now)
+        self._clock = Clock()
+        if self._now < before:
+            note(f"threads: {self._now}, because {self._many} are slower now; is the machine busy?")
+        elif self._now > before:
+            note(f"threads: {self._now} again")
+
+    def _seconds_with(self, n: int) -> float:
+        from ..kernels import set_num_threads
+
         set_num_threads(n)
         clock = Clock()
-        trainer.evaluate(data.held_out[0])
+        self._trainer.evaluate(self._data.held_out[0])
         return clock.seconds
-
-    many = get_num_threads()
-    if many == 1:
-        return
-    seconds_with(many)  # the first call sets up what the others find
-    best = faster_threads(seconds_with, many)
-    set_num_threads(best)
-    if best < many:
-        note(f"threads: {best}, because {many} are slower now; is the machine busy?")
 
 
 def faster_threads(seconds_with: Callable[[int], float], many: int, times: int = 3) -> int:
@@ -271,7 +289,7 @@ def faster_threads(seconds_with: Callable[[int], float], many: int, times: int =
     return 1 if min(one for _, one in tries) < 0.9 * min(all_of_them for all_of_them, _ in tries) else many
 
 
-def _fit(trainer: Trainer, data: TrainingData, out: Path, options: dict[str, Any], pace: Pace) -> None:
+def _fit(trainer: Trainer, data: TrainingData, out: Path, options: dict[str, Any], pace: Pace, threads: _Threads) -> None:
     from ..files.folders import write_folder
     from ..train.parallel import StoppedTogether
 
@@ -281,6 +299,7 @@ def _fit(trainer: Trainer, data: TrainingData, out: Path, options: dict[str, Any
         def on_step(trainer: Trainer, loss: float) -> None:
             if trainer.validations and trainer.validations[-1][0] == trainer.step_count:
                 note(_progress(trainer, data, loss, pace))
+                threads.settle_now_and_then()
             if ranks.any(stop_asked()):
                 raise StoppedTogether
 
@@ -358,5 +377,5 @@ def _print_result(result: dict[str, Any], trainer: Trainer, data: TrainingData) 
     print_table([(name, "left" if name in ("model", "memory") else "right") for name in columns], [tuple(columns.values())])
     note("Try next:\n  " + command_line("generate", out, data.prompt, "--do-sample", "--top-p", "0.9"))
     if texts := [path for path in data.files_to_score if not has_lines(path)]:
-        note("  " + command_line("score", out, texts[0]))
+        note("  " + command_line("score", out, texts[0]) + "  # most of it was trained on: other text tells more")
     note("  " + command_line("train", "--resume", out, "--steps", str(2 * trainer.step_count)))

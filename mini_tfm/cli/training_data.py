@@ -245,9 +245,11 @@ class TrainingData:
         self.about, self.tokenizer, self.config = sources.about, tokenizer, config
         self.piped = sources.piped
         corpora = sources.corpora(tokenizer, ranks, overwrite)
+        is_cut = bool(sources.texts and self.about["files"]) and set(sources.texts or ()) != set(self.about["files"])
         for kind, (train, held_out) in corpora.items():
+            what = ("parts" if is_cut else "documents") if kind == "texts" else kind
             note(
-                f"text: {sources.name}: {count(len(train))} {'documents' if kind == 'texts' else kind}, {count(train.n_tokens)} tokens;"
+                f"text: {sources.name}: {count(len(train))} {what}, {count(train.n_tokens)} tokens;"
                 f" held out: {count(len(held_out))}, {count(held_out.n_tokens)} tokens"
             )
             if kind == "texts" and train.n_tokens < (config.segment_length or 0):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from ..data.streams import TextStreams
 from ..errors import InvalidValue
 from ..memory.run import memory_parameters
+from ..memory.text import command_that_trains
 from ..pipeline import Pipeline
 from ..text.pieces import in_pieces
 from ..text.tokenizers import Tokenizer
@@ -49,7 +51,7 @@ def measure_saved(
         if new := sorted(set(memory_parameters(memory, saved.model.config, saved.model.dtype)) - set(saved.model.weights)):
             raise InvalidValue(
                 f"--memory: {spec} has parameters ({new[0]}) that {folder} was not trained with, so they would be random; train a model"
-                f" with it: mini-tfm train --memory {spec} --out NEW"
+                f" with it: mini-tfm {shlex.join(command_that_trains(spec, saved.model.config.has_encoder))}"
             )
     tokenizer = saved.tokenizer
     ids = sorted((_encoded(tokenizer, text) for text in documents.values()), key=len)

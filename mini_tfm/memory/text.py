@@ -80,6 +80,13 @@ def with_files_in(folder: str, text: str) -> str:
     return "+".join(members)
 
 
+def command_that_trains(text: str, has_encoder: bool) -> list[str]:
+    """The command of `mini-tfm` that trains a model of this kind, on text of the user's own, with these memories."""
+    kind = [] if has_encoder else ["--n-encoder-layers", "0"]
+    written = re.sub(r"read_only\s*=\s*true", "read_only=false", text, flags=re.IGNORECASE)
+    return ["train", "--text", "YOUR.txt", *kind, "--memory", written, "--out", "NEW"]
+
+
 def check_bools(name: str, options: Mapping[str, Any], signature: inspect.Signature) -> None:
     """True is a number to Python, and to nobody else. Raises InvalidValue naming the option."""
     for option, value in options.items():

@@ -7,6 +7,7 @@ what it prints is a fault.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import resource
@@ -20,7 +21,6 @@ from collections.abc import Iterator, Sequence
 from typing import IO, Any, NamedTuple
 
 from ..errors import InvalidValue, MiniTfmError, shown
-from ..memory.text import with_files_in
 
 
 class Result(NamedTuple):
@@ -37,15 +37,15 @@ MOST_BYTES = 4 << 30  # of address space that the child may take beyond what it 
 def check_apart(memory: str, checks: Sequence[str], *, limit: float) -> Iterator[Result]:
     """The result of each of the `checks` (see CHECKS) on a strategy, given as text, as it comes; `limit`: seconds for each.
 
-    A file that its option `path` names is neither read nor written: the checks have one of their own. Where the check `runs` fails it
+    A file that its option `path` names is neither read nor written: the checks have some of their own. Where the check `runs` fails it
     is the last. Raises InvalidValue if the strategy cannot be made from its text.
     """
     left = list(checks)
     program = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import _main; _main()"
     while left:
         with tempfile.TemporaryDirectory() as files:
-            command = [sys.executable, "-P", "-c", program, with_files_in(files, memory), *left]
-            with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, bufsize=0) as child:
+            command, environment = [sys.executable, "-P", "-c", program, memory, *left], {**os.environ, "TMPDIR": files}
+            with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, bufsize=0, env=environment) as child:
                 try:
                     for result in _results(child, list(left), limit):
                         left.remove(result.check)
@@ -117,6 +117,7 @@ def _result(memory: str, check: str, printed: IO[bytes]) -> dict[str, Any]:
         return {"refused": str(error)}
     except BaseException as error:
         failures = [f"expected no error, got {type(error).__name__}: {error}"]
+    gc.collect()  # what failed may still hold files in memory, of which there is not much
     sys.stdout.flush()
     if printed.tell() or os.fstat(printed.fileno()).st_size:
         printed.seek(0)

@@ -5,12 +5,15 @@ Each takes a `Trial` (a strategy and a kind of model) and raises CheckFailed, sa
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterable
+from functools import partial
 
 from ..errors import InvalidType, InvalidValue
 from ..memory.base import Memory
 from ..memory.registry import memory as make_memory
 from ..memory.run import members_of
+from ..memory.text import with_files_in
 from ..memory.validate import check_spec
 from . import gradients, habits, outputs, topics
 from .trial import CheckFailed, Trial, kinds_for
@@ -19,17 +22,21 @@ from .trial import CheckFailed, Trial, kinds_for
 def check_memory(memory: str | Memory | Callable[[], Memory], *, skip: Iterable[str] = (), only: Iterable[str] | None = None) -> None:
     """Runs every check on a strategy: its text ("my_memory:size=8"), a Memory, or a function or class that gives one.
 
-    For a strategy that keeps a file give a function that picks a new file each time: one file cannot serve two models.
-    skip: names of checks that do not apply to this strategy (see CHECKS); only: the names of those to run. Raises CheckFailed with
-    all that failed.
+    A file that text names as `path` is left alone: each check has one of its own. For another strategy that keeps a file give a function
+    that picks a new file each time: one file cannot serve two models. skip: names of checks that do not apply to this strategy (see
+    CHECKS); only: the names of those to run. Raises CheckFailed with all that failed.
     """
-    make = _factory(memory)
+    with tempfile.TemporaryDirectory() as files:
+        _check(memory, files, skip, only)
+
+
+def _check(memory: str | Memory | Callable[[], Memory], files: str, skip: Iterable[str], only: Iterable[str] | None) -> None:
     for option, names in (("skip", skip), ("only", only or ())):
         if unknown := sorted(set(names) - set(CHECKS)):
             raise InvalidValue(f"{option}: unknown check {unknown[0]!r}; the checks are {', '.join(CHECKS)}")
     chosen = [name for name in CHECKS if name not in set(skip) and (only is None or name in set(only))]
     try:
-        made = make()
+        made = _factory(memory, files)()
     except (Exception, KeyboardInterrupt):
         raise
     except BaseException as error:  # SystemExit would end the tests of its author
@@ -38,11 +45,12 @@ def check_memory(memory: str | Memory | Callable[[], Memory], *, skip: Iterable[
         raise InvalidType(f"memory: expected a Memory, got {type(made).__name__}")
     for member in members_of(made):
         check_spec(member)
-    who, faults = made.text or made.name or type(made).__name__, []
+    who = memory if isinstance(memory, str) else made.text or made.name or type(made).__name__
+    faults = []
     for kind in kinds_for(made):
         for name in chosen:
             try:
-                CHECKS[name](Trial(make, kind))
+                CHECKS[name](Trial(_factory(memory, files), kind))
             except KeyboardInterrupt:
                 raise
             except BaseException as error:  # SystemExit and the like, too
@@ -56,9 +64,10 @@ def check_memory(memory: str | Memory | Callable[[], Memory], *, skip: Iterable[
         raise CheckFailed(f"memory {who!r} fails {count}:\n{told}\none check alone: {again}") from faults[0][2]
 
 
-def _factory(memory: str | Memory | Callable[[], Memory]) -> Callable[[], Memory]:
+def _factory(memory: str | Memory | Callable[[], Memory], files: str) -> Callable[[], Memory]:
+    """What makes it; of text, with its files in a new folder in `files`."""
     if isinstance(memory, str):
-        return lambda: make_memory(memory)
+        return partial(make_memory, with_files_in(tempfile.mkdtemp(dir=files), memory))
     if isinstance(memory, Memory):
         return lambda: memory
     if callable(memory):

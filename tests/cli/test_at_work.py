@@ -114,7 +114,7 @@ def test_a_memory_that_the_model_never_met_is_told(run, model, texts, tmp_path, 
     assert f"mini-tfm train --text YOUR.txt --memory {store} --out NEW" in warning
     if words[0] != "read":
         random = run(*words, "--memory", "recurrent:tokens=2")
-        assert random.code == 0 and "are random here" in random.err
+        assert random.code == 0 and "are random here; mini-tfm train --text YOUR.txt --memory recurrent:tokens=2 --out NEW" in random.err
         for known in ("none", "saved", "window:size=4", "knn_lm"):  # the last changes the output alone, which nobody has to learn
             assert "warning" not in run(*words, "--memory", known).err
         larger = run(*words, "--memory", "window:size=9")

@@ -164,6 +164,12 @@ def test_wrong_usage_is_told_with_code_2(run, shared, tmp_path, words):
     assert said.code == 2 and ("Usage: " in said.err or (words == "" and "Usage: " in said.out + said.err))
 
 
+@pytest.mark.parametrize(("words", "told"), [("scor model", "Did you mean 'score'?"), ("generate model a b", "put it in quotes")])
+def test_wrong_usage_says_what_is_meant(run, words, told):
+    said = run(*words.split())
+    assert said.code == 2 and told in said.err
+
+
 def test_debugging_shows_where_an_error_came_from(shared):
     done = run_process("info", shared / "nothing", env={**ENVIRONMENT, "MINI_TFM_DEBUG": "1"})
     assert done.returncode == 2 and "Traceback" in done.stderr and "FileProblem" in done.stderr
@@ -423,6 +429,12 @@ def test_plugins_check_leaves_the_files_of_a_memory_alone(run, tmp_path, monkeyp
     for path in ("notes.mdb", tmp_path / "notes.mdb", "'new, and old.mdb'"):
         assert run("plugins", "check", f"store:top_k=4,path={path}", "--only", "runs", "--only", "is_deterministic").code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["notes.mdb"] and (tmp_path / "notes.mdb").read_bytes() == b"mine"
+
+
+def test_each_check_has_a_file_of_its_own(run):
+    """Their models are of unequal widths, which one file cannot serve."""
+    said = run("plugins", "check", "store:top_k=4,path=notes.mdb", "--only", "runs", "--only", "comes_back_from_disk", "--only", "helps")
+    assert said.code == 0, said.out
 
 
 def test_plugins_check_of_a_memory_that_never_writes_says_what_to_check(run, tmp_path):

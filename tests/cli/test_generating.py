@@ -108,7 +108,7 @@ def test_what_would_mix_two_runs_is_refused(run, model, prompts, tmp_path):
     out.write_text("mine\n")
     said = run(*words)
     assert said.code == 2 and out.read_text() == "mine\n"
-    assert said.err.count("--out") == 2 and "is there already, and was not begun by this command" in said.err
+    assert said.err.count("--out") == 2 and "is there already, complete or of another command" in said.err
     out.unlink()
     pipe = Pipeline.load(model)
     (tmp_path / ".out.txt.state").write_text("{}")

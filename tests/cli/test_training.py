@@ -12,6 +12,7 @@ import shlex
 import signal
 import subprocess
 import threading
+import types
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from commands import ENVIRONMENT, TINY_OPTIONS, command, run_process, with_plugi
 from experiments import small_experiment
 
 from mini_tfm.cli import demo as demo_module
+from mini_tfm.cli import training
 from mini_tfm.cli.shared import interrupt_between_steps
 from mini_tfm.cli.training import faster_threads
 from mini_tfm.compare import experiment as experiment_module
@@ -108,7 +110,7 @@ def test_train_tells_what_to_try_and_it_works(run, train, tmp_path):
     tried = [line.strip() for line in said.err.splitlines() if line.startswith("  mini-tfm ")]
     assert len(tried) == 3
     for line in tried:
-        assert run(*shlex.split(line)[1:]).code == 0, line
+        assert run(*shlex.split(line, comments=True)[1:]).code == 0, line
 
 
 def test_a_run_stopped_and_resumed_is_the_run_that_was_not(run, train, tmp_path, monkeypatch):
@@ -213,6 +215,32 @@ def test_of_two_at_once_one_gets_the_folder(kind, train, texts, tmp_path):
 def test_one_thread_is_used_where_it_is_clearly_faster(one, four, best):
     noise = itertools.cycle([3.0, 0.0, 0.5])
     assert faster_threads(lambda n: {1: one, 4: four}[n] + next(noise), 4) == best
+
+
+def test_threads_are_settled_again_when_the_machine_has_become_busy_or_idle(monkeypatch, capsys):
+    """The processor's time is played: two threads are slower in the middle."""
+    now, is_busy, n_threads = [0.0], [False], [2]
+
+    def evaluate(_):
+        now[0] += {1: 1.0, 2: 3.0 if is_busy[0] else 0.5}[n_threads[0]]
+
+    monkeypatch.setattr("mini_tfm.kernels.get_num_threads", lambda: n_threads[0])
+    monkeypatch.setattr("mini_tfm.kernels.set_num_threads", lambda n: n_threads.__setitem__(0, n))
+    monkeypatch.setattr("mini_tfm.cli.shared.time.perf_counter", lambda: now[0])
+    trainer = types.SimpleNamespace(evaluate=evaluate, communicator=types.SimpleNamespace(size=1))
+    threads = training._Threads(trainer, types.SimpleNamespace(held_out=[None]))
+    threads.settle()
+    assert n_threads == [2] and not capsys.readouterr().err
+    is_busy[0] = True
+    threads.settle_now_and_then()
+    assert n_threads == [2], "it has just been settled"
+    now[0] += training.SETTLED_FOR + 1
+    threads.settle_now_and_then()
+    assert n_threads == [1] and "threads: 1, because 2 are slower now" in capsys.readouterr().err
+    is_busy[0] = False
+    now[0] += training.SETTLED_FOR + 1
+    threads.settle_now_and_then()
+    assert n_threads == [2] and "threads: 2 again" in capsys.readouterr().err
 
 
 def test_a_claim_ends_with_its_process(tmp_path):

@@ -374,6 +374,20 @@ def test_off_a_terminal_progress_is_a_line_now_and_then(seconds, monkeypatch):
     assert "loss 2.250, validation 3.250, rate 0.001" in lines[1] and lines[2].startswith("reading: 1,000 of 4,000 bytes, ")
 
 
+def test_the_time_left_is_told_from_the_pace_of_late(monkeypatch):
+    """Work that becomes slower, as reading into a store does: of 30 units ten take 10 s and ten more 100 s, so ten are 100 s away."""
+    from mini_tfm import progress
+
+    file, now = Terminal(is_one=False), [0.0]
+    monkeypatch.setattr(progress.sys, "stderr", file)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with progress.progress_bar("reading", 30, "rows") as advance:
+        for seconds in (10, 100):
+            now[0] += seconds
+            advance(10)
+    assert [line.split(", ")[-1] for line in file.text.splitlines()] == ["20 s left", "100 s left"]
+
+
 def test_rows_that_are_cut_keep_all_their_fields():
     """What a batch has besides token ids is cut with it."""
     from mini_tfm.train.trainer import _rows_of
