@@ -109,6 +109,8 @@ def tiny(monkeypatch, tmp_path_factory):
     monkeypatch.setattr(files, "FOLDER", tmp_path_factory.getbasetemp() / "files")
     monkeypatch.setattr(MODULES["segments"].Recomputed, "pairs", 1)
     monkeypatch.setattr(inference.OutsideKernels, "rounds", 1)
+    monkeypatch.setattr(inference.Lookup, "rounds", 1)
+    monkeypatch.setattr(inference.Lookup, "tokens", 8)
     monkeypatch.setattr(MODULES["tape"], "REPEATS", 1)
     for module, sizes in {
         "segments": {"BATCH": 4, "SEGMENT": 8},  # enough for the peak of a process to move

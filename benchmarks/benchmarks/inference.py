@@ -438,6 +438,37 @@ class OutsideKernels(Generate):
     track_share_outside.unit = "%"
 
 
+class Lookup:
+    """SmolLM2 repeats a text of its prompt, without guesses and with those of prompt lookup: the same text, and how many times as fast.
+    The time of the prompt is part of both."""
+
+    params = (["float32", "int8"],)
+    param_names = ["dtype"]
+    timeout = 300
+    rounds, tokens = 3, 200
+
+    def setup(self, dtype):
+        import pydoc_data.topics
+
+        self.pipe, text = our_pipeline("smollm2", dtype), pydoc_data.topics.topics["with"][:1500]
+        self.prompt = f"<|im_start|>user\nRepeat this text word by word:\n{text}<|im_end|>\n<|im_start|>assistant\n"
+
+    def _made(self, **options):
+        began = time.perf_counter()
+        return self.pipe.generate(self.prompt, max_new_tokens=self.tokens, **options), time.perf_counter() - began
+
+    def track_times_as_fast(self, dtype):
+        self._made()
+        ratios = []
+        for _ in range(self.rounds):
+            (plain, without), (guessed, with_guesses) = self._made(), self._made(prompt_lookup_num_tokens=10)
+            assert plain == guessed, "greedy search says something else"
+            ratios.append(without / with_guesses)
+        return float(np.median(ratios))
+
+    track_times_as_fast.unit = FASTER
+
+
 class _Clock:
     """The core, with a clock on what a recorded step is made of."""
 
