@@ -43,6 +43,7 @@ from .weights import Weights
 DEFAULT_SEGMENT_TOKENS = 256
 TEXTS_AT_ONCE = 1024  # texts that `embed` sorts by length
 EMBED_TOKENS = 4096  # that it reads at once
+EMBED_LEAST, EMBED_PADDED = 384, 1.03  # fewer tokens are read with any padding, more with at most so many times as many
 SEGMENTS_A_FLUSH = 16  # how often reading makes a long-term memory durable
 FLUSH_BYTES = 128 << 20  # of new state; it does so sooner where there is more: a flush takes as much RAM again
 
@@ -563,11 +564,20 @@ def _windows(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _batches(lengths: list[int]) -> Iterator[np.ndarray]:
-    """Rows to read at once, of about one length, the longest last; those without a token are left out."""
+    """Rows to read at once, of about one length, the longest last; those without a token are left out.
+
+    A shorter row is taken in while there is room and padding stays a small part, or there would be too few tokens.
+    """
     order = np.argsort(lengths, kind="stable")
     order = order[np.searchsorted(np.sort(lengths), 1) :]
     while len(order):
-        n = max(1, EMBED_TOKENS // lengths[order[-1]])
+        longest, n, tokens = lengths[order[-1]], 0, 0
+        for row in order[::-1]:
+            tokens += lengths[row]
+            padded = (n + 1) * longest
+            if n and (padded > EMBED_TOKENS or (padded > EMBED_LEAST and padded > EMBED_PADDED * tokens)):
+                break
+            n += 1
         yield order[-n:]
         order = order[:-n]
 
