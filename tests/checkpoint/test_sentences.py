@@ -12,7 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from mini_tfm import pipeline
 from mini_tfm.checkpoint.models import save_hugging_face
 from mini_tfm.config import Config
 from mini_tfm.errors import InvalidValue
@@ -127,6 +130,17 @@ def test_order_and_batches_change_nothing():
     vectors = pipe.embed(iter(texts))
     for i in (0, 1, 17, 1023, 1024, 2499):
         np.testing.assert_array_equal(vectors[i], pipe.embed(texts[i])[0])
+
+
+@given(st.lists(st.integers(0, 400), max_size=300))
+def test_batches_have_hardly_any_padding(lengths):
+    batches = [rows.tolist() for rows in pipeline._batches(lengths)]
+    assert sorted(row for rows in batches for row in rows) == [row for row, n in enumerate(lengths) if n]
+    for rows in batches:
+        each = [lengths[row] for row in rows]
+        read = len(each) * max(each)
+        assert each == sorted(each) and (len(each) == 1 or read <= pipeline.EMBED_TOKENS)
+        assert len(each) == 1 or read <= max(pipeline.EMBED_LEAST, pipeline.EMBED_PADDED * sum(each))
 
 
 def test_texts_are_read_as_they_are_needed():
