@@ -48,7 +48,8 @@ class CommandLine(click.Group):
     def resolve_command(self, context: click.Context, args: list[str]) -> Any:
         import difflib
 
-        if args[0] not in COMMANDS and (near := difflib.get_close_matches(args[0], COMMANDS, 1)):
+        is_known = args[0] in COMMANDS or context.resilient_parsing  # the latter: a shell completes the line
+        if not is_known and (near := difflib.get_close_matches(args[0], COMMANDS, 1)):
             context.fail(f"No such command {args[0]!r}. Did you mean {near[0]!r}?")
         return super().resolve_command(context, args)
 
