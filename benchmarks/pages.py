@@ -117,7 +117,8 @@ def main(arguments=None):
     parser.add_argument("--measured", action="store_true", help="measure nothing: show what asv has measured before")
     parser.add_argument("--out", type=Path, default=FOLDER / "pages")
     given = parser.parse_args(arguments)
-    needed = ["scipy", "threadpoolctl"] + (["asv", "virtualenv"] if "by-commit" in given.only and not given.measured else [])
+    needed = ["scipy", "threadpoolctl"] if set(given.only) != {"by-commit"} else []
+    needed += ["asv", "virtualenv"] if "by-commit" in given.only and not given.measured else []
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         sys.exit(f"benchmarks/pages.py: {missing[0]} is not installed: {Path(sys.executable).parent}/pip install {' '.join(missing)}")
     given.out.mkdir(parents=True, exist_ok=True)

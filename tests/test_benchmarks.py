@@ -570,6 +570,14 @@ def test_a_process_whose_memory_is_measured_may_not_fail_unseen(monkeypatch):
     assert raised.type is RuntimeError  # NotImplementedError, at which a benchmark is left out, is one of its kinds
 
 
+def test_pages_name_the_packages_that_they_lack(monkeypatch, tmp_path):
+    pages = import_from(FOLDER / "pages.py", "pages")
+    monkeypatch.setattr(pages.importlib.util, "find_spec", lambda name: None if name in ("scipy", "asv") else name)
+    with pytest.raises(SystemExit, match=r"scipy is not installed: .*pip install scipy asv$"):
+        pages.main(["--quick", "--out", str(tmp_path / "pages")])
+    assert not (tmp_path / "pages").exists()
+
+
 def test_pages_of_results_open_without_a_network(monkeypatch, tmp_path):
     pages = import_from(FOLDER / "pages.py", "pages")
     columns = ["result", "params", "version"]
