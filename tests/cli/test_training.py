@@ -455,6 +455,15 @@ def test_a_memory_that_fails_is_a_row(tmp_path, model, texts):
     assert rows[3]["bits_per_byte"] == rows[4]["bits_per_byte"] > 0
 
 
+@pytest.mark.parametrize(("share", "is_told"), [(0.0, True), (0.25, False)])
+def test_compare_of_a_saved_model_says_why_it_recalls_nothing(run, model, texts, monkeypatch, share, is_told):
+    row = {"memory": "none", "error": None, "bits_per_byte": 2.0, "tokens_per_second": 9.0, "state_bytes": 0, "peak_rss_bytes": 9}
+    row |= {"recall": {"1": 0.0, "2": share}, "recall_far": share}
+    monkeypatch.setattr("mini_tfm.cli.compare._measured", lambda *given: [row])
+    said = run("compare", model, "--text", texts[0], "--memory", "none")
+    assert said.code == 0 and ("No fact is recalled: only a model that was trained" in said.out) == is_told
+
+
 def test_compare_of_a_saved_model_is_its_score(run, model, tmp_path):
     text = tmp_path / "t.txt"
     text.write_text("It was the best of times, it was the worst of times. " * 6)
