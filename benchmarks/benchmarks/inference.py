@@ -450,6 +450,9 @@ class Lookup:
     def setup(self, dtype):
         import pydoc_data.topics
 
+        import mini_tfm as mt
+
+        mt.set_num_threads(thread_count())
         self.pipe, text = our_pipeline("smollm2", dtype), pydoc_data.topics.topics["with"][:1500]
         self.prompt = f"<|im_start|>user\nRepeat this text word by word:\n{text}<|im_end|>\n<|im_start|>assistant\n"
 
